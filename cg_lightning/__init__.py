@@ -1,0 +1,44 @@
+"""CUDA graphs for the evaluation loops of PyTorch Lightning."""
+
+from cg_lightning.callback import CUDAGraphCallback
+from cg_lightning.core.descriptor import BatchDescriptor
+from cg_lightning.core.dispatcher import CUDAGraphDispatcher
+from cg_lightning.core.errors import CaptureError, CUDAGraphError, IllegalOperationError, UnkeyableBatchError
+from cg_lightning.core.forward_context import (
+    ForwardContext,
+    get_forward_context,
+    is_forward_context_available,
+    override_forward_context,
+    set_forward_context,
+)
+from cg_lightning.core.modes import CUDAGraphMode
+from cg_lightning.core.monitor import (
+    compilation_counter,
+    set_cudagraph_capturing_enabled,
+    validate_cudagraph_capturing_enabled,
+)
+from cg_lightning.core.weak_ref import weak_ref_tensors
+from cg_lightning.core.wrapper import CUDAGraphEntry, CUDAGraphOptions, CUDAGraphWrapper
+
+__all__ = [
+    "BatchDescriptor",
+    "CUDAGraphCallback",
+    "CUDAGraphDispatcher",
+    "CUDAGraphEntry",
+    "CUDAGraphError",
+    "CUDAGraphMode",
+    "CUDAGraphOptions",
+    "CUDAGraphWrapper",
+    "CaptureError",
+    "ForwardContext",
+    "IllegalOperationError",
+    "UnkeyableBatchError",
+    "compilation_counter",
+    "get_forward_context",
+    "is_forward_context_available",
+    "override_forward_context",
+    "set_cudagraph_capturing_enabled",
+    "set_forward_context",
+    "validate_cudagraph_capturing_enabled",
+    "weak_ref_tensors",
+]

@@ -1,0 +1,1 @@
+"""The command line: configuration, the run and its demonstration model."""

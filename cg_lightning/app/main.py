@@ -1,0 +1,38 @@
+"""The command ``cg-lightning``."""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+
+from cg_lightning.app.config import Task, config_dir, register_configs
+
+register_configs()
+
+
+@hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")
+def main(config: DictConfig) -> None:
+    """Runs a task with a model, data and Trainer of one's choice, with and without graphs."""
+    from cg_lightning.app.compare import describe_difference  # torch takes seconds, and --help should not
+    from cg_lightning.app.run import choose_backend, run
+
+    task: Task = config.task
+    choose_backend(config)
+    with_graphs, callback = run(config)
+    if callback is None:
+        return
+    print(callback.summary())
+    if not config.compare:
+        return
+    without, _ = run(config, graphs=False)
+    difference = describe_difference(with_graphs, without)
+    if difference:
+        raise SystemExit(f"The same {task.value} without graphs differs: {difference}")
+    print(
+        f"The same {task.value} without graphs gives identical metrics and predictions: {len(without.metrics)} metrics and "
+        f"{without.num_predictions} predicted batches, compared bit for bit after {callback.stats.replays} graph replays."
+    )
+
+
+if __name__ == "__main__":
+    main()

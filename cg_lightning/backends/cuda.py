@@ -1,0 +1,129 @@
+"""``torch.cuda.CUDAGraph``. The only file that touches ``torch.cuda``."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cg_lightning.backends.guards import CAPTURE_LOCK, autocast_cache_off, garbage_collection_paused
+from cg_lightning.core.errors import CaptureError
+
+
+def is_available() -> bool:
+    """Whether there is a CUDA device."""
+    return torch.cuda.is_available()
+
+
+def current_device() -> torch.device:
+    """The CUDA device that PyTorch uses by default."""
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+class CUDACapturedGraph(torch.cuda.CUDAGraph):
+    """A graph that knows what memory it took."""
+
+    num_bytes = 0
+
+
+class CUDABackend:
+    """Captures on one persistent side stream, into one memory pool for each device.
+
+    A pool whose last graph is gone cannot be captured into again (an internal assert of PyTorch's allocator, seen in
+    2.11). So an anchor graph of one small kernel keeps it; a failed capture leaves its pool unusable, which then is
+    replaced.
+    """
+
+    name = "cuda"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool: Any = None
+        self._anchor: torch.cuda.CUDAGraph | None = None
+
+    def is_capturing(self) -> bool:
+        """Whether the current stream is capturing."""
+        return torch.cuda.is_current_stream_capturing()
+
+    def capture(
+        self, function: Callable[[], Any], *, collect_garbage: bool, capture_error_mode: str
+    ) -> tuple[CUDACapturedGraph, Any]:
+        """See :class:`~cg_lightning.backends.base.GraphBackend`."""
+        with CAPTURE_LOCK, torch.cuda.device(self.device):
+            with garbage_collection_paused(collect_garbage), autocast_cache_off():
+                if self._anchor is None:
+                    self._make_pool()
+                before = torch.cuda.memory_reserved(self.device)
+                graph, output = self._capture(function, capture_error_mode)
+                graph.num_bytes = max(0, torch.cuda.memory_reserved(self.device) - before)
+            return graph, output
+
+    def weak_ref_tensor(self, tensor: Tensor) -> Tensor:
+        """A tensor without ownership, of the same dtype and strides."""
+        if not tensor.is_cuda or not tensor.numel():
+            return tensor
+        storage = tensor.untyped_storage()
+        weak = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), tensor.device, storage.nbytes())
+        metadata = {
+            "size": tensor.size(),
+            "stride": tensor.stride(),
+            "storage_offset": tensor.storage_offset(),
+            "dtype": tensor.dtype,
+            "device": tensor.device,
+            "is_cuda": True,
+        }
+        return torch._C._construct_CUDA_Tensor_From_Storage_And_Metadata(metadata, weak)
+
+    def _make_pool(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        with torch.inference_mode(False):
+            anchored = torch.zeros(1, device=self.device)
+        self._anchor, _ = self._capture(anchored.zero_, "thread_local")
+
+    def _capture(self, function: Callable[[], Any], capture_error_mode: str) -> tuple[CUDACapturedGraph, Any]:
+        graph = CUDACapturedGraph()
+        caller = torch.cuda.current_stream(self.device)
+        torch.cuda.synchronize(self.device)
+        torch.cuda.set_stream(self._stream)
+        began = False
+        try:
+            # the generator state that the first capture makes must not be an inference tensor: all later replays write it
+            with torch.inference_mode(False):
+                graph.capture_begin(pool=self._pool, capture_error_mode=capture_error_mode)
+            began = True
+            output = function()
+            with torch.inference_mode(False):
+                graph.capture_end()
+        except BaseException as error:
+            self._recover(graph, caller, began)
+            if not isinstance(error, Exception):
+                raise
+            raise CaptureError(f"The capture failed: {type(error).__name__}: {error}") from error
+        torch.cuda.set_stream(caller)
+        return graph, output
+
+    def _recover(self, graph: torch.cuda.CUDAGraph, caller: torch.cuda.Stream, began: bool) -> None:
+        """Takes back what a failed capture leaves behind (each of it seen in torch 2.11); bounded, and never raises."""
+        pool, self._pool, self._anchor = self._pool, None, None
+        if began and torch.cuda.is_current_stream_capturing():
+            with contextlib.suppress(Exception):  # it reports the error that is already being raised
+                graph.capture_end()
+        torch.cuda.set_stream(caller)
+        with contextlib.suppress(Exception):  # only a capture that PyTorch did not end itself still allocates to the pool
+            torch._C._cuda_endAllocateToPool(self.device.index, pool)
+        generator = torch.cuda.default_generators[self.device.index]
+        with contextlib.suppress(Exception), torch.inference_mode(False):
+            generator.graphsafe_set_state(generator.clone_state())
+        with contextlib.suppress(Exception):  # an asynchronous error of the capture is delivered here, once
+            torch.cuda.synchronize(self.device)
+
+
+@functools.cache
+def cuda_backend(device: torch.device) -> CUDABackend:
+    """The backend of one device: its stream and its pool are shared by all who capture there."""
+    return CUDABackend(device)

@@ -1,0 +1,219 @@
+"""The Lightning callback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from typing_extensions import override
+
+from cg_lightning.backends import BACKENDS, resolve_backend
+from cg_lightning.core.modes import CUDAGraphMode
+from cg_lightning.core.wrapper import CUDAGraphOptions
+from cg_lightning.stage.installation import STEPS, Installation
+from cg_lightning.stage.preconditions import check_not_graphed_already, why_inert
+from cg_lightning.stage.session import Session, SessionSettings
+from cg_lightning.stage.stats import CUDAGraphStats
+from cg_lightning.stage.summary import render_summary
+from cg_lightning.stage.targets import check_targets
+
+_NO_CUDA = (
+    "CUDAGraphCallback: there is no CUDA device and backend='auto', so every step runs eagerly, as without the callback. "
+    "To try graphs on this machine, at a cost in speed, ask for backend='recorder'."
+)
+
+
+class CUDAGraphCallback(Callback):
+    """Runs ``validate``, ``test``, ``predict`` and the validation inside ``fit`` from CUDA graphs.
+
+    The first ``warmup_steps`` batches of each shape run as they would without it. Then the submodules that the step calls
+    (PIECEWISE), or the whole step (FULL), are captured once a shape and replayed. What is logged, returned and predicted is
+    what eager gives; what cannot be captured runs eagerly, and :attr:`stats` and :meth:`summary` say why. Between stages,
+    in training and after an exception nothing of it is left on the module. It does *not* graph training, and it saves
+    nothing in checkpoints.
+
+    Args:
+        mode: A :class:`CUDAGraphMode` or its name. NONE graphs nothing, PIECEWISE submodules, FULL whole steps whose only
+            effect is what they return, FULL_AND_PIECEWISE whole steps where possible and else submodules.
+        stages: Any of ``validate`` (also inside ``fit``; the sanity check is always eager), ``test`` and ``predict``.
+        targets: For PIECEWISE, patterns as in :mod:`fnmatch` for names in ``named_modules()``. None: the largest submodules
+            with parameters that the step calls and that can be captured.
+        warmup_steps: Eager runs of a key before its capture. With 0 a key is captured at first sight, but for
+            ``targets=None``, which takes one eager step to find them.
+        copy_outputs: Copy outputs out of graph memory. False: a step's output lives until the next replay of its graph.
+        max_graphs: The most graphs kept at a time; the least recently used goes first.
+        strict: Raise where a step past its warm-up runs in a lower mode than asked: with FULL in any lower one, with the
+            other modes where it runs no graph at all.
+        backend: ``cuda``, ``recorder`` (any device; for tests and laptops, no speed-up), or ``auto`` (``cuda`` where the
+            Trainer runs on it, else everything is eager).
+        report: Print the summary when the Trainer is done.
+        options: How graphs are captured.
+
+    Raises:
+        ValueError: An argument is out of its range; the message names it and the choices. ``setup`` raises it for what only
+            the Trainer shows: a target that matches nothing, ``cuda`` without CUDA, a module that is graphed already.
+
+    Example::
+
+        >>> from lightning.pytorch import Trainer
+        >>> from cg_lightning import CUDAGraphCallback
+        >>> trainer = Trainer(callbacks=[CUDAGraphCallback(mode="PIECEWISE")], logger=False)
+    """
+
+    def __init__(
+        self,
+        *,
+        mode: CUDAGraphMode | str = "PIECEWISE",
+        stages: Sequence[str] = ("validate", "test", "predict"),
+        targets: Sequence[str] | None = None,
+        warmup_steps: int = 3,
+        copy_outputs: bool = True,
+        max_graphs: int = 64,
+        strict: bool = False,
+        backend: str = "auto",
+        report: bool = True,
+        options: CUDAGraphOptions | None = None,
+    ) -> None:
+        self._stages = _names("stages", stages, tuple(STEPS))
+        self._backend_name = _names("backend", backend, BACKENDS)[0]
+        self._report = report
+        self._settings = SessionSettings(
+            mode=CUDAGraphMode.parse(mode),
+            targets=None if targets is None else _names("targets", targets, None),
+            warmup_steps=_at_least("warmup_steps", warmup_steps, 0),
+            copy_outputs=copy_outputs,
+            max_graphs=_at_least("max_graphs", max_graphs, 1),
+            strict=strict,
+            options=options or CUDAGraphOptions(),
+        )
+        self.stats = CUDAGraphStats()
+        """What happened so far, over all Trainers that this callback was in."""
+        self._installation: Installation | None = None
+        self._inert_reason = ""
+        self._stages_run: list[str] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_installation": None}  # graphs belong to this process and its module
+
+    def __repr__(self) -> str:
+        settings = self._settings
+        return (
+            f"{type(self).__name__}(mode={settings.mode.name!r}, stages={self._stages!r}, targets={settings.targets!r}, "
+            f"warmup_steps={settings.warmup_steps}, backend={self._backend_name!r})"
+        )
+
+    def summary(self) -> str:
+        """Gives the counts as a table: graphs by stage, target and shape; eager steps with their reasons."""
+        return render_summary(self.stats, self._backend_name, tuple(STEPS))
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._close()
+        self._stages_run = []
+        first = next(callback for callback in trainer.callbacks if isinstance(callback, CUDAGraphCallback))  # type: ignore[attr-defined]
+        self._inert_reason = why_inert(trainer)
+        if first is not self:
+            self._inert_reason = "another CUDAGraphCallback comes first in this Trainer"
+        if self._settings.mode is CUDAGraphMode.NONE:
+            self._inert_reason = "mode=NONE"
+            return
+        if self._inert_reason:
+            rank_zero_warn(f"CUDAGraphCallback is inert: {self._inert_reason}. Every step runs as without it.")
+            return
+        device = trainer.strategy.root_device
+        backend = resolve_backend(self._backend_name, device)
+        check_not_graphed_already(pl_module)
+        if self._settings.targets is not None:
+            check_targets(pl_module, self._settings.targets)
+        if backend is None:
+            self._inert_reason = "no CUDA device: backend='auto' runs eagerly"
+            rank_zero_info(_NO_CUDA)
+            return
+        self._installation = Installation(pl_module, Session(pl_module, backend, self._settings, self.stats))
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._install("validate")
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._install("test")
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._install("predict")
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._remove()
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._remove()
+
+    @override
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._remove()
+
+    @override
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if not trainer.sanity_checking:
+            self._count_inert("validate")
+
+    @override
+    def on_test_batch_end(self, *_: Any) -> None:
+        self._count_inert("test")
+
+    @override
+    def on_predict_batch_end(self, *_: Any) -> None:
+        self._count_inert("predict")
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._close()
+        if self._report and self._stages_run and trainer.is_global_zero:
+            print(render_summary(self.stats, self._backend_name, self._stages_run))
+        self._stages_run = []
+
+    def _install(self, stage: str) -> None:
+        if stage not in self._stages:
+            return
+        if stage not in self._stages_run:
+            self._stages_run.append(stage)
+        if self._installation is not None:
+            self._installation.install(stage)
+
+    def _remove(self) -> None:
+        if self._installation is not None:
+            self._installation.remove()
+
+    def _close(self) -> None:
+        if self._installation is not None:
+            self._installation.close()
+            self._installation = None
+
+    def _count_inert(self, stage: str) -> None:
+        if self._inert_reason and stage in self._stages_run:
+            self.stats.count_eager_step(stage, "-", self._inert_reason)
+
+
+def _names(argument: str, value: Sequence[str] | str, choices: tuple[str, ...] | None) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else tuple(value)
+    for name in names:
+        if not isinstance(name, str) or (choices is not None and name not in choices):
+            expected = f"choose from {', '.join(choices)}" if choices is not None else "expected names"
+            raise ValueError(f"{argument}={value!r}: {name!r} is unknown; {expected}.")
+    return names
+
+
+def _at_least(argument: str, value: int, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{argument}={value!r} must be a whole number of at least {least}.")
+    return value

@@ -1,0 +1,1 @@
+"""Modes, keys, context, wrapper, dispatcher: knows neither Lightning nor Hydra."""

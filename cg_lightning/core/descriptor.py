@@ -1,0 +1,173 @@
+"""The key of a graph: all that must be equal for it to be replayable."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cg_lightning.core.errors import UnkeyableBatchError
+from cg_lightning.core.kernel_flags import kernel_flags
+from cg_lightning.core.tree import flatten, leaf_paths
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BatchDescriptor:
+    """Identifies one captured graph: two steps with equal descriptors may run from the same one.
+
+    Made from a real batch by :meth:`from_batch`; a hand-made ``BatchDescriptor(batch_size=8)`` is a key as well.
+    It holds no tensor. It does *not* know the values of tensors, nor the addresses of parameters.
+    """
+
+    batch_size: int | None = None
+    """First dimension of the first tensor of the batch, where it has one."""
+    structure: Hashable = None
+    """Types and keys of the nested containers."""
+    leaves: tuple[Hashable, ...] = ()
+    """A tensor's shape, dtype, strides, device and requires_grad; any other leaf's type and value."""
+    stage: str | None = None
+    """``validate``, ``test`` or ``predict``."""
+    dataloader_idx: int = 0
+    """Index of the dataloader that the batch came from."""
+    training: tuple[bool, ...] = ()
+    """The ``training`` flags of the wrapped modules."""
+    flags: tuple[Hashable, ...] = ()
+    """The switches of :func:`~cg_lightning.core.kernel_flags.kernel_flags`."""
+    call: int = 0
+    """The number of the call of one wrapper within one step."""
+
+    def __post_init__(self) -> None:
+        key = tuple([getattr(self, name) for name in _FIELDS])
+        object.__setattr__(self, "_key", key)
+        object.__setattr__(self, "_hash", hash(key))  # looked up several times a step
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BatchDescriptor):
+            return NotImplemented
+        return self is other or self._key == other._key  # type: ignore[attr-defined]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), self._key)  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_batch(
+        cls, batch: Any, *, stage: str | None = None, dataloader_idx: int = 0, modules: Iterable[nn.Module] = ()
+    ) -> BatchDescriptor:
+        """Describes a batch: any nest of containers, tensors and plain values.
+
+        Args:
+            batch: Tuples, lists, named tuples, mappings (a Hugging Face ``BatchEncoding`` too) and dataclasses of strided
+                tensors of any shape, and of None, bool, int, float, str, bytes, enums, dtypes and devices.
+            stage: The stage the batch is run in.
+            dataloader_idx: Index of its dataloader.
+            modules: The modules whose ``training`` flags belong to the key.
+
+        Raises:
+            UnkeyableBatchError: A leaf cannot be keyed, or two leaves share storage; names the leaf's path.
+        """
+        training = tuple([module.training for module in modules])
+        return describe(batch, stage=stage, dataloader_idx=dataloader_idx, training=training)[0]
+
+    def shapes(self) -> str:
+        """The shapes of the tensors, for people: ``8x3x32x32, 8``."""
+        shapes = [leaf[1] for leaf in self.leaves if isinstance(leaf, tuple) and leaf[0] is Tensor]
+        if not self.leaves and self.batch_size is not None:
+            return f"batch_size={self.batch_size}"
+        return ", ".join("x".join(map(str, shape)) or "scalar" for shape in shapes) or "-"
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(BatchDescriptor))
+_KINDS_OF_TENSOR = (Tensor, nn.Parameter)
+
+
+def _float_key(value: float) -> Hashable:
+    return (type(value), value.hex())  # tells 0.0 from -0.0, and makes NaN equal to itself
+
+
+def _value_key(value: Any) -> Hashable:
+    return (type(value), value)
+
+
+_VALUE_KEYS: dict[type, Callable[[Any], Hashable]] = {
+    float: _float_key,
+    **dict.fromkeys((bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format), _value_key),
+}
+
+
+def is_plain_value(leaf: Any) -> bool:
+    """Whether ``leaf`` is no tensor but can be part of a key."""
+    return type(leaf) in _VALUE_KEYS or isinstance(leaf, enum.Enum)
+
+
+def _tensor_key(tensor: Tensor, index: int, tree: Any) -> Hashable:
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+        raise UnkeyableBatchError(leaf_paths(tree)[index], "is a tensor that is not plainly strided")
+    if tensor.is_neg() or tensor.is_conj():
+        raise UnkeyableBatchError(leaf_paths(tree)[index], "is a lazily negated or conjugated view")
+    return (Tensor, tensor.shape, tensor.dtype, tensor.stride(), tensor.device, tensor.requires_grad)
+
+
+def _leaf_key(leaf: Any, index: int, tree: Any) -> Hashable:
+    kind = type(leaf)
+    if kind in _KINDS_OF_TENSOR:
+        return _tensor_key(leaf, index, tree)
+    make = _VALUE_KEYS.get(kind)
+    if make is not None:
+        return make(leaf)
+    if isinstance(leaf, enum.Enum):
+        return (kind, leaf.name)
+    what = "a tensor subclass" if isinstance(leaf, Tensor) else "a value"
+    raise UnkeyableBatchError(
+        leaf_paths(tree)[index],
+        f"is {what} of type {kind.__module__}.{kind.__qualname__}, which cannot be part of a key",
+    )
+
+
+def _find_shared_storage(leaves: list[Any], tree: Any, repeats: bool) -> dict[int, int]:
+    """Gives the leaves that are the very object of an earlier one, if those are allowed; any other sharing is refused."""
+    owners: dict[int, int] = {}
+    repeated: dict[int, int] = {}
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and (address := leaf.untyped_storage().data_ptr()):
+            first = owners.setdefault(address, index)
+            if first == index:
+                continue
+            if not repeats or leaf is not leaves[first]:
+                paths = leaf_paths(tree)
+                raise UnkeyableBatchError(paths[index], f"shares storage with {paths[first]}")
+            repeated[index] = first
+    return repeated
+
+
+def describe(
+    batch: Any,
+    *,
+    stage: str | None = None,
+    dataloader_idx: int = 0,
+    training: tuple[bool, ...] = (),
+    call: int = 0,
+    repeats: bool = False,
+) -> tuple[BatchDescriptor, list[Any]]:
+    """Gives the descriptor of a batch together with its leaves, flattened once.
+
+    With ``repeats`` one tensor may occur several times, as in ``attention(x, x, x)``: where it does is part of the key.
+
+    Raises:
+        UnkeyableBatchError: As :meth:`BatchDescriptor.from_batch`.
+    """
+    leaves, structure = flatten(batch)
+    keys = [_leaf_key(leaf, index, batch) for index, leaf in enumerate(leaves)]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if len(tensors) > 1:
+        for index, first in _find_shared_storage(leaves, batch, repeats).items():
+            keys[index] = ("repeats leaf", first)
+    batch_size = tensors[0].shape[0] if tensors and tensors[0].dim() else None
+    descriptor = BatchDescriptor(batch_size, structure, tuple(keys), stage, dataloader_idx, training, kernel_flags(), call)
+    return descriptor, leaves

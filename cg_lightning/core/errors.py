@@ -1,0 +1,30 @@
+"""What can go wrong, as types. Mistakes in an argument are plain ``ValueError``."""
+
+from __future__ import annotations
+
+
+class CUDAGraphError(RuntimeError):
+    """Base class of the errors of this package."""
+
+
+class UnkeyableBatchError(CUDAGraphError):
+    """A batch has no :class:`~cg_lightning.BatchDescriptor`, so its step has to run eagerly.
+
+    Attributes:
+        path: Where in the batch the reason lies, such as ``batch['image']``.
+    """
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(f"{path} {why}")
+        self.path = path
+
+
+class CaptureError(CUDAGraphError):
+    """A graph could not be captured, or (``strict=True``) a step ran in a lower mode than asked.
+
+    The exception that stopped the capture, where there is one, is its ``__cause__``.
+    """
+
+
+class IllegalOperationError(CUDAGraphError):
+    """An operation that no CUDA graph can hold was run inside a capture on the recorder."""

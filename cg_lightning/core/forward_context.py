@@ -1,0 +1,88 @@
+"""The step under way: which runtime mode it is in, and under which key. Wrappers read it and trust it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+from cg_lightning.core.descriptor import BatchDescriptor
+from cg_lightning.core.modes import CUDAGraphMode
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardContext:
+    """What a wrapper needs to know of the step that it is called in.
+
+    Raises:
+        ValueError: ``cudagraph_runtime_mode`` is a policy, or no mode at all.
+    """
+
+    cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE
+    """NONE, PIECEWISE or FULL."""
+    batch_descriptor: BatchDescriptor | None = None
+    """The key of the step; may be None in mode NONE."""
+    calls: dict[int, int] | None = dataclasses.field(default=None, repr=False, compare=False)
+    """Calls so far, by identity of the caller. Set by a step runner only: a context opened by hand is no step."""
+
+    def __post_init__(self) -> None:
+        mode = self.cudagraph_runtime_mode
+        if not isinstance(mode, CUDAGraphMode) or not mode.is_valid_runtime_mode():
+            raise ValueError(f"cudagraph_runtime_mode={mode!r} is no runtime mode; choose NONE, PIECEWISE or FULL.")
+
+    def next_call(self, caller: object) -> int:
+        """Numbers the calls that ``caller`` makes within one step; 0 in a context that is no step."""
+        if self.calls is None:
+            return 0
+        number = self.calls.get(id(caller), 0)
+        self.calls[id(caller)] = number + 1
+        return number
+
+
+# a ContextVar starts empty in every thread, so a step in one never engages wrappers called from another
+_current: ContextVar[ForwardContext | None] = ContextVar("cg_lightning_forward_context", default=None)
+
+current_forward_context = _current.get
+"""The context under way, or None."""
+
+
+def is_forward_context_available() -> bool:
+    """Whether a forward context is under way in this thread."""
+    return _current.get() is not None
+
+
+def get_forward_context() -> ForwardContext:
+    """Gives the forward context under way.
+
+    Raises:
+        RuntimeError: There is none.
+    """
+    context = _current.get()
+    if context is None:
+        raise RuntimeError("No forward context is set: enter one with set_forward_context(...) first.")
+    return context
+
+
+@contextlib.contextmanager
+def override_forward_context(forward_context: ForwardContext | None) -> Iterator[ForwardContext | None]:
+    """Makes ``forward_context`` (None: no context) the one under way, and puts back what was there on leaving."""
+    token = _current.set(forward_context)
+    try:
+        yield forward_context
+    finally:
+        _current.reset(token)
+
+
+@contextlib.contextmanager
+def set_forward_context(
+    cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE, batch_descriptor: BatchDescriptor | None = None
+) -> Iterator[ForwardContext]:
+    """Opens a forward context by hand.
+
+    Raises:
+        ValueError: The mode is no runtime mode.
+    """
+    context = ForwardContext(cudagraph_runtime_mode, batch_descriptor)
+    with override_forward_context(context):
+        yield context

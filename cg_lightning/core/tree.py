@@ -1,0 +1,121 @@
+"""Nested batches and outputs: leaves in order, their paths, and the same nest with other leaves.
+
+``torch.utils._pytree`` knows neither dataclasses nor mapping-like objects unless they are registered, and batches are full
+of both. What counts as a container here is what Lightning's ``apply_to_collection`` moves to a device.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+_Node = tuple[tuple[Any, ...], Iterable[Any]]  # the keys and the values of one container
+
+
+def _tuple_children(node: Any) -> _Node:
+    return tuple(range(len(node))), node
+
+
+def _mapping_children(node: Any) -> _Node:
+    keys = tuple(node)
+    return keys, [node[key] for key in keys]
+
+
+def _dataclass_children(node: Any) -> _Node:
+    names = tuple(field.name for field in dataclasses.fields(node) if hasattr(node, field.name))
+    return names, [getattr(node, name) for name in names]
+
+
+def _build_sequence(node: Any, _: tuple[Any, ...], values: list[Any]) -> Any:
+    kind = type(node)
+    if hasattr(kind, "_make"):  # a namedtuple: its constructor takes one argument a field
+        return kind._make(values)
+    return kind(values)
+
+
+def _build_mapping(node: Any, keys: tuple[Any, ...], values: list[Any]) -> Any:
+    if type(node) is dict:
+        return dict(zip(keys, values, strict=True))
+    new = copy.copy(node)  # keeps what the type carries beside its items (default_factory, encodings)
+    for key, value in zip(keys, values, strict=True):
+        new[key] = value
+    return new
+
+
+def _build_dataclass(node: Any, keys: tuple[Any, ...], values: list[Any]) -> Any:
+    new = copy.copy(node)
+    for key, value in zip(keys, values, strict=True):
+        object.__setattr__(new, key, value)  # frozen dataclasses too
+    return new
+
+
+@dataclasses.dataclass(frozen=True)
+class _Container:
+    children: Callable[[Any], _Node]
+    build: Callable[[Any, tuple[Any, ...], list[Any]], Any]
+
+
+_SEQUENCE = _Container(_tuple_children, _build_sequence)
+_MAPPING = _Container(_mapping_children, _build_mapping)
+_DATACLASS = _Container(_dataclass_children, _build_dataclass)
+_containers: dict[type, _Container | None] = {}
+
+
+def _find_container(kind: type) -> _Container | None:
+    if issubclass(kind, (tuple, list)):
+        return _SEQUENCE
+    if issubclass(kind, Mapping):  # one that cannot be written cannot be rebuilt: a leaf, and unkeyable
+        return _MAPPING if issubclass(kind, MutableMapping) else None
+    return _DATACLASS if dataclasses.is_dataclass(kind) else None
+
+
+def _container(node: Any) -> _Container | None:
+    kind = type(node)
+    try:
+        return _containers[kind]
+    except KeyError:
+        return _containers.setdefault(kind, _find_container(kind))
+
+
+def _collect(node: Any, leaves: list[Any]) -> Hashable:
+    container = _container(node)
+    if container is None:
+        leaves.append(node)
+        return None
+    keys, values = container.children(node)
+    return (type(node), keys, tuple([_collect(value, leaves) for value in values]))
+
+
+def flatten(tree: Any) -> tuple[list[Any], Hashable]:
+    """Gives the leaves of ``tree`` in order, and its structure: equal for two nests of the same types and keys.
+
+    Containers are tuples, lists, named tuples, writable mappings and dataclasses; all else is a leaf.
+    """
+    leaves: list[Any] = []
+    structure = _collect(tree, leaves)
+    return leaves, structure
+
+
+def leaf_paths(tree: Any, root: str = "batch") -> list[str]:
+    """Gives a readable path a leaf, in the order of :func:`flatten`: ``batch[0]['ids'].values``."""
+    container = _container(tree)
+    if container is None:
+        return [root]
+    keys, values = container.children(tree)
+    dotted = container is _DATACLASS
+    return [
+        path
+        for key, value in zip(keys, values, strict=True)
+        for path in leaf_paths(value, f"{root}.{key}" if dotted else f"{root}[{key!r}]")
+    ]
+
+
+def rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
+    """Gives a nest like ``tree``, its leaves taken from ``leaves`` in order. ``tree`` itself is not changed."""
+    container = _container(tree)
+    if container is None:
+        return next(leaves)
+    keys, values = container.children(tree)
+    return container.build(tree, keys, [rebuild(value, leaves) for value in values])

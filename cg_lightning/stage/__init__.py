@@ -1,0 +1,1 @@
+"""What is installed on a LightningModule for the time of one stage."""

@@ -1,0 +1,139 @@
+"""A call that runs through a graph wrapper: inputs are copied into static ones, outputs are copied out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from cg_lightning.backends import GraphBackend
+from cg_lightning.core.descriptor import BatchDescriptor
+from cg_lightning.core.forward_context import ForwardContext, override_forward_context
+from cg_lightning.core.modes import CUDAGraphMode
+from cg_lightning.core.static_inputs import StaticInputs
+from cg_lightning.core.tree import rebuild
+from cg_lightning.core.wrapper import CUDAGraphOptions, CUDAGraphWrapper
+from cg_lightning.stage.graph_budget import GraphBudget
+from cg_lightning.stage.output_plan import OutputPlan
+from cg_lightning.stage.stats import CUDAGraphStats, EntryRecord
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphSettings:
+    """What all graphs of one run share."""
+
+    backend: GraphBackend
+    options: CUDAGraphOptions
+    copy_outputs: bool
+    budget: GraphBudget
+    stats: CUDAGraphStats
+    module_storages: Callable[[], set[int]]
+    """Where the storages of parameters and buffers begin, now."""
+    before_capture: Callable[[], object]
+    """Called before each capture."""
+
+
+@dataclasses.dataclass
+class _Entry:
+    inputs: StaticInputs
+    tree: Any
+    context: ForwardContext
+    record: EntryRecord
+    plan: OutputPlan | None = None
+
+
+class GraphedCall:
+    """Runs ``invoke(tree, *rest)`` from graphs, one for each descriptor.
+
+    Whoever calls it has described the batch: leaves of equal descriptors have equal shapes. Tensors of the tree are static
+    inputs; ``rest`` is frozen at capture. An output that *is* a tensor of the batch, a parameter or a buffer is returned as
+    that very object; other tensors are copied out, or with ``copy_outputs=False`` returned as the graph wrote them.
+
+    Args:
+        target: What it is called in the summary.
+        invoke: What to capture.
+        mode: PIECEWISE or FULL.
+        settings: What all graphs of one run share.
+    """
+
+    def __init__(self, target: str, invoke: Callable[..., Any], mode: CUDAGraphMode, settings: GraphSettings) -> None:
+        self._target = target
+        self._invoke = invoke
+        self._mode = mode
+        self._settings = settings
+        options = dataclasses.replace(
+            settings.options,
+            gc_disable=True,  # before_capture collects, once for all graphs: it takes longer than a capture
+            # outputs that are not copied out must not share memory with those of other graphs
+            weak_ref_output=settings.options.weak_ref_output and settings.copy_outputs,
+        )
+        self._wrapper = CUDAGraphWrapper(self._run, mode, options, backend=settings.backend)
+        self._entries: dict[BatchDescriptor, _Entry] = {}
+        self._records: dict[BatchDescriptor, EntryRecord] = {}
+        self._capturing: _Entry | None = None
+
+    def __call__(self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], *rest: Any) -> Any:
+        """Captures or replays, and gives what eager would.
+
+        Raises:
+            CaptureError: The capture failed.
+            UnkeyableBatchError: A tensor lies on another device, or overlaps itself.
+        """
+        entry = self._entries.get(descriptor)
+        if entry is None:
+            computed, entry = self._capture(descriptor, tree, leaves, rest)
+        else:
+            entry.inputs.copy_from(leaves)
+            with override_forward_context(entry.context):
+                computed = self._wrapper(entry.tree, *rest)
+        self._settings.budget.use(self, descriptor)
+        entry.record.replays += 1
+        if self._settings.copy_outputs:
+            computed = [tensor.clone() for tensor in computed]
+        assert entry.plan is not None
+        return entry.plan.restore(leaves, computed)
+
+    def drop(self, descriptor: BatchDescriptor) -> None:
+        """Forgets the graph of ``descriptor`` and frees its static inputs."""
+        del self._entries[descriptor]
+        del self._wrapper.concrete_cudagraph_entries[descriptor]
+
+    def _capture(
+        self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], rest: tuple[Any, ...]
+    ) -> tuple[list[Tensor], _Entry]:
+        self._settings.budget.make_room()
+        self._settings.before_capture()
+        inputs = StaticInputs(leaves, tree, self._settings.backend.device)
+        inputs.copy_from(leaves)
+        record = self._records.get(descriptor) or EntryRecord(
+            descriptor.stage or "", self._mode.name, self._target, descriptor.shapes()
+        )
+        context = ForwardContext(self._mode, descriptor)
+        entry = _Entry(inputs, rebuild(tree, iter(inputs.leaves)), context, record)
+        began = time.perf_counter()
+        self._capturing = entry
+        try:
+            with override_forward_context(context):
+                computed = self._wrapper(entry.tree, *rest)
+        finally:
+            self._capturing = None
+        record.seconds += time.perf_counter() - began
+        record.captures += 1
+        graph = self._wrapper.concrete_cudagraph_entries[descriptor].cudagraph
+        record.bytes = graph.num_bytes + inputs.num_bytes
+        self._entries[descriptor] = entry
+        if descriptor not in self._records:
+            self._records[descriptor] = record
+            self._settings.stats.entries.append(record)
+        return computed, entry
+
+    def _run(self, tree: Any, *rest: Any) -> list[Tensor]:
+        """What the wrapper captures: gives the computed tensors alone, and keeps the plan for the others."""
+        assert self._capturing is not None, "the wrapper runs this in captures only"
+        output = self._invoke(tree, *rest)
+        plan, computed = OutputPlan.make(output, self._capturing.inputs.leaves, self._settings.module_storages())
+        self._capturing.plan = plan
+        return computed

@@ -1,0 +1,45 @@
+"""Puts step runners on a LightningModule for the time of a stage, and takes them off again."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule
+
+from cg_lightning.stage.interception import Interception
+from cg_lightning.stage.session import Session
+from cg_lightning.stage.step_runner import StepRunner
+
+STEPS = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}
+"""The step method of each stage."""
+
+
+class Installation:
+    """What one callback has put on one LightningModule."""
+
+    def __init__(self, module: LightningModule, session: Session) -> None:
+        self.module = module
+        self.session = session
+        self._runners: dict[str, StepRunner] = {}
+        self._step: Interception | None = None
+
+    def install(self, stage: str) -> None:
+        """Makes the step of ``stage`` run through a :class:`StepRunner`; idempotent."""
+        if self._step is not None:
+            return
+        name = STEPS[stage]
+        if stage not in self._runners:  # graphs are kept from one validation inside fit to the next
+            self._runners[stage] = StepRunner(self.session, stage, getattr(self.module, name))
+        self.session.install()
+        self._step = Interception(self.module, methods={name: self._runners[stage].as_method()})
+
+    def remove(self) -> None:
+        """Leaves no trace on the module; idempotent."""
+        if self._step is not None:
+            self._step.remove()
+            self._step = None
+            self.session.remove()
+
+    def close(self) -> None:
+        """Removes everything, and drops the graphs."""
+        self.remove()
+        self.session.close()
+        self._runners.clear()

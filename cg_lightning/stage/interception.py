@@ -1,0 +1,111 @@
+"""Intercepts calls of one module object without leaving a trace in it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import jit, nn
+
+Handler = Callable[..., Any]
+
+
+class _InterceptedMethod:
+    """Gives the handler in place of a method, also where the instance has an attribute of that name (compiled steps)."""
+
+    def __init__(self, name: str, handler: Handler) -> None:
+        self._name = name
+        self._handler = handler
+
+    def __get__(self, module: nn.Module | None, _: type | None = None) -> Any:
+        return self if module is None else self._handler
+
+    def __set__(self, module: nn.Module, value: Any) -> None:
+        raise AttributeError(
+            f"{self._name} cannot be replaced while CUDAGraphCallback runs it from graphs; replace it before the stage, "
+            f"or leave the stage out of CUDAGraphCallback(stages=...)."
+        )
+
+
+def can_intercept(module: nn.Module) -> bool:
+    """Whether calls of ``module`` go through Python; those of a ScriptModule's children do not."""
+    return not isinstance(module, jit.ScriptModule)
+
+
+_set_class: Callable[[nn.Module, type], None] = object.__dict__["__class__"].__set__
+
+
+def plain_class(module: nn.Module) -> type:
+    """The class that ``module`` has without us."""
+    return next(cls for cls in type(module).__mro__ if "_cg_lightning_interception" not in cls.__dict__)
+
+
+@contextlib.contextmanager
+def _as_plain(module: nn.Module) -> Iterator[None]:
+    ours = type(module)
+    _set_class(module, plain_class(module))
+    try:
+        yield
+    finally:
+        _set_class(module, ours)
+
+
+def _reduce_ex(module: nn.Module, protocol: Any) -> Any:
+    with _as_plain(module):
+        return module.__reduce_ex__(protocol)
+
+
+def _deepcopy(module: nn.Module, memo: dict[int, Any]) -> Any:
+    with _as_plain(module):
+        return copy.deepcopy(module, memo)
+
+
+class Interception:
+    """Swaps the class of one module object for a subclass whose methods are handlers.
+
+    Parametrizations and FSDP2 of PyTorch do the same. The module keeps its ``__dict__``, its children and its
+    ``isinstance``; pickles and deep copies are made as of the plain class, so they run their own weights. Interceptions of
+    one module nest, and are removed in reverse order.
+
+    Args:
+        module: The module.
+        call: Takes the arguments of ``module(...)``, hooks and compiled calls included.
+        methods: Handlers by method name.
+    """
+
+    def __init__(self, module: nn.Module, *, call: Handler | None = None, methods: dict[str, Handler] | None = None) -> None:
+        assert can_intercept(module)
+        self._module = module
+        self._original = original = type(module)
+        plain = plain_class(module)
+        namespace: dict[str, Any] = {
+            "__module__": plain.__module__,
+            "__qualname__": plain.__qualname__,
+            "__doc__": plain.__doc__,
+            "__class__": property(plain_class, _set_class),  # pickle compares it with the class it writes
+            "__reduce_ex__": _reduce_ex,
+            "_cg_lightning_interception": True,
+        }
+        if hasattr(plain, "__deepcopy__"):
+            namespace["__deepcopy__"] = _deepcopy
+        if call is not None:
+            namespace["__call__"] = lambda _, *args, **kwargs: call(*args, **kwargs)
+        for name, handler in (methods or {}).items():
+            namespace[name] = _InterceptedMethod(name, handler)
+        # a class made as a direct subclass would run the user's __init_subclass__, which may register it
+        ours = types.new_class(plain.__name__, (nn.Module,), {"metaclass": type(original)}, lambda ns: ns.update(namespace))
+        ours.__bases__ = (original,)
+        self._ours = ours
+        _set_class(module, ours)
+
+    def call_original(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module as if it were not intercepted here."""
+        return self._original.__call__(self._module, *args, **kwargs)
+
+    def remove(self) -> None:
+        """Puts back the class; idempotent. A class that somebody else has since put in its place stays."""
+        if type(self._module) is self._ours:
+            _set_class(self._module, self._original)

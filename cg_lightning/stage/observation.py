@@ -1,0 +1,292 @@
+"""Watches one eager step: which submodules it calls, and what in them a graph could not hold or would freeze."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torchmetrics import Metric
+
+from cg_lightning.backends.dispatch import EagerDispatchMode
+from cg_lightning.core.descriptor import BatchDescriptor
+from cg_lightning.core.errors import UnkeyableBatchError
+from cg_lightning.core.forward_context import current_forward_context
+from cg_lightning.core.legality import Cause, find_illegal
+from cg_lightning.core.tree import flatten
+from cg_lightning.stage.call_key import describe_call
+from cg_lightning.stage.interception import Interception, can_intercept
+from cg_lightning.stage.location import users_location
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One reason why a step, or a submodule that it calls, cannot run from a graph."""
+
+    cause: Cause
+    operation: str
+    """What was called or changed, such as ``aten::item``."""
+    module: str
+    """Dotted path of the innermost module that was running; empty for the step itself."""
+    location: str
+    """The user's own line, as ``file:line``."""
+
+    def __str__(self) -> str:
+        where = f" in {self.module}" if self.module else ""
+        return f"{self.cause.value}: {self.operation}{where} ({self.location})"
+
+
+@dataclasses.dataclass
+class _Call:
+    """One call of a module, or (``module`` is None) the step."""
+
+    path: str
+    module: nn.Module | None
+    inputs: list[Tensor]
+    descriptor: BatchDescriptor | None = None
+    findings: list[Finding] = dataclasses.field(default_factory=list)
+    calls: list[_Call] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.input_addresses = {tensor.untyped_storage().data_ptr() for tensor in self.inputs}
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` runs this module."""
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return True
+    dynamo = sys.modules.get("torch._dynamo")  # importing it takes a second, and what is not imported compiled nothing
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+
+
+def modules_that_run(root: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Gives paths and modules as ``named_modules()``, but goes neither into metrics nor into compiled modules."""
+    seen: set[int] = set()
+    pending = [(path, root)]
+    while pending:
+        path, module = pending.pop()
+        if id(module) in seen or isinstance(module, Metric):
+            continue
+        seen.add(id(module))
+        yield path, module
+        if not (is_compiled(module) and module is not root):
+            children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
+            pending.extend(reversed(children))
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    """What the module's attributes refer to, and how long its containers are."""
+    state: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        if name in ("_parameters", "_buffers", "_modules"):
+            state.update({f"{name}.{key}": item for key, item in value.items()})
+        else:
+            state[name] = value
+            if isinstance(value, (list, dict, set)):
+                state[f"len({name})"] = len(value)
+    return state
+
+
+def _same(before: Any, after: Any) -> bool:
+    if before is after:
+        return True
+    plain = (bool, int, float, str, bytes, type(None))
+    return type(before) is type(after) and isinstance(before, plain) and before == after
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    missing = object()
+    return [name for name in {**before, **after} if not _same(before.get(name, missing), after.get(name, missing))]
+
+
+def _updates(metrics: list[Metric]) -> list[int]:
+    return [metric.update_count for metric in metrics]
+
+
+def _key_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchDescriptor | None:
+    context = current_forward_context()
+    if context is None or context.batch_descriptor is None:
+        return None
+    with contextlib.suppress(UnkeyableBatchError):  # its calls will be eager, and say so then
+        return describe_call(module, context.next_call(module), context.batch_descriptor, args, kwargs)[0]
+    return None
+
+
+class _Watch(EagerDispatchMode):
+    """Collects findings for all calls that are under way."""
+
+    def __init__(self, device_type: str, step: _Call) -> None:
+        super().__init__(device_type)
+        self.stack = [step]
+
+    def add(self, cause: Cause, operation: str) -> None:
+        """Adds a finding to every call that is under way."""
+        finding = Finding(cause, operation, self.stack[-1].path, users_location())
+        for call in self.stack:
+            call.findings.append(finding)
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if (cause := find_illegal(func, args, kwargs)) is not None:
+            self.add(cause, func._schema.name)
+        if func._schema.is_mutable:
+            self._find_mutated_inputs(func, args, kwargs)
+        return self.call(func, args, kwargs)
+
+    def _find_mutated_inputs(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = zip(func._schema.arguments, args, strict=False)
+        written = [value for argument, value in named if argument.alias_info is not None and argument.alias_info.is_write]
+        written += [kwargs[a.name] for a in func._schema.arguments if a.alias_info is not None and a.name in kwargs]
+        addresses = {leaf.untyped_storage().data_ptr() for leaf in flatten(written)[0] if isinstance(leaf, Tensor)}
+        for call in self.stack:
+            if call.input_addresses & addresses:
+                call.findings.append(Finding(Cause.INPUT_MUTATED, func._schema.name, self.stack[-1].path, users_location()))
+
+
+class Observation:
+    """What one eager run of a step showed."""
+
+    def __init__(self, step: _Call) -> None:
+        self._step = step
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Reasons why the whole step is no graph; empty where it could be one."""
+        return self._step.findings
+
+    @property
+    def may_settle(self) -> bool:
+        """Whether another look may show less: a cache that the first step built is not built again."""
+        return any(finding.cause is Cause.STATE_REBOUND for finding in self.findings)
+
+    def largest_capturable(self) -> dict[str, nn.Module]:
+        """Gives the fewest, largest called submodules that have parameters and no finding, by path."""
+        unclean = {id(call.module) for call in self._all_calls(self._step) if call.findings}
+        chosen: dict[str, nn.Module] = {}
+
+        def choose(outer: _Call) -> None:
+            for call in outer.calls:
+                assert call.module is not None
+                if id(call.module) in unclean or next(call.module.parameters(), None) is None:
+                    choose(call)
+                else:
+                    chosen[call.path] = call.module
+
+        choose(self._step)
+        return chosen
+
+    def keys_of_calls(self, module: nn.Module) -> list[BatchDescriptor]:
+        """The keys that ``module`` was called with."""
+        calls = [call for call in self._all_calls(self._step) if call.module is module]
+        return [call.descriptor for call in calls if call.descriptor is not None]
+
+    def _all_calls(self, outer: _Call) -> Iterator[_Call]:
+        for call in outer.calls:
+            yield call
+            yield from self._all_calls(call)
+
+
+class Observer:
+    """Runs steps of one module under watch. It changes nothing: what is computed is what eager computes.
+
+    Steps with compiled modules are watched from outside only: under a dispatch mode they would not run compiled.
+
+    Args:
+        root: The module whose step is run.
+        device_type: Where it runs.
+        effects: Methods of ``root`` whose call a graph would freeze, and what the call is called in a finding.
+    """
+
+    def __init__(self, root: nn.Module, device_type: str, effects: dict[str, Cause]) -> None:
+        self._root = root
+        self._device_type = device_type
+        self._effects = effects
+
+    def observe(self, step: Callable[[], Any], batch: Any) -> tuple[Any, Observation]:
+        """Runs ``step`` once; gives what it returned, and what was seen."""
+        tensors = [leaf for leaf in flatten(batch)[0] if isinstance(leaf, Tensor)]
+        frame = _Call("", None, tensors)
+        watch = _Watch(self._device_type, frame)
+        modules = list(modules_that_run(self._root))
+        metrics = [module for module in self._root.modules() if isinstance(module, Metric)]
+        before = {path: _state(module) for path, module in modules}
+        updates = _updates(metrics)
+        with self._intercepted(modules, metrics, watch):
+            compiled = any(is_compiled(module) for _, module in modules)
+            with contextlib.nullcontext() if compiled else watch.watching():
+                output = step()
+        if _updates(metrics) != updates and not any(f.cause is Cause.METRIC_UPDATED for f in frame.findings):
+            watch.add(Cause.METRIC_UPDATED, "update")
+        self._find_rebound_state(frame, {path: _changed(before[path], _state(module)) for path, module in modules})
+        return output, Observation(frame)
+
+    @contextlib.contextmanager
+    def _intercepted(self, modules: list[tuple[str, nn.Module]], metrics: list[Metric], watch: _Watch) -> Iterator[None]:
+        interceptions: list[Interception] = []
+        try:
+            for path, module in modules:
+                if can_intercept(module):
+                    interceptions.append(self._intercept(path, module, metrics, watch))
+            yield
+        finally:
+            for interception in reversed(interceptions):
+                interception.remove()
+
+    def _intercept(self, path: str, module: nn.Module, metrics: list[Metric], watch: _Watch) -> Interception:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tensors = [leaf for leaf in flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+            frame = _Call(path, module, tensors, _key_of_call(module, args, kwargs))
+            watch.stack[-1].calls.append(frame)
+            watch.stack.append(frame)
+            updates = _updates(metrics)
+            own_state = _state(module) if module is self._root else {}
+            try:
+                if _has_forward_hooks(module):
+                    watch.add(Cause.FORWARD_HOOK, type(module).__name__)
+                return interception.call_original(*args, **kwargs)
+            finally:
+                if _updates(metrics) != updates:
+                    watch.add(Cause.METRIC_UPDATED, "update")
+                if own_state and (names := _changed(own_state, _state(module))):
+                    watch.add(Cause.STATE_REBOUND, ", ".join(names))
+                watch.stack.pop()
+
+        methods: dict[str, Callable[..., Any]] = {}
+        if module is self._root:
+            methods = {name: self._effect(name, cause, watch) for name, cause in self._effects.items()}
+        interception = Interception(module, call=call, methods=methods)
+        return interception
+
+    def _effect(self, name: str, cause: Cause, watch: _Watch) -> Callable[..., Any]:
+        original = getattr(self._root, name)
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            watch.add(cause, f"self.{name}")
+            return original(*args, **kwargs)
+
+        return method
+
+    def _find_rebound_state(self, frame: _Call, changed: dict[str, list[str]]) -> None:
+        for path, names in changed.items():
+            if not names:
+                continue
+            finding = Finding(Cause.STATE_REBOUND, ", ".join(sorted(names)), path, "between the start and end of the step")
+            frame.findings.append(finding)
+            for call in Observation(frame)._all_calls(frame):
+                inside = not call.path or path == call.path or path.startswith(f"{call.path}.")
+                if inside and path:  # the root's own state was compared around each of its calls
+                    call.findings.append(finding)
+
+
+def _has_forward_hooks(module: nn.Module) -> bool:
+    hooks = torch.nn.modules.module
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or hooks._global_forward_hooks or hooks._global_forward_pre_hooks
+    )

@@ -1,0 +1,90 @@
+"""A submodule whose calls run from graphs where the step is in mode PIECEWISE."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from cg_lightning.core.descriptor import BatchDescriptor
+from cg_lightning.core.errors import CaptureError, UnkeyableBatchError
+from cg_lightning.core.forward_context import current_forward_context
+from cg_lightning.core.modes import CUDAGraphMode
+from cg_lightning.stage.call_key import describe_call
+from cg_lightning.stage.graphed_call import GraphedCall, GraphSettings
+from cg_lightning.stage.interception import Interception
+
+
+class PiecewiseTarget:
+    """Intercepts one submodule, and runs its calls from graphs.
+
+    A call has a key of its own, made of its arguments: they may differ in shape for batches that do not. Like a step it
+    runs eagerly until its key is warm. Outside a step, in mode NONE, under gradients and inside a capture it is eager.
+
+    Args:
+        path: Dotted path of the submodule; empty for the LightningModule itself.
+        module: The submodule.
+        warmup_steps: Eager runs of a key before its capture.
+        settings: What all graphs of one run share.
+    """
+
+    def __init__(self, path: str, module: nn.Module, warmup_steps: int, settings: GraphSettings) -> None:
+        self.path = path
+        self.module = module
+        self.reasons: dict[BatchDescriptor | None, str] = {}
+        """Why the calls of a key run eagerly; None stands for all that have no key."""
+        self._warmup_steps = warmup_steps
+        self._settings = settings
+        self._sights: Counter[BatchDescriptor] = Counter()
+        self._graphed = GraphedCall(path or "forward", self._invoke, CUDAGraphMode.PIECEWISE, settings)
+        self._interception: Interception | None = None
+
+    def note_sights(self, descriptors: Iterable[BatchDescriptor], sights: int) -> None:
+        """Notes how often calls with these keys ran before they were intercepted."""
+        for descriptor in descriptors:
+            self._sights[descriptor] = max(self._sights[descriptor], sights)
+
+    def install(self) -> None:
+        """Intercepts the submodule from now on; idempotent."""
+        if self._interception is None:
+            self._interception = Interception(self.module, call=self._call)
+
+    def remove(self) -> None:
+        """Leaves no trace in the submodule; its graphs are kept for the next stage."""
+        if self._interception is not None:
+            self._interception.remove()
+            self._interception = None
+
+    def _original(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._interception is not None
+        return self._interception.call_original(*args, **kwargs)
+
+    def _invoke(self, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+        args, kwargs = arguments
+        return self._original(*args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        context = current_forward_context()
+        if context is None or context.calls is None or context.batch_descriptor is None or torch.is_grad_enabled():
+            return self._original(*args, **kwargs)
+        if context.cudagraph_runtime_mode is CUDAGraphMode.FULL or self._settings.backend.is_capturing():
+            return self._original(*args, **kwargs)
+        try:
+            descriptor, leaves = describe_call(self.module, context.next_call(self), context.batch_descriptor, args, kwargs)
+        except UnkeyableBatchError as error:
+            self.reasons[None] = f"{self.path}: {error}"
+            return self._original(*args, **kwargs)
+        warm = self._sights[descriptor] >= self._warmup_steps
+        if context.cudagraph_runtime_mode is CUDAGraphMode.NONE or not warm:
+            self._sights[descriptor] += 1
+            return self._original(*args, **kwargs)
+        if descriptor in self.reasons:
+            return self._original(*args, **kwargs)
+        try:
+            return self._graphed(descriptor, (args, kwargs), leaves)
+        except (CaptureError, UnkeyableBatchError) as error:
+            self.reasons[descriptor] = f"{self.path}: {error}"
+            return self._original(*args, **kwargs)

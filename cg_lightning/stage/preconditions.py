@@ -1,0 +1,32 @@
+"""What has to hold before the first batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+_RESHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+
+
+def why_inert(trainer: Trainer) -> str:
+    """Gives the reason why nothing can run from graphs under this Trainer; empty where it can."""
+    if isinstance(trainer.strategy, _RESHARDING):
+        return f"{type(trainer.strategy).__name__} moves parameters between steps, so graphs would read stale memory"
+    return ""
+
+
+def check_not_graphed_already(module: LightningModule) -> None:
+    """Raises:
+    ValueError: The LightningModule was compiled with a mode that uses CUDA graphs itself.
+    """
+    context: dict[str, Any] | None = getattr(module, "_compiler_ctx", None)
+    if context is None:
+        return
+    config = getattr(context.get("dynamo_ctx"), "compiler_config", None) or {}
+    if config.get("triton.cudagraphs"):
+        raise ValueError(
+            f"{type(module).__name__} was compiled by torch.compile with CUDA graphs of its own (mode='reduce-overhead' or "
+            f"'max-autotune'). Compile it with mode='default' or 'max-autotune-no-cudagraphs', or remove CUDAGraphCallback."
+        )

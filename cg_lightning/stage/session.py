@@ -1,0 +1,182 @@
+"""What is known of one module while a Trainer runs it: decisions, graphs and counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+from collections import Counter
+
+from torch import nn
+
+from cg_lightning.backends import GraphBackend
+from cg_lightning.core.descriptor import BatchDescriptor
+from cg_lightning.core.dispatcher import CUDAGraphDispatcher, Dispatch
+from cg_lightning.core.legality import Cause
+from cg_lightning.core.modes import CUDAGraphMode
+from cg_lightning.core.wrapper import CUDAGraphOptions
+from cg_lightning.stage.graph_budget import GraphBudget
+from cg_lightning.stage.graphed_call import GraphSettings
+from cg_lightning.stage.module_state import Change, ModuleState
+from cg_lightning.stage.observation import Observation, Observer
+from cg_lightning.stage.piecewise import PiecewiseTarget
+from cg_lightning.stage.stats import CUDAGraphStats
+from cg_lightning.stage.targets import match_targets
+
+WARM_UP = "warm-up"
+_EFFECTS = {"log": Cause.LOGGED, "log_dict": Cause.LOGGED}
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionSettings:
+    """The callback's arguments that concern the steps."""
+
+    mode: CUDAGraphMode
+    targets: tuple[str, ...] | None
+    warmup_steps: int
+    copy_outputs: bool
+    max_graphs: int
+    strict: bool
+    options: CUDAGraphOptions
+
+
+class Session:
+    """Decides for each key in which mode its steps run, and holds what they share.
+
+    A key is decided once it is warm. It is decided anew when submodules or parameters were replaced; when they only lie
+    elsewhere, its graphs are captured anew.
+    """
+
+    def __init__(self, module: nn.Module, backend: GraphBackend, settings: SessionSettings, stats: CUDAGraphStats) -> None:
+        self.backend = backend
+        self.settings = settings
+        self.stats = stats
+        self.budget = GraphBudget(settings.max_graphs)
+        self.module = module
+        self.state = ModuleState(module)
+        self.observer = Observer(module, backend.device.type, _EFFECTS)
+        collect_once = functools.cache(gc.collect)
+        self.graph_settings = GraphSettings(
+            backend,
+            settings.options,
+            settings.copy_outputs,
+            self.budget,
+            stats,
+            self.state.storage_addresses,
+            (lambda: None) if settings.options.gc_disable else collect_once,
+        )
+        self._installed = False
+        self._piecewise: dict[int, PiecewiseTarget] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        for target in self._piecewise.values():
+            target.remove()
+        self._piecewise = {}
+        self._dispatcher = CUDAGraphDispatcher()
+        self._sights: Counter[BatchDescriptor] = Counter()
+        self._observations: dict[BatchDescriptor, Observation] = {}
+
+    def install(self) -> None:
+        """Intercepts the submodules that run from graphs, as far as they are known."""
+        self._installed = True
+        if self.settings.mode.has_piecewise_cudagraphs() and self.settings.targets is not None:
+            self._add_targets(match_targets(self.module, self.settings.targets)[0], None, 0)
+        for target in self._piecewise.values():
+            target.install()
+
+    def remove(self) -> None:
+        """Leaves no trace in any submodule. Graphs are kept for the next stage."""
+        self._installed = False
+        for target in self._piecewise.values():
+            target.remove()
+
+    def close(self) -> None:
+        """Drops every graph."""
+        self.remove()
+        self.budget.drop_all()
+        self._forget()
+
+    def begin_step(self) -> None:
+        """Looks whether the module is still what the graphs were captured of."""
+        self.budget.step += 1
+        change = self.state.look()
+        if change is not Change.NOTHING:
+            self.budget.drop_all()
+        if change is Change.REPLACED:
+            self._forget()
+            self.install()
+
+    def dispatch(self, descriptor: BatchDescriptor) -> Dispatch:
+        """Gives the mode of a step whose key is decided, else NONE with the reason ``warm-up``."""
+        if not self._dispatcher.knows(descriptor):
+            if not self._is_warm(descriptor):
+                return Dispatch(CUDAGraphMode.NONE, descriptor, WARM_UP)
+            self._decide(descriptor)
+        return self._dispatcher.dispatch(descriptor)
+
+    def wants_observation(self, descriptor: BatchDescriptor) -> bool:
+        """Whether the next warm-up step of this key should be watched."""
+        seen = self._observations.get(descriptor)
+        return seen is None or seen.may_settle
+
+    def warmed_up(self, descriptor: BatchDescriptor, observation: Observation | None) -> None:
+        """Notes an eager step of a key that is not decided yet."""
+        self._sights[descriptor] += 1
+        if observation is None:
+            return
+        self._observations[descriptor] = observation
+        mode = self.settings.mode
+        runs_full = mode.has_full_cudagraphs() and not observation.findings
+        if mode.has_piecewise_cudagraphs() and self.settings.targets is None and not runs_full:
+            self._add_targets(observation.largest_capturable(), observation, self._sights[descriptor])
+
+    def refuse_full(self, descriptor: BatchDescriptor, reason: str) -> None:
+        """Runs the key lower from now on."""
+        self._dispatcher.refuse(CUDAGraphMode.FULL, descriptor, reason)
+        if self.settings.mode.has_piecewise_cudagraphs():
+            self._decide_piecewise(descriptor, reason)
+
+    def why_no_graph(self) -> str:
+        """Why a step in mode PIECEWISE ran no graph."""
+        reasons = {reason: None for target in self._piecewise.values() for reason in target.reasons.values()}
+        return "; ".join(reasons) or "no target was called with a warm key"
+
+    def _is_warm(self, descriptor: BatchDescriptor) -> bool:
+        searches_targets = self.settings.targets is None and self.settings.mode.has_piecewise_cudagraphs()
+        if searches_targets and descriptor not in self._observations:
+            return False
+        return self._sights[descriptor] >= self.settings.warmup_steps
+
+    def _decide(self, descriptor: BatchDescriptor) -> None:
+        mode = self.settings.mode
+        observation = self._observations.get(descriptor)
+        findings = observation.findings if observation is not None else []
+        if mode.has_full_cudagraphs() and not findings:
+            self._dispatcher.add_cudagraph_key(CUDAGraphMode.FULL, descriptor)
+        elif mode.has_piecewise_cudagraphs():
+            self._decide_piecewise(descriptor, str(findings[0]) if findings else "")
+        else:
+            self._dispatcher.refuse(CUDAGraphMode.FULL, descriptor, str(findings[0]))
+
+    def _decide_piecewise(self, descriptor: BatchDescriptor, reason: str) -> None:
+        observation = self._observations.get(descriptor)
+        if observation is not None and self.settings.targets is None:
+            targets = observation.largest_capturable()
+            self._add_targets(targets, observation, self._sights[descriptor])
+            if not targets:
+                why = reason or "the step calls no submodule that has parameters"
+                self._dispatcher.refuse(CUDAGraphMode.PIECEWISE, descriptor, why)
+                return
+        self._dispatcher.add_cudagraph_key(CUDAGraphMode.PIECEWISE, descriptor, reason)
+
+    def _add_targets(self, targets: dict[str, nn.Module], observation: Observation | None, sights: int) -> None:
+        for path, module in targets.items():
+            target = self._piecewise.get(id(module))
+            if target is None:
+                target = PiecewiseTarget(path, module, self.settings.warmup_steps, self.graph_settings)
+                self._piecewise[id(module)] = target
+            if observation is not None:
+                target.note_sights(observation.keys_of_calls(module), sights)
+            if self._installed:
+                target.install()

@@ -1,0 +1,1 @@
+"""Configuration files; makes ``pkg://cg_lightning.conf`` a Hydra search path."""
