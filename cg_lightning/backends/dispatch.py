@@ -18,18 +18,19 @@ _include_or_exclude = getattr(torch._C, "_SetExcludeDispatchKeyGuard", None)
 
 
 @functools.cache
-def _is_cast_by_autocast(function: OpOverload, device_type: str) -> bool:
-    """Whether autocast casts the arguments of this very operation, rather than of what it calls."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), f"Autocast{device_type.upper()}")
+def _has_kernel(function: OpOverload, key: str) -> bool:
+    """Whether a dispatch key does something of its own for this very operation, rather than for what it calls."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), key)
 
 
 class EagerDispatchMode(TorchDispatchMode):
     """Base of our dispatch modes: operations called through :meth:`call` take the way that they take in eager.
 
-    Under inference mode composite operations (lstm, einsum) arrive whole, with the dispatch keys ADInplaceOrView and
-    Autocast excluded for all that they call: views of parameters made inside no longer require grad, by which ``matmul``
-    chooses its kernel, and inner operations are not cast. So both are included again. Whether autocast is on cannot be
-    asked inside ``__torch_dispatch__``, where its key is always excluded; so it is watched from outside.
+    Composite operations that arrive whole (lstm and einsum under inference mode, the encoder layer's fast path always) do
+    so with the dispatch keys ADInplaceOrView and Autocast excluded for all that they call: views of parameters made inside
+    no longer require grad, by which ``matmul`` chooses its kernel, and inner operations are not cast. So both keys are
+    included again, but for operations that they have already handled. Whether autocast is on cannot be asked inside
+    ``__torch_dispatch__``, where its key is always excluded; so it is watched from outside.
     """
 
     def __init__(self, device_type: str) -> None:
@@ -53,14 +54,15 @@ class EagerDispatchMode(TorchDispatchMode):
 
     def casts_inside(self, function: OpOverload) -> bool:
         """Whether autocast is on for what ``function`` calls; where it casts ``function`` itself, it did so already."""
-        return self._autocast and not _is_cast_by_autocast(function, self.device_type)
+        return self._autocast and not _has_kernel(function, f"Autocast{self.device_type.upper()}")
 
     def call(self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls ``function`` from inside ``__torch_dispatch__``."""
-        if _include_or_exclude is None or not torch.is_inference_mode_enabled():
+        if _include_or_exclude is None:
             return function(*args, **kwargs)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_include_or_exclude(torch._C.DispatchKey.ADInplaceOrView, False))
+            if torch.is_inference_mode_enabled() and not _has_kernel(function, "ADInplaceOrView"):
+                stack.enter_context(_include_or_exclude(torch._C.DispatchKey.ADInplaceOrView, False))
             if self.casts_inside(function):
                 key = getattr(torch._C.DispatchKey, f"Autocast{self.device_type.upper()}")
                 stack.enter_context(_include_or_exclude(key, False))

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from cg_lightning.backends.dispatch import EagerDispatchMode
 from cg_lightning.backends.guards import CAPTURE_LOCK, autocast_cache_off, garbage_collection_paused
 from cg_lightning.core.errors import CaptureError, IllegalOperationError
-from cg_lightning.core.legality import find_illegal
+from cg_lightning.core.legality import Cause, find_illegal
 
 _Autocast = tuple[bool, torch.dtype | None]
 
@@ -94,7 +94,7 @@ class _Recorder(EagerDispatchMode):
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if (cause := find_illegal(func, args, kwargs)) is not None:
+        if (cause := find_illegal(func, args, kwargs, self.device_type)) is not None:
             raise IllegalOperationError(f"{func._schema.name} cannot be captured in a CUDA graph: {cause.value}")
         inputs = _tensors(args, kwargs)
         if _may_write(func):
@@ -158,23 +158,34 @@ class RecordedGraph:
                         fixed.copy_(fresh)
 
 
-def _refused(name: str) -> Callable[..., Any]:
-    original = getattr(Tensor, name)
+def _refused(owner: Any, name: str, cause: Cause, unless: Callable[..., bool] | None = None) -> Callable[..., Any]:
+    original = getattr(owner, name)
 
-    def method(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def function(*args: Any, **kwargs: Any) -> Any:
         if getattr(_recording, "recorder", None) is None:  # another thread
-            return original(tensor, *args, **kwargs)
-        raise IllegalOperationError(f"Tensor.{name} cannot be captured in a CUDA graph: host sync")
+            return original(*args, **kwargs)
+        if unless is not None and unless(*args, **kwargs):
+            return original(*args, **kwargs)
+        raise IllegalOperationError(f"{owner.__name__}.{name} cannot be captured in a CUDA graph: {cause.value}")
 
-    return method
+    return function
+
+
+def _stays_on_the_host(*_: Any, device: Any = None, **__: Any) -> bool:
+    return device is None
 
 
 @contextlib.contextmanager
-def _host_reads_refused() -> Iterator[None]:
-    """Refuses what never reaches the dispatcher on a CPU tensor, and would be a host sync on a GPU."""
+def _invisible_illegal_calls_refused() -> Iterator[None]:
+    """Refuses what the dispatcher does not see, or not as what it would be on a GPU."""
+    reads = [(Tensor, name, _refused(Tensor, name, Cause.HOST_SYNC)) for name in ("tolist", "numpy", "__array__", "cpu")]
+    makers = [
+        (torch, name, _refused(torch, name, Cause.TENSOR_FROM_PYTHON, _stays_on_the_host)) for name in ("tensor", "as_tensor")
+    ]
+    new_tensor = (Tensor, "new_tensor", _refused(Tensor, "new_tensor", Cause.TENSOR_FROM_PYTHON))
     with contextlib.ExitStack() as stack:
-        for name in ("tolist", "numpy", "__array__", "cpu"):
-            stack.enter_context(patch.object(Tensor, name, _refused(name)))
+        for owner, name, function in [*reads, *makers, new_tensor]:
+            stack.enter_context(patch.object(owner, name, function))
         yield
 
 
@@ -204,7 +215,7 @@ class RecorderBackend:
         del capture_error_mode
         recorder = _Recorder(self.device)
         random_state = torch.get_rng_state()
-        with CAPTURE_LOCK, garbage_collection_paused(collect_garbage), autocast_cache_off(), _host_reads_refused():
+        with CAPTURE_LOCK, garbage_collection_paused(collect_garbage), autocast_cache_off(), _invisible_illegal_calls_refused():
             _recording.recorder = recorder
             try:
                 with recorder.watching():

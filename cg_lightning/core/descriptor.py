@@ -46,7 +46,7 @@ class BatchDescriptor:
         object.__setattr__(self, "_hash", hash(key))  # looked up several times a step
 
     def __hash__(self) -> int:
-        return self._hash  # type: ignore[attr-defined]
+        return self._hash  # type: ignore[attr-defined, no-any-return]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BatchDescriptor):

@@ -46,7 +46,6 @@ _ILLEGAL: dict[str, Cause] = {
         *("linalg_svd", "linalg_svdvals", "svd", "linalg_lstsq", "linalg_pinv", "pinverse", "linalg_matrix_rank"),
         *("linalg_cond", "linalg_tensorinv", "linalg_tensorsolve", "cholesky_inverse", "linalg_matrix_power"),
     ),
-    **_table(Cause.TENSOR_FROM_PYTHON, "lift_fresh"),
 }
 _COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
 
@@ -63,24 +62,38 @@ def _illegal_index_put(args: Sequence[Any]) -> bool:
     return _reads_a_mask(indices) and not masked_fill
 
 
-def _crosses_devices(name: str, args: Sequence[Any], kwargs: dict[str, Any], result_device: torch.device | None) -> bool:
+def _crosses_devices(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     if name in ("aten::copy_", "aten::copy"):
         return bool(args[0].device.type != args[1].device.type)
     if name in ("aten::_to_copy", "aten::to"):
-        target = kwargs.get("device", result_device)
+        target = kwargs.get("device")
         target = next((arg for arg in args[1:] if isinstance(arg, torch.device)), target)
         return target is not None and bool(torch.device(target).type != args[0].device.type)
     return False
 
 
-def find_illegal(function: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Cause | None:
-    """Says why a CUDA graph cannot hold this call of a dispatched operation; None where it can."""
+def _made_from_python(tensor: Tensor, device_type: str) -> bool:
+    """Whether values were copied to where the graphs run; a CPU scalar is an argument of the kernels that take it."""
+    return tensor.device.type == device_type and (device_type != "cpu" or tensor.dim() > 0)
+
+
+def find_illegal(function: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], device_type: str) -> Cause | None:
+    """Says why a CUDA graph cannot hold this call of a dispatched operation; None where it can.
+
+    Args:
+        function: The operation.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        device_type: Where the graphs run.
+    """
     name = function._schema.name
     cause = _ILLEGAL.get(name)
     if cause is not None:
         return cause
     if function.namespace in _COLLECTIVES:
         return Cause.COLLECTIVE
+    if name == "aten::lift_fresh":
+        return Cause.TENSOR_FROM_PYTHON if _made_from_python(args[0], device_type) else None
     if name == "aten::repeat_interleave":
         by_tensor = function._overloadname in ("Tensor", "self_Tensor")
         return Cause.DATA_DEPENDENT_SHAPE if by_tensor and kwargs.get("output_size") is None else None
@@ -90,6 +103,6 @@ def find_illegal(function: OpOverload, args: Sequence[Any], kwargs: dict[str, An
         return Cause.DATA_DEPENDENT_SHAPE
     if name == "aten::one_hot" and (len(args) < 2 or args[1] == -1):
         return Cause.HOST_SYNC
-    if _crosses_devices(name, args, kwargs, None):
+    if _crosses_devices(name, args, kwargs):
         return Cause.CROSS_DEVICE_COPY
     return None

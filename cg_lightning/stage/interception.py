@@ -63,12 +63,23 @@ def _deepcopy(module: nn.Module, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(module, memo)
 
 
+def _forwarding_metaclass(plain: type) -> type:
+    """A metaclass for a class that passes on what is assigned to it: ``type(self).counter += 1`` in a step is meant for
+    the user's class.
+    """
+
+    def assign(_: type, name: str, value: Any) -> None:
+        setattr(plain, name, value)
+
+    return type("InterceptedType", (type(plain),), {"__setattr__": assign})
+
+
 class Interception:
     """Swaps the class of one module object for a subclass whose methods are handlers.
 
     Parametrizations and FSDP2 of PyTorch do the same. The module keeps its ``__dict__``, its children and its
     ``isinstance``; pickles and deep copies are made as of the plain class, so they run their own weights. Interceptions of
-    one module nest, and are removed in reverse order.
+    one module nest, and are removed in any order.
 
     Args:
         module: The module.
@@ -87,7 +98,7 @@ class Interception:
             "__doc__": plain.__doc__,
             "__class__": property(plain_class, _set_class),  # pickle compares it with the class it writes
             "__reduce_ex__": _reduce_ex,
-            "_cg_lightning_interception": True,
+            "_cg_lightning_interception": self,
         }
         if hasattr(plain, "__deepcopy__"):
             namespace["__deepcopy__"] = _deepcopy
@@ -96,8 +107,10 @@ class Interception:
         for name, handler in (methods or {}).items():
             namespace[name] = _InterceptedMethod(name, handler)
         # a class made as a direct subclass would run the user's __init_subclass__, which may register it
-        ours = types.new_class(plain.__name__, (nn.Module,), {"metaclass": type(original)}, lambda ns: ns.update(namespace))
-        ours.__bases__ = (original,)
+        ours = types.new_class(
+            plain.__name__, (nn.Module,), {"metaclass": _forwarding_metaclass(plain)}, lambda ns: ns.update(namespace)
+        )
+        type.__setattr__(ours, "__bases__", (original,))
         self._ours = ours
         _set_class(module, ours)
 
@@ -107,5 +120,13 @@ class Interception:
 
     def remove(self) -> None:
         """Puts back the class; idempotent. A class that somebody else has since put in its place stays."""
-        if type(self._module) is self._ours:
+        current = type(self._module)
+        if current is self._ours:
             _set_class(self._module, self._original)
+            return
+        while (above := current.__dict__.get("_cg_lightning_interception")) is not None:
+            if above._original is self._ours:
+                above._original = self._original
+                type.__setattr__(current, "__bases__", (self._original,))
+                return
+            current = above._original

@@ -134,7 +134,7 @@ class _Watch(EagerDispatchMode):
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if (cause := find_illegal(func, args, kwargs)) is not None:
+        if (cause := find_illegal(func, args, kwargs, self.device_type)) is not None:
             self.add(cause, func._schema.name)
         if func._schema.is_mutable:
             self._find_mutated_inputs(func, args, kwargs)

@@ -1,0 +1,111 @@
+"""Runs the same thing with and without the callback, and compares."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from cg_lightning import CUDAGraphCallback
+from cg_lightning.core.tree import flatten
+
+Job = Callable[[Trainer, LightningModule], Any]
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Equal in structure, types and every bit; NaN equals NaN."""
+    leaves, structure = flatten(one)
+    others, other_structure = flatten(other)
+    assert structure == other_structure
+    for leaf, other_leaf in zip(leaves, others, strict=True):
+        if isinstance(leaf, Tensor):
+            torch.testing.assert_close(leaf, other_leaf, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert leaf == other_leaf
+
+
+class KeepOutputs(Callback):
+    """Keeps every output of every step, as a user might, without copying."""
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, *_: Any) -> None:
+        self.kept.append(outputs)
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+
+class Harness:
+    """Trainers on one backend."""
+
+    def __init__(self, backend: str, folder: Path) -> None:
+        self.backend = backend
+        self._folder = folder
+
+    def callback(self, **settings: Any) -> CUDAGraphCallback:
+        return CUDAGraphCallback(**{"backend": self.backend, "report": False, **settings})
+
+    def trainer(self, *callbacks: Callback, **settings: Any) -> Trainer:
+        defaults: dict[str, Any] = {
+            "accelerator": "gpu" if self.backend == "cuda" else "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "max_epochs": 2,
+            "default_root_dir": self._folder,
+            "deterministic": "warn" if self.backend == "cuda" else False,
+        }
+        return Trainer(callbacks=list(callbacks), **{**defaults, **settings})
+
+    def compare(
+        self, model: LightningModule, job: Job, callback: CUDAGraphCallback | None = None, **trainer_settings: Any
+    ) -> CUDAGraphCallback:
+        """Runs ``job`` on ``model`` and on an untouched copy without the callback; all that users see must be equal."""
+        callback = callback or self.callback()
+        reference = copy.deepcopy(model)
+        seen = []
+        for module, extra in ((model, [callback]), (reference, [])):
+            torch.manual_seed(1)
+            kept = KeepOutputs()
+            trainer = self.trainer(*extra, kept, **trainer_settings)
+            result = job(trainer, module)
+            seen.append((result, kept.kept, dict(trainer.callback_metrics), dict(module.state_dict())))
+        assert_same(*seen)
+        return callback
+
+
+def validate(loaders: DataLoader | Sequence[DataLoader]) -> Job:
+    return lambda trainer, module: trainer.validate(module, loaders, verbose=False)
+
+
+def predict(loaders: DataLoader | Sequence[DataLoader]) -> Job:
+    return lambda trainer, module: trainer.predict(module, loaders)
+
+
+def loader(*tensors: Tensor, batch_size: int = 4, **settings: Any) -> DataLoader:
+    """A loader of tuples of tensors; the last batch may be partial."""
+    return DataLoader(torch.utils.data.TensorDataset(*tensors), batch_size=batch_size, **settings)
+
+
+def images(number: int = 20, batch_size: int = 4) -> DataLoader:
+    """Images of shape ``(batch, 1, 8, 8)`` and labels."""
+    generator = torch.Generator().manual_seed(5)
+    return loader(
+        torch.randn(number, 1, 8, 8, generator=generator),
+        torch.randint(0, 10, (number,), generator=generator),
+        batch_size=batch_size,
+    )
+
+
+def features(number: int = 20, batch_size: int = 4, size: int = 8) -> DataLoader:
+    """Tuples of one tensor of shape ``(batch, size)``."""
+    return loader(torch.randn(number, size, generator=torch.Generator().manual_seed(5)), batch_size=batch_size)

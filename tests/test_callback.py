@@ -1,0 +1,459 @@
+"""What the callback puts on a module, when it takes it off, and what it tells."""
+
+import contextlib
+import copy
+import io
+import json
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from cg_lightning import CaptureError, CUDAGraphCallback
+from tests.conftest import modules_with_a_trace
+from tests.harness import assert_same, features, images, predict, validate
+from tests.models import Body, ConvNetClassifier, Predictor
+
+
+class Looks(Callback):
+    """Looks at the module from another callback, at every batch."""
+
+    def __init__(self, look: Any) -> None:
+        self.look = look
+        self.seen: list[Any] = []
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, *_: Any) -> None:
+        self.seen.append(self.look(pl_module))
+
+    on_predict_batch_end = on_validation_batch_end
+
+
+def test_counts_add_up(harness):
+    """Hazard 21: that it engaged is a fact that one can assert."""
+    callback = harness.callback(warmup_steps=2)
+    harness.compare(Predictor(Body()), predict(features(26)), callback)
+    stats = callback.stats
+    assert stats.captures == 1
+    assert stats.replays == stats.steps["PIECEWISE"] == 7 - 1 - 2  # batches, less the partial one, less warm-up
+    assert stats.steps["NONE"] == stats.eager == sum(stats.eager_reasons.values()) == 3
+    assert stats.eager_reasons == {"warm-up": 3}
+    (entry,) = stats.entries
+    assert (entry.stage, entry.mode, entry.target, entry.shapes) == ("predict", "PIECEWISE", "net", "4x8")
+    assert (entry.captures, entry.replays) == (1, 4)
+    assert stats.capture_seconds == entry.seconds > 0
+    assert stats.graph_bytes == entry.bytes > 0
+    assert json.loads(json.dumps(stats.to_dict()))["replays"] == 4
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1, 3, 5])
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL", "FULL_AND_PIECEWISE"])
+def test_warm_up_is_the_first_batches_and_nothing_runs_twice(harness, mode, warmup_steps):
+    class Counts(Predictor):
+        ran = 0
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            type(self).ran += 1
+            return self.net(batch[0])
+
+    callback = harness.callback(mode=mode, warmup_steps=warmup_steps)
+    model = Counts(Body())
+    harness.trainer(callback).predict(model, features(32))
+    eager = warmup_steps if mode == "FULL" else max(warmup_steps, 1)  # one, to find the targets
+    assert callback.stats.replays == 8 - eager
+    assert callback.stats.eager == eager
+    assert Counts.ran == (8 if mode == "PIECEWISE" else eager + 1)
+
+
+def test_targets_are_patterns_of_names(harness):
+    callback = harness.callback(targets=["net.[02]"], warmup_steps=0)
+    harness.compare(Predictor(Body()), predict(features()), callback)
+    assert [entry.target for entry in callback.stats.entries] == ["net.0", "net.2"]
+    assert callback.stats.replays == 2 * 5
+
+
+def test_the_largest_submodules_are_found_and_metrics_are_left_alone(harness):
+    callback = harness.callback(warmup_steps=1)
+    harness.compare(ConvNetClassifier(4), validate(images()), callback)
+    assert [entry.target for entry in callback.stats.entries] == ["forward"]
+
+    class MetricInside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+            self.accuracy = MulticlassAccuracy(4)
+
+        def forward(self, x):
+            logits = self.head(self.trunk(x))
+            self.accuracy.update(logits, logits.argmax(1))
+            return logits * self.accuracy.update_count
+
+    callback = harness.callback(warmup_steps=1)
+    harness.compare(Predictor(MetricInside()), predict(features()), callback)
+    assert [entry.target for entry in callback.stats.entries] == ["net.trunk", "net.head"]
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_forward_hooks_fire_as_often_as_in_eager(harness, hook):
+    """Hazard 20."""
+    fired = []
+    model = Predictor(Body())
+    handle = getattr(model.net[0], hook)(lambda *args: fired.append(1) and None)
+    callback = harness.callback(warmup_steps=1)
+    harness.trainer(callback).predict(model, features())
+    handle.remove()
+    assert len(fired) == 5
+    assert [entry.target for entry in callback.stats.entries] == ["net.2"]
+
+
+def test_python_state_keeps_moving(harness):
+    """Hazard 6."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count = 0
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            self.count += 1
+            return self.linear(x) * self.count
+
+    model = Predictor(Counts())
+    for mode in ("PIECEWISE", "FULL", "FULL_AND_PIECEWISE"):
+        model.net.count = 0
+        callback = harness.callback(mode=mode, warmup_steps=1)
+        harness.compare(model, predict(features()), callback)
+        assert model.net.count == 5
+        assert callback.stats.steps["FULL"] == 0
+
+
+def test_a_cache_that_the_first_step_builds_is_no_obstacle(harness):
+    """Hazard 28."""
+
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.mask = None
+
+        def forward(self, x):
+            if self.mask is None or self.mask.shape != x.shape:
+                self.mask = torch.ones_like(x).triu()
+            return self.linear(x) * self.mask
+
+    callback = harness.callback(warmup_steps=2)
+    harness.compare(Predictor(Lazy()), predict(features(24)), callback)
+    assert "net" in {entry.target for entry in callback.stats.entries}
+
+
+def test_what_cannot_be_captured_runs_eagerly_and_says_which_line(harness):
+    class Syncs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = Body(), nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = self.body(x)
+            return self.head(x) * x.mean().item()
+
+    model = Predictor(Syncs())
+    callback = harness.callback(warmup_steps=1)
+    harness.compare(model, predict(features()), callback)
+    assert {entry.target for entry in callback.stats.entries} == {"net.body", "net.head"}
+    callback = harness.callback(mode="FULL", warmup_steps=1)
+    harness.compare(model, predict(features()), callback)
+    (reason,) = (reason for reason in callback.stats.eager_reasons if reason != "warm-up")
+    assert reason.startswith("host sync: aten::")
+    assert "in net (" in reason
+    assert f"{__file__}:" in reason
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1])
+def test_a_failed_capture_is_eager_for_good(harness, warmup_steps):
+    """Hazards 17 and 22: a target that the user named, and a step that was never watched."""
+
+    class Syncs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.linear(x)[x[:, 0] > 0]
+
+    for settings in ({"targets": ["net"]}, {"mode": "FULL"}):
+        callback = harness.callback(warmup_steps=warmup_steps, **settings)
+        harness.compare(Predictor(Syncs()), predict(features()), callback)
+        assert callback.stats.captures == callback.stats.replays == 0
+        assert callback.stats.eager == 5
+        assert sum(callback.stats.eager_reasons.values()) == 5
+
+
+def test_the_module_looks_untouched_in_the_middle_of_a_stage(harness):
+    def look(module):
+        file = io.BytesIO()
+        torch.save(module, file)
+        file.seek(0)
+        copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(file, weights_only=False)]
+        x = torch.ones(2, 8, device=module.device)
+        outputs = []
+        for other in copies:
+            assert type(other) is Predictor
+            assert type(other.net) is nn.Sequential
+            with torch.no_grad():
+                for parameter in other.parameters():
+                    parameter.mul_(2)
+            outputs.append(other.net(x))
+        assert isinstance(module, Predictor)
+        return list(module.state_dict()), sorted(vars(module)), sorted(vars(module.net)), outputs
+
+    seen = []
+    model = Predictor(Body())
+    for extra in ([harness.callback(warmup_steps=1)], []):
+        looks = Looks(look)
+        harness.trainer(*extra, looks).predict(copy.deepcopy(model), features())
+        seen.append(looks.seen)
+    assert_same(*seen)
+
+
+def test_checkpoints_are_the_same(harness, tmp_path):
+    saved = []
+    model = ConvNetClassifier(4)
+    for name in ("with", "without"):
+        torch.manual_seed(0)
+        checkpoint = ModelCheckpoint(tmp_path / name, monitor="val_loss", save_last=True)
+        extra = [harness.callback(warmup_steps=1)] if name == "with" else []
+        trainer = harness.trainer(checkpoint, *extra, enable_checkpointing=True)
+        trainer.fit(copy.deepcopy(model), images(), images())
+        last = torch.load(tmp_path / name / "last.ckpt", weights_only=False)
+        saved.append((last["state_dict"], sorted(last), [key for key in last["callbacks"] if "CUDAGraph" in key]))
+    assert_same(*saved)
+
+
+class BoomError(RuntimeError):
+    pass
+
+
+EXITS = ["on_validation_start", "on_validation_batch_start", "validation_step", "on_validation_batch_end", "val_dataloader"]
+
+
+@pytest.mark.parametrize("error", [BoomError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", [0, 2, 4])
+@pytest.mark.parametrize("place", EXITS)
+def test_every_exit_restores_the_module(harness, place, at, error):
+    """Hazard 29."""
+    calls = []
+
+    def fail() -> None:
+        calls.append(1)
+        if len(calls) == (1 if place == "on_validation_start" else at + 1):
+            raise error("boom")
+
+    class Fails(Predictor):
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            if place == "validation_step":
+                fail()
+            return super().validation_step(batch, batch_idx)
+
+    class Data(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 24
+
+        def __getitem__(self, index: int) -> Any:
+            if place == "val_dataloader" and index % 4 == 0:
+                fail()
+            return (torch.full((8,), float(index)),)
+
+    hooks = type("Hooks", (Callback,), {place: lambda *_: fail()} if place.startswith("on_") else {})
+    model, callback = Fails(Body()), harness.callback(warmup_steps=2, targets=["net"])
+    trainer = harness.trainer(callback, hooks())
+    with pytest.raises((error, SystemExit)), contextlib.redirect_stderr(io.StringIO()):
+        trainer.validate(model, torch.utils.data.DataLoader(Data(), batch_size=4), verbose=False)
+    assert modules_with_a_trace() == []
+    model.train()
+    harness.compare(model, lambda t, m: t.fit(m, features(), features()), harness.callback(warmup_steps=1))
+
+
+def test_an_exception_of_the_step_comes_through_unchanged_from_a_capture(harness):
+    class Fails(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx == 1:
+                raise BoomError("mine")
+            return self.net(batch[0])
+
+    with pytest.raises(BoomError, match="mine"):
+        harness.trainer(harness.callback(mode="FULL", warmup_steps=1)).predict(Fails(Body()), features())
+
+
+def test_the_sanity_check_and_other_stages_are_left_alone(harness):
+    callback = harness.callback(stages=["test"], warmup_steps=0)
+    job = lambda t, m: (t.fit(m, images(), images()), t.predict(m, images()))
+    harness.compare(ConvNetClassifier(4), job, callback)
+    assert callback.stats.steps == {"NONE": 0, "PIECEWISE": 0, "FULL": 0}
+    callback = harness.callback(warmup_steps=1)
+    harness.compare(ConvNetClassifier(4), lambda t, m: t.fit(m, images(), images()), callback, num_sanity_val_steps=2)
+    assert sum(callback.stats.steps.values()) == 2 * 5
+
+
+def signature(step: Any) -> type[Predictor]:
+    return type("Signature", (Predictor,), {"predict_step": step})
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda self, batch: self.net(batch[0]),
+        lambda self, batch, batch_idx: self.net(batch[0]) + batch_idx,
+        lambda self, batch, batch_idx, dataloader_idx=0: self.net(batch[0]) + batch_idx + dataloader_idx,
+        lambda self, *args: self.net(args[0][0]) + args[1],
+        lambda self, batch, **_: self.net(batch[0]),
+    ],
+    ids=["batch", "batch_idx", "dataloader_idx", "args", "kwargs"],
+)
+def test_signatures(harness, step):
+    callback = harness.callback(warmup_steps=1)
+    harness.compare(signature(step)(Body()), predict(features()), callback)
+    assert callback.stats.replays == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*dataloader_iter")
+def test_dataloader_iter_is_eager_with_that_reason(harness):
+    class Iterates(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Body()
+
+        def validation_step(self, dataloader_iter: Any) -> Any:
+            batch, _, _ = next(dataloader_iter)
+            return self.net(batch[0])
+
+    callback = harness.callback()
+    harness.compare(Iterates(), validate(features()), callback)
+    (reason,) = callback.stats.eager_reasons
+    assert "dataloader_iter" in reason
+
+
+def test_a_batch_that_cannot_be_keyed_is_eager_with_the_leafs_path(harness):
+    class Odd(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch["x"])
+
+    batches = [{"x": torch.randn(2, 8), "ids": {1, 2}} for _ in range(4)]
+    callback = harness.callback()
+    harness.compare(Odd(Body()), predict(torch.utils.data.DataLoader(batches, batch_size=None)), callback)
+    assert callback.stats.eager_reasons == {"batch['ids'] is a value of type builtins.set, which cannot be part of a key": 4}
+
+
+def test_gradients_in_an_evaluation_step_are_kept(harness):
+    """Hazard 24."""
+
+    class Saliency(Predictor):
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            with torch.enable_grad():
+                x = batch[0].clone().requires_grad_()
+                return torch.autograd.grad(self.net(x).sum(), x)[0] + self.net(batch[0]).detach()
+
+    callback = harness.callback(warmup_steps=1)
+    harness.compare(Saliency(Body()), validate(features()), callback, inference_mode=False)
+    assert callback.stats.replays == 0
+
+
+def test_least_recently_used_graphs_go_first(harness):
+    from tests.test_equivalence import OnTensor, ragged
+
+    callback = harness.callback(max_graphs=2, warmup_steps=1)
+    harness.compare(OnTensor(Body()), predict(ragged([3, 4, 5, 3, 4, 3, 5, 3, 4])), callback)
+    #                                             captured: ^  ^     ^     ^
+    assert callback.stats.captures == 4
+    assert callback.stats.replays == 6
+
+
+def test_one_step_that_needs_more_graphs_than_there_may_be(harness):
+    from tests.test_equivalence import CellLoop, sequences
+
+    callback = harness.callback(max_graphs=3, warmup_steps=1, targets=["net.cell"])
+    harness.compare(Predictor(CellLoop()), predict(sequences()), callback)
+    assert callback.stats.captures == 3  # not anew in every step
+    assert callback.stats.replays == 3 * 4
+
+
+def test_strict_raises_where_a_step_runs_lower_than_asked(harness):
+    class Syncs(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch[0]) * batch[0].sum().item()
+
+    harness.trainer(harness.callback(strict=True, warmup_steps=1)).predict(Syncs(Body()), features())  # net is graphed
+    for settings in ({"mode": "FULL"}, {"targets": ["unused"]}):
+        model = Syncs(Body())
+        model.unused = nn.Linear(1, 1)
+        with pytest.raises(CaptureError, match="strict=False"):
+            harness.trainer(harness.callback(strict=True, warmup_steps=1, **settings)).predict(model, features())
+
+
+def test_a_second_callback_stays_inert_and_says_so(harness):
+    first, second = harness.callback(warmup_steps=1), harness.callback(warmup_steps=1)
+    with pytest.warns(UserWarning, match="another CUDAGraphCallback comes first") as caught:
+        harness.trainer(first, second).predict(Predictor(Body()), features())
+    assert len([w for w in caught if "CUDAGraphCallback" in str(w.message)]) == 1
+    assert first.stats.replays == 4
+    assert second.stats.replays == 0
+
+
+def test_one_callback_given_twice(harness):
+    callback = harness.callback(warmup_steps=1)
+    harness.compare(Predictor(Body()), lambda t, m: t.predict(m, features()), callback)
+    model = Predictor(Body())
+    harness.trainer(callback, callback).predict(model, features())
+    assert callback.stats.replays == 8
+
+
+def test_pickles_and_deepcopies_with_its_counts(harness):
+    callback = harness.callback(mode="FULL", warmup_steps=1)
+    harness.trainer(callback).predict(Predictor(Body()), features())
+    for other in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        assert other.stats.to_dict() == callback.stats.to_dict()
+        harness.compare(Predictor(Body()), predict(features()), other)
+        assert other.stats.replays == callback.stats.replays + 4
+    assert "state_dict" not in vars(CUDAGraphCallback)
+    assert callback.state_dict() == {}
+
+
+def test_copied_in_the_middle_of_a_stage(harness):
+    class Copies(Callback):
+        def on_predict_batch_end(self, trainer, *_: Any) -> None:
+            self.copied = pickle.loads(pickle.dumps(trainer.callbacks[0]))
+
+    copies = Copies()
+    harness.trainer(harness.callback(warmup_steps=1), copies).predict(Predictor(Body()), features())
+    harness.compare(Predictor(Body()), predict(features()), copies.copied)
+
+
+@pytest.mark.parametrize("report", [True, False])
+def test_the_summary_is_printed_once_when_the_trainer_is_done(harness, capsys, report):
+    callback = harness.callback(warmup_steps=1, report=report)
+    harness.trainer(callback).fit(ConvNetClassifier(4), images(), images())
+    printed = capsys.readouterr().out
+    assert printed.count("CUDA graphs (backend:") == int(report)
+    harness.trainer(callback).predict(ConvNetClassifier(4), images())
+    printed = capsys.readouterr().out
+    assert ("predict" in printed) is report
+    assert "validate" not in printed
+    assert "validate" in callback.summary()
+
+
+def test_memory_comes_back(harness, backend):
+    """Hazard 34."""
+    if backend != "cuda":
+        pytest.skip("the recorder has no memory pool")
+    model, callback = Predictor(Body(256)), harness.callback(mode="FULL_AND_PIECEWISE", warmup_steps=1)
+    trainer = harness.trainer(callback)
+    figures = []
+    for _ in range(30):
+        trainer.validate(model, features(12, 4, 256), verbose=False)
+        trainer.predict(model, features(12, 4, 256), return_predictions=False)
+        figures.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert len(set(figures[2:])) == 1, figures

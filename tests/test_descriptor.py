@@ -1,0 +1,207 @@
+import collections
+import copy
+import dataclasses
+import enum
+import itertools
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from cg_lightning import BatchDescriptor, UnkeyableBatchError
+
+describe = BatchDescriptor.from_batch
+Pair = collections.namedtuple("Pair", "left right")
+
+
+class Colour(enum.Enum):
+    RED = 1
+    CRIMSON = "red"
+
+
+@dataclasses.dataclass
+class Record:
+    x: torch.Tensor
+    n: int = 1
+
+
+class Encoding(collections.UserDict):
+    """Like a Hugging Face ``BatchEncoding``."""
+
+
+def make(kind, x):
+    return {
+        "tensor": lambda: x,
+        "tuple": lambda: (x, 1),
+        "list": lambda: [x, {"a": (x[:0].clone(), None)}],
+        "dict": lambda: {"x": x, "k": {"deep": 2.0}},
+        "ordered": lambda: collections.OrderedDict(x=x),
+        "namedtuple": lambda: Pair(x, "s"),
+        "dataclass": lambda: Record(x),
+        "mapping": lambda: Encoding(x=x),
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "list", "dict", "ordered", "namedtuple", "dataclass", "mapping"])
+def test_equal_batches_have_equal_keys_and_other_shapes_do_not(kind):
+    one, same, other = (describe(make(kind, torch.randn(n, 2))) for n in (3, 3, 4))
+    assert one == same
+    assert hash(one) == hash(same)
+    assert one != other
+    assert one.batch_size == 3
+
+
+def test_every_tensor_attribute_counts():
+    base = torch.zeros(2, 4)
+    keys = [
+        describe(x)
+        for x in (
+            base,
+            base.double(),
+            torch.zeros(4, 2).t(),
+            torch.zeros(2, 4, device="meta"),
+            torch.zeros(2, 4, requires_grad=True),
+            torch.zeros(1, 4).expand(2, 4),
+        )
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+def test_plain_values_differ_by_type_and_value():
+    leaves = [True, 1, 1.0, False, 0, 0.0, -0.0, "1", b"1", None, Colour.RED, Colour.CRIMSON, torch.float32]
+    keys = [describe((torch.zeros(1), leaf)) for leaf in leaves]
+    for (a, one), (b, other) in itertools.combinations(zip(leaves, keys, strict=True), 2):
+        assert one != other, (a, b)
+    nan = float("nan")
+    assert describe((nan,)) == describe((float("nan"),))
+
+
+def test_nan_that_is_not_the_same_object():
+    assert describe({"t": float("inf") - float("inf")}) == describe({"t": float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("batch", "path"),
+    [
+        ({"x": [torch.zeros(1), object()]}, "batch['x'][1]"),
+        (Record(torch.zeros(1), {1, 2}), "batch.n"),
+        (Pair(torch.zeros(1), lambda: 0), "batch[1]"),
+        ((torch.zeros(1).to_sparse(),), "batch[0]"),
+        ((torch.zeros(2, dtype=torch.complex64).conj(),), "batch[0]"),
+        ((torch.nested.nested_tensor([torch.zeros(1), torch.zeros(2)]),), "batch[0]"),
+    ],
+)
+def test_a_leaf_that_cannot_be_keyed_is_named(batch, path):
+    with pytest.raises(UnkeyableBatchError) as caught:
+        describe(batch)
+    assert str(caught.value).startswith(path)
+    assert caught.value.path == path
+
+
+def test_shared_storage_is_refused():
+    x = torch.zeros(4)
+    for batch in ((x, x), {"a": x, "b": x[:2]}):
+        with pytest.raises(UnkeyableBatchError, match="shares storage with"):
+            describe(batch)
+    empty = torch.zeros(0)
+    describe((empty, empty.clone()))
+
+
+def test_stage_loader_and_training_flags_count():
+    x = torch.zeros(1)
+    net = nn.Sequential(nn.Dropout(), nn.Linear(1, 1)).eval()
+    base = describe(x, stage="validate", modules=net.modules())
+    assert base != describe(x, stage="test", modules=net.modules())
+    assert base != describe(x, stage="validate", dataloader_idx=1, modules=net.modules())
+    net[0].train()
+    assert base != describe(x, stage="validate", modules=net.modules())
+
+
+def _default_dtype():
+    torch.set_default_dtype(torch.float64)
+    return lambda: torch.set_default_dtype(torch.float32)
+
+
+def _setter(owner, name, value):
+    def change():
+        before = getattr(owner, name)
+        setattr(owner, name, value)
+        return lambda: setattr(owner, name, before)
+
+    return change
+
+
+def _precision():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    return lambda: torch.set_float32_matmul_precision(before)
+
+
+def _deterministic():
+    torch.use_deterministic_algorithms(True)
+    return lambda: torch.use_deterministic_algorithms(False)
+
+
+def _sdp(name):
+    def change():
+        before = getattr(torch.backends.cuda, f"{name}_sdp_enabled")()
+        getattr(torch.backends.cuda, f"enable_{name}_sdp")(not before)
+        return lambda: getattr(torch.backends.cuda, f"enable_{name}_sdp")(before)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(_default_dtype, id="default dtype"),
+        pytest.param(_precision, id="matmul precision"),
+        pytest.param(_deterministic, id="deterministic"),
+        pytest.param(_setter(torch.backends.cudnn, "benchmark", True), id="cudnn.benchmark"),
+        pytest.param(_setter(torch.backends.cudnn, "deterministic", True), id="cudnn.deterministic"),
+        *[pytest.param(_sdp(name), id=name) for name in ("flash", "mem_efficient", "math", "cudnn")],
+    ],
+)
+def test_switches_that_change_kernels_count(change):
+    """Hazard 14."""
+    x = torch.zeros(1)
+    before = describe(x)
+    undo = change()
+    try:
+        assert describe(x) != before
+    finally:
+        undo()
+
+
+def test_grad_inference_and_autocast_count():
+    x = torch.zeros(1)
+    keys = [describe(x)]
+    with torch.no_grad():
+        keys.append(describe(x))
+    with torch.inference_mode():
+        keys.append(describe(x))
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype):
+                keys.append(describe(x))
+    assert len(set(keys)) == len(keys)
+
+
+def test_made_by_hand():
+    assert BatchDescriptor(batch_size=8) == BatchDescriptor(batch_size=8)
+    assert BatchDescriptor(batch_size=8) != BatchDescriptor(batch_size=8, call=1)
+    assert BatchDescriptor(batch_size=8) in {BatchDescriptor(batch_size=8): 1}
+
+
+def test_frozen_and_picklable():
+    key = describe((torch.zeros(2, 3), "a"), stage="test")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        key.stage = "validate"
+    assert pickle.loads(pickle.dumps(key)) == key
+    assert copy.deepcopy(key) == key
+    assert dataclasses.replace(key, call=2).call == 2
+
+
+def test_shapes_for_people():
+    assert describe((torch.zeros(8, 3, 2), torch.zeros(()), "x")).shapes() == "8x3x2, scalar"
+    assert BatchDescriptor(batch_size=8).shapes() == "batch_size=8"

@@ -1,0 +1,87 @@
+"""The user's mistakes: said before the first batch, with what was given and what there is to choose."""
+
+import pytest
+import torch
+from torch import nn
+
+from cg_lightning import CUDAGraphCallback
+from tests.harness import Harness, features
+from tests.models import Body, Predictor
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"mode": "fast"}, ["mode='fast'", "NONE, PIECEWISE, FULL, FULL_AND_PIECEWISE"]),
+        ({"stages": ["validation"]}, ["stages=['validation']", "validate, test, predict"]),
+        ({"stages": "fit"}, ["stages='fit'", "validate, test, predict"]),
+        ({"backend": "rocm"}, ["backend='rocm'", "auto, cuda, recorder"]),
+        ({"warmup_steps": -1}, ["warmup_steps=-1", "at least 0"]),
+        ({"warmup_steps": 1.5}, ["warmup_steps=1.5", "whole number"]),
+        ({"max_graphs": 0}, ["max_graphs=0", "at least 1"]),
+        ({"targets": [3]}, ["targets=[3]", "names"]),
+    ],
+)
+def test_of_the_constructor(settings, parts):
+    with pytest.raises(ValueError, match="=") as caught:
+        CUDAGraphCallback(**settings)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def run(tmp_path, callback, module=None):
+    module = Predictor(Body()) if module is None else module
+    Harness("recorder", tmp_path).trainer(callback).predict(module, features())
+    return module
+
+
+class NoBatches(Predictor):
+    def predict_step(self, batch, batch_idx):
+        raise AssertionError("a batch was run")
+
+
+def test_a_target_that_matches_nothing(tmp_path):
+    callback = CUDAGraphCallback(backend="recorder", targets=["net.0", "encoder.*"])
+    with pytest.raises(ValueError, match=r"'encoder\.\*' matches no submodule of NoBatches") as caught:
+        run(tmp_path, callback, NoBatches(Body()))
+    assert "net, net.0, net.1, net.2" in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_cuda(tmp_path):
+    with pytest.raises(ValueError, match=r"backend='cuda' needs a CUDA device.*'recorder' or 'auto'"):
+        run(tmp_path, CUDAGraphCallback(backend="cuda"), NoBatches(Body()))
+
+
+@pytest.mark.gpu
+def test_cuda_under_a_cpu_trainer(tmp_path):
+    with pytest.raises(ValueError, match="the work runs on cpu"):
+        run(tmp_path, CUDAGraphCallback(backend="cuda"), NoBatches(Body()))
+
+
+def test_auto_without_cuda_is_eager_and_says_so_once(tmp_path, caplog):
+    callback = CUDAGraphCallback()
+    with caplog.at_level("INFO"):
+        module = run(tmp_path, callback)
+    assert len([record for record in caplog.records if "backend='recorder'" in record.message]) == 1
+    assert callback.stats.eager == 5
+    assert callback.stats.replays == 0
+    (reason,) = callback.stats.eager_reasons
+    assert "no CUDA device" in reason
+    assert type(module) is Predictor
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_a_module_that_is_graphed_already(tmp_path, mode):
+    compiled = torch.compile(NoBatches(Body()), mode=mode)
+    with pytest.raises(ValueError, match=r"NoBatches was compiled by torch\.compile with CUDA graphs of its own"):
+        run(tmp_path, CUDAGraphCallback(backend="recorder"), compiled)
+
+
+def test_replacing_a_step_in_the_middle_of_a_stage(tmp_path):
+    class Replaces(Predictor):
+        def on_predict_batch_start(self, *_):
+            self.predict_step = lambda batch: None
+
+    with pytest.raises(AttributeError, match="leave the stage out of CUDAGraphCallback"):
+        run(tmp_path, CUDAGraphCallback(backend="recorder"), Replaces(nn.Linear(8, 8)))

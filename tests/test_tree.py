@@ -1,0 +1,56 @@
+import collections
+import dataclasses
+import types
+
+import pytest
+import torch
+
+from cg_lightning.core.tree import flatten, leaf_paths, rebuild
+from tests.test_descriptor import Encoding, Pair, Record
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    x: int
+    y: tuple = ()
+
+
+@pytest.mark.parametrize(
+    ("tree", "paths"),
+    [
+        (1, ["batch"]),
+        ((1, [2, {"a": 3}]), ["batch[0]", "batch[1][0]", "batch[1][1]['a']"]),
+        (Pair(1, 2), ["batch[0]", "batch[1]"]),
+        (Record(1, 2), ["batch.x", "batch.n"]),
+        (Frozen(1, (2,)), ["batch.x", "batch.y[0]"]),
+        (Encoding(ids=1, mask=2), ["batch['ids']", "batch['mask']"]),
+        (collections.OrderedDict(a=1), ["batch['a']"]),
+        (collections.defaultdict(list, a=1), ["batch['a']"]),
+        (types.MappingProxyType({"a": 1}), ["batch"]),
+        (torch.Size((1, 2)), ["batch[0]", "batch[1]"]),
+        ((), []),
+    ],
+)
+def test_flatten_paths_and_rebuild(tree, paths):
+    leaves, _ = flatten(tree)
+    assert leaf_paths(tree) == paths
+    again = rebuild(tree, iter(leaves))
+    assert again == tree
+    assert type(again) is type(tree)
+
+
+def test_what_a_mapping_carries_beside_its_items_is_kept():
+    encoding = Encoding(ids=1)
+    encoding.extra = "kept"
+    again = rebuild(encoding, iter([2]))
+    assert (again["ids"], again.extra, encoding["ids"]) == (2, "kept", 1)
+    assert rebuild(collections.defaultdict(list, a=1), iter([2]))["missing"] == []
+
+
+def test_model_output_of_transformers():
+    outputs = pytest.importorskip("transformers.modeling_outputs", reason="transformers is not installed")
+    tree = outputs.BaseModelOutput(last_hidden_state=torch.zeros(1), hidden_states=(torch.ones(1), torch.ones(2)))
+    again = rebuild(rebuild(tree, iter([None] * 3)), iter(flatten(tree)[0]))
+    assert type(again) is type(tree)
+    assert again.last_hidden_state is tree.last_hidden_state
+    assert again["hidden_states"][1] is tree.hidden_states[1]
