@@ -329,7 +329,7 @@ def test_dataloader_iter_is_eager_with_that_reason(harness):
 
         def validation_step(self, dataloader_iter: Any) -> Any:
             batch, _, _ = next(dataloader_iter)
-            return self.net(batch[0])
+            return self.net(batch[0].to(self.device))
 
     callback = harness.callback()
     harness.compare(Iterates(), validate(features()), callback)

@@ -1,3 +1,4 @@
+import gc
 import weakref
 
 import pytest
@@ -22,6 +23,7 @@ def test_keeps_values_strides_dtype_and_what_is_no_tensor(device):
 
 @pytest.mark.gpu
 def test_does_not_keep_the_memory():
+    gc.collect()
     x = torch.ones(1 << 20, device="cuda")
     before = torch.cuda.memory_allocated()
     weak = weak_ref_tensors(x)
