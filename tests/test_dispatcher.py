@@ -23,7 +23,7 @@ def test_a_refused_key_runs_lower_with_its_reason():
     dispatcher.refuse(CUDAGraphMode.FULL, KEY, "the capture failed")
     assert dispatcher.dispatch(KEY) == (CUDAGraphMode.PIECEWISE, KEY, "the capture failed")
     dispatcher.clear()
-    assert not dispatcher.knows(KEY)
+    assert dispatcher.dispatch(KEY).reason == "unknown key"
 
 
 @pytest.mark.parametrize("mode", [CUDAGraphMode.NONE, CUDAGraphMode.FULL_AND_PIECEWISE])

@@ -97,8 +97,8 @@ def test_loss_accuracy_and_predictions_are_eagers(name, make, mode, tmp_path, ca
 
 
 class Nothing(LightningModule):
-    def predict_step(self, batch: Any, batch_idx: int) -> None:
-        pass
+    def predict_step(self, batch: Any, batch_idx: int) -> int:
+        return 0
 
 
 class Clock(Callback):

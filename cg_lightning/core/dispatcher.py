@@ -7,6 +7,8 @@ from typing import NamedTuple
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.modes import CUDAGraphMode
 
+UNKNOWN_KEY = "unknown key"
+
 
 class Dispatch(NamedTuple):
     """What a step is to run in, and why not higher (empty where it runs FULL)."""
@@ -28,7 +30,7 @@ class CUDAGraphDispatcher:
             CUDAGraphMode.FULL: set(),
             CUDAGraphMode.PIECEWISE: set(),
         }
-        self._reasons: dict[BatchDescriptor, str] = {}
+        self._decisions: dict[BatchDescriptor, Dispatch] = {}
 
     def add_cudagraph_key(self, mode: CUDAGraphMode, descriptor: BatchDescriptor, reason: str = "") -> None:
         """Makes ``descriptor`` valid in ``mode``; ``reason`` says why not in a higher one.
@@ -37,28 +39,27 @@ class CUDAGraphDispatcher:
             ValueError: ``mode`` is neither PIECEWISE nor FULL.
         """
         self._keys(mode).add(descriptor)
-        self._reasons[descriptor] = reason
+        self._decide(descriptor, reason)
 
     def refuse(self, mode: CUDAGraphMode, descriptor: BatchDescriptor, reason: str) -> None:
         """Makes ``descriptor`` invalid in ``mode``, and remembers why."""
         self._keys(mode).discard(descriptor)
-        self._reasons[descriptor] = reason
+        self._decide(descriptor, reason)
+
+    def _decide(self, descriptor: BatchDescriptor, reason: str) -> None:
+        valid = (mode for mode, keys in self.cudagraph_keys.items() if descriptor in keys)
+        self._decisions[descriptor] = Dispatch(next(valid, CUDAGraphMode.NONE), descriptor, reason)
 
     def dispatch(self, descriptor: BatchDescriptor) -> Dispatch:
-        """Gives the highest mode that ``descriptor`` is valid in."""
-        reason = self._reasons.get(descriptor, "unknown key")
-        for mode, keys in self.cudagraph_keys.items():
-            if descriptor in keys:
-                return Dispatch(mode, descriptor, reason)
-        return Dispatch(CUDAGraphMode.NONE, descriptor, reason)
+        """Gives the highest mode that ``descriptor`` is valid in.
 
-    def knows(self, descriptor: BatchDescriptor) -> bool:
-        """Whether it was decided how ``descriptor`` runs, be it eagerly."""
-        return descriptor in self._reasons
+        The descriptor in the result is equal to the one given, but the object that was added: looking it up is cheaper.
+        """
+        return self._decisions.get(descriptor) or Dispatch(CUDAGraphMode.NONE, descriptor, UNKNOWN_KEY)
 
     def clear(self) -> None:
         """Forgets every key."""
-        self._reasons.clear()
+        self._decisions.clear()
         for keys in self.cudagraph_keys.values():
             keys.clear()
 

@@ -96,7 +96,7 @@ class Interception:
             "__module__": plain.__module__,
             "__qualname__": plain.__qualname__,
             "__doc__": plain.__doc__,
-            "__class__": property(plain_class, _set_class),  # pickle compares it with the class it writes
+            "__class__": property(lambda _: plain, _set_class),  # pickle compares it with the class it writes
             "__reduce_ex__": _reduce_ex,
             "_cg_lightning_interception": self,
         }

@@ -11,7 +11,7 @@ from torch import nn
 
 from cg_lightning.backends import GraphBackend
 from cg_lightning.core.descriptor import BatchDescriptor
-from cg_lightning.core.dispatcher import CUDAGraphDispatcher, Dispatch
+from cg_lightning.core.dispatcher import UNKNOWN_KEY, CUDAGraphDispatcher, Dispatch
 from cg_lightning.core.legality import Cause
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.wrapper import CUDAGraphOptions
@@ -109,10 +109,12 @@ class Session:
 
     def dispatch(self, descriptor: BatchDescriptor) -> Dispatch:
         """Gives the mode of a step whose key is decided, else NONE with the reason ``warm-up``."""
-        if not self._dispatcher.knows(descriptor):
-            if not self._is_warm(descriptor):
-                return Dispatch(CUDAGraphMode.NONE, descriptor, WARM_UP)
-            self._decide(descriptor)
+        dispatch = self._dispatcher.dispatch(descriptor)
+        if dispatch.reason != UNKNOWN_KEY:
+            return dispatch
+        if not self._is_warm(descriptor):
+            return Dispatch(CUDAGraphMode.NONE, descriptor, WARM_UP)
+        self._decide(descriptor)
         return self._dispatcher.dispatch(descriptor)
 
     def wants_observation(self, descriptor: BatchDescriptor) -> bool:

@@ -70,7 +70,7 @@ class StepRunner:
             )
         except UnkeyableBatchError as error:
             return self._eager(args, kwargs, None, str(error))
-        mode, _, reason = session.dispatch(descriptor)
+        mode, descriptor, reason = session.dispatch(descriptor)
         if mode is CUDAGraphMode.FULL:
             try:
                 output = self._full(descriptor, args[0], leaves, args[1:], kwargs)
