@@ -44,5 +44,8 @@ class GraphBackend(Protocol):
             CaptureError: The work could not be captured; the backend is as usable as before.
         """
 
+    def synchronize(self) -> None:
+        """Waits for all work on the device: before a graph that may still be running is dropped."""
+
     def weak_ref_tensor(self, tensor: Tensor) -> Tensor:
         """Gives a tensor on the same memory that does not keep it: later captures may use that memory."""

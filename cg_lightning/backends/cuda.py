@@ -64,6 +64,10 @@ class CUDABackend:
                 graph.num_bytes = max(0, torch.cuda.memory_reserved(self.device) - before)
             return graph, output
 
+    def synchronize(self) -> None:
+        """Waits for the device."""
+        torch.cuda.synchronize(self.device)
+
     def weak_ref_tensor(self, tensor: Tensor) -> Tensor:
         """A tensor without ownership, of the same dtype and strides."""
         if not tensor.is_cuda or not tensor.numel():

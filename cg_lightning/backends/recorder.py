@@ -229,6 +229,9 @@ class RecorderBackend:
                 torch.set_rng_state(random_state)
         return RecordedGraph(recorder, self._pool, self.device.type), output
 
+    def synchronize(self) -> None:
+        """Does nothing: a replay is done when it returns."""
+
     def weak_ref_tensor(self, tensor: Tensor) -> Tensor:
         """Another tensor on the same memory, which later replays of other graphs poison."""
         weak = tensor.detach()

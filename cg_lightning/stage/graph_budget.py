@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Protocol
 
 from cg_lightning.core.descriptor import BatchDescriptor
@@ -16,8 +17,9 @@ class _Owner(Protocol):
 class GraphBudget:
     """Knows every graph of a session in order of use."""
 
-    def __init__(self, max_graphs: int) -> None:
+    def __init__(self, max_graphs: int, synchronize: Callable[[], None]) -> None:
         self._max_graphs = max_graphs
+        self._synchronize = synchronize  # a graph must not go while it runs
         self._last_step: OrderedDict[tuple[_Owner, BatchDescriptor], int] = OrderedDict()
         self.step = 0
         """The number of the step under way."""
@@ -41,11 +43,14 @@ class GraphBudget:
         (owner, descriptor), step = next(iter(self._last_step.items()))
         if step == self.step:
             raise CaptureError(f"One step needs more than max_graphs={self._max_graphs} graphs; raise max_graphs.")
+        self._synchronize()
         owner.drop(descriptor)
         del self._last_step[owner, descriptor]
 
     def drop_all(self) -> None:
         """Drops every graph."""
+        if self._last_step:
+            self._synchronize()
         for owner, descriptor in self._last_step:
             owner.drop(descriptor)
         self._last_step.clear()

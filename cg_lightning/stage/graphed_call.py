@@ -41,7 +41,7 @@ class _Entry:
     inputs: StaticInputs
     tree: Any
     context: ForwardContext
-    record: EntryRecord
+    record: EntryRecord | None = None
     plan: OutputPlan | None = None
 
 
@@ -72,7 +72,6 @@ class GraphedCall:
         )
         self._wrapper = CUDAGraphWrapper(self._run, mode, options, backend=settings.backend)
         self._entries: dict[BatchDescriptor, _Entry] = {}
-        self._records: dict[BatchDescriptor, EntryRecord] = {}
         self._capturing: _Entry | None = None
 
     def __call__(self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], *rest: Any) -> Any:
@@ -90,10 +89,11 @@ class GraphedCall:
             with override_forward_context(entry.context):
                 computed = self._wrapper(entry.tree, *rest)
         self._settings.budget.use(self, descriptor)
+        assert entry.record is not None
+        assert entry.plan is not None
         entry.record.replays += 1
         if self._settings.copy_outputs:
             computed = [tensor.clone() for tensor in computed]
-        assert entry.plan is not None
         return entry.plan.restore(leaves, computed)
 
     def drop(self, descriptor: BatchDescriptor) -> None:
@@ -108,11 +108,8 @@ class GraphedCall:
         self._settings.before_capture()
         inputs = StaticInputs(leaves, tree, self._settings.backend.device)
         inputs.copy_from(leaves)
-        record = self._records.get(descriptor) or EntryRecord(
-            descriptor.stage or "", self._mode.name, self._target, descriptor.shapes()
-        )
         context = ForwardContext(self._mode, descriptor)
-        entry = _Entry(inputs, rebuild(tree, iter(inputs.leaves)), context, record)
+        entry = _Entry(inputs, rebuild(tree, iter(inputs.leaves)), context)
         began = time.perf_counter()
         self._capturing = entry
         try:
@@ -120,14 +117,13 @@ class GraphedCall:
                 computed = self._wrapper(entry.tree, *rest)
         finally:
             self._capturing = None
+        record = self._settings.stats.record(self._mode.name, self._target, descriptor)
         record.seconds += time.perf_counter() - began
         record.captures += 1
         graph = self._wrapper.concrete_cudagraph_entries[descriptor].cudagraph
         record.bytes = graph.num_bytes + inputs.num_bytes
+        entry.record = record
         self._entries[descriptor] = entry
-        if descriptor not in self._records:
-            self._records[descriptor] = record
-            self._settings.stats.entries.append(record)
         return computed, entry
 
     def _run(self, tree: Any, *rest: Any) -> list[Tensor]:

@@ -51,7 +51,7 @@ class Session:
         self.backend = backend
         self.settings = settings
         self.stats = stats
-        self.budget = GraphBudget(settings.max_graphs)
+        self.budget = GraphBudget(settings.max_graphs, backend.synchronize)
         self.module = module
         self.state = ModuleState(module)
         self.observer = Observer(module, backend.device.type, _EFFECTS)

@@ -6,6 +6,8 @@ import dataclasses
 from collections import Counter
 from typing import Any
 
+from cg_lightning.core.descriptor import BatchDescriptor
+
 
 @dataclasses.dataclass
 class EntryRecord:
@@ -42,6 +44,18 @@ class CUDAGraphStats:
         self.entries: list[EntryRecord] = []
         self._graphed_steps: Counter[tuple[str, str]] = Counter()
         self._eager_steps: Counter[tuple[str, str, str]] = Counter()
+        self._index: dict[tuple[str, str, BatchDescriptor], EntryRecord] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_index": {}}  # keys may name types that cannot be pickled
+
+    def record(self, mode: str, target: str, descriptor: BatchDescriptor) -> EntryRecord:
+        """Gives the record of one graph, the same one after it was captured anew."""
+        key = (mode, target, descriptor)
+        if key not in self._index:
+            self._index[key] = EntryRecord(descriptor.stage or "", mode, target, descriptor.shapes())
+            self.entries.append(self._index[key])
+        return self._index[key]
 
     def count_graphed_step(self, stage: str, mode: str) -> None:
         """Counts a step that ran at least one graph."""
