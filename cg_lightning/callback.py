@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,6 +18,7 @@ from cg_lightning.stage.session import Session, SessionSettings
 from cg_lightning.stage.stats import CUDAGraphStats
 from cg_lightning.stage.summary import render_summary
 from cg_lightning.stage.targets import check_targets
+from cg_lightning.stage.verification import TOLERANCES, VerificationSettings
 
 _NO_CUDA = (
     "CUDAGraphCallback: there is no CUDA device and backend='auto', so every step runs eagerly, as without the callback. "
@@ -42,6 +43,11 @@ class CUDAGraphCallback(Callback):
             with parameters that the step calls and that can be captured.
         warmup_steps: Eager runs of a key before its capture. With 0 a key is captured at first sight, but for
             ``targets=None``, which takes one eager step to find them.
+        verify_replays: How many first replays of each graph are compared with the eager step on the same batch. A graph that
+            differs is dropped, eager's result is used, and a warning names the values.
+        verify_every: Compare every so-manieth later replay as well; 0: none.
+        verify_tolerance: ``exact``: bit for bit, or within what eager differs from itself; ``close``: the defaults of
+            ``torch.testing.assert_close``.
         copy_outputs: Copy outputs out of graph memory. False: a step's output lives until the next replay of its graph.
         max_graphs: The most graphs kept at a time; the least recently used goes first.
         strict: Raise where a step past its warm-up runs in a lower mode than asked: with FULL in any lower one, with the
@@ -69,6 +75,9 @@ class CUDAGraphCallback(Callback):
         stages: Sequence[str] = ("validate", "test", "predict"),
         targets: Sequence[str] | None = None,
         warmup_steps: int = 3,
+        verify_replays: int = 2,
+        verify_every: int = 0,
+        verify_tolerance: str = "exact",
         copy_outputs: bool = True,
         max_graphs: int = 64,
         strict: bool = False,
@@ -86,6 +95,12 @@ class CUDAGraphCallback(Callback):
             copy_outputs=copy_outputs,
             max_graphs=_at_least("max_graphs", max_graphs, 1),
             strict=strict,
+            verification=VerificationSettings(
+                replays=_at_least("verify_replays", verify_replays, 0),
+                every=_at_least("verify_every", verify_every, 0),
+                tolerance=_names("verify_tolerance", verify_tolerance, TOLERANCES)[0],
+                strict=strict,
+            ),
             options=options or CUDAGraphOptions(),
         )
         self.stats = CUDAGraphStats()
@@ -93,6 +108,7 @@ class CUDAGraphCallback(Callback):
         self._installation: Installation | None = None
         self._inert_reason = ""
         self._stages_run: list[str] = []
+        self._said: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_installation": None}  # graphs belong to this process and its module
@@ -120,7 +136,7 @@ class CUDAGraphCallback(Callback):
             self._inert_reason = "mode=NONE"
             return
         if self._inert_reason:
-            rank_zero_warn(f"CUDAGraphCallback is inert: {self._inert_reason}. Every step runs as without it.")
+            self._say_once(rank_zero_warn, f"CUDAGraphCallback is inert: {self._inert_reason}. Steps run as without it.")
             return
         device = trainer.strategy.root_device
         backend = resolve_backend(self._backend_name, device)
@@ -129,7 +145,7 @@ class CUDAGraphCallback(Callback):
             check_targets(pl_module, self._settings.targets)
         if backend is None:
             self._inert_reason = "no CUDA device: backend='auto' runs eagerly"
-            rank_zero_info(_NO_CUDA)
+            self._say_once(rank_zero_info, _NO_CUDA)
             return
         self._installation = Installation(pl_module, Session(pl_module, backend, self._settings, self.stats))
 
@@ -181,6 +197,11 @@ class CUDAGraphCallback(Callback):
         if self._report and self._stages_run and trainer.is_global_zero:
             print(render_summary(self.stats, self._backend_name, self._stages_run))
         self._stages_run = []
+
+    def _say_once(self, say: Callable[[str], object], message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            say(message)
 
     def _install(self, stage: str) -> None:
         if stage not in self._stages:

@@ -60,7 +60,7 @@ def test_warm_up_is_the_first_batches_and_nothing_runs_twice(harness, mode, warm
             type(self).ran += 1
             return self.net(batch[0])
 
-    callback = harness.callback(mode=mode, warmup_steps=warmup_steps)
+    callback = harness.callback(mode=mode, warmup_steps=warmup_steps, verify_replays=0)
     model = Counts(Body())
     harness.trainer(callback).predict(model, features(32))
     eager = warmup_steps if mode == "FULL" else max(warmup_steps, 1)  # one, to find the targets

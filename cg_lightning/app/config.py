@@ -42,6 +42,9 @@ class CUDAGraphConfig:
     stages: list[str] = dataclasses.field(default_factory=lambda: ["validate", "test", "predict"])
     targets: list[str] | None = None
     warmup_steps: int = 3
+    verify_replays: int = 2
+    verify_every: int = 0
+    verify_tolerance: str = "exact"
     copy_outputs: bool = True
     max_graphs: int = 64
     strict: bool = False

@@ -44,6 +44,12 @@ class GraphBackend(Protocol):
             CaptureError: The work could not be captured; the backend is as usable as before.
         """
 
+    def get_random_state(self) -> Tensor:
+        """The state of the device's default random generator."""
+
+    def set_random_state(self, state: Tensor) -> None:
+        """Sets the state of the device's default random generator."""
+
     def synchronize(self) -> None:
         """Waits for all work on the device: before a graph that may still be running is dropped."""
 

@@ -64,6 +64,14 @@ class CUDABackend:
                 graph.num_bytes = max(0, torch.cuda.memory_reserved(self.device) - before)
             return graph, output
 
+    def get_random_state(self) -> Tensor:
+        """The state of the default CUDA generator."""
+        return torch.cuda.get_rng_state(self.device)
+
+    def set_random_state(self, state: Tensor) -> None:
+        """Sets the state of the default CUDA generator."""
+        torch.cuda.set_rng_state(state, self.device)
+
     def synchronize(self) -> None:
         """Waits for the device."""
         torch.cuda.synchronize(self.device)

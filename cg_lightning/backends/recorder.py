@@ -229,6 +229,14 @@ class RecorderBackend:
                 torch.set_rng_state(random_state)
         return RecordedGraph(recorder, self._pool, self.device.type), output
 
+    def get_random_state(self) -> Tensor:
+        """The state of the CPU generator, which the recorder draws from."""
+        return torch.get_rng_state()
+
+    def set_random_state(self, state: Tensor) -> None:
+        """Sets the state of the CPU generator."""
+        torch.set_rng_state(state)
+
     def synchronize(self) -> None:
         """Does nothing: a replay is done when it returns."""
 

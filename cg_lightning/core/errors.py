@@ -26,5 +26,17 @@ class CaptureError(CUDAGraphError):
     """
 
 
+class VerificationError(CUDAGraphError):
+    """A replay did not give what eager gives. Its entry was dropped.
+
+    Attributes:
+        output: What eager gives.
+    """
+
+    def __init__(self, message: str, output: object) -> None:
+        super().__init__(message)
+        self.output = output
+
+
 class IllegalOperationError(CUDAGraphError):
     """An operation that no CUDA graph can hold was run inside a capture on the recorder."""

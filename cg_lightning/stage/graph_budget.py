@@ -43,9 +43,13 @@ class GraphBudget:
         (owner, descriptor), step = next(iter(self._last_step.items()))
         if step == self.step:
             raise CaptureError(f"One step needs more than max_graphs={self._max_graphs} graphs; raise max_graphs.")
+        self.drop(owner, descriptor)
+
+    def drop(self, owner: _Owner, descriptor: BatchDescriptor) -> None:
+        """Drops one graph."""
         self._synchronize()
         owner.drop(descriptor)
-        del self._last_step[owner, descriptor]
+        self._last_step.pop((owner, descriptor), None)
 
     def drop_all(self) -> None:
         """Drops every graph."""

@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cg_lightning.backends import GraphBackend
 from cg_lightning.core.descriptor import BatchDescriptor
+from cg_lightning.core.errors import VerificationError
 from cg_lightning.core.forward_context import ForwardContext, override_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.static_inputs import StaticInputs
@@ -19,6 +20,7 @@ from cg_lightning.core.wrapper import CUDAGraphOptions, CUDAGraphWrapper
 from cg_lightning.stage.graph_budget import GraphBudget
 from cg_lightning.stage.output_plan import OutputPlan
 from cg_lightning.stage.stats import CUDAGraphStats, EntryRecord
+from cg_lightning.stage.verification import VerificationSettings, verify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,7 @@ class GraphSettings:
     """Where the storages of parameters and buffers begin, now."""
     before_capture: Callable[[], object]
     """Called before each capture."""
+    verification: VerificationSettings
 
 
 @dataclasses.dataclass
@@ -41,8 +44,9 @@ class _Entry:
     inputs: StaticInputs
     tree: Any
     context: ForwardContext
-    record: EntryRecord | None = None
-    plan: OutputPlan | None = None
+    record: EntryRecord
+    plan: OutputPlan
+    replays: int = 0
 
 
 class GraphedCall:
@@ -55,12 +59,21 @@ class GraphedCall:
     Args:
         target: What it is called in the summary.
         invoke: What to capture.
+        module: Whose state a call may change.
         mode: PIECEWISE or FULL.
         settings: What all graphs of one run share.
     """
 
-    def __init__(self, target: str, invoke: Callable[..., Any], mode: CUDAGraphMode, settings: GraphSettings) -> None:
+    def __init__(
+        self,
+        target: str,
+        invoke: Callable[..., Any],
+        module: nn.Module,
+        mode: CUDAGraphMode,
+        settings: GraphSettings,
+    ) -> None:
         self._target = target
+        self._module = module
         self._invoke = invoke
         self._mode = mode
         self._settings = settings
@@ -72,7 +85,8 @@ class GraphedCall:
         )
         self._wrapper = CUDAGraphWrapper(self._run, mode, options, backend=settings.backend)
         self._entries: dict[BatchDescriptor, _Entry] = {}
-        self._capturing: _Entry | None = None
+        self._capturing: StaticInputs | None = None
+        self._plan: OutputPlan | None = None
 
     def __call__(self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], *rest: Any) -> Any:
         """Captures or replays, and gives what eager would.
@@ -80,56 +94,86 @@ class GraphedCall:
         Raises:
             CaptureError: The capture failed.
             UnkeyableBatchError: A tensor lies on another device, or overlaps itself.
+            VerificationError: The replay was compared with eager and differs. The entry is gone; the error carries what
+                eager gives.
         """
         entry = self._entries.get(descriptor)
+        if self._settings.verification.wants(0 if entry is None else entry.replays):
+            output = self._verified(descriptor, tree, leaves, rest)
+        else:
+            output = self._run_graph(descriptor, tree, leaves, rest)
+        entry = self._entries[descriptor]
+        entry.replays += 1
+        entry.record.replays += 1
+        self._settings.budget.use(self, descriptor)
+        return output
+
+    def _run_graph(self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], rest: tuple[Any, ...]) -> Any:
+        entry = self._entries.get(descriptor)
         if entry is None:
-            computed, entry = self._capture(descriptor, tree, leaves, rest)
+            entry, computed = self._capture(descriptor, tree, leaves, rest)
         else:
             entry.inputs.copy_from(leaves)
             with override_forward_context(entry.context):
                 computed = self._wrapper(entry.tree, *rest)
-        self._settings.budget.use(self, descriptor)
-        assert entry.record is not None
-        assert entry.plan is not None
-        entry.record.replays += 1
         if self._settings.copy_outputs:
             computed = [tensor.clone() for tensor in computed]
         return entry.plan.restore(leaves, computed)
 
+    def _verified(self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], rest: tuple[Any, ...]) -> Any:
+        def eager() -> Any:
+            with override_forward_context(ForwardContext(CUDAGraphMode.NONE, descriptor)):
+                return self._invoke(tree, *rest)
+
+        verdict = verify(
+            eager,
+            lambda: self._run_graph(descriptor, tree, leaves, rest),
+            self._module,
+            self._settings.backend,
+            self._settings.verification.tolerance,
+        )
+        if verdict.difference:
+            self._settings.budget.drop(self, descriptor)
+            raise VerificationError(
+                f"stage {descriptor.stage!r}, {self._target}, shapes {descriptor.shapes()}: {verdict.difference}. The graph "
+                f"has most likely frozen a Python value, a global for instance, or reads memory that has moved",
+                verdict.output,
+            )
+        self._entries[descriptor].record.within_spread |= verdict.within_spread
+        return verdict.output
+
     def drop(self, descriptor: BatchDescriptor) -> None:
         """Forgets the graph of ``descriptor`` and frees its static inputs."""
-        del self._entries[descriptor]
-        del self._wrapper.concrete_cudagraph_entries[descriptor]
+        self._entries.pop(descriptor, None)
+        self._wrapper.concrete_cudagraph_entries.pop(descriptor, None)
 
     def _capture(
         self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], rest: tuple[Any, ...]
-    ) -> tuple[list[Tensor], _Entry]:
+    ) -> tuple[_Entry, list[Tensor]]:
         self._settings.budget.make_room()
         self._settings.before_capture()
         inputs = StaticInputs(leaves, tree, self._settings.backend.device)
         inputs.copy_from(leaves)
         context = ForwardContext(self._mode, descriptor)
-        entry = _Entry(inputs, rebuild(tree, iter(inputs.leaves)), context)
+        static_tree = rebuild(tree, iter(inputs.leaves))
         began = time.perf_counter()
-        self._capturing = entry
+        self._capturing = inputs
         try:
             with override_forward_context(context):
-                computed = self._wrapper(entry.tree, *rest)
+                computed = self._wrapper(static_tree, *rest)
         finally:
             self._capturing = None
         record = self._settings.stats.record(self._mode.name, self._target, descriptor)
         record.seconds += time.perf_counter() - began
         record.captures += 1
-        graph = self._wrapper.concrete_cudagraph_entries[descriptor].cudagraph
-        record.bytes = graph.num_bytes + inputs.num_bytes
-        entry.record = record
-        self._entries[descriptor] = entry
-        return computed, entry
+        record.bytes = self._wrapper.concrete_cudagraph_entries[descriptor].cudagraph.num_bytes + inputs.num_bytes
+        assert self._plan is not None
+        entry = self._entries[descriptor] = _Entry(inputs, static_tree, context, record, self._plan)
+        return entry, computed
 
     def _run(self, tree: Any, *rest: Any) -> list[Tensor]:
         """What the wrapper captures: gives the computed tensors alone, and keeps the plan for the others."""
         assert self._capturing is not None, "the wrapper runs this in captures only"
         output = self._invoke(tree, *rest)
-        plan, computed = OutputPlan.make(output, self._capturing.inputs.leaves, self._settings.module_storages())
-        self._capturing.plan = plan
+        self._plan, computed = OutputPlan.make(output, self._capturing.leaves, self._settings.module_storages())
         return computed

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from cg_lightning.core.descriptor import BatchDescriptor
-from cg_lightning.core.errors import CaptureError, UnkeyableBatchError
+from cg_lightning.core.errors import CaptureError, UnkeyableBatchError, VerificationError
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.stage.call_key import describe_call
 from cg_lightning.stage.graphed_call import GraphedCall, GraphSettings
 from cg_lightning.stage.interception import Interception
+from cg_lightning.stage.verification import report_difference
 
 
 class PiecewiseTarget:
@@ -39,7 +40,7 @@ class PiecewiseTarget:
         self._warmup_steps = warmup_steps
         self._settings = settings
         self._sights: Counter[BatchDescriptor] = Counter()
-        self._graphed = GraphedCall(path or "forward", self._invoke, CUDAGraphMode.PIECEWISE, settings)
+        self._graphed = GraphedCall(path or "forward", self._invoke, module, CUDAGraphMode.PIECEWISE, settings)
         self._interception: Interception | None = None
 
     def note_sights(self, descriptors: Iterable[BatchDescriptor], sights: int) -> None:
@@ -85,6 +86,9 @@ class PiecewiseTarget:
             return self._original(*args, **kwargs)
         try:
             return self._graphed(descriptor, (args, kwargs), leaves)
+        except VerificationError as error:
+            self.reasons[descriptor] = report_difference(error, self._settings.verification)
+            return error.output
         except (CaptureError, UnkeyableBatchError) as error:
             self.reasons[descriptor] = f"{self.path}: {error}"
             return self._original(*args, **kwargs)

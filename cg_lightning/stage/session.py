@@ -22,6 +22,7 @@ from cg_lightning.stage.observation import Observation, Observer
 from cg_lightning.stage.piecewise import PiecewiseTarget
 from cg_lightning.stage.stats import CUDAGraphStats
 from cg_lightning.stage.targets import match_targets
+from cg_lightning.stage.verification import VerificationSettings
 
 WARM_UP = "warm-up"
 _EFFECTS = {"log": Cause.LOGGED, "log_dict": Cause.LOGGED}
@@ -37,6 +38,7 @@ class SessionSettings:
     copy_outputs: bool
     max_graphs: int
     strict: bool
+    verification: VerificationSettings
     options: CUDAGraphOptions
 
 
@@ -64,6 +66,7 @@ class Session:
             stats,
             self.state.storage_addresses,
             (lambda: None) if settings.options.gc_disable else collect_once,
+            settings.verification,
         )
         self._installed = False
         self._piecewise: dict[int, PiecewiseTarget] = {}

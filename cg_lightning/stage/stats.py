@@ -25,6 +25,8 @@ class EntryRecord:
     """Spent capturing, in seconds."""
     bytes: int = 0
     """Graph memory of the latest capture and its static inputs, in bytes."""
+    within_spread: bool = False
+    """Whether a verified replay differed from eager, by no more than eager differs from itself."""
 
 
 @dataclasses.dataclass

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from cg_lightning.core.descriptor import BatchDescriptor, describe
-from cg_lightning.core.errors import CaptureError, UnkeyableBatchError
+from cg_lightning.core.errors import CaptureError, UnkeyableBatchError, VerificationError
 from cg_lightning.core.forward_context import ForwardContext, override_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.stage.graphed_call import GraphedCall
 from cg_lightning.stage.session import WARM_UP, Session
+from cg_lightning.stage.verification import report_difference
 
 Step = Callable[..., Any]
 
@@ -37,7 +38,7 @@ class StepRunner:
         self._step = step
         names = list(inspect.signature(step).parameters)
         self._batch_name = names[0] if names else ""
-        self._full = GraphedCall(step.__name__, self._invoke, CUDAGraphMode.FULL, session.graph_settings)
+        self._full = GraphedCall(step.__name__, self._invoke, session.module, CUDAGraphMode.FULL, session.graph_settings)
 
     def as_method(self) -> Step:
         """A function with the signature of the step: Lightning looks at it to know which arguments to pass."""
@@ -74,6 +75,11 @@ class StepRunner:
         if mode is CUDAGraphMode.FULL:
             try:
                 output = self._full(descriptor, args[0], leaves, args[1:], kwargs)
+            except VerificationError as error:
+                reason = report_difference(error, session.graph_settings.verification)
+                session.refuse_full(descriptor, reason)
+                session.stats.count_eager_step(self._stage, descriptor.shapes(), reason)
+                return error.output
             except (CaptureError, UnkeyableBatchError) as error:
                 session.refuse_full(descriptor, str(error))
                 return self._lower(args, kwargs, descriptor, error)

@@ -44,6 +44,8 @@ def render_summary(stats: CUDAGraphStats, backend: str, stages: Sequence[str]) -
     ]
     if graphs:
         lines += ["", *_table(_HEADERS, graphs, _NUMBERS, len(_HEADERS))]
+    spread = [entry for entry in stats.entries if entry.within_spread and entry.stage in stages]
+    lines += [f"{e.stage} {e.target} {e.shapes}: replays equal eager within what eager differs from itself" for e in spread]
     reasons = [
         (record.stage, record.shapes, str(record.steps), record.reason)
         for stage in stages

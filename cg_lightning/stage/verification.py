@@ -1,0 +1,167 @@
+"""Compares the first replays of a graph with eager, on the user's own batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from cg_lightning.backends import GraphBackend
+from cg_lightning.core.errors import VerificationError
+from cg_lightning.core.tree import flatten, leaf_paths
+
+TOLERANCES = ("exact", "close")
+
+
+@dataclasses.dataclass(frozen=True)
+class VerificationSettings:
+    """Which replays are compared, and how closely.
+
+    Attributes:
+        replays: The first so many of each entry.
+        every: And every so-manieth after them; 0: none.
+        tolerance: ``exact``: every bit, or within what eager differs from itself. ``close``: the defaults of
+            ``torch.testing.assert_close``.
+        strict: Raise where a replay differs.
+    """
+
+    replays: int
+    every: int
+    tolerance: str
+    strict: bool
+
+    def wants(self, replays_so_far: int) -> bool:
+        """Whether the next replay is compared."""
+        if replays_so_far < self.replays:
+            return True
+        return self.every > 0 and (replays_so_far - self.replays + 1) % self.every == 0
+
+
+class StepState:
+    """What a step may change beside what it returns: buffers, random states, plain attributes of submodules."""
+
+    def __init__(self, module: nn.Module, backend: GraphBackend) -> None:
+        self._backend = backend
+        self._buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+        self._attributes = [(vars(child), dict(vars(child))) for child in module.modules()]
+        self._random_states = (torch.get_rng_state(), backend.get_random_state(), random.getstate())
+        numpy = sys.modules.get("numpy")
+        self._numpy = (numpy, numpy.random.get_state()) if numpy is not None else None
+
+    def restore(self) -> None:
+        """Puts everything back in place: tensors keep their addresses."""
+        for buffer, value in self._buffers:
+            buffer.copy_(value)
+        for attributes, before in self._attributes:
+            attributes.clear()
+            attributes.update(before)
+        torch.set_rng_state(self._random_states[0])
+        self._backend.set_random_state(self._random_states[1])
+        random.setstate(self._random_states[2])
+        if self._numpy is not None:
+            self._numpy[0].random.set_state(self._numpy[1])
+
+    def buffers(self) -> list[Tensor]:
+        """Copies of the buffers as they are now."""
+        return [buffer.clone() for buffer, _ in self._buffers]
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return type(one) is type(other) and bool(one is other or one == other or (one != one and other != other))
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one, other) or (one.is_floating_point() and bool(torch.isclose(one, other, 0, 0, equal_nan=True).all()))
+
+
+def _within(one: Any, other: Any, spread: float) -> bool:
+    return isinstance(one, Tensor) and one.is_floating_point() and bool(((one - other).abs() <= spread).all())
+
+
+def _close(one: Any, other: Any) -> bool:
+    try:
+        torch.testing.assert_close(one, other, equal_nan=True)
+    except AssertionError:
+        return False
+    return True
+
+
+def _show(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    flat = value.detach().flatten()[:3].tolist()
+    return f"{flat}{' ...' if value.numel() > 3 else ''} of shape {tuple(value.shape)}"
+
+
+def report_difference(error: VerificationError, settings: VerificationSettings) -> str:
+    """Warns of a replay that differs from eager, and gives the reason why its key runs lower from now on.
+
+    Raises:
+        VerificationError: ``settings.strict``.
+    """
+    if settings.strict:
+        raise error
+    rank_zero_warn(f"CUDAGraphCallback: a replay differed from eager and was dropped; eager's result was used: {error}.")
+    return f"verification: {error}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What a comparison showed; ``difference`` is empty where the replay gave what eager gives."""
+
+    output: Any
+    difference: str = ""
+    within_spread: bool = False
+
+
+def verify(
+    eager: Callable[[], Any],
+    replay: Callable[[], Any],
+    module: nn.Module,
+    backend: GraphBackend,
+    tolerance: str,
+) -> Verdict:
+    """Runs a step eagerly and from its graph, from the same state, so that a user sees one step.
+
+    Where they agree, output and state are those of the replay; where they differ, those of eager. Where a bit differs,
+    eager is run once more, and what it differs from itself is let pass (atomic additions, for instance).
+
+    Args:
+        eager: Runs the step as it is.
+        replay: Runs its graph; gives outputs that the next replay does not overwrite.
+        module: Whose state a step may change.
+        backend: Where it runs.
+        tolerance: One of :data:`TOLERANCES`.
+    """
+    before = StepState(module, backend)
+    expected = eager()
+    expected_buffers = before.buffers()
+    after_eager = StepState(module, backend)
+    before.restore()
+    output = replay()
+    paths = [*leaf_paths(expected, "output"), *[f"buffer {name}" for name, _ in module.named_buffers()]]
+    wanted = [*flatten(expected)[0], *expected_buffers]
+    found = [*flatten(output)[0], *before.buffers()]
+    if len(wanted) != len(found):
+        after_eager.restore()
+        return Verdict(expected, f"the output has {len(found)} leaves, eager's {len(wanted)}")
+    same = _equal if tolerance == "exact" else _close
+    differing = [index for index, (one, other) in enumerate(zip(found, wanted, strict=True)) if not same(one, other)]
+    if not differing:
+        return Verdict(output)
+    before.restore()
+    again = [*flatten(eager())[0], *before.buffers()]
+    after_eager.restore()
+    for index in differing:
+        one, other = wanted[index], again[index]
+        spread = float((one - other).abs().max()) if isinstance(one, Tensor) and one.is_floating_point() else 0.0
+        if not (spread > 0 and _within(found[index], one, spread)):
+            shown = f"{paths[index]} is {_show(found[index])} from the graph, {_show(one)} from eager"
+            return Verdict(expected, shown)
+    return Verdict(expected, within_spread=True)
