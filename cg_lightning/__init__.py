@@ -3,7 +3,13 @@
 from cg_lightning.callback import CUDAGraphCallback
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.dispatcher import CUDAGraphDispatcher
-from cg_lightning.core.errors import CaptureError, CUDAGraphError, IllegalOperationError, UnkeyableBatchError
+from cg_lightning.core.errors import (
+    CaptureError,
+    CUDAGraphError,
+    IllegalOperationError,
+    UnkeyableBatchError,
+    VerificationError,
+)
 from cg_lightning.core.forward_context import (
     ForwardContext,
     get_forward_context,
@@ -33,6 +39,7 @@ __all__ = [
     "ForwardContext",
     "IllegalOperationError",
     "UnkeyableBatchError",
+    "VerificationError",
     "compilation_counter",
     "get_forward_context",
     "is_forward_context_available",

@@ -85,9 +85,17 @@ class Interception:
         module: The module.
         call: Takes the arguments of ``module(...)``, hooks and compiled calls included.
         methods: Handlers by method name.
+        on_read: Called with the name of each attribute, other than parameters, buffers and children, that is read.
     """
 
-    def __init__(self, module: nn.Module, *, call: Handler | None = None, methods: dict[str, Handler] | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        call: Handler | None = None,
+        methods: dict[str, Handler] | None = None,
+        on_read: Callable[[str], None] | None = None,
+    ) -> None:
         assert can_intercept(module)
         self._module = module
         self._original = original = type(module)
@@ -104,6 +112,13 @@ class Interception:
             namespace["__deepcopy__"] = _deepcopy
         if call is not None:
             namespace["__call__"] = lambda _, *args, **kwargs: call(*args, **kwargs)
+        if on_read is not None:
+
+            def read(self: nn.Module, name: str) -> Any:
+                on_read(name)
+                return original.__getattribute__(self, name)
+
+            namespace["__getattribute__"] = read
         for name, handler in (methods or {}).items():
             namespace[name] = _InterceptedMethod(name, handler)
         # a class made as a direct subclass would run the user's __init_subclass__, which may register it

@@ -16,6 +16,7 @@ class Change(enum.Enum):
 
     NOTHING = "nothing"
     MOVED = "parameters or buffers lie at new addresses"
+    ATTRIBUTE = "an attribute that a graph has frozen has changed"
     REPLACED = "submodules, parameters or buffers were replaced"
 
 
@@ -23,15 +24,25 @@ class Change(enum.Enum):
 _native_compare = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
 
 
+def is_same_value(before: Any, after: Any) -> bool:
+    """Whether an attribute still refers to the same object, or to an equal plain value."""
+    if before is after:
+        return True
+    plain = (bool, int, float, str, bytes, type(None))
+    return type(before) is type(after) and isinstance(before, plain) and before == after
+
+
 class ModuleState:
     """Remembers the submodules, parameters and buffers of a module, and the addresses of the latter two.
 
-    It sees a rebound ``.data``, a replaced parameter, buffer or child, and a move to another device, each at the next
-    look. Values changed in place are none of its business: graphs read them as they are.
+    It sees a rebound ``.data``, a replaced parameter, buffer or child, a move to another device, and a change of the plain
+    attributes that it was asked to watch, each at the next look. Tensors changed in place are none of its business: graphs
+    read them as they are.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root
+        self._watched: dict[tuple[int, str], dict[str, Any]] = {}
         self._remember()
 
     def _remember(self) -> None:
@@ -42,6 +53,27 @@ class ModuleState:
         self.tensors = [member for member in self._members if isinstance(member, Tensor)]
         self._addresses = [tensor.data_ptr() for tensor in self.tensors]
         self._indices = list(range(len(self.tensors)))
+        self._remember_attributes()
+
+    def _remember_attributes(self) -> None:
+        self._owners = list(self._watched.values())
+        self._names = [name for _, name in self._watched]
+        self._values = self._current_values()
+
+    def _current_values(self) -> list[Any]:
+        return list(map(dict.get, self._owners, self._names))
+
+    def watch(self, reads: list[tuple[nn.Module, str]]) -> None:
+        """Watches attributes from now on: of instances, by identity, plain values by value."""
+        before = len(self._watched)
+        for owner, name in reads:
+            self._watched.setdefault((id(owner), name), vars(owner))
+        if len(self._watched) > before:
+            self._remember_attributes()
+
+    def _attributes_hold(self) -> bool:
+        values = self._current_values()
+        return all(map(operator.is_, values, self._values)) or all(map(is_same_value, self._values, values))
 
     def _current_members(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self._tables)))
@@ -58,8 +90,12 @@ class ModuleState:
             change = Change.REPLACED
         elif not self._addresses_hold():
             change = Change.MOVED
+        elif not self._attributes_hold():
+            change = Change.ATTRIBUTE
         else:
             return Change.NOTHING
+        if change is Change.REPLACED:
+            self._watched.clear()
         self._remember()
         return change
 

@@ -20,8 +20,9 @@ from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.legality import Cause, find_illegal
 from cg_lightning.core.tree import flatten
 from cg_lightning.stage.call_key import describe_call
-from cg_lightning.stage.interception import Interception, can_intercept
+from cg_lightning.stage.interception import Interception, can_intercept, plain_class
 from cg_lightning.stage.location import users_location
+from cg_lightning.stage.module_state import is_same_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,7 @@ class _Call:
     descriptor: BatchDescriptor | None = None
     findings: list[Finding] = dataclasses.field(default_factory=list)
     calls: list[_Call] = dataclasses.field(default_factory=list)
+    reads: dict[tuple[int, str], nn.Module] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.input_addresses = {tensor.untyped_storage().data_ptr() for tensor in self.inputs}
@@ -92,16 +94,9 @@ def _state(module: nn.Module) -> dict[str, Any]:
     return state
 
 
-def _same(before: Any, after: Any) -> bool:
-    if before is after:
-        return True
-    plain = (bool, int, float, str, bytes, type(None))
-    return type(before) is type(after) and isinstance(before, plain) and before == after
-
-
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     missing = object()
-    return [name for name in {**before, **after} if not _same(before.get(name, missing), after.get(name, missing))]
+    return [name for name in {**before, **after} if not is_same_value(before.get(name, missing), after.get(name, missing))]
 
 
 def _updates(metrics: list[Metric]) -> list[int]:
@@ -182,6 +177,11 @@ class Observation:
         choose(self._step)
         return chosen
 
+    def reads(self, module: nn.Module | None = None) -> list[tuple[nn.Module, str]]:
+        """Plain attributes of user-written modules that calls of ``module`` (None: the step) read."""
+        calls = [self._step] if module is None else [c for c in self._all_calls(self._step) if c.module is module]
+        return [(owner, name) for call in calls for (_, name), owner in call.reads.items()]
+
     def keys_of_calls(self, module: nn.Module) -> list[BatchDescriptor]:
         """The keys that ``module`` was called with."""
         calls = [call for call in self._all_calls(self._step) if call.module is module]
@@ -261,7 +261,14 @@ class Observer:
         methods: dict[str, Callable[..., Any]] = {}
         if module is self._root:
             methods = {name: self._effect(name, cause, watch) for name, cause in self._effects.items()}
-        interception = Interception(module, call=call, methods=methods)
+
+        def read(name: str) -> None:
+            if not name.startswith("_") and name != "training":  # that one is part of the key
+                for frame in watch.stack:
+                    frame.reads[id(module), name] = module
+
+        on_read = read if _is_user_written(module) else None
+        interception = Interception(module, call=call, methods=methods, on_read=on_read)
         return interception
 
     def _effect(self, name: str, cause: Cause, watch: _Watch) -> Callable[..., Any]:
@@ -283,6 +290,10 @@ class Observer:
                 inside = not call.path or path == call.path or path.startswith(f"{call.path}.")
                 if inside and path:  # the root's own state was compared around each of its calls
                     call.findings.append(finding)
+
+
+def _is_user_written(module: nn.Module) -> bool:
+    return plain_class(module).__module__.split(".")[0] not in ("torch", "lightning", "torchmetrics")
 
 
 def _has_forward_hooks(module: nn.Module) -> bool:

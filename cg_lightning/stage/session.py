@@ -158,6 +158,7 @@ class Session:
         observation = self._observations.get(descriptor)
         findings = observation.findings if observation is not None else []
         if mode.has_full_cudagraphs() and not findings:
+            self.state.watch(observation.reads() if observation is not None else [])
             self._dispatcher.add_cudagraph_key(CUDAGraphMode.FULL, descriptor)
         elif mode.has_piecewise_cudagraphs():
             self._decide_piecewise(descriptor, str(findings[0]) if findings else "")
@@ -183,5 +184,6 @@ class Session:
                 self._piecewise[id(module)] = target
             if observation is not None:
                 target.note_sights(observation.keys_of_calls(module), sights)
+                self.state.watch(observation.reads(module))
             if self._installed:
                 target.install()

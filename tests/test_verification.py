@@ -1,0 +1,199 @@
+"""That a replay which differs is noticed, and never what a user reads."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cg_lightning import VerificationError
+from tests.harness import assert_same, features, predict
+from tests.models import Body, Predictor
+
+MODES = ["PIECEWISE", "FULL", "FULL_AND_PIECEWISE"]
+SCALE = 1.0
+
+
+class ReadsGlobal(nn.Module):
+    """A graph freezes the global, and nothing guards it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x) * SCALE
+
+
+class ChangesGlobal(Predictor):
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        global SCALE
+        SCALE = 1.0 if batch_idx < 4 else 2.0
+
+    def on_predict_end(self) -> None:
+        global SCALE
+        SCALE = 1.0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_frozen_global_is_caught_by_sampling(harness, mode):
+    """Hazard 8, and the stated limit: without sampling it is not seen."""
+    callback = harness.callback(mode=mode, warmup_steps=1, verify_every=1)
+    with pytest.warns(UserWarning, match="a replay differed from eager") as caught:
+        harness.compare(ChangesGlobal(ReadsGlobal()), predict(features(32)), callback)
+    (message,) = {str(w.message) for w in caught if "differed from eager" in str(w.message)}
+    for part in ("stage 'predict'", "shapes 4x8", "from the graph", "from eager", "output"):
+        assert part in message
+    assert callback.stats.captures >= 1
+    assert sum(reason.startswith("verification: ") for reason in callback.stats.eager_reasons) >= (mode != "FULL_AND_PIECEWISE")
+    without = harness.callback(mode=mode, warmup_steps=1)
+    with pytest.raises(AssertionError):
+        harness.compare(ChangesGlobal(ReadsGlobal()), predict(features(32)), without)
+
+
+def test_strict_raises(harness):
+    callback = harness.callback(warmup_steps=1, verify_every=1, strict=True)
+    with pytest.raises(VerificationError, match="from the graph"):
+        harness.trainer(callback).predict(ChangesGlobal(ReadsGlobal()), features(32))
+    ChangesGlobal.on_predict_end(None)
+
+
+class Moving(nn.Module):
+    """Draws random numbers, counts in a buffer, and updates running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(8), nn.Linear(8, 8)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x):
+        self.norm.train()
+        self.steps += 1
+        return nn.functional.dropout(self.linear(self.norm(x)), 0.5) * self.steps
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("settings", [{"verify_replays": 0}, {"verify_replays": 2}, {"verify_every": 1}])
+def test_a_user_sees_one_step(harness, mode, settings):
+    """Hazards 9 and 10: buffers and random numbers move as in eager, however often a step is compared."""
+    callback = harness.callback(mode=mode, warmup_steps=1, **settings)
+    harness.compare(Predictor(Moving()), predict(features(40)), callback)
+    assert callback.stats.replays == 8  # its first step turns training on, which makes another key of the second
+
+
+class Noisy(nn.Module):
+    """Differs from itself in the last bits, as atomic additions do."""
+
+    noise = itertools.cycle([0.0, 1.0, 2.0])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x) * 0 + next(Noisy.noise)
+
+
+def test_what_eager_differs_from_itself_is_let_pass_and_said(harness):
+    callback = harness.callback(mode="FULL", warmup_steps=1)
+    outputs = harness.trainer(callback).predict(Predictor(Noisy()), features(32))
+    assert len(outputs) == 8
+    assert callback.stats.replays == 7
+    assert any(entry.within_spread for entry in callback.stats.entries)
+    assert "within what eager differs from itself" in callback.summary()
+
+
+def test_close_lets_small_differences_pass(harness):
+    class Slightly(ChangesGlobal):
+        def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            global SCALE
+            SCALE = 1.0 if batch_idx < 4 else 1.0 + 1e-7
+
+    callback = harness.callback(warmup_steps=1, verify_every=1, verify_tolerance="close")
+    one = harness.trainer(callback).predict(Slightly(ReadsGlobal()), features(32))
+    assert callback.stats.replays == 7
+    assert len(one) == 8
+
+
+def test_nan_equals_nan(harness):
+    class Nan(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch[0]) / (batch[0] * 0)
+
+    callback = harness.callback(mode="FULL", warmup_steps=1, verify_every=1)
+    harness.compare(Nan(Body()), predict(features()), callback)
+    assert callback.stats.replays == 4
+
+
+class Tempered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature, self.mode, self.mask = 1.0, "mul", None
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.linear(x)
+        if self.mask is not None:
+            x = x * self.mask
+        return x * self.temperature if self.mode == "mul" else x / self.temperature
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_attributes_that_a_graph_has_frozen_are_watched(harness, mode):
+    """Hazard 7: changed in mid-epoch, by the module and from outside; sampling is off."""
+
+    class Changes(Predictor):
+        def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            if batch_idx == 3:
+                self.net.temperature = 3.0
+            if batch_idx == 5:
+                self.net.mode = "div"
+            if batch_idx in (6, 7):
+                self.net.mask = torch.full((8,), float(batch_idx), device=self.device)
+
+    callback = harness.callback(mode=mode, warmup_steps=1, verify_replays=0)
+    harness.compare(Changes(Tempered()), predict(features(48)), callback)
+    assert callback.stats.captures == 5
+    assert callback.stats.replays == 11
+
+
+def test_an_attribute_that_moves_outside_the_graphs_does_not_drop_them(harness):
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count, self.body = 0, Body()
+
+        def forward(self, x):
+            self.count += 1
+            return self.body(x) * self.count
+
+    callback = harness.callback(warmup_steps=2)
+    harness.compare(Predictor(Counts()), predict(features(40)), callback)
+    assert callback.stats.captures == 1
+
+
+def test_an_exception_of_the_compared_step_comes_through(harness):
+    class Fails(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            if SCALE == 2.0:
+                raise KeyError("mine")
+            return self.net(batch[0])
+
+    model = type("Both", (ChangesGlobal, Fails), {})(Body())
+    with pytest.raises(KeyError, match="mine"):
+        harness.trainer(harness.callback(mode="FULL", warmup_steps=1, verify_every=1)).predict(model, features(32))
+    ChangesGlobal.on_predict_end(None)
+
+
+def test_equal_means_equal():
+    from cg_lightning.stage.verification import _equal
+
+    x = torch.tensor([1.0, float("nan")])
+    assert _equal(x, x.clone())
+    assert not _equal(x, x.double())
+    assert not _equal(x, torch.tensor([1.0, 2.0]))
+    assert not _equal(torch.tensor([1]), torch.tensor([2]))
+    assert _equal(float("nan"), float("nan"))
+    assert not _equal(1, 1.0)
+    assert_same((x, 1), (x.clone(), 1))
