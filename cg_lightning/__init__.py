@@ -25,6 +25,7 @@ from cg_lightning.core.monitor import (
 )
 from cg_lightning.core.weak_ref import weak_ref_tensors
 from cg_lightning.core.wrapper import CUDAGraphEntry, CUDAGraphOptions, CUDAGraphWrapper
+from cg_lightning.stage.diagnosis import Diagnosis, diagnose
 
 __all__ = [
     "BatchDescriptor",
@@ -36,11 +37,13 @@ __all__ = [
     "CUDAGraphOptions",
     "CUDAGraphWrapper",
     "CaptureError",
+    "Diagnosis",
     "ForwardContext",
     "IllegalOperationError",
     "UnkeyableBatchError",
     "VerificationError",
     "compilation_counter",
+    "diagnose",
     "get_forward_context",
     "is_forward_context_available",
     "override_forward_context",

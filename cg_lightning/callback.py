@@ -12,10 +12,11 @@ from typing_extensions import override
 from cg_lightning.backends import BACKENDS, resolve_backend
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.wrapper import CUDAGraphOptions
-from cg_lightning.stage.installation import STEPS, Installation
+from cg_lightning.stage.installation import Installation
 from cg_lightning.stage.preconditions import check_not_graphed_already, why_inert
 from cg_lightning.stage.session import Session, SessionSettings
 from cg_lightning.stage.stats import CUDAGraphStats
+from cg_lightning.stage.steps import STEPS
 from cg_lightning.stage.summary import render_summary
 from cg_lightning.stage.targets import check_targets
 from cg_lightning.stage.verification import TOLERANCES, VerificationSettings

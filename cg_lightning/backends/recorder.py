@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -17,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cg_lightning.backends.dispatch import EagerDispatchMode
 from cg_lightning.backends.guards import CAPTURE_LOCK, autocast_cache_off, garbage_collection_paused
+from cg_lightning.backends.invisible import invisible_calls
 from cg_lightning.core.errors import CaptureError, IllegalOperationError
 from cg_lightning.core.legality import Cause, find_illegal
 
@@ -95,7 +94,7 @@ class _Recorder(EagerDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if (cause := find_illegal(func, args, kwargs, self.device_type)) is not None:
-            raise IllegalOperationError(f"{func._schema.name} cannot be captured in a CUDA graph: {cause.value}")
+            _refuse(cause, func._schema.name)
         inputs = _tensors(args, kwargs)
         if _may_write(func):
             self._remember(inputs)
@@ -158,35 +157,8 @@ class RecordedGraph:
                         fixed.copy_(fresh)
 
 
-def _refused(owner: Any, name: str, cause: Cause, unless: Callable[..., bool] | None = None) -> Callable[..., Any]:
-    original = getattr(owner, name)
-
-    def function(*args: Any, **kwargs: Any) -> Any:
-        if getattr(_recording, "recorder", None) is None:  # another thread
-            return original(*args, **kwargs)
-        if unless is not None and unless(*args, **kwargs):
-            return original(*args, **kwargs)
-        raise IllegalOperationError(f"{owner.__name__}.{name} cannot be captured in a CUDA graph: {cause.value}")
-
-    return function
-
-
-def _stays_on_the_host(*_: Any, device: Any = None, **__: Any) -> bool:
-    return device is None
-
-
-@contextlib.contextmanager
-def _invisible_illegal_calls_refused() -> Iterator[None]:
-    """Refuses what the dispatcher does not see, or not as what it would be on a GPU."""
-    reads = [(Tensor, name, _refused(Tensor, name, Cause.HOST_SYNC)) for name in ("tolist", "numpy", "__array__", "cpu")]
-    makers = [
-        (torch, name, _refused(torch, name, Cause.TENSOR_FROM_PYTHON, _stays_on_the_host)) for name in ("tensor", "as_tensor")
-    ]
-    new_tensor = (Tensor, "new_tensor", _refused(Tensor, "new_tensor", Cause.TENSOR_FROM_PYTHON))
-    with contextlib.ExitStack() as stack:
-        for owner, name, function in [*reads, *makers, new_tensor]:
-            stack.enter_context(patch.object(owner, name, function))
-        yield
+def _refuse(cause: Cause, operation: str) -> None:
+    raise IllegalOperationError(f"{operation} cannot be captured in a CUDA graph: {cause.value}")
 
 
 class RecorderBackend:
@@ -215,7 +187,7 @@ class RecorderBackend:
         del capture_error_mode
         recorder = _Recorder(self.device)
         random_state = torch.get_rng_state()
-        with CAPTURE_LOCK, garbage_collection_paused(collect_garbage), autocast_cache_off(), _invisible_illegal_calls_refused():
+        with CAPTURE_LOCK, garbage_collection_paused(collect_garbage), autocast_cache_off(), invisible_calls(_refuse):
             _recording.recorder = recorder
             try:
                 with recorder.watching():

@@ -7,9 +7,7 @@ from lightning.pytorch import LightningModule
 from cg_lightning.stage.interception import Interception
 from cg_lightning.stage.session import Session
 from cg_lightning.stage.step_runner import StepRunner
-
-STEPS = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}
-"""The step method of each stage."""
+from cg_lightning.stage.steps import STEPS
 
 
 class Installation:
@@ -27,6 +25,7 @@ class Installation:
             return
         name = STEPS[stage]
         if stage not in self._runners:  # graphs are kept from one validation inside fit to the next
+            self.session.note_step(stage, name)
             self._runners[stage] = StepRunner(self.session, stage, getattr(self.module, name))
         self.session.install()
         self._step = Interception(self.module, methods={name: self._runners[stage].as_method()})

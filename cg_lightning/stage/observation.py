@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import dataclasses
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +17,14 @@ from torch._ops import OpOverload
 from torchmetrics import Metric
 
 from cg_lightning.backends.dispatch import EagerDispatchMode
+from cg_lightning.backends.invisible import invisible_calls
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.errors import UnkeyableBatchError
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.legality import Cause, find_illegal
 from cg_lightning.core.tree import flatten
 from cg_lightning.stage.call_key import describe_call
+from cg_lightning.stage.host_randomness import HostRandomness
 from cg_lightning.stage.interception import Interception, can_intercept, plain_class
 from cg_lightning.stage.location import users_location
 from cg_lightning.stage.module_state import is_same_value
@@ -36,6 +41,11 @@ class Finding:
     """Dotted path of the innermost module that was running; empty for the step itself."""
     location: str
     """The user's own line, as ``file:line``."""
+
+    @property
+    def remedy(self) -> str:
+        """What a user can do about it."""
+        return self.cause.remedy
 
     def __str__(self) -> str:
         where = f" in {self.module}" if self.module else ""
@@ -56,6 +66,12 @@ class _Call:
 
     def __post_init__(self) -> None:
         self.input_addresses = {tensor.untyped_storage().data_ptr() for tensor in self.inputs}
+
+
+def is_graphed_by_compiler(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` runs this module from CUDA graphs of its own."""
+    get_config = getattr(module, "get_compiler_config", None) if is_compiled(module) else None
+    return bool(get_config is not None and (get_config() or {}).get("triton.cudagraphs"))
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -112,6 +128,19 @@ def _key_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return None
 
 
+@contextlib.contextmanager
+def _printing_noticed(watch: _Watch) -> Iterator[None]:
+    original, thread = builtins.print, threading.get_ident()
+
+    def noticed(*args: Any, **kwargs: Any) -> None:
+        if threading.get_ident() == thread:
+            watch.add(Cause.PRINTED, "print")
+        original(*args, **kwargs)
+
+    with patch.object(builtins, "print", noticed):
+        yield
+
+
 class _Watch(EagerDispatchMode):
     """Collects findings for all calls that are under way."""
 
@@ -131,6 +160,8 @@ class _Watch(EagerDispatchMode):
         kwargs = kwargs or {}
         if (cause := find_illegal(func, args, kwargs, self.device_type)) is not None:
             self.add(cause, func._schema.name)
+        if torch.is_grad_enabled():
+            self.add(Cause.GRADIENTS, func._schema.name)
         if func._schema.is_mutable:
             self._find_mutated_inputs(func, args, kwargs)
         return self.call(func, args, kwargs)
@@ -160,6 +191,15 @@ class Observation:
     def may_settle(self) -> bool:
         """Whether another look may show less: a cache that the first step built is not built again."""
         return any(finding.cause is Cause.STATE_REBOUND for finding in self.findings)
+
+    def called(self) -> list[str]:
+        """Paths of the modules that were called, each once."""
+        return list({call.path: None for call in self._all_calls(self._step)})
+
+    def findings_of(self, path: str) -> list[Finding] | None:
+        """Why the submodule at ``path`` is no graph; None where it was not called."""
+        calls = [call for call in self._all_calls(self._step) if call.path == path]
+        return [finding for call in calls for finding in call.findings] if calls else None
 
     def largest_capturable(self) -> dict[str, nn.Module]:
         """Gives the fewest, largest called submodules that have parameters and no finding, by path."""
@@ -202,9 +242,11 @@ class Observer:
         root: The module whose step is run.
         device_type: Where it runs.
         effects: Methods of ``root`` whose call a graph would freeze, and what the call is called in a finding.
+        run_effects: Whether those methods do what they do.
     """
 
-    def __init__(self, root: nn.Module, device_type: str, effects: dict[str, Cause]) -> None:
+    def __init__(self, root: nn.Module, device_type: str, effects: dict[str, Cause], run_effects: bool = True) -> None:
+        self._run_effects = run_effects
         self._root = root
         self._device_type = device_type
         self._effects = effects
@@ -220,8 +262,15 @@ class Observer:
         updates = _updates(metrics)
         with self._intercepted(modules, metrics, watch):
             compiled = any(is_compiled(module) for _, module in modules)
-            with contextlib.nullcontext() if compiled else watch.watching():
+            host = HostRandomness(self._device_type)
+            with (
+                _printing_noticed(watch),
+                invisible_calls(watch.add),
+                contextlib.nullcontext() if compiled else watch.watching(),
+            ):
                 output = step()
+            if host.was_drawn() and not any(f.cause is Cause.HOST_RANDOMNESS for f in frame.findings):
+                watch.add(Cause.HOST_RANDOMNESS, "random state moved")
         if _updates(metrics) != updates and not any(f.cause is Cause.METRIC_UPDATED for f in frame.findings):
             watch.add(Cause.METRIC_UPDATED, "update")
         self._find_rebound_state(frame, {path: _changed(before[path], _state(module)) for path, module in modules})
@@ -247,11 +296,16 @@ class Observer:
             watch.stack.append(frame)
             updates = _updates(metrics)
             own_state = _state(module) if module is self._root else {}
+            host = HostRandomness(self._device_type)
             try:
+                if is_graphed_by_compiler(module):
+                    watch.add(Cause.GRAPHED_ALREADY, type(module).__name__)
                 if _has_forward_hooks(module):
                     watch.add(Cause.FORWARD_HOOK, type(module).__name__)
                 return interception.call_original(*args, **kwargs)
             finally:
+                if host.was_drawn():
+                    watch.add(Cause.HOST_RANDOMNESS, "random state moved")
                 if _updates(metrics) != updates:
                     watch.add(Cause.METRIC_UPDATED, "update")
                 if own_state and (names := _changed(own_state, _state(module))):
@@ -263,11 +317,13 @@ class Observer:
             methods = {name: self._effect(name, cause, watch) for name, cause in self._effects.items()}
 
         def read(name: str) -> None:
+            if module is self._root and name in ("logger", "loggers"):
+                watch.add(Cause.PRINTED, f"self.{name}")
             if not name.startswith("_") and name != "training":  # that one is part of the key
                 for frame in watch.stack:
                     frame.reads[id(module), name] = module
 
-        on_read = read if _is_user_written(module) else None
+        on_read = read if _is_user_written(module) or module is self._root else None
         interception = Interception(module, call=call, methods=methods, on_read=on_read)
         return interception
 
@@ -276,7 +332,7 @@ class Observer:
 
         def method(*args: Any, **kwargs: Any) -> Any:
             watch.add(cause, f"self.{name}")
-            return original(*args, **kwargs)
+            return original(*args, **kwargs) if self._run_effects else None
 
         return method
 

@@ -15,6 +15,7 @@ from cg_lightning.core.dispatcher import UNKNOWN_KEY, CUDAGraphDispatcher, Dispa
 from cg_lightning.core.legality import Cause
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.wrapper import CUDAGraphOptions
+from cg_lightning.stage.batch_index import uses_batch_index
 from cg_lightning.stage.graph_budget import GraphBudget
 from cg_lightning.stage.graphed_call import GraphSettings
 from cg_lightning.stage.module_state import Change, ModuleState
@@ -25,7 +26,8 @@ from cg_lightning.stage.targets import match_targets
 from cg_lightning.stage.verification import VerificationSettings
 
 WARM_UP = "warm-up"
-_EFFECTS = {"log": Cause.LOGGED, "log_dict": Cause.LOGGED}
+EFFECTS = {"log": Cause.LOGGED, "log_dict": Cause.LOGGED, "print": Cause.PRINTED}
+"""Methods of a LightningModule whose call a graph would freeze."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Session:
         self.budget = GraphBudget(settings.max_graphs, backend.synchronize)
         self.module = module
         self.state = ModuleState(module)
-        self.observer = Observer(module, backend.device.type, _EFFECTS)
+        self.observer = Observer(module, backend.device.type, EFFECTS)
         collect_once = functools.cache(gc.collect)
         self.graph_settings = GraphSettings(
             backend,
@@ -68,6 +70,7 @@ class Session:
             (lambda: None) if settings.options.gc_disable else collect_once,
             settings.verification,
         )
+        self._full_refused: dict[str | None, str] = {}
         self._installed = False
         self._piecewise: dict[int, PiecewiseTarget] = {}
         self._forget()
@@ -79,6 +82,11 @@ class Session:
         self._dispatcher = CUDAGraphDispatcher()
         self._sights: Counter[BatchDescriptor] = Counter()
         self._observations: dict[BatchDescriptor, Observation] = {}
+
+    def note_step(self, stage: str, name: str) -> None:
+        """Looks at the step method of a stage, before any of its batches."""
+        if self.settings.mode.has_full_cudagraphs() and uses_batch_index(self.module, name):
+            self._full_refused[stage] = f"{Cause.BATCH_INDEX_USED.value}: {name} does more with it than pass it on"
 
     def install(self) -> None:
         """Intercepts the submodules that run from graphs, as far as they are known."""
@@ -132,7 +140,7 @@ class Session:
             return
         self._observations[descriptor] = observation
         mode = self.settings.mode
-        runs_full = mode.has_full_cudagraphs() and not observation.findings
+        runs_full = mode.has_full_cudagraphs() and not observation.findings and descriptor.stage not in self._full_refused
         if mode.has_piecewise_cudagraphs() and self.settings.targets is None and not runs_full:
             self._add_targets(observation.largest_capturable(), observation, self._sights[descriptor])
 
@@ -156,14 +164,16 @@ class Session:
     def _decide(self, descriptor: BatchDescriptor) -> None:
         mode = self.settings.mode
         observation = self._observations.get(descriptor)
-        findings = observation.findings if observation is not None else []
+        findings = [str(finding) for finding in observation.findings] if observation is not None else []
+        if descriptor.stage in self._full_refused:
+            findings.append(self._full_refused[descriptor.stage])
         if mode.has_full_cudagraphs() and not findings:
             self.state.watch(observation.reads() if observation is not None else [])
             self._dispatcher.add_cudagraph_key(CUDAGraphMode.FULL, descriptor)
         elif mode.has_piecewise_cudagraphs():
-            self._decide_piecewise(descriptor, str(findings[0]) if findings else "")
+            self._decide_piecewise(descriptor, findings[0] if findings else "")
         else:
-            self._dispatcher.refuse(CUDAGraphMode.FULL, descriptor, str(findings[0]))
+            self._dispatcher.refuse(CUDAGraphMode.FULL, descriptor, findings[0])
 
     def _decide_piecewise(self, descriptor: BatchDescriptor, reason: str) -> None:
         observation = self._observations.get(descriptor)

@@ -1,0 +1,193 @@
+"""What stands in the way of a graph, found before any capture."""
+
+import copy
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cg_lightning import diagnose
+from cg_lightning.core.legality import Cause
+from tests.models import Body, ConvNetClassifier, Predictor
+
+
+class Runs(nn.Module):
+    """A clean trunk, then any function."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.trunk = Body()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(self, self.trunk(x))
+
+
+def sets(module: nn.Module, name: str, value: Any) -> None:
+    setattr(module, name, value)
+
+
+HOOKED = Body()
+CASES = {
+    "item": (lambda m, x: x.sum().item(), Cause.HOST_SYNC),
+    "bool": (lambda m, x: bool(x.sum() > 0), Cause.HOST_SYNC),
+    "tolist": (lambda m, x: x.tolist(), Cause.HOST_SYNC),
+    "cpu": (lambda m, x: x.cpu(), Cause.HOST_SYNC),
+    "numpy": (lambda m, x: x.detach().numpy(), Cause.HOST_SYNC),
+    "print a tensor": (lambda m, x: str(x), Cause.DATA_DEPENDENT_SHAPE),
+    "from Python": (lambda m, x: x + torch.tensor(2.0, device=x.device), Cause.TENSOR_FROM_PYTHON),
+    "new_tensor": (lambda m, x: x + x.new_tensor([1.0]), Cause.TENSOR_FROM_PYTHON),
+    "nonzero": (lambda m, x: x.nonzero(), Cause.DATA_DEPENDENT_SHAPE),
+    "mask": (lambda m, x: x[x > 0], Cause.DATA_DEPENDENT_SHAPE),
+    "unique": (lambda m, x: x.unique(), Cause.DATA_DEPENDENT_SHAPE),
+    "bincount": (lambda m, x: x.long().abs().flatten().bincount(), Cause.DATA_DEPENDENT_SHAPE),
+    "repeat_interleave": (lambda m, x: x[0].repeat_interleave(x[0].long().abs()), Cause.DATA_DEPENDENT_SHAPE),
+    "masked_select": (lambda m, x: x.masked_select(x > 0), Cause.DATA_DEPENDENT_SHAPE),
+    "inverse": (lambda m, x: torch.linalg.inv(x.T @ x + torch.eye(8)), Cause.HOST_CHECKED_LINEAR_ALGEBRA),
+    "Python randomness": (lambda m, x: x * random.random(), Cause.HOST_RANDOMNESS),
+    "NumPy randomness": (lambda m, x: x * float(np.random.rand()), Cause.HOST_RANDOMNESS),
+    "attribute": (lambda m, x: sets(m, "cache", x), Cause.STATE_REBOUND),
+    "container": (lambda m, x: m.__dict__.setdefault("kept", []).append(x), Cause.STATE_REBOUND),
+    "print": (lambda m, x: print("seen"), Cause.PRINTED),
+}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_causes_operations_and_lines(name):
+    function, cause = CASES[name]
+    found = diagnose(Runs(function), torch.randn(4, 8))
+    assert not found.capturable("")
+    assert found.capturable("trunk")
+    assert found.largest_capturable() == ["trunk"]
+    finding = next(finding for finding in found.findings if finding.cause is cause)
+    assert finding.operation
+    assert finding.remedy == cause.remedy
+    if cause not in (Cause.STATE_REBOUND, Cause.HOST_RANDOMNESS):
+        assert finding.location == f"{__file__}:{function.__code__.co_firstlineno}"
+    assert cause.value in str(found)
+    assert "<table>" in found._repr_html_()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: F.softmax(x, -1).topk(2).values,
+        lambda m, x: torch.where(x > 0, x, -x).masked_fill(x > 1, 0),
+        lambda m, x: F.dropout(x, 0.5, training=True) + torch.rand_like(x),
+        lambda m, x: F.cross_entropy(x, x.argmax(-1)),
+        lambda m, x: x + torch.arange(8, device=x.device) + torch.ones(()),
+    ],
+)
+def test_clean_ones(function):
+    found = diagnose(Runs(function), (torch.randn(4, 8),))
+    assert found.findings == []
+    assert found.capturable()
+    assert found.largest_capturable() == [""]
+    assert str(found) == "Nothing stands in the way of one graph."
+
+
+def test_inputs_mutated_in_place():
+    net = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 8))
+    assert [f.cause for f in diagnose(net, {"input": torch.randn(2, 8)}).findings] == [Cause.INPUT_MUTATED]
+
+
+def test_hooks_also_global_ones():
+    """Hazard 20."""
+    net = Body()
+    net[0].register_forward_hook(lambda *_: None)
+    found = diagnose(net, torch.randn(2, 8))
+    assert [(f.cause, f.module) for f in found.findings] == [(Cause.FORWARD_HOOK, "0")]
+    assert found.largest_capturable() == ["2"]
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert diagnose(Body(), torch.randn(2, 8)).largest_capturable() == []
+    finally:
+        handle.remove()
+
+
+def test_gradients_enabled_inside():
+    def step(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            return x.clone().requires_grad_().sum()
+
+    assert Cause.GRADIENTS in {f.cause for f in diagnose(Runs(step), torch.randn(2, 8)).findings}
+
+
+def test_the_step_of_a_lightning_module_without_a_trainer():
+    model = ConvNetClassifier(4)
+    batch = (torch.randn(4, 1, 8, 8), torch.randint(0, 10, (4,)))
+    before = copy.deepcopy(model.state_dict())
+    found = diagnose(model, batch, stage="validate")
+    assert {f.cause for f in found.findings} >= {Cause.LOGGED, Cause.METRIC_UPDATED}
+    assert found.largest_capturable() == [""]
+    assert found.capturable("net")
+    assert diagnose(model, batch).capturable("")
+    assert model.val_accuracy.update_count == 0
+    assert model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_uses_of_batch_idx():
+    class Passes(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.test_step(batch, batch_idx)
+
+        def test_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch[0])
+
+    class Uses(Passes):
+        def test_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().test_step(batch, batch_idx) + batch_idx
+
+    batch = (torch.randn(2, 8),)
+    assert diagnose(Passes(Body()), batch).findings == []
+    (finding,) = diagnose(Uses(Body()), batch).findings
+    assert finding.cause is Cause.BATCH_INDEX_USED
+    assert finding.location.startswith(f"{__file__}:")
+
+
+def test_full_runs_lower_where_batch_idx_is_used(harness):
+    """Hazard 7."""
+    from tests.harness import features, predict
+
+    class Uses(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch[0]) * (batch_idx + 1)
+
+    for mode, ran in (("FULL", "NONE"), ("FULL_AND_PIECEWISE", "PIECEWISE")):
+        callback = harness.callback(mode=mode, warmup_steps=1, verify_replays=0)
+        harness.compare(Uses(Body()), predict(features(32)), callback)
+        assert callback.stats.steps[ran] >= 7
+    assert callback.stats.replays == 7
+
+
+def test_a_batch_without_a_key():
+    found = diagnose(Predictor(Body()), (torch.randn(2, 8), {1, 2}))
+    assert found.unkeyable.startswith("batch[1]")
+    assert not found.capturable()
+    assert found.unkeyable in str(found)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="validate, test, predict"):
+        diagnose(Body(), torch.randn(2, 8), stage="fit")
+    with pytest.raises(ValueError, match="auto, cuda, recorder"):
+        diagnose(Body(), torch.randn(2, 8), backend="rocm")
+    with pytest.raises(ValueError, match="No submodule '9' was called; these were: 0, 1, 2"):
+        diagnose(Body(), torch.randn(2, 8)).capturable("9")
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        diagnose(Body(), torch.randn(2, 3))
+
+
+def test_what_was_found_is_what_the_recorder_refuses():
+    """The table of the diagnosis and that of the recorder are one; what only Python sees is found by both."""
+    from tests.test_recorder import SYNCS
+
+    for name, function in SYNCS.items():
+        found = diagnose(Runs(lambda m, x, f=function: f(x[0, :3].abs())), torch.randn(2, 8))
+        assert not found.capturable(), name
