@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from cg_lightning.core.legality import Cause
 
 
 class CapturedGraph(Protocol):
@@ -43,6 +46,9 @@ class GraphBackend(Protocol):
         Raises:
             CaptureError: The work could not be captured; the backend is as usable as before.
         """
+
+    def noticing_host_syncs(self, on_call: Callable[[Cause, str], None]) -> AbstractContextManager[None]:
+        """Calls ``on_call`` for what the dispatcher does not show, while a step runs eagerly."""
 
     def get_random_state(self) -> Tensor:
         """The state of the device's default random generator."""

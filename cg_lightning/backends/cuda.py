@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from cg_lightning.backends.guards import CAPTURE_LOCK, autocast_cache_off, garbage_collection_paused
+from cg_lightning.backends.invisible import OnCall
 from cg_lightning.core.errors import CaptureError
+from cg_lightning.core.legality import Cause
+
+_SYNC_WARNING = "called a synchronizing CUDA operation"
 
 
 def is_available() -> bool:
@@ -63,6 +68,32 @@ class CUDABackend:
                 graph, output = self._capture(function, capture_error_mode)
                 graph.num_bytes = max(0, torch.cuda.memory_reserved(self.device) - before)
             return graph, output
+
+    @contextlib.contextmanager
+    def noticing_host_syncs(self, on_call: OnCall) -> Iterator[None]:
+        """Sees what waits for the device: PyTorch's own sync debug mode, and ``synchronize``, which that misses."""
+        show = warnings.showwarning
+
+        def notice(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+            if _SYNC_WARNING in str(message):
+                on_call(Cause.HOST_SYNC, "synchronizing CUDA operation")
+            else:
+                show(message, *args, **kwargs)
+
+        def synchronize(*args: Any, **kwargs: Any) -> None:
+            on_call(Cause.HOST_SYNC, "torch.cuda.synchronize")
+            original(*args, **kwargs)
+
+        original = torch.cuda.synchronize
+        mode = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(), patch.object(torch.cuda, "synchronize", synchronize):
+            warnings.filterwarnings("always", message=f".*{_SYNC_WARNING}")
+            warnings.showwarning = notice
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
 
     def get_random_state(self) -> Tensor:
         """The state of the default CUDA generator."""

@@ -6,6 +6,7 @@ import dataclasses
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cg_lightning.backends.dispatch import EagerDispatchMode
 from cg_lightning.backends.guards import CAPTURE_LOCK, autocast_cache_off, garbage_collection_paused
-from cg_lightning.backends.invisible import invisible_calls
+from cg_lightning.backends.invisible import OnCall, invisible_calls
 from cg_lightning.core.errors import CaptureError, IllegalOperationError
 from cg_lightning.core.legality import Cause, find_illegal
 
@@ -200,6 +201,10 @@ class RecorderBackend:
                     recorder.undo()
                 torch.set_rng_state(random_state)
         return RecordedGraph(recorder, self._pool, self.device.type), output
+
+    def noticing_host_syncs(self, on_call: OnCall) -> AbstractContextManager[None]:
+        """Sees what a GPU would have to wait for, and a CPU tensor does without the dispatcher."""
+        return invisible_calls(on_call)
 
     def get_random_state(self) -> Tensor:
         """The state of the CPU generator, which the recorder draws from."""

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from cg_lightning.backends import check_backend
+from cg_lightning.backends import check_backend, resolve_backend
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.errors import UnkeyableBatchError
 from cg_lightning.core.forward_context import ForwardContext, override_forward_context
@@ -114,14 +114,18 @@ def diagnose(module: nn.Module, batch: Any, *, stage: str = "predict", backend: 
     lightning = isinstance(module, LightningModule)
     module, batch = copy.deepcopy((module, batch))
     module.eval()
-    device_type = next((parameter.device.type for parameter in module.parameters()), "cpu")
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    watching = resolve_backend("auto" if device.type == "cuda" else "recorder", device)
+    assert watching is not None
     unkeyable = ""
     with torch.inference_mode():
         try:
             key = BatchDescriptor.from_batch(batch, stage=stage)
         except UnkeyableBatchError as error:
             key, unkeyable = BatchDescriptor(stage=stage), str(error)
-        observer = Observer(module, device_type, EFFECTS if lightning else {}, run_effects=not lightning)
+        observer = Observer(
+            module, device.type, watching.noticing_host_syncs, EFFECTS if lightning else {}, run_effects=not lightning
+        )
         with override_forward_context(ForwardContext(CUDAGraphMode.NONE, key, calls={})):
             _, observation = observer.observe(_runner(module, batch, stage), batch)
     findings = list(observation.findings)

@@ -8,6 +8,7 @@ import dataclasses
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
 
@@ -17,7 +18,7 @@ from torch._ops import OpOverload
 from torchmetrics import Metric
 
 from cg_lightning.backends.dispatch import EagerDispatchMode
-from cg_lightning.backends.invisible import invisible_calls
+from cg_lightning.backends.invisible import OnCall
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.errors import UnkeyableBatchError
 from cg_lightning.core.forward_context import current_forward_context
@@ -241,11 +242,20 @@ class Observer:
     Args:
         root: The module whose step is run.
         device_type: Where it runs.
+        noticing_host_syncs: As the backend's method of that name.
         effects: Methods of ``root`` whose call a graph would freeze, and what the call is called in a finding.
         run_effects: Whether those methods do what they do.
     """
 
-    def __init__(self, root: nn.Module, device_type: str, effects: dict[str, Cause], run_effects: bool = True) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        device_type: str,
+        noticing_host_syncs: Callable[[OnCall], AbstractContextManager[None]],
+        effects: dict[str, Cause],
+        run_effects: bool = True,
+    ) -> None:
+        self._noticing_host_syncs = noticing_host_syncs
         self._run_effects = run_effects
         self._root = root
         self._device_type = device_type
@@ -265,7 +275,7 @@ class Observer:
             host = HostRandomness(self._device_type)
             with (
                 _printing_noticed(watch),
-                invisible_calls(watch.add),
+                self._noticing_host_syncs(watch.add),
                 contextlib.nullcontext() if compiled else watch.watching(),
             ):
                 output = step()

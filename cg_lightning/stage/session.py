@@ -58,7 +58,7 @@ class Session:
         self.budget = GraphBudget(settings.max_graphs, backend.synchronize)
         self.module = module
         self.state = ModuleState(module)
-        self.observer = Observer(module, backend.device.type, EFFECTS)
+        self.observer = Observer(module, backend.device.type, backend.noticing_host_syncs, EFFECTS)
         collect_once = functools.cache(gc.collect)
         self.graph_settings = GraphSettings(
             backend,

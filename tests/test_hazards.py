@@ -1,0 +1,288 @@
+"""Hazards that no other file tries: see hazards.md for which test shows which."""
+
+import copy
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelPruning, WeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import get_ema_avg_fn
+from torch.utils.data import DataLoader
+
+from cg_lightning import BatchDescriptor, CaptureError, CUDAGraphMode, CUDAGraphWrapper, set_forward_context
+from tests.harness import assert_same, features, images, predict, validate
+from tests.models import Body, ConvNetClassifier, Predictor
+
+FULL = CUDAGraphMode.FULL
+
+
+@pytest.mark.parametrize("make", [lambda: WeightAveraging(avg_fn=get_ema_avg_fn(0.5)), lambda: ModelPruning("l1_unstructured")])
+def test_callbacks_that_swap_or_mask_weights(harness, make):
+    """Hazard 4: EMA weights are swapped in for validation; pruning masks weights after each epoch."""
+    outcomes = []
+    model = ConvNetClassifier(4)
+    for graphed in (True, False):
+        torch.manual_seed(1)
+        module = copy.deepcopy(model)
+        callback = harness.callback(warmup_steps=1)
+        trainer = harness.trainer(*([callback] if graphed else []), make(), max_epochs=3)
+        trainer.fit(module, images(), images())
+        outcomes.append((dict(trainer.callback_metrics), dict(module.state_dict())))
+        assert callback.stats.replays > 0 or not graphed
+    assert_same(*outcomes)
+
+
+class DoublesWeight(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+def loads(assign):
+    def change(module):
+        state = {name: torch.full_like(value, 0.01) for name, value in module.state_dict().items()}
+        module.load_state_dict(state, assign=assign)
+
+    return change
+
+
+CHANGES = {
+    "load_state_dict": loads(False),
+    "load_state_dict with assign": loads(True),
+    "a merged adapter": lambda m: setattr(m.net[0].weight, "data", m.net[0].weight.data + 0.1),
+    "a parametrization": lambda m: parametrize.register_parametrization(m.net[0], "weight", DoublesWeight()),
+    "to the host and back": lambda m: m.to(torch.device("cpu")).to(m.trainer.strategy.root_device),
+    "a new buffer": lambda m: m.net[0].register_buffer("extra", torch.zeros(1, device=m.device)),
+}
+
+
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])
+@pytest.mark.parametrize("name", list(CHANGES))
+def test_weights_that_change_in_mid_epoch(harness, name, mode):
+    """Hazard 4."""
+
+    class Changes(Predictor):
+        def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            if batch_idx == 5:
+                CHANGES[name](self)
+
+    callback = harness.callback(mode=mode, warmup_steps=1, verify_replays=0)
+    model = Changes(Body())
+    seen = []
+    for extra in ([callback], []):
+        seen.append(harness.trainer(*extra).predict(copy.deepcopy(model), features(40)))
+    assert_same(*seen)
+    assert callback.stats.replays >= 6
+
+
+ILLEGAL = {
+    "item": lambda x: x * x.sum().item(),
+    "bool": lambda x: x if x.sum() > 0 else -x,
+    "tolist": lambda x: x * len(x.tolist()),
+    "cpu": lambda x: x.cpu(),
+    "print": lambda x: str(x),
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 0],
+    "unique": lambda x: x.unique(),
+    "bincount": lambda x: x.long().abs().bincount(),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "inverse": lambda x: torch.linalg.inv(x.diag() + torch.eye(4, device=x.device)),
+    "from Python": lambda x: x + torch.tensor([1.0, 2.0, 3.0, 4.0], device=x.device),
+}
+
+
+def test_twelve_failing_captures_leave_a_healthy_process(backend, device):
+    """Hazards 17 and 30."""
+    x = torch.ones(4, device=device)
+    key = BatchDescriptor(batch_size=4)
+    healthy = CUDAGraphWrapper(lambda x: x * 2, FULL, backend=backend)
+    for name, step in ILLEGAL.items():
+        with torch.no_grad(), set_forward_context(FULL, key):
+            with pytest.raises(CaptureError) as caught:
+                CUDAGraphWrapper(step, FULL, backend=backend)(x)
+            assert caught.value.__cause__ is not None, name
+            if backend == "cuda":
+                assert not torch.cuda.is_current_stream_capturing()
+                assert torch.cuda.current_stream() == torch.cuda.default_stream()
+            assert torch.randn(3, device=device).isfinite().all(), name
+            assert step(torch.ones(4, device=device)) is not None, name
+            assert healthy(x).tolist() == [2, 2, 2, 2], name
+            fresh = CUDAGraphWrapper(nn.Linear(4, 4).to(device), FULL, backend=backend)
+            assert torch.equal(fresh(x), fresh.unwrap()(x)), name
+    net = nn.Linear(4, 1).to(device)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    before = net.weight.detach().clone()
+    net(nn.functional.dropout(x)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, net.weight)
+
+
+def test_other_threads_while_capturing(harness, backend, device):
+    """Hazard 18: fifty captures beside a loader with a worker and a thread that allocates and queries."""
+    stop = threading.Event()
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            while not stop.is_set():
+                tensor = torch.randn(64, 64, device=device)
+                (tensor @ tensor).sum().item()
+                if backend == "cuda":
+                    event = torch.cuda.Event()
+                    event.record()
+                    event.query()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        lengths = [length for length in range(1, 51) for _ in range(2)]
+        generator = torch.Generator().manual_seed(0)
+        data = [(torch.randn(length, 8, generator=generator),) for length in lengths]
+        model = Predictor(Body())
+        loader = DataLoader(data, batch_size=None, num_workers=1, pin_memory=backend == "cuda")
+        callback = harness.callback(mode="FULL", warmup_steps=1)
+        kept = harness.trainer(callback).predict(model, loader)
+    finally:
+        stop.set()
+        thread.join()
+    assert errors == []
+    assert_same(kept, harness.trainer().predict(model, DataLoader(data, batch_size=None)))
+    assert callback.stats.captures == 50
+
+
+def test_strategies_that_move_parameters_are_refused(harness):
+    """Hazard 19."""
+    from cg_lightning.stage.preconditions import why_inert
+
+    class Trainer:
+        strategy = FSDPStrategy()
+
+    assert "FSDPStrategy moves parameters" in why_inert(Trainer)
+    assert why_inert(harness.trainer()) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*sync_dist=True")
+def test_one_process_of_ddp(harness, backend):
+    """Hazards 19 and 27: the inner module is graphed, and the process ends."""
+    fit = lambda trainer, module: trainer.fit(module, images(), images())
+    callback = harness.callback(warmup_steps=1)
+    harness.compare(ConvNetClassifier(4), fit, callback, strategy="ddp")
+    assert callback.stats.replays > 0
+    torch.distributed.destroy_process_group()
+
+
+def test_a_step_that_switches_streams(harness, backend):
+    """Hazard 13."""
+    if backend == "recorder":
+        pytest.skip("the CPU has no streams")
+
+    class Switches(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                output = self.net(batch[0])
+            torch.cuda.current_stream().wait_stream(side)
+            return output
+
+    harness.compare(Switches(Body()), predict(features()), harness.callback(mode="FULL", warmup_steps=1))
+
+
+def test_a_tensor_made_in_a_step_and_dropped(harness):
+    """Hazard 15: a graph keeps the memory that it reads."""
+
+    class Closure(Predictor):
+        def on_predict_start(self) -> None:
+            self.bias = torch.full((8,), 3.0, device=self.device)
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch[0]) + self.bias
+
+        def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            if batch_idx == 4:
+                self.bias = torch.full((8,), 5.0, device=self.device)
+            for _ in range(20):
+                torch.full((8,), 7.0, device=self.device)
+
+    harness.compare(Closure(Body()), predict(features(40)), harness.callback(mode="FULL", warmup_steps=1))
+
+
+def test_metrics_that_share_their_states(harness):
+    """Hazard 32: compute groups, over two epochs."""
+    from torchmetrics import MetricCollection
+    from torchmetrics.classification import MulticlassF1Score, MulticlassPrecision
+
+    class Collects(ConvNetClassifier):
+        def __init__(self) -> None:
+            super().__init__(4)
+            self.scores = MetricCollection([MulticlassF1Score(10), MulticlassPrecision(10)])
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            logits = self(batch[0])
+            self.scores.update(logits, batch[1])
+            self.log_dict(self.scores)
+
+    fit = lambda trainer, module: trainer.fit(module, images(), images())
+    for mode in ("PIECEWISE", "FULL_AND_PIECEWISE"):
+        callback = harness.callback(mode=mode, warmup_steps=1)
+        harness.compare(Collects(), fit, callback)
+        assert callback.stats.replays > 0
+
+
+def test_training_is_never_graphed(harness):
+    """Hazard 26."""
+
+    class Watches(Callback):
+        def on_train_batch_start(self, trainer, pl_module, *_: Any) -> None:
+            from tests.conftest import modules_with_a_trace
+
+            assert modules_with_a_trace() == []
+
+    fit = lambda trainer, module: trainer.fit(module, images(), images())
+    harness.compare(ConvNetClassifier(4), fit, harness.callback(warmup_steps=0), accumulate_grad_batches=2)
+    harness.trainer(harness.callback(warmup_steps=0), Watches(), val_check_interval=2).fit(
+        ConvNetClassifier(4), images(), images()
+    )
+
+
+def test_two_validations_with_training_in_between(harness):
+    """Hazard 34."""
+    callback = harness.callback(warmup_steps=1)
+    job = lambda t, m: (
+        t.validate(m, images(), verbose=False),
+        t.fit(m, images(), images()),
+        t.validate(m, images(), verbose=False),
+    )
+    harness.compare(ConvNetClassifier(4), job, callback)
+    assert callback.stats.captures == 3
+    harness.compare(ConvNetClassifier(4), validate(images()), callback)
+
+
+HERE = Path(__file__).parent
+ROWS = re.findall(r"^\| (\d+) \|.*\| (.+) \|$", (HERE / "hazards.md").read_text(), re.MULTILINE)
+
+
+def test_every_hazard_has_its_tests_and_every_test_its_row():
+    assert [int(number) for number, _ in ROWS] == list(range(1, 35))
+    defined = {name for file in HERE.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)}
+    for number, tests in ROWS:
+        for name in re.findall(r"`(\w+)`", tests):
+            assert name in defined, f"hazard {number} names {name}, which is no test"
+    carried: dict[str, set[str]] = {}
+    for file in HERE.glob("test_*.py"):
+        for name, text in re.findall(r"^def (test_\w+)[^\n]*\n +\"\"\"(.*?)\"\"\"", file.read_text(), re.M | re.S):
+            if match := re.search(r"Hazards? ([\d, and]+)", text):
+                carried[name] = set(re.findall(r"\d+", match[1]))
+    for name, numbers in carried.items():
+        for number in numbers:
+            tests = dict(ROWS)[number]
+            assert f"`{name}`" in tests, f"{name} carries hazard {number}, whose row does not name it"
