@@ -175,9 +175,11 @@ def test_one_process_of_ddp(harness, backend):
     """Hazards 19 and 27: the inner module is graphed, and the process ends."""
     fit = lambda trainer, module: trainer.fit(module, images(), images())
     callback = harness.callback(warmup_steps=1)
-    harness.compare(ConvNetClassifier(4), fit, callback, strategy="ddp")
+    try:
+        harness.compare(ConvNetClassifier(4), fit, callback, strategy="ddp")
+    finally:
+        torch.distributed.destroy_process_group()
     assert callback.stats.replays > 0
-    torch.distributed.destroy_process_group()
 
 
 def test_a_step_that_switches_streams(harness, backend):

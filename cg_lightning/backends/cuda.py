@@ -88,9 +88,10 @@ class CUDABackend:
         mode = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(), patch.object(torch.cuda, "synchronize", synchronize):
             warnings.filterwarnings("always", message=f".*{_SYNC_WARNING}")
+            warnings.filterwarnings("ignore", message=".*Synchronization debug mode is a prototype")
             warnings.showwarning = notice
-            torch.cuda.set_sync_debug_mode("warn")
             try:
+                torch.cuda.set_sync_debug_mode("warn")
                 yield
             finally:
                 torch.cuda.set_sync_debug_mode(mode)

@@ -1,0 +1,52 @@
+"""What the diagnosis says of an operation, and what a real capture of it does."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from cg_lightning import BatchDescriptor, CaptureError, CUDAGraphMode, CUDAGraphWrapper, diagnose, set_forward_context
+from tests.operations import OPERATIONS
+
+# capturable, and called unclean: at most two
+TOO_CAREFUL = 2
+
+
+class Runs(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.name = name
+
+    def forward(self, x):
+        return OPERATIONS[self.name](x * self.scale)
+
+
+def is_captured(name: str, x: torch.Tensor, backend: str) -> bool:
+    step = Runs(name).to(x.device)
+    wrapper = CUDAGraphWrapper(lambda x: (step(x), None)[1], CUDAGraphMode.FULL, backend=backend)
+    with torch.inference_mode():
+        step(x)  # library handles are made by a first run
+        with set_forward_context(CUDAGraphMode.FULL, BatchDescriptor(batch_size=8)):
+            try:
+                wrapper(x)
+            except CaptureError:
+                return False
+    return True
+
+
+def test_the_diagnosis_agrees_with_captures(backend, device, capsys):
+    torch.manual_seed(0)
+    x = torch.randn(8, 8, device=device)
+    rows = {}
+    for name in OPERATIONS:
+        clean = diagnose(Runs(name).to(device), x).capturable()
+        rows[name] = (clean, is_captured(name, x, backend))
+    assert len(rows) >= 100
+    with capsys.disabled():
+        agreed = sum(clean is captured for clean, captured in rows.values())
+        print(f"\n{backend}: the diagnosis agrees with {agreed} of {len(rows)} captures")
+    called_clean = [name for name, (clean, captured) in rows.items() if clean and not captured]
+    called_unclean = [name for name, (clean, captured) in rows.items() if captured and not clean]
+    assert called_clean == []
+    assert len(called_unclean) <= TOO_CAREFUL, called_unclean
