@@ -25,7 +25,8 @@ from cg_lightning.core.monitor import (
 )
 from cg_lightning.core.weak_ref import weak_ref_tensors
 from cg_lightning.core.wrapper import CUDAGraphEntry, CUDAGraphOptions, CUDAGraphWrapper
-from cg_lightning.stage.diagnosis import Diagnosis, diagnose
+from cg_lightning.stage.diagnose import diagnose
+from cg_lightning.stage.diagnosis import Diagnosis
 
 __all__ = [
     "BatchDescriptor",

@@ -390,8 +390,11 @@ def test_strict_raises_where_a_step_runs_lower_than_asked(harness):
     for settings in ({"mode": "FULL"}, {"targets": ["unused"]}):
         model = Syncs(Body())
         model.unused = nn.Linear(1, 1)
-        with pytest.raises(CaptureError, match="strict=False"):
+        with pytest.raises(CaptureError, match="strict=False") as caught:
             harness.trainer(harness.callback(strict=True, warmup_steps=1, **settings)).predict(model, features())
+        if settings == {"mode": "FULL"}:
+            assert "aten::" in str(caught.value.diagnosis)
+            assert caught.value.diagnosis.capturable("net")
 
 
 def test_a_second_callback_stays_inert_and_says_so(harness):

@@ -288,3 +288,25 @@ def test_every_hazard_has_its_tests_and_every_test_its_row():
         for number in numbers:
             tests = dict(ROWS)[number]
             assert f"`{name}`" in tests, f"{name} carries hazard {number}, whose row does not name it"
+
+
+def test_out_of_memory_evicts_the_least_recently_used_once(harness):
+    from tests.test_equivalence import OnTensor, ragged
+
+    class Greedy(OnTensor):
+        """Needs more than there is, as long as another graph is there; and always for the longest."""
+
+        def predict_step(self, batch: Any) -> Any:
+            if harness_captures() and (len(callback._installation.session.budget._last_step) > 0 or batch.shape[1] == 9):
+                raise torch.OutOfMemoryError("out of memory")
+            return self.net(batch)
+
+    def harness_captures() -> bool:
+        return callback._installation is not None and callback._installation.session.backend.is_capturing()
+
+    callback = harness.callback(mode="FULL", warmup_steps=1)
+    lengths = [3, 3, 4, 4, 4, 9, 9, 9, 3]
+    kept = harness.trainer(callback).predict(Greedy(Body()), ragged(lengths))
+    assert len(kept) == len(lengths)
+    assert callback.stats.captures == 3  # 3 and 4, each evicting the other, and 3 again
+    assert sum("OutOfMemoryError" in reason for reason in callback.stats.eager_reasons) == 1

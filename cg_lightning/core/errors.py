@@ -23,7 +23,14 @@ class CaptureError(CUDAGraphError):
     """A graph could not be captured, or (``strict=True``) a step ran in a lower mode than asked.
 
     The exception that stopped the capture, where there is one, is its ``__cause__``.
+
+    Attributes:
+        diagnosis: With ``strict=True``, the :class:`~cg_lightning.Diagnosis` of the step, where it was watched.
     """
+
+    def __init__(self, message: str, diagnosis: object = None) -> None:
+        super().__init__(message)
+        self.diagnosis = diagnosis
 
 
 class VerificationError(CUDAGraphError):

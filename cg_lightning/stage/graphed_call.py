@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cg_lightning.backends import GraphBackend
 from cg_lightning.core.descriptor import BatchDescriptor
-from cg_lightning.core.errors import VerificationError
+from cg_lightning.core.errors import CaptureError, VerificationError
 from cg_lightning.core.forward_context import ForwardContext, override_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.static_inputs import StaticInputs
@@ -111,7 +112,13 @@ class GraphedCall:
     def _run_graph(self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], rest: tuple[Any, ...]) -> Any:
         entry = self._entries.get(descriptor)
         if entry is None:
-            entry, computed = self._capture(descriptor, tree, leaves, rest)
+            try:
+                entry, computed = self._capture(descriptor, tree, leaves, rest)
+            except CaptureError as error:
+                out_of_memory = isinstance(error.__cause__, torch.OutOfMemoryError)
+                if not out_of_memory or not self._settings.budget.drop_unused():
+                    raise
+                entry, computed = self._capture(descriptor, tree, leaves, rest)
         else:
             entry.inputs.copy_from(leaves)
             with override_forward_context(entry.context):

@@ -16,6 +16,7 @@ from cg_lightning.core.legality import Cause
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.wrapper import CUDAGraphOptions
 from cg_lightning.stage.batch_index import uses_batch_index
+from cg_lightning.stage.diagnosis import Diagnosis
 from cg_lightning.stage.graph_budget import GraphBudget
 from cg_lightning.stage.graphed_call import GraphSettings
 from cg_lightning.stage.module_state import Change, ModuleState
@@ -149,6 +150,11 @@ class Session:
         self._dispatcher.refuse(CUDAGraphMode.FULL, descriptor, reason)
         if self.settings.mode.has_piecewise_cudagraphs():
             self._decide_piecewise(descriptor, reason)
+
+    def diagnosis(self, descriptor: BatchDescriptor | None) -> Diagnosis | None:
+        """What the watched step of a key showed; None where none was watched."""
+        observation = None if descriptor is None else self._observations.get(descriptor)
+        return None if observation is None else Diagnosis(list(observation.findings), "", observation)
 
     def why_no_graph(self) -> str:
         """Why a step in mode PIECEWISE ran no graph."""

@@ -106,7 +106,7 @@ class StepRunner:
             session.stats.count_graphed_step(self._stage, CUDAGraphMode.PIECEWISE.name)
         else:
             why = session.why_no_graph()
-            self._refuse_if_strict(why)
+            self._refuse_if_strict(why, descriptor)
             session.stats.count_eager_step(self._stage, descriptor.shapes(), why)
         return output
 
@@ -131,16 +131,17 @@ class StepRunner:
         reason: str,
         error: Exception | None = None,
     ) -> Any:
-        self._refuse_if_strict(reason, error)
+        self._refuse_if_strict(reason, descriptor, error)
         with override_forward_context(ForwardContext(CUDAGraphMode.NONE, descriptor, calls={})):
             output = self._step(*args, **kwargs)
         self._session.stats.count_eager_step(self._stage, descriptor.shapes() if descriptor else "-", reason)
         return output
 
-    def _refuse_if_strict(self, reason: str, error: Exception | None = None) -> None:
+    def _refuse_if_strict(self, reason: str, descriptor: BatchDescriptor | None, error: Exception | None = None) -> None:
         if self._session.settings.strict:
             asked = self._session.settings.mode.name
             raise CaptureError(
                 f"A step of stage {self._stage!r} ran in a lower mode than mode={asked} asks for: {reason}. Remove the "
-                f"cause, choose a lower mode, or set strict=False to run it eagerly."
+                f"cause, choose a lower mode, or set strict=False to run it eagerly.",
+                self._session.diagnosis(descriptor),
             ) from error
