@@ -130,7 +130,7 @@ class CUDAGraphCallback(Callback):
         self._close()
         self._stages_run = []
         first = next(callback for callback in trainer.callbacks if isinstance(callback, CUDAGraphCallback))  # type: ignore[attr-defined]
-        self._inert_reason = why_inert(trainer)
+        self._inert_reason = why_inert(trainer, pl_module)
         if first is not self:
             self._inert_reason = "another CUDAGraphCallback comes first in this Trainer"
         if self._settings.mode is CUDAGraphMode.NONE:

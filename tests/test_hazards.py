@@ -165,8 +165,54 @@ def test_strategies_that_move_parameters_are_refused(harness):
     class Trainer:
         strategy = FSDPStrategy()
 
-    assert "FSDPStrategy moves parameters" in why_inert(Trainer)
-    assert why_inert(harness.trainer()) == ""
+    assert "FSDPStrategy moves parameters" in why_inert(Trainer, Body())
+    assert why_inert(harness.trainer(), Body()) == ""
+
+
+class TwoTensors(torch.Tensor):
+    """A wrapper subclass, as quantised and distributed parameters are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, _, size, stride):
+        return TwoTensors(inner["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args = torch.utils._pytree.tree_map_only(cls, lambda t: t.inner, args)
+        return func(*args, **(kwargs or {}))
+
+
+def test_parameters_whose_memory_cannot_be_watched(tmp_path):
+    from tests.harness import Harness
+
+    harness = Harness("recorder", tmp_path)
+    model = Predictor(Body())
+    model.register_buffer("odd", TwoTensors(torch.zeros(2)), persistent=False)
+    callback = harness.callback(warmup_steps=1)
+    with pytest.warns(UserWarning, match="odd is a TwoTensors"):
+        harness.trainer(callback).predict(model, features())
+    assert callback.stats.replays == 0
+
+
+def test_lazy_parameters(harness):
+    model = Predictor(nn.Sequential(nn.LazyLinear(8), nn.ReLU()))
+    for extra in ([harness.callback(warmup_steps=1)], []):
+        torch.manual_seed(3)
+        fresh = copy.deepcopy(model)
+        kept = harness.trainer(*extra).predict(fresh, features(32))
+        with torch.no_grad():
+            assert_same(kept[-1], fresh.net(features(32).dataset[28:][0].to(fresh.device)).cpu())
+        assert not extra or extra[0].stats.replays > 0
 
 
 @pytest.mark.slow

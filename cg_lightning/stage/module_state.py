@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 class Change(enum.Enum):
@@ -50,7 +51,9 @@ class ModuleState:
         tables = [(module._modules, module._parameters, module._buffers) for module in self.modules]
         self._tables: list[dict[str, Any]] = list(chain.from_iterable(tables))
         self._members = self._current_members()
-        self.tensors = [member for member in self._members if isinstance(member, Tensor)]
+        members = [member for member in self._members if isinstance(member, Tensor)]
+        self._lazy = [member for member in members if is_lazy(member)]  # they have no address before their first step
+        self.tensors = [member for member in members if not is_lazy(member)]
         self._addresses = [tensor.data_ptr() for tensor in self.tensors]
         self._indices = list(range(len(self.tensors)))
         self._remember_attributes()
@@ -86,7 +89,8 @@ class ModuleState:
     def look(self) -> Change:
         """Compares with the last look, and remembers what is there now."""
         members = self._current_members()
-        if len(members) != len(self._members) or not all(map(operator.is_, members, self._members)):
+        same = len(members) == len(self._members) and all(map(operator.is_, members, self._members))
+        if not same or not all(map(is_lazy, self._lazy)):
             change = Change.REPLACED
         elif not self._addresses_hold():
             change = Change.MOVED

@@ -6,14 +6,19 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _RESHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
 
-def why_inert(trainer: Trainer) -> str:
-    """Gives the reason why nothing can run from graphs under this Trainer; empty where it can."""
+def why_inert(trainer: Trainer, module: nn.Module) -> str:
+    """Gives the reason why nothing of this module can run from graphs under this Trainer; empty where it can."""
     if isinstance(trainer.strategy, _RESHARDING):
         return f"{type(trainer.strategy).__name__} moves parameters between steps, so graphs would read stale memory"
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if is_traceable_wrapper_subclass(tensor):
+            return f"{name} is a {type(tensor).__name__}, whose memory cannot be watched"
     return ""
 
 
