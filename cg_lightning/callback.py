@@ -42,8 +42,8 @@ class CUDAGraphCallback(Callback):
         stages: Any of ``validate`` (also inside ``fit``; the sanity check is always eager), ``test`` and ``predict``.
         targets: For PIECEWISE, patterns as in :mod:`fnmatch` for names in ``named_modules()``. None: the largest submodules
             with parameters that the step calls and that can be captured.
-        warmup_steps: Eager runs of a key before its capture. With 0 a key is captured at first sight, but for
-            ``targets=None``, which takes one eager step to find them.
+        warmup_steps: Eager runs of a key before its capture. The first one is watched for what a graph could not hold or
+            would freeze, so 0 means 1.
         verify_replays: How many first replays of each graph are compared with the eager step on the same batch. A graph that
             differs is dropped, eager's result is used, and a warning names the values.
         verify_every: Compare every so-manieth later replay as well; 0: none.

@@ -22,7 +22,8 @@ from cg_lightning.stage.verification import report_difference
 class PiecewiseTarget:
     """Intercepts one submodule, and runs its calls from graphs.
 
-    A call has a key of its own, made of its arguments: they may differ in shape for batches that do not. Like a step it
+    It does so in steps whose key it was allowed for: where a watched step called it, and found nothing that a graph would
+    freeze. A call has a key of its own, made of its arguments: they may differ in shape for batches that do not. Like a step it
     runs eagerly until its key is warm. Outside a step, in mode NONE, under gradients and inside a capture it is eager.
 
     Args:
@@ -39,6 +40,7 @@ class PiecewiseTarget:
         """Why the calls of a key run eagerly; None stands for all that have no key."""
         self._warmup_steps = warmup_steps
         self._settings = settings
+        self._allowed: set[BatchDescriptor] = set()
         self._sights: Counter[BatchDescriptor] = Counter()
         self._graphed = GraphedCall(path or "forward", self._invoke, module, CUDAGraphMode.PIECEWISE, settings)
         self._interception: Interception | None = None
@@ -47,6 +49,13 @@ class PiecewiseTarget:
         """Notes how often calls with these keys ran before they were intercepted."""
         for descriptor in descriptors:
             self._sights[descriptor] = max(self._sights[descriptor], sights)
+
+    def note_findings(self, step: BatchDescriptor, findings: list[str] | None) -> None:
+        """Allows the calls in steps with this key, or forbids them; None: the watched step did not call it."""
+        if findings:
+            self.reasons[step] = f"{self.path}: {findings[0]}"
+        elif findings is not None:
+            self._allowed.add(step)
 
     def install(self) -> None:
         """Intercepts the submodule from now on; idempotent."""
@@ -82,7 +91,7 @@ class PiecewiseTarget:
         if context.cudagraph_runtime_mode is CUDAGraphMode.NONE or not warm:
             self._sights[descriptor] += 1
             return self._original(*args, **kwargs)
-        if descriptor in self.reasons:
+        if descriptor in self.reasons or context.batch_descriptor not in self._allowed:
             return self._original(*args, **kwargs)
         try:
             return self._graphed(descriptor, (args, kwargs), leaves)

@@ -144,6 +144,9 @@ class Session:
         runs_full = mode.has_full_cudagraphs() and not observation.findings and descriptor.stage not in self._full_refused
         if mode.has_piecewise_cudagraphs() and self.settings.targets is None and not runs_full:
             self._add_targets(observation.largest_capturable(), observation, self._sights[descriptor])
+        for target in self._piecewise.values():
+            findings = observation.findings_of(target.path)
+            target.note_findings(descriptor, None if findings is None else [str(finding) for finding in findings])
 
     def refuse_full(self, descriptor: BatchDescriptor, reason: str) -> None:
         """Runs the key lower from now on."""
@@ -162,10 +165,7 @@ class Session:
         return "; ".join(reasons) or "no target was called with a warm key"
 
     def _is_warm(self, descriptor: BatchDescriptor) -> bool:
-        searches_targets = self.settings.targets is None and self.settings.mode.has_piecewise_cudagraphs()
-        if searches_targets and descriptor not in self._observations:
-            return False
-        return self._sights[descriptor] >= self.settings.warmup_steps
+        return descriptor in self._observations and self._sights[descriptor] >= self.settings.warmup_steps
 
     def _decide(self, descriptor: BatchDescriptor) -> None:
         mode = self.settings.mode
@@ -186,6 +186,9 @@ class Session:
         if observation is not None and self.settings.targets is None:
             targets = observation.largest_capturable()
             self._add_targets(targets, observation, self._sights[descriptor])
+            for path, module in targets.items():
+                assert observation.findings_of(path) == []
+                self._piecewise[id(module)].note_findings(descriptor, [])
             if not targets:
                 why = reason or "the step calls no submodule that has parameters"
                 self._dispatcher.refuse(CUDAGraphMode.PIECEWISE, descriptor, why)
