@@ -392,3 +392,28 @@ def test_pinned_memory_and_workers(harness, backend):
     one = harness.trainer(harness.callback()).predict(model, data())
     other = harness.trainer().predict(model, data())
     assert_same(one, other)
+
+
+class Graph(nn.Module):
+    """Neighbours are a sparse matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, neighbours, x):
+        return torch.sparse.mm(neighbours, self.linear(x))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sparse_tensors_on_the_way(harness, mode):
+    class Step(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            x = batch[0]
+            return self.net(torch.eye(4, device=x.device).to_sparse(), x), (x > 0).to_sparse()
+
+    callback = harness.callback(mode=mode, warmup_steps=1)
+    model, data = Step(Graph()), features()
+    one, other = (harness.trainer(*extra).predict(model, data) for extra in ([callback], []))
+    assert_same([(a, b.to_dense()) for a, b in one], [(a, b.to_dense()) for a, b in other])
+    assert callback.stats.eager + callback.stats.steps["PIECEWISE"] == 5

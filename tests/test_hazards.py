@@ -1,8 +1,10 @@
 """Hazards that no other file tries: see hazards.md for which test shows which."""
 
 import copy
+import gc
 import re
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -356,3 +358,21 @@ def test_out_of_memory_evicts_the_least_recently_used_once(harness):
     assert len(kept) == len(lengths)
     assert callback.stats.captures == 3  # 3 and 4, each evicting the other, and 3 again
     assert sum("OutOfMemoryError" in reason for reason in callback.stats.eager_reasons) == 1
+
+
+def test_no_batch_is_kept(harness):
+    """What a watched step was given is let go, whatever is remembered of it."""
+    alive: list[weakref.ref] = []
+
+    class Notes(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            output = self.net(batch[0])
+            alive.extend([weakref.ref(batch[0]), weakref.ref(output)])
+            return output.sum(1)
+
+        def on_predict_epoch_end(self) -> None:
+            gc.collect()
+            assert [ref() for ref in alive[:-2]] == [None] * (len(alive) - 2)
+
+    harness.trainer(harness.callback(mode="PIECEWISE", warmup_steps=2)).predict(Notes(Body()), features())
+    assert len(alive) == 10

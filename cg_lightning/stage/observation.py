@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
@@ -53,6 +53,10 @@ class Finding:
         return f"{self.cause.value}: {self.operation}{where} ({self.location})"
 
 
+def _addresses(tensors: Iterable[Tensor]) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.layout is torch.strided}
+
+
 @dataclasses.dataclass
 class _Call:
     """One call of a module, or (``module`` is None) the step."""
@@ -66,7 +70,7 @@ class _Call:
     reads: dict[tuple[int, str], nn.Module] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.input_addresses = {tensor.untyped_storage().data_ptr() for tensor in self.inputs}
+        self.input_addresses = _addresses(self.inputs)
 
 
 def is_graphed_by_compiler(module: nn.Module) -> bool:
@@ -171,7 +175,7 @@ class _Watch(EagerDispatchMode):
         named = zip(func._schema.arguments, args, strict=False)
         written = [value for argument, value in named if argument.alias_info is not None and argument.alias_info.is_write]
         written += [kwargs[a.name] for a in func._schema.arguments if a.alias_info is not None and a.name in kwargs]
-        addresses = {leaf.untyped_storage().data_ptr() for leaf in flatten(written)[0] if isinstance(leaf, Tensor)}
+        addresses = _addresses(leaf for leaf in flatten(written)[0] if isinstance(leaf, Tensor))
         for call in self.stack:
             if call.input_addresses & addresses:
                 call.findings.append(Finding(Cause.INPUT_MUTATED, func._schema.name, self.stack[-1].path, users_location()))
@@ -182,6 +186,11 @@ class Observation:
 
     def __init__(self, step: _Call) -> None:
         self._step = step
+
+    def release(self) -> None:
+        """Lets go of the tensors that the calls were given: an observation lives as long as its key."""
+        for call in (self._step, *self._all_calls(self._step)):
+            call.inputs.clear()
 
     @property
     def findings(self) -> list[Finding]:
@@ -284,7 +293,9 @@ class Observer:
         if _updates(metrics) != updates and not any(f.cause is Cause.METRIC_UPDATED for f in frame.findings):
             watch.add(Cause.METRIC_UPDATED, "update")
         self._find_rebound_state(frame, {path: _changed(before[path], _state(module)) for path, module in modules})
-        return output, Observation(frame)
+        observation = Observation(frame)
+        observation.release()
+        return output, observation
 
     @contextlib.contextmanager
     def _intercepted(self, modules: list[tuple[str, nn.Module]], metrics: list[Metric], watch: _Watch) -> Iterator[None]:
