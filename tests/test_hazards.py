@@ -376,3 +376,41 @@ def test_no_batch_is_kept(harness):
 
     harness.trainer(harness.callback(mode="PIECEWISE", warmup_steps=2)).predict(Notes(Body()), features())
     assert len(alive) == 10
+
+
+def test_random_numbers_after_a_capture_that_failed(harness):
+    """Hazard 9: a graph from before the failure draws what eager draws."""
+
+    class Draws(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return nn.functional.dropout(self.linear(x), 0.5, training=True)
+
+    class Step(Predictor):
+        def __init__(self) -> None:
+            super().__init__(Draws())
+            self.late = FailsLate()
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.late(self.net(batch[0]))
+
+    class FailsLate(nn.Module):
+        """Is clean while it is watched, and cannot be captured."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            session = callback._installation.session if callback._installation is not None else None
+            if session is not None and session.backend.is_capturing():
+                x.sum().item()
+            return x * self.scale
+
+    callback = harness.callback(warmup_steps=2, verify_replays=0)
+    harness.compare(Step(), predict(features(40)), callback)
+    assert callback.stats.captures == 2  # of the dropout, before the failure and after it
+    assert callback.stats.replays == 8

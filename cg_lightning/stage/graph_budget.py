@@ -51,17 +51,12 @@ class GraphBudget:
         owner.drop(descriptor)
         self._last_step.pop((owner, descriptor), None)
 
-    def drop_unused(self) -> bool:
-        """Drops what the step under way has not used; says whether there was any."""
-        unused = [key for key, step in self._last_step.items() if step != self.step]
-        for owner, descriptor in unused:
-            self.drop(owner, descriptor)
-        return bool(unused)
-
-    def drop_all(self) -> None:
-        """Drops every graph."""
-        if self._last_step:
-            self._synchronize()
+    def drop_all(self) -> bool:
+        """Drops every graph; says whether there was any."""
+        if not self._last_step:
+            return False
+        self._synchronize()
         for owner, descriptor in self._last_step:
             owner.drop(descriptor)
         self._last_step.clear()
+        return True

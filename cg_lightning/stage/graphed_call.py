@@ -112,11 +112,13 @@ class GraphedCall:
     def _run_graph(self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], rest: tuple[Any, ...]) -> Any:
         entry = self._entries.get(descriptor)
         if entry is None:
+            self._settings.budget.make_room()
             try:
                 entry, computed = self._capture(descriptor, tree, leaves, rest)
             except CaptureError as error:
-                out_of_memory = isinstance(error.__cause__, torch.OutOfMemoryError)
-                if not out_of_memory or not self._settings.budget.drop_unused():
+                # recovery gives the device another random generator, which graphs from before would not draw from
+                had_others = self._settings.budget.drop_all()
+                if not had_others or not isinstance(error.__cause__, torch.OutOfMemoryError):
                     raise
                 entry, computed = self._capture(descriptor, tree, leaves, rest)
         else:
@@ -157,7 +159,6 @@ class GraphedCall:
     def _capture(
         self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], rest: tuple[Any, ...]
     ) -> tuple[_Entry, list[Tensor]]:
-        self._settings.budget.make_room()
         self._settings.before_capture()
         inputs = StaticInputs(leaves, tree, self._settings.backend.device)
         inputs.copy_from(leaves)
