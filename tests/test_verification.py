@@ -197,3 +197,46 @@ def test_equal_means_equal():
     assert _equal(float("nan"), float("nan"))
     assert not _equal(1, 1.0)
     assert_same((x, 1), (x.clone(), 1))
+
+
+class Configured(nn.Module):
+    """Keeps its settings as many do: in a private attribute, and in containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._temperature, self.config, self.steps = 1.0, {"scale": 1.0}, [1.0]
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x) * self._temperature * self.config["scale"] * self.steps[-1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_private_attributes_and_containers_are_watched_too(harness, mode):
+    """Hazard 7: hyperparameters of the LightningModule among them."""
+
+    class Changes(Predictor):
+        def __init__(self, net: nn.Module, factor: float = 1.0) -> None:
+            super().__init__(net)
+            self.save_hyperparameters("factor")
+
+        def forward(self, x):
+            return self.net(x) * self.hparams.factor
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self(batch[0])
+
+        def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            if batch_idx == 3:
+                self.net._temperature = 3.0
+            if batch_idx == 5:
+                self.net.config["scale"] = 5.0
+            if batch_idx == 7:
+                self.net.steps.append(7.0)
+            if batch_idx == 9:
+                self.hparams.factor = 9.0
+
+    callback = harness.callback(mode=mode, warmup_steps=1, verify_replays=0)
+    harness.compare(Changes(Configured()), predict(features(48)), callback)
+    assert callback.stats.captures == 5
+    assert callback.stats.replays == 11

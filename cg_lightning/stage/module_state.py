@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from cg_lightning.core.tree import flatten
+
 
 class Change(enum.Enum):
     """What happened to a module since the last look."""
@@ -31,6 +33,11 @@ def is_same_value(before: Any, after: Any) -> bool:
         return True
     plain = (bool, int, float, str, bytes, type(None))
     return type(before) is type(after) and isinstance(before, plain) and before == after
+
+
+def _contents_hold(container: Any, leaves: list[Any], structure: Any) -> bool:
+    now, structure_now = flatten(container)
+    return structure_now == structure and all(map(is_same_value, leaves, now))
 
 
 class ModuleState:
@@ -62,12 +69,17 @@ class ModuleState:
         self._owners = list(self._watched.values())
         self._names = [name for _, name in self._watched]
         self._values = self._current_values()
+        # containers by what is in them: they stay the same object when a setting in them changes
+        containers = {id(value): value for value in self._values if flatten(value)[1] is not None}
+        self._containers = [(container, *flatten(container)) for container in containers.values()]
 
     def _current_values(self) -> list[Any]:
         return list(map(dict.get, self._owners, self._names))
 
     def watch(self, reads: list[tuple[nn.Module, str]]) -> None:
-        """Watches attributes from now on: of instances, by identity, plain values by value."""
+        """Watches attributes of instances from now on: plain values by value, containers by what is in them, nested ones
+        too, and anything else by identity.
+        """
         before = len(self._watched)
         for owner, name in reads:
             self._watched.setdefault((id(owner), name), vars(owner))
@@ -76,7 +88,9 @@ class ModuleState:
 
     def _attributes_hold(self) -> bool:
         values = self._current_values()
-        return all(map(operator.is_, values, self._values)) or all(map(is_same_value, self._values, values))
+        if not all(map(operator.is_, values, self._values)) and not all(map(is_same_value, self._values, values)):
+            return False
+        return all(_contents_hold(*container) for container in self._containers)
 
     def _current_members(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self._tables)))

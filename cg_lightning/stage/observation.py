@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import dataclasses
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torchmetrics import Metric
@@ -340,7 +342,7 @@ class Observer:
         def read(name: str) -> None:
             if module is self._root and name in ("logger", "loggers"):
                 watch.add(Cause.PRINTED, f"self.{name}")
-            if not name.startswith("_") and name != "training":  # that one is part of the key
+            if name not in _names_of_frameworks() and not callable(getattr(plain_class(module), name, None)):
                 for frame in watch.stack:
                     frame.reads[id(module), name] = module
 
@@ -367,6 +369,12 @@ class Observer:
                 inside = not call.path or path == call.path or path.startswith(f"{call.path}.")
                 if inside and path:  # the root's own state was compared around each of its calls
                     call.findings.append(finding)
+
+
+@functools.cache
+def _names_of_frameworks() -> frozenset[str]:
+    """Attributes that torch and Lightning keep on every module; ``training``, one of them, is part of the key."""
+    return frozenset({*vars(nn.Module()), *vars(LightningModule()), "__dict__", "__class__"})
 
 
 def _is_user_written(module: nn.Module) -> bool:
