@@ -186,16 +186,16 @@ def test_an_exception_of_the_compared_step_comes_through(harness):
     ChangesGlobal.on_predict_end(None)
 
 
-def test_equal_means_equal():
-    from cg_lightning.stage.verification import _equal
+def test_equal_meanssame_leaf():
+    from cg_lightning.core.equality import same_leaf
 
     x = torch.tensor([1.0, float("nan")])
-    assert _equal(x, x.clone())
-    assert not _equal(x, x.double())
-    assert not _equal(x, torch.tensor([1.0, 2.0]))
-    assert not _equal(torch.tensor([1]), torch.tensor([2]))
-    assert _equal(float("nan"), float("nan"))
-    assert not _equal(1, 1.0)
+    assert same_leaf(x, x.clone())
+    assert not same_leaf(x, x.double())
+    assert not same_leaf(x, torch.tensor([1.0, 2.0]))
+    assert not same_leaf(torch.tensor([1]), torch.tensor([2]))
+    assert same_leaf(float("nan"), float("nan"))
+    assert not same_leaf(1, 1.0)
     assert_same((x, 1), (x.clone(), 1))
 
 

@@ -4,23 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from cg_lightning.app.run import Results
+from cg_lightning.core.equality import same_leaf
 from cg_lightning.core.tree import flatten, leaf_paths
-
-
-def same_bits(one: Any, other: Any) -> bool:
-    """Whether two leaves are equal, NaN being equal to NaN."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return (
-            one.dtype == other.dtype
-            and one.shape == other.shape
-            and torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
-            and torch.equal(one.isnan(), other.isnan())
-        )
-    return type(one) is type(other) and (one == other or one != one)
 
 
 def _differing_leaf(one: Any, other: Any, root: str) -> str:
@@ -29,7 +15,7 @@ def _differing_leaf(one: Any, other: Any, root: str) -> str:
     if structure != other_structure:
         return f"{root} is built differently"
     for path, leaf, other_leaf in zip(leaf_paths(one, root), leaves, others, strict=True):
-        if not same_bits(leaf, other_leaf):
+        if not same_leaf(leaf, other_leaf):
             return f"{path} is {leaf} with graphs, {other_leaf} without"
     return ""
 

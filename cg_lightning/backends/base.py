@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cg_lightning.core.legality import Cause
+from cg_lightning.backends.invisible import OnCall
 
 
 class CapturedGraph(Protocol):
@@ -47,7 +47,7 @@ class GraphBackend(Protocol):
             CaptureError: The work could not be captured; the backend is as usable as before.
         """
 
-    def noticing_host_syncs(self, on_call: Callable[[Cause, str], None]) -> AbstractContextManager[None]:
+    def noticing_host_syncs(self, on_call: OnCall) -> AbstractContextManager[None]:
         """Calls ``on_call`` for what the dispatcher does not show, while a step runs eagerly."""
 
     def get_random_state(self) -> Tensor:

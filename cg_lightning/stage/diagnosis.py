@@ -45,9 +45,9 @@ class Diagnosis:
         return [(f.cause.value, f.operation, f.module or "-", f.location, f.remedy) for f in self.findings]
 
     def __str__(self) -> str:
-        lines = [self.unkeyable] if self.unkeyable else []
         if not self.findings:
-            return "\n".join([*lines, "Nothing stands in the way of one graph."]) if not lines else lines[0]
+            return self.unkeyable or "Nothing stands in the way of one graph."
+        lines = [self.unkeyable] if self.unkeyable else []
         rows = [_HEADERS, *self._rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADERS))]
         lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,4 +1,4 @@
-"""Whether random numbers were drawn where a graph cannot follow."""
+"""The random generators of the host, which a graph cannot follow."""
 
 from __future__ import annotations
 
@@ -9,27 +9,31 @@ from typing import Any
 import torch
 
 
-class HostRandomness:
-    """Remembers the states of the generators of Python, NumPy and (where steps run elsewhere) PyTorch's CPU.
+class HostRandomState:
+    """Remembers the states of the generators of Python, of NumPy where it is loaded, and of PyTorch's CPU."""
 
-    Args:
-        device_type: Where steps run: its own generator is no concern.
-    """
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        self._torch = torch.get_rng_state()
+        self._module: Any = sys.modules.get("numpy")
+        self._numpy = self._module.random.get_state() if self._module is not None else None
 
-    def __init__(self, device_type: str) -> None:
-        self._with_torch = device_type != "cpu"
-        self._before = self._states()
+    def restore(self) -> None:
+        """Puts the states back."""
+        random.setstate(self._python)
+        torch.set_rng_state(self._torch)
+        if self._module is not None:
+            self._module.random.set_state(self._numpy)
 
-    def _states(self) -> list[Any]:
-        states: list[Any] = [random.getstate()]
-        numpy = sys.modules.get("numpy")
-        if numpy is not None:
-            name, keys, *rest = numpy.random.get_state()
-            states.append((name, keys.tobytes(), *rest))
-        if self._with_torch:
-            states.append(torch.get_rng_state().numpy().tobytes())
-        return states
+    def was_drawn(self, device_type: str) -> bool:
+        """Whether any generator moved since; PyTorch's is no concern where the steps themselves run on the CPU."""
+        now = HostRandomState()
+        if now._python != self._python or now._plain_numpy() != self._plain_numpy():
+            return True
+        return device_type != "cpu" and not torch.equal(now._torch, self._torch)
 
-    def was_drawn(self) -> bool:
-        """Whether any of them moved since."""
-        return self._states() != self._before
+    def _plain_numpy(self) -> tuple[Any, ...]:
+        if self._numpy is None:
+            return ()
+        name, keys, *rest = self._numpy
+        return (name, keys.tobytes(), *rest)

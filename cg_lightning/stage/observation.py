@@ -27,7 +27,7 @@ from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.legality import Cause, find_illegal
 from cg_lightning.core.tree import flatten
 from cg_lightning.stage.call_key import describe_call
-from cg_lightning.stage.host_randomness import HostRandomness
+from cg_lightning.stage.host_randomness import HostRandomState
 from cg_lightning.stage.interception import Interception, can_intercept, plain_class
 from cg_lightning.stage.location import users_location
 from cg_lightning.stage.module_state import is_same_value
@@ -283,14 +283,14 @@ class Observer:
         updates = _updates(metrics)
         with self._intercepted(modules, metrics, watch):
             compiled = any(is_compiled(module) for _, module in modules)
-            host = HostRandomness(self._device_type)
+            host = HostRandomState()
             with (
                 _printing_noticed(watch),
                 self._noticing_host_syncs(watch.add),
                 contextlib.nullcontext() if compiled else watch.watching(),
             ):
                 output = step()
-            if host.was_drawn() and not any(f.cause is Cause.HOST_RANDOMNESS for f in frame.findings):
+            if host.was_drawn(self._device_type) and not any(f.cause is Cause.HOST_RANDOMNESS for f in frame.findings):
                 watch.add(Cause.HOST_RANDOMNESS, "random state moved")
         if _updates(metrics) != updates and not any(f.cause is Cause.METRIC_UPDATED for f in frame.findings):
             watch.add(Cause.METRIC_UPDATED, "update")
@@ -319,7 +319,7 @@ class Observer:
             watch.stack.append(frame)
             updates = _updates(metrics)
             own_state = _state(module) if module is self._root else {}
-            host = HostRandomness(self._device_type)
+            host = HostRandomState()
             try:
                 if is_graphed_by_compiler(module):
                     watch.add(Cause.GRAPHED_ALREADY, type(module).__name__)
@@ -327,7 +327,7 @@ class Observer:
                     watch.add(Cause.FORWARD_HOOK, type(module).__name__)
                 return interception.call_original(*args, **kwargs)
             finally:
-                if host.was_drawn():
+                if host.was_drawn(self._device_type):
                     watch.add(Cause.HOST_RANDOMNESS, "random state moved")
                 if _updates(metrics) != updates:
                     watch.add(Cause.METRIC_UPDATED, "update")

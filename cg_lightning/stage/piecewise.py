@@ -80,7 +80,10 @@ class PiecewiseTarget:
         context = current_forward_context()
         if context is None or context.calls is None or context.batch_descriptor is None or torch.is_grad_enabled():
             return self._original(*args, **kwargs)
-        if context.cudagraph_runtime_mode is CUDAGraphMode.FULL or self._settings.backend.is_capturing():
+        mode = context.cudagraph_runtime_mode
+        if mode is CUDAGraphMode.FULL or self._settings.backend.is_capturing():
+            return self._original(*args, **kwargs)
+        if mode is CUDAGraphMode.PIECEWISE and context.batch_descriptor not in self._allowed:
             return self._original(*args, **kwargs)
         try:
             descriptor, leaves = describe_call(self.module, context.next_call(self), context.batch_descriptor, args, kwargs)
@@ -88,10 +91,10 @@ class PiecewiseTarget:
             self.reasons[None] = f"{self.path}: {error}"
             return self._original(*args, **kwargs)
         warm = self._sights[descriptor] >= self._warmup_steps
-        if context.cudagraph_runtime_mode is CUDAGraphMode.NONE or not warm:
+        if mode is CUDAGraphMode.NONE or not warm:
             self._sights[descriptor] += 1
             return self._original(*args, **kwargs)
-        if descriptor in self.reasons or context.batch_descriptor not in self._allowed:
+        if descriptor in self.reasons:
             return self._original(*args, **kwargs)
         try:
             return self._graphed(descriptor, (args, kwargs), leaves)

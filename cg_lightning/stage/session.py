@@ -142,11 +142,8 @@ class Session:
         self._observations[descriptor] = observation
         mode = self.settings.mode
         runs_full = mode.has_full_cudagraphs() and not observation.findings and descriptor.stage not in self._full_refused
-        if mode.has_piecewise_cudagraphs() and self.settings.targets is None and not runs_full:
-            self._add_targets(observation.largest_capturable(), observation, self._sights[descriptor])
-        for target in self._piecewise.values():
-            findings = observation.findings_of(target.path)
-            target.note_findings(descriptor, None if findings is None else [str(finding) for finding in findings])
+        if mode.has_piecewise_cudagraphs() and not runs_full:
+            self._find_targets(descriptor)
 
     def refuse_full(self, descriptor: BatchDescriptor, reason: str) -> None:
         """Runs the key lower from now on."""
@@ -169,12 +166,12 @@ class Session:
 
     def _decide(self, descriptor: BatchDescriptor) -> None:
         mode = self.settings.mode
-        observation = self._observations.get(descriptor)
-        findings = [str(finding) for finding in observation.findings] if observation is not None else []
+        observation = self._observations[descriptor]
+        findings = [str(finding) for finding in observation.findings]
         if descriptor.stage in self._full_refused:
             findings.append(self._full_refused[descriptor.stage])
         if mode.has_full_cudagraphs() and not findings:
-            self.state.watch(observation.reads() if observation is not None else [])
+            self.state.watch(observation.reads())
             self._dispatcher.add_cudagraph_key(CUDAGraphMode.FULL, descriptor)
         elif mode.has_piecewise_cudagraphs():
             self._decide_piecewise(descriptor, findings[0] if findings else "")
@@ -182,18 +179,21 @@ class Session:
             self._dispatcher.refuse(CUDAGraphMode.FULL, descriptor, findings[0])
 
     def _decide_piecewise(self, descriptor: BatchDescriptor, reason: str) -> None:
-        observation = self._observations.get(descriptor)
-        if observation is not None and self.settings.targets is None:
-            targets = observation.largest_capturable()
-            self._add_targets(targets, observation, self._sights[descriptor])
-            for path, module in targets.items():
-                assert observation.findings_of(path) == []
-                self._piecewise[id(module)].note_findings(descriptor, [])
-            if not targets:
-                why = reason or "the step calls no submodule that has parameters"
-                self._dispatcher.refuse(CUDAGraphMode.PIECEWISE, descriptor, why)
-                return
-        self._dispatcher.add_cudagraph_key(CUDAGraphMode.PIECEWISE, descriptor, reason)
+        self._find_targets(descriptor)
+        if self.settings.targets is None and not self._observations[descriptor].largest_capturable():
+            why = reason or "the step calls no submodule that has parameters"
+            self._dispatcher.refuse(CUDAGraphMode.PIECEWISE, descriptor, why)
+        else:
+            self._dispatcher.add_cudagraph_key(CUDAGraphMode.PIECEWISE, descriptor, reason)
+
+    def _find_targets(self, descriptor: BatchDescriptor) -> None:
+        """Adds the targets that the watched step of a key showed, and tells each target what was found in it."""
+        observation = self._observations[descriptor]
+        if self.settings.targets is None:
+            self._add_targets(observation.largest_capturable(), observation, self._sights[descriptor])
+        for target in self._piecewise.values():
+            findings = observation.findings_of(target.path)
+            target.note_findings(descriptor, None if findings is None else [str(finding) for finding in findings])
 
     def _add_targets(self, targets: dict[str, nn.Module], observation: Observation | None, sights: int) -> None:
         for path, module in targets.items():

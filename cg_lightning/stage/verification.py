@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import random
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +11,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from cg_lightning.backends import GraphBackend
+from cg_lightning.core.equality import same_leaf
 from cg_lightning.core.errors import VerificationError
 from cg_lightning.core.tree import flatten, leaf_paths
+from cg_lightning.stage.host_randomness import HostRandomState
 
 TOLERANCES = ("exact", "close")
 
@@ -50,9 +50,8 @@ class StepState:
         self._backend = backend
         self._buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
         self._attributes = [(vars(child), dict(vars(child))) for child in module.modules()]
-        self._random_states = (torch.get_rng_state(), backend.get_random_state(), random.getstate())
-        numpy = sys.modules.get("numpy")
-        self._numpy = (numpy, numpy.random.get_state()) if numpy is not None else None
+        self._host_random_state = HostRandomState()
+        self._device_random_state = backend.get_random_state()
 
     def restore(self) -> None:
         """Puts everything back in place: tensors keep their addresses."""
@@ -61,23 +60,12 @@ class StepState:
         for attributes, before in self._attributes:
             attributes.clear()
             attributes.update(before)
-        torch.set_rng_state(self._random_states[0])
-        self._backend.set_random_state(self._random_states[1])
-        random.setstate(self._random_states[2])
-        if self._numpy is not None:
-            self._numpy[0].random.set_state(self._numpy[1])
+        self._host_random_state.restore()
+        self._backend.set_random_state(self._device_random_state)
 
     def buffers(self) -> list[Tensor]:
         """Copies of the buffers as they are now."""
         return [buffer.clone() for buffer, _ in self._buffers]
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return type(one) is type(other) and bool(one is other or one == other or (one != one and other != other))
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return torch.equal(one, other) or (one.is_floating_point() and bool(torch.isclose(one, other, 0, 0, equal_nan=True).all()))
 
 
 def _within(one: Any, other: Any, spread: float) -> bool:
@@ -151,7 +139,7 @@ def verify(
     if len(wanted) != len(found):
         after_eager.restore()
         return Verdict(expected, f"the output has {len(found)} leaves, eager's {len(wanted)}")
-    same = _equal if tolerance == "exact" else _close
+    same = same_leaf if tolerance == "exact" else _close
     differing = [index for index, (one, other) in enumerate(zip(found, wanted, strict=True)) if not same(one, other)]
     if not differing:
         return Verdict(output)
