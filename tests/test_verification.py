@@ -139,8 +139,8 @@ class Tempered(nn.Module):
         return x * self.temperature if self.mode == "mul" else x / self.temperature
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_attributes_that_a_graph_has_frozen_are_watched(harness, mode):
+@pytest.mark.parametrize("settings", [*[{"mode": mode} for mode in MODES], {"targets": ["net"]}])
+def test_attributes_that_a_graph_has_frozen_are_watched(harness, settings):
     """Hazard 7: changed in mid-epoch, by the module and from outside; sampling is off."""
 
     class Changes(Predictor):
@@ -152,7 +152,7 @@ def test_attributes_that_a_graph_has_frozen_are_watched(harness, mode):
             if batch_idx in (6, 7):
                 self.net.mask = torch.full((8,), float(batch_idx), device=self.device)
 
-    callback = harness.callback(mode=mode, warmup_steps=1, verify_replays=0)
+    callback = harness.callback(**settings, warmup_steps=1, verify_replays=0)
     harness.compare(Changes(Tempered()), predict(features(48)), callback)
     assert callback.stats.captures == 5
     assert callback.stats.replays == 11

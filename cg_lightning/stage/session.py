@@ -193,6 +193,8 @@ class Session:
             self._add_targets(observation.largest_capturable(), observation, self._sights[descriptor])
         for target in self._piecewise.values():
             findings = observation.findings_of(target.path)
+            if findings == []:
+                self.state.watch(observation.reads(target.module))
             target.note_findings(descriptor, None if findings is None else [str(finding) for finding in findings])
 
     def _add_targets(self, targets: dict[str, nn.Module], observation: Observation | None, sights: int) -> None:
@@ -203,6 +205,5 @@ class Session:
                 self._piecewise[id(module)] = target
             if observation is not None:
                 target.note_sights(observation.keys_of_calls(module), sights)
-                self.state.watch(observation.reads(module))
             if self._installed:
                 target.install()
