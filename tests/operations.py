@@ -147,8 +147,8 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
     "to the host": lambda x: x.cpu(),
     "numpy": lambda x: x.cpu().numpy(),
     "str": str,
-    "equal": lambda x: torch.equal(x, x),
-    "allclose": lambda x: torch.allclose(x, x),
+    "equal": lambda x: torch.equal(x, x + 0),
+    "allclose": lambda x: torch.allclose(x, x + 0),
     "in a condition": lambda x: x if (x > 0).all() else -x,
     "one_hot of unknown length": lambda x: F.one_hot(_labels(x)),
     # data-dependent shapes

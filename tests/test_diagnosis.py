@@ -1,5 +1,6 @@
 """What stands in the way of a graph, found before any capture."""
 
+import contextlib
 import copy
 import random
 from typing import Any
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from cg_lightning import diagnose
 from cg_lightning.core.legality import Cause
+from cg_lightning.stage.observation import Observer
 from tests.models import Body, ConvNetClassifier, Predictor
 
 
@@ -193,3 +195,14 @@ def test_what_was_found_is_what_the_recorder_refuses():
         module.register_buffer("pattern", torch.tensor([1.0, 0.0, 1.0]))
         found = diagnose(module, torch.randn(2, 8))
         assert not found.capturable(), name
+
+
+def test_our_own_comparisons_are_no_findings():
+    """What a step on a GPU is watched for besides: the CPU's generator is compared around each call."""
+    model = Body()
+    observer = Observer(model, "cuda", lambda on_call: contextlib.nullcontext(), {})
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        assert observer.observe(lambda: model(x), (x,))[1].findings == []
+        drew = observer.observe(lambda: model(x) + torch.randn(8), (x,))[1]
+    assert [finding.cause for finding in drew.findings] == [Cause.HOST_RANDOMNESS]

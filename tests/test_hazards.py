@@ -115,8 +115,9 @@ def test_twelve_failing_captures_leave_a_healthy_process(backend, device):
             assert torch.randn(3, device=device).isfinite().all(), name
             assert step(torch.ones(4, device=device)) is not None, name
             assert healthy(x).tolist() == [2, 2, 2, 2], name
-            fresh = CUDAGraphWrapper(nn.Linear(4, 4).to(device), FULL, backend=backend)
-            assert torch.equal(fresh(x), fresh.unwrap()(x)), name
+            linear = nn.Linear(4, 4).to(device)
+            expected = linear(x)  # also the warm-up: libraries make their handles in a first run
+            assert torch.equal(CUDAGraphWrapper(linear, FULL, backend=backend)(x), expected), name
     net = nn.Linear(4, 1).to(device)
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     before = net.weight.detach().clone()
@@ -125,6 +126,7 @@ def test_twelve_failing_captures_leave_a_healthy_process(backend, device):
     assert not torch.equal(before, net.weight)
 
 
+@pytest.mark.filterwarnings("ignore:called a synchronizing CUDA operation")  # the mode is one for the process
 def test_other_threads_while_capturing(harness, backend, device):
     """Hazard 18: fifty captures beside a loader with a worker and a thread that allocates and queries."""
     stop = threading.Event()
@@ -212,13 +214,13 @@ def test_lazy_parameters(harness):
         torch.manual_seed(3)
         fresh = copy.deepcopy(model)
         kept = harness.trainer(*extra).predict(fresh, features(32))
-        with torch.no_grad():
-            assert_same(kept[-1], fresh.net(features(32).dataset[28:][0].to(fresh.device)).cpu())
+        assert_same(kept, harness.trainer().predict(copy.deepcopy(fresh), features(32)))
         assert not extra or extra[0].stats.replays > 0
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*sync_dist=True")
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")  # Lightning makes DDP on a stream of its own
 def test_one_process_of_ddp(harness, backend):
     """Hazards 19 and 27: the inner module is graphed, and the process ends."""
     fit = lambda trainer, module: trainer.fit(module, images(), images())

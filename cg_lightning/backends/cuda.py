@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -71,21 +72,24 @@ class CUDABackend:
 
     @contextlib.contextmanager
     def noticing_host_syncs(self, on_call: OnCall) -> Iterator[None]:
-        """Sees what waits for the device: PyTorch's own sync debug mode, and ``synchronize``, which that misses."""
-        show = warnings.showwarning
+        """Sees what waits for the device: PyTorch's own sync debug mode, and ``synchronize``, which that misses.
+
+        The mode is one for the process: another thread that waits just when it ends may still show PyTorch's warning.
+        """
+        show, original = warnings.showwarning, torch.cuda.synchronize
+        thread, mode = threading.get_ident(), torch.cuda.get_sync_debug_mode()
 
         def notice(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-            if _SYNC_WARNING in str(message):
-                on_call(Cause.HOST_SYNC, "synchronizing CUDA operation")
-            else:
+            if _SYNC_WARNING not in str(message):
                 show(message, *args, **kwargs)
+            elif threading.get_ident() == thread:
+                on_call(Cause.HOST_SYNC, "synchronizing CUDA operation")
 
         def synchronize(*args: Any, **kwargs: Any) -> None:
-            on_call(Cause.HOST_SYNC, "torch.cuda.synchronize")
+            if threading.get_ident() == thread:
+                on_call(Cause.HOST_SYNC, "torch.cuda.synchronize")
             original(*args, **kwargs)
 
-        original = torch.cuda.synchronize
-        mode = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(), patch.object(torch.cuda, "synchronize", synchronize):
             warnings.filterwarnings("always", message=f".*{_SYNC_WARNING}")
             warnings.filterwarnings("ignore", message=".*Synchronization debug mode is a prototype")
@@ -156,7 +160,7 @@ class CUDABackend:
 
     def _recover(self, graph: torch.cuda.CUDAGraph, caller: torch.cuda.Stream, began: bool) -> None:
         """Takes back what a failed capture leaves behind (each of it seen in torch 2.11); bounded, and never raises."""
-        pool, self._pool, self._anchor = self._pool, None, None
+        pool, self._pool = self._pool, None
         if began and torch.cuda.is_current_stream_capturing():
             with contextlib.suppress(Exception):  # it reports the error that is already being raised
                 graph.capture_end()
@@ -168,6 +172,7 @@ class CUDABackend:
             generator.graphsafe_set_state(generator.clone_state())
         with contextlib.suppress(Exception):  # an asynchronous error of the capture is delivered here, once
             torch.cuda.synchronize(self.device)
+        self._anchor = None  # not before: while a stream captures no graph can be destroyed
 
 
 @functools.cache

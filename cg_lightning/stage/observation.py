@@ -154,6 +154,16 @@ class _Watch(EagerDispatchMode):
     def __init__(self, device_type: str, step: _Call) -> None:
         super().__init__(device_type)
         self.stack = [step]
+        self._paused = False
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """While we ourselves compare something, nothing is a finding."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def add(self, cause: Cause, operation: str) -> None:
         """Adds a finding to every call that is under way."""
@@ -165,6 +175,8 @@ class _Watch(EagerDispatchMode):
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._paused:
+            return self.call(func, args, kwargs)
         if (cause := find_illegal(func, args, kwargs, self.device_type)) is not None:
             self.add(cause, func._schema.name)
         if torch.is_grad_enabled():
@@ -327,7 +339,9 @@ class Observer:
                     watch.add(Cause.FORWARD_HOOK, type(module).__name__)
                 return interception.call_original(*args, **kwargs)
             finally:
-                if host.was_drawn(self._device_type):
+                with watch.paused():
+                    drawn = host.was_drawn(self._device_type)
+                if drawn:
                     watch.add(Cause.HOST_RANDOMNESS, "random state moved")
                 if _updates(metrics) != updates:
                     watch.add(Cause.METRIC_UPDATED, "update")
