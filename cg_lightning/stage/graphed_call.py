@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.static_inputs import StaticInputs
 from cg_lightning.core.tree import rebuild
 from cg_lightning.core.wrapper import CUDAGraphOptions, CUDAGraphWrapper
+from cg_lightning.metrics.recording import Recording
+from cg_lightning.metrics.step_effects import StepEffects
+from cg_lightning.metrics.step_metrics import StepMetrics
 from cg_lightning.stage.graph_budget import GraphBudget
 from cg_lightning.stage.output_plan import OutputPlan
 from cg_lightning.stage.stats import CUDAGraphStats, EntryRecord
@@ -38,6 +42,8 @@ class GraphSettings:
     before_capture: Callable[[], object]
     """Called before each capture."""
     verification: VerificationSettings
+    metrics: StepMetrics | None = None
+    """What whole steps leave behind beside their output; None: nothing, so that a call that does is not captured."""
 
 
 @dataclasses.dataclass
@@ -47,6 +53,7 @@ class _Entry:
     context: ForwardContext
     record: EntryRecord
     plan: OutputPlan
+    effects: StepEffects | None
     replays: int = 0
 
 
@@ -88,6 +95,9 @@ class GraphedCall:
         self._entries: dict[BatchDescriptor, _Entry] = {}
         self._capturing: StaticInputs | None = None
         self._plan: OutputPlan | None = None
+        self._metrics = settings.metrics if mode is CUDAGraphMode.FULL else None
+        self._recording: Recording | None = None
+        self._effects: StepEffects | None = None
 
     def __call__(self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], *rest: Any) -> Any:
         """Captures or replays, and gives what eager would.
@@ -111,6 +121,9 @@ class GraphedCall:
 
     def _run_graph(self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], rest: tuple[Any, ...]) -> Any:
         entry = self._entries.get(descriptor)
+        if entry is not None and entry.effects is not None and entry.effects.is_stale():
+            self._settings.budget.drop(self, descriptor)
+            entry = None
         if entry is None:
             self._settings.budget.make_room()
             try:
@@ -123,8 +136,14 @@ class GraphedCall:
                 entry, computed = self._capture(descriptor, tree, leaves, rest)
         else:
             entry.inputs.copy_from(leaves)
+            if entry.effects is not None:
+                entry.effects.before_replay()
             with override_forward_context(entry.context):
                 computed = self._wrapper(entry.tree, *rest)
+        if entry.effects is not None:
+            number = entry.effects.num_tensors
+            entry.effects.after_replay([tensor.clone() for tensor in computed[len(computed) - number :]])
+            computed = computed[: len(computed) - number]
         if self._settings.copy_outputs:
             computed = [tensor.clone() for tensor in computed]
         return entry.plan.restore(leaves, computed)
@@ -140,6 +159,7 @@ class GraphedCall:
             self._module,
             self._settings.backend,
             self._settings.verification.tolerance,
+            self._metrics,
         )
         if verdict.difference:
             self._settings.budget.drop(self, descriptor)
@@ -153,7 +173,9 @@ class GraphedCall:
 
     def drop(self, descriptor: BatchDescriptor) -> None:
         """Forgets the graph of ``descriptor`` and frees its static inputs."""
-        self._entries.pop(descriptor, None)
+        entry = self._entries.pop(descriptor, None)
+        if entry is not None and entry.effects is not None:
+            entry.effects.drop()
         self._wrapper.concrete_cudagraph_entries.pop(descriptor, None)
 
     def _capture(
@@ -166,22 +188,44 @@ class GraphedCall:
         static_tree = rebuild(tree, iter(inputs.leaves))
         began = time.perf_counter()
         self._capturing = inputs
+        self._recording = None if self._metrics is None else self._metrics.record()
+        prepared = contextlib.nullcontext() if self._recording is None else self._recording.prepared()
         try:
-            with override_forward_context(context):
+            with override_forward_context(context), prepared:
+                if self._recording is not None and self._recording.may_check:
+                    self._measure(self._recording, static_tree, rest)
                 computed = self._wrapper(static_tree, *rest)
         finally:
-            self._capturing = None
+            self._capturing = self._recording = None
         record = self._settings.stats.record(self._mode.name, self._target, descriptor)
         record.seconds += time.perf_counter() - began
         record.captures += 1
         record.bytes = self._wrapper.concrete_cudagraph_entries[descriptor].cudagraph.num_bytes + inputs.num_bytes
         assert self._plan is not None
-        entry = self._entries[descriptor] = _Entry(inputs, static_tree, context, record, self._plan)
+        effects, self._effects = self._effects, None
+        if effects is not None and self._metrics is not None:
+            self._metrics.checks.add(effects.checks)
+        entry = self._entries[descriptor] = _Entry(inputs, static_tree, context, record, self._plan, effects)
         return entry, computed
+
+    def _measure(self, recording: Recording, tree: Any, rest: tuple[Any, ...]) -> None:
+        """Captures in order to see which checks there are; the graph is dropped."""
+        options = self._settings.options
+        self._settings.backend.capture(
+            lambda: self._run(tree, *rest), collect_garbage=False, capture_error_mode=options.capture_error_mode
+        )
+        recording.measured()
 
     def _run(self, tree: Any, *rest: Any) -> list[Tensor]:
         """What the wrapper captures: gives the computed tensors alone, and keeps the plan for the others."""
         assert self._capturing is not None, "the wrapper runs this in captures only"
-        output = self._invoke(tree, *rest)
+        tensors: list[Tensor] = []
+        if self._recording is None:
+            output = self._invoke(tree, *rest)
+        else:
+            with self._recording.running():
+                output = self._invoke(tree, *rest)
+                self._effects = self._recording.finish()
+            tensors = self._effects.take_tensors()
         self._plan, computed = OutputPlan.make(output, self._capturing.leaves, self._settings.module_storages())
-        return computed
+        return [*computed, *tensors]

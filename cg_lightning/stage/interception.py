@@ -46,6 +46,9 @@ def plain_class(module: nn.Module) -> type:
 @contextlib.contextmanager
 def _as_plain(module: nn.Module) -> Iterator[None]:
     ours = type(module)
+    for cls in ours.__mro__:
+        if (interception := cls.__dict__.get("_cg_lightning_interception")) is not None:
+            interception.before_copy()
     _set_class(module, plain_class(module))
     try:
         yield
@@ -86,6 +89,9 @@ class Interception:
         call: Takes the arguments of ``module(...)``, hooks and compiled calls included.
         methods: Handlers by method name.
         on_read: Called with the name of each attribute, other than parameters, buffers and children, that is read.
+        on_write: Called with name and new value of each attribute that is set, before it is.
+        get_missing: Gives attributes that the module does not have, or raises AttributeError.
+        before_copy: Called before the module is pickled or copied.
     """
 
     def __init__(
@@ -95,8 +101,12 @@ class Interception:
         call: Handler | None = None,
         methods: dict[str, Handler] | None = None,
         on_read: Callable[[str], None] | None = None,
+        on_write: Callable[[str, Any], None] | None = None,
+        get_missing: Callable[[str], Any] | None = None,
+        before_copy: Callable[[], None] = lambda: None,
     ) -> None:
         assert can_intercept(module)
+        self.before_copy = before_copy
         self._module = module
         self._original = original = type(module)
         plain = plain_class(module)
@@ -119,6 +129,22 @@ class Interception:
                 return original.__getattribute__(self, name)
 
             namespace["__getattribute__"] = read
+        if on_write is not None:
+
+            def write(self: nn.Module, name: str, value: Any) -> None:
+                on_write(name, value)
+                original.__setattr__(self, name, value)
+
+            namespace["__setattr__"] = write
+        if get_missing is not None:
+
+            def missing(self: nn.Module, name: str) -> Any:
+                try:
+                    return get_missing(name)
+                except AttributeError:
+                    return original.__getattr__(self, name)
+
+            namespace["__getattr__"] = missing
         for name, handler in (methods or {}).items():
             namespace[name] = _InterceptedMethod(name, handler)
         # a class made as a direct subclass would run the user's __init_subclass__, which may register it

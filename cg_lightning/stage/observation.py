@@ -26,6 +26,8 @@ from cg_lightning.core.errors import UnkeyableBatchError
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.legality import Cause, find_illegal
 from cg_lightning.core.tree import flatten
+from cg_lightning.metrics.members import is_metric, metrics_of
+from cg_lightning.metrics.watch import MetricWatch
 from cg_lightning.stage.call_key import describe_call
 from cg_lightning.stage.host_randomness import HostRandomState
 from cg_lightning.stage.interception import Interception, can_intercept, plain_class
@@ -95,7 +97,7 @@ def modules_that_run(root: nn.Module, path: str = "") -> Iterator[tuple[str, nn.
     pending = [(path, root)]
     while pending:
         path, module = pending.pop()
-        if id(module) in seen or isinstance(module, Metric):
+        if id(module) in seen or is_metric(module):
             continue
         seen.add(id(module))
         yield path, module
@@ -108,6 +110,8 @@ def _state(module: nn.Module) -> dict[str, Any]:
     """What the module's attributes refer to, and how long its containers are."""
     state: dict[str, Any] = {}
     for name, value in vars(module).items():
+        if name == "_metric_attributes":
+            continue  # Lightning's cache of the names of metrics, made by the first ``self.log``
         if name in ("_parameters", "_buffers", "_modules"):
             state.update({f"{name}.{key}": item for key, item in value.items()})
         else:
@@ -155,6 +159,7 @@ class _Watch(EagerDispatchMode):
         super().__init__(device_type)
         self.stack = [step]
         self._paused = False
+        self._first = 0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -167,9 +172,25 @@ class _Watch(EagerDispatchMode):
 
     def add(self, cause: Cause, operation: str) -> None:
         """Adds a finding to every call that is under way."""
+        if self._paused:
+            return
         finding = Finding(cause, operation, self.stack[-1].path, users_location())
-        for call in self.stack:
+        for call in self.stack[self._first :]:
             call.findings.append(finding)
+
+    @contextlib.contextmanager
+    def sparing_the_step(self) -> Iterator[None]:
+        """While something runs that a graph of the whole step can hold, and that of a submodule cannot."""
+        before, self._first = self._first, 1
+        try:
+            yield
+        finally:
+            self._first = before
+
+    def add_for_submodules(self, cause: Cause, operation: str) -> None:
+        """Adds a finding to every call of a submodule that is under way."""
+        with self.sparing_the_step():
+            self.add(cause, operation)
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -179,11 +200,17 @@ class _Watch(EagerDispatchMode):
             return self.call(func, args, kwargs)
         if (cause := find_illegal(func, args, kwargs, self.device_type)) is not None:
             self.add(cause, func._schema.name)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self._tracks_gradients(args):
             self.add(Cause.GRADIENTS, func._schema.name)
         if func._schema.is_mutable:
             self._find_mutated_inputs(func, args, kwargs)
         return self.call(func, args, kwargs)
+
+    def _tracks_gradients(self, args: tuple[Any, ...]) -> bool:
+        """Whether what is computed has a gradient: metrics enable gradients for the value of a batch, which has none."""
+        if torch.is_inference_mode_enabled():
+            return False
+        return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in flatten(args)[0])
 
     def _find_mutated_inputs(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = zip(func._schema.arguments, args, strict=False)
@@ -200,6 +227,8 @@ class Observation:
 
     def __init__(self, step: _Call) -> None:
         self._step = step
+        self.settles = False
+        """Whether metrics did what they do at their first update only."""
 
     def release(self) -> None:
         """Lets go of the tensors that the calls were given: an observation lives as long as its key."""
@@ -214,7 +243,7 @@ class Observation:
     @property
     def may_settle(self) -> bool:
         """Whether another look may show less: a cache that the first step built is not built again."""
-        return any(finding.cause is Cause.STATE_REBOUND for finding in self.findings)
+        return self.settles or any(finding.cause is Cause.STATE_REBOUND for finding in self.findings)
 
     def called(self) -> list[str]:
         """Paths of the modules that were called, each once."""
@@ -268,6 +297,7 @@ class Observer:
         noticing_host_syncs: As the backend's method of that name.
         effects: Methods of ``root`` whose call a graph would freeze, and what the call is called in a finding.
         run_effects: Whether those methods do what they do.
+        logs_in_graphs: Whether a graph of the whole step may hold ``self.log`` and updates of metrics.
     """
 
     def __init__(
@@ -277,7 +307,9 @@ class Observer:
         noticing_host_syncs: Callable[[OnCall], AbstractContextManager[None]],
         effects: dict[str, Cause],
         run_effects: bool = True,
+        logs_in_graphs: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._logs_in_graphs = logs_in_graphs
         self._noticing_host_syncs = noticing_host_syncs
         self._run_effects = run_effects
         self._root = root
@@ -290,7 +322,9 @@ class Observer:
         frame = _Call("", None, tensors)
         watch = _Watch(self._device_type, frame)
         modules = list(modules_that_run(self._root))
-        metrics = [module for module in self._root.modules() if isinstance(module, Metric)]
+        all_metrics = metrics_of(self._root)
+        metrics = [module for module in all_metrics if isinstance(module, Metric)]
+        watched = MetricWatch(all_metrics, watch.add) if self._logs_in_graphs() else None
         before = {path: _state(module) for path, module in modules}
         updates = _updates(metrics)
         with self._intercepted(modules, metrics, watch):
@@ -299,15 +333,19 @@ class Observer:
             with (
                 _printing_noticed(watch),
                 self._noticing_host_syncs(watch.add),
+                contextlib.nullcontext() if watched is None else watched.watching(watch.sparing_the_step),
                 contextlib.nullcontext() if compiled else watch.watching(),
             ):
                 output = step()
             if host.was_drawn(self._device_type) and not any(f.cause is Cause.HOST_RANDOMNESS for f in frame.findings):
                 watch.add(Cause.HOST_RANDOMNESS, "random state moved")
-        if _updates(metrics) != updates and not any(f.cause is Cause.METRIC_UPDATED for f in frame.findings):
+        if watched is not None:
+            watched.finish()
+        elif _updates(metrics) != updates and not any(f.cause is Cause.METRIC_UPDATED for f in frame.findings):
             watch.add(Cause.METRIC_UPDATED, "update")
         self._find_rebound_state(frame, {path: _changed(before[path], _state(module)) for path, module in modules})
         observation = Observation(frame)
+        observation.settles = watched is not None and watched.settles
         observation.release()
         return output, observation
 
@@ -344,7 +382,8 @@ class Observer:
                 if drawn:
                     watch.add(Cause.HOST_RANDOMNESS, "random state moved")
                 if _updates(metrics) != updates:
-                    watch.add(Cause.METRIC_UPDATED, "update")
+                    add = watch.add_for_submodules if self._logs_in_graphs() else watch.add
+                    add(Cause.METRIC_UPDATED, "update")
                 if own_state and (names := _changed(own_state, _state(module))):
                     watch.add(Cause.STATE_REBOUND, ", ".join(names))
                 watch.stack.pop()
@@ -368,7 +407,8 @@ class Observer:
         original = getattr(self._root, name)
 
         def method(*args: Any, **kwargs: Any) -> Any:
-            watch.add(cause, f"self.{name}")
+            spares = cause is Cause.LOGGED and self._logs_in_graphs()
+            (watch.add_for_submodules if spares else watch.add)(cause, f"self.{name}")
             return original(*args, **kwargs) if self._run_effects else None
 
         return method

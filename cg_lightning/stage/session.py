@@ -15,6 +15,7 @@ from cg_lightning.core.dispatcher import UNKNOWN_KEY, CUDAGraphDispatcher, Dispa
 from cg_lightning.core.legality import Cause
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.wrapper import CUDAGraphOptions
+from cg_lightning.metrics.step_metrics import StepMetrics
 from cg_lightning.stage.batch_index import uses_batch_index
 from cg_lightning.stage.diagnosis import Diagnosis
 from cg_lightning.stage.graph_budget import GraphBudget
@@ -59,7 +60,14 @@ class Session:
         self.budget = GraphBudget(settings.max_graphs, backend.synchronize)
         self.module = module
         self.state = ModuleState(module)
-        self.observer = Observer(module, backend.device.type, backend.noticing_host_syncs, EFFECTS)
+        self.metrics = StepMetrics(module, backend.device)
+        self.observer = Observer(
+            module,
+            backend.device.type,
+            backend.noticing_host_syncs,
+            EFFECTS,
+            logs_in_graphs=self.metrics.results.is_supported,
+        )
         collect_once = functools.cache(gc.collect)
         self.graph_settings = GraphSettings(
             backend,
@@ -70,6 +78,7 @@ class Session:
             self.state.storage_addresses,
             (lambda: None) if settings.options.gc_disable else collect_once,
             settings.verification,
+            self.metrics,
         )
         self._full_refused: dict[str | None, str] = {}
         self._installed = False
@@ -102,9 +111,11 @@ class Session:
         self._installed = False
         for target in self._piecewise.values():
             target.remove()
+        self.metrics.states.release()
 
     def close(self) -> None:
         """Drops every graph."""
+        self.metrics.states.release(check=False)
         self.remove()
         self.budget.drop_all()
         self._forget()
@@ -162,7 +173,9 @@ class Session:
         return "; ".join(reasons) or "no target was called with a warm key"
 
     def _is_warm(self, descriptor: BatchDescriptor) -> bool:
-        return descriptor in self._observations and self._sights[descriptor] >= self.settings.warmup_steps
+        observation = self._observations.get(descriptor)
+        needed = max(self.settings.warmup_steps, 2 if observation is not None and observation.settles else 1)
+        return observation is not None and self._sights[descriptor] >= needed
 
     def _decide(self, descriptor: BatchDescriptor) -> None:
         mode = self.settings.mode

@@ -14,6 +14,8 @@ from cg_lightning.backends import GraphBackend
 from cg_lightning.core.equality import same_leaf
 from cg_lightning.core.errors import VerificationError
 from cg_lightning.core.tree import flatten, leaf_paths
+from cg_lightning.metrics.members import is_metric
+from cg_lightning.metrics.step_metrics import MetricsSnapshot, StepMetrics
 from cg_lightning.stage.host_randomness import HostRandomState
 
 TOLERANCES = ("exact", "close")
@@ -46,10 +48,11 @@ class VerificationSettings:
 class StepState:
     """What a step may change beside what it returns: buffers, random states, plain attributes of submodules."""
 
-    def __init__(self, module: nn.Module, backend: GraphBackend) -> None:
+    def __init__(self, module: nn.Module, backend: GraphBackend, metrics: StepMetrics | None = None) -> None:
         self._backend = backend
+        self._metrics = None if metrics is None else MetricsSnapshot(metrics)
         self._buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-        self._attributes = [(vars(child), dict(vars(child))) for child in module.modules()]
+        self._attributes = [(vars(child), dict(vars(child))) for child in module.modules() if metrics is None or not is_metric(child)]
         self._host_random_state = HostRandomState()
         self._device_random_state = backend.get_random_state()
 
@@ -60,12 +63,20 @@ class StepState:
         for attributes, before in self._attributes:
             attributes.clear()
             attributes.update(before)
+        if self._metrics is not None:
+            self._metrics.restore()
         self._host_random_state.restore()
         self._backend.set_random_state(self._device_random_state)
 
-    def buffers(self) -> list[Tensor]:
-        """Copies of the buffers as they are now."""
-        return [buffer.clone() for buffer, _ in self._buffers]
+    def values(self) -> list[Any]:
+        """Copies of the buffers, and of what metrics hold, as they are now."""
+        buffers = [buffer.clone() for buffer, _ in self._buffers]
+        return buffers if self._metrics is None else [*buffers, *self._metrics.values()[1]]
+
+    def names(self, module: nn.Module) -> list[str]:
+        """What :meth:`values` are called."""
+        buffers = [f"buffer {name}" for name, _ in module.named_buffers()]
+        return buffers if self._metrics is None else [*buffers, *self._metrics.values()[0]]
 
 
 def _within(one: Any, other: Any, spread: float) -> bool:
@@ -114,6 +125,7 @@ def verify(
     module: nn.Module,
     backend: GraphBackend,
     tolerance: str,
+    metrics: StepMetrics | None = None,
 ) -> Verdict:
     """Runs a step eagerly and from its graph, from the same state, so that a user sees one step.
 
@@ -126,25 +138,26 @@ def verify(
         module: Whose state a step may change.
         backend: Where it runs.
         tolerance: One of :data:`TOLERANCES`.
+        metrics: The metrics of the module, where a step may update them.
     """
-    before = StepState(module, backend)
+    before = StepState(module, backend, metrics)
     expected = eager()
-    expected_buffers = before.buffers()
-    after_eager = StepState(module, backend)
+    expected_values = before.values()
+    paths = [*leaf_paths(expected, "output"), *before.names(module)]
+    after_eager = StepState(module, backend, metrics)
     before.restore()
     output = replay()
-    paths = [*leaf_paths(expected, "output"), *[f"buffer {name}" for name, _ in module.named_buffers()]]
-    wanted = [*flatten(expected)[0], *expected_buffers]
-    found = [*flatten(output)[0], *before.buffers()]
+    wanted = [*flatten(expected)[0], *expected_values]
+    found = [*flatten(output)[0], *before.values()]
     if len(wanted) != len(found):
         after_eager.restore()
-        return Verdict(expected, f"the output has {len(found)} leaves, eager's {len(wanted)}")
+        return Verdict(expected, f"the output and the metrics have {len(found)} leaves, eager's {len(wanted)}")
     same = same_leaf if tolerance == "exact" else _close
     differing = [index for index, (one, other) in enumerate(zip(found, wanted, strict=True)) if not same(one, other)]
     if not differing:
         return Verdict(output)
     before.restore()
-    again = [*flatten(eager())[0], *before.buffers()]
+    again = [*flatten(eager())[0], *before.values()]
     after_eager.restore()
     for index in differing:
         one, other = wanted[index], again[index]

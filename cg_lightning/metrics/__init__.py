@@ -1,0 +1,1 @@
+"""What a captured step leaves behind beside its output: metric states, logged values, and torchmetrics' own bookkeeping."""

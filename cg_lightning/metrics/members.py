@@ -1,0 +1,42 @@
+"""The metrics of a module, and which of their attributes a replay can bring up to date."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import nn
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.utilities.data import dim_zero_mean
+
+
+def is_metric(module: nn.Module) -> bool:
+    """Whether ``module`` is a metric or a collection of them."""
+    return isinstance(module, (Metric, MetricCollection))
+
+
+def metrics_of(module: nn.Module) -> list[nn.Module]:
+    """Gives all metrics and collections in ``module``, inner ones too."""
+    return [child for child in module.modules() if is_metric(child)]
+
+
+@functools.cache
+def bookkeeping() -> frozenset[str]:
+    """Attributes that torchmetrics and Lightning keep for each metric: what a step sets them to does not depend on what
+    they were, but for ``_update_count``, which it counts up.
+    """
+    return frozenset(
+        {"_computed", "_forward_cache", "_update_count", "_to_sync", "_should_unsync", "_is_synced", "_cache", "_enable_grad"}
+        | {"compute_on_cpu", "_state_is_copy", "has_reset"}
+    )
+
+
+def states_of(module: nn.Module) -> dict[str, object]:
+    """Gives the default of each state; a collection has none."""
+    return module._defaults if isinstance(module, Metric) else {}
+
+
+def averages_by_count(module: nn.Module) -> bool:
+    """Whether ``forward`` divides a state by the number of updates, which is a Python number (``Metric._reduce_states``)."""
+    if not isinstance(module, Metric) or module.full_state_update is not False or module.dist_sync_on_step:
+        return False
+    return any(reduction is dim_zero_mean for reduction in module._reductions.values())

@@ -1,0 +1,82 @@
+"""The metrics of one module while a Trainer runs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from cg_lightning.core.tree import flatten
+from cg_lightning.metrics.deferred_checks import DeferredChecks
+from cg_lightning.metrics.fixed_states import FixedStates
+from cg_lightning.metrics.logged_results import LoggedResults
+from cg_lightning.metrics.members import metrics_of, states_of
+from cg_lightning.metrics.recording import Recording
+
+
+class StepMetrics:
+    """Metric states, logged values and deferred checks of one module.
+
+    Args:
+        module: The LightningModule.
+        device: Where the graphs run.
+    """
+
+    def __init__(self, module: nn.Module, device: Any) -> None:
+        self._module = module
+        self.results = LoggedResults(module)
+        self.checks = DeferredChecks()
+        self.states = FixedStates(device, self.checks.raise_if_met)
+
+    def record(self) -> Recording:
+        """Records the captures of one step."""
+        return Recording(self._module, self.states, self.results)
+
+    def all(self) -> list[nn.Module]:
+        """All metrics of the module, and those behind what it logs."""
+        return [*metrics_of(self._module), *self.results.metrics()]
+
+
+class MetricsSnapshot:
+    """What a step may change in metrics and logged values, to put it back: for verification.
+
+    Args:
+        metrics: The metrics of a module.
+    """
+
+    def __init__(self, metrics: StepMetrics) -> None:
+        self._metrics = metrics
+        everything = metrics.all()
+        tensors = {id(tensor): tensor for tensor in metrics.states.tensors()}
+        for metric in everything:
+            values = [vars(metric).get(name) for name in states_of(metric)]
+            tensors.update({id(value): value for value in values if isinstance(value, Tensor)})
+        self._tensors = [(tensor, tensor.clone()) for tensor in tensors.values()]
+        self._attributes = [(vars(metric), dict(vars(metric))) for metric in everything]
+        lists = [value for _, before in self._attributes for value in before.values() if type(value) is list]
+        self._lists = [(value, list(value)) for value in lists]
+        self._homes = metrics.states.homes()
+        self._logged = metrics.results.snapshot()
+
+    def restore(self) -> None:
+        """Puts everything back in place."""
+        for tensor, value in self._tensors:
+            tensor.copy_(value)
+        for attributes, before in self._attributes:
+            attributes.clear()
+            attributes.update(before)
+        for items, before_items in self._lists:
+            items[:] = before_items
+        for slot, home in self._homes:
+            slot.home = home
+        self._metrics.results.restore(self._logged)
+
+    def values(self) -> tuple[list[str], list[Any]]:
+        """Names and values, as they are now: of states, of what the latest step gave, and of the counts."""
+        names, values = [], []
+        for metric in self._metrics.all():
+            for name in (*states_of(metric), "_forward_cache", "_update_count", "_computed"):
+                for leaf in flatten(getattr(metric, name, None))[0]:
+                    names.append(f"{type(metric).__name__}.{name}")
+                    values.append(leaf.clone() if isinstance(leaf, Tensor) else leaf)
+        return names, values

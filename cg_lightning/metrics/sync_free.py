@@ -1,0 +1,178 @@
+"""Functions of torchmetrics that wait for the device, and equal ones that do not: used in captures only.
+
+=============================================  =================================================================
+function of torchmetrics                       in a capture
+=============================================  =================================================================
+``_bincount`` with a known ``minlength``       adds ones at the indices; refuses negative and too large ones
+``normalize_logits_if_needed`` (on the CPU)    chooses on the device
+``_*_stat_scores_tensor_validation``           counts or compares values on the device
+``_*_confusion_matrix_tensor_validation``      likewise
+``_*_precision_recall_curve_tensor_validation``  likewise
+=============================================  =================================================================
+
+To refuse means: what eager would have raised is raised later (:mod:`~cg_lightning.metrics.deferred_checks`). What else the
+validations look at, shapes and dtypes, is part of the key, and was looked at in the eager steps before.
+``tests/test_sync_free.py`` compares each with its original.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from cg_lightning.metrics.deferred_checks import CheckedCalls
+
+SyncFree = Callable[..., Any]
+"""Takes the checked calls, the original, and the arguments of the original."""
+
+
+def _is_other_than(values: Tensor, *allowed: int | None) -> Tensor:
+    other = torch.ones_like(values, dtype=torch.bool)
+    for value in allowed:
+        if value is not None:
+            other &= values != value
+    return other.any()
+
+
+def _has_more_values_than(values: Tensor, limit: int) -> Tensor:
+    ordered = values.flatten().sort().values
+    return (ordered[1:] != ordered[:-1]).sum() + min(1, ordered.numel()) > limit
+
+
+def bincount(checked: CheckedCalls, original: Any, x: Tensor, minlength: int | None = None) -> Tensor:
+    """Counts equal integers; with deterministic algorithms the original waits for nothing."""
+    if minlength is None or torch.are_deterministic_algorithms_enabled():
+        return original(x, minlength)
+    outside = (x < 0) | (x >= minlength)
+    checked.refuse_if(outside.any())
+    index = torch.where(outside, minlength, x).to(torch.int64)
+    counts = torch.zeros(minlength + 1, dtype=torch.int64, device=x.device)
+    return counts.scatter_add_(0, index, torch.ones_like(index))[:minlength]
+
+
+def normalize_logits_if_needed(checked: CheckedCalls, original: Any, tensor: Tensor, normalization: str | None) -> Tensor:
+    """Applies sigmoid or softmax where any value is no probability."""
+    del checked
+    if not normalization or tensor.device.type != "cpu":
+        return original(tensor, normalization)
+    normalized = tensor.sigmoid() if normalization == "sigmoid" else torch.softmax(tensor, dim=1)
+    return torch.where(torch.all((tensor >= 0) * (tensor <= 1)), tensor, normalized)
+
+
+def _named(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def two_values(checked: CheckedCalls, original: Any, *args: Any, **kwargs: Any) -> None:
+    """Targets, and predictions that are labels, are 0 or 1, or targets to be ignored."""
+    given = _named(original, args, kwargs)
+    checked.refuse_if(_is_other_than(given["target"], 0, 1, given["ignore_index"]))
+    if not given["preds"].is_floating_point():
+        checked.refuse_if(_is_other_than(given["preds"], 0, 1))
+
+
+def as_many_values_as_classes(checked: CheckedCalls, original: Any, *args: Any, **kwargs: Any) -> None:
+    """Where predictions are labels, neither they nor targets take more values than there are classes."""
+    given = _named(original, args, kwargs)
+    if given["num_classes"] is None or given["preds"].is_floating_point():
+        return
+    limit = given["num_classes"] + (given["ignore_index"] is not None)
+    checked.refuse_if(_has_more_values_than(given["target"], limit))
+    checked.refuse_if(_has_more_values_than(given["preds"], limit))
+
+
+def as_many_targets_as_classes(checked: CheckedCalls, original: Any, *args: Any, **kwargs: Any) -> None:
+    """Targets take no more values than there are classes."""
+    given = _named(original, args, kwargs)
+    limit = given["num_classes"] + (given["ignore_index"] is not None)
+    checked.refuse_if(_has_more_values_than(given["target"], limit))
+
+
+_CLASSIFICATION = "torchmetrics.functional.classification"
+SYNC_FREE: dict[str, SyncFree] = {
+    "torchmetrics.utilities.data._bincount": bincount,
+    "torchmetrics.utilities.compute.normalize_logits_if_needed": normalize_logits_if_needed,
+    f"{_CLASSIFICATION}.stat_scores._binary_stat_scores_tensor_validation": two_values,
+    f"{_CLASSIFICATION}.stat_scores._multilabel_stat_scores_tensor_validation": two_values,
+    f"{_CLASSIFICATION}.stat_scores._multiclass_stat_scores_tensor_validation": as_many_values_as_classes,
+    f"{_CLASSIFICATION}.confusion_matrix._binary_confusion_matrix_tensor_validation": two_values,
+    f"{_CLASSIFICATION}.confusion_matrix._multilabel_confusion_matrix_tensor_validation": two_values,
+    f"{_CLASSIFICATION}.confusion_matrix._multiclass_confusion_matrix_tensor_validation": as_many_values_as_classes,
+    f"{_CLASSIFICATION}.precision_recall_curve._binary_precision_recall_curve_tensor_validation": two_values,
+    f"{_CLASSIFICATION}.precision_recall_curve._multiclass_precision_recall_curve_tensor_validation": as_many_targets_as_classes,
+}
+
+
+@functools.cache
+def _original(path: str) -> Callable[..., Any] | None:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+
+
+_places: dict[str, tuple[int, list[tuple[Any, str]]]] = {}
+
+
+def _where_it_is_called(path: str) -> list[tuple[Any, str]]:
+    """Modules of torchmetrics that imported the function, and the name that it has there."""
+    original = _original(path)
+    known, places = _places.get(path, (0, []))
+    if original is not None and known != len(sys.modules):
+        modules = [module for name, module in list(sys.modules.items()) if name.split(".")[0] == "torchmetrics"]
+        places = [(module, name) for module in modules for name, value in vars(module).items() if value is original]
+        _places[path] = len(sys.modules), places
+    return places
+
+
+@contextlib.contextmanager
+def replacing(make: Callable[[Callable[..., Any], SyncFree], Callable[..., Any]]) -> Iterator[None]:
+    """Puts ``make(original, sync_free)`` in the place of each function of the table, for this thread.
+
+    A function that this version of torchmetrics does not have is left out: what calls something else in its place waits for
+    the device, and then is found by the diagnosis.
+    """
+    thread = threading.get_ident()
+
+    def for_this_thread(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def function(*args: Any, **kwargs: Any) -> Any:
+            return (replacement if threading.get_ident() == thread else original)(*args, **kwargs)
+
+        return function
+
+    with contextlib.ExitStack() as stack:
+        for path, sync_free in SYNC_FREE.items():
+            places = _where_it_is_called(path)
+            if places:
+                original = getattr(*places[0])
+                function = for_this_thread(original, make(original, sync_free))
+                for module, name in places:
+                    stack.enter_context(patch.object(module, name, function))
+        yield
+
+
+def sync_free(checked: CheckedCalls) -> contextlib.AbstractContextManager[None]:
+    """While this is entered, functions of the table do not wait for the device; what they refuse is noted in ``checked``."""
+
+    def make(original: Callable[..., Any], replacement: SyncFree) -> Callable[..., Any]:
+        def function(*args: Any, **kwargs: Any) -> Any:
+            with checked.during(original, args, kwargs):
+                return replacement(checked, original, *args, **kwargs)
+
+        return function
+
+    return replacing(make)
