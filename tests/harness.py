@@ -67,16 +67,24 @@ class Harness:
         return Trainer(callbacks=list(callbacks), **{**defaults, **settings})
 
     def compare(
-        self, model: LightningModule, job: Job, callback: CUDAGraphCallback | None = None, **trainer_settings: Any
+        self,
+        model: LightningModule,
+        job: Job,
+        callback: CUDAGraphCallback | None = None,
+        others: Callable[[], Sequence[Callback]] = list,
+        **trainer_settings: Any,
     ) -> CUDAGraphCallback:
-        """Runs ``job`` on ``model`` and on an untouched copy without the callback; all that users see must be equal."""
+        """Runs ``job`` on ``model`` and on an untouched copy without the callback; all that users see must be equal.
+
+        ``others`` makes further callbacks for each of the two Trainers.
+        """
         callback = callback or self.callback()
         reference = copy.deepcopy(model)
         seen = []
         for module, extra in ((model, [callback]), (reference, [])):
             torch.manual_seed(1)
             kept = KeepOutputs()
-            trainer = self.trainer(*extra, kept, **trainer_settings)
+            trainer = self.trainer(*extra, kept, *others(), **trainer_settings)
             result = job(trainer, module)
             seen.append((result, kept.kept, dict(trainer.callback_metrics), dict(module.state_dict())))
         assert_same(*seen)

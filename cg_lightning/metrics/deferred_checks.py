@@ -44,6 +44,9 @@ class DeferredCheck:
         self.flag.logical_or_(condition)
 
 
+_Seen = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+
 class CheckedCalls:
     """The calls of one capture that are checked, in order.
 
@@ -55,30 +58,37 @@ class CheckedCalls:
 
     def __init__(self, checks: list[DeferredCheck] | None = None) -> None:
         self._checks = checks
-        self._conditions: list[Tensor] | None = None
-        self.seen: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
+        self._call: _Seen | None = None
+        self._is_refused = False
+        self.seen: list[_Seen] = []
 
     @contextlib.contextmanager
     def during(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """Conditions noted inside belong to this call; where calls nest, to the outermost."""
-        if self._conditions is not None:
+        if self._call is not None:
             yield
             return
-        self._conditions = []
+        self._call, self._is_refused = (call, args, kwargs), False
         try:
             yield
-            if self._conditions:
-                if self._checks is not None:
-                    met = torch.stack(self._conditions).any()
-                    self._checks[len(self.seen)].write(met, args, kwargs)
-                self.seen.append((call, args, kwargs))
+            if self._is_refused:
+                self.seen.append(self._call)
         finally:
-            self._conditions = None
+            self._call = None
 
-    def refuse_if(self, condition: Tensor) -> None:
-        """Notes a condition, a tensor of one bool, under which eager would raise."""
-        assert self._conditions is not None
-        self._conditions.append(condition)
+    def refuse_if(self, condition: Tensor, *values: Tensor) -> None:
+        """Notes a condition, a tensor of one bool, under which eager would raise.
+
+        Where it is met, ``values`` are set to 0: eager does not get to what comes next, and a value that is out of bounds
+        there would end the process.
+        """
+        assert self._call is not None
+        self._is_refused = True
+        if self._checks is not None:
+            _, args, kwargs = self._call
+            self._checks[len(self.seen)].write(condition, args, kwargs)
+        for tensor in values:
+            tensor.masked_fill_(condition, 0)
 
 
 class DeferredChecks:

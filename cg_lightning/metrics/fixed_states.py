@@ -56,6 +56,8 @@ class FixedStates:
         self._before_read = before_read
         self._slots: dict[tuple[int, str], Slot] = {}
         self._interceptions: dict[int, Interception] = {}
+        self.period = 0
+        """Goes up when metrics are left alone again."""
 
     def slots(self, metric: nn.Module) -> list[Slot]:
         """Gives a slot for each tensor state of ``metric``, the same ones each time."""
@@ -78,11 +80,6 @@ class FixedStates:
                     before_copy=functools.partial(self._give_out_all, metric),
                 )
 
-    @property
-    def intercepted(self) -> bool:
-        """Whether any metric is intercepted."""
-        return bool(self._interceptions)
-
     def give_out(self, home: Tensor) -> None:
         """Puts what lies in ``home`` back among the attributes of all whose state it is."""
         with torch.inference_mode(False):
@@ -104,6 +101,7 @@ class FixedStates:
             for interception in self._interceptions.values():
                 interception.remove()
             self._interceptions.clear()
+            self.period += 1
 
     def tensors(self) -> list[Tensor]:
         """The fixed tensors."""

@@ -30,9 +30,17 @@ def bookkeeping() -> frozenset[str]:
     )
 
 
+def state_names(module: nn.Module) -> set[str]:
+    """Gives the names of the states that ``module`` answers for; a collection has none."""
+    return set(module._defaults) if isinstance(module, Metric) else set()
+
+
 def states_of(module: nn.Module) -> dict[str, object]:
-    """Gives the default of each state; a collection has none."""
-    return module._defaults if isinstance(module, Metric) else {}
+    """Gives the default of each state that ``module`` itself holds; a wrapper may only pass on those of its metric."""
+    if not isinstance(module, Metric):
+        return {}
+    passes_on = any(isinstance(child, Metric) and child._defaults is module._defaults for child in module.children())
+    return {} if passes_on else module._defaults
 
 
 def averages_by_count(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from cg_lightning.core.tree import flatten, rebuild
 from cg_lightning.metrics.deferred_checks import CheckedCalls, DeferredCheck
 from cg_lightning.metrics.fixed_states import FixedStates, Slot
 from cg_lightning.metrics.logged_results import LoggedResults
-from cg_lightning.metrics.members import averages_by_count, bookkeeping, metrics_of, states_of
+from cg_lightning.metrics.members import averages_by_count, bookkeeping, metrics_of, state_names, states_of
 from cg_lightning.metrics.step_effects import StepEffects
 from cg_lightning.metrics.sync_free import sync_free
 from cg_lightning.stage.interception import Interception
@@ -26,7 +26,7 @@ from cg_lightning.stage.interception import Interception
 
 def unsupported_write(metric: nn.Module, name: str, value: Any) -> str:
     """Why a replay could not bring up to date what a step has set an attribute to; empty where it can."""
-    if name in states_of(metric) or name in bookkeeping():
+    if name in state_names(metric) or name in bookkeeping():
         return ""
     before = vars(metric).get(name)
     if before is value or (_is_plain(value) and type(before) is type(value) and before == value):
@@ -207,7 +207,7 @@ class Recording:
 
     def _note_attributes(self, metric: nn.Module, written: set[str], effects: StepEffects) -> None:
         before = self._before[id(metric)]
-        for name in sorted(written - set(states_of(metric))):
+        for name in sorted(written - state_names(metric)):
             value = vars(metric).get(name)
             if name == "_update_count":
                 if value != before.get(name):
@@ -222,5 +222,3 @@ class Recording:
             effects.tensors.extend(tensors)
             template = rebuild(value, iter([None] * len(leaves))) if tensors else value
             effects.values.append((vars(metric), name, template, len(tensors)))
-
-

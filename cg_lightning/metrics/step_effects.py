@@ -37,6 +37,7 @@ class StepEffects:
     tensors: list[Tensor]
     """During the capture: what the graph computes for lists and attributes, in order."""
     num_tensors: int = 0
+    _intercepted_in: int = -1
 
     def take_tensors(self) -> list[Tensor]:
         """Gives the tensors away, so that the graph's memory is not held."""
@@ -74,8 +75,9 @@ class StepEffects:
         Args:
             tensors: What the graph computed for lists and attributes; nothing overwrites it.
         """
-        if not self.states.intercepted:
+        if self._intercepted_in != self.states.period:
             self.states.intercept(self.metrics)
+            self._intercepted_in = self.states.period
         for slot, home in self.homes:
             slot.attributes.pop(slot.name, None)
             slot.home = home
@@ -92,5 +94,3 @@ class StepEffects:
             attributes[name] = rebuild(value, given) if number else value
         if self.log is not None:
             self.log.after()
-
-

@@ -78,9 +78,9 @@ def _named(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 def two_values(checked: CheckedCalls, original: Any, *args: Any, **kwargs: Any) -> None:
     """Targets, and predictions that are labels, are 0 or 1, or targets to be ignored."""
     given = _named(original, args, kwargs)
-    checked.refuse_if(_is_other_than(given["target"], 0, 1, given["ignore_index"]))
+    checked.refuse_if(_is_other_than(given["target"], 0, 1, given["ignore_index"]), given["target"])
     if not given["preds"].is_floating_point():
-        checked.refuse_if(_is_other_than(given["preds"], 0, 1))
+        checked.refuse_if(_is_other_than(given["preds"], 0, 1), given["preds"])
 
 
 def as_many_values_as_classes(checked: CheckedCalls, original: Any, *args: Any, **kwargs: Any) -> None:
@@ -89,15 +89,15 @@ def as_many_values_as_classes(checked: CheckedCalls, original: Any, *args: Any, 
     if given["num_classes"] is None or given["preds"].is_floating_point():
         return
     limit = given["num_classes"] + (given["ignore_index"] is not None)
-    checked.refuse_if(_has_more_values_than(given["target"], limit))
-    checked.refuse_if(_has_more_values_than(given["preds"], limit))
+    for values in (given["target"], given["preds"]):
+        checked.refuse_if(_has_more_values_than(values, limit), values)
 
 
 def as_many_targets_as_classes(checked: CheckedCalls, original: Any, *args: Any, **kwargs: Any) -> None:
     """Targets take no more values than there are classes."""
     given = _named(original, args, kwargs)
     limit = given["num_classes"] + (given["ignore_index"] is not None)
-    checked.refuse_if(_has_more_values_than(given["target"], limit))
+    checked.refuse_if(_has_more_values_than(given["target"], limit), given["target"])
 
 
 _CLASSIFICATION = "torchmetrics.functional.classification"

@@ -52,7 +52,9 @@ class StepState:
         self._backend = backend
         self._metrics = None if metrics is None else MetricsSnapshot(metrics)
         self._buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-        self._attributes = [(vars(child), dict(vars(child))) for child in module.modules() if metrics is None or not is_metric(child)]
+        self._attributes = [
+            (vars(child), dict(vars(child))) for child in module.modules() if metrics is None or not is_metric(child)
+        ]
         self._host_random_state = HostRandomState()
         self._device_random_state = backend.get_random_state()
 

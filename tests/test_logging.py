@@ -1,0 +1,251 @@
+"""Whole steps that log: what Lightning shows, keeps, logs and decides is what it is without the callback."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers.logger import Logger
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torchmetrics import MetricCollection
+from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
+
+from cg_lightning.core.legality import Cause
+from cg_lightning.metrics.logged_results import LoggedResults
+from tests.harness import images, loader, validate
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+class Logs(LightningModule):
+    """Logs a loss and metrics in all the ways there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        self.accuracy = MulticlassAccuracy(10)
+        self.f1 = MulticlassF1Score(10)
+        self.several = MetricCollection([MulticlassAccuracy(10, average="micro"), MulticlassF1Score(10, average="micro")])
+        self.accuracy.persistent(True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        loss = cross_entropy(self.net(x), y)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, torch.Tensor]:
+        x, y = batch
+        logits = self.net(x)
+        loss = cross_entropy(logits, y)
+        self.accuracy.update(logits, y)
+        self.f1(logits, y)
+        self.several.update(logits, y)
+        self.log("loss", loss, prog_bar=True)
+        self.log("stepped", loss * 2, on_step=True, on_epoch=True, prog_bar=True)
+        self.log("only_steps", loss * 3, on_step=True, on_epoch=False, logger=True)
+        self.log("smallest", loss, reduce_fx="min", add_dataloader_idx=False if dataloader_idx == 0 else True)
+        self.log("largest", logits.max(), reduce_fx=torch.max, sync_dist=True)
+        self.log("total", (y > 4).sum(), reduce_fx="sum", batch_size=7)
+        self.log_dict({"accuracy": self.accuracy, "f1": self.f1}, on_epoch=True)
+        self.log_dict(self.several, on_step=True)
+        return {"loss": loss, "logits": logits}
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), 0.01)
+
+
+class Listens(Logger):
+    """Keeps every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+
+    name = "listens"
+    version = 0
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to keep."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.calls.append((step, dict(metrics)))
+
+
+class Reads(Callback):
+    """Keeps what a Trainer shows after each batch and epoch."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def _keep(self, trainer, *_: Any) -> None:
+        shown = (trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics)
+        self.seen.append([dict(metrics) for metrics in shown])
+
+    on_validation_batch_end = on_validation_epoch_end = on_validation_end = on_test_batch_end = on_test_end = _keep
+
+
+def shown(trainer: Any) -> list[Any]:
+    reads = next(callback for callback in trainer.callbacks if isinstance(callback, Reads))
+    return [reads.seen, [logger.calls for logger in trainer.loggers]]
+
+
+def fit(trainer, module):
+    trainer.fit(module, images(40), images(22))
+    checkpoint, stopping = trainer.checkpoint_callback, trainer.early_stopping_callback
+    decisions = [checkpoint.best_model_score, checkpoint.current_score, stopping.best_score, stopping.stopped_epoch]
+    return [*shown(trainer), decisions]
+
+
+def decide(folder):
+    return lambda: [Reads(), ModelCheckpoint(folder, monitor="loss"), EarlyStopping("f1", mode="max", patience=2)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"val_check_interval": 0.5}, {"limit_val_batches": 4}, {"precision": "bf16-mixed"}])
+def test_three_epochs_of_fit(harness, tmp_path, settings):
+    callback = harness.callback(mode="FULL", warmup_steps=1)
+    settings = {"max_epochs": 3, "num_sanity_val_steps": 2, "enable_checkpointing": True, "log_every_n_steps": 3, **settings}
+    harness.compare(Logs(), fit, callback, others=decide(tmp_path), logger=Listens(), **settings)
+    assert callback.stats.steps["FULL"] > callback.stats.eager, callback.summary()
+
+
+@pytest.mark.parametrize("mode", ["FULL", "FULL_AND_PIECEWISE"])
+def test_several_dataloaders_twice(harness, mode):
+    def job(trainer, module):
+        results = [trainer.validate(module, [images(22), images(13, 3)], verbose=False) for _ in range(2)]
+        return [results, trainer.test(module, images(22), verbose=False), shown(trainer)]
+
+    callback = harness.callback(mode=mode, warmup_steps=1)
+    harness.compare(Logs(), job, callback, others=lambda: [Reads()], logger=Listens())
+    assert callback.stats.steps["FULL"] >= 15, callback.summary()
+
+
+class Peeks(Callback):
+    """Looks into the metrics in mid-epoch, as users do; keeps what it gets without copying."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        if batch_idx == 5:
+            self.seen += [pl_module.accuracy.compute(), pl_module.f1.compute(), pl_module.several.compute()]
+            self.seen += [pl_module.accuracy.tp, pl_module.state_dict()["accuracy.tp"]]
+            copied, pickled = copy.deepcopy(pl_module.accuracy), pickle.loads(pickle.dumps(pl_module.accuracy))
+            self.seen += [copied.compute(), pickled.compute(), pickled.update_count]
+            one, other = pl_module.several.values(copy_state=False)
+            self.seen.append(one.tp is other.tp)
+        if batch_idx == 7:
+            pl_module.f1.reset()
+        if batch_idx == 8:
+            pl_module.accuracy.load_state_dict({name: torch.ones(10).long() for name in ("tp", "fp", "tn", "fn")})
+
+
+def test_metrics_are_read_reset_and_loaded_in_mid_epoch(harness):
+    def job(trainer, module):
+        result = trainer.validate(module, images(48), verbose=False)
+        return [result, next(callback for callback in trainer.callbacks if isinstance(callback, Peeks)).seen]
+
+    callback = harness.callback(mode="FULL", warmup_steps=1)
+    harness.compare(Logs(), job, callback, others=lambda: [Peeks()])
+    assert callback.stats.steps["FULL"] >= 10, callback.summary()
+
+
+def test_a_value_that_somebody_keeps_is_not_overwritten(harness):
+    """The check can fail: states do move from batch to batch."""
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    class Keeps(Callback):
+        def on_validation_batch_end(self, trainer, pl_module, *_: Any) -> None:
+            kept.append((pl_module.accuracy.tp, pl_module.accuracy.tp.clone()))
+
+    harness.trainer(harness.callback(mode="FULL", warmup_steps=1), Keeps()).validate(Logs(), images(40), verbose=False)
+    assert all(torch.equal(value, then) for value, then in kept)
+    assert not torch.equal(kept[3][0], kept[9][0])
+
+
+class Refuses(LightningModule):
+    """A metric that checks its targets."""
+
+    def __init__(self, metric: Any) -> None:
+        super().__init__()
+        self.scale = nn.Linear(1, 1)
+        self.metric = metric
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        score, label = batch
+        self.metric.update(score, label)
+        self.log("metric", self.metric)
+
+
+REJECTED = {
+    "binary": (BinaryAccuracy, torch.rand(32), 2, [0, 1, 3, 1]),
+    "multiclass labels": (lambda: MulticlassF1Score(3), torch.randint(0, 3, (32,)), 3, [0, 1, 2, 5]),
+    "multiclass scores": (lambda: MulticlassF1Score(3), torch.rand(32, 3), 3, [0, 1, -1, 1]),
+    "curve": (lambda: MulticlassAUROC(2, thresholds=5), torch.rand(32, 2), 2, [0, 1, 2, 1]),
+}
+
+
+@pytest.mark.parametrize("name", list(REJECTED))
+def test_a_rejected_value_raises_what_eager_raises(harness, name):
+    torch.manual_seed(3)
+    make, scores, classes, bad = REJECTED[name]
+    labels = torch.randint(0, classes, (32,))
+    labels[20:24] = torch.tensor(bad)
+    errors = []
+    for extra in ([harness.callback(mode="FULL", warmup_steps=1, verify_replays=0)], []):
+        with pytest.raises(RuntimeError) as caught:
+            harness.trainer(*extra).validate(Refuses(make()), loader(scores, labels), verbose=False)
+        errors.append(str(caught.value))
+        assert not extra or extra[0].stats.replays > 4
+    assert errors[0] == errors[1]
+
+
+def test_clean_values_are_not_rejected(harness):
+    make, scores, classes, _ = REJECTED["binary"]
+    callback = harness.callback(mode="FULL", warmup_steps=1)
+    harness.compare(Refuses(make()), validate(loader(scores, torch.randint(0, classes, (32,)))), callback)
+    assert callback.stats.steps["FULL"] > 4
+
+
+class LogsAFloat(Logs):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.seen = getattr(self, "seen", 0) + 1
+        self.log("seen", float(self.seen))
+        self.log("loss", self.net(batch[0]).mean())
+
+
+class MetricOnTheHost(Logs):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.f1.update(self.net(batch[0]).cpu(), batch[1].cpu())
+
+
+def test_a_float_that_changes_goes_lower(harness):
+    callback = harness.callback(mode="FULL_AND_PIECEWISE", warmup_steps=1)
+    harness.compare(LogsAFloat(), validate(images(40)), callback)
+    assert callback.stats.steps["FULL"] == 0
+    assert callback.stats.steps["PIECEWISE"] > 0
+
+
+def test_a_metric_on_another_device_goes_lower(harness):
+    callback = harness.callback(mode="FULL", warmup_steps=1)
+    model = MetricOnTheHost()
+    model.f1._apply = lambda fn, *_: model.f1  # it stays where it is
+    harness.trainer(callback).validate(model, images(40), verbose=False)
+    assert callback.stats.steps["FULL"] == 0
+    assert any(reason.startswith(Cause.HOST_SYNC.value) for reason in callback.stats.eager_reasons)
+
+
+def test_results_of_another_lightning_are_not_touched(harness, monkeypatch):
+    """The private collection is looked at before it is used; here it is as we know it, and then as if it were not."""
+    assert LoggedResults(Logs()).is_supported()
+    monkeypatch.setattr(LoggedResults, "is_supported", lambda self: False)
+    callback = harness.callback(mode="FULL_AND_PIECEWISE", warmup_steps=1)
+    harness.compare(Logs(), validate(images(40)), callback, others=lambda: [Reads()])
+    assert callback.stats.steps["FULL"] == 0
+    assert callback.stats.steps["PIECEWISE"] > 0
