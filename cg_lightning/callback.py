@@ -72,7 +72,7 @@ class CUDAGraphCallback(Callback):
     def __init__(
         self,
         *,
-        mode: CUDAGraphMode | str = "PIECEWISE",
+        mode: CUDAGraphMode | str = "FULL_AND_PIECEWISE",
         stages: Sequence[str] = ("validate", "test", "predict"),
         targets: Sequence[str] | None = None,
         warmup_steps: int = 3,

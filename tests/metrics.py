@@ -122,7 +122,12 @@ CASES: dict[str, Case] = {
         Cause.TENSOR_FROM_PYTHON,
         Cause.TENSOR_FROM_PYTHON,
     ),
-    "BootStrapper": Case(lambda: BootStrapper(tm.MeanSquaredError(), 3), _regression, Cause.HOST_SYNC, Cause.HOST_SYNC),
+    "BootStrapper": Case(
+        lambda: BootStrapper(tm.MeanSquaredError(), 3, sampling_strategy="multinomial"),
+        _regression,
+        Cause.HOST_SYNC,
+        Cause.HOST_SYNC,
+    ),
     "MetricCollection": Case(
         lambda: tm.MetricCollection([c.MulticlassPrecision(CLASSES), c.MulticlassRecall(CLASSES)]), _multiclass
     ),

@@ -35,7 +35,7 @@ class Looks(Callback):
 
 def test_counts_add_up(harness):
     """Hazard 21: that it engaged is a fact that one can assert."""
-    callback = harness.callback(warmup_steps=2)
+    callback = harness.callback(mode="PIECEWISE", warmup_steps=2)
     harness.compare(Predictor(Body()), predict(features(26)), callback)
     stats = callback.stats
     assert stats.captures == 1
@@ -70,7 +70,7 @@ def test_warm_up_is_the_first_batches_and_nothing_runs_twice(harness, mode, warm
 
 
 def test_targets_are_patterns_of_names(harness):
-    callback = harness.callback(targets=["net.[02]"], warmup_steps=0)
+    callback = harness.callback(mode="PIECEWISE", targets=["net.[02]"], warmup_steps=0)
     harness.compare(Predictor(Body()), predict(features()), callback)
     assert [entry.target for entry in callback.stats.entries] == ["net.0", "net.2"]
     assert callback.stats.replays == 2 * 4
@@ -89,7 +89,7 @@ def test_a_named_target_that_changes_its_input_is_refused(harness, settings):
             x = self.first(x)
             return self.block(x) + x
 
-    callback = harness.callback(warmup_steps=0, **settings)
+    callback = harness.callback(mode="PIECEWISE", warmup_steps=0, **settings)
     harness.compare(Predictor(Residual()), predict(features()), callback)
     if settings:
         assert any("input mutated in place" in reason for reason in callback.stats.eager_reasons)
@@ -110,13 +110,13 @@ def test_what_is_clean_for_one_shape_only_is_graphed_for_that_one(harness):
                 self.long += 1
             return self.linear(x) * (1 + self.long)
 
-    callback = harness.callback(warmup_steps=1)
+    callback = harness.callback(mode="PIECEWISE", warmup_steps=1)
     harness.compare(OnTensor(Picky()), predict(ragged([3, 3, 3, 5, 5, 5, 3, 5, 3])), callback)
     assert {(entry.target, entry.shapes) for entry in callback.stats.entries} == {("net", "2x3x8"), ("net.linear", "2x5x8")}
 
 
 def test_the_largest_submodules_are_found_and_metrics_are_left_alone(harness):
-    callback = harness.callback(warmup_steps=1)
+    callback = harness.callback(mode="PIECEWISE", warmup_steps=1)
     harness.compare(ConvNetClassifier(4), validate(images()), callback)
     assert [entry.target for entry in callback.stats.entries] == ["forward"]
 
@@ -131,7 +131,7 @@ def test_the_largest_submodules_are_found_and_metrics_are_left_alone(harness):
             self.accuracy.update(logits, logits.argmax(1))
             return logits * self.accuracy.update_count
 
-    callback = harness.callback(warmup_steps=1)
+    callback = harness.callback(mode="PIECEWISE", warmup_steps=1)
     harness.compare(Predictor(MetricInside()), predict(features()), callback)
     assert [entry.target for entry in callback.stats.entries] == ["net.trunk", "net.head"]
 
@@ -185,7 +185,7 @@ def test_a_cache_that_the_first_step_builds_is_no_obstacle(harness):
                 self.mask = torch.ones_like(x).triu()
             return self.linear(x) * self.mask
 
-    callback = harness.callback(warmup_steps=2)
+    callback = harness.callback(mode="PIECEWISE", warmup_steps=2)
     harness.compare(Predictor(Lazy()), predict(features(24)), callback)
     assert "net" in {entry.target for entry in callback.stats.entries}
 
@@ -308,7 +308,7 @@ def test_every_exit_restores_the_module(harness, place, at, error):
             return (torch.full((8,), float(index)),)
 
     hooks = type("Hooks", (Callback,), {place: lambda *_: fail()} if place.startswith("on_") else {})
-    model, callback = Fails(Body()), harness.callback(warmup_steps=2, targets=["net"])
+    model, callback = Fails(Body()), harness.callback(mode="PIECEWISE", warmup_steps=2, targets=["net"])
     trainer = harness.trainer(callback, hooks())
     with pytest.raises((error, SystemExit)), contextlib.redirect_stderr(io.StringIO()):
         trainer.validate(model, torch.utils.data.DataLoader(Data(), batch_size=4), verbose=False)
@@ -414,7 +414,7 @@ def test_least_recently_used_graphs_go_first(harness):
 def test_one_step_that_needs_more_graphs_than_there_may_be(harness):
     from tests.test_equivalence import CellLoop, sequences
 
-    callback = harness.callback(max_graphs=3, warmup_steps=1, targets=["net.cell"])
+    callback = harness.callback(mode="PIECEWISE", max_graphs=3, warmup_steps=1, targets=["net.cell"])
     harness.compare(Predictor(CellLoop()), predict(sequences()), callback)
     assert callback.stats.captures == 3  # not anew in every step
     assert callback.stats.replays == 3 * 4

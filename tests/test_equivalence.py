@@ -216,7 +216,7 @@ def test_validation_every_few_steps(harness):
     callback = harness.callback(warmup_steps=2)
     harness.compare(ConvNetClassifier(4), fit, callback, val_check_interval=3, max_epochs=2, num_sanity_val_steps=2)
     assert callback.stats.captures == 1  # weights change in place: one capture serves all epochs
-    assert callback.stats.replays == callback.stats.steps["PIECEWISE"] == 3 * 6 - 2
+    assert callback.stats.replays == callback.stats.steps["FULL"] == 3 * 6 - 2
 
 
 def test_one_callback_through_every_stage_and_two_trainers(harness):
@@ -314,7 +314,7 @@ def test_a_submodule_that_gives_back_its_input(harness):
             same.append(output is batch[0] and bias is self.net.unused.bias)
             return output * 2
 
-    callback = harness.callback(warmup_steps=1)
+    callback = harness.callback(mode="PIECEWISE", warmup_steps=1)
     harness.compare(Step(Skips()), predict(features()), callback)
     assert same == [True] * 10
     assert callback.stats.replays == 4
@@ -338,7 +338,7 @@ def test_that_the_comparison_can_fail(harness):
             return self.net(batch[0]) + Random.drawn
 
     with pytest.raises(AssertionError):
-        harness.compare(Random(Body()), predict(features()))
+        harness.compare(Random(Body()), predict(features()), harness.callback(mode="PIECEWISE"))
 
 
 def test_inference_mode_off(harness):
@@ -375,7 +375,7 @@ def test_children_set_after_the_stage_began_are_found(harness):
         def predict_step(self, batch: Any, batch_idx: int) -> Any:
             return self.head(self.net(batch[0]))
 
-    callback = harness.callback(warmup_steps=1)
+    callback = harness.callback(mode="PIECEWISE", warmup_steps=1)
     harness.compare(Grows(Body()), predict(features()), callback)
     assert {entry.target for entry in callback.stats.entries} == {"net", "head"}
 

@@ -48,7 +48,7 @@ class Logs(LightningModule):
         self.log("loss", loss, prog_bar=True)
         self.log("stepped", loss * 2, on_step=True, on_epoch=True, prog_bar=True)
         self.log("only_steps", loss * 3, on_step=True, on_epoch=False, logger=True)
-        self.log("smallest", loss, reduce_fx="min", add_dataloader_idx=False if dataloader_idx == 0 else True)
+        self.log("smallest", loss, reduce_fx="min", add_dataloader_idx=dataloader_idx > 0)
         self.log("largest", logits.max(), reduce_fx=torch.max, sync_dist=True)
         self.log("total", (y > 4).sum(), reduce_fx="sum", batch_size=7)
         self.log_dict({"accuracy": self.accuracy, "f1": self.f1}, on_epoch=True)

@@ -18,6 +18,7 @@ class Task(Enum):
     validate = "validate"
     test = "test"
     predict = "predict"
+    bench = "bench"
 
 
 @dataclasses.dataclass
@@ -38,7 +39,7 @@ class CUDAGraphConfig:
 
     _target_: str = "cg_lightning.CUDAGraphCallback"
     _convert_: str = "all"
-    mode: str = "PIECEWISE"
+    mode: str = "FULL_AND_PIECEWISE"
     stages: list[str] = dataclasses.field(default_factory=lambda: ["validate", "test", "predict"])
     targets: list[str] | None = None
     warmup_steps: int = 3
@@ -54,6 +55,20 @@ class CUDAGraphConfig:
 
 
 @dataclasses.dataclass
+class BenchConfig:
+    """Schema of ``conf/bench``: what :func:`cg_lightning.bench.run.measure` is given."""
+
+    cases: list[str] = MISSING
+    contestants: list[str] = MISSING
+    stages: list[str] = MISSING
+    batches: int = 100
+    warmup: int = 20
+    rounds: int = 3
+    backend: str = "auto"
+    output: str | None = None
+
+
+@dataclasses.dataclass
 class AppConfig:
     """Schema of ``config.yaml``."""
 
@@ -62,6 +77,7 @@ class AppConfig:
     trainer: Any = MISSING
     callbacks: Any = None
     cuda_graph: Any = None
+    bench: BenchConfig = dataclasses.field(default_factory=BenchConfig)
     task: Task = Task.fit
     seed: int = 0
     compare: bool = True

@@ -17,6 +17,11 @@ def main(config: DictConfig) -> None:
     from cg_lightning.app.run import choose_backend, run
 
     task: Task = config.task
+    if task is Task.bench:
+        from cg_lightning.app.bench import bench
+
+        bench(config.bench)
+        return
     choose_backend(config)
     with_graphs, callback = run(config)
     if callback is None:

@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cg_lightning.backends.guards import CAPTURE_LOCK, autocast_cache_off, garbage_collection_paused
 from cg_lightning.backends.invisible import OnCall
@@ -173,6 +173,17 @@ class CUDABackend:
         with contextlib.suppress(Exception):  # an asynchronous error of the capture is delivered here, once
             torch.cuda.synchronize(self.device)
         self._anchor = None  # not before: while a stream captures no graph can be destroyed
+
+
+def make_graphed_callable(module: nn.Module, sample: Tensor) -> Callable[[Tensor], Tensor]:
+    """PyTorch's own way to graph a module of one input shape; the benchmark compares with it."""
+    graphed: Any = torch.cuda.make_graphed_callables(module, (sample,))
+    return lambda x: graphed(x)
+
+
+def device_name() -> str:
+    """What the device is called."""
+    return torch.cuda.get_device_name()
 
 
 @functools.cache

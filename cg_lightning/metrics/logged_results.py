@@ -74,7 +74,7 @@ class LoggedResults:
 
     @property
     def _connector(self) -> Any:
-        return self._module._trainer._logger_connector
+        return self._module.__dict__["_trainer"]._logger_connector
 
 
 class LogEffect:

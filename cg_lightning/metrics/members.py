@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 from torch import nn
 from torchmetrics import Metric, MetricCollection
@@ -35,7 +36,7 @@ def state_names(module: nn.Module) -> set[str]:
     return set(module._defaults) if isinstance(module, Metric) else set()
 
 
-def states_of(module: nn.Module) -> dict[str, object]:
+def states_of(module: nn.Module) -> Mapping[str, object]:
     """Gives the default of each state that ``module`` itself holds; a wrapper may only pass on those of its metric."""
     if not isinstance(module, Metric):
         return {}

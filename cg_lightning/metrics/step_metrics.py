@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cg_lightning.core.tree import flatten
@@ -61,7 +62,8 @@ class MetricsSnapshot:
     def restore(self) -> None:
         """Puts everything back in place."""
         for tensor, value in self._tensors:
-            tensor.copy_(value)
+            if torch.is_inference_mode_enabled() or not tensor.is_inference():  # else nobody can have written it
+                tensor.copy_(value)
         for attributes, before in self._attributes:
             attributes.clear()
             attributes.update(before)

@@ -52,7 +52,8 @@ def _has_more_values_than(values: Tensor, limit: int) -> Tensor:
 def bincount(checked: CheckedCalls, original: Any, x: Tensor, minlength: int | None = None) -> Tensor:
     """Counts equal integers; with deterministic algorithms the original waits for nothing."""
     if minlength is None or torch.are_deterministic_algorithms_enabled():
-        return original(x, minlength)
+        counted: Tensor = original(x, minlength)
+        return counted
     outside = (x < 0) | (x >= minlength)
     checked.refuse_if(outside.any())
     index = torch.where(outside, minlength, x).to(torch.int64)
@@ -64,7 +65,8 @@ def normalize_logits_if_needed(checked: CheckedCalls, original: Any, tensor: Ten
     """Applies sigmoid or softmax where any value is no probability."""
     del checked
     if not normalization or tensor.device.type != "cpu":
-        return original(tensor, normalization)
+        chosen: Tensor = original(tensor, normalization)
+        return chosen
     normalized = tensor.sigmoid() if normalization == "sigmoid" else torch.softmax(tensor, dim=1)
     return torch.where(torch.all((tensor >= 0) * (tensor <= 1)), tensor, normalized)
 
@@ -101,6 +103,7 @@ def as_many_targets_as_classes(checked: CheckedCalls, original: Any, *args: Any,
 
 
 _CLASSIFICATION = "torchmetrics.functional.classification"
+_CURVE = f"{_CLASSIFICATION}.precision_recall_curve"
 SYNC_FREE: dict[str, SyncFree] = {
     "torchmetrics.utilities.data._bincount": bincount,
     "torchmetrics.utilities.compute.normalize_logits_if_needed": normalize_logits_if_needed,
@@ -110,8 +113,8 @@ SYNC_FREE: dict[str, SyncFree] = {
     f"{_CLASSIFICATION}.confusion_matrix._binary_confusion_matrix_tensor_validation": two_values,
     f"{_CLASSIFICATION}.confusion_matrix._multilabel_confusion_matrix_tensor_validation": two_values,
     f"{_CLASSIFICATION}.confusion_matrix._multiclass_confusion_matrix_tensor_validation": as_many_values_as_classes,
-    f"{_CLASSIFICATION}.precision_recall_curve._binary_precision_recall_curve_tensor_validation": two_values,
-    f"{_CLASSIFICATION}.precision_recall_curve._multiclass_precision_recall_curve_tensor_validation": as_many_targets_as_classes,
+    f"{_CURVE}._binary_precision_recall_curve_tensor_validation": two_values,
+    f"{_CURVE}._multiclass_precision_recall_curve_tensor_validation": as_many_targets_as_classes,
 }
 
 

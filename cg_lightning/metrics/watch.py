@@ -58,7 +58,9 @@ class MetricWatch:
 
         with contextlib.ExitStack() as stack:
             for metric in self._metrics:
-                interception = Interception(metric, on_write=functools.partial(self._write, metric))
+                interception = Interception(
+                    metric, on_write=functools.partial(self._write, metric), on_read=functools.partial(self._read, metric)
+                )
                 stack.callback(interception.remove)
             stack.enter_context(replacing(make))
             yield
@@ -73,6 +75,10 @@ class MetricWatch:
                 if now[name] != before.get(name, now[name]):
                     self._say(f"{type(metric).__name__}.{name} changes its shape or dtype")
         self.settles = any(collection._groups_checked for collection in self._groups)
+
+    def _read(self, metric: nn.Module, name: str) -> None:
+        if name == "update_count":  # the property; torchmetrics itself reads ``_update_count``
+            self._say(f"{type(metric).__name__}.update_count is read")
 
     def _write(self, metric: nn.Module, name: str, value: Any) -> None:
         self._written.setdefault(id(metric), set()).add(name)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cg_lightning.backends import GraphBackend
+from cg_lightning.backends import CapturedGraph, GraphBackend
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.errors import CaptureError, VerificationError
 from cg_lightning.core.forward_context import ForwardContext, override_forward_context
@@ -170,6 +170,10 @@ class GraphedCall:
             )
         self._entries[descriptor].record.within_spread |= verdict.within_spread
         return verdict.output
+
+    def graphs(self) -> list[CapturedGraph]:
+        """All graphs."""
+        return [entry.cudagraph for entry in self._wrapper.concrete_cudagraph_entries.values()]
 
     def drop(self, descriptor: BatchDescriptor) -> None:
         """Forgets the graph of ``descriptor`` and frees its static inputs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import LightningModule
 
+from cg_lightning.backends import CapturedGraph
 from cg_lightning.stage.interception import Interception
 from cg_lightning.stage.session import Session
 from cg_lightning.stage.step_runner import StepRunner
@@ -29,6 +30,10 @@ class Installation:
             self._runners[stage] = StepRunner(self.session, stage, getattr(self.module, name))
         self.session.install()
         self._step = Interception(self.module, methods={name: self._runners[stage].as_method()})
+
+    def graphs_of_steps(self) -> list[CapturedGraph]:
+        """The graphs of whole steps."""
+        return [graph for runner in self._runners.values() for graph in runner.graphs()]
 
     def remove(self) -> None:
         """Leaves no trace on the module; idempotent."""

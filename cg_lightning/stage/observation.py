@@ -127,7 +127,7 @@ def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def _updates(metrics: list[Metric]) -> list[int]:
-    return [metric.update_count for metric in metrics]
+    return [vars(metric)["_update_count"] for metric in metrics]
 
 
 def _key_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchDescriptor | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cg_lightning.backends import CapturedGraph
 from cg_lightning.core.descriptor import BatchDescriptor, describe
 from cg_lightning.core.errors import CaptureError, UnkeyableBatchError, VerificationError
 from cg_lightning.core.forward_context import ForwardContext, override_forward_context
@@ -48,6 +49,10 @@ class StepRunner:
             return self._run(args, kwargs)
 
         return step
+
+    def graphs(self) -> list[CapturedGraph]:
+        """The graphs of the whole step."""
+        return self._full.graphs()
 
     def _invoke(self, batch: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._step(batch, *rest, **kwargs)

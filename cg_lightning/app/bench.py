@@ -1,0 +1,37 @@
+"""The benchmark, from a config."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from cg_lightning.bench.measure import Settings
+from cg_lightning.bench.report import draw, environment, table, write_lines
+from cg_lightning.bench.run import measure
+
+
+def bench(config: DictConfig) -> None:
+    """Measures, prints a table, and writes lines of JSON and a chart.
+
+    Args:
+        config: Of the schema :class:`~cg_lightning.app.config.BenchConfig`.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    settings = Settings(config.batches, config.warmup, config.rounds)
+    records = []
+    for record in measure(config.cases, config.contestants, config.stages, settings, config.backend):
+        print(record, flush=True)
+        records.append(record)
+        if config.output is not None:
+            write_lines(records, Path(config.output))
+    print(environment())
+    print(table(records))
+    if config.output is not None:
+        try:
+            draw(records, Path(config.output).with_suffix(".png"))
+        except ModuleNotFoundError as error:
+            print(f"No chart: {error}.")

@@ -1,0 +1,1 @@
+"""The benchmark: ``cg-lightning task=bench``."""

@@ -1,0 +1,126 @@
+"""Networks to measure, from ``torch.nn`` alone, each with its batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+CLASSES = 10
+
+
+class _Block(nn.Module):
+    """The basic block of a ResNet, or with ``bottleneck`` that of the deeper ones (He et al., 2015)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, bottleneck: bool) -> None:
+        super().__init__()
+        inner = outputs // 4 if bottleneck else outputs
+        shapes = [(inputs, inner, 1, 1), (inner, inner, 3, stride), (inner, outputs, 1, 1)]
+        if not bottleneck:
+            shapes = [(inputs, outputs, 3, stride), (outputs, outputs, 3, 1)]
+        layers: list[nn.Module] = []
+        for given, made, size, step in shapes:
+            layers += [nn.Conv2d(given, made, size, step, size // 2, bias=False), nn.BatchNorm2d(made), nn.ReLU(inplace=True)]
+        self.body = nn.Sequential(*layers[:-1])
+        same = inputs == outputs and stride == 1
+        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.shortcut = nn.Identity() if same else shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keeps the shape, but for channels and stride."""
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet(blocks: tuple[int, ...], bottleneck: bool) -> nn.Module:
+    """Maps images of shape ``(batch, 3, height, width)`` to logits."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
+    layers.append(nn.MaxPool2d(3, 2, 1))
+    channels = 64
+    for stage, number in enumerate(blocks):
+        width = 64 * 2**stage * (4 if bottleneck else 1)
+        for index in range(number):
+            layers.append(_Block(channels, width, 2 if stage and not index else 1, bottleneck))
+            channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES))
+
+
+def mlp() -> nn.Module:
+    """Maps vectors of shape ``(batch, 512)`` to logits."""
+    layers = [layer for _ in range(12) for layer in (nn.Linear(512, 512), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(512, CLASSES))
+
+
+class Transformer(nn.Module):
+    """An encoder on images in patches, or on token numbers; the first place or the mean of all is classified.
+
+    Args:
+        width: Features.
+        depth: Layers.
+        heads: Attention heads.
+        length: Places.
+        tokens: How many tokens there are; 0: the input is images of shape ``(batch, 3, 224, 224)``.
+    """
+
+    def __init__(self, width: int, depth: int, heads: int, length: int, tokens: int = 0) -> None:
+        super().__init__()
+        self.embed: nn.Module = nn.Embedding(tokens, width) if tokens else nn.Conv2d(3, width, 16, 16)
+        self.position = nn.Parameter(torch.randn(length, width) * 0.02)
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gives logits."""
+        x = self.embed(x)
+        if x.dim() == 4:
+            x = x.flatten(2).transpose(1, 2)
+        logits: Tensor = self.head(self.encoder(x + self.position).mean(1))
+        return logits
+
+
+class GRULoop(nn.Module):
+    """A cell called once a step of a sequence of shape ``(batch, time, features)``."""
+
+    def __init__(self, features: int = 64, hidden: int = 128) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(features, hidden)
+        self.head = nn.Linear(hidden, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gives logits."""
+        hidden = x.new_zeros(len(x), self.cell.hidden_size)
+        for step in range(x.shape[1]):
+            hidden = self.cell(x[:, step], hidden)
+        logits: Tensor = self.head(hidden)
+        return logits
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One network and the shape of its batch."""
+
+    network: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    tokens: int = 0
+    """How many tokens the input is drawn from; 0: it is normally distributed."""
+
+    def batch(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Gives inputs and labels."""
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.randint(0, CLASSES, self.shape[:1], generator=generator)
+        if self.tokens:
+            return torch.randint(0, self.tokens, self.shape, generator=generator), labels
+        return torch.randn(self.shape, generator=generator), labels
+
+
+CASES = {
+    "mlp": Case(mlp, (32, 512)),
+    "resnet18": Case(lambda: resnet((2, 2, 2, 2), False), (8, 3, 224, 224)),
+    "vit": Case(lambda: Transformer(192, 12, 3, 196), (8, 3, 224, 224)),
+    "bert": Case(lambda: Transformer(768, 12, 12, 128, 30522), (4, 128), 30522),
+    "gru": Case(GRULoop, (32, 64, 64)),
+    "saturated": Case(lambda: resnet((3, 4, 6, 3), True), (256, 3, 224, 224)),
+}
+"""The last one keeps the GPU busy: there is nothing to gain."""

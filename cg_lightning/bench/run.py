@@ -1,0 +1,128 @@
+"""Measures all contestants on all cases."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import seed_everything
+from torch.utils.data import DataLoader, Dataset
+
+from cg_lightning.backends import GraphBackend, resolve_backend
+from cg_lightning.bench.cases import CASES, Case
+from cg_lightning.bench.contestants import CONTESTANTS, PEERS, make
+from cg_lightning.bench.measure import STAGES, Figures, Settings, run_once
+from cg_lightning.core.equality import same_leaf
+
+_DIFFERENT = 8
+"""Batches that differ from one another; they are given in turn."""
+
+
+def check_names(argument: str, names: Sequence[str], choices: Sequence[str]) -> list[str]:
+    """Gives the names.
+
+    Raises:
+        ValueError: One is unknown.
+    """
+    for name in names:
+        if name not in choices:
+            raise ValueError(f"{argument}={list(names)}: {name!r} is unknown; choose from {', '.join(choices)}.")
+    return list(names)
+
+
+class _Batches(Dataset[Any]):
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.batches[index]
+
+
+def _loader(case: Case, settings: Settings, device: torch.device) -> DataLoader[Any]:
+    different = [tuple(part.to(device) for part in case.batch(seed)) for seed in range(_DIFFERENT)]
+    in_turn = itertools.islice(itertools.cycle(different), settings.warmup + settings.batches)
+    return DataLoader(_Batches(list(in_turn)), batch_size=None)
+
+
+def _check(name: str, figures: Figures, eager: Figures) -> None:
+    for key, value in eager.values.items():
+        if name in PEERS:
+            torch.testing.assert_close(figures.values[key], value, rtol=1e-2, atol=1e-2)
+        elif not same_leaf(figures.values[key], value):
+            raise AssertionError(f"{name}: {key} is {figures.values[key]}, eager's is {value}")
+
+
+def measure_case(
+    name: str, stage: str, contestants: Sequence[str], settings: Settings, backend: GraphBackend
+) -> dict[str, Figures | str]:
+    """Gives figures by contestant; the error in words where one does not run.
+
+    Raises:
+        AssertionError: A contestant that is ours logged another number than eager.
+    """
+    case = CASES[name]
+    seed_everything(0, verbose=False)
+    net = case.network().eval()
+    data = _loader(case, settings, backend.device)
+    sample = data.dataset[0][0]
+    made: dict[str, Any] = {}
+    results: dict[str, Figures | str] = {}
+    for round_number in range(settings.rounds):
+        for contestant in contestants:
+            if isinstance(results.get(contestant), str):
+                continue
+            try:
+                if contestant not in made:
+                    made[contestant] = make(contestant, net, sample, backend.name)
+                figures = results.setdefault(contestant, Figures([], [], {}))
+                assert isinstance(figures, Figures)
+                module, callbacks = made[contestant]
+                run_once(stage, module, callbacks, data, settings, backend, figures)
+            except Exception as error:
+                if contestant not in PEERS:
+                    raise
+                results[contestant] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        if round_number == 0:
+            gc.collect()
+    eager = results.get("eager")
+    for contestant, figures in results.items():
+        if isinstance(figures, Figures) and isinstance(eager, Figures) and contestant not in ("loop", "eager"):
+            _check(contestant, figures, eager)
+    return results
+
+
+def measure(
+    cases: Sequence[str], contestants: Sequence[str], stages: Sequence[str], settings: Settings, backend_name: str
+) -> Iterator[dict[str, Any]]:
+    """Gives one record for each case, stage and contestant, as soon as a case is done.
+
+    Raises:
+        ValueError: A name is unknown.
+    """
+    check_names("bench.cases", cases, tuple(CASES))
+    check_names("bench.contestants", contestants, tuple(CONTESTANTS))
+    check_names("bench.stages", stages, STAGES)
+    backend = resolve_backend(backend_name)
+    if backend is None:
+        raise ValueError("task=bench needs a CUDA device; backend=recorder runs it without one, and measures nothing of use.")
+    for case, stage in itertools.product(cases, stages):
+        for contestant, figures in measure_case(case, stage, contestants, settings, backend).items():
+            record: dict[str, Any] = {"case": case, "stage": stage, "contestant": contestant}
+            if isinstance(figures, str):
+                yield {**record, "error": figures}
+                continue
+            yield {
+                **record,
+                "microseconds": round(figures.median, 1),
+                "spread": round(figures.spread, 1),
+                "replay": round(min(figures.replays), 1) if figures.replays else None,
+                "mode": figures.mode,
+                "capture_milliseconds": round(figures.capture_milliseconds, 1),
+                "values": {key: float(value) for key, value in figures.values.items()},
+            }
