@@ -115,6 +115,14 @@ def test_three_epochs_of_fit(harness, tmp_path, settings):
     assert callback.stats.steps["FULL"] > callback.stats.eager, callback.summary()
 
 
+def test_the_first_log_of_a_value_is_no_obstacle(harness):
+    """It makes a place for the value, on the CPU, and moves it: the second step is looked at once more."""
+    callback = harness.callback(mode="FULL", warmup_steps=1)
+    harness.compare(Logs(), validate(images(20)), callback)
+    assert callback.stats.eager_reasons == {"warm-up": 2}
+    assert callback.stats.steps["FULL"] == 3
+
+
 @pytest.mark.parametrize("mode", ["FULL", "FULL_AND_PIECEWISE"])
 def test_several_dataloaders_twice(harness, mode):
     def job(trainer, module):
@@ -143,7 +151,8 @@ class Peeks(Callback):
         if batch_idx == 7:
             pl_module.f1.reset()
         if batch_idx == 8:
-            pl_module.accuracy.load_state_dict({name: torch.ones(10).long() for name in ("tp", "fp", "tn", "fn")})
+            ones = torch.ones(10, dtype=torch.long, device=pl_module.device)
+            pl_module.accuracy.load_state_dict(dict.fromkeys(("tp", "fp", "tn", "fn"), ones))
 
 
 def test_metrics_are_read_reset_and_loaded_in_mid_epoch(harness):
@@ -200,7 +209,7 @@ def test_a_rejected_value_raises_what_eager_raises(harness, name):
     errors = []
     for extra in ([harness.callback(mode="FULL", warmup_steps=1, verify_replays=0)], []):
         with pytest.raises(RuntimeError) as caught:
-            harness.trainer(*extra).validate(Refuses(make()), loader(scores, labels), verbose=False)
+            harness.trainer(*extra, deterministic=False).validate(Refuses(make()), loader(scores, labels), verbose=False)
         errors.append(str(caught.value))
         assert not extra or extra[0].stats.replays > 4
     assert errors[0] == errors[1]
@@ -221,6 +230,9 @@ class LogsAFloat(Logs):
 
 
 class MetricOnTheHost(Logs):
+    def on_validation_start(self) -> None:
+        self.f1.cpu()
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.f1.update(self.net(batch[0]).cpu(), batch[1].cpu())
 
@@ -234,11 +246,10 @@ def test_a_float_that_changes_goes_lower(harness):
 
 def test_a_metric_on_another_device_goes_lower(harness):
     callback = harness.callback(mode="FULL", warmup_steps=1)
-    model = MetricOnTheHost()
-    model.f1._apply = lambda fn, *_: model.f1  # it stays where it is
-    harness.trainer(callback).validate(model, images(40), verbose=False)
+    harness.compare(MetricOnTheHost(), validate(images(40)), callback)
     assert callback.stats.steps["FULL"] == 0
-    assert any(reason.startswith(Cause.HOST_SYNC.value) for reason in callback.stats.eager_reasons)
+    causes = (Cause.HOST_SYNC.value, Cause.CROSS_DEVICE_COPY.value)
+    assert any(reason.startswith(causes) for reason in callback.stats.eager_reasons)
 
 
 def test_results_of_another_lightning_are_not_touched(harness, monkeypatch):

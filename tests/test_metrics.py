@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule
 from torch import nn
 from torchmetrics.wrappers import MetricTracker
 
+from cg_lightning.core.legality import Cause
 from tests.harness import loader
 from tests.metrics import CASES, CLASSES, Case
 
@@ -59,10 +60,13 @@ def test_metrics_are_eagers_over_two_epochs(harness, name, how):
     callback = harness.callback(mode="FULL", warmup_steps=1)
     harness.compare(Measured(CASES[name], how), job, callback, others=lambda: [Computes()])
     reasons = [reason for reason in callback.stats.eager_reasons if reason != "warm-up"]
-    print(name, how, callback.stats.steps["FULL"], reasons)
     reason = CASES[name].reason if how == "update" else CASES[name].forward_reason
     if reason is None:
         assert callback.stats.steps["FULL"] >= 15, callback.summary()
     else:
+        assert callback.stats.steps["FULL"] == 0
+        # on a GPU the same step may be stopped by something earlier, a copy from the host for instance
+        expected = Cause if harness.backend == "cuda" else reason if isinstance(reason, tuple) else [reason]
+        causes = tuple(cause.value for cause in expected)
         assert reasons
-        assert all(text.startswith(reason.value) for text in reasons)
+        assert all(text.startswith(causes) for text in reasons)

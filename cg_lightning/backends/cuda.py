@@ -151,14 +151,14 @@ class CUDABackend:
                 warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
                 graph.capture_end()
         except BaseException as error:
-            self._recover(graph, caller, began)
+            self._recover(graph, caller, began, error)
             if not isinstance(error, Exception):
                 raise
             raise CaptureError(f"The capture failed: {type(error).__name__}: {error}") from error
         torch.cuda.set_stream(caller)
         return graph, output
 
-    def _recover(self, graph: torch.cuda.CUDAGraph, caller: torch.cuda.Stream, began: bool) -> None:
+    def _recover(self, graph: torch.cuda.CUDAGraph, caller: torch.cuda.Stream, began: bool, error: BaseException) -> None:
         """Takes back what a failed capture leaves behind (each of it seen in torch 2.11); bounded, and never raises."""
         pool, self._pool = self._pool, None
         if began and torch.cuda.is_current_stream_capturing():
@@ -172,6 +172,9 @@ class CUDABackend:
             generator.graphsafe_set_state(generator.clone_state())
         with contextlib.suppress(Exception):  # an asynchronous error of the capture is delivered here, once
             torch.cuda.synchronize(self.device)
+        if "cusolver" in str(error):  # its handle refuses the next call (2.11), which may as well be this one
+            with contextlib.suppress(Exception):
+                torch.linalg.svd(torch.eye(2, device=self.device))
         self._anchor = None  # not before: while a stream captures no graph can be destroyed
 
 

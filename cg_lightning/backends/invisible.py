@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -50,8 +51,11 @@ def invisible_calls(on_call: OnCall) -> Iterator[None]:
         for name in _READS:
             stack.enter_context(patch.object(Tensor, name, _noticed(Tensor, name, Cause.HOST_SYNC, on_call, _never)))
         for name in _MAKERS:
+            original = getattr(torch, name)
             maker = _noticed(torch, name, Cause.TENSOR_FROM_PYTHON, on_call, _stays_on_the_host)
-            stack.enter_context(patch.object(torch, name, maker))
+            for module in list(sys.modules.values()):  # ``from torch import tensor``, as torchmetrics does
+                if getattr(module, "__dict__", {}).get(name) is original:
+                    stack.enter_context(patch.object(module, name, maker))
         maker = _noticed(Tensor, "new_tensor", Cause.TENSOR_FROM_PYTHON, on_call, _never)
         stack.enter_context(patch.object(Tensor, "new_tensor", maker))
         yield

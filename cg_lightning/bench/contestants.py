@@ -88,8 +88,8 @@ class _GraphsTheNetwork(Callback):
         """Graphs it."""
         assert isinstance(pl_module, Step)
         self._net = pl_module.net
-        with torch.inference_mode(False), torch.no_grad():
-            pl_module.net = _Holds(make_graphed_callable(self._net, self._sample))
+        with torch.inference_mode(False), torch.enable_grad():  # it captures a backward pass as well
+            pl_module.net = _Holds(make_graphed_callable(self._net, self._sample.clone()))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts back the network."""
@@ -99,7 +99,7 @@ class _GraphsTheNetwork(Callback):
 
 
 def _graphed_callable(net: nn.Module, sample: Tensor, backend: str) -> Made:
-    return Step(net.requires_grad_(False)), [_GraphsTheNetwork(sample)]
+    return Step(net), [_GraphsTheNetwork(sample)]
 
 
 CONTESTANTS: dict[str, Callable[[nn.Module, Tensor, str], Made]] = {

@@ -28,18 +28,25 @@ class MetricWatch:
 
     Args:
         metrics: The metrics of the module.
+        logged: Gives those behind what it logs.
         add: Takes what was found.
     """
 
-    def __init__(self, metrics: list[nn.Module], add: Callable[[Cause, str], None]) -> None:
+    def __init__(
+        self, metrics: list[nn.Module], logged: Callable[[], list[nn.Module]], add: Callable[[Cause, str], None]
+    ) -> None:
         self._metrics = metrics
         self._add = add
         self._written: dict[int, set[str]] = {}
         self._said: set[str] = set()
         self._shapes = [_shapes(metric) for metric in metrics]
         self._groups = [metric for metric in metrics if isinstance(metric, MetricCollection) and not metric._groups_checked]
+        self._logged = logged
+        self._where_logged = self._devices()
         self.settles = False
-        """Whether a collection formed its compute groups: it does so once, and waits for the device."""
+        """Whether something was done that is done once: a collection formed its compute groups, for which it waits for the
+        device, or what is logged was given a place there.
+        """
 
     @contextlib.contextmanager
     def watching(self, sparing_the_step: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
@@ -74,7 +81,12 @@ class MetricWatch:
             for name in sorted(written & set(now)):
                 if now[name] != before.get(name, now[name]):
                     self._say(f"{type(metric).__name__}.{name} changes its shape or dtype")
-        self.settles = any(collection._groups_checked for collection in self._groups)
+        formed_groups = any(collection._groups_checked for collection in self._groups)
+        self.settles = formed_groups or self._devices() != self._where_logged
+
+    def _devices(self) -> list[tuple[int, list[Any]]]:
+        states = [(metric, [getattr(metric, name) for name in states_of(metric)]) for metric in self._logged()]
+        return [(id(metric), [value.device for value in values if isinstance(value, Tensor)]) for metric, values in states]
 
     def _read(self, metric: nn.Module, name: str) -> None:
         if name == "update_count":  # the property; torchmetrics itself reads ``_update_count``

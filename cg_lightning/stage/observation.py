@@ -26,6 +26,7 @@ from cg_lightning.core.errors import UnkeyableBatchError
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.legality import Cause, find_illegal
 from cg_lightning.core.tree import flatten
+from cg_lightning.metrics.logged_results import LoggedResults
 from cg_lightning.metrics.members import is_metric, metrics_of
 from cg_lightning.metrics.watch import MetricWatch
 from cg_lightning.stage.call_key import describe_call
@@ -297,7 +298,7 @@ class Observer:
         noticing_host_syncs: As the backend's method of that name.
         effects: Methods of ``root`` whose call a graph would freeze, and what the call is called in a finding.
         run_effects: Whether those methods do what they do.
-        logs_in_graphs: Whether a graph of the whole step may hold ``self.log`` and updates of metrics.
+        results: What ``root`` logs; None: no graph of the whole step may hold ``self.log`` or updates of metrics.
     """
 
     def __init__(
@@ -307,9 +308,9 @@ class Observer:
         noticing_host_syncs: Callable[[OnCall], AbstractContextManager[None]],
         effects: dict[str, Cause],
         run_effects: bool = True,
-        logs_in_graphs: Callable[[], bool] = lambda: False,
+        results: LoggedResults | None = None,
     ) -> None:
-        self._logs_in_graphs = logs_in_graphs
+        self._results = results
         self._noticing_host_syncs = noticing_host_syncs
         self._run_effects = run_effects
         self._root = root
@@ -324,10 +325,12 @@ class Observer:
         modules = list(modules_that_run(self._root))
         all_metrics = metrics_of(self._root)
         metrics = [module for module in all_metrics if isinstance(module, Metric)]
-        watched = MetricWatch(all_metrics, watch.add) if self._logs_in_graphs() else None
+        watched = None
+        if self._results is not None and self._results.is_supported():
+            watched = MetricWatch(all_metrics, self._results.metrics, watch.add)
         before = {path: _state(module) for path, module in modules}
         updates = _updates(metrics)
-        with self._intercepted(modules, metrics, watch):
+        with self._intercepted(modules, metrics, watch, watched is not None):
             compiled = any(is_compiled(module) for _, module in modules)
             host = HostRandomState()
             with (
@@ -350,18 +353,20 @@ class Observer:
         return output, observation
 
     @contextlib.contextmanager
-    def _intercepted(self, modules: list[tuple[str, nn.Module]], metrics: list[Metric], watch: _Watch) -> Iterator[None]:
+    def _intercepted(
+        self, modules: list[tuple[str, nn.Module]], metrics: list[Metric], watch: _Watch, may_log: bool
+    ) -> Iterator[None]:
         interceptions: list[Interception] = []
         try:
             for path, module in modules:
                 if can_intercept(module):
-                    interceptions.append(self._intercept(path, module, metrics, watch))
+                    interceptions.append(self._intercept(path, module, metrics, watch, may_log))
             yield
         finally:
             for interception in reversed(interceptions):
                 interception.remove()
 
-    def _intercept(self, path: str, module: nn.Module, metrics: list[Metric], watch: _Watch) -> Interception:
+    def _intercept(self, path: str, module: nn.Module, metrics: list[Metric], watch: _Watch, may_log: bool) -> Interception:
         def call(*args: Any, **kwargs: Any) -> Any:
             tensors = [leaf for leaf in flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
             frame = _Call(path, module, tensors, _key_of_call(module, args, kwargs))
@@ -382,7 +387,7 @@ class Observer:
                 if drawn:
                     watch.add(Cause.HOST_RANDOMNESS, "random state moved")
                 if _updates(metrics) != updates:
-                    add = watch.add_for_submodules if self._logs_in_graphs() else watch.add
+                    add = watch.add_for_submodules if may_log else watch.add
                     add(Cause.METRIC_UPDATED, "update")
                 if own_state and (names := _changed(own_state, _state(module))):
                     watch.add(Cause.STATE_REBOUND, ", ".join(names))
@@ -390,7 +395,7 @@ class Observer:
 
         methods: dict[str, Callable[..., Any]] = {}
         if module is self._root:
-            methods = {name: self._effect(name, cause, watch) for name, cause in self._effects.items()}
+            methods = {name: self._effect(name, cause, watch, may_log) for name, cause in self._effects.items()}
 
         def read(name: str) -> None:
             if module is self._root and name in ("logger", "loggers"):
@@ -403,11 +408,11 @@ class Observer:
         interception = Interception(module, call=call, methods=methods, on_read=on_read)
         return interception
 
-    def _effect(self, name: str, cause: Cause, watch: _Watch) -> Callable[..., Any]:
+    def _effect(self, name: str, cause: Cause, watch: _Watch, may_log: bool) -> Callable[..., Any]:
         original = getattr(self._root, name)
 
         def method(*args: Any, **kwargs: Any) -> Any:
-            spares = cause is Cause.LOGGED and self._logs_in_graphs()
+            spares = cause is Cause.LOGGED and may_log
             (watch.add_for_submodules if spares else watch.add)(cause, f"self.{name}")
             return original(*args, **kwargs) if self._run_effects else None
 

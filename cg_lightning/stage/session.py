@@ -66,7 +66,7 @@ class Session:
             backend.device.type,
             backend.noticing_host_syncs,
             EFFECTS,
-            logs_in_graphs=self.metrics.results.is_supported,
+            results=self.metrics.results,
         )
         collect_once = functools.cache(gc.collect)
         self.graph_settings = GraphSettings(
