@@ -84,6 +84,7 @@ class LogEffect:
         self._owner = owner
         self._results = results
         self._items = list(items.items())
+        self._connector = owner._connector
         self._fx = fx
         self._batch_size = batch_size
 
@@ -94,9 +95,10 @@ class LogEffect:
 
     def before(self) -> None:
         """Before a replay."""
-        self._owner.begin()
+        if self._connector._current_fx != self._fx:
+            self._owner.begin()
 
     def after(self) -> None:
         """Leaves what ``self.log`` leaves."""
-        self._owner._connector._current_fx = self._fx
+        self._connector._current_fx = self._fx
         self._results.batch_size = self._batch_size

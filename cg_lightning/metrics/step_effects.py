@@ -36,7 +36,7 @@ class StepEffects:
     tensors: list[Tensor]
     """During the capture: what the graph computes for lists and attributes, in order."""
     num_tensors: int = 0
-    _intercepted_in: int = -1
+    _period: int = -1
 
     def take_tensors(self) -> list[Tensor]:
         """Gives the tensors away, so that the graph's memory is not held."""
@@ -51,7 +51,9 @@ class StepEffects:
 
     def is_stale(self) -> bool:
         """Whether the graph cannot be replayed: metrics were replaced, or a state has another shape or dtype."""
-        return (self.log is not None and self.log.is_stale()) or not all(slot.fits() for slot in self.reads)
+        if self._period != self.states.period and self.log is not None and self.log.is_stale():
+            return True
+        return not all([slot.fits() for slot in self.reads if slot.name in slot.attributes])
 
     def before_replay(self) -> None:
         """Brings states that were set since into the tensors that the graph reads."""
@@ -74,9 +76,9 @@ class StepEffects:
         Args:
             tensors: What the graph computed for lists and attributes; nothing overwrites it.
         """
-        if self._intercepted_in != self.states.period:
+        if self._period != self.states.period:  # once a stage
             self.states.intercept(self.metrics)
-            self._intercepted_in = self.states.period
+            self._period = self.states.period
         for slot, home in self.homes:
             slot.attributes.pop(slot.name, None)
             slot.home = home
