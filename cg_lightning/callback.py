@@ -30,15 +30,15 @@ _NO_CUDA = (
 class CUDAGraphCallback(Callback):
     """Runs ``validate``, ``test``, ``predict`` and the validation inside ``fit`` from CUDA graphs.
 
-    The first ``warmup_steps`` batches of each shape run as they would without it. Then the submodules that the step calls
-    (PIECEWISE), or the whole step (FULL), are captured once a shape and replayed. What is logged, returned and predicted is
-    what eager gives; what cannot be captured runs eagerly, and :attr:`stats` and :meth:`summary` say why. Between stages,
-    in training and after an exception nothing of it is left on the module. It does *not* graph training, and it saves
-    nothing in checkpoints.
+    The first ``warmup_steps`` batches of each shape run as they would without it. Then the whole step (FULL), or where it does
+    not allow that the submodules that it calls (PIECEWISE), are captured once a shape and replayed. What is logged, returned
+    and predicted is what eager gives; what cannot be captured runs eagerly, and :attr:`stats` and :meth:`summary` say why.
+    Between stages, in training and after an exception nothing of it is left on the module. It does *not* graph training, and
+    it saves nothing in checkpoints.
 
     Args:
-        mode: A :class:`CUDAGraphMode` or its name. NONE graphs nothing, PIECEWISE submodules, FULL whole steps whose only
-            effect is what they return, FULL_AND_PIECEWISE whole steps where possible and else submodules.
+        mode: A :class:`CUDAGraphMode` or its name. NONE graphs nothing, PIECEWISE submodules, FULL whole steps, with the
+            metrics that they update and what they log, FULL_AND_PIECEWISE whole steps where possible and else submodules.
         stages: Any of ``validate`` (also inside ``fit``; the sanity check is always eager), ``test`` and ``predict``.
         targets: For PIECEWISE, patterns as in :mod:`fnmatch` for names in ``named_modules()``. None: the largest submodules
             with parameters that the step calls and that can be captured.
@@ -49,6 +49,9 @@ class CUDAGraphCallback(Callback):
         verify_every: Compare every so-manieth later replay as well; 0: none.
         verify_tolerance: ``exact``: bit for bit, or within what eager differs from itself; ``close``: the defaults of
             ``torch.testing.assert_close``.
+        sync_free_metrics: In captures of whole steps, replace functions of torchmetrics that wait for the device by equal ones
+            that do not (:mod:`cg_lightning.metrics.sync_free`). What a metric refuses is then raised when its state is read, at
+            the end of the epoch at the latest. False: such metrics keep their step out of mode FULL.
         copy_outputs: Copy outputs out of graph memory. False: a step's output lives until the next replay of its graph.
         max_graphs: The most graphs kept at a time; the least recently used goes first.
         strict: Raise where a step past its warm-up runs in a lower mode than asked: with FULL in any lower one, with the
@@ -66,7 +69,7 @@ class CUDAGraphCallback(Callback):
 
         >>> from lightning.pytorch import Trainer
         >>> from cg_lightning import CUDAGraphCallback
-        >>> trainer = Trainer(callbacks=[CUDAGraphCallback(mode="PIECEWISE")], logger=False)
+        >>> trainer = Trainer(callbacks=[CUDAGraphCallback()], logger=False)
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class CUDAGraphCallback(Callback):
         verify_replays: int = 2,
         verify_every: int = 0,
         verify_tolerance: str = "exact",
+        sync_free_metrics: bool = True,
         copy_outputs: bool = True,
         max_graphs: int = 64,
         strict: bool = False,
@@ -102,6 +106,7 @@ class CUDAGraphCallback(Callback):
                 tolerance=_names("verify_tolerance", verify_tolerance, TOLERANCES)[0],
                 strict=strict,
             ),
+            sync_free_metrics=sync_free_metrics,
             options=options or CUDAGraphOptions(),
         )
         self.stats = CUDAGraphStats()

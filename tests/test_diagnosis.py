@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchmetrics import MeanSquaredError
 
 from cg_lightning import diagnose
 from cg_lightning.core.legality import Cause
 from cg_lightning.stage.observation import Observer
+from tests.harness import Harness, features
 from tests.models import Body, ConvNetClassifier, Predictor
 
 
@@ -206,3 +208,43 @@ def test_our_own_comparisons_are_no_findings():
         assert observer.observe(lambda: model(x), (x,))[1].findings == []
         drew = observer.observe(lambda: model(x) + torch.randn(8), (x,))[1]
     assert [finding.cause for finding in drew.findings] == [Cause.HOST_RANDOMNESS]
+
+
+class Meter:
+    def __init__(self) -> None:
+        self.total = torch.zeros(())
+
+
+class KeepsElsewhere(Predictor):
+    """What it changes is neither a buffer nor an attribute of its own."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(Body())
+        self.how = how
+        self.meter, self.cache, self.metrics = Meter(), {"last": None}, {"error": MeanSquaredError()}
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        output = self.net(batch[0])
+        if self.how == "object":
+            self.meter.total = self.meter.total + output.sum()
+        if self.how == "dict":
+            self.cache["last"] = output
+        if self.how == "metric":
+            self.metrics["error"].update(output, output + 1)
+        if self.how in ("trainer", "current_epoch"):
+            output = output + (self.trainer.current_epoch if self.how == "trainer" else self.current_epoch)
+        return output
+
+
+@pytest.mark.parametrize("how", ["", "object", "dict", "metric", "trainer", "current_epoch"])
+def test_what_is_kept_elsewhere_is_noticed(tmp_path, how):
+    harness = Harness("recorder", tmp_path)
+    callback = harness.callback(mode="FULL", warmup_steps=1)
+    model = KeepsElsewhere(how)
+    harness.compare(model, lambda trainer, module: trainer.predict(module, features()), callback)
+    assert (callback.stats.steps["FULL"] > 0) is (how == "")
+    if how == "metric":
+        assert model.metrics["error"].update_count == 5
+    if how:
+        words = {"metric": "metric updated", "trainer": "Trainer read", "current_epoch": "Trainer read"}
+        assert any(reason.startswith(words.get(how, "module state rebound")) for reason in callback.stats.eager_reasons)

@@ -46,6 +46,7 @@ class CUDAGraphConfig:
     verify_replays: int = 2
     verify_every: int = 0
     verify_tolerance: str = "exact"
+    sync_free_metrics: bool = True
     copy_outputs: bool = True
     max_graphs: int = 64
     strict: bool = False

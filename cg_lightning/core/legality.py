@@ -26,6 +26,7 @@ class Cause(enum.Enum):
     LOGGED = "self.log called"
     STATE_REBOUND = "module state rebound"
     BATCH_INDEX_USED = "batch_idx used"
+    TRAINER_READ = "Trainer read"
     PRINTED = "logger or print used"
     HOST_RANDOMNESS = "randomness drawn on the host"
     GRADIENTS = "gradients enabled"
@@ -50,6 +51,7 @@ _REMEDIES = {
     Cause.LOGGED: "use mode PIECEWISE, or return the value and log it in a hook",
     Cause.STATE_REBOUND: "write buffers in place, and keep Python state out of the forward pass",
     Cause.BATCH_INDEX_USED: "put what depends on the batch's number into the batch",
+    Cause.TRAINER_READ: "in a hook, set an attribute of the module to what the step needs, and read that",
     Cause.PRINTED: "print and log in a hook",
     Cause.HOST_RANDOMNESS: "draw on the device: torch.rand(..., device=x.device)",
     Cause.GRADIENTS: "compute gradients outside what should be graphed",

@@ -59,9 +59,11 @@ class Recording:
         module: The LightningModule.
         states: The fixed states of its metrics.
         results: What is logged.
+        sync_free: Whether functions of torchmetrics that wait for the device are replaced.
     """
 
-    def __init__(self, module: nn.Module, states: FixedStates, results: LoggedResults) -> None:
+    def __init__(self, module: nn.Module, states: FixedStates, results: LoggedResults, sync_free: bool) -> None:
+        self._sync_free = sync_free
         self._module = module
         self._states = states
         self._results = results
@@ -134,7 +136,8 @@ class Recording:
                 if isinstance(metric, Metric):
                     stack.callback(vars(metric).__setitem__, "update", vars(metric)["update"])
                     vars(metric)["update"] = self._checked_update(metric, vars(metric)["update"])
-            stack.enter_context(sync_free(self._checked))
+            if self._sync_free:
+                stack.enter_context(sync_free(self._checked))
             yield
 
     def _checked_update(self, metric: Metric, original: Any) -> Any:

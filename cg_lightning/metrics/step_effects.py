@@ -53,7 +53,7 @@ class StepEffects:
         """Whether the graph cannot be replayed: metrics were replaced, or a state has another shape or dtype."""
         if self._period != self.states.period and self.log is not None and self.log.is_stale():
             return True
-        return not all([slot.fits() for slot in self.reads if slot.name in slot.attributes])
+        return any(slot.name in slot.attributes and not slot.fits() for slot in self.reads)
 
     def before_replay(self) -> None:
         """Brings states that were set since into the tensors that the graph reads."""

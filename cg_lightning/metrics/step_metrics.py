@@ -21,9 +21,11 @@ class StepMetrics:
     Args:
         module: The LightningModule.
         device: Where the graphs run.
+        sync_free: Whether captures replace functions of torchmetrics that wait for the device.
     """
 
-    def __init__(self, module: nn.Module, device: Any) -> None:
+    def __init__(self, module: nn.Module, device: torch.device, sync_free: bool) -> None:
+        self.sync_free = sync_free
         self._module = module
         self.results = LoggedResults(module)
         self.checks = DeferredChecks()
@@ -31,7 +33,7 @@ class StepMetrics:
 
     def record(self) -> Recording:
         """Records the captures of one step."""
-        return Recording(self._module, self.states, self.results)
+        return Recording(self._module, self.states, self.results, self.sync_free)
 
     def all(self) -> list[nn.Module]:
         """All metrics of the module, and those behind what it logs."""

@@ -30,11 +30,17 @@ class MetricWatch:
         metrics: The metrics of the module.
         logged: Gives those behind what it logs.
         add: Takes what was found.
+        sync_free: Whether captures replace what waits for the device.
     """
 
     def __init__(
-        self, metrics: list[nn.Module], logged: Callable[[], list[nn.Module]], add: Callable[[Cause, str], None]
+        self,
+        metrics: list[nn.Module],
+        logged: Callable[[], list[nn.Module]],
+        add: Callable[[Cause, str], None],
+        sync_free: bool = True,
     ) -> None:
+        self._sync_free = sync_free
         self._metrics = metrics
         self._add = add
         self._written: dict[int, set[str]] = {}
@@ -69,7 +75,8 @@ class MetricWatch:
                     metric, on_write=functools.partial(self._write, metric), on_read=functools.partial(self._read, metric)
                 )
                 stack.callback(interception.remove)
-            stack.enter_context(replacing(make))
+            if self._sync_free:
+                stack.enter_context(replacing(make))
             yield
 
     def finish(self) -> None:

@@ -6,6 +6,7 @@ import builtins
 import contextlib
 import dataclasses
 import functools
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -26,14 +27,18 @@ from cg_lightning.core.errors import UnkeyableBatchError
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.legality import Cause, find_illegal
 from cg_lightning.core.tree import flatten
-from cg_lightning.metrics.logged_results import LoggedResults
 from cg_lightning.metrics.members import is_metric, metrics_of
+from cg_lightning.metrics.step_metrics import StepMetrics
 from cg_lightning.metrics.watch import MetricWatch
 from cg_lightning.stage.call_key import describe_call
 from cg_lightning.stage.host_randomness import HostRandomState
 from cg_lightning.stage.interception import Interception, can_intercept, plain_class
 from cg_lightning.stage.location import users_location
 from cg_lightning.stage.module_state import is_same_value
+
+
+_MOST_ITEMS = 100
+"""Items of a container that are compared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +122,21 @@ def _state(module: nn.Module) -> dict[str, Any]:
             state.update({f"{name}.{key}": item for key, item in value.items()})
         else:
             state[name] = value
-            if isinstance(value, (list, dict, set)):
-                state[f"len({name})"] = len(value)
+            if name not in _names_of_frameworks():
+                state.update({f"{name}{key}": item for key, item in _inside(value)})
     return state
+
+
+def _inside(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a container or a plain object of the user's holds: a step may change it, and a graph would not."""
+    if isinstance(value, (list, tuple, set, dict)):
+        yield "'s length", len(value)
+    if isinstance(value, dict):
+        yield from ((f"[{key!r}]", item) for key, item in itertools.islice(value.items(), _MOST_ITEMS))
+    elif isinstance(value, list):
+        yield from ((f"[{index}]", item) for index, item in enumerate(value[:_MOST_ITEMS]))
+    elif not isinstance(value, (nn.Module, Tensor, type)) and not callable(value):
+        yield from ((f".{name}", item) for name, item in getattr(value, "__dict__", {}).items())
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -141,6 +158,21 @@ def _key_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 @contextlib.contextmanager
+def _other_metrics_noticed(known: list[nn.Module], watch: _Watch) -> Iterator[None]:
+    """Notices metrics that are no submodules (in a dict, say): nobody would bring up to date what they hold."""
+    thread, original = threading.get_ident(), Metric.__setattr__
+    ids = set(map(id, known))
+
+    def write(metric: Metric, name: str, value: Any) -> None:
+        if name == "_update_count" and threading.get_ident() == thread and id(metric) not in ids:
+            watch.add(Cause.METRIC_UPDATED, f"{plain_class(metric).__name__} is no submodule")
+        original(metric, name, value)
+
+    with patch.object(Metric, "__setattr__", write):
+        yield
+
+
+@contextlib.contextmanager
 def _printing_noticed(watch: _Watch) -> Iterator[None]:
     original, thread = builtins.print, threading.get_ident()
 
@@ -159,6 +191,8 @@ class _Watch(EagerDispatchMode):
     def __init__(self, device_type: str, step: _Call) -> None:
         super().__init__(device_type)
         self.stack = [step]
+        self.is_in_framework = False
+        """Whether what reads attributes of the module is Lightning, in ``self.log``."""
         self._paused = False
         self._first = 0
 
@@ -298,7 +332,7 @@ class Observer:
         noticing_host_syncs: As the backend's method of that name.
         effects: Methods of ``root`` whose call a graph would freeze, and what the call is called in a finding.
         run_effects: Whether those methods do what they do.
-        results: What ``root`` logs; None: no graph of the whole step may hold ``self.log`` or updates of metrics.
+        metrics: Those of ``root``; None: no graph of the whole step may hold ``self.log`` or updates of metrics.
     """
 
     def __init__(
@@ -308,9 +342,9 @@ class Observer:
         noticing_host_syncs: Callable[[OnCall], AbstractContextManager[None]],
         effects: dict[str, Cause],
         run_effects: bool = True,
-        results: LoggedResults | None = None,
+        metrics: StepMetrics | None = None,
     ) -> None:
-        self._results = results
+        self._metrics = metrics
         self._noticing_host_syncs = noticing_host_syncs
         self._run_effects = run_effects
         self._root = root
@@ -326,8 +360,8 @@ class Observer:
         all_metrics = metrics_of(self._root)
         metrics = [module for module in all_metrics if isinstance(module, Metric)]
         watched = None
-        if self._results is not None and self._results.is_supported():
-            watched = MetricWatch(all_metrics, self._results.metrics, watch.add)
+        if self._metrics is not None and self._metrics.results.is_supported():
+            watched = MetricWatch(all_metrics, self._metrics.results.metrics, watch.add, self._metrics.sync_free)
         before = {path: _state(module) for path, module in modules}
         updates = _updates(metrics)
         with self._intercepted(modules, metrics, watch, watched is not None):
@@ -335,6 +369,7 @@ class Observer:
             host = HostRandomState()
             with (
                 _printing_noticed(watch),
+                _other_metrics_noticed(all_metrics, watch),
                 self._noticing_host_syncs(watch.add),
                 contextlib.nullcontext() if watched is None else watched.watching(watch.sparing_the_step),
                 contextlib.nullcontext() if compiled else watch.watching(),
@@ -398,8 +433,12 @@ class Observer:
             methods = {name: self._effect(name, cause, watch, may_log) for name, cause in self._effects.items()}
 
         def read(name: str) -> None:
+            if watch.is_in_framework:
+                return
             if module is self._root and name in ("logger", "loggers"):
                 watch.add(Cause.PRINTED, f"self.{name}")
+            if module is self._root and name in ("trainer", "current_epoch", "global_step"):
+                watch.add(Cause.TRAINER_READ, f"self.{name}")
             if name not in _names_of_frameworks() and not callable(getattr(plain_class(module), name, None)):
                 for frame in watch.stack:
                     frame.reads[id(module), name] = module
@@ -414,7 +453,13 @@ class Observer:
         def method(*args: Any, **kwargs: Any) -> Any:
             spares = cause is Cause.LOGGED and may_log
             (watch.add_for_submodules if spares else watch.add)(cause, f"self.{name}")
-            return original(*args, **kwargs) if self._run_effects else None
+            if not self._run_effects:
+                return None
+            before, watch.is_in_framework = watch.is_in_framework, True
+            try:
+                return original(*args, **kwargs)
+            finally:
+                watch.is_in_framework = before
 
         return method
 

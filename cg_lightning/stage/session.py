@@ -43,6 +43,7 @@ class SessionSettings:
     max_graphs: int
     strict: bool
     verification: VerificationSettings
+    sync_free_metrics: bool
     options: CUDAGraphOptions
 
 
@@ -60,13 +61,13 @@ class Session:
         self.budget = GraphBudget(settings.max_graphs, backend.synchronize)
         self.module = module
         self.state = ModuleState(module)
-        self.metrics = StepMetrics(module, backend.device)
+        self.metrics = StepMetrics(module, backend.device, settings.sync_free_metrics)
         self.observer = Observer(
             module,
             backend.device.type,
             backend.noticing_host_syncs,
             EFFECTS,
-            results=self.metrics.results,
+            metrics=self.metrics,
         )
         collect_once = functools.cache(gc.collect)
         self.graph_settings = GraphSettings(
