@@ -30,7 +30,7 @@ def test_the_default_run(tmp_path):
         pytest.skip("the package is not installed, so there is no script")
     printed = run(tmp_path, command=[str(SCRIPT)])
     assert "validate: " in printed
-    assert "PIECEWISE" in printed
+    assert "steps FULL" in printed
     assert printed.strip().splitlines()[-1].startswith(f"The same fit {IDENTICAL}: 4 metrics and 5 predicted batches")
     assert " 0 graph replays" not in printed
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelPruning, WeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.nn.utils import parametrize
@@ -25,9 +25,17 @@ from tests.models import Body, ConvNetClassifier, Predictor
 FULL = CUDAGraphMode.FULL
 
 
-@pytest.mark.parametrize("make", [lambda: WeightAveraging(avg_fn=get_ema_avg_fn(0.5)), lambda: ModelPruning("l1_unstructured")])
+MAKERS = {
+    "EMA": lambda: WeightAveraging(avg_fn=get_ema_avg_fn(0.5)),
+    "SWA": WeightAveraging,
+    "SWA with its learning rate": lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
+    "pruning": lambda: ModelPruning("l1_unstructured"),
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_callbacks_that_swap_or_mask_weights(harness, make):
-    """Hazard 4: EMA weights are swapped in for validation; pruning masks weights after each epoch."""
+    """Hazard 4: averaged weights are swapped in for validation; pruning masks weights after each epoch."""
     outcomes = []
     model = ConvNetClassifier(4)
     for graphed in (True, False):

@@ -1,12 +1,11 @@
 """Networks that people use, with random weights, in float32: equal to eager to the last bit."""
 
 import copy
-import time
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -70,48 +69,13 @@ def batches(name: str) -> DataLoader:
 
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
 @pytest.mark.parametrize(("name", "make"), [("resnet18", resnet18), ("vit", vit), ("bert", bert)])
-def test_loss_accuracy_and_predictions_are_eagers(name, make, mode, tmp_path, capsys):
+def test_loss_accuracy_and_predictions_are_eagers(name, make, mode, tmp_path):
     harness = Harness("cuda", tmp_path)
     model = Model(make())
-    reference = copy.deepcopy(model)
     data = batches(name)
     job = lambda trainer, module: (trainer.validate(module, data, verbose=False), trainer.predict(module, data))
     # deterministic kernels: without them cuDNN may differ from itself, and then nothing could be compared to the last bit
     assert_same(*[harness.trainer().predict(copy.deepcopy(model), data) for _ in range(2)])
     callback = harness.compare(model, job, harness.callback(mode=mode))
     assert callback.stats.replays >= 2 * (BATCHES - 1 - 3), callback.summary()
-    # the figure, not a test: microseconds a batch once warm, in turn
-    long = DataLoader(list(data)[:1] * 110, batch_size=None)
-    microseconds: dict[str, list[float]] = {"eager": [], "graphs": [], "loop": []}
-    for _ in range(3):
-        for kind, times in microseconds.items():
-            clock = Clock()
-            extra = [harness.callback(mode=mode)] if kind == "graphs" else []
-            module = Nothing() if kind == "loop" else reference
-            harness.trainer(*extra, clock, deterministic=False).predict(module, long, return_predictions=False)
-            times.append(clock.microseconds)
-    eager, graphs, loop = (sorted(times)[1] for times in microseconds.values())
-    with capsys.disabled():
-        print(
-            f"\n{name} {mode}: {eager:.0f} us eager, {graphs:.0f} us graphed, {loop:.0f} us the loop alone; "
-            f"step {eager / graphs:.2f} x, network's part {(eager - loop) / (graphs - loop):.2f} x; "
-            f"{callback.stats.captures} captures in {callback.stats.capture_seconds * 1e3:.0f} ms"
-        )
-
-
-class Nothing(LightningModule):
-    def predict_step(self, batch: Any, batch_idx: int) -> int:
-        return 0
-
-
-class Clock(Callback):
-    """Time a batch, without the first ten."""
-
-    def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        if batch_idx == 9:
-            torch.cuda.synchronize()
-            self.began = time.perf_counter()
-
-    def on_predict_end(self, trainer, pl_module) -> None:
-        torch.cuda.synchronize()
-        self.microseconds = (time.perf_counter() - self.began) / 100 * 1e6
+    assert mode == "PIECEWISE" or callback.stats.steps["FULL"] == 2 * (BATCHES - 1 - 3), callback.summary()

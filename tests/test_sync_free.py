@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cg_lightning.metrics.deferred_checks import CheckedCalls, DeferredCheck, DeferredChecks
-from cg_lightning.metrics.sync_free import SYNC_FREE, sync_free
+from cg_lightning.metrics.sync_free import SYNC_FREE, can_replace, sync_free
 from tests.harness import assert_same
 
 
@@ -125,3 +125,9 @@ def test_every_function_of_the_table_exists_in_this_torchmetrics():
     """It shouts when torchmetrics changes; until somebody looks, metrics that need them run eagerly."""
     for path in SYNC_FREE:
         assert callable(original(path)), path
+
+
+def test_a_count_of_unknown_length_still_waits(device):
+    assert not can_replace(SYNC_FREE[BINCOUNT], (torch.tensor([1], device=device),), {})
+    assert can_replace(SYNC_FREE[BINCOUNT], (torch.tensor([1], device=device), 3), {})
+    assert can_replace(SYNC_FREE[BINCOUNT], (torch.tensor([1], device=device),), {"minlength": 3})

@@ -118,6 +118,11 @@ SYNC_FREE: dict[str, SyncFree] = {
 }
 
 
+def can_replace(sync_free: SyncFree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the replacement does not wait for the device, given these arguments of the original."""
+    return sync_free is not bincount or (*args[1:], kwargs.get("minlength"))[0] is not None
+
+
 @functools.cache
 def _original(path: str) -> Callable[..., Any] | None:
     module, _, name = path.rpartition(".")

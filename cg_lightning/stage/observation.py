@@ -36,7 +36,6 @@ from cg_lightning.stage.interception import Interception, can_intercept, plain_c
 from cg_lightning.stage.location import users_location
 from cg_lightning.stage.module_state import is_same_value
 
-
 _MOST_ITEMS = 100
 """Items of a container that are compared."""
 
