@@ -40,7 +40,9 @@ def test_all_of_ours_log_what_eager_logs(tmp_path, backend):
     assert by_name["full"]["mode"] == "FULL"
     assert by_name["piecewise"]["mode"] == "PIECEWISE"
     assert by_name["full"]["values"] == by_name["eager"]["values"] != {}
-    assert limit(by_name) == max(by_name["loop"]["microseconds"], by_name["full"]["replay"])
+    replays = [record["replay"] for record in by_name.values() if record["replay"]]
+    assert len(replays) == 2
+    assert limit(by_name) == max(by_name["loop"]["microseconds"], min(replays))
     write_lines(records, tmp_path / "bench.jsonl")
     assert read_lines(tmp_path / "bench.jsonl") == records
     assert json.loads((tmp_path / "bench.jsonl").read_text().splitlines()[0])["torch"] == environment()["torch"]

@@ -15,9 +15,14 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from cg_lightning import CaptureError, CUDAGraphCallback
+from cg_lightning.backends import resolve_backend
+from cg_lightning.backends.cuda import CUDACapturedGraph
+from cg_lightning.backends.recorder import RecordedGraph
 from tests.conftest import modules_with_a_trace
 from tests.harness import assert_same, features, images, predict, validate
 from tests.models import Body, ConvNetClassifier, Predictor
+
+GRAPHS = {"recorder": RecordedGraph, "cuda": CUDACapturedGraph}
 
 
 class Looks(Callback):
@@ -315,6 +320,35 @@ def test_every_exit_restores_the_module(harness, place, at, error):
     assert modules_with_a_trace() == []
     model.train()
     harness.compare(model, lambda t, m: t.fit(m, features(), features()), harness.callback(warmup_steps=1))
+
+
+@pytest.mark.parametrize("error", [BoomError, KeyboardInterrupt])
+@pytest.mark.parametrize("place", ["capture", "second capture", "replay", "third replay"])
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])
+def test_an_interrupt_inside_us_restores_the_module(harness, monkeypatch, mode, place, error):
+    """Hazard 29."""
+    backend = resolve_backend(harness.backend)
+    owner, name = (type(backend), "capture") if "capture" in place else (GRAPHS[harness.backend], "replay")
+    original, calls = getattr(owner, name), []
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == {"second": 2, "third": 3}.get(place.split()[0], 1):
+            raise error("boom")
+        return original(*args, **kwargs)
+
+    model = ConvNetClassifier(4)
+    before = copy.deepcopy(model.state_dict())
+    two_shapes = torch.utils.data.DataLoader([*images(24), *images(20, 5)], batch_size=None)
+    with monkeypatch.context() as patched, contextlib.redirect_stderr(io.StringIO()):
+        patched.setattr(owner, name, fails, raising=False)
+        trainer = harness.trainer(harness.callback(mode=mode, warmup_steps=1))
+        with pytest.raises((error, SystemExit)):
+            trainer.validate(model, two_shapes, verbose=False)
+    assert modules_with_a_trace() == []
+    assert_same(dict(before), {name: value.cpu() for name, value in model.state_dict().items()})
+    model.train()  # an exception leaves it as it was, and Lightning then warns
+    harness.compare(model, lambda t, m: t.fit(m, images(), images()), harness.callback(mode=mode, warmup_steps=1))
 
 
 def test_an_exception_of_the_step_comes_through_unchanged_from_a_capture(harness):

@@ -1,6 +1,7 @@
 """That a replay which differs is noticed, and never what a user reads."""
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,7 +155,7 @@ def test_attributes_that_a_graph_has_frozen_are_watched(harness, settings):
 
     callback = harness.callback(**settings, warmup_steps=1, verify_replays=0)
     harness.compare(Changes(Tempered()), predict(features(48)), callback)
-    assert callback.stats.captures == 5
+    assert callback.stats.captures == 6
     assert callback.stats.replays == 11
 
 
@@ -196,19 +197,24 @@ def test_equal_meanssame_leaf():
     assert not same_leaf(torch.tensor([1]), torch.tensor([2]))
     assert same_leaf(float("nan"), float("nan"))
     assert not same_leaf(1, 1.0)
+    assert not same_leaf(torch.tensor(0.0), torch.tensor(-0.0))
+    assert same_leaf(torch.tensor([[1.0, 2.0], [3.0, 4.0]]).t(), torch.tensor([[1.0, 3.0], [2.0, 4.0]]))
+    assert not same_leaf(torch.tensor(1j), torch.tensor(-1j))
+    assert not same_leaf(torch.tensor(1.0).bfloat16(), torch.tensor(2.0).bfloat16())
     assert_same((x, 1), (x.clone(), 1))
 
 
 class Configured(nn.Module):
-    """Keeps its settings as many do: in a private attribute, and in containers."""
+    """Keeps its settings as many do: in a private attribute, in containers, and in an object."""
 
     def __init__(self) -> None:
         super().__init__()
         self._temperature, self.config, self.steps = 1.0, {"scale": 1.0}, [1.0]
+        self.settings = SimpleNamespace(shift=0.0)
         self.linear = nn.Linear(8, 8)
 
     def forward(self, x):
-        return self.linear(x) * self._temperature * self.config["scale"] * self.steps[-1]
+        return self.linear(x) * self._temperature * self.config["scale"] * self.steps[-1] + self.settings.shift
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -235,8 +241,10 @@ def test_private_attributes_and_containers_are_watched_too(harness, mode):
                 self.net.steps.append(7.0)
             if batch_idx == 9:
                 self.hparams.factor = 9.0
+            if batch_idx == 10:
+                self.net.settings.shift = 10.0
 
     callback = harness.callback(mode=mode, warmup_steps=1, verify_replays=0)
     harness.compare(Changes(Configured()), predict(features(48)), callback)
-    assert callback.stats.captures == 5
+    assert callback.stats.captures == 6
     assert callback.stats.replays == 11

@@ -6,6 +6,7 @@ import logging
 import warnings
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig
 
 from cg_lightning.bench.measure import Settings
@@ -21,6 +22,7 @@ def bench(config: DictConfig) -> None:
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
+    torch.set_float32_matmul_precision(config.matmul_precision)
     settings = Settings(config.batches, config.warmup, config.rounds)
     records = []
     for record in measure(config.cases, config.contestants, config.stages, settings, config.backend):

@@ -65,6 +65,7 @@ class BenchConfig:
     batches: int = 100
     warmup: int = 20
     rounds: int = 3
+    matmul_precision: str = "highest"
     backend: str = "auto"
     output: str | None = None
 

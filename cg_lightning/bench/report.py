@@ -48,7 +48,7 @@ def limit(case: dict[str, Record]) -> float | None:
     """The least that a step can cost: the loop alone, or the GPU's own time, whichever is more."""
     loop = case.get("loop", {}).get("microseconds")
     replays = [record["replay"] for record in case.values() if record.get("replay")]
-    return max([loop, *replays]) if loop and replays else None
+    return max(loop, min(replays)) if loop and replays else None
 
 
 def table(records: list[Record]) -> str:

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -33,6 +34,11 @@ def is_same_value(before: Any, after: Any) -> bool:
         return True
     plain = (bool, int, float, str, bytes, type(None))
     return type(before) is type(after) and isinstance(before, plain) and before == after
+
+
+def is_plain_object(value: Any) -> bool:
+    """Whether ``value`` is an object of the user's that holds attributes: a configuration, say."""
+    return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, (nn.Module, Tensor, type, Trainer))
 
 
 def _contents_hold(container: Any, leaves: list[Any], structure: Any) -> bool:
@@ -72,13 +78,15 @@ class ModuleState:
         # containers by what is in them: they stay the same object when a setting in them changes
         containers = {id(value): value for value in self._values if flatten(value)[1] is not None}
         self._containers = [(container, *flatten(container)) for container in containers.values()]
+        objects = {id(value): vars(value) for value in self._values if is_plain_object(value)}
+        self._objects = [(attributes, dict(attributes)) for attributes in objects.values()]
 
     def _current_values(self) -> list[Any]:
         return list(map(dict.get, self._owners, self._names))
 
     def watch(self, reads: list[tuple[nn.Module, str]]) -> None:
         """Watches attributes of instances from now on: plain values by value, containers by what is in them, nested ones
-        too, and anything else by identity.
+        too, other objects by their attributes, and what has none by identity.
         """
         before = len(self._watched)
         for owner, name in reads:
@@ -90,7 +98,10 @@ class ModuleState:
         values = self._current_values()
         if not all(map(operator.is_, values, self._values)) and not all(map(is_same_value, self._values, values)):
             return False
-        return all(_contents_hold(*container) for container in self._containers)
+        return all(_contents_hold(*container) for container in self._containers) and all(
+            attributes.keys() == before.keys() and all(map(is_same_value, before.values(), attributes.values()))
+            for attributes, before in self._objects
+        )
 
     def _current_members(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self._tables)))

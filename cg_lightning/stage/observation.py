@@ -34,7 +34,7 @@ from cg_lightning.stage.call_key import describe_call
 from cg_lightning.stage.host_randomness import HostRandomState
 from cg_lightning.stage.interception import Interception, can_intercept, plain_class
 from cg_lightning.stage.location import users_location
-from cg_lightning.stage.module_state import is_same_value
+from cg_lightning.stage.module_state import is_plain_object, is_same_value
 
 _MOST_ITEMS = 100
 """Items of a container that are compared."""
@@ -134,8 +134,8 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"[{key!r}]", item) for key, item in itertools.islice(value.items(), _MOST_ITEMS))
     elif isinstance(value, list):
         yield from ((f"[{index}]", item) for index, item in enumerate(value[:_MOST_ITEMS]))
-    elif not isinstance(value, (nn.Module, Tensor, type)) and not callable(value):
-        yield from ((f".{name}", item) for name, item in getattr(value, "__dict__", {}).items())
+    elif is_plain_object(value):
+        yield from ((f".{name}", item) for name, item in vars(value).items())
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
