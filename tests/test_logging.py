@@ -279,3 +279,43 @@ def test_a_count_of_updates_that_a_step_reads_is_not_frozen(harness):
     callback = harness.callback(mode="FULL", warmup_steps=1, verify_replays=0)
     harness.compare(Counts(), validate(images(40)), callback)
     assert any("update_count is read" in reason for reason in callback.stats.eager_reasons)
+
+
+class ResetsAndComputes(Logs):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def validation_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        logits = self.net(batch[0])
+        if self.how == "resets":
+            self.f1.reset()
+        if self.how != "computes only":
+            self.f1.update(logits, batch[1])
+        return self.f1.compute()
+
+
+class Disturbs(Callback):
+    """Does what a count, or a result that is remembered, must follow."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        self.seen += [outputs, pl_module.f1.update_count]
+        if batch_idx == 6:
+            pl_module.f1.reset()
+        if batch_idx == 7:
+            pl_module.f1.update(torch.ones(4, 10, device=pl_module.device), batch[1])
+
+
+@pytest.mark.parametrize(("how", "runs_full"), [("", True), ("resets", True), ("computes only", False)])
+def test_metrics_that_are_reset_and_computed_in_the_step(harness, how, runs_full):
+    def job(trainer, module):
+        module.f1.update(torch.ones(4, 10), torch.arange(4))
+        trainer.validate(module, images(40), verbose=False)
+        return next(callback for callback in trainer.callbacks if isinstance(callback, Disturbs)).seen
+
+    callback = harness.callback(mode="FULL", warmup_steps=1, verify_replays=0)
+    harness.compare(ResetsAndComputes(how), job, callback, others=lambda: [Disturbs()])
+    assert (callback.stats.steps["FULL"] > 0) is runs_full, callback.summary()

@@ -105,6 +105,6 @@ def draw(records: list[Record], path: Path) -> None:
             axes.plot([place - width / 2, place + 0.8 - width / 2], [height, height], color="black", label=label)
     axes.set_xticks([place + 0.4 - width / 2 for place in range(len(cases))], [f"{case}\n{stage}" for stage, case in cases])
     axes.set_ylabel("time a batch, eager = 1")
-    axes.legend(fontsize="small", ncols=2)
+    figure.legend(loc="outside upper center", fontsize="small", ncols=4)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

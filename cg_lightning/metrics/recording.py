@@ -21,7 +21,10 @@ from cg_lightning.metrics.logged_results import LoggedResults
 from cg_lightning.metrics.members import averages_by_count, bookkeeping, metrics_of, state_names, states_of
 from cg_lightning.metrics.step_effects import StepEffects
 from cg_lightning.metrics.sync_free import sync_free
-from cg_lightning.stage.interception import Interception
+from cg_lightning.stage.interception import Interception, plain_class
+
+_COUNT = 1_000_000
+"""What counters of updates start from in a capture: so that counting up is told from starting anew (``reset``)."""
 
 
 def unsupported_write(metric: nn.Module, name: str, value: Any) -> str:
@@ -32,6 +35,15 @@ def unsupported_write(metric: nn.Module, name: str, value: Any) -> str:
     if before is value or (_is_plain(value) and type(before) is type(value) and before == value):
         return ""
     return f"{type(metric).__name__}.{name} is kept in Python"
+
+
+def unsupported_read(metric: nn.Module, name: str, written: set[str]) -> str:
+    """Why a replay could not do what a step that reads an attribute does; empty where it can."""
+    if name == "update_count":  # the property; torchmetrics itself reads ``_update_count``
+        return f"{plain_class(metric).__name__}.update_count is read"
+    if name == "_computed" and name not in written and vars(metric).get(name) is not None:
+        return f"{plain_class(metric).__name__} gives the result of an earlier step"
+    return ""
 
 
 def unsupported_update(metric: nn.Module, written: set[str]) -> str:
@@ -124,12 +136,15 @@ class Recording:
                 vars(metric).pop(name, None)
                 if not isinstance(default, Tensor):  # what a step appends is told from what was there
                     vars(metric)[name] = self._lists[id(metric), name] = []
+            if isinstance(metric, Metric):
+                vars(metric)["_update_count"] = _COUNT
         self._before = {id(metric): dict(vars(metric)) for metric in self._metrics}
         with contextlib.ExitStack() as stack:
             for metric in self._metrics:
                 interception = Interception(
                     metric,
                     get_missing=functools.partial(self._read, metric),
+                    on_read=functools.partial(self._look, metric),
                     on_write=functools.partial(self._write, metric),
                 )
                 stack.callback(interception.remove)
@@ -155,6 +170,10 @@ class Recording:
         self._reads.append(slot)
         slot.attributes[name] = slot.fixed
         return slot.fixed
+
+    def _look(self, metric: nn.Module, name: str) -> None:
+        if reason := unsupported_read(metric, name, self._writes.get(id(metric), set())):
+            raise CaptureError(reason)
 
     def _write(self, metric: nn.Module, name: str, value: Any) -> None:
         if reason := unsupported_write(metric, name, value):
@@ -212,9 +231,8 @@ class Recording:
         before = self._before[id(metric)]
         for name in sorted(written - state_names(metric)):
             value = vars(metric).get(name)
-            if name == "_update_count":
-                if value != before.get(name):
-                    effects.counts.append((vars(metric), name, value - before[name]))
+            if name == "_update_count" and isinstance(value, int) and value >= _COUNT:
+                effects.counts.append((vars(metric), name, value - _COUNT))
                 continue
             leaves = flatten(value)[0]
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]

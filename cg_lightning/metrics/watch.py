@@ -13,7 +13,7 @@ from torchmetrics import MetricCollection
 
 from cg_lightning.core.legality import Cause
 from cg_lightning.metrics.members import states_of
-from cg_lightning.metrics.recording import unsupported_update, unsupported_write
+from cg_lightning.metrics.recording import unsupported_read, unsupported_update, unsupported_write
 from cg_lightning.metrics.sync_free import SyncFree, can_replace, replacing
 from cg_lightning.stage.interception import Interception
 
@@ -96,8 +96,7 @@ class MetricWatch:
         return [(id(metric), [value.device for value in values if isinstance(value, Tensor)]) for metric, values in states]
 
     def _read(self, metric: nn.Module, name: str) -> None:
-        if name == "update_count":  # the property; torchmetrics itself reads ``_update_count``
-            self._say(f"{type(metric).__name__}.update_count is read")
+        self._say(unsupported_read(metric, name, self._written.get(id(metric), set())))
 
     def _write(self, metric: nn.Module, name: str, value: Any) -> None:
         self._written.setdefault(id(metric), set()).add(name)

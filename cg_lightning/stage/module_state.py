@@ -62,7 +62,9 @@ class ModuleState:
     def _remember(self) -> None:
         self.modules: list[nn.Module] = list(self._root.modules())
         tables = [(module._modules, module._parameters, module._buffers) for module in self.modules]
-        self._tables: list[dict[str, Any]] = list(chain.from_iterable(tables))
+        every: list[dict[str, Any]] = list(chain.from_iterable(tables))
+        self._tables = [table for table in every if table]
+        self._empty_tables = [table for table in every if not table]
         self._members = self._current_members()
         members = [member for member in self._members if isinstance(member, Tensor)]
         self._lazy = [member for member in members if is_lazy(member)]  # they have no address before their first step
@@ -115,6 +117,7 @@ class ModuleState:
         """Compares with the last look, and remembers what is there now."""
         members = self._current_members()
         same = len(members) == len(self._members) and all(map(operator.is_, members, self._members))
+        same = same and not any(self._empty_tables)
         if not same or not all(map(is_lazy, self._lazy)):
             change = Change.REPLACED
         elif not self._addresses_hold():
