@@ -234,7 +234,8 @@ class _Watch(EagerDispatchMode):
             return self.call(func, args, kwargs)
         if (cause := find_illegal(func, args, kwargs, self.device_type)) is not None:
             self.add(cause, func._schema.name)
-        if torch.is_grad_enabled() and self._tracks_gradients(args):
+        caches_a_cast = self._autocast and func._schema.name == "aten::_to_copy"  # autocast does so with gradients
+        if torch.is_grad_enabled() and not caches_a_cast and self._tracks_gradients(args):
             self.add(Cause.GRADIENTS, func._schema.name)
         if func._schema.is_mutable:
             self._find_mutated_inputs(func, args, kwargs)
