@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import os
 import re
 import subprocess
 import sys
@@ -248,7 +249,9 @@ def test_two_processes_of_ddp(tmp_path):
     """Hazard 19: each rank decides alike, none waits for another, and the metrics are eager's."""
     root = Path(__file__).parent.parent
     command = [sys.executable, "-W", "ignore", "-m", "tests.ddp_worker", str(tmp_path)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=200)
+    ranks = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "GLOBAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in ranks}  # left by other tests' Trainers
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text()
 
