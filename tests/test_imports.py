@@ -29,10 +29,18 @@ def test_that_this_check_can_fail():
     assert imports("import cg_lightning.app.config") == "['hydra', 'omegaconf']|False"
 
 
+def test_every_package_is_shipped():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    setuptools = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    there = {".".join(file.parent.relative_to(PACKAGE.parent).parts) for file in PACKAGE.rglob("__init__.py")}
+    assert set(setuptools["packages"]) == there | {"cg_lightning.conf"}
+
+
 FORBIDDEN = {
     "core": ("lightning", "hydra", "omegaconf", "torchmetrics"),
     "backends": ("lightning", "hydra", "omegaconf", "torchmetrics"),
     "stage": ("hydra", "omegaconf"),
+    "metrics": ("hydra", "omegaconf"),
     "callback.py": ("hydra", "omegaconf"),
 }
 
