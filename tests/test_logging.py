@@ -252,14 +252,26 @@ def test_a_metric_on_another_device_goes_lower(harness):
     assert any(reason.startswith(causes) for reason in callback.stats.eager_reasons)
 
 
-def test_results_of_another_lightning_are_not_touched(harness, monkeypatch):
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_results_that_are_kept_in_another_way(harness, monkeypatch, verify_replays):
     """The private collection is looked at before it is used; here it is as we know it, and then as if it were not."""
-    assert LoggedResults(Logs()).is_supported()
-    monkeypatch.setattr(LoggedResults, "is_supported", lambda self: False)
-    callback = harness.callback(mode="FULL_AND_PIECEWISE", warmup_steps=1)
-    harness.compare(Logs(), validate(images(40)), callback, others=lambda: [Reads()])
-    assert callback.stats.steps["FULL"] == 0
-    assert callback.stats.steps["PIECEWISE"] > 0
+    known = []
+
+    class Asks(Callback):
+        def on_validation_batch_end(self, trainer, pl_module, *_: Any) -> None:
+            known.append(LoggedResults(pl_module).collection is not None)
+
+    harness.trainer(Asks()).validate(Logs(), images(4), verbose=False)
+    assert known == [True], "this Lightning keeps logged values in another way"
+
+    def job(trainer, module):
+        result = [trainer.validate(module, images(42), verbose=False) for _ in range(2)]
+        return [result, shown(trainer)]
+
+    callback = harness.callback(mode="FULL", warmup_steps=1, verify_replays=verify_replays)
+    monkeypatch.setattr(LoggedResults, "is_known", lambda self, results: False)
+    harness.compare(Logs(), job, callback, others=lambda: [Reads()], logger=Listens())
+    assert callback.stats.steps["FULL"] > 10, callback.summary()
 
 
 def test_the_replacements_can_be_switched_off(harness):

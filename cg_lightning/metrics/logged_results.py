@@ -23,15 +23,18 @@ class LoggedResults:
 
     @property
     def collection(self) -> Any:
-        """The results of the loop that runs now; None where there is no loop, or it keeps none."""
+        """The results of the loop that runs now; None where there is no loop, it keeps none, or not as we know it."""
         trainer = getattr(self._module, "_trainer", None)
-        return getattr(trainer, "_results", None)
+        results = getattr(trainer, "_results", None)
+        return results if results is not None and self.is_known(results) else None
 
     def is_supported(self) -> bool:
-        """Whether Lightning keeps results as we know it."""
-        results = self.collection
-        if results is None:
-            return True
+        """Whether Lightning keeps what is logged now, if anything can be logged now, as we know it."""
+        results = getattr(getattr(self._module, "_trainer", None), "_results", None)
+        return results is None or self.is_known(results)
+
+    def is_known(self, results: Any) -> bool:
+        """Whether these are results as we know them."""
         return (
             isinstance(results, dict)
             and all(hasattr(results, name) for name in ("batch", "batch_size", "dataloader_idx", "reset"))

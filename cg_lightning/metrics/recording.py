@@ -17,6 +17,7 @@ from cg_lightning.core.errors import CaptureError
 from cg_lightning.core.tree import flatten, rebuild
 from cg_lightning.metrics.deferred_checks import CheckedCalls, DeferredCheck
 from cg_lightning.metrics.fixed_states import FixedStates, Slot
+from cg_lightning.metrics.log_calls import Calls, CapturedLogCalls, LogCalls
 from cg_lightning.metrics.logged_results import LoggedResults
 from cg_lightning.metrics.members import averages_by_count, bookkeeping, metrics_of, state_names, states_of
 from cg_lightning.metrics.step_effects import StepEffects
@@ -71,11 +72,16 @@ class Recording:
         module: The LightningModule.
         states: The fixed states of its metrics.
         results: What is logged.
+        log_calls: Calls of ``self.log``, for where the results are not known.
         sync_free: Whether functions of torchmetrics that wait for the device are replaced.
     """
 
-    def __init__(self, module: nn.Module, states: FixedStates, results: LoggedResults, sync_free: bool) -> None:
+    def __init__(
+        self, module: nn.Module, states: FixedStates, results: LoggedResults, log_calls: LogCalls, sync_free: bool
+    ) -> None:
         self._sync_free = sync_free
+        self._log_calls = log_calls
+        self._calls: Calls | None = None
         self._module = module
         self._states = states
         self._results = results
@@ -153,6 +159,8 @@ class Recording:
                     vars(metric)["update"] = self._checked_update(metric, vars(metric)["update"])
             if self._sync_free:
                 stack.enter_context(sync_free(self._checked))
+            known = self._results.is_supported()
+            self._calls = None if known else stack.enter_context(self._log_calls.collected())
             yield
 
     def _checked_update(self, metric: Metric, original: Any) -> Any:
@@ -182,7 +190,9 @@ class Recording:
 
     def finish(self) -> StepEffects:
         """Inside the capture, after the step: writes new states where they are fixed, and tells what else was done."""
-        effects = StepEffects(self._states, self._reads, [], [], [], [], [], None, self._checks or [], [])
+        calls = CapturedLogCalls(self._calls) if self._calls else None
+        make = self._log_calls.make
+        effects = StepEffects(self._states, self._reads, [], [], [], [], [], None, calls, make, self._checks or [], [])
         logged = set(map(id, self._results.metrics()))
         for metric in self._metrics:
             written = self._writes.get(id(metric), set())

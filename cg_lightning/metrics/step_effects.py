@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from cg_lightning.core.tree import rebuild
 from cg_lightning.metrics.deferred_checks import DeferredCheck
 from cg_lightning.metrics.fixed_states import FixedStates, Slot
+from cg_lightning.metrics.log_calls import Calls, CapturedLogCalls
 from cg_lightning.metrics.logged_results import LogEffect
 
 
@@ -32,6 +34,9 @@ class StepEffects:
     metrics: list[nn.Module]
     """Metrics whose states the graph writes."""
     log: LogEffect | None
+    log_calls: CapturedLogCalls | None
+    """Calls of ``self.log`` that are to be made, where their effect is not known."""
+    make_log_calls: Callable[[Calls], None]
     checks: list[DeferredCheck]
     tensors: list[Tensor]
     """During the capture: what the graph computes for lists and attributes, in order."""
@@ -41,6 +46,8 @@ class StepEffects:
     def take_tensors(self) -> list[Tensor]:
         """Gives the tensors away, so that the graph's memory is not held."""
         tensors, self.tensors = self.tensors, []
+        if self.log_calls is not None:
+            tensors = [*tensors, *self.log_calls.take_tensors()]
         self.num_tensors = len(tensors)
         return tensors
 
@@ -95,3 +102,5 @@ class StepEffects:
             attributes[name] = rebuild(value, given) if number else value
         if self.log is not None:
             self.log.after()
+        if self.log_calls is not None:
+            self.make_log_calls(self.log_calls.given(given))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from cg_lightning.core.tree import flatten
 from cg_lightning.metrics.deferred_checks import DeferredChecks
 from cg_lightning.metrics.fixed_states import FixedStates
+from cg_lightning.metrics.log_calls import Calls, LogCalls
 from cg_lightning.metrics.logged_results import LoggedResults
 from cg_lightning.metrics.members import metrics_of, states_of
 from cg_lightning.metrics.recording import Recording
@@ -28,12 +30,27 @@ class StepMetrics:
         self.sync_free = sync_free
         self._module = module
         self.results = LoggedResults(module)
+        self.log_calls = LogCalls(module)
         self.checks = DeferredChecks()
         self.states = FixedStates(device, self.checks.raise_if_met)
 
     def record(self) -> Recording:
         """Records the captures of one step."""
-        return Recording(self._module, self.states, self.results, self.sync_free)
+        return Recording(self._module, self.states, self.results, self.log_calls, self.sync_free)
+
+    def run_eagerly(self, step: Callable[[], Any], calls: Calls) -> Any:
+        """Runs a step that is compared with its graph; where logging it cannot be taken back, notes calls instead.
+
+        Args:
+            step: The step.
+            calls: Takes the calls of ``self.log``.
+        """
+        if self.results.is_supported():
+            return step()
+        with self.log_calls.collected() as made:
+            output = step()
+        calls.extend(made)
+        return output
 
     def all(self) -> list[nn.Module]:
         """All metrics of the module, and those behind what it logs."""

@@ -19,6 +19,7 @@ from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.static_inputs import StaticInputs
 from cg_lightning.core.tree import rebuild
 from cg_lightning.core.wrapper import CUDAGraphOptions, CUDAGraphWrapper
+from cg_lightning.metrics.log_calls import Calls
 from cg_lightning.metrics.recording import Recording
 from cg_lightning.metrics.step_effects import StepEffects
 from cg_lightning.metrics.step_metrics import StepMetrics
@@ -149,18 +150,26 @@ class GraphedCall:
         return entry.plan.restore(leaves, computed)
 
     def _verified(self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], rest: tuple[Any, ...]) -> Any:
-        def eager() -> Any:
-            with override_forward_context(ForwardContext(CUDAGraphMode.NONE, descriptor)):
-                return self._invoke(tree, *rest)
+        runs: list[Calls] = []
 
-        verdict = verify(
-            eager,
-            lambda: self._run_graph(descriptor, tree, leaves, rest),
-            self._module,
-            self._settings.backend,
-            self._settings.verification.tolerance,
-            self._metrics,
-        )
+        def eager() -> Any:
+            runs.append([])
+            with override_forward_context(ForwardContext(CUDAGraphMode.NONE, descriptor)):
+                if self._metrics is None:
+                    return self._invoke(tree, *rest)
+                return self._metrics.run_eagerly(lambda: self._invoke(tree, *rest), runs[-1])
+
+        with contextlib.nullcontext() if self._metrics is None else self._metrics.log_calls.held():
+            verdict = verify(
+                eager,
+                lambda: self._run_graph(descriptor, tree, leaves, rest),
+                self._module,
+                self._settings.backend,
+                self._settings.verification.tolerance,
+                self._metrics,
+            )
+        if self._metrics is not None:
+            self._metrics.log_calls.make(runs[0])
         if verdict.difference:
             self._settings.budget.drop(self, descriptor)
             raise VerificationError(

@@ -360,7 +360,7 @@ class Observer:
         all_metrics = metrics_of(self._root)
         metrics = [module for module in all_metrics if isinstance(module, Metric)]
         watched = None
-        if self._metrics is not None and self._metrics.results.is_supported():
+        if self._metrics is not None:
             watched = MetricWatch(all_metrics, self._metrics.results.metrics, watch.add, self._metrics.sync_free)
         before = {path: _state(module) for path, module in modules}
         updates = _updates(metrics)
