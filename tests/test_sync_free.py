@@ -1,20 +1,23 @@
 """Each function that stands in for one of torchmetrics in captures, against its original."""
 
+import copy
 import importlib
 import inspect
+import pkgutil
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from torchmetrics import CatMetric, MaxMetric, MeanMetric, MinMetric, SumMetric
 
 from cg_lightning.metrics.deferred_checks import CheckedCalls, DeferredCheck, DeferredChecks
-from cg_lightning.metrics.sync_free import SYNC_FREE, can_replace, sync_free
+from cg_lightning.metrics.sync_free import SYNC_FREE, sync_free
 from tests.harness import assert_same
 
 
 def original(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    return pkgutil.resolve_name(path)
 
 
 def outcome(function: Any, *args: Any, **kwargs: Any) -> tuple[Any, str]:
@@ -32,7 +35,7 @@ def deferred(path: str, *args: Any, **kwargs: Any) -> tuple[Any, str]:
         checked = CheckedCalls(checks)
         copies = tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
         with checked.during(function, copies, kwargs):
-            result = SYNC_FREE[path](checked, function, *copies, **kwargs)
+            result = SYNC_FREE[path].run(checked, function, *copies, **kwargs)
         checks = checks or [DeferredCheck.of(*seen) for seen in checked.seen]
     every = DeferredChecks()
     every.add(checks)
@@ -40,6 +43,7 @@ def deferred(path: str, *args: Any, **kwargs: Any) -> tuple[Any, str]:
     return result, error
 
 
+NAN = "torchmetrics.aggregation.BaseAggregator._cast_and_nan_check_input"
 BINCOUNT = "torchmetrics.utilities.data._bincount"
 LOGITS = "torchmetrics.utilities.compute.normalize_logits_if_needed"
 CURVE = "precision_recall_curve"
@@ -70,7 +74,7 @@ def test_bincount_rejects(device):
     checked = CheckedCalls()
     x = torch.tensor([0, 7], device=device)
     with checked.during(torch.bincount, (x,), {}):
-        SYNC_FREE[BINCOUNT](checked, original(BINCOUNT), x, 4)
+        SYNC_FREE[BINCOUNT].run(checked, original(BINCOUNT), x, 4)
     assert checked.seen, "what is too large is noted: eager's result would be longer, and its caller raise"
 
 
@@ -128,6 +132,49 @@ def test_every_function_of_the_table_exists_in_this_torchmetrics():
 
 
 def test_a_count_of_unknown_length_still_waits(device):
-    assert not can_replace(SYNC_FREE[BINCOUNT], (torch.tensor([1], device=device),), {})
-    assert can_replace(SYNC_FREE[BINCOUNT], (torch.tensor([1], device=device), 3), {})
-    assert can_replace(SYNC_FREE[BINCOUNT], (torch.tensor([1], device=device),), {"minlength": 3})
+    x = torch.tensor([1], device=device)
+    assert not SYNC_FREE[BINCOUNT].applies(x)
+    assert SYNC_FREE[BINCOUNT].applies(x, 3)
+    assert SYNC_FREE[BINCOUNT].applies(x, minlength=3)
+
+
+AGGREGATORS = {"mean": MeanMetric, "sum": SumMetric, "max": MaxMetric, "min": MinMetric}
+
+
+@pytest.mark.parametrize("strategy", ["warn", "ignore", "error"])
+@pytest.mark.parametrize("kind", list(AGGREGATORS))
+def test_aggregators_of_one_value(device, kind, strategy):
+    values = [0.5, -0.0, float("nan"), float("-inf"), 3.0, float("nan"), 7.0]
+    expected, found = (AGGREGATORS[kind](nan_strategy=strategy).to(device) for _ in range(2))
+    for value in values:
+        x = torch.tensor(value, device=device)
+        checks: list[DeferredCheck] | None = None
+        before = found.metric_state
+        for _ in range(2):
+            found.__dict__.update({name: state.clone() for name, state in before.items()})
+            checked = CheckedCalls(checks)
+            with sync_free(checked), checked.during(copy.deepcopy(found).update, (x,), {}):
+                found.update(x)
+            checks = checks or [DeferredCheck.of(*seen) for seen in checked.seen]
+        every = DeferredChecks()
+        every.add(checks)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            error = outcome(every.raise_if_met)[1]
+        with warnings.catch_warnings(record=True) as expected_warned:
+            warnings.simplefilter("always")
+            assert outcome(expected.update, x)[1] == error
+        assert [str(w.message) for w in warned] == [str(w.message) for w in expected_warned]
+        assert bool(error or warned) is (value != value and strategy != "ignore")
+        if error:
+            return  # eager's state is what it was; ours is never read
+        assert_same(found.metric_state, expected.metric_state)
+
+
+def test_aggregators_of_several_values_still_wait(device):
+    mean, several = MeanMetric().to(device), torch.ones(3, device=device)
+    applies = SYNC_FREE[NAN].applies
+    assert not applies(mean, several)
+    assert applies(mean, several[0])
+    assert applies(MeanMetric(nan_strategy="error"), several)
+    assert not applies(CatMetric(), several[0])

@@ -4,6 +4,7 @@
 function of torchmetrics                       in a capture
 =============================================  =================================================================
 ``_bincount`` with a known ``minlength``       adds ones at the indices; refuses negative and too large ones
+``_cast_and_nan_check_input`` of aggregators   refuses NaN; leaves it out where there is one value
 ``normalize_logits_if_needed`` (on the CPU)    chooses on the device
 ``_*_stat_scores_tensor_validation``           counts or compares values on the device
 ``_*_confusion_matrix_tensor_validation``      likewise
@@ -18,9 +19,11 @@ validations look at, shapes and dtypes, is part of the key, and was looked at in
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-import importlib
 import inspect
+import math
+import pkgutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -28,12 +31,25 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics import MaxMetric, MeanMetric, MinMetric, SumMetric
 
 from cg_lightning.metrics.deferred_checks import CheckedCalls
+from cg_lightning.stage.interception import plain_class
 
-SyncFree = Callable[..., Any]
-"""Takes the checked calls, the original, and the arguments of the original."""
+
+def _always(*_: Any, **__: Any) -> bool:
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class SyncFree:
+    """One replacement."""
+
+    run: Callable[..., Any]
+    """Takes the checked calls, the original, and the arguments of the original."""
+    applies: Callable[..., bool] = _always
+    """Whether it waits for nothing and gives the same, with these arguments of the original."""
 
 
 def _is_other_than(values: Tensor, *allowed: int | None) -> Tensor:
@@ -102,42 +118,74 @@ def as_many_targets_as_classes(checked: CheckedCalls, original: Any, *args: Any,
     checked.refuse_if(_has_more_values_than(given["target"], limit), given["target"])
 
 
+_NEUTRAL: dict[type, float] = {MeanMetric: 0.0, SumMetric: 0.0, MaxMetric: -math.inf, MinMetric: math.inf}
+"""What changes nothing when it is aggregated."""
+
+
+def has_one_value(metric: nn.Module, x: Any, weight: Any = None) -> bool:
+    """Whether a NaN can be left out without changing the shape of what is aggregated."""
+    if not isinstance(x, Tensor) or not (weight is None or isinstance(weight, Tensor)):
+        return False
+    left_out = metric.nan_strategy in ("warn", "ignore") and plain_class(metric) in _NEUTRAL and x.numel() == 1
+    return metric.nan_strategy == "error" or left_out
+
+
+def without_nan(
+    checked: CheckedCalls, original: Any, metric: Any, x: Tensor, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Refuses NaN (``error``), or takes what changes nothing in its place; ``warn`` says so when the state is read."""
+    del original
+    nans = torch.isnan(x) if weight is None else torch.isnan(x) | torch.isnan(weight)
+    weight = torch.ones_like(x) if weight is None else weight
+    if metric.nan_strategy == "error":
+        checked.refuse_if(nans.any())
+    else:
+        if metric.nan_strategy == "warn":
+            checked.repeat_if(nans.any())
+        weight = weight.masked_fill(nans, 0)
+        x = x.masked_fill(nans, _NEUTRAL[plain_class(metric)]) if x.is_floating_point() else x
+    return x.to(metric.dtype), weight.to(metric.dtype)
+
+
+def _knows_length(x: Tensor, minlength: int | None = None) -> bool:
+    return minlength is not None
+
+
 _CLASSIFICATION = "torchmetrics.functional.classification"
 _CURVE = f"{_CLASSIFICATION}.precision_recall_curve"
 SYNC_FREE: dict[str, SyncFree] = {
-    "torchmetrics.utilities.data._bincount": bincount,
-    "torchmetrics.utilities.compute.normalize_logits_if_needed": normalize_logits_if_needed,
-    f"{_CLASSIFICATION}.stat_scores._binary_stat_scores_tensor_validation": two_values,
-    f"{_CLASSIFICATION}.stat_scores._multilabel_stat_scores_tensor_validation": two_values,
-    f"{_CLASSIFICATION}.stat_scores._multiclass_stat_scores_tensor_validation": as_many_values_as_classes,
-    f"{_CLASSIFICATION}.confusion_matrix._binary_confusion_matrix_tensor_validation": two_values,
-    f"{_CLASSIFICATION}.confusion_matrix._multilabel_confusion_matrix_tensor_validation": two_values,
-    f"{_CLASSIFICATION}.confusion_matrix._multiclass_confusion_matrix_tensor_validation": as_many_values_as_classes,
-    f"{_CURVE}._binary_precision_recall_curve_tensor_validation": two_values,
-    f"{_CURVE}._multiclass_precision_recall_curve_tensor_validation": as_many_targets_as_classes,
+    "torchmetrics.utilities.data._bincount": SyncFree(bincount, _knows_length),
+    "torchmetrics.utilities.compute.normalize_logits_if_needed": SyncFree(normalize_logits_if_needed),
+    "torchmetrics.aggregation.BaseAggregator._cast_and_nan_check_input": SyncFree(without_nan, has_one_value),
+    f"{_CLASSIFICATION}.stat_scores._binary_stat_scores_tensor_validation": SyncFree(two_values),
+    f"{_CLASSIFICATION}.stat_scores._multilabel_stat_scores_tensor_validation": SyncFree(two_values),
+    f"{_CLASSIFICATION}.stat_scores._multiclass_stat_scores_tensor_validation": SyncFree(as_many_values_as_classes),
+    f"{_CLASSIFICATION}.confusion_matrix._binary_confusion_matrix_tensor_validation": SyncFree(two_values),
+    f"{_CLASSIFICATION}.confusion_matrix._multilabel_confusion_matrix_tensor_validation": SyncFree(two_values),
+    f"{_CLASSIFICATION}.confusion_matrix._multiclass_confusion_matrix_tensor_validation": SyncFree(as_many_values_as_classes),
+    f"{_CURVE}._binary_precision_recall_curve_tensor_validation": SyncFree(two_values),
+    f"{_CURVE}._multiclass_precision_recall_curve_tensor_validation": SyncFree(as_many_targets_as_classes),
 }
-
-
-def can_replace(sync_free: SyncFree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the replacement does not wait for the device, given these arguments of the original."""
-    return sync_free is not bincount or (*args[1:], kwargs.get("minlength"))[0] is not None
 
 
 @functools.cache
 def _original(path: str) -> Callable[..., Any] | None:
-    module, _, name = path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name, None)
-    except ImportError:
+        found: Callable[..., Any] = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError):
         return None
+    return found
 
 
 _places: dict[str, tuple[int, list[tuple[Any, str]]]] = {}
 
 
 def _where_it_is_called(path: str) -> list[tuple[Any, str]]:
-    """Modules of torchmetrics that imported the function, and the name that it has there."""
+    """Modules of torchmetrics that imported the function, or its class, and the name that it has there."""
     original = _original(path)
+    owner, _, name = path.rpartition(".")
+    if original is not None and isinstance(pkgutil.resolve_name(owner), type):
+        return [(pkgutil.resolve_name(owner), name)]
     known, places = _places.get(path, (0, []))
     if original is not None and known != len(sys.modules):
         modules = [module for name, module in list(sys.modules.items()) if name.split(".")[0] == "torchmetrics"]
@@ -178,8 +226,10 @@ def sync_free(checked: CheckedCalls) -> contextlib.AbstractContextManager[None]:
 
     def make(original: Callable[..., Any], replacement: SyncFree) -> Callable[..., Any]:
         def function(*args: Any, **kwargs: Any) -> Any:
+            if not replacement.applies(*args, **kwargs):
+                return original(*args, **kwargs)
             with checked.during(original, args, kwargs):
-                return replacement(checked, original, *args, **kwargs)
+                return replacement.run(checked, original, *args, **kwargs)
 
         return function
 

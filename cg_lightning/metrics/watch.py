@@ -14,7 +14,7 @@ from torchmetrics import MetricCollection
 from cg_lightning.core.legality import Cause
 from cg_lightning.metrics.members import states_of
 from cg_lightning.metrics.recording import unsupported_read, unsupported_update, unsupported_write
-from cg_lightning.metrics.sync_free import SyncFree, can_replace, replacing
+from cg_lightning.metrics.sync_free import SyncFree, replacing
 from cg_lightning.stage.interception import Interception
 
 
@@ -64,7 +64,7 @@ class MetricWatch:
 
         def make(original: Callable[..., Any], replacement: SyncFree) -> Callable[..., Any]:
             def function(*args: Any, **kwargs: Any) -> Any:
-                with sparing_the_step() if can_replace(replacement, args, kwargs) else contextlib.nullcontext():
+                with sparing_the_step() if replacement.applies(*args, **kwargs) else contextlib.nullcontext():
                     return original(*args, **kwargs)
 
             return function
