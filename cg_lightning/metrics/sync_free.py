@@ -1,15 +1,15 @@
 """Functions of torchmetrics that wait for the device, and equal ones that do not: used in captures only.
 
-=============================================  =================================================================
-function of torchmetrics                       in a capture
-=============================================  =================================================================
-``_bincount`` with a known ``minlength``       adds ones at the indices; refuses negative and too large ones
-``_cast_and_nan_check_input`` of aggregators   refuses NaN; leaves it out where there is one value
-``normalize_logits_if_needed`` (on the CPU)    chooses on the device
-``_*_stat_scores_tensor_validation``           counts or compares values on the device
-``_*_confusion_matrix_tensor_validation``      likewise
+===============================================  =============================================================
+function of torchmetrics                         in a capture
+===============================================  =============================================================
+``_bincount`` with a known ``minlength``         adds ones at the indices; refuses negative and too large ones
+``_cast_and_nan_check_input`` of aggregators     refuses NaN; leaves it out where there is one value
+``normalize_logits_if_needed`` (on the CPU)      chooses on the device
+``_*_stat_scores_tensor_validation``             counts or compares values on the device
+``_*_confusion_matrix_tensor_validation``        likewise
 ``_*_precision_recall_curve_tensor_validation``  likewise
-=============================================  =================================================================
+===============================================  =============================================================
 
 To refuse means: what eager would have raised is raised later (:mod:`~cg_lightning.metrics.deferred_checks`). What else the
 validations look at, shapes and dtypes, is part of the key, and was looked at in the eager steps before.
