@@ -215,6 +215,27 @@ def test_a_rejected_value_raises_what_eager_raises(harness, name):
     assert errors[0] == errors[1]
 
 
+class OnlyUpdates(Refuses):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.metric.update(*batch)
+
+
+class Stops(Callback):
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        if batch_idx == 6:
+            raise ArithmeticError("mine")
+
+
+def test_a_rejected_value_does_not_hide_another_exception(harness):
+    make, scores, classes, bad = REJECTED["binary"]
+    labels = torch.randint(0, classes, (32,))
+    labels[20:24] = torch.tensor(bad)
+    callback = harness.callback(mode="FULL", warmup_steps=1, verify_replays=0)
+    with pytest.raises(ArithmeticError, match="mine"):
+        harness.trainer(callback, Stops()).validate(OnlyUpdates(make()), loader(scores, labels), verbose=False)
+    assert callback.stats.replays > 4
+
+
 def test_clean_values_are_not_rejected(harness):
     make, scores, classes, _ = REJECTED["binary"]
     callback = harness.callback(mode="FULL", warmup_steps=1)

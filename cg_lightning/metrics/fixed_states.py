@@ -89,7 +89,7 @@ class FixedStates:
                 slot.attributes.setdefault(slot.name, value)
                 slot.home = None
 
-    def release(self, check: bool = True) -> None:
+    def release(self, check: bool) -> None:
         """Leaves no trace in any metric."""
         try:
             if check:

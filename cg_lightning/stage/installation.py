@@ -35,15 +35,15 @@ class Installation:
         """The graphs of whole steps."""
         return [graph for runner in self._runners.values() for graph in runner.graphs()]
 
-    def remove(self) -> None:
-        """Leaves no trace on the module; idempotent."""
+    def remove(self, check: bool = True) -> None:
+        """Leaves no trace on the module; idempotent. ``check`` is as in :meth:`Session.remove`."""
         if self._step is not None:
             self._step.remove()
             self._step = None
-            self.session.remove()
+            self.session.remove(check)
 
     def close(self) -> None:
         """Removes everything, and drops the graphs."""
-        self.remove()
+        self.remove(check=False)
         self.session.close()
         self._runners.clear()

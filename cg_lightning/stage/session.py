@@ -107,17 +107,20 @@ class Session:
         for target in self._piecewise.values():
             target.install()
 
-    def remove(self) -> None:
-        """Leaves no trace in any submodule. Graphs are kept for the next stage."""
+    def remove(self, check: bool = True) -> None:
+        """Leaves no trace in any submodule. Graphs are kept for the next stage.
+
+        Args:
+            check: Raise what metrics would have refused in the meantime; not on the way out of another exception.
+        """
         self._installed = False
         for target in self._piecewise.values():
             target.remove()
-        self.metrics.states.release()
+        self.metrics.states.release(check)
 
     def close(self) -> None:
         """Drops every graph."""
-        self.metrics.states.release(check=False)
-        self.remove()
+        self.remove(check=False)
         self.budget.drop_all()
         self._forget()
 
