@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from cg_lightning.backends import BACKENDS, resolve_backend
+from cg_lightning.core.arguments import check_at_least, check_names
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.wrapper import CUDAGraphOptions
 from cg_lightning.stage.installation import Installation
@@ -90,20 +91,20 @@ class CUDAGraphCallback(Callback):
         report: bool = True,
         options: CUDAGraphOptions | None = None,
     ) -> None:
-        self._stages = _names("stages", stages, tuple(STEPS))
-        self._backend_name = _names("backend", backend, BACKENDS)[0]
+        self._stages = check_names("stages", stages, tuple(STEPS))
+        self._backend_name = check_names("backend", backend, BACKENDS)[0]
         self._report = report
         self._settings = SessionSettings(
             mode=CUDAGraphMode.parse(mode),
-            targets=None if targets is None else _names("targets", targets, None),
-            warmup_steps=_at_least("warmup_steps", warmup_steps, 0),
+            targets=None if targets is None else check_names("targets", targets, None),
+            warmup_steps=check_at_least("warmup_steps", warmup_steps, 0),
             copy_outputs=copy_outputs,
-            max_graphs=_at_least("max_graphs", max_graphs, 1),
+            max_graphs=check_at_least("max_graphs", max_graphs, 1),
             strict=strict,
             verification=VerificationSettings(
-                replays=_at_least("verify_replays", verify_replays, 0),
-                every=_at_least("verify_every", verify_every, 0),
-                tolerance=_names("verify_tolerance", verify_tolerance, TOLERANCES)[0],
+                replays=check_at_least("verify_replays", verify_replays, 0),
+                every=check_at_least("verify_every", verify_every, 0),
+                tolerance=check_names("verify_tolerance", verify_tolerance, TOLERANCES)[0],
                 strict=strict,
             ),
             sync_free_metrics=sync_free_metrics,
@@ -229,18 +230,3 @@ class CUDAGraphCallback(Callback):
     def _count_inert(self, stage: str) -> None:
         if self._inert_reason and stage in self._stages_run:
             self.stats.count_eager_step(stage, "-", self._inert_reason)
-
-
-def _names(argument: str, value: Sequence[str] | str, choices: tuple[str, ...] | None) -> tuple[str, ...]:
-    names = (value,) if isinstance(value, str) else tuple(value)
-    for name in names:
-        if not isinstance(name, str) or (choices is not None and name not in choices):
-            expected = f"choose from {', '.join(choices)}" if choices is not None else "expected names"
-            raise ValueError(f"{argument}={value!r}: {name!r} is unknown; {expected}.")
-    return names
-
-
-def _at_least(argument: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{argument}={value!r} must be a whole number of at least {least}.")
-    return value

@@ -2,52 +2,29 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import seed_everything
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from cg_lightning.backends import GraphBackend, resolve_backend
 from cg_lightning.bench.cases import CASES, Case
 from cg_lightning.bench.contestants import CONTESTANTS, PEERS, make
 from cg_lightning.bench.measure import STAGES, Figures, Settings, run_once
+from cg_lightning.core.arguments import check_names
 from cg_lightning.core.equality import same_leaf
 
 _DIFFERENT = 8
 """Batches that differ from one another; they are given in turn."""
 
 
-def check_names(argument: str, names: Sequence[str], choices: Sequence[str]) -> list[str]:
-    """Gives the names.
-
-    Raises:
-        ValueError: One is unknown.
-    """
-    for name in names:
-        if name not in choices:
-            raise ValueError(f"{argument}={list(names)}: {name!r} is unknown; choose from {', '.join(choices)}.")
-    return list(names)
-
-
-class _Batches(Dataset[Any]):
-    def __init__(self, batches: list[Any]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.batches[index]
-
-
 def _loader(case: Case, settings: Settings, device: torch.device) -> DataLoader[Any]:
     different = [tuple(part.to(device) for part in case.batch(seed)) for seed in range(_DIFFERENT)]
     in_turn = itertools.islice(itertools.cycle(different), settings.warmup + settings.batches)
-    return DataLoader(_Batches(list(in_turn)), batch_size=None)
+    return DataLoader(list(in_turn), batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
 
 
 def _check(name: str, figures: Figures, eager: Figures) -> None:
@@ -73,7 +50,7 @@ def measure_case(
     sample = data.dataset[0][0]
     made: dict[str, Any] = {}
     results: dict[str, Figures | str] = {}
-    for round_number in range(settings.rounds):
+    for _ in range(settings.rounds):
         for contestant in contestants:
             if isinstance(results.get(contestant), str):
                 continue
@@ -88,8 +65,6 @@ def measure_case(
                 if contestant not in PEERS:
                     raise
                 results[contestant] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-        if round_number == 0:
-            gc.collect()
     eager = results.get("eager")
     for contestant, figures in results.items():
         if isinstance(figures, Figures) and isinstance(eager, Figures) and contestant not in ("loop", "eager"):

@@ -24,13 +24,12 @@ class LoggedResults:
     @property
     def collection(self) -> Any:
         """The results of the loop that runs now; None where there is no loop, it keeps none, or not as we know it."""
-        trainer = getattr(self._module, "_trainer", None)
-        results = getattr(trainer, "_results", None)
+        results = self._any_collection
         return results if results is not None and self.is_known(results) else None
 
     def is_supported(self) -> bool:
         """Whether Lightning keeps what is logged now, if anything can be logged now, as we know it."""
-        results = getattr(getattr(self._module, "_trainer", None), "_results", None)
+        results = self._any_collection
         return results is None or self.is_known(results)
 
     def is_known(self, results: Any) -> bool:
@@ -74,6 +73,10 @@ class LoggedResults:
         """What the step that has just logged did beside updating metrics."""
         results = self.collection
         return LogEffect(self, results, dict(results), self._connector._current_fx, results.batch_size)
+
+    @property
+    def _any_collection(self) -> Any:
+        return getattr(getattr(self._module, "_trainer", None), "_results", None)
 
     @property
     def _connector(self) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from cg_lightning.core.attributes import AttributesSnapshot
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.errors import CaptureError
 from cg_lightning.core.tree import flatten, rebuild
@@ -23,6 +24,7 @@ from cg_lightning.metrics.members import averages_by_count, bookkeeping, metrics
 from cg_lightning.metrics.step_effects import StepEffects
 from cg_lightning.metrics.sync_free import sync_free
 from cg_lightning.stage.interception import Interception, plain_class
+from cg_lightning.stage.module_state import is_same_value
 
 _COUNT = 1_000_000
 """What counters of updates start from in a capture: so that counting up is told from starting anew (``reset``)."""
@@ -32,8 +34,7 @@ def unsupported_write(metric: nn.Module, name: str, value: Any) -> str:
     """Why a replay could not bring up to date what a step has set an attribute to; empty where it can."""
     if name in state_names(metric) or name in bookkeeping():
         return ""
-    before = vars(metric).get(name)
-    if before is value or (_is_plain(value) and type(before) is type(value) and before == value):
+    if is_same_value(vars(metric).get(name), value):
         return ""
     return f"{type(metric).__name__}.{name} is kept in Python"
 
@@ -52,10 +53,6 @@ def unsupported_update(metric: nn.Module, written: set[str]) -> str:
     if "_forward_cache" in written and averages_by_count(metric):
         return f"{type(metric).__name__}.forward averages by a Python count"
     return ""
-
-
-def _is_plain(value: Any) -> bool:
-    return is_plain_value(value) or isinstance(value, (torch.device, torch.dtype))
 
 
 def _update_of_a_copy(metric: Metric) -> Callable[..., None]:
@@ -108,16 +105,14 @@ class Recording:
             if slot.home is None:
                 slot.fixed.copy_(slot.value())
         logged = self._results.snapshot()
-        attributes = [(vars(metric), dict(vars(metric))) for metric in self._metrics]
+        attributes = AttributesSnapshot(self._metrics)
         homes = self._states.homes()
         for slot in slots:
             slot.home = None
         try:
             yield
         finally:
-            for living, before in attributes:
-                living.clear()
-                living.update(before)
+            attributes.restore()
             for slot, home in homes:
                 slot.home = home
             self._results.restore(logged)
@@ -190,9 +185,8 @@ class Recording:
 
     def finish(self) -> StepEffects:
         """Inside the capture, after the step: writes new states where they are fixed, and tells what else was done."""
-        calls = CapturedLogCalls(self._calls) if self._calls else None
-        make = self._log_calls.make
-        effects = StepEffects(self._states, self._reads, [], [], [], [], [], None, calls, make, self._checks or [], [])
+        effects = StepEffects(self._states, self._reads, self._checks or [], self._log_calls.make)
+        effects.log_calls = CapturedLogCalls(self._calls) if self._calls else None
         logged = set(map(id, self._results.metrics()))
         for metric in self._metrics:
             written = self._writes.get(id(metric), set())
@@ -246,7 +240,7 @@ class Recording:
                 continue
             leaves = flatten(value)[0]
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            if not all(isinstance(leaf, Tensor) or _is_plain(leaf) or leaf is before.get(name) for leaf in leaves):
+            if not all(isinstance(leaf, Tensor) or is_plain_value(leaf) or leaf is before.get(name) for leaf in leaves):
                 raise CaptureError(f"{type(metric).__name__}.{name} is set to what a replay cannot make")
             if tensors and len(tensors) != len(leaves):
                 raise CaptureError(f"{type(metric).__name__}.{name} is made of tensors and other values")

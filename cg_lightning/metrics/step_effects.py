@@ -23,22 +23,22 @@ class StepEffects:
     states: FixedStates
     reads: list[Slot]
     """States that the graph reads where they are fixed."""
-    homes: list[tuple[Slot, Tensor]]
-    """Where the states are after a replay."""
-    appended: list[tuple[dict[str, Any], str, int, bool]]
-    """List states: attributes, name, how many tensors come to it, and whether the list stays the same object."""
-    counts: list[tuple[dict[str, Any], str, int]]
-    """Counters, and by how much they go up."""
-    values: list[tuple[dict[str, Any], str, Any, int]]
-    """Attributes that are set: the value, and how many of its leaves are tensors of the graph."""
-    metrics: list[nn.Module]
-    """Metrics whose states the graph writes."""
-    log: LogEffect | None
-    log_calls: CapturedLogCalls | None
-    """Calls of ``self.log`` that are to be made, where their effect is not known."""
-    make_log_calls: Callable[[Calls], None]
     checks: list[DeferredCheck]
-    tensors: list[Tensor]
+    make_log_calls: Callable[[Calls], None]
+    homes: list[tuple[Slot, Tensor]] = dataclasses.field(default_factory=list)
+    """Where the states are after a replay."""
+    appended: list[tuple[dict[str, Any], str, int, bool]] = dataclasses.field(default_factory=list)
+    """List states: attributes, name, how many tensors come to it, and whether the list stays the same object."""
+    counts: list[tuple[dict[str, Any], str, int]] = dataclasses.field(default_factory=list)
+    """Counters, and by how much they go up."""
+    values: list[tuple[dict[str, Any], str, Any, int]] = dataclasses.field(default_factory=list)
+    """Attributes that are set: the value, and how many of its leaves are tensors of the graph."""
+    metrics: list[nn.Module] = dataclasses.field(default_factory=list)
+    """Metrics whose states the graph writes."""
+    log: LogEffect | None = None
+    log_calls: CapturedLogCalls | None = None
+    """Calls of ``self.log`` that are to be made, where their effect is not known."""
+    tensors: list[Tensor] = dataclasses.field(default_factory=list)
     """During the capture: what the graph computes for lists and attributes, in order."""
     num_tensors: int = 0
     _period: int = -1

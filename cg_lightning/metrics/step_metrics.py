@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cg_lightning.core.attributes import AttributesSnapshot
 from cg_lightning.core.tree import flatten
 from cg_lightning.metrics.deferred_checks import DeferredChecks
 from cg_lightning.metrics.fixed_states import FixedStates
@@ -72,8 +73,8 @@ class MetricsSnapshot:
             values = [vars(metric).get(name) for name in states_of(metric)]
             tensors.update({id(value): value for value in values if isinstance(value, Tensor)})
         self._tensors = [(tensor, tensor.clone()) for tensor in tensors.values()]
-        self._attributes = [(vars(metric), dict(vars(metric))) for metric in everything]
-        lists = [value for _, before in self._attributes for value in before.values() if type(value) is list]
+        self._attributes = AttributesSnapshot(everything)
+        lists = [value for metric in everything for value in vars(metric).values() if type(value) is list]
         self._lists = [(value, list(value)) for value in lists]
         self._homes = metrics.states.homes()
         self._logged = metrics.results.snapshot()
@@ -83,21 +84,18 @@ class MetricsSnapshot:
         for tensor, value in self._tensors:
             if torch.is_inference_mode_enabled() or not tensor.is_inference():  # else nobody can have written it
                 tensor.copy_(value)
-        for attributes, before in self._attributes:
-            attributes.clear()
-            attributes.update(before)
+        self._attributes.restore()
         for items, before_items in self._lists:
             items[:] = before_items
         for slot, home in self._homes:
             slot.home = home
         self._metrics.results.restore(self._logged)
 
-    def values(self) -> tuple[list[str], list[Any]]:
+    def values(self) -> list[tuple[str, Any]]:
         """Names and values, as they are now: of states, of what the latest step gave, and of the counts."""
-        names, values = [], []
-        for metric in self._metrics.all():
-            for name in (*states_of(metric), "_forward_cache", "_update_count", "_computed"):
-                for leaf in flatten(getattr(metric, name, None))[0]:
-                    names.append(f"{type(metric).__name__}.{name}")
-                    values.append(leaf.clone() if isinstance(leaf, Tensor) else leaf)
-        return names, values
+        return [
+            (f"{type(metric).__name__}.{name}", leaf.clone() if isinstance(leaf, Tensor) else leaf)
+            for metric in self._metrics.all()
+            for name in (*states_of(metric), "_forward_cache", "_update_count", "_computed")
+            for leaf in flatten(getattr(metric, name, None))[0]
+        ]

@@ -32,7 +32,7 @@ def is_same_value(before: Any, after: Any) -> bool:
     """Whether an attribute still refers to the same object, or to an equal plain value."""
     if before is after:
         return True
-    plain = (bool, int, float, str, bytes, type(None))
+    plain = (bool, int, float, str, bytes, type(None), torch.device, torch.dtype)
     return type(before) is type(after) and isinstance(before, plain) and before == after
 
 

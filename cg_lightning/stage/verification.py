@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from cg_lightning.backends import GraphBackend
+from cg_lightning.core.attributes import AttributesSnapshot
 from cg_lightning.core.equality import same_leaf
 from cg_lightning.core.errors import VerificationError
 from cg_lightning.core.tree import flatten, leaf_paths
@@ -51,34 +52,29 @@ class StepState:
     def __init__(self, module: nn.Module, backend: GraphBackend, metrics: StepMetrics | None = None) -> None:
         self._backend = backend
         self._metrics = None if metrics is None else MetricsSnapshot(metrics)
-        self._buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-        self._attributes = [
-            (vars(child), dict(vars(child))) for child in module.modules() if metrics is None or not is_metric(child)
-        ]
+        self._buffers = [(name, buffer, buffer.clone()) for name, buffer in module.named_buffers()]
+        self._attributes = AttributesSnapshot(child for child in module.modules() if metrics is None or not is_metric(child))
         self._host_random_state = HostRandomState()
         self._device_random_state = backend.get_random_state()
 
     def restore(self) -> None:
         """Puts everything back in place: tensors keep their addresses."""
-        for buffer, value in self._buffers:
+        for _, buffer, value in self._buffers:
             buffer.copy_(value)
-        for attributes, before in self._attributes:
-            attributes.clear()
-            attributes.update(before)
+        self._attributes.restore()
         if self._metrics is not None:
             self._metrics.restore()
         self._host_random_state.restore()
         self._backend.set_random_state(self._device_random_state)
 
-    def values(self) -> list[Any]:
-        """Copies of the buffers, and of what metrics hold, as they are now."""
-        buffers = [buffer.clone() for buffer, _ in self._buffers]
-        return buffers if self._metrics is None else [*buffers, *self._metrics.values()[1]]
+    def values(self) -> list[tuple[str, Any]]:
+        """Names and copies of the buffers, and of what metrics hold, as they are now."""
+        buffers = [(f"buffer {name}", buffer.clone()) for name, buffer, _ in self._buffers]
+        return buffers if self._metrics is None else [*buffers, *self._metrics.values()]
 
-    def names(self, module: nn.Module) -> list[str]:
-        """What :meth:`values` are called."""
-        buffers = [f"buffer {name}" for name, _ in module.named_buffers()]
-        return buffers if self._metrics is None else [*buffers, *self._metrics.values()[0]]
+
+def _leaves(output: Any, values: list[tuple[str, Any]]) -> list[Any]:
+    return [*flatten(output)[0], *[value for _, value in values]]
 
 
 def _within(one: Any, other: Any, spread: float) -> bool:
@@ -145,12 +141,12 @@ def verify(
     before = StepState(module, backend, metrics)
     expected = eager()
     expected_values = before.values()
-    paths = [*leaf_paths(expected, "output"), *before.names(module)]
+    paths = [*leaf_paths(expected, "output"), *[name for name, _ in expected_values]]
     after_eager = StepState(module, backend, metrics)
     before.restore()
     output = replay()
-    wanted = [*flatten(expected)[0], *expected_values]
-    found = [*flatten(output)[0], *before.values()]
+    wanted = _leaves(expected, expected_values)
+    found = _leaves(output, before.values())
     if len(wanted) != len(found):
         after_eager.restore()
         return Verdict(expected, f"the output and the metrics have {len(found)} leaves, eager's {len(wanted)}")
@@ -159,7 +155,7 @@ def verify(
     if not differing:
         return Verdict(output)
     before.restore()
-    again = [*flatten(eager())[0], *before.values()]
+    again = _leaves(eager(), before.values())
     after_eager.restore()
     for index in differing:
         one, other = wanted[index], again[index]
