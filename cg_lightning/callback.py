@@ -42,7 +42,8 @@ class CUDAGraphCallback(Callback):
             metrics that they update and what they log, FULL_AND_PIECEWISE whole steps where possible and else submodules.
         stages: Any of ``validate`` (also inside ``fit``; the sanity check is always eager), ``test`` and ``predict``.
         targets: For PIECEWISE, patterns as in :mod:`fnmatch` for names in ``named_modules()``. None: the largest submodules
-            with parameters that the step calls and that can be captured.
+            with parameters that the step calls and that can be captured. A step that is one graph has no targets: with
+            FULL_AND_PIECEWISE they count for the others.
         warmup_steps: Eager runs of a key before its capture. The first one is watched for what a graph could not hold or
             would freeze, so 0 means 1.
         verify_replays: How many first replays of each graph are compared with the eager step on the same batch. A graph that

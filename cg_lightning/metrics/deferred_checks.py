@@ -114,7 +114,11 @@ class DeferredChecks:
         self._checks.extend(checks)
 
     def raise_if_met(self) -> None:
-        """Waits for the device, and raises what eager would have raised since the last time."""
+        """Waits for the device.
+
+        Raises:
+            Exception: What eager would have raised since the last time, of its type and with its text.
+        """
         if not self._checks or not bool(torch.stack([check.flag for check in self._checks]).any()):
             self._checks = [check for check in self._checks if not check.dropped]
             return

@@ -90,7 +90,11 @@ class FixedStates:
                 slot.home = None
 
     def release(self, check: bool) -> None:
-        """Leaves no trace in any metric."""
+        """Leaves no trace in any metric.
+
+        Args:
+            check: Raise what ``before_read`` raises; the metrics are left alone all the same.
+        """
         try:
             if check:
                 self._before_read()

@@ -66,7 +66,10 @@ def _has_more_values_than(values: Tensor, limit: int) -> Tensor:
 
 
 def bincount(checked: CheckedCalls, original: Any, x: Tensor, minlength: int | None = None) -> Tensor:
-    """Counts equal integers; with deterministic algorithms the original waits for nothing."""
+    """Counts equal integers of shape ``(values,)``, into shape ``(minlength,)``.
+
+    With deterministic algorithms the original waits for nothing, and is taken.
+    """
     if minlength is None or torch.are_deterministic_algorithms_enabled():
         counted: Tensor = original(x, minlength)
         return counted
