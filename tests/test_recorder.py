@@ -229,3 +229,15 @@ def test_an_exception_undoes_what_ran_before_it():
         capture(step)
     assert isinstance(caught.value.__cause__, KeyError)
     assert x.tolist() == [0, 0]
+
+
+def test_a_tensor_given_twice_stays_one():
+    """Attention of a sequence to itself takes another kernel, which on some processors gives other last bits."""
+    attention = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    x = torch.randn(4, 5, 8)
+    with torch.inference_mode():
+        graph, _ = RecorderBackend(torch.device("cpu")).capture(
+            lambda: attention(x, x, x), collect_garbage=False, capture_error_mode="thread_local"
+        )
+    query, key, value = graph._operations[0].args[:3]
+    assert query is key is value

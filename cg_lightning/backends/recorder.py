@@ -31,9 +31,13 @@ def _tensors(*trees: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(trees) if isinstance(leaf, Tensor)]
 
 
-def _fix(tensor: Tensor) -> Tensor:
-    """Another tensor on the memory that ``tensor`` has now, wherever ``tensor`` goes; some kernels look at requires_grad."""
-    return tensor.detach().requires_grad_(tensor.requires_grad)
+def _fix(tree: Any) -> Any:
+    """Other tensors on the memory that those in ``tree`` have now, wherever those go.
+
+    One given twice stays one: attention of a sequence to itself takes another kernel. Some kernels look at requires_grad.
+    """
+    fixed = {id(tensor): tensor.detach().requires_grad_(tensor.requires_grad) for tensor in _tensors(tree)}
+    return tree_map_only(Tensor, lambda tensor: fixed[id(tensor)], tree)
 
 
 def _poison(tensor: Tensor) -> None:
@@ -101,7 +105,7 @@ class _Recorder(EagerDispatchMode):
             self._remember(inputs)
         casts = self.casts_inside(func)
         autocast = (casts, torch.get_autocast_dtype(self.device_type) if casts else None)
-        fixed_args, fixed_kwargs = tree_map_only(Tensor, _fix, (args, kwargs))
+        fixed_args, fixed_kwargs = _fix((args, kwargs))
         output = self.call(func, args, kwargs)
         if torch.Tag.inplace_view not in func.tags:  # those change how one tensor object is read, and no memory
             known = {_address(tensor) for tensor in inputs}
