@@ -455,9 +455,12 @@ class Observer:
             (watch.add_for_submodules if spares else watch.add)(cause, f"self.{name}")
             if not self._run_effects:
                 return None
+            # where Lightning's results are not known, the call is made after the replay
+            is_made_later = spares and self._metrics is not None and not self._metrics.results.is_supported()
             before, watch.is_in_framework = watch.is_in_framework, True
             try:
-                return original(*args, **kwargs)
+                with watch.sparing_the_step() if is_made_later else contextlib.nullcontext():
+                    return original(*args, **kwargs)
             finally:
                 watch.is_in_framework = before
 
