@@ -160,6 +160,17 @@ def _sdp(name):
         pytest.param(_deterministic, id="deterministic"),
         pytest.param(_setter(torch.backends.cudnn, "benchmark", True), id="cudnn.benchmark"),
         pytest.param(_setter(torch.backends.cudnn, "deterministic", True), id="cudnn.deterministic"),
+        pytest.param(_setter(torch.backends.cudnn, "enabled", False), id="cudnn.enabled"),
+        pytest.param(_setter(torch.backends.cudnn, "allow_tf32", False), id="cudnn.allow_tf32"),
+        pytest.param(_setter(torch.backends.cuda.matmul, "allow_tf32", True), id="matmul.allow_tf32"),
+        *[
+            pytest.param(_setter(torch.backends.cuda.matmul, name, value), id=name)
+            for name, value in (
+                ("allow_fp16_reduced_precision_reduction", False),
+                ("allow_bf16_reduced_precision_reduction", False),
+                ("allow_fp16_accumulation", True),
+            )
+        ],
         *[pytest.param(_sdp(name), id=name) for name in ("flash", "mem_efficient", "math", "cudnn")],
     ],
 )

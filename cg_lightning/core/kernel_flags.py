@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 
-def _tf32_getters() -> tuple[Callable[[], Any], ...]:
+def _native(name: str, public: Callable[[], Any], *args: str) -> Callable[[], Any]:
+    """PyTorch's private getter behind a public setting, or the public way: that takes ten times as long, at each step."""
+    getter = getattr(torch._C, name, None)
+    return public if getter is None else functools.partial(getter, *args)
+
+
+def _float32_precision() -> tuple[Callable[[], Any], ...]:
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9: reading the old names raises once the new ones were used
-        return (lambda: matmul.fp32_precision, lambda: cudnn.conv.fp32_precision, lambda: cudnn.rnn.fp32_precision)
-    return (lambda: matmul.allow_tf32, lambda: cudnn.allow_tf32, torch.get_float32_matmul_precision)
+    if not hasattr(matmul, "fp32_precision"):
+        return (lambda: matmul.allow_tf32, lambda: cudnn.allow_tf32, torch.get_float32_matmul_precision)
+    # torch 2.9: reading the old names raises once the new ones were used; what is "none" follows the more general one
+    settings: dict[tuple[str, str], Callable[[], Any]] = {
+        ("generic", "all"): lambda: torch.backends.fp32_precision,  # type: ignore[attr-defined]
+        ("cuda", "all"): lambda: cudnn.fp32_precision,
+        ("cuda", "matmul"): lambda: matmul.fp32_precision,
+        ("cuda", "conv"): lambda: cudnn.conv.fp32_precision,
+        ("cuda", "rnn"): lambda: cudnn.rnn.fp32_precision,
+    }
+    return tuple([_native("_get_fp32_precision_getter", public, *names) for names, public in settings.items()])
 
 
 _GETTERS: tuple[Callable[[], Any], ...] = (
     torch.is_grad_enabled,
     torch.is_inference_mode_enabled,
     torch.get_default_dtype,
-    torch.are_deterministic_algorithms_enabled,
-    lambda: torch.backends.cudnn.enabled,
-    lambda: torch.backends.cudnn.benchmark,
-    lambda: torch.backends.cudnn.deterministic,
-    lambda: torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
-    lambda: torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
-    torch.backends.cuda.flash_sdp_enabled,
-    torch.backends.cuda.mem_efficient_sdp_enabled,
-    torch.backends.cuda.math_sdp_enabled,
-    torch.backends.cuda.cudnn_sdp_enabled,
-    *_tf32_getters(),
+    _native("_get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled),
+    _native("_get_cudnn_enabled", lambda: torch.backends.cudnn.enabled),
+    _native("_get_cudnn_benchmark", lambda: torch.backends.cudnn.benchmark),
+    _native("_get_cudnn_deterministic", lambda: torch.backends.cudnn.deterministic),
+    _native(
+        "_get_cublas_allow_fp16_reduced_precision_reduction",
+        lambda: torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+    ),
+    _native(
+        "_get_cublas_allow_bf16_reduced_precision_reduction",
+        lambda: torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+    ),
+    _native("_get_cublas_allow_fp16_accumulation", lambda: torch.backends.cuda.matmul.allow_fp16_accumulation),
+    _native("_get_flash_sdp_enabled", torch.backends.cuda.flash_sdp_enabled),
+    _native("_get_mem_efficient_sdp_enabled", torch.backends.cuda.mem_efficient_sdp_enabled),
+    _native("_get_math_sdp_enabled", torch.backends.cuda.math_sdp_enabled),
+    _native("_get_cudnn_sdp_enabled", torch.backends.cuda.cudnn_sdp_enabled),
+    *_float32_precision(),
 )
 
 

@@ -5,6 +5,7 @@ It is private (``lightning/pytorch/trainer/connectors/logger_connector/result.py
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,7 @@ class LoggedResults:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
+        self._skipping: list[Any] = []
 
     @property
     def collection(self) -> Any:
@@ -36,9 +38,9 @@ class LoggedResults:
         """Whether these are results as we know them."""
         return (
             isinstance(results, dict)
-            and all(hasattr(results, name) for name in ("batch", "batch_size", "dataloader_idx", "reset"))
+            and all(hasattr(results, name) for name in ("batch", "batch_size", "dataloader_idx", "reset", "metrics"))
             and all(hasattr(self._connector, name) for name in ("_current_fx", "should_reset_tensors"))
-            and all(isinstance(result, Metric) and hasattr(result, "has_reset") for result in results.values())
+            and all(isinstance(result, Metric) and hasattr(result, "has_reset") and hasattr(result, "meta") for result in results.values())
         )
 
     def metrics(self) -> list[nn.Module]:
@@ -69,6 +71,19 @@ class LoggedResults:
             self.collection.reset(metrics=False, fx=fx)
             self._connector._current_fx = fx
 
+    def skip_values_of_steps(self) -> None:
+        """Where no value is logged for each step, keeps Lightning from going through all of them twice a batch to find none."""
+        results = self.collection
+        if results is not None and not any(result.meta.on_step for result in results.values()):
+            vars(results)["metrics"] = _MetricsOfEpochs(results)
+            self._skipping.append(results)
+
+    def release(self) -> None:
+        """Leaves no trace in any results."""
+        for results in self._skipping:
+            vars(results).pop("metrics", None)
+        self._skipping.clear()
+
     def effect(self) -> LogEffect:
         """What the step that has just logged did beside updating metrics."""
         results = self.collection
@@ -81,6 +96,20 @@ class LoggedResults:
     @property
     def _connector(self) -> Any:
         return self._module.__dict__["_trainer"]._logger_connector
+
+
+class _MetricsOfEpochs:
+    """Stands in for ``metrics`` of results none of which has a value for each step."""
+
+    def __init__(self, results: Any) -> None:
+        self._results = results
+        self._known = list(results.values())
+
+    def __call__(self, on_step: bool) -> Any:
+        results, known = self._results, self._known
+        if on_step and len(results) == len(known) and all(map(operator.is_, results.values(), known)):
+            return {"callback": {}, "log": {}, "pbar": {}}
+        return type(results).metrics(results, on_step)
 
 
 class LogEffect:
@@ -98,6 +127,10 @@ class LogEffect:
         """Whether other metrics stand behind the logged values than those that were captured."""
         results = self._owner.collection
         return results is not self._results or any(results.get(key) is not metric for key, metric in self._items)
+
+    def begin_stage(self) -> None:
+        """After the first replay of a stage."""
+        self._owner.skip_values_of_steps()
 
     def before(self) -> None:
         """Before a replay."""

@@ -56,19 +56,20 @@ class StepEffects:
         for check in self.checks:
             check.dropped = True
 
-    def is_stale(self) -> bool:
-        """Whether the graph cannot be replayed: metrics were replaced, or a state has another shape or dtype."""
+    def prepare_replay(self) -> bool:
+        """Brings states that were set since into the tensors that the graph reads; False where the graph cannot be
+        replayed: metrics were replaced, or a state has another shape or dtype.
+        """
         if self._period != self.states.period and self.log is not None and self.log.is_stale():
-            return True
-        return any(slot.name in slot.attributes and not slot.fits() for slot in self.reads)
-
-    def before_replay(self) -> None:
-        """Brings states that were set since into the tensors that the graph reads."""
+            return False
         if self.log is not None:
             self.log.before()
         moved = [slot for slot in self.reads if slot.name in slot.attributes or slot.home is not slot.fixed]
+        if not all([slot.fits() for slot in moved]):
+            return False
         if moved:
             self._copy_in(moved)
+        return True
 
     def _copy_in(self, moved: list[Slot]) -> None:
         values = [slot.value() for slot in moved]
@@ -86,6 +87,8 @@ class StepEffects:
         if self._period != self.states.period:  # once a stage
             self.states.intercept(self.metrics)
             self._period = self.states.period
+            if self.log is not None:
+                self.log.begin_stage()
         for slot, home in self.homes:
             slot.attributes.pop(slot.name, None)
             slot.home = home

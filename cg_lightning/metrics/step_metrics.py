@@ -53,6 +53,11 @@ class StepMetrics:
         calls.extend(made)
         return output
 
+    def release(self, check: bool) -> None:
+        """Leaves no trace; ``check`` is as in :meth:`FixedStates.release`."""
+        self.results.release()
+        self.states.release(check)
+
     def all(self) -> list[nn.Module]:
         """All metrics of the module, and those behind what it logs."""
         return [*metrics_of(self._module), *self.results.metrics()]

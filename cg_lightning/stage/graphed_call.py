@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,7 @@ from cg_lightning.metrics.log_calls import Calls
 from cg_lightning.metrics.recording import Recording
 from cg_lightning.metrics.step_effects import StepEffects
 from cg_lightning.metrics.step_metrics import StepMetrics
-from cg_lightning.stage.graph_budget import GraphBudget
+from cg_lightning.stage.graph_budget import GraphBudget, Place
 from cg_lightning.stage.output_plan import OutputPlan
 from cg_lightning.stage.stats import CUDAGraphStats, EntryRecord
 from cg_lightning.stage.verification import VerificationSettings, verify
@@ -55,6 +56,7 @@ class _Entry:
     record: EntryRecord
     plan: OutputPlan
     effects: StepEffects | None
+    place: Place
     replays: int = 0
 
 
@@ -117,15 +119,13 @@ class GraphedCall:
         entry = self._entries[descriptor]
         entry.replays += 1
         entry.record.replays += 1
-        self._settings.budget.use(self, descriptor)
+        self._settings.budget.use(entry.place)
         return output
 
     def _run_graph(self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], rest: tuple[Any, ...]) -> Any:
         entry = self._entries.get(descriptor)
-        if entry is not None and entry.effects is not None and entry.effects.is_stale():
-            self._settings.budget.drop(self, descriptor)
-            entry = None
-        if entry is None:
+        if entry is None or (entry.effects is not None and not entry.effects.prepare_replay()):
+            self._drop_from_budget(descriptor)
             self._settings.budget.make_room()
             try:
                 entry, computed = self._capture(descriptor, tree, leaves, rest)
@@ -137,14 +137,12 @@ class GraphedCall:
                 entry, computed = self._capture(descriptor, tree, leaves, rest)
         else:
             entry.inputs.copy_from(leaves)
-            if entry.effects is not None:
-                entry.effects.before_replay()
             with override_forward_context(entry.context):
                 computed = self._wrapper(entry.tree, *rest)
         if entry.effects is not None:
-            number = entry.effects.num_tensors
-            entry.effects.after_replay([tensor.clone() for tensor in computed[len(computed) - number :]])
-            computed = computed[: len(computed) - number]
+            number = len(computed) - entry.effects.num_tensors
+            entry.effects.after_replay([tensor.clone() for tensor in computed[number:]])
+            computed = computed[:number]
         if self._settings.copy_outputs:
             computed = [tensor.clone() for tensor in computed]
         return entry.plan.restore(leaves, computed)
@@ -171,7 +169,7 @@ class GraphedCall:
         if self._metrics is not None:
             self._metrics.log_calls.make(runs[0])
         if verdict.difference:
-            self._settings.budget.drop(self, descriptor)
+            self._drop_from_budget(descriptor)
             raise VerificationError(
                 f"stage {descriptor.stage!r}, {self._target}, shapes {descriptor.shapes()}: {verdict.difference}. The graph "
                 f"has most likely frozen a Python value, a global for instance, or reads memory that has moved",
@@ -184,12 +182,16 @@ class GraphedCall:
         """All graphs."""
         return [entry.cudagraph for entry in self._wrapper.concrete_cudagraph_entries.values()]
 
-    def drop(self, descriptor: BatchDescriptor) -> None:
+    def _drop_from_budget(self, descriptor: BatchDescriptor) -> None:
+        if (entry := self._entries.get(descriptor)) is not None:
+            self._settings.budget.drop(entry.place)
+
+    def _drop(self, descriptor: BatchDescriptor) -> None:
         """Forgets the graph of ``descriptor`` and frees its static inputs."""
-        entry = self._entries.pop(descriptor, None)
-        if entry is not None and entry.effects is not None:
+        entry = self._entries.pop(descriptor)
+        if entry.effects is not None:
             entry.effects.drop()
-        self._wrapper.concrete_cudagraph_entries.pop(descriptor, None)
+        self._wrapper.concrete_cudagraph_entries.pop(descriptor)
 
     def _capture(
         self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], rest: tuple[Any, ...]
@@ -218,7 +220,8 @@ class GraphedCall:
         effects, self._effects = self._effects, None
         if effects is not None and self._metrics is not None:
             self._metrics.checks.add(effects.checks)
-        entry = self._entries[descriptor] = _Entry(inputs, static_tree, context, record, self._plan, effects)
+        place = self._settings.budget.add(functools.partial(self._drop, descriptor))
+        entry = self._entries[descriptor] = _Entry(inputs, static_tree, context, record, self._plan, effects, place)
         return entry, computed
 
     def _measure(self, recording: Recording, tree: Any, rest: tuple[Any, ...]) -> None:

@@ -24,6 +24,7 @@ class OutputPlan:
     """Where each leaf of a captured output comes from. It keeps no computed tensor alive."""
 
     template: Any
+    is_nested: bool
     sources: list[tuple[_Source, Any]]
 
     @classmethod
@@ -38,7 +39,7 @@ class OutputPlan:
         Raises:
             CaptureError: A leaf is neither a tensor nor a plain value, so nobody knows how to make it anew.
         """
-        leaves, _ = flatten(output)
+        leaves, structure = flatten(output)
         positions = {id(leaf): index for index, leaf in enumerate(inputs) if isinstance(leaf, Tensor)}
         computed: dict[int, int] = {}
         tensors: list[Tensor] = []
@@ -58,7 +59,7 @@ class OutputPlan:
                     computed[id(leaf)] = len(tensors)
                     tensors.append(leaf)
                 sources.append((_Source.COMPUTED, computed[id(leaf)]))
-        return cls(rebuild(output, iter([None] * len(leaves))), sources), tensors
+        return cls(rebuild(output, iter([None] * len(leaves))), structure is not None, sources), tensors
 
     def restore(self, inputs: list[Any], computed: list[Tensor]) -> Any:
         """Puts together the output of one replay, from the leaves of its own batch and what was computed."""
@@ -66,4 +67,4 @@ class OutputPlan:
             value if source is _Source.HELD else inputs[value] if source is _Source.INPUT else computed[value]
             for source, value in self.sources
         ]
-        return rebuild(self.template, iter(leaves))
+        return rebuild(self.template, iter(leaves)) if self.is_nested else leaves[0]

@@ -10,7 +10,7 @@ from collections import Counter
 from torch import nn
 
 from cg_lightning.backends import GraphBackend
-from cg_lightning.core.descriptor import BatchDescriptor
+from cg_lightning.core.descriptor import BatchDescriptor, KnownDescriptors
 from cg_lightning.core.dispatcher import UNKNOWN_KEY, CUDAGraphDispatcher, Dispatch
 from cg_lightning.core.legality import Cause
 from cg_lightning.core.modes import CUDAGraphMode
@@ -91,6 +91,8 @@ class Session:
             target.remove()
         self._piecewise = {}
         self._dispatcher = CUDAGraphDispatcher()
+        self.known: KnownDescriptors = {}
+        """Descriptors whose mode is decided."""
         self._sights: Counter[BatchDescriptor] = Counter()
         self._observations: dict[BatchDescriptor, Observation] = {}
 
@@ -116,7 +118,7 @@ class Session:
         self._installed = False
         for target in self._piecewise.values():
             target.remove()
-        self.metrics.states.release(check)
+        self.metrics.release(check)
 
     def close(self) -> None:
         """Drops every graph."""
@@ -142,6 +144,7 @@ class Session:
         if not self._is_warm(descriptor):
             return Dispatch(CUDAGraphMode.NONE, descriptor, WARM_UP)
         self._decide(descriptor)
+        self.known[descriptor.fields] = descriptor
         return self._dispatcher.dispatch(descriptor)
 
     def wants_observation(self, descriptor: BatchDescriptor) -> bool:

@@ -73,6 +73,7 @@ class StepRunner:
                 stage=self._stage,
                 dataloader_idx=dataloader_idx,
                 training=session.state.training_flags(),
+                known=session.known,
             )
         except UnkeyableBatchError as error:
             return self._eager(args, kwargs, None, str(error))
@@ -88,7 +89,7 @@ class StepRunner:
             except (CaptureError, UnkeyableBatchError) as error:
                 session.refuse_full(descriptor, str(error))
                 return self._lower(args, kwargs, descriptor, error)
-            session.stats.count_graphed_step(self._stage, mode.name)
+            session.stats.count_graphed_step(self._stage, "FULL")  # Enum.name is slow
             return output
         if mode is CUDAGraphMode.PIECEWISE:
             return self._piecewise(args, kwargs, descriptor, reason)
