@@ -7,6 +7,7 @@ import torch
 
 from cg_lightning.backends import resolve_backend
 from cg_lightning.bench.cases import CASES, CLASSES
+from cg_lightning.bench.costs import measure_costs
 from cg_lightning.bench.measure import Settings
 from cg_lightning.bench.report import draw, environment, limit, read_lines, table, write_lines
 from cg_lightning.bench.run import measure, measure_case
@@ -53,6 +54,14 @@ def test_all_of_ours_log_what_eager_logs(tmp_path, backend):
 
 
 @pytest.mark.slow
+def test_costs(backend):
+    costs = measure_costs(FEW, backend)["costs"]
+    assert set(costs["host_microseconds"]) == {"any_callback", "other_stage", "step"}
+    assert costs["capture_milliseconds"] > 0
+    assert (costs["keys_mebibytes"] > 0) == (backend == "cuda")
+
+
+@pytest.mark.slow
 def test_that_the_comparison_can_fail(monkeypatch, backend):
     from cg_lightning.bench import contestants
 
@@ -61,7 +70,7 @@ def test_that_the_comparison_can_fail(monkeypatch, backend):
     resolved = resolve_backend(backend)
     assert resolved is not None
     with pytest.raises(AssertionError, match="full: loss is"):
-        measure_case("mlp", "validate", ["eager", "full"], FEW, resolved)
+        list(measure_case("mlp", ["validate"], ["eager", "full"], FEW, resolved))
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,46 @@ def test_the_first_log_of_a_value_is_no_obstacle(harness):
     assert callback.stats.steps["FULL"] == 3
 
 
+class LogsEpochs(Logs):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        logits = self.net(batch[0])
+        self.accuracy.update(logits, batch[1])
+        self.log("loss", cross_entropy(logits, batch[1]), prog_bar=True)
+        self.log("accuracy", self.accuracy)
+
+
+class LogsInAHook(Callback):
+    """From the sixth batch on, for each step as well."""
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        results = trainer._results
+        stands_in = "metrics" in vars(results)
+        if stands_in:  # Lightning's own answer is the same
+            assert results.metrics(True) == type(results).metrics(results, True)
+        if batch_idx > 5:
+            pl_module.log("in_a_hook", batch[0].mean(), on_step=True, on_epoch=True, prog_bar=True)
+        self.stood_in = getattr(self, "stood_in", False) or stands_in
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        self.results = trainer._results
+
+
+def test_values_of_epochs_beside_one_of_steps(harness):
+    """Lightning is kept from going through values of epochs at each batch, as long as there are no others."""
+    hooks: list[LogsInAHook] = []
+
+    def others():
+        hooks.append(LogsInAHook())
+        return [Reads(), hooks[-1]]
+
+    job = lambda trainer, module: [trainer.validate(module, images(44), verbose=False) for _ in range(2)] + shown(trainer)
+    callback = harness.callback(mode="FULL", warmup_steps=1)
+    harness.compare(LogsEpochs(), job, callback, others=others, logger=Listens())
+    assert callback.stats.steps["FULL"] > 8, callback.summary()
+    assert [hook.stood_in for hook in hooks] == [True, False]
+    assert "metrics" not in vars(hooks[0].results)
+
+
 @pytest.mark.parametrize("mode", ["FULL", "FULL_AND_PIECEWISE"])
 def test_several_dataloaders_twice(harness, mode):
     def job(trainer, module):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from cg_lightning.bench.costs import measure_costs
 from cg_lightning.bench.measure import Settings
 from cg_lightning.bench.report import draw, environment, table, write_lines
 from cg_lightning.bench.run import measure
@@ -24,12 +25,14 @@ def bench(config: DictConfig) -> None:
     warnings.filterwarnings("ignore", module="lightning")
     torch.set_float32_matmul_precision(config.matmul_precision)
     settings = Settings(config.batches, config.warmup, config.rounds)
+    costs = [measure_costs(settings, config.backend)] if config.costs else []
+    print(*costs, flush=True)
     records = []
     for record in measure(config.cases, config.contestants, config.stages, settings, config.backend):
         print(record, flush=True)
         records.append(record)
         if config.output is not None:
-            write_lines(records, Path(config.output))
+            write_lines([*costs, *records], Path(config.output))
     print(environment())
     print(table(records))
     if config.output is not None:

@@ -65,7 +65,8 @@ class BenchConfig:
     batches: int = 100
     warmup: int = 20
     rounds: int = 3
-    matmul_precision: str = "highest"
+    costs: bool = True
+    matmul_precision: str = "high"
     backend: str = "auto"
     output: str | None = None
 

@@ -184,6 +184,11 @@ def make_graphed_callable(module: nn.Module, sample: Tensor) -> Callable[[Tensor
     return lambda x: graphed(x)
 
 
+def reserved_bytes() -> int:
+    """What PyTorch's allocator holds of the device, in bytes."""
+    return torch.cuda.memory_reserved() if is_available() else 0
+
+
 def device_name() -> str:
     """What the device is called."""
     return torch.cuda.get_device_name()

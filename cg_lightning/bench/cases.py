@@ -105,6 +105,8 @@ class Case:
     shape: tuple[int, ...]
     tokens: int = 0
     """How many tokens the input is drawn from; 0: it is normally distributed."""
+    most_batches: int | None = None
+    """The most batches in one measurement, where one takes long."""
 
     def batch(self, seed: int) -> tuple[Tensor, Tensor]:
         """Gives inputs and labels."""
@@ -121,6 +123,6 @@ CASES = {
     "vit": Case(lambda: Transformer(192, 12, 3, 196), (8, 3, 224, 224)),
     "bert": Case(lambda: Transformer(768, 12, 12, 128, 30522), (4, 128), 30522),
     "gru": Case(GRULoop, (32, 64, 64)),
-    "saturated": Case(lambda: resnet((3, 4, 6, 3), True), (256, 3, 224, 224)),
+    "saturated": Case(lambda: resnet((3, 4, 6, 3), True), (256, 3, 224, 224), most_batches=20),
 }
 """The last one keeps the GPU busy: there is nothing to gain."""

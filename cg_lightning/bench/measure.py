@@ -124,7 +124,7 @@ def run_once(
     if clock.replay is not None:
         figures.replays.append(clock.replay)
     if graphs is not None:
-        steps = graphs.stats.steps
-        figures.mode = max(("FULL", "PIECEWISE", "NONE"), key=lambda mode: steps[mode])
+        steps = graphs.stats.graphed_steps(stage)
+        figures.mode = max(("NONE", *steps), key=lambda mode: steps.get(mode, 0))
         captures = max(1, graphs.stats.captures)
         figures.capture_milliseconds = graphs.stats.capture_seconds / captures * 1e3

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import seed_everything
+from torch import nn
 from torch.utils.data import DataLoader
 
 from cg_lightning.backends import GraphBackend, resolve_backend
@@ -21,7 +23,8 @@ _DIFFERENT = 8
 """Batches that differ from one another; they are given in turn."""
 
 
-def _loader(case: Case, settings: Settings, device: torch.device) -> DataLoader[Any]:
+def loader(case: Case, settings: Settings, device: torch.device) -> DataLoader[Any]:
+    """Gives batches that lie on ``device``."""
     different = [tuple(part.to(device) for part in case.batch(seed)) for seed in range(_DIFFERENT)]
     in_turn = itertools.islice(itertools.cycle(different), settings.warmup + settings.batches)
     return DataLoader(list(in_turn), batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
@@ -35,10 +38,22 @@ def _check(name: str, figures: Figures, eager: Figures) -> None:
             raise AssertionError(f"{name}: {key} is {figures.values[key]}, eager's is {value}")
 
 
+def backend_to_measure(name: str) -> GraphBackend:
+    """Gives the backend of that name.
+
+    Raises:
+        ValueError: The name is unknown, or there is no CUDA device.
+    """
+    backend = resolve_backend(name)
+    if backend is None:
+        raise ValueError("task=bench needs a CUDA device; backend=recorder runs it without one, and measures nothing of use.")
+    return backend
+
+
 def measure_case(
-    name: str, stage: str, contestants: Sequence[str], settings: Settings, backend: GraphBackend
-) -> dict[str, Figures | str]:
-    """Gives figures by contestant; the error in words where one does not run.
+    name: str, stages: Sequence[str], contestants: Sequence[str], settings: Settings, backend: GraphBackend
+) -> Iterator[tuple[str, dict[str, Figures | str]]]:
+    """Gives, stage by stage, figures by contestant; the error in words where one does not run.
 
     Raises:
         AssertionError: A contestant that is ours logged another number than eager.
@@ -46,9 +61,18 @@ def measure_case(
     case = CASES[name]
     seed_everything(0, verbose=False)
     net = case.network().eval()
-    data = _loader(case, settings, backend.device)
-    sample = data.dataset[0][0]
+    settings = dataclasses.replace(settings, batches=min(settings.batches, case.most_batches or settings.batches))
+    data = loader(case, settings, backend.device)
     made: dict[str, Any] = {}
+    for stage in stages:
+        yield stage, _measure_stage(stage, net, data, made, contestants, settings, backend)
+
+
+def _measure_stage(
+    stage: str, net: nn.Module, data: DataLoader[Any], made: dict[str, Any], contestants: Sequence[str], settings: Settings,
+    backend: GraphBackend,
+) -> dict[str, Figures | str]:  # fmt: skip
+    sample = data.dataset[0][0]
     results: dict[str, Figures | str] = {}
     for _ in range(settings.rounds):
         for contestant in contestants:
@@ -83,21 +107,21 @@ def measure(
     check_names("bench.cases", cases, tuple(CASES))
     check_names("bench.contestants", contestants, tuple(CONTESTANTS))
     check_names("bench.stages", stages, STAGES)
-    backend = resolve_backend(backend_name)
-    if backend is None:
-        raise ValueError("task=bench needs a CUDA device; backend=recorder runs it without one, and measures nothing of use.")
-    for case, stage in itertools.product(cases, stages):
-        for contestant, figures in measure_case(case, stage, contestants, settings, backend).items():
-            record: dict[str, Any] = {"case": case, "stage": stage, "contestant": contestant}
-            if isinstance(figures, str):
-                yield {**record, "error": figures}
-                continue
-            yield {
-                **record,
-                "microseconds": round(figures.median, 1),
-                "spread": round(figures.spread, 1),
-                "replay": round(min(figures.replays), 1) if figures.replays else None,
-                "mode": figures.mode,
-                "capture_milliseconds": round(figures.capture_milliseconds, 1),
-                "values": {key: float(value) for key, value in figures.values.items()},
-            }
+    backend = backend_to_measure(backend_name)
+    for case in cases:
+        for stage, results in measure_case(case, stages, contestants, settings, backend):
+            for contestant, figures in results.items():
+                yield {"case": case, "stage": stage, "contestant": contestant, **_record(figures)}
+
+
+def _record(figures: Figures | str) -> dict[str, Any]:
+    if isinstance(figures, str):
+        return {"error": figures}
+    return {
+        "microseconds": round(figures.median, 1),
+        "spread": round(figures.spread, 1),
+        "replay": round(min(figures.replays), 1) if figures.replays else None,
+        "mode": figures.mode,
+        "capture_milliseconds": round(figures.capture_milliseconds, 1),
+        "values": {key: float(value) for key, value in figures.values.items()},
+    }

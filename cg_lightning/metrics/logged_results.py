@@ -40,7 +40,7 @@ class LoggedResults:
             isinstance(results, dict)
             and all(hasattr(results, name) for name in ("batch", "batch_size", "dataloader_idx", "reset", "metrics"))
             and all(hasattr(self._connector, name) for name in ("_current_fx", "should_reset_tensors"))
-            and all(isinstance(result, Metric) and hasattr(result, "has_reset") and hasattr(result, "meta") for result in results.values())
+            and all(isinstance(result, Metric) and {"has_reset", "meta"} <= vars(result).keys() for result in results.values())
         )
 
     def metrics(self) -> list[nn.Module]:

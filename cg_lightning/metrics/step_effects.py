@@ -65,7 +65,7 @@ class StepEffects:
         if self.log is not None:
             self.log.before()
         moved = [slot for slot in self.reads if slot.name in slot.attributes or slot.home is not slot.fixed]
-        if not all([slot.fits() for slot in moved]):
+        if not all(map(Slot.fits, moved)):
             return False
         if moved:
             self._copy_in(moved)
