@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from cg_lightning import CaptureError, CUDAGraphCallback
@@ -444,6 +445,47 @@ def test_least_recently_used_graphs_go_first(harness):
     #                                             captured: ^  ^     ^     ^
     assert callback.stats.captures == 4
     assert callback.stats.replays == 6
+
+
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])
+def test_more_shapes_than_graphs_do_not_capture_in_every_step(harness, mode):
+    from tests.test_equivalence import OnTensor, ragged
+
+    callback = harness.callback(mode=mode, max_graphs=2, warmup_steps=1, verify_replays=0)
+    harness.compare(OnTensor(Body()), predict(ragged([3, 4, 5] * 20)), callback)
+    assert callback.stats.captures <= 12  # of 57 steps past their warm-up
+    assert any("max_graphs=2" in reason for reason in callback.stats.eager_reasons), callback.summary()
+
+
+class Named(Predictor):
+    """Gives back the name that came with the features."""
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return {"output": self.net(batch["features"]), "name": batch["name"]}
+
+
+def named(names: list[str]) -> DataLoader:
+    generator = torch.Generator().manual_seed(2)
+    return DataLoader([{"features": torch.randn(3, 8, generator=generator), "name": name} for name in names], batch_size=None)
+
+
+@pytest.mark.parametrize("mode", ["FULL", "FULL_AND_PIECEWISE"])
+def test_a_name_that_is_another_one_in_each_batch(harness, mode):
+    """Hazard 21: no key would ever come again, so that all would be warm-up, and each step watched."""
+    callback = harness.callback(mode=mode, warmup_steps=2)
+    twice = lambda trainer, module: [trainer.predict(module, named([f"{i}.png" for i in range(40)])) for _ in range(2)]
+    harness.compare(Named(Body()), twice, callback)
+    assert callback.stats.steps["FULL"] == 0
+    if mode == "FULL":
+        assert any("batch['name']" in reason for reason in callback.stats.eager_reasons), callback.summary()
+    else:
+        assert callback.stats.steps["PIECEWISE"] == 2 * (40 - 16 - 2)
+
+
+def test_a_few_names_are_part_of_the_key(harness):
+    callback = harness.callback(warmup_steps=1)
+    harness.compare(Named(Body()), predict(named(["a", "b", "c"] * 20)), callback)
+    assert callback.stats.steps["FULL"] == 57
 
 
 def test_one_step_that_needs_more_graphs_than_there_may_be(harness):

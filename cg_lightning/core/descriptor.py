@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ class BatchDescriptor:
 
     def shapes(self) -> str:
         """The shapes of the tensors, for people: ``8x3x32x32, 8``."""
-        shapes = [leaf[1] for leaf in self.leaves if isinstance(leaf, tuple) and leaf[0] is Tensor]
+        shapes = [leaf[1] for leaf in self.leaves if is_tensor_key(leaf)]
         if not self.leaves and self.batch_size is not None:
             return f"batch_size={self.batch_size}"
         return ", ".join("x".join(map(str, shape)) or "scalar" for shape in shapes) or "-"
@@ -106,6 +106,11 @@ _VALUE_KEYS: dict[type, Callable[[Any], Hashable]] = {
     float: _float_key,
     **dict.fromkeys((bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format), _value_key),
 }
+
+
+def is_tensor_key(leaf: Hashable) -> TypeGuard[tuple[Any, ...]]:
+    """Whether an entry of :attr:`BatchDescriptor.leaves` stands for a tensor."""
+    return isinstance(leaf, tuple) and leaf[0] is Tensor
 
 
 def is_plain_value(leaf: Any) -> bool:

@@ -96,6 +96,7 @@ class GraphedCall:
         )
         self._wrapper = CUDAGraphWrapper(self._run, mode, options, backend=settings.backend)
         self._entries: dict[BatchDescriptor, _Entry] = {}
+        self._places: dict[BatchDescriptor, Place] = {}
         self._capturing: StaticInputs | None = None
         self._plan: OutputPlan | None = None
         self._metrics = settings.metrics if mode is CUDAGraphMode.FULL else None
@@ -107,11 +108,14 @@ class GraphedCall:
 
         Raises:
             CaptureError: The capture failed.
+            EvictedError: The graph had to make room for others, again and again.
             UnkeyableBatchError: A tensor lies on another device, or overlaps itself.
             VerificationError: The replay was compared with eager and differs. The entry is gone; the error carries what
                 eager gives.
         """
         entry = self._entries.get(descriptor)
+        if entry is None:
+            self._settings.budget.make_room(self._place(descriptor))
         if self._settings.verification.wants(0 if entry is None else entry.replays):
             output = self._verified(descriptor, tree, leaves, rest)
         else:
@@ -126,7 +130,6 @@ class GraphedCall:
         entry = self._entries.get(descriptor)
         if entry is None or (entry.effects is not None and not entry.effects.prepare_replay()):
             self._drop_from_budget(descriptor)
-            self._settings.budget.make_room()
             try:
                 entry, computed = self._capture(descriptor, tree, leaves, rest)
             except CaptureError as error:
@@ -182,6 +185,9 @@ class GraphedCall:
         """All graphs."""
         return [entry.cudagraph for entry in self._wrapper.concrete_cudagraph_entries.values()]
 
+    def _place(self, descriptor: BatchDescriptor) -> Place:
+        return self._places.setdefault(descriptor, Place(functools.partial(self._drop, descriptor)))
+
     def _drop_from_budget(self, descriptor: BatchDescriptor) -> None:
         if (entry := self._entries.get(descriptor)) is not None:
             self._settings.budget.drop(entry.place)
@@ -220,7 +226,8 @@ class GraphedCall:
         effects, self._effects = self._effects, None
         if effects is not None and self._metrics is not None:
             self._metrics.checks.add(effects.checks)
-        place = self._settings.budget.add(functools.partial(self._drop, descriptor))
+        place = self._place(descriptor)
+        self._settings.budget.add(place)
         entry = self._entries[descriptor] = _Entry(inputs, static_tree, context, record, self._plan, effects, place)
         return entry, computed
 

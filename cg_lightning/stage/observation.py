@@ -152,7 +152,7 @@ def _key_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if context is None or context.batch_descriptor is None:
         return None
     with contextlib.suppress(UnkeyableBatchError):  # its calls will be eager, and say so then
-        return describe_call(module, context.next_call(module), context.batch_descriptor, args, kwargs)[0]
+        return describe_call(list(module.modules()), context.next_call(module), context.batch_descriptor, args, kwargs)[0]
     return None
 
 

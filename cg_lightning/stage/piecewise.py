@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from cg_lightning.core.descriptor import BatchDescriptor
+from cg_lightning.core.descriptor import BatchDescriptor, KnownDescriptors
 from cg_lightning.core.errors import CaptureError, UnkeyableBatchError, VerificationError
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.stage.call_key import describe_call
+from cg_lightning.stage.graph_budget import EvictedError
 from cg_lightning.stage.graphed_call import GraphedCall, GraphSettings
 from cg_lightning.stage.interception import Interception
 from cg_lightning.stage.verification import report_difference
@@ -44,6 +45,8 @@ class PiecewiseTarget:
         self._sights: Counter[BatchDescriptor] = Counter()
         self._graphed = GraphedCall(path or "forward", self._invoke, module, CUDAGraphMode.PIECEWISE, settings)
         self._interception: Interception | None = None
+        self._modules = list(module.modules())
+        self._known: KnownDescriptors = {}
 
     def note_sights(self, descriptors: Iterable[BatchDescriptor], sights: int) -> None:
         """Notes how often calls with these keys ran before they were intercepted."""
@@ -86,7 +89,8 @@ class PiecewiseTarget:
         if mode is CUDAGraphMode.PIECEWISE and context.batch_descriptor not in self._allowed:
             return self._original(*args, **kwargs)
         try:
-            descriptor, leaves = describe_call(self.module, context.next_call(self), context.batch_descriptor, args, kwargs)
+            number = context.next_call(self)
+            descriptor, leaves = describe_call(self._modules, number, context.batch_descriptor, args, kwargs, self._known)
         except UnkeyableBatchError as error:
             self.reasons[None] = f"{self.path}: {error}"
             return self._original(*args, **kwargs)
@@ -97,10 +101,15 @@ class PiecewiseTarget:
         if descriptor in self.reasons:
             return self._original(*args, **kwargs)
         try:
-            return self._graphed(descriptor, (args, kwargs), leaves)
+            output = self._graphed(descriptor, (args, kwargs), leaves)
+            self._known[descriptor.fields] = descriptor
+            return output
         except VerificationError as error:
             self.reasons[descriptor] = report_difference(error, self._settings.verification)
             return error.output
+        except EvictedError as error:
+            self.reasons[None] = f"{self.path}: {error}"
+            return self._original(*args, **kwargs)
         except (CaptureError, UnkeyableBatchError) as error:
             self.reasons[descriptor] = f"{self.path}: {error}"
             return self._original(*args, **kwargs)

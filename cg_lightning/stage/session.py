@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import gc
 from collections import Counter
+from typing import Any
 
 from torch import nn
 
@@ -17,6 +18,7 @@ from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.wrapper import CUDAGraphOptions
 from cg_lightning.metrics.step_metrics import StepMetrics
 from cg_lightning.stage.batch_index import uses_batch_index
+from cg_lightning.stage.changing_values import ChangingValues
 from cg_lightning.stage.diagnosis import Diagnosis
 from cg_lightning.stage.graph_budget import GraphBudget
 from cg_lightning.stage.graphed_call import GraphSettings
@@ -95,6 +97,7 @@ class Session:
         """Descriptors whose mode is decided."""
         self._sights: Counter[BatchDescriptor] = Counter()
         self._observations: dict[BatchDescriptor, Observation] = {}
+        self._values = ChangingValues()
 
     def note_step(self, stage: str, name: str) -> None:
         """Looks at the step method of a stage, before any of its batches."""
@@ -136,8 +139,12 @@ class Session:
             self._forget()
             self.install()
 
-    def dispatch(self, descriptor: BatchDescriptor) -> Dispatch:
+    def dispatch(self, descriptor: BatchDescriptor, batch: Any) -> Dispatch:
         """Gives the mode of a step whose key is decided, else NONE with the reason ``warm-up``."""
+        dispatch = self._dispatcher.dispatch(descriptor)
+        if dispatch.reason != UNKNOWN_KEY:
+            return dispatch
+        descriptor = self._values.generalize(descriptor, batch, descriptor in self._sights)
         dispatch = self._dispatcher.dispatch(descriptor)
         if dispatch.reason != UNKNOWN_KEY:
             return dispatch
@@ -159,9 +166,14 @@ class Session:
             return
         self._observations[descriptor] = observation
         mode = self.settings.mode
-        runs_full = mode.has_full_cudagraphs() and not observation.findings and descriptor.stage not in self._full_refused
+        runs_full = mode.has_full_cudagraphs() and not self._why_no_whole_step(descriptor)
         if mode.has_piecewise_cudagraphs() and not runs_full:
             self._find_targets(descriptor)
+
+    def _why_no_whole_step(self, descriptor: BatchDescriptor) -> list[str]:
+        findings = [str(finding) for finding in self._observations[descriptor].findings]
+        others = (self._full_refused.get(descriptor.stage), self._values.reasons.get(descriptor))
+        return [*findings, *[reason for reason in others if reason]]
 
     def refuse_full(self, descriptor: BatchDescriptor, reason: str) -> None:
         """Runs the key lower from now on."""
@@ -186,12 +198,9 @@ class Session:
 
     def _decide(self, descriptor: BatchDescriptor) -> None:
         mode = self.settings.mode
-        observation = self._observations[descriptor]
-        findings = [str(finding) for finding in observation.findings]
-        if descriptor.stage in self._full_refused:
-            findings.append(self._full_refused[descriptor.stage])
+        findings = self._why_no_whole_step(descriptor)
         if mode.has_full_cudagraphs() and not findings:
-            self.state.watch(observation.reads())
+            self.state.watch(self._observations[descriptor].reads())
             self._dispatcher.add_cudagraph_key(CUDAGraphMode.FULL, descriptor)
         elif mode.has_piecewise_cudagraphs():
             self._decide_piecewise(descriptor, findings[0] if findings else "")

@@ -14,6 +14,7 @@ from cg_lightning.core.descriptor import BatchDescriptor, describe
 from cg_lightning.core.errors import CaptureError, UnkeyableBatchError, VerificationError
 from cg_lightning.core.forward_context import ForwardContext, override_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
+from cg_lightning.stage.graph_budget import EvictedError
 from cg_lightning.stage.graphed_call import GraphedCall
 from cg_lightning.stage.session import WARM_UP, Session
 from cg_lightning.stage.verification import report_difference
@@ -77,7 +78,7 @@ class StepRunner:
             )
         except UnkeyableBatchError as error:
             return self._eager(args, kwargs, None, str(error))
-        mode, descriptor, reason = session.dispatch(descriptor)
+        mode, descriptor, reason = session.dispatch(descriptor, args[0])
         if mode is CUDAGraphMode.FULL:
             try:
                 output = self._full(descriptor, args[0], leaves, args[1:], kwargs)
@@ -86,6 +87,8 @@ class StepRunner:
                 session.refuse_full(descriptor, reason)
                 session.stats.count_eager_step(self._stage, descriptor.shapes(), reason)
                 return error.output
+            except EvictedError as error:
+                return self._eager(args, kwargs, descriptor, str(error))
             except (CaptureError, UnkeyableBatchError) as error:
                 session.refuse_full(descriptor, str(error))
                 return self._lower(args, kwargs, descriptor, error)
@@ -98,7 +101,7 @@ class StepRunner:
         return self._eager(args, kwargs, descriptor, reason)
 
     def _lower(self, args: tuple[Any, ...], kwargs: dict[str, Any], descriptor: BatchDescriptor, error: Exception) -> Any:
-        mode, _, reason = self._session.dispatch(descriptor)
+        mode, _, reason = self._session.dispatch(descriptor, args[0])
         if mode is CUDAGraphMode.PIECEWISE:
             return self._piecewise(args, kwargs, descriptor, reason)
         return self._eager(args, kwargs, descriptor, reason, error)
