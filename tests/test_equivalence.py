@@ -1,5 +1,6 @@
 """Whatever a user logs, keeps or predicts is what eager gives: against a copy that never met the callback."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -9,7 +10,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tests.harness import KeepOutputs, assert_same, features, images, loader, predict, validate
+from tests.harness import Harness, KeepOutputs, assert_same, features, images, loader, predict, validate
 from tests.models import Attention, Body, ConvNetClassifier, Predictor, Recurrent
 
 MODES = ["PIECEWISE", "FULL", "FULL_AND_PIECEWISE"]
@@ -417,3 +418,19 @@ def test_sparse_tensors_on_the_way(harness, mode):
     one, other = (harness.trainer(*extra).predict(model, data) for extra in ([callback], []))
     assert_same([(a, b.to_dense()) for a, b in one], [(a, b.to_dense()) for a, b in other])
     assert callback.stats.eager + callback.stats.steps["PIECEWISE"] == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_a_compiled_network(tmp_path, mode):
+    """It is compared with the same network, compiled, without graphs; the recorder would not run it compiled."""
+    net, harness = Body(), Harness("cuda", tmp_path)
+    callback = harness.callback(mode=mode, warmup_steps=1)
+    seen = []
+    for extra in ([callback], []):
+        module = Predictor(torch.compile(copy.deepcopy(net)))
+        kept = harness.trainer(*extra).predict(module, features(32))
+        seen.append((kept, harness.trainer(*extra).validate(module, features(32), verbose=False)))
+    assert_same(*seen)
+    assert callback.stats.replays > 8, callback.summary()

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from cg_lightning.backends import GraphBackend, resolve_backend
 from cg_lightning.bench.cases import CASES, Case
-from cg_lightning.bench.contestants import CONTESTANTS, PEERS, make
+from cg_lightning.bench.contestants import CONTESTANTS, OTHER_ORDER, make
 from cg_lightning.bench.measure import STAGES, Figures, Settings, run_once
 from cg_lightning.core.arguments import check_names
 from cg_lightning.core.equality import same_leaf
@@ -32,7 +32,7 @@ def loader(case: Case, settings: Settings, device: torch.device) -> DataLoader[A
 
 def _check(name: str, figures: Figures, eager: Figures) -> None:
     for key, value in eager.values.items():
-        if name in PEERS:
+        if name in OTHER_ORDER:
             torch.testing.assert_close(figures.values[key], value, rtol=1e-2, atol=1e-2)
         elif not same_leaf(figures.values[key], value):
             raise AssertionError(f"{name}: {key} is {figures.values[key]}, eager's is {value}")
@@ -86,7 +86,7 @@ def _measure_stage(
                 module, callbacks = made[contestant]
                 run_once(stage, module, callbacks, data, settings, backend, figures)
             except Exception as error:
-                if contestant not in PEERS:
+                if contestant not in OTHER_ORDER:
                     raise
                 results[contestant] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
     eager = results.get("eager")

@@ -24,7 +24,7 @@ from cg_lightning.metrics.members import averages_by_count, bookkeeping, metrics
 from cg_lightning.metrics.step_effects import StepEffects
 from cg_lightning.metrics.sync_free import sync_free
 from cg_lightning.stage.interception import Interception, plain_class
-from cg_lightning.stage.module_state import is_same_value
+from cg_lightning.stage.module_attributes import is_same_value
 
 _COUNT = 1_000_000
 """What counters of updates start from in a capture: so that counting up is told from starting anew (``reset``)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -90,7 +91,7 @@ class GraphedCall:
         self._settings = settings
         options = dataclasses.replace(
             settings.options,
-            gc_disable=True,  # before_capture collects, once for all graphs: it takes longer than a capture
+            gc_disable=True,  # before_capture collects
             # outputs that are not copied out must not share memory with those of other graphs
             weak_ref_output=settings.options.weak_ref_output and settings.copy_outputs,
         )
@@ -137,6 +138,7 @@ class GraphedCall:
                 had_others = self._settings.budget.drop_all()
                 if not had_others or not isinstance(error.__cause__, torch.OutOfMemoryError):
                     raise
+                gc.collect()
                 entry, computed = self._capture(descriptor, tree, leaves, rest)
         else:
             entry.inputs.copy_from(leaves)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import enum
 import operator
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.nn.modules import module as _global
 from torch.nn.parameter import is_lazy
 
 from cg_lightning.core.tree import flatten
+from cg_lightning.metrics.members import is_metric
+from cg_lightning.stage.module_attributes import holding_class, is_plain_object, is_same_value, settings
 
 
 class Change(enum.Enum):
@@ -21,25 +24,13 @@ class Change(enum.Enum):
     NOTHING = "nothing"
     MOVED = "parameters or buffers lie at new addresses"
     ATTRIBUTE = "an attribute that a graph has frozen has changed"
-    REPLACED = "submodules, parameters or buffers were replaced"
+    REPLACED = "submodules, parameters, buffers or forward hooks were replaced"
+    SETTINGS = "a setting of a submodule has changed"
 
 
 _training = operator.itemgetter("training")
 # private, and in CUDA builds only: compares 300 addresses in about 20 us
 _native_compare = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
-
-
-def is_same_value(before: Any, after: Any) -> bool:
-    """Whether an attribute still refers to the same object, or to an equal plain value."""
-    if before is after:
-        return True
-    plain = (bool, int, float, str, bytes, type(None), torch.device, torch.dtype)
-    return type(before) is type(after) and isinstance(before, plain) and before == after
-
-
-def is_plain_object(value: Any) -> bool:
-    """Whether ``value`` is an object of the user's that holds attributes: a configuration, say."""
-    return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, (nn.Module, Tensor, type, Trainer))
 
 
 def _contents_hold(container: Any, leaves: list[Any], structure: Any) -> bool:
@@ -48,23 +39,28 @@ def _contents_hold(container: Any, leaves: list[Any], structure: Any) -> bool:
 
 
 class ModuleState:
-    """Remembers the submodules, parameters and buffers of a module, and the addresses of the latter two.
+    """Remembers the submodules, parameters, buffers and forward hooks of a module, and the addresses of its tensors.
 
-    It sees a rebound ``.data``, a replaced parameter, buffer or child, a move to another device, and a change of the plain
-    attributes that it was asked to watch, each at the next look. Tensors changed in place are none of its business: graphs
-    read them as they are.
+    It sees a rebound ``.data``, a replaced parameter, buffer or child, a hook that came or went, a move to another device, and
+    a change of the plain attributes that it was asked to watch, each at the next look; settings of other submodules at the
+    next close look. Tensors changed in place are none of its business: graphs read them as they are.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root
-        self._watched: dict[tuple[int, str], dict[str, Any]] = {}
+        self._watched: dict[tuple[int, str], Mapping[str, Any]] = {}
         self._remember()
+        self._settings = self._current_settings()
 
     def _remember(self) -> None:
         self.modules: list[nn.Module] = list(self._root.modules())
         self._attributes_of_modules = list(map(vars, self.modules))
-        tables = [(module._modules, module._parameters, module._buffers) for module in self.modules]
-        every: list[dict[str, Any]] = list(chain.from_iterable(tables))
+        tables = [
+            (module._modules, module._parameters, module._buffers, module._forward_hooks, module._forward_pre_hooks)
+            for module in self.modules
+        ]
+        every: list[dict[Any, Any]] = list(chain.from_iterable(tables))
+        every += [_global._global_forward_hooks, _global._global_forward_pre_hooks]
         self._tables = [table for table in every if table]
         self._empty_tables = [table for table in every if not table]
         self._members = self._current_members()
@@ -86,15 +82,17 @@ class ModuleState:
         self._objects = [(attributes, dict(attributes)) for attributes in objects.values()]
 
     def _current_values(self) -> list[Any]:
-        return list(map(dict.get, self._owners, self._names))
+        return [owner.get(name) for owner, name in zip(self._owners, self._names, strict=True)]
 
     def watch(self, reads: list[tuple[nn.Module, str]]) -> None:
-        """Watches attributes of instances from now on: plain values by value, containers by what is in them, nested ones
-        too, other objects by their attributes, and what has none by identity.
+        """Watches attributes of instances and of their classes from now on: plain values by value, containers by what is in
+        them, nested ones too, other objects by their attributes, and what has none by identity.
         """
         before = len(self._watched)
         for owner, name in reads:
             self._watched.setdefault((id(owner), name), vars(owner))
+            if (cls := holding_class(owner, name)) is not None:
+                self._watched.setdefault((id(cls), name), vars(cls))
         if len(self._watched) > before:
             self._remember_attributes()
 
@@ -132,6 +130,19 @@ class ModuleState:
             self._watched.clear()
         self._remember()
         return change
+
+    def look_closely(self) -> Change:
+        """Compares settings with the last close look: at the start of a stage or epoch, since it takes longer."""
+        before, self._settings = self._settings, self._current_settings()
+        if before.keys() == self._settings.keys() and all(
+            found.keys() == before[key].keys() and all(map(is_same_value, before[key].values(), found.values()))
+            for key, found in self._settings.items()
+        ):
+            return Change.NOTHING
+        return Change.SETTINGS
+
+    def _current_settings(self) -> dict[int, dict[str, Any]]:
+        return {id(module): settings(module) for module in self._root.modules() if not is_metric(module)}
 
     def training_flags(self) -> tuple[bool, ...]:
         """The ``training`` flags of all submodules."""

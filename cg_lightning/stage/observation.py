@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import dataclasses
-import functools
 import itertools
 import sys
 import threading
@@ -15,7 +14,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torchmetrics import Metric
@@ -34,7 +32,13 @@ from cg_lightning.stage.call_key import describe_call
 from cg_lightning.stage.host_randomness import HostRandomState
 from cg_lightning.stage.interception import Interception, can_intercept, plain_class
 from cg_lightning.stage.location import users_location
-from cg_lightning.stage.module_state import is_plain_object, is_same_value
+from cg_lightning.stage.module_attributes import (
+    class_values,
+    is_plain_object,
+    is_same_value,
+    is_user_written,
+    names_of_frameworks,
+)
 
 _MOST_ITEMS = 100
 """Items of a container that are compared."""
@@ -112,8 +116,8 @@ def modules_that_run(root: nn.Module, path: str = "") -> Iterator[tuple[str, nn.
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
-    """What the module's attributes refer to, and how long its containers are."""
-    state: dict[str, Any] = {}
+    """What the module's attributes refer to, those of its classes too, and how long its containers are."""
+    state: dict[str, Any] = dict(class_values(module))
     for name, value in vars(module).items():
         if name == "_metric_attributes":
             continue  # Lightning's cache of the names of metrics, made by the first ``self.log``
@@ -121,7 +125,7 @@ def _state(module: nn.Module) -> dict[str, Any]:
             state.update({f"{name}.{key}": item for key, item in value.items()})
         else:
             state[name] = value
-            if name not in _names_of_frameworks():
+            if name not in names_of_frameworks():
                 state.update({f"{name}{key}": item for key, item in _inside(value)})
     return state
 
@@ -439,11 +443,11 @@ class Observer:
                 watch.add(Cause.PRINTED, f"self.{name}")
             if module is self._root and name in ("trainer", "current_epoch", "global_step"):
                 watch.add(Cause.TRAINER_READ, f"self.{name}")
-            if name not in _names_of_frameworks() and not callable(getattr(plain_class(module), name, None)):
+            if name not in names_of_frameworks() and not callable(getattr(plain_class(module), name, None)):
                 for frame in watch.stack:
                     frame.reads[id(module), name] = module
 
-        on_read = read if _is_user_written(module) or module is self._root else None
+        on_read = read if is_user_written(module) or module is self._root else None
         interception = Interception(module, call=call, methods=methods, on_read=on_read)
         return interception
 
@@ -476,16 +480,6 @@ class Observer:
                 inside = not call.path or path == call.path or path.startswith(f"{call.path}.")
                 if inside and path:  # the root's own state was compared around each of its calls
                     call.findings.append(finding)
-
-
-@functools.cache
-def _names_of_frameworks() -> frozenset[str]:
-    """Attributes that torch and Lightning keep on every module; ``training``, one of them, is part of the key."""
-    return frozenset({*vars(nn.Module()), *vars(LightningModule()), "__dict__", "__class__"})
-
-
-def _is_user_written(module: nn.Module) -> bool:
-    return plain_class(module).__module__.split(".")[0] not in ("torch", "lightning", "torchmetrics")
 
 
 def _has_forward_hooks(module: nn.Module) -> bool:

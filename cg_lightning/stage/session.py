@@ -30,6 +30,11 @@ from cg_lightning.stage.targets import match_targets
 from cg_lightning.stage.verification import VerificationSettings
 
 WARM_UP = "warm-up"
+_collect_once = functools.cache(gc.collect)  # before the first capture of a process: it takes longer than ten captures
+_CAPTURE = 4
+"""A capture takes as long as about so many eager steps."""
+_MOST_UNREST = 16
+"""More than so many steps of late spent on captures for nothing: it is better not to capture."""
 EFFECTS = {"log": Cause.LOGGED, "log_dict": Cause.LOGGED, "print": Cause.PRINTED}
 """Methods of a LightningModule whose call a graph would freeze."""
 
@@ -71,7 +76,6 @@ class Session:
             EFFECTS,
             metrics=self.metrics,
         )
-        collect_once = functools.cache(gc.collect)
         self.graph_settings = GraphSettings(
             backend,
             settings.options,
@@ -79,12 +83,16 @@ class Session:
             self.budget,
             stats,
             self.state.storage_addresses,
-            (lambda: None) if settings.options.gc_disable else collect_once,
+            (lambda: None) if settings.options.gc_disable else _collect_once,
             settings.verification,
             self.metrics,
         )
         self._full_refused: dict[str | None, str] = {}
         self._installed = False
+        self._is_first_step = True
+        self._unrest = 0
+        """How often the module changed of late, in steps that dropping its graphs has cost."""
+        self._change = ""
         self._piecewise: dict[int, PiecewiseTarget] = {}
         self._forget()
 
@@ -106,6 +114,8 @@ class Session:
 
     def install(self) -> None:
         """Intercepts the submodules that run from graphs, as far as they are known."""
+        if not self._installed:
+            self._is_first_step = True
         self._installed = True
         if self.settings.mode.has_piecewise_cudagraphs() and self.settings.targets is not None:
             self._add_targets(match_targets(self.module, self.settings.targets)[0], None, 0)
@@ -133,14 +143,27 @@ class Session:
         """Looks whether the module is still what the graphs were captured of."""
         self.budget.step += 1
         change = self.state.look()
-        if change is not Change.NOTHING:
-            self.budget.drop_all()
-        if change is Change.REPLACED:
+        if self._is_first_step:
+            self._is_first_step = False
+            closer = self.state.look_closely()
+            change = closer if change is Change.NOTHING else change
+        if change is Change.NOTHING:
+            self._unrest -= self._unrest > 0
+            return
+        self.budget.drop_all()
+        if self._unrest <= _MOST_UNREST:
+            found = [finding for seen in self._observations.values() for finding in seen.findings]
+            rebound = [str(finding) for finding in found if finding.cause is Cause.STATE_REBOUND]
+            self._change = rebound[0] if rebound and change is Change.REPLACED else change.value
+        self._unrest = min(self._unrest + _CAPTURE, 2 * _MOST_UNREST)
+        if change in (Change.REPLACED, Change.SETTINGS):
             self._forget()
             self.install()
 
     def dispatch(self, descriptor: BatchDescriptor, batch: Any) -> Dispatch:
         """Gives the mode of a step whose key is decided, else NONE with the reason ``warm-up``."""
+        if self._unrest > _MOST_UNREST:
+            return Dispatch(CUDAGraphMode.NONE, descriptor, f"again and again, {self._change}")
         dispatch = self._dispatcher.dispatch(descriptor)
         if dispatch.reason != UNKNOWN_KEY:
             return dispatch

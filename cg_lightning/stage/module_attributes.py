@@ -1,0 +1,73 @@
+"""Which attributes of modules a graph may have frozen, and whether they are still the same."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from cg_lightning.stage.interception import plain_class
+
+_PLAIN = (bool, int, float, str, bytes, type(None), torch.device, torch.dtype, types.MethodType)
+
+
+def is_same_value(before: Any, after: Any) -> bool:
+    """Whether an attribute still refers to the same object, or to an equal plain value."""
+    if before is after:
+        return True
+    return type(before) is type(after) and isinstance(before, _PLAIN) and bool(before == after)
+
+
+def is_plain_object(value: Any) -> bool:
+    """Whether ``value`` is an object of the user's that holds attributes: a configuration, say."""
+    return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, (nn.Module, Tensor, type, Trainer))
+
+
+def is_user_written(module: nn.Module) -> bool:
+    """Whether the class of ``module`` is none of torch, Lightning or torchmetrics."""
+    return _is_users(plain_class(module))
+
+
+def _is_users(cls: type) -> bool:
+    return cls is not object and cls.__module__.split(".")[0] not in ("torch", "lightning", "torchmetrics")
+
+
+@functools.cache
+def names_of_frameworks() -> frozenset[str]:
+    """Attributes that torch and Lightning keep on every module; ``training``, one of them, is part of the key."""
+    return frozenset({*vars(nn.Module()), *vars(LightningModule()), "__dict__", "__class__"})
+
+
+def holding_class(module: nn.Module, name: str) -> type | None:
+    """Gives the class that an attribute is found in, if the module itself does not have it."""
+    if name in vars(module):
+        return None
+    return next((cls for cls in plain_class(module).__mro__ if name in vars(cls)), None)
+
+
+def class_values(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Gives names and values of what user-written classes of ``module`` hold beside methods and descriptors."""
+    for cls in plain_class(module).__mro__:
+        if _is_users(cls):
+            for name, value in vars(cls).items():
+                if not (name.startswith("__") or callable(value) or hasattr(type(value), "__get__")):
+                    yield f"{cls.__name__}.{name}", value
+
+
+def settings(module: nn.Module) -> dict[str, Any]:
+    """Gives what is no attribute that a step was seen to read, and still decides what a graph holds.
+
+    Of a module that torch wrote these are all its attributes (``eps``, ``p``), of any module its class and what stands in the
+    place of a method (``module.forward = ...``).
+    """
+    cls, attributes = plain_class(module), vars(module)
+    if is_user_written(module):
+        found = {name: value for name, value in attributes.items() if callable(getattr(cls, name, None))}
+    else:
+        found = {name: value for name, value in attributes.items() if name not in names_of_frameworks()}
+    return {**found, "__class__": cls}

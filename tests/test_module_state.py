@@ -1,0 +1,135 @@
+"""What changes on a module under its graphs, from outside: sampling is off, so that nothing but the guards sees it."""
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+
+from tests.harness import Harness, features, predict, validate
+from tests.models import Predictor
+
+MODES = ("FULL", "PIECEWISE")
+
+
+class Scaled(nn.Module):
+    """Its scale is an attribute of the class, or of an object that shadows it."""
+
+    scale = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm, self.act = nn.Linear(8, 8), nn.LayerNorm(8), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.norm(self.linear(x))) * self.scale
+
+
+def changes_of(net: nn.Module) -> dict[str, Any]:
+    return {
+        "forward hook": lambda: net.act.register_forward_hook(lambda module, inputs, output: output * 3),
+        "forward pre-hook": lambda: net.norm.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 3,)),
+        "attribute of the class": lambda: setattr(type(net), "scale", 3.0),
+        "attribute that shadows it": lambda: setattr(net, "scale", 3.0),
+        "another activation": lambda: setattr(net, "act", nn.Tanh()),
+        "another parameter": lambda: setattr(net.linear, "bias", nn.Parameter(torch.ones_like(net.linear.bias))),
+        "setting of a layer": lambda: setattr(net.norm, "eps", 3.0),
+        "another forward": lambda: setattr(net.act, "forward", torch.tanh),
+        "forward of a user's module": lambda: setattr(net, "forward", lambda x: net.linear(x)),
+    }
+
+
+AT_ONCE = list(changes_of(Scaled()))[:6]
+NEXT_EPOCH = list(changes_of(Scaled()))[6:]
+
+
+class Changes(Callback):
+    def __init__(self, what: str, batch_idx: int | None = None) -> None:
+        self.what, self.batch_idx = what, batch_idx
+
+    def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        if batch_idx == self.batch_idx:
+            changes_of(pl_module.net)[self.what]()
+
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        if trainer.current_epoch == 1:
+            changes_of(pl_module.net)[self.what]()
+
+
+@pytest.fixture(autouse=True)
+def the_class_is_as_it_was():
+    yield
+    Scaled.scale = 1.0
+
+
+class PutsBack(Callback):
+    def on_predict_end(self, *_: Any) -> None:
+        Scaled.scale = 1.0
+
+    on_fit_end = on_predict_end
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("what", AT_ONCE)
+def test_seen_at_the_next_step(harness: Harness, mode, what):
+    """Hazards 7 and 20."""
+    callback = harness.callback(mode=mode, warmup_steps=1, verify_replays=0)
+    harness.compare(Predictor(Scaled()), predict(features(48)), callback, others=lambda: [Changes(what, 4), PutsBack()])
+    assert callback.stats.replays >= 4, callback.summary()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("what", [*AT_ONCE, *NEXT_EPOCH])
+def test_seen_in_the_next_epoch(harness: Harness, mode, what):
+    """Hazards 7 and 20."""
+
+    def fit(trainer, module):
+        trainer.fit(module, features(8), features(24))
+        return dict(trainer.callback_metrics)
+
+    callback = harness.callback(mode=mode, warmup_steps=1, verify_replays=0)
+    others = lambda: [Changes(what), PutsBack()]
+    harness.compare(Predictor(Scaled()), fit, callback, others=others, max_epochs=3, num_sanity_val_steps=0)
+    assert callback.stats.replays >= 4, callback.summary()
+
+
+def test_that_such_a_change_is_frozen_without_the_guards(harness: Harness, monkeypatch):
+    from cg_lightning.stage.module_state import Change, ModuleState
+
+    monkeypatch.setattr(ModuleState, "look", lambda self: Change.NOTHING)
+    callback = harness.callback(mode="FULL", warmup_steps=1, verify_replays=0)
+    with pytest.raises(AssertionError):
+        harness.compare(Predictor(Scaled()), predict(features(48)), callback, others=lambda: [Changes(AT_ONCE[3], 4)])
+
+
+class RebindsABuffer(Predictor):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.register_buffer("count", torch.zeros(()))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        self.count = self.count + 1
+        return self.net(batch[0]) / self.count
+
+
+class MovesAWeight(Callback):
+    def on_validation_batch_start(self, trainer, pl_module, *_: Any) -> None:
+        pl_module.net.linear.weight.data = pl_module.net.linear.weight.data * 1.01
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("model", "others", "reason"),
+    [
+        (RebindsABuffer, [], "module state rebound: _buffers.count"),
+        (Predictor, [MovesAWeight], "parameters or buffers lie at new addresses"),
+    ],
+)
+def test_what_changes_with_each_step_is_not_captured_in_each_step(harness: Harness, mode, model, others, reason):
+    """Hazard 21: it is not called a warm-up either."""
+    callback = harness.callback(mode=mode, warmup_steps=1)
+    harness.compare(model(Scaled()), validate(features(160)), callback, others=lambda: [make() for make in others])
+    assert callback.stats.captures <= 5
+    assert any(f"again and again, {reason}" in said for said in callback.stats.eager_reasons), callback.summary()
+    assert callback.stats.eager_reasons["warm-up"] < 16
