@@ -41,6 +41,9 @@ def test_all_of_ours_log_what_eager_logs(tmp_path, backend):
     assert by_name["full"]["mode"] == "FULL"
     assert by_name["piecewise"]["mode"] == "PIECEWISE"
     assert by_name["full"]["values"] == by_name["eager"]["values"] != {}
+    predicted = {record["contestant"]: record for record in records if record["stage"] == "predict"}
+    assert predicted["full"]["values"] == predicted["eager"]["values"] != {}
+    assert predicted["full"]["replay"]
     replays = [record["replay"] for record in by_name.values() if record["replay"]]
     assert len(replays) == 2
     assert limit(by_name) == max(by_name["loop"]["microseconds"], min(replays))

@@ -130,6 +130,21 @@ def test_what_changes_with_each_step_is_not_captured_in_each_step(harness: Harne
     """Hazard 21: it is not called a warm-up either."""
     callback = harness.callback(mode=mode, warmup_steps=1)
     harness.compare(model(Scaled()), validate(features(160)), callback, others=lambda: [make() for make in others])
-    assert callback.stats.captures <= 5
+    assert callback.stats.captures <= 8  # of 39
     assert any(f"again and again, {reason}" in said for said in callback.stats.eager_reasons), callback.summary()
     assert callback.stats.eager_reasons["warm-up"] < 16
+
+
+@pytest.mark.filterwarnings("ignore:.*is not a leaf Tensor")  # PyTorch, where a Trainer moves such a module
+@pytest.mark.parametrize(
+    "make", [torch.jit.script, lambda net: torch.jit.trace(net, torch.randn(4, 8))], ids=["script", "trace"]
+)
+def test_modules_of_torch_jit(harness: Harness, make):
+    """Their members are no dictionaries, and calls of their children do not go through Python."""
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
+    callback = harness.callback(mode="FULL_AND_PIECEWISE", warmup_steps=1)
+    harness.compare(Predictor(make(net)), predict(features(32)), callback)
+    assert callback.stats.steps["FULL"] == 7, callback.summary()
+    callback = harness.callback(mode="PIECEWISE", warmup_steps=1)
+    harness.compare(Predictor(make(net)), predict(features(32)), callback)
+    assert any("torch.jit" in reason for reason in callback.stats.eager_reasons)

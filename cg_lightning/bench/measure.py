@@ -37,6 +37,7 @@ class Clock(Callback):
         self._backend = backend
         self._graphs = graphs
         self.microseconds = 0.0
+        self.latest: Any = None
         self.replay: float | None = None
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *rest: Any) -> None:
@@ -44,8 +45,9 @@ class Clock(Callback):
         self._read(rest[1])
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *rest: Any) -> None:
-        """Likewise."""
+        """Likewise, and keeps what was predicted."""
         self._read(rest[1])
+        self.latest = outputs
 
     def _read(self, batch_idx: int) -> None:
         if batch_idx == self._settings.warmup - 1:
@@ -66,6 +68,8 @@ class Clock(Callback):
                 graphs[0].replay()
             self._backend.synchronize()
             self.replay = (time.perf_counter() - began) / self._settings.batches * 1e6
+
+    on_predict_end = on_validation_end
 
 
 @dataclasses.dataclass
@@ -120,6 +124,7 @@ def run_once(
         figures.values = dict(trainer.callback_metrics)
     else:
         trainer.predict(module, data, return_predictions=False)
+        figures.values = {} if clock.latest is None else {"prediction": clock.latest}
     figures.times.append(clock.microseconds)
     if clock.replay is not None:
         figures.replays.append(clock.replay)

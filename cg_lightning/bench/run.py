@@ -123,5 +123,5 @@ def _record(figures: Figures | str) -> dict[str, Any]:
         "replay": round(min(figures.replays), 1) if figures.replays else None,
         "mode": figures.mode,
         "capture_milliseconds": round(figures.capture_milliseconds, 1),
-        "values": {key: float(value) for key, value in figures.values.items()},
+        "values": {key: float(value.float().mean()) for key, value in figures.values.items()},
     }

@@ -54,15 +54,17 @@ class ModuleState:
 
     def _remember(self) -> None:
         self.modules: list[nn.Module] = list(self._root.modules())
-        self._attributes_of_modules = list(map(vars, self.modules))
+        self._flags = [vars(module) for module in self.modules if "training" in vars(module)]
+        self._scripted = [module for module in self.modules if "training" not in vars(module)]
         tables = [
             (module._modules, module._parameters, module._buffers, module._forward_hooks, module._forward_pre_hooks)
             for module in self.modules
         ]
         every: list[dict[Any, Any]] = list(chain.from_iterable(tables))
         every += [_global._global_forward_hooks, _global._global_forward_pre_hooks]
-        self._tables = [table for table in every if table]
+        self._tables = [table for table in every if isinstance(table, dict) and table]
         self._empty_tables = [table for table in every if not table]
+        self._tables_of_scripted = [table for table in every if not isinstance(table, dict) and table]
         self._members = self._current_members()
         members = [member for member in self._members if isinstance(member, Tensor)]
         self._lazy = [member for member in members if is_lazy(member)]  # they have no address before their first step
@@ -106,7 +108,8 @@ class ModuleState:
         )
 
     def _current_members(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, self._tables)))
+        members = list(chain.from_iterable(map(dict.values, self._tables)))
+        return members + [member for table in self._tables_of_scripted for member in table.values()]
 
     def _addresses_hold(self) -> bool:
         if _native_compare is not None and self.tensors:
@@ -146,7 +149,7 @@ class ModuleState:
 
     def training_flags(self) -> tuple[bool, ...]:
         """The ``training`` flags of all submodules."""
-        return tuple(map(_training, self._attributes_of_modules))
+        return (*map(_training, self._flags), *[module.training for module in self._scripted])
 
     def storage_addresses(self) -> set[int]:
         """Where the storages of parameters and buffers begin."""

@@ -33,7 +33,7 @@ WARM_UP = "warm-up"
 _collect_once = functools.cache(gc.collect)  # before the first capture of a process: it takes longer than ten captures
 _CAPTURE = 4
 """A capture takes as long as about so many eager steps."""
-_MOST_UNREST = 16
+_MOST_UNREST = 24
 """More than so many steps of late spent on captures for nothing: it is better not to capture."""
 EFFECTS = {"log": Cause.LOGGED, "log_dict": Cause.LOGGED, "print": Cause.PRINTED}
 """Methods of a LightningModule whose call a graph would freeze."""
@@ -233,7 +233,7 @@ class Session:
     def _decide_piecewise(self, descriptor: BatchDescriptor, reason: str) -> None:
         self._find_targets(descriptor)
         if self.settings.targets is None and not self._observations[descriptor].largest_capturable():
-            why = reason or "the step calls no submodule that has parameters"
+            why = reason or "the step calls no submodule that has parameters; those of torch.jit do not count"
             self._dispatcher.refuse(CUDAGraphMode.PIECEWISE, descriptor, why)
         else:
             self._dispatcher.add_cudagraph_key(CUDAGraphMode.PIECEWISE, descriptor, reason)
