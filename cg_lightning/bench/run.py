@@ -59,6 +59,7 @@ def measure_case(
         AssertionError: A contestant that is ours logged another number than eager.
     """
     case = CASES[name]
+    torch.compiler.reset()  # else the networks of other cases count towards its limit of recompilations
     seed_everything(0, verbose=False)
     net = case.network().eval()
     settings = dataclasses.replace(settings, batches=min(settings.batches, case.most_batches or settings.batches))
