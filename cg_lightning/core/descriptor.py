@@ -126,10 +126,8 @@ def _tensor_key(tensor: Tensor, index: int, tree: Any) -> Hashable:
     return (Tensor, tensor.shape, tensor.dtype, tensor.stride(), tensor.device, tensor.requires_grad)
 
 
-def _leaf_key(leaf: Any, index: int, tree: Any) -> Hashable:
+def _value_leaf_key(leaf: Any, index: int, tree: Any) -> Hashable:
     kind = type(leaf)
-    if kind in _KINDS_OF_TENSOR:
-        return _tensor_key(leaf, index, tree)
     make = _VALUE_KEYS.get(kind)
     if make is not None:
         return make(leaf)
@@ -177,12 +175,19 @@ def describe(
         UnkeyableBatchError: As :meth:`BatchDescriptor.from_batch`.
     """
     leaves, structure = flatten(batch)
-    keys = [_leaf_key(leaf, index, batch) for index, leaf in enumerate(leaves)]
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    keys: list[Hashable] = []
+    tensors: list[Tensor] = []
+    for index, leaf in enumerate(leaves):
+        if type(leaf) in _KINDS_OF_TENSOR:
+            tensors.append(leaf)
+            keys.append(_tensor_key(leaf, index, batch))
+        else:
+            keys.append(_value_leaf_key(leaf, index, batch))
     if len(tensors) > 1:
         for index, first in _find_shared_storage(leaves, batch, repeats).items():
             keys[index] = ("repeats leaf", first)
-    batch_size = tensors[0].shape[0] if tensors and tensors[0].dim() else None
+    shape = tensors[0].shape if tensors else ()
+    batch_size = shape[0] if shape else None
     fields = (batch_size, structure, tuple(keys), stage, dataloader_idx, training, kernel_flags(), call)
     descriptor = None if known is None else known.get(fields)
     return descriptor or BatchDescriptor(*fields), leaves

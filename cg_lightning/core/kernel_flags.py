@@ -12,7 +12,9 @@ import torch
 def _native(name: str, public: Callable[[], Any], *args: str) -> Callable[[], Any]:
     """PyTorch's private getter behind a public setting, or the public way: that takes ten times as long, at each step."""
     getter = getattr(torch._C, name, None)
-    return public if getter is None else functools.partial(getter, *args)
+    if getter is None:
+        return public
+    return functools.partial(getter, *args) if args else getter
 
 
 def _float32_precision() -> tuple[Callable[[], Any], ...]:

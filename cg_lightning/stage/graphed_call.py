@@ -119,15 +119,17 @@ class GraphedCall:
             self._settings.budget.make_room(self._place(descriptor))
         if self._settings.verification.wants(0 if entry is None else entry.replays):
             output = self._verified(descriptor, tree, leaves, rest)
+            entry = self._entries[descriptor]
         else:
-            output = self._run_graph(descriptor, tree, leaves, rest)
-        entry = self._entries[descriptor]
+            entry, output = self._run_graph(descriptor, tree, leaves, rest)
         entry.replays += 1
         entry.record.replays += 1
         self._settings.budget.use(entry.place)
         return output
 
-    def _run_graph(self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], rest: tuple[Any, ...]) -> Any:
+    def _run_graph(
+        self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], rest: tuple[Any, ...]
+    ) -> tuple[_Entry, Any]:
         entry = self._entries.get(descriptor)
         if entry is None or (entry.effects is not None and not entry.effects.prepare_replay()):
             self._drop_from_budget(descriptor)
@@ -150,7 +152,7 @@ class GraphedCall:
             computed = computed[:number]
         if self._settings.copy_outputs:
             computed = [tensor.clone() for tensor in computed]
-        return entry.plan.restore(leaves, computed)
+        return entry, entry.plan.restore(leaves, computed)
 
     def _verified(self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], rest: tuple[Any, ...]) -> Any:
         runs: list[Calls] = []
@@ -165,7 +167,7 @@ class GraphedCall:
         with contextlib.nullcontext() if self._metrics is None else self._metrics.log_calls.held():
             verdict = verify(
                 eager,
-                lambda: self._run_graph(descriptor, tree, leaves, rest),
+                lambda: self._run_graph(descriptor, tree, leaves, rest)[1],
                 self._module,
                 self._settings.backend,
                 self._settings.verification.tolerance,

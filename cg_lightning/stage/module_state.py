@@ -116,16 +116,18 @@ class ModuleState:
             return bool(_native_compare(self.tensors, self._addresses, self._indices))
         return list(map(Tensor.data_ptr, self.tensors)) == self._addresses
 
-    def look(self) -> Change:
-        """Compares with the last look, and remembers what is there now."""
+    def _members_hold(self) -> bool:
         members = self._current_members()
         same = len(members) == len(self._members) and all(map(operator.is_, members, self._members))
-        same = same and not any(self._empty_tables)
-        if not same or not all(map(is_lazy, self._lazy)):
+        return same and not any(self._empty_tables) and (not self._lazy or all(map(is_lazy, self._lazy)))
+
+    def look(self) -> Change:
+        """Compares with the last look, and remembers what is there now."""
+        if not self._members_hold():
             change = Change.REPLACED
         elif not self._addresses_hold():
             change = Change.MOVED
-        elif not self._attributes_hold():
+        elif self._values and not self._attributes_hold():
             change = Change.ATTRIBUTE
         else:
             return Change.NOTHING
