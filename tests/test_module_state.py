@@ -1,6 +1,6 @@
 """What changes on a module under its graphs, from outside: sampling is off, so that nothing but the guards sees it."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -101,6 +101,39 @@ def test_that_such_a_change_is_frozen_without_the_guards(harness: Harness, monke
     callback = harness.callback(mode="FULL", warmup_steps=1, verify_replays=0)
     with pytest.raises(AssertionError):
         harness.compare(Predictor(Scaled()), predict(features(48)), callback, others=lambda: [Changes(AT_ONCE[3], 4)])
+
+
+class CountsOnItsClass(Predictor):
+    steps = 0
+    seen: ClassVar[list[int]] = []
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        type(self).steps += 1
+        return self.net(batch[0]) * self.steps
+
+    def on_predict_end(self) -> None:
+        type(self).steps = 0
+
+
+class AppendsToItsClass(CountsOnItsClass):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen.append(1)
+        return self.net(batch[0]) * len(self.seen)
+
+    def on_predict_end(self) -> None:
+        self.seen.clear()
+
+
+@pytest.mark.parametrize(("model", "name"), [(CountsOnItsClass, "steps"), (AppendsToItsClass, "seen")])
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_what_a_step_changes_on_its_class(harness: Harness, model, name, verify_replays):
+    """Hazard 6."""
+    callback = harness.callback(mode="FULL_AND_PIECEWISE", warmup_steps=1, verify_replays=verify_replays)
+    harness.compare(model(Scaled()), predict(features(32)), callback)
+    assert callback.stats.steps["PIECEWISE"] == 7, callback.summary()
+    callback = harness.callback(mode="FULL", warmup_steps=1)
+    harness.compare(model(Scaled()), predict(features(32)), callback)
+    assert any(f"module state rebound: CountsOnItsClass.{name}" in reason for reason in callback.stats.eager_reasons)
 
 
 class RebindsABuffer(Predictor):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.nn.modules import module as _torch_module
 
 from cg_lightning.stage.interception import plain_class
 
@@ -41,6 +42,16 @@ def _is_users(cls: type) -> bool:
 def names_of_frameworks() -> frozenset[str]:
     """Attributes that torch and Lightning keep on every module; ``training``, one of them, is part of the key."""
     return frozenset({*vars(nn.Module()), *vars(LightningModule()), "__dict__", "__class__"})
+
+
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    """Gives the forward hooks of ``module`` and those that come before it; each dictionary stays the same one."""
+    return module._forward_hooks, module._forward_pre_hooks
+
+
+def global_hooks() -> tuple[dict[int, Any], dict[int, Any]]:
+    """Likewise for the forward hooks of all modules."""
+    return _torch_module._global_forward_hooks, _torch_module._global_forward_pre_hooks
 
 
 def holding_class(module: nn.Module, name: str) -> type | None:

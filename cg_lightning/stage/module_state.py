@@ -10,12 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _global
 from torch.nn.parameter import is_lazy
 
 from cg_lightning.core.tree import flatten
 from cg_lightning.metrics.members import is_metric
-from cg_lightning.stage.module_attributes import holding_class, is_plain_object, is_same_value, settings
+from cg_lightning.stage.module_attributes import (
+    global_hooks,
+    holding_class,
+    hooks_of,
+    is_plain_object,
+    is_same_value,
+    settings,
+)
 
 
 class Change(enum.Enum):
@@ -56,12 +62,8 @@ class ModuleState:
         self.modules: list[nn.Module] = list(self._root.modules())
         self._flags = [vars(module) for module in self.modules if "training" in vars(module)]
         self._scripted = [module for module in self.modules if "training" not in vars(module)]
-        tables = [
-            (module._modules, module._parameters, module._buffers, module._forward_hooks, module._forward_pre_hooks)
-            for module in self.modules
-        ]
-        every: list[dict[Any, Any]] = list(chain.from_iterable(tables))
-        every += [_global._global_forward_hooks, _global._global_forward_pre_hooks]
+        tables = [(module._modules, module._parameters, module._buffers, *hooks_of(module)) for module in self.modules]
+        every: list[Any] = [*chain.from_iterable(tables), *global_hooks()]
         self._tables = [table for table in every if isinstance(table, dict) and table]
         self._empty_tables = [table for table in every if not table]
         self._tables_of_scripted = [table for table in every if not isinstance(table, dict) and table]

@@ -34,6 +34,8 @@ from cg_lightning.stage.interception import Interception, can_intercept, plain_c
 from cg_lightning.stage.location import users_location
 from cg_lightning.stage.module_attributes import (
     class_values,
+    global_hooks,
+    hooks_of,
     is_plain_object,
     is_same_value,
     is_user_written,
@@ -117,7 +119,9 @@ def modules_that_run(root: nn.Module, path: str = "") -> Iterator[tuple[str, nn.
 
 def _state(module: nn.Module) -> dict[str, Any]:
     """What the module's attributes refer to, those of its classes too, and how long its containers are."""
-    state: dict[str, Any] = dict(class_values(module))
+    state: dict[str, Any] = {}
+    for name, value in class_values(module):
+        state.update({name: value, **{f"{name}{key}": item for key, item in _inside(value)}})
     for name, value in vars(module).items():
         if name == "_metric_attributes":
             continue  # Lightning's cache of the names of metrics, made by the first ``self.log``
@@ -417,7 +421,7 @@ class Observer:
             try:
                 if is_graphed_by_compiler(module):
                     watch.add(Cause.GRAPHED_ALREADY, type(module).__name__)
-                if _has_forward_hooks(module):
+                if any((*hooks_of(module), *global_hooks())):
                     watch.add(Cause.FORWARD_HOOK, type(module).__name__)
                 return interception.call_original(*args, **kwargs)
             finally:
@@ -480,10 +484,3 @@ class Observer:
                 inside = not call.path or path == call.path or path.startswith(f"{call.path}.")
                 if inside and path:  # the root's own state was compared around each of its calls
                     call.findings.append(finding)
-
-
-def _has_forward_hooks(module: nn.Module) -> bool:
-    hooks = torch.nn.modules.module
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or hooks._global_forward_hooks or hooks._global_forward_pre_hooks
-    )
