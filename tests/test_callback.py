@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import io
 import json
 import pickle
@@ -562,6 +563,30 @@ def test_the_summary_is_printed_once_when_the_trainer_is_done(harness, capsys, r
     assert ("predict" in printed) is report
     assert "validate" not in printed
     assert "validate" in callback.summary()
+
+
+def test_nothing_of_ours_waits_for_the_garbage_collector(harness):
+    """Hazard 34: states at fixed addresses, static inputs and graphs are gone when the Trainer is done."""
+    from cg_lightning.core.static_inputs import StaticInputs
+    from cg_lightning.metrics.fixed_states import Slot
+    from cg_lightning.metrics.recording import Recording
+
+    def alive() -> list[Any]:
+        kinds = (StaticInputs, Recording, CUDACapturedGraph, RecordedGraph)
+        found = [obj for obj in gc.get_objects() if type(obj) in kinds]
+        return found + [obj for obj in gc.get_objects() if type(obj) is Slot and hasattr(obj, "fixed")]
+
+    gc.collect()
+    before = len(alive())  # the anchor of a pool
+    gc.disable()
+    try:
+        callback = harness.callback(warmup_steps=1)
+        trainer = harness.trainer(callback)
+        trainer.validate(ConvNetClassifier(4), images(20), verbose=False)
+        assert callback.stats.steps["FULL"] > 0
+        assert len(alive()) <= before + 1  # a pool may have been made
+    finally:
+        gc.enable()
 
 
 def test_memory_comes_back(harness, backend):

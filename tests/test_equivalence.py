@@ -422,6 +422,7 @@ def test_sparse_tensors_on_the_way(harness, mode):
 
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:(?s).*TensorFloat32 tensor cores")  # PyTorch, when it compiles
 @pytest.mark.parametrize("mode", MODES)
 def test_a_compiled_network(tmp_path, mode):
     """It is compared with the same network, compiled, without graphs; the recorder would not run it compiled."""

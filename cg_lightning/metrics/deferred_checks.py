@@ -113,6 +113,10 @@ class DeferredChecks:
         """Takes the checks of a new graph."""
         self._checks.extend(checks)
 
+    def close(self) -> None:
+        """Lets go of all checks, met or not."""
+        self._checks.clear()
+
     def raise_if_met(self) -> None:
         """Waits for the device.
 

@@ -107,6 +107,12 @@ class FixedStates:
             self._interceptions.clear()
             self.period += 1
 
+    def close(self) -> None:
+        """Lets go of the fixed tensors, after :meth:`release`: their memory is not to wait for the garbage collector."""
+        for slot in self._slots.values():
+            del slot.fixed
+        self._slots.clear()
+
     def tensors(self) -> list[Tensor]:
         """The fixed tensors."""
         return [slot.fixed for slot in self._slots.values()]

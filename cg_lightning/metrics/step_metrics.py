@@ -58,6 +58,11 @@ class StepMetrics:
         self.results.release()
         self.states.release(check)
 
+    def close(self) -> None:
+        """Lets go of all tensors, after :meth:`release` and when the graphs are gone."""
+        self.states.close()
+        self.checks.close()
+
     def all(self) -> list[nn.Module]:
         """All metrics of the module, and those behind what it logs."""
         return [*metrics_of(self._module), *self.results.metrics()]

@@ -153,6 +153,7 @@ class Interception:
         )
         type.__setattr__(ours, "__bases__", (original,))
         self._ours = ours
+        self._put_there = set(namespace) - {"__module__", "__qualname__", "__doc__", "__class__"}
         _set_class(module, ours)
 
     def call_original(self, *args: Any, **kwargs: Any) -> Any:
@@ -164,10 +165,18 @@ class Interception:
         current = type(self._module)
         if current is self._ours:
             _set_class(self._module, self._original)
+            self._forget_handlers()
             return
         while (above := current.__dict__.get("_cg_lightning_interception")) is not None:
             if above._original is self._ours:
                 above._original = self._original
                 type.__setattr__(current, "__bases__", (self._original,))
+                self._forget_handlers()
                 return
             current = above._original
+
+    def _forget_handlers(self) -> None:
+        """A class is part of a cycle of references: what it refers to would live until garbage is collected."""
+        for name in self._put_there:
+            type.__delattr__(self._ours, name)
+        self._put_there = set()

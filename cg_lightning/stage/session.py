@@ -137,6 +137,7 @@ class Session:
         """Drops every graph."""
         self.remove(check=False)
         self.budget.drop_all()
+        self.metrics.close()
         self._forget()
 
     def begin_step(self) -> None:
