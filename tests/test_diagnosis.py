@@ -15,7 +15,7 @@ from torchmetrics import MeanSquaredError
 from cg_lightning import diagnose
 from cg_lightning.core.legality import Cause
 from cg_lightning.stage.observation import Observer
-from tests.harness import Harness, features
+from tests.harness import Harness, assert_same, features
 from tests.models import Body, ConvNetClassifier, Predictor
 
 
@@ -248,3 +248,18 @@ def test_what_is_kept_elsewhere_is_noticed(tmp_path, how):
     if how:
         words = {"metric": "metric updated", "trainer": "Trainer read", "current_epoch": "Trainer read"}
         assert any(reason.startswith(words.get(how, "module state rebound")) for reason in callback.stats.eager_reasons)
+
+
+def test_what_compiling_does_is_done_once(harness):
+    """The first watched step compiles the network, which may wait for the device: the next one is looked at as well."""
+
+    def compiler(graph: Any, inputs: Any) -> Any:
+        torch.ones(1, device=inputs[0].device).tolist()
+        return graph
+
+    net, callback, kept = Body(), harness.callback(mode="FULL", warmup_steps=1), []
+    for extra in ([callback], []):
+        module = Predictor(torch.compile(copy.deepcopy(net), backend=compiler))
+        kept.append(harness.trainer(*extra).predict(module, features(32)))
+    assert_same(*kept)
+    assert callback.stats.steps["FULL"] == 6, callback.summary()

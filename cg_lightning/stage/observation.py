@@ -271,7 +271,7 @@ class Observation:
     def __init__(self, step: _Call) -> None:
         self._step = step
         self.settles = False
-        """Whether metrics did what they do at their first update only."""
+        """Whether something was done that is done once: metrics formed groups, a module was compiled."""
 
     def release(self) -> None:
         """Lets go of the tensors that the calls were given: an observation lives as long as its key."""
@@ -391,7 +391,7 @@ class Observer:
             watch.add(Cause.METRIC_UPDATED, "update")
         self._find_rebound_state(frame, {path: _changed(before[path], _state(module)) for path, module in modules})
         observation = Observation(frame)
-        observation.settles = watched is not None and watched.settles
+        observation.settles = (watched is not None and watched.settles) or (compiled and bool(frame.findings))
         observation.release()
         return output, observation
 
