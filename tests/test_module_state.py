@@ -181,3 +181,39 @@ def test_modules_of_torch_jit(harness: Harness, make):
     callback = harness.callback(mode="PIECEWISE", warmup_steps=1)
     harness.compare(Predictor(make(net)), predict(features(32)), callback)
     assert any("torch.jit" in reason for reason in callback.stats.eager_reasons)
+
+
+class SetsAFlagInItsStep(Predictor):
+    """As one does to keep something of the first batch of an epoch only."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        self.net.scale = 3.0 if batch_idx == 0 else 1.0
+        output = self.net(batch[0])
+        self.log("mean", output.mean())
+        return output
+
+
+class SwapsWeightsInItsStep(Predictor):
+    """As a moving average may, with tensors that lie elsewhere each time."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        weight = self.net.linear.weight
+        before, weight.data = weight.data, weight.data * (batch_idx + 1)
+        output = self.net(batch[0])
+        weight.data = before
+        return output
+
+
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
+@pytest.mark.parametrize("model", [SetsAFlagInItsStep, SwapsWeightsInItsStep])
+def test_what_a_step_changes_before_it_calls_a_submodule(harness: Harness, mode, model):
+    """Hazards 4 and 7: at the start of the step nothing has changed yet."""
+
+    def fit(trainer, module):
+        trainer.fit(module, features(8), features(40))
+        return dict(trainer.callback_metrics)
+
+    callback = harness.callback(mode=mode, warmup_steps=3, verify_replays=0)
+    harness.compare(model(Scaled()), fit, callback, max_epochs=3, num_sanity_val_steps=0)
+    if model is SetsAFlagInItsStep:
+        assert callback.stats.replays > 10, callback.summary()

@@ -55,10 +55,11 @@ class ModuleState:
     def __init__(self, root: nn.Module) -> None:
         self._root = root
         self._watched: dict[tuple[int, str], Mapping[str, Any]] = {}
-        self._remember()
+        self.remember()
         self._settings = self._current_settings()
 
-    def _remember(self) -> None:
+    def remember(self) -> None:
+        """Takes what is there now for what is to be compared with."""
         self.modules: list[nn.Module] = list(self._root.modules())
         self._flags = [vars(module) for module in self.modules if "training" in vars(module)]
         self._scripted = [module for module in self.modules if "training" not in vars(module)]
@@ -135,8 +136,12 @@ class ModuleState:
             return Change.NOTHING
         if change is Change.REPLACED:
             self._watched.clear()
-        self._remember()
+        self.remember()
         return change
+
+    def holds(self) -> bool:
+        """Whether nothing has changed since the last look."""
+        return self._members_hold() and self._addresses_hold() and (not self._values or self._attributes_hold())
 
     def look_closely(self) -> Change:
         """Compares settings with the last close look: at the start of a stage or epoch, since it takes longer."""

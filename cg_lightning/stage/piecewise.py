@@ -17,6 +17,7 @@ from cg_lightning.stage.call_key import describe_call
 from cg_lightning.stage.graph_budget import EvictedError
 from cg_lightning.stage.graphed_call import GraphedCall, GraphSettings
 from cg_lightning.stage.interception import Interception
+from cg_lightning.stage.module_state import ModuleState
 from cg_lightning.stage.verification import report_difference
 
 
@@ -25,7 +26,8 @@ class PiecewiseTarget:
 
     It does so in steps whose key it was allowed for: where a watched step called it, and found nothing that a graph would
     freeze. A call has a key of its own, made of its arguments: they may differ in shape for batches that do not. Like a step it
-    runs eagerly until its key is warm. Outside a step, in mode NONE, under gradients and inside a capture it is eager.
+    runs eagerly until its key is warm. Outside a step, in mode NONE, under gradients and inside a capture it is eager; so it is
+    where the step has changed the submodule before it calls it.
 
     Args:
         path: Dotted path of the submodule; empty for the LightningModule itself.
@@ -45,8 +47,16 @@ class PiecewiseTarget:
         self._sights: Counter[BatchDescriptor] = Counter()
         self._graphed = GraphedCall(path or "forward", self._invoke, module, CUDAGraphMode.PIECEWISE, settings)
         self._interception: Interception | None = None
-        self._modules = list(module.modules())
+        self._state = ModuleState(module)
         self._known: KnownDescriptors = {}
+
+    def watch(self, reads: list[tuple[nn.Module, str]]) -> None:
+        """As :meth:`ModuleState.watch`."""
+        self._state.watch(reads)
+
+    def remember(self) -> None:
+        """At the start of a step, when there are no graphs: takes the submodule as it is now for that of the next ones."""
+        self._state.remember()
 
     def note_sights(self, descriptors: Iterable[BatchDescriptor], sights: int) -> None:
         """Notes how often calls with these keys ran before they were intercepted."""
@@ -90,7 +100,7 @@ class PiecewiseTarget:
             return self._original(*args, **kwargs)
         try:
             number = context.next_call(self)
-            descriptor, leaves = describe_call(self._modules, number, context.batch_descriptor, args, kwargs, self._known)
+            descriptor, leaves = describe_call(self._state.modules, number, context.batch_descriptor, args, kwargs, self._known)
         except UnkeyableBatchError as error:
             self.reasons[None] = f"{self.path}: {error}"
             return self._original(*args, **kwargs)
@@ -99,6 +109,9 @@ class PiecewiseTarget:
             self._sights[descriptor] += 1
             return self._original(*args, **kwargs)
         if descriptor in self.reasons:
+            return self._original(*args, **kwargs)
+        if not self._state.holds():
+            self.reasons[None] = f"{self.path}: the step has changed it, or an attribute that it reads, before the call"
             return self._original(*args, **kwargs)
         try:
             output = self._graphed(descriptor, (args, kwargs), leaves)

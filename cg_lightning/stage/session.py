@@ -160,6 +160,8 @@ class Session:
         if change in (Change.REPLACED, Change.SETTINGS):
             self._forget()
             self.install()
+        for target in self._piecewise.values():
+            target.remember()
 
     def dispatch(self, descriptor: BatchDescriptor, batch: Any) -> Dispatch:
         """Gives the mode of a step whose key is decided, else NONE with the reason ``warm-up``."""
@@ -247,7 +249,9 @@ class Session:
         for target in self._piecewise.values():
             findings = observation.findings_of(target.path)
             if findings == []:
-                self.state.watch(observation.reads(target.module))
+                reads = observation.reads(target.module)
+                self.state.watch(reads)
+                target.watch(reads)
             target.note_findings(descriptor, None if findings is None else [str(finding) for finding in findings])
 
     def _add_targets(self, targets: dict[str, nn.Module], observation: Observation | None, sights: int) -> None:
