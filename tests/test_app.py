@@ -51,6 +51,15 @@ def test_multirun(tmp_path):
     assert "mode=NONE" in printed
 
 
+def test_the_benchmark_once_and_in_a_multirun(tmp_path):
+    few = ("bench.backend=recorder", "bench.cases=[mlp]", "bench.contestants=[loop,eager]", "bench.stages=[validate]")
+    arguments = ("task=bench", *few, "bench.warmup=1", "bench.rounds=1", "bench.costs=false")
+    assert "validate, mlp" in run(tmp_path, *arguments, "bench.batches=2")
+    run(tmp_path, "--multirun", *arguments, "bench.batches=2,3")
+    assert (tmp_path / "bench.jsonl").exists()
+    assert len(list(tmp_path.glob("multirun/*/*/*/bench.jsonl"))) == 2  # none has overwritten another's
+
+
 def test_any_model_and_data(tmp_path):
     boring = "lightning.pytorch.demos.boring_classes"
     arguments = (f"model._target_={boring}.BoringModel", "data=custom", f"data._target_={boring}.BoringDataModule")

@@ -7,6 +7,8 @@ import warnings
 from pathlib import Path
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from cg_lightning.bench.costs import measure_costs
@@ -24,6 +26,7 @@ def bench(config: DictConfig) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     torch.set_float32_matmul_precision(config.matmul_precision)
+    output = None if config.output is None else _folder() / config.output
     settings = Settings(config.batches, config.warmup, config.rounds)
     costs = [measure_costs(settings, config.backend)] if config.costs else []
     print(*costs, flush=True)
@@ -31,12 +34,19 @@ def bench(config: DictConfig) -> None:
     for record in measure(config.cases, config.contestants, config.stages, settings, config.backend):
         print(record, flush=True)
         records.append(record)
-        if config.output is not None:
-            write_lines([*costs, *records], Path(config.output))
+        if output is not None:
+            write_lines([*costs, *records], output)
     print(environment())
     print(table(records))
-    if config.output is not None:
+    if output is not None:
         try:
-            draw(records, Path(config.output).with_suffix(".png"))
+            draw(records, output.with_suffix(".png"))
         except ModuleNotFoundError as error:
             print(f"No chart: {error}.")
+
+
+def _folder() -> Path:
+    """Where relative paths begin: the jobs of a multirun must not overwrite each other's files."""
+    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        return Path(HydraConfig.get().runtime.output_dir)
+    return Path()
