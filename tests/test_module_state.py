@@ -1,11 +1,13 @@
 """What changes on a module under its graphs, from outside: sampling is off, so that nothing but the guards sees it."""
 
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import nn
+from torchmetrics.classification import BinaryAccuracy
 
 from tests.harness import Harness, features, predict, validate
 from tests.models import Predictor
@@ -181,6 +183,93 @@ def test_modules_of_torch_jit(harness: Harness, make):
     callback = harness.callback(mode="PIECEWISE", warmup_steps=1)
     harness.compare(Predictor(make(net)), predict(features(32)), callback)
     assert any("torch.jit" in reason for reason in callback.stats.eager_reasons)
+
+
+class DeeplyConfigured(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(model=SimpleNamespace(scales=[{"one": SimpleNamespace(scale=1.0)}]))
+        self.config.itself = self.config
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x) * self.config.model.scales[0]["one"].scale
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_objects_in_objects_are_watched(harness: Harness, mode):
+    """Hazard 7."""
+
+    class ChangesDeeply(Callback):
+        def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+            if batch_idx == 5:
+                pl_module.net.config.model.scales[0]["one"].scale = 3.0
+
+    callback = harness.callback(mode=mode, warmup_steps=1, verify_replays=0)
+    harness.compare(Predictor(DeeplyConfigured()), predict(features(48)), callback, others=lambda: [ChangesDeeply()])
+    assert callback.stats.captures == 2
+
+
+class ReadsATable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = [1.0] * 1000
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x) * self.table[7]
+
+
+class ChangesTheTable(Callback):
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        if trainer.current_epoch == 1:
+            pl_module.net.table[7] = 3.0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_large_containers_are_compared_once_an_epoch(harness: Harness, mode):
+    """Hazard 7."""
+
+    def fit(trainer, module):
+        trainer.fit(module, features(8), features(40))
+        return dict(trainer.callback_metrics)
+
+    callback = harness.callback(mode=mode, warmup_steps=1, verify_replays=0)
+    others = lambda: [ChangesTheTable()]
+    harness.compare(Predictor(ReadsATable()), fit, callback, others=others, max_epochs=3, num_sanity_val_steps=0)
+    assert callback.stats.captures == 2
+
+
+class Thresholded(Predictor):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.accuracy = BinaryAccuracy(threshold=0.1)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.accuracy.update(self.net(batch[0])[:, 0].sigmoid(), batch[0][:, 0] > 0)
+        self.log("accuracy", self.accuracy)
+
+
+class ChangesBetweenEpochs(Callback):
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        if trainer.current_epoch == 1:
+            pl_module.accuracy.threshold = 0.6
+            weight = pl_module.net.linear.weight
+            weight.data = weight.data.t()  # lies where it lay
+
+
+def test_settings_of_metrics_and_the_layout_of_weights(harness: Harness):
+    """Hazards 4 and 7."""
+
+    def fit(trainer, module):
+        trainer.fit(module, features(8), features(40))
+        return dict(trainer.callback_metrics)
+
+    callback = harness.callback(mode="FULL", warmup_steps=1, verify_replays=0)
+    others = lambda: [ChangesBetweenEpochs()]
+    harness.compare(Thresholded(Scaled()), fit, callback, others=others, max_epochs=3, num_sanity_val_steps=0)
+    assert callback.stats.captures == 2
+    assert callback.stats.steps["FULL"] > 20, callback.summary()
 
 
 class SetsAFlagInItsStep(Predictor):

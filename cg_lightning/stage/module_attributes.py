@@ -12,6 +12,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 
+from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.core.tree import flatten
+from cg_lightning.metrics.members import is_metric
 from cg_lightning.stage.interception import plain_class
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.device, torch.dtype, types.MethodType)
@@ -27,6 +30,15 @@ def is_same_value(before: Any, after: Any) -> bool:
 def is_plain_object(value: Any) -> bool:
     """Whether ``value`` is an object of the user's that holds attributes: a configuration, say."""
     return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, (nn.Module, Tensor, type, Trainer))
+
+
+def is_configuration(value: Any, within: frozenset[int] = frozenset()) -> bool:
+    """Whether an object of the user's holds nothing but plain values, containers of them, and objects like itself."""
+    if id(value) in within:
+        return True
+    leaves = flatten(list(vars(value).values()))[0]
+    within |= {id(value)}
+    return all(is_plain_value(leaf) or (is_plain_object(leaf) and is_configuration(leaf, within)) for leaf in leaves)
 
 
 def is_user_written(module: nn.Module) -> bool:
@@ -73,12 +85,14 @@ def class_values(module: nn.Module) -> Iterator[tuple[str, Any]]:
 def settings(module: nn.Module) -> dict[str, Any]:
     """Gives what is no attribute that a step was seen to read, and still decides what a graph holds.
 
-    Of a module that torch wrote these are all its attributes (``eps``, ``p``), of any module its class and what stands in the
-    place of a method (``module.forward = ...``).
+    Of a module that torch wrote these are all its attributes (``eps``, ``p``), of a metric the plain ones (``threshold``), of
+    any other module its class and what stands in the place of a method (``module.forward = ...``).
     """
     cls, attributes = plain_class(module), vars(module)
-    if is_user_written(module):
+    if is_metric(module):
+        found = {name: value for name, value in attributes.items() if is_plain_value(value) and not name.startswith("_")}
+    elif is_user_written(module):
         found = {name: value for name, value in attributes.items() if callable(getattr(cls, name, None))}
     else:
         found = {name: value for name, value in attributes.items() if name not in names_of_frameworks()}
-    return {**found, "__class__": cls}
+    return {**found, "training": None, "__class__": cls}  # ``training`` is part of the key

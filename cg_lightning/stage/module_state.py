@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from cg_lightning.core.tree import flatten
-from cg_lightning.metrics.members import is_metric
 from cg_lightning.stage.module_attributes import (
     global_hooks,
     holding_class,
     hooks_of,
+    is_configuration,
     is_plain_object,
     is_same_value,
     settings,
@@ -34,6 +34,8 @@ class Change(enum.Enum):
     SETTINGS = "a setting of a submodule has changed"
 
 
+_MANY = 256
+"""Containers of more leaves, a vocabulary say, are compared by close looks only."""
 _training = operator.itemgetter("training")
 # private, and in CUDA builds only: compares 300 addresses in about 20 us
 _native_compare = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
@@ -57,6 +59,7 @@ class ModuleState:
         self._watched: dict[tuple[int, str], Mapping[str, Any]] = {}
         self.remember()
         self._settings = self._current_settings()
+        self._layout = self._current_layout()
 
     def remember(self) -> None:
         """Takes what is there now for what is to be compared with."""
@@ -80,18 +83,33 @@ class ModuleState:
         self._owners = list(self._watched.values())
         self._names = [name for _, name in self._watched]
         self._values = self._current_values()
-        # containers by what is in them: they stay the same object when a setting in them changes
-        containers = {id(value): value for value in self._values if flatten(value)[1] is not None}
-        self._containers = [(container, *flatten(container)) for container in containers.values()]
-        objects = {id(value): vars(value) for value in self._values if is_plain_object(value)}
-        self._objects = [(attributes, dict(attributes)) for attributes in objects.values()]
+        # containers and objects by what is in them: they stay the same ones when a setting in them changes
+        self._containers: list[tuple[Any, list[Any], Any]] = []
+        self._large_containers: list[tuple[Any, list[Any], Any]] = []
+        self._objects: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        pending, seen = list(self._values), set()
+        while pending:
+            value = pending.pop()
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            leaves, structure = flatten(value)
+            if structure is not None:
+                kept = self._large_containers if len(leaves) > _MANY else self._containers
+                kept.append((value, leaves, structure))
+                pending += filter(is_plain_object, leaves)
+            elif is_plain_object(value):
+                self._objects.append((vars(value), dict(vars(value))))
+                if is_configuration(value):
+                    pending += vars(value).values()
 
     def _current_values(self) -> list[Any]:
         return [owner.get(name) for owner, name in zip(self._owners, self._names, strict=True)]
 
     def watch(self, reads: list[tuple[nn.Module, str]]) -> None:
         """Watches attributes of instances and of their classes from now on: plain values by value, containers by what is in
-        them, nested ones too, other objects by their attributes, and what has none by identity.
+        them, nested ones too, other objects by their attributes, those of configurations in turn likewise, and what has none
+        by identity.
         """
         before = len(self._watched)
         for owner, name in reads:
@@ -144,17 +162,24 @@ class ModuleState:
         return self._members_hold() and self._addresses_hold() and (not self._values or self._attributes_hold())
 
     def look_closely(self) -> Change:
-        """Compares settings with the last close look: at the start of a stage or epoch, since it takes longer."""
+        """Compares settings, large containers and the layout of tensors with the last close look: at the start of a stage or
+        epoch, since it takes longer.
+        """
+        large_ones_hold = all(_contents_hold(*container) for container in self._large_containers)
+        if not large_ones_hold:
+            self._remember_attributes()
         before, self._settings = self._settings, self._current_settings()
-        if before.keys() == self._settings.keys() and all(
-            found.keys() == before[key].keys() and all(map(is_same_value, before[key].values(), found.values()))
-            for key, found in self._settings.items()
-        ):
-            return Change.NOTHING
-        return Change.SETTINGS
+        layout, self._layout = self._layout, self._current_layout()
+        same = before.keys() == self._settings.keys() and all(
+            is_same_value(before[key], value) for key, value in self._settings.items()
+        )
+        return Change.NOTHING if same and large_ones_hold and layout == self._layout else Change.SETTINGS
 
-    def _current_settings(self) -> dict[int, dict[str, Any]]:
-        return {id(module): settings(module) for module in self._root.modules() if not is_metric(module)}
+    def _current_settings(self) -> dict[tuple[int, str], Any]:
+        return {(id(module), name): value for module in self._root.modules() for name, value in settings(module).items()}
+
+    def _current_layout(self) -> list[Any]:
+        return [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in self.tensors]
 
     def training_flags(self) -> tuple[bool, ...]:
         """The ``training`` flags of all submodules."""
