@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from cg_lightning.core.descriptor import BatchDescriptor, KnownDescriptors, describe
 
 
 def describe_call(
-    modules: list[nn.Module],
+    training: tuple[bool, ...],
     number: int,
     step: BatchDescriptor,
     args: tuple[Any, ...],
@@ -22,7 +20,7 @@ def describe_call(
     Calls have keys of their own: with equal batches, arguments inside the step may differ in shape or value.
 
     Args:
-        modules: The submodule that is called, and all in it.
+        training: The ``training`` flags of the submodule that is called, and of all in it.
         number: How many calls of it the step has made before.
         step: The key of the step.
         args: Positional arguments.
@@ -36,7 +34,7 @@ def describe_call(
         (args, kwargs),
         stage=step.stage,
         dataloader_idx=step.dataloader_idx,
-        training=tuple([child.training for child in modules]),
+        training=training,
         known=known,
         call=number,
         repeats=True,

@@ -58,8 +58,8 @@ class ModuleState:
         self._root = root
         self._watched: dict[tuple[int, str], Mapping[str, Any]] = {}
         self.remember()
-        self._settings = self._current_settings()
-        self._layout = self._current_layout()
+        self._settings: dict[tuple[int, str], Any] | None = None
+        self._layout: list[Any] = []
 
     def remember(self) -> None:
         """Takes what is there now for what is to be compared with."""
@@ -170,6 +170,8 @@ class ModuleState:
             self._remember_attributes()
         before, self._settings = self._settings, self._current_settings()
         layout, self._layout = self._layout, self._current_layout()
+        if before is None:  # the first close look: there are no graphs yet
+            return Change.NOTHING
         same = before.keys() == self._settings.keys() and all(
             is_same_value(before[key], value) for key, value in self._settings.items()
         )

@@ -159,8 +159,9 @@ def _key_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     context = current_forward_context()
     if context is None or context.batch_descriptor is None:
         return None
+    training = tuple([child.training for child in module.modules()])
     with contextlib.suppress(UnkeyableBatchError):  # its calls will be eager, and say so then
-        return describe_call(list(module.modules()), context.next_call(module), context.batch_descriptor, args, kwargs)[0]
+        return describe_call(training, context.next_call(module), context.batch_descriptor, args, kwargs)[0]
     return None
 
 

@@ -99,8 +99,8 @@ class PiecewiseTarget:
         if mode is CUDAGraphMode.PIECEWISE and context.batch_descriptor not in self._allowed:
             return self._original(*args, **kwargs)
         try:
-            number = context.next_call(self)
-            descriptor, leaves = describe_call(self._state.modules, number, context.batch_descriptor, args, kwargs, self._known)
+            number, training = context.next_call(self), self._state.training_flags()
+            descriptor, leaves = describe_call(training, number, context.batch_descriptor, args, kwargs, self._known)
         except UnkeyableBatchError as error:
             self.reasons[None] = f"{self.path}: {error}"
             return self._original(*args, **kwargs)
