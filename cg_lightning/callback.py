@@ -143,12 +143,12 @@ class CUDAGraphCallback(Callback):
         if self._settings.mode is CUDAGraphMode.NONE:
             self._inert_reason = "mode=NONE"
             return
+        check_not_graphed_already(pl_module)
         if self._inert_reason:
             self._say_once(rank_zero_warn, f"CUDAGraphCallback is inert: {self._inert_reason}. Steps run as without it.")
             return
         device = trainer.strategy.root_device
         backend = resolve_backend(self._backend_name, device)
-        check_not_graphed_already(pl_module)
         if self._settings.targets is not None:
             check_targets(pl_module, self._settings.targets)
         if backend is None:

@@ -48,6 +48,7 @@ def modules_with_a_trace() -> list[str]:
         type(module).__name__
         for module in living
         if any("_cg_lightning_interception" in cls.__dict__ for cls in type(module).__mro__)
+        or "CompiledCallInterception" in getattr(vars(module).get("_compiled_call_impl"), "__qualname__", "")
     ]
 
 

@@ -383,12 +383,14 @@ def signature(step: Any) -> type[Predictor]:
     "step",
     [
         lambda self, batch: self.net(batch[0]),
+        torch.no_grad()(lambda self, batch: self.net(batch[0])),
+        torch.inference_mode()(lambda self, batch, batch_idx: self.net(batch[0]) + batch_idx),
         lambda self, batch, batch_idx: self.net(batch[0]) + batch_idx,
         lambda self, batch, batch_idx, dataloader_idx=0: self.net(batch[0]) + batch_idx + dataloader_idx,
         lambda self, *args: self.net(args[0][0]) + args[1],
         lambda self, batch, **_: self.net(batch[0]),
     ],
-    ids=["batch", "batch_idx", "dataloader_idx", "args", "kwargs"],
+    ids=["batch", "no_grad", "inference_mode", "batch_idx", "dataloader_idx", "args", "kwargs"],
 )
 def test_signatures(harness, step):
     callback = harness.callback(warmup_steps=1)

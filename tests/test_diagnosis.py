@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import random
 from typing import Any
 
@@ -14,7 +15,8 @@ from torchmetrics import MeanSquaredError
 
 from cg_lightning import diagnose
 from cg_lightning.core.legality import Cause
-from cg_lightning.stage.observation import Observer
+from cg_lightning.stage.batch_index import uses_batch_index
+from cg_lightning.stage.observer import Observer
 from tests.harness import Harness, assert_same, features
 from tests.models import Body, ConvNetClassifier, Predictor
 
@@ -153,6 +155,51 @@ def test_uses_of_batch_idx():
     (finding,) = diagnose(Uses(Body()), batch).findings
     assert finding.cause is Cause.BATCH_INDEX_USED
     assert finding.location.startswith(f"{__file__}:")
+
+
+def passes_on(step):
+    @functools.wraps(step)
+    def decorated(*args, **kwargs):
+        return step(*args, **kwargs)
+
+    return decorated
+
+
+def looks_at_it(step):
+    @functools.wraps(step)
+    def decorated(self, batch, batch_idx):
+        return step(self, batch, batch_idx) if batch_idx else step(self, batch, 1)
+
+    return decorated
+
+
+def takes_it_out(step):
+    @functools.wraps(step)
+    def decorated(self, *args):
+        return step(self, *args) * args[1]
+
+    return decorated
+
+
+@pytest.mark.parametrize(
+    ("decorator", "uses"),
+    [
+        (torch.no_grad(), False),
+        (torch.autocast("cpu"), False),
+        (passes_on, False),
+        (lambda step: passes_on(torch.inference_mode()(step)), False),
+        (looks_at_it, True),
+        (takes_it_out, True),
+        (lambda step: passes_on(looks_at_it(step)), True),
+        (staticmethod, True),
+    ],
+)
+def test_decorators_that_use_batch_idx(decorator, uses):
+    def step(self, batch, batch_idx):
+        return batch
+
+    kind = type("Decorated", (Predictor,), {"predict_step": decorator(step)})
+    assert uses_batch_index(kind(Body()), "predict_step") == uses
 
 
 def test_full_runs_lower_where_batch_idx_is_used(harness):

@@ -144,6 +144,22 @@ def test_removed_in_any_order(order):
     assert type(net) is nn.Linear
 
 
+def test_it_is_the_same_class_again_after_a_pause():
+    net = nn.Linear(2, 2)
+    interception, calls = counted(net)
+    ours = type(net)
+    interception.suspend()
+    assert type(net) is nn.Linear
+    assert interception.resume()
+    assert type(net) is ours
+    net(torch.ones(1, 2))
+    assert len(calls) == 1
+    interception.suspend()
+    parametrize.register_parametrization(net, "weight", nn.Identity())
+    assert not interception.resume()
+    interception.remove()
+
+
 def test_the_check_for_traces_can_fail():
     net = nn.Linear(2, 2)
     interception, _ = counted(net)

@@ -96,6 +96,38 @@ class Noisy(nn.Module):
         return self.linear(x) * 0 + next(Noisy.noise)
 
 
+IN_PLACE = itertools.count(0)
+
+
+class Rectifies(nn.Module):
+    """Overwrites its input, but not the first time; what it returns is the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return nn.functional.relu(x, inplace=next(IN_PLACE) > 0) * self.scale
+
+
+@pytest.mark.filterwarnings("ignore:CUDAGraphCallback. a replay differed")
+@pytest.mark.parametrize("mode", MODES)
+def test_an_input_that_is_overwritten_unseen(harness, mode):
+    """As a kernel of the user's own does, of which nobody knows what it writes to."""
+    global IN_PLACE
+
+    class Residual(Predictor):
+        def predict_step(self, batch, batch_idx):
+            return self.net(batch[0]), batch[0]
+
+    callback, seen = harness.callback(mode=mode, warmup_steps=1), []
+    for extra in ([callback], []):
+        IN_PLACE = itertools.count(0)
+        seen.append(harness.trainer(*extra).predict(Residual(Rectifies()), features(32)))
+    assert_same(*seen)
+    assert any("it changes a tensor that it is given" in reason for reason in callback.stats.eager_reasons)
+
+
 def test_what_eager_differs_from_itself_is_let_pass_and_said(harness):
     callback = harness.callback(mode="FULL", warmup_steps=1)
     outputs = harness.trainer(callback).predict(Predictor(Noisy()), features(32))

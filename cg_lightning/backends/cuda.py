@@ -62,7 +62,9 @@ class CUDABackend:
     ) -> tuple[CUDACapturedGraph, Any]:
         """See :class:`~cg_lightning.backends.base.GraphBackend`."""
         with CAPTURE_LOCK, torch.cuda.device(self.device):
-            with garbage_collection_paused(collect_garbage), autocast_cache_off():
+            # what a compiler computes in advance must not be computed inside a capture, which runs nothing
+            no_compiling = torch.compiler.set_stance("fail_on_recompile")
+            with garbage_collection_paused(collect_garbage), autocast_cache_off(), no_compiling:
                 if self._anchor is None:
                     self._make_pool()
                 before = torch.cuda.memory_reserved(self.device)

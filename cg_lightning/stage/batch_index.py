@@ -43,8 +43,28 @@ def _loads(code: CodeType, name: str) -> bool:
     return any(name == value or (isinstance(value, tuple) and name in value) for value in loads)
 
 
+def _decorator_uses(code: CodeType, position: int) -> bool:
+    """Whether a decorator may do anything with an argument but pass it on as one of ``*args``."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, TypeError, SyntaxError):
+        return True
+    if position < code.co_argcount or not code.co_flags & inspect.CO_VARARGS:
+        return True
+    name = code.co_varnames[code.co_argcount + code.co_kwonlyargcount]
+    starred = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Starred)}
+    return any(isinstance(node, ast.Name) and node.id == name and id(node) not in starred for node in ast.walk(tree))
+
+
 def _uses(function: Callable[..., Any], owner: type, module: nn.Module, position: int, depth: int = 0) -> bool:
-    code = getattr(inspect.unwrap(function), "__code__", None)
+    if isinstance(function, staticmethod):
+        return True
+    while (inner := getattr(function, "__wrapped__", None)) is not None:
+        code = getattr(function, "__code__", None)
+        if code is None or _decorator_uses(code, position):
+            return True
+        function = inner
+    code = getattr(function, "__code__", None)
     if code is None or position >= code.co_argcount:
         return True if code is None else bool(code.co_flags & inspect.CO_VARARGS)
     name = code.co_varnames[position]

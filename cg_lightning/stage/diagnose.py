@@ -19,7 +19,8 @@ from cg_lightning.core.legality import Cause
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.stage.batch_index import uses_batch_index
 from cg_lightning.stage.diagnosis import Diagnosis
-from cg_lightning.stage.observation import Finding, Observer
+from cg_lightning.stage.observation import Finding
+from cg_lightning.stage.observer import Observer
 from cg_lightning.stage.session import EFFECTS
 from cg_lightning.stage.steps import STEPS
 

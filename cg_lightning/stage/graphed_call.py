@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cg_lightning.backends import CapturedGraph, GraphBackend
+from cg_lightning.backends.guards import autocast_cache_off
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.errors import CaptureError, VerificationError
 from cg_lightning.core.forward_context import ForwardContext, override_forward_context
@@ -25,10 +26,11 @@ from cg_lightning.metrics.log_calls import Calls
 from cg_lightning.metrics.recording import Recording
 from cg_lightning.metrics.step_effects import StepEffects
 from cg_lightning.metrics.step_metrics import StepMetrics
+from cg_lightning.stage.compiled_modules import is_compiled, is_for_lack_of_compiled_code
 from cg_lightning.stage.graph_budget import GraphBudget, Place
 from cg_lightning.stage.output_plan import OutputPlan
 from cg_lightning.stage.stats import CUDAGraphStats, EntryRecord
-from cg_lightning.stage.verification import VerificationSettings, verify
+from cg_lightning.stage.verification import StepState, VerificationSettings, verify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +140,12 @@ class GraphedCall:
             except CaptureError as error:
                 # recovery gives the device another random generator, which graphs from before would not draw from
                 had_others = self._settings.budget.drop_all()
-                if not had_others or not isinstance(error.__cause__, torch.OutOfMemoryError):
+                if is_for_lack_of_compiled_code(error):
+                    self._compile(descriptor, tree, leaves, rest)
+                elif had_others and isinstance(error.__cause__, torch.OutOfMemoryError):
+                    gc.collect()
+                else:
                     raise
-                gc.collect()
                 entry, computed = self._capture(descriptor, tree, leaves, rest)
         else:
             entry.inputs.copy_from(leaves)
@@ -159,10 +164,7 @@ class GraphedCall:
 
         def eager() -> Any:
             runs.append([])
-            with override_forward_context(ForwardContext(CUDAGraphMode.NONE, descriptor)):
-                if self._metrics is None:
-                    return self._invoke(tree, *rest)
-                return self._metrics.run_eagerly(lambda: self._invoke(tree, *rest), runs[-1])
+            return self._run_eagerly(descriptor, tree, rest, runs[-1])
 
         with contextlib.nullcontext() if self._metrics is None else self._metrics.log_calls.held():
             verdict = verify(
@@ -172,18 +174,40 @@ class GraphedCall:
                 self._settings.backend,
                 self._settings.verification.tolerance,
                 self._metrics,
+                leaves,
             )
         if self._metrics is not None:
             self._metrics.log_calls.make(runs[0])
         if verdict.difference:
             self._drop_from_budget(descriptor)
             raise VerificationError(
-                f"stage {descriptor.stage!r}, {self._target}, shapes {descriptor.shapes()}: {verdict.difference}. The graph "
-                f"has most likely frozen a Python value, a global for instance, or reads memory that has moved",
+                f"stage {descriptor.stage!r}, {self._target}, shapes {descriptor.shapes()}: {verdict.difference}",
                 verdict.output,
             )
         self._entries[descriptor].record.within_spread |= verdict.within_spread
         return verdict.output
+
+    def _run_eagerly(self, descriptor: BatchDescriptor, tree: Any, rest: tuple[Any, ...], calls: Calls) -> Any:
+        with override_forward_context(ForwardContext(CUDAGraphMode.NONE, descriptor)):
+            if self._metrics is None:
+                return self._invoke(tree, *rest)
+            return self._metrics.run_eagerly(lambda: self._invoke(tree, *rest), calls)
+
+    def _compile(self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], rest: tuple[Any, ...]) -> None:
+        """Runs the call with static inputs, and takes it all back: for them ``torch.compile`` compiles anew, before a capture.
+
+        They are other inputs to it where those of the loader are inference tensors, or autocast's cache is on.
+        """
+        inputs = self._static_inputs(tree, leaves)
+        before = StepState(self._module, self._settings.backend, self._metrics)
+        with autocast_cache_off():
+            self._run_eagerly(descriptor, rebuild(tree, iter(inputs.leaves)), rest, [])
+        before.restore()
+
+    def _static_inputs(self, tree: Any, leaves: list[Any]) -> StaticInputs:
+        inputs = StaticInputs(leaves, tree, self._settings.backend.device)
+        inputs.copy_from(leaves)
+        return inputs
 
     def graphs(self) -> list[CapturedGraph]:
         """All graphs."""
@@ -207,8 +231,9 @@ class GraphedCall:
         self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], rest: tuple[Any, ...]
     ) -> tuple[_Entry, list[Tensor]]:
         self._settings.before_capture()
-        inputs = StaticInputs(leaves, tree, self._settings.backend.device)
-        inputs.copy_from(leaves)
+        if any(map(is_compiled, self._module.modules())):
+            self._compile(descriptor, tree, leaves, rest)
+        inputs = self._static_inputs(tree, leaves)
         context = ForwardContext(self._mode, descriptor)
         static_tree = rebuild(tree, iter(inputs.leaves))
         began = time.perf_counter()

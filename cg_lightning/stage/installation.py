@@ -18,6 +18,7 @@ class Installation:
         self.module = module
         self.session = session
         self._runners: dict[str, StepRunner] = {}
+        self._steps: dict[str, Interception] = {}
         self._step: Interception | None = None
 
     def install(self, stage: str) -> None:
@@ -29,7 +30,12 @@ class Installation:
             self.session.note_step(stage, name)
             self._runners[stage] = StepRunner(self.session, stage, getattr(self.module, name))
         self.session.install()
-        self._step = Interception(self.module, methods={name: self._runners[stage].as_method()})
+        self._step = self._steps.get(stage)
+        if self._step is None or not self._step.resume():
+            if self._step is not None:
+                self._step.remove()
+            self._step = Interception(self.module, methods={name: self._runners[stage].as_method()})
+            self._steps[stage] = self._step
 
     def graphs_of_steps(self) -> list[CapturedGraph]:
         """The graphs of whole steps."""
@@ -38,7 +44,7 @@ class Installation:
     def remove(self, check: bool = True) -> None:
         """Leaves no trace on the module; idempotent. ``check`` is as in :meth:`Session.remove`."""
         if self._step is not None:
-            self._step.remove()
+            self._step.suspend()
             self._step = None
             self.session.remove(check)
 
@@ -46,4 +52,7 @@ class Installation:
         """Removes everything, and drops the graphs."""
         self.remove(check=False)
         self.session.close()
+        for step in self._steps.values():
+            step.remove()
+        self._steps.clear()
         self._runners.clear()

@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import jit, nn
 
 Handler = Callable[..., Any]
@@ -121,7 +122,13 @@ class Interception:
         if hasattr(plain, "__deepcopy__"):
             namespace["__deepcopy__"] = _deepcopy
         if call is not None:
-            namespace["__call__"] = lambda _, *args, **kwargs: call(*args, **kwargs)
+
+            def call_module(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                if torch.compiler.is_compiling():  # code of the user's that calls the module is compiled, and we are not
+                    return original.__call__(self, *args, **kwargs)
+                return call(*args, **kwargs)
+
+            namespace["__call__"] = call_module
         if on_read is not None:
 
             def read(self: nn.Module, name: str) -> Any:
@@ -160,23 +167,34 @@ class Interception:
         """Calls the module as if it were not intercepted here."""
         return self._original.__call__(self._module, *args, **kwargs)
 
-    def remove(self) -> None:
+    def suspend(self) -> None:
         """Puts back the class; idempotent. A class that somebody else has since put in its place stays."""
         current = type(self._module)
         if current is self._ours:
             _set_class(self._module, self._original)
-            self._forget_handlers()
             return
         while (above := current.__dict__.get("_cg_lightning_interception")) is not None:
             if above._original is self._ours:
                 above._original = self._original
                 type.__setattr__(current, "__bases__", (self._original,))
-                self._forget_handlers()
                 return
             current = above._original
 
-    def _forget_handlers(self) -> None:
-        """A class is part of a cycle of references: what it refers to would live until garbage is collected."""
+    def resume(self) -> bool:
+        """Intercepts again after :meth:`suspend`; False where the module has another class by now.
+
+        Code that ``torch.compile`` has made checks for the class of the modules that it uses: with one that is new at each
+        validation it would be compiled anew each time.
+        """
+        if type(self._module) is self._original:
+            _set_class(self._module, self._ours)
+        return type(self._module) is self._ours
+
+    def remove(self) -> None:
+        """As :meth:`suspend`, for good. A class is part of a cycle of references: what its methods refer to would live until
+        garbage is collected.
+        """
+        self.suspend()
         for name in self._put_there:
             type.__delattr__(self._ours, name)
         self._put_there = set()

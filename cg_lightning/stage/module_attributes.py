@@ -15,6 +15,7 @@ from torch.nn.modules import module as _torch_module
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.tree import flatten
 from cg_lightning.metrics.members import is_metric
+from cg_lightning.stage.compiled_modules import is_compiled_in_place
 from cg_lightning.stage.interception import plain_class
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.device, torch.dtype, types.MethodType)
@@ -82,6 +83,19 @@ def class_values(module: nn.Module) -> Iterator[tuple[str, Any]]:
                     yield f"{cls.__name__}.{name}", value
 
 
+def is_plain_attribute(module: nn.Module, name: str) -> bool:
+    """Whether ``name`` is an attribute of the user's, and no method."""
+    return name not in names_of_frameworks() and not callable(getattr(plain_class(module), name, None))
+
+
+def plain_attributes(module: nn.Module) -> list[str]:
+    """Names of all attributes that a call may read, where nobody can see which ones it does."""
+    if not is_user_written(module):
+        return []
+    names = {*vars(module), *[name.split(".")[-1] for name, _ in class_values(module)]}
+    return [name for name in names if is_plain_attribute(module, name)]
+
+
 def settings(module: nn.Module) -> dict[str, Any]:
     """Gives what is no attribute that a step was seen to read, and still decides what a graph holds.
 
@@ -95,4 +109,5 @@ def settings(module: nn.Module) -> dict[str, Any]:
         found = {name: value for name, value in attributes.items() if callable(getattr(cls, name, None))}
     else:
         found = {name: value for name, value in attributes.items() if name not in names_of_frameworks()}
-    return {**found, "training": None, "__class__": cls}  # ``training`` is part of the key
+    found.pop("_compiled_call_impl", None)  # while we intercept it, it is ours
+    return {**found, "training": None, "__class__": cls, "is compiled": is_compiled_in_place(module)}  # training: in the key

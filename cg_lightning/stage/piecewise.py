@@ -14,6 +14,7 @@ from cg_lightning.core.errors import CaptureError, UnkeyableBatchError, Verifica
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.stage.call_key import describe_call
+from cg_lightning.stage.compiled_modules import CallInterception, CompiledCallInterception, is_compiled_in_place
 from cg_lightning.stage.graph_budget import EvictedError
 from cg_lightning.stage.graphed_call import GraphedCall, GraphSettings
 from cg_lightning.stage.interception import Interception
@@ -46,7 +47,7 @@ class PiecewiseTarget:
         self._allowed: set[BatchDescriptor] = set()
         self._sights: Counter[BatchDescriptor] = Counter()
         self._graphed = GraphedCall(path or "forward", self._invoke, module, CUDAGraphMode.PIECEWISE, settings)
-        self._interception: Interception | None = None
+        self._interception: CallInterception | None = None
         self._state = ModuleState(module)
         self._known: KnownDescriptors = {}
 
@@ -72,11 +73,18 @@ class PiecewiseTarget:
 
     def install(self) -> None:
         """Intercepts the submodule from now on; idempotent."""
-        if self._interception is None:
-            self._interception = Interception(self.module, call=self._call)
+        if self._interception is None or not self._interception.resume():
+            self.close()
+            make = CompiledCallInterception if is_compiled_in_place(self.module) else Interception
+            self._interception = make(self.module, call=self._call)
 
     def remove(self) -> None:
         """Leaves no trace in the submodule; its graphs are kept for the next stage."""
+        if self._interception is not None:
+            self._interception.suspend()
+
+    def close(self) -> None:
+        """As :meth:`remove`, for good."""
         if self._interception is not None:
             self._interception.remove()
             self._interception = None

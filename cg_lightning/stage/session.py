@@ -23,7 +23,8 @@ from cg_lightning.stage.diagnosis import Diagnosis
 from cg_lightning.stage.graph_budget import GraphBudget
 from cg_lightning.stage.graphed_call import GraphSettings
 from cg_lightning.stage.module_state import Change, ModuleState
-from cg_lightning.stage.observation import Observation, Observer
+from cg_lightning.stage.observation import Observation
+from cg_lightning.stage.observer import Observer
 from cg_lightning.stage.piecewise import PiecewiseTarget
 from cg_lightning.stage.stats import CUDAGraphStats
 from cg_lightning.stage.targets import match_targets
@@ -98,7 +99,7 @@ class Session:
 
     def _forget(self) -> None:
         for target in self._piecewise.values():
-            target.remove()
+            target.close()
         self._piecewise = {}
         self._dispatcher = CUDAGraphDispatcher()
         self.known: KnownDescriptors = {}
@@ -215,7 +216,7 @@ class Session:
     def why_no_graph(self) -> str:
         """Why a step in mode PIECEWISE ran no graph."""
         reasons = {reason: None for target in self._piecewise.values() for reason in target.reasons.values()}
-        return "; ".join(reasons) or "no target was called with a warm key"
+        return "; ".join(reasons) or "no target was called with a warm key; calls from compiled code do not count"
 
     def _is_warm(self, descriptor: BatchDescriptor) -> bool:
         observation = self._observations.get(descriptor)

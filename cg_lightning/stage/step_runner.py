@@ -49,6 +49,8 @@ class StepRunner:
         def step(*args: Any, **kwargs: Any) -> Any:
             return self._run(args, kwargs)
 
+        # Lightning looks behind one decorator, and there it must find what it finds without us (``@torch.no_grad()``)
+        vars(step)["__wrapped__"] = getattr(self._step, "__wrapped__", self._step)
         return step
 
     def graphs(self) -> list[CapturedGraph]:

@@ -6,8 +6,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from cg_lightning.stage.compiled_modules import modules_that_run
 from cg_lightning.stage.interception import can_intercept
-from cg_lightning.stage.observation import modules_that_run
 
 
 def match_targets(module: nn.Module, patterns: tuple[str, ...]) -> tuple[dict[str, nn.Module], list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from cg_lightning.metrics.step_metrics import MetricsSnapshot, StepMetrics
 from cg_lightning.stage.host_randomness import HostRandomState
 
 TOLERANCES = ("exact", "close")
+_LIKELY_CAUSE = (
+    "The graph has most likely frozen a Python value, a global for instance, or reads memory that has moved"  # or a bug
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +127,7 @@ def verify(
     backend: GraphBackend,
     tolerance: str,
     metrics: StepMetrics | None = None,
+    inputs: Sequence[Any] = (),
 ) -> Verdict:
     """Runs a step eagerly and from its graph, from the same state, so that a user sees one step.
 
@@ -137,9 +141,13 @@ def verify(
         backend: Where it runs.
         tolerance: One of :data:`TOLERANCES`.
         metrics: The metrics of the module, where a step may update them.
+        inputs: What the step is given. A graph writes to its own copies, so a step that changes these is no graph.
     """
     before = StepState(module, backend, metrics)
+    given = [(leaf, leaf.clone()) for leaf in inputs if isinstance(leaf, Tensor)]
     expected = eager()
+    if not all(same_leaf(leaf, value) for leaf, value in given):
+        return Verdict(expected, "it changes a tensor that it is given")
     expected_values = before.values()
     paths = [*leaf_paths(expected, "output"), *[name for name, _ in expected_values]]
     after_eager = StepState(module, backend, metrics)
@@ -149,7 +157,7 @@ def verify(
     found = _leaves(output, before.values())
     if len(wanted) != len(found):
         after_eager.restore()
-        return Verdict(expected, f"the output and the metrics have {len(found)} leaves, eager's {len(wanted)}")
+        return Verdict(expected, f"the output and the metrics have {len(found)} leaves, eager's {len(wanted)}. {_LIKELY_CAUSE}")
     same = same_leaf if tolerance == "exact" else _close
     differing = [index for index, (one, other) in enumerate(zip(found, wanted, strict=True)) if not same(one, other)]
     if not differing:
@@ -162,5 +170,5 @@ def verify(
         spread = float((one - other).abs().max()) if isinstance(one, Tensor) and one.is_floating_point() else 0.0
         if not (spread > 0 and _within(found[index], one, spread)):
             shown = f"{paths[index]} is {_show(found[index])} from the graph, {_show(one)} from eager"
-            return Verdict(expected, shown)
+            return Verdict(expected, f"{shown}. {_LIKELY_CAUSE}")
     return Verdict(expected, within_spread=True)

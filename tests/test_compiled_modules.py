@@ -1,0 +1,280 @@
+"""Modules, methods and functions that ``torch.compile`` runs: nobody can watch what is inside them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from torch import nn
+
+from cg_lightning import CUDAGraphCallback
+from cg_lightning.stage.compiled_modules import CompiledCallInterception, is_graphed_by_compiler
+from tests.conftest import modules_with_a_trace
+from tests.harness import Harness, assert_same, features
+from tests.models import Body, Predictor
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.scale = 1.0
+        self.settings = {"scale": 1.0}
+        self.calls = 0
+        self.kept: list[Any] = []
+        self.memory = torch.zeros(())
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+class ChangesItsInput(Layer):
+    def forward(self, x):
+        return self.linear(x.relu_())
+
+
+class ReadsAttributes(Layer):
+    def forward(self, x):
+        return self.linear(x) * self.scale * self.settings["scale"]
+
+
+class Counts(Layer):
+    def forward(self, x):
+        self.calls += 1
+        return self.linear(x) * self.calls
+
+
+class Keeps(Layer):
+    def forward(self, x):
+        self.kept.append(self.linear(x))
+        return self.kept[-1]
+
+
+class Remembers(Layer):
+    def forward(self, x):
+        self.memory = self.memory * 0.5 + self.linear(x).sum()
+        return self.linear(x) + self.memory
+
+
+class Hooked(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear.register_forward_hook(lambda module, args, output: self.kept.append(output))
+
+
+class GetsAHookLater(Layer):
+    pass
+
+
+LAYERS = [ChangesItsInput, ReadsAttributes, Counts, Keeps, Remembers, Hooked, GetsAHookLater]
+
+
+def layer_of(module: LightningModule) -> Layer:
+    return getattr(module.layer, "_orig_mod", module.layer)
+
+
+class Residual(LightningModule):
+    """Uses what it has given to a layer again."""
+
+    def __init__(self, layer: Layer, how: str) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.layer = layer
+        if how == "wrapped":
+            self.layer = torch.compile(layer, backend="eager")
+        if how == "in place":
+            layer.compile(backend="eager")
+
+    def predict_step(self, batch):
+        x = self.first(batch[0])
+        return x, self.layer(x)
+
+
+class Changes(Callback):
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == 5:
+            layer = layer_of(pl_module)
+            layer.scale, layer.settings["scale"] = 3.0, 2.0
+            if isinstance(layer, GetsAHookLater):
+                layer.linear.register_forward_hook(lambda module, args, output: output * 2)
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
+@pytest.mark.parametrize("how", ["not at all", "wrapped", "in place"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_what_nobody_can_watch_is_compared(harness, kind, how, mode, verify_replays):
+    """Hazards 4, 6, 7 and 20, where no operation and no read of an attribute can be seen."""
+    callback = harness.callback(mode=mode, warmup_steps=1, verify_replays=verify_replays)
+    seen = []
+    for extra in ([callback], []):
+        torch.manual_seed(3)
+        torch.compiler.reset()
+        module = Residual(kind(), how)
+        kept = harness.trainer(*extra, Changes()).predict(module, features(32))
+        layer = layer_of(module)
+        seen.append((kept, layer.calls, list(layer.kept), layer.memory))
+    assert_same(*seen)
+    assert callback.stats.replays > 0
+
+
+class CompiledMethods(Predictor):
+    """Compiles what it calls, and waits for the device or not."""
+
+    def __init__(self, backend: Any, waits: bool) -> None:
+        super().__init__(Body())
+        self.waits = waits
+        self.method = torch.compile(self.helper, backend=backend)
+
+    def helper(self, x):
+        return self.net(x).sin()
+
+    def predict_step(self, batch):
+        output = self.method(batch[0])
+        return output * output.sum().item() if self.waits else output
+
+    def validation_step(self, batch):
+        self.log("mean", self.predict_step(batch).mean())
+
+    def training_step(self, batch):
+        return self.method(batch[0]).sum()
+
+
+class CompiledNet(CompiledMethods):
+    def __init__(self, backend: Any, waits: bool) -> None:
+        super().__init__(backend, waits)
+        net = self.net
+        self.net = torch.compile(net, backend=backend)
+        self.method = self.helper
+
+
+class NetCompiledInPlace(CompiledMethods):
+    def __init__(self, backend: Any, waits: bool) -> None:
+        super().__init__(backend, waits)
+        self.net.compile(backend=backend)
+        self.method = self.helper
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("kind", [CompiledMethods, CompiledNet, NetCompiledInPlace])
+def test_nothing_is_compiled_anew_in_each_epoch(harness, kind, waits):
+    """Compiled code checks for the classes of the modules that it uses: those that stand in for them stay the same ones."""
+
+    def compiled(epochs: int, *callbacks: Callback) -> int:
+        compilations = []
+
+        def backend(graph: Any, inputs: Any) -> Any:
+            compilations.append(graph)
+            return graph
+
+        torch.compiler.reset()
+        module = kind(backend, waits)
+        harness.trainer(*callbacks, max_epochs=epochs).fit(module, features(16), features(32))
+        return len(compilations)
+
+    def settings() -> CUDAGraphCallback:
+        return harness.callback(warmup_steps=1)
+
+    assert compiled(8, settings()) == compiled(2, settings()) <= compiled(2) + 2
+
+
+@pytest.mark.parametrize("kind", [CompiledMethods, CompiledNet, NetCompiledInPlace])
+def test_what_is_compiled_is_compiled_before_the_capture(harness, kind):
+    """The compiler may wait for the device or compute something in advance, which a capture would only note down."""
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
+        constant = torch.tensor([1.0], device=device)  # no capture can hold this
+        return lambda *args: tuple(constant * output for output in graph(*args))
+
+    callback, seen = harness.callback(mode="FULL", warmup_steps=1), []
+    for extra in ([callback], []):
+        torch.manual_seed(3)
+        torch.compiler.reset()
+        seen.append(harness.trainer(*extra).predict(kind(backend, False), features(32)))
+    assert_same(*seen)
+    assert callback.stats.steps["FULL"] > 0, callback.summary()
+
+
+def test_a_module_that_is_also_called_uncompiled(harness):
+    class Both(Predictor):
+        def __init__(self) -> None:
+            super().__init__(Body())
+            self.compiled = torch.compile(self.net, backend="eager")
+
+        def predict_step(self, batch):
+            return self.net(batch[0]) + self.compiled(batch[0])
+
+    callback = harness.callback(warmup_steps=1)
+    harness.compare(Both(), lambda trainer, module: trainer.predict(module, features(32)), callback)
+    assert callback.stats.steps["FULL"] == 7
+
+
+@pytest.mark.filterwarnings("ignore:CUDAGraphCallback is inert")
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_lightning_module_that_is_compiled_as_a_whole(harness, in_place):
+    """Its steps are compiled code, in which nothing of ours may be."""
+    callback, seen = harness.callback(), []
+    for extra in ([callback], []):
+        torch.manual_seed(3)
+        torch.compiler.reset()
+        module: Any = Predictor(Body())
+        if in_place:
+            module.compile(backend="eager")
+        else:
+            module = torch.compile(module, backend="eager")
+        seen.append(harness.trainer(*extra).predict(module, features(32)))
+    assert_same(*seen)
+    (reason,) = callback.stats.eager_reasons
+    assert "compile its submodules instead: self.net = torch.compile(self.net)" in reason
+    assert callback.stats.eager == 8
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
+def test_whether_the_compiler_graphs_a_module(in_place, mode):
+    net: Any = Body()
+    if in_place:
+        net.compile(mode=mode)
+    else:
+        net = torch.compile(net, mode=mode)
+    assert is_graphed_by_compiler(net) == (mode in ("reduce-overhead", "max-autotune"))
+    if in_place:
+        interception = CompiledCallInterception(net, net._compiled_call_impl)
+        assert modules_with_a_trace() == ["Sequential"]
+        assert is_graphed_by_compiler(net) == (mode in ("reduce-overhead", "max-autotune"))
+        interception.remove()
+    assert is_graphed_by_compiler(copy.deepcopy(net)) == (is_graphed_by_compiler(net) and not in_place)
+
+
+def test_a_module_compiled_in_place_has_no_trace_of_us(harness):
+    class Looks(Callback):
+        def on_predict_batch_end(self, trainer, pl_module, *_: Any) -> None:
+            self.copied = copy.deepcopy(pl_module.net)
+
+    net = Body()
+    net.compile(backend="eager")
+    compiled, looks = net._compiled_call_impl, Looks()
+    harness.trainer(harness.callback(mode="PIECEWISE"), looks).predict(Predictor(net), features(32))
+    assert net._compiled_call_impl is compiled
+    assert looks.copied._compiled_call_impl is None
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:(?s).*TensorFloat32 tensor cores")  # PyTorch, when it compiles
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
+@pytest.mark.parametrize("kind", [CompiledNet, NetCompiledInPlace])
+def test_inductor(tmp_path, kind, mode):
+    """Every batch is what the compiled module gives without graphs, the watched ones too."""
+    harness = Harness("cuda", tmp_path)
+    callback, seen = harness.callback(mode=mode, warmup_steps=1), []
+    for extra in ([callback], []):
+        torch.manual_seed(3)
+        module = kind("inductor", False)
+        kept = harness.trainer(*extra).predict(module, features(34))
+        seen.append((kept, harness.trainer(*extra).validate(module, features(34), verbose=False)))
+    assert_same(*seen)
+    assert callback.stats.replays > 8, callback.summary()
