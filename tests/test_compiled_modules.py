@@ -102,13 +102,12 @@ class Changes(Callback):
                 layer.linear.register_forward_hook(lambda module, args, output: output * 2)
 
 
-@pytest.mark.parametrize("verify_replays", [0, 2])
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
-@pytest.mark.parametrize("how", ["not at all", "wrapped", "in place"])
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_what_nobody_can_watch_is_compared(harness, kind, how, mode, verify_replays):
+def test_what_nobody_can_watch_is_compared(harness, kind, how, mode):
     """Hazards 4, 6, 7 and 20, where no operation and no read of an attribute can be seen."""
-    callback = harness.callback(mode=mode, warmup_steps=1, verify_replays=verify_replays)
+    callback = harness.callback(mode=mode, warmup_steps=1, verify_replays=0)
     seen = []
     for extra in ([callback], []):
         torch.manual_seed(3)

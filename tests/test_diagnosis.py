@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics import MeanSquaredError
@@ -199,6 +200,25 @@ def test_decorators_that_use_batch_idx(decorator, uses):
         return batch
 
     kind = type("Decorated", (Predictor,), {"predict_step": decorator(step)})
+    assert uses_batch_index(kind(Body()), "predict_step") == uses
+
+
+@pytest.mark.parametrize(
+    ("step", "uses"),
+    [
+        (LightningModule.predict_step, False),
+        (lambda self, batch, *rest: self(batch), False),
+        (lambda self, *args: self(args[0]), False),
+        (lambda self, *args: self(args[1]), True),
+        (lambda self, *args: self(args[-1]), True),
+        (lambda self, *args: self(*args), True),
+        (lambda self, *args: self(args[0]) * len(args), True),
+        (lambda self, batch: self(batch), False),
+    ],
+)
+def test_steps_that_take_anything(step, uses):
+    """Lightning's own ``predict_step`` is one of them."""
+    kind = type("TakesAnything", (Predictor,), {"predict_step": step})
     assert uses_batch_index(kind(Body()), "predict_step") == uses
 
 

@@ -83,6 +83,49 @@ def test_a_user_sees_one_step(harness, mode, settings):
     assert callback.stats.replays == 8  # its first step turns training on, which makes another key of the second
 
 
+TOTAL: dict[torch.device, torch.Tensor] = {}
+
+
+class Totals(Predictor):
+    """Adds up in tensors that are no buffers: in an attribute, a container, a parameter, a hidden module, and a global."""
+
+    def __init__(self) -> None:
+        super().__init__(Body())
+        self.weight = nn.Parameter(torch.zeros(8))
+        self.totals: dict[str, torch.Tensor] = {}
+        self.hidden = [nn.BatchNorm1d(8)]
+
+    def on_predict_epoch_start(self) -> None:
+        self.total = torch.zeros(8, device=self.device)  # another tensor in each epoch
+        self.totals["bank"] = torch.zeros(16, 8, device=self.device)
+        self.hidden[0].to(self.device)
+        TOTAL[self.device] = TOTAL.get(self.device, torch.zeros(8, device=self.device)).zero_()
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        output = self.net(batch[0])
+        self.total += output.sum(0)
+        self.totals["bank"][:4].add_(output.mean())
+        self.weight.data.mul_(0.5).add_(output.mean(0))
+        TOTAL[self.device].add_(output.sum(0))
+        kept = (self.total, self.totals["bank"], self.weight, TOTAL[self.device])
+        return (
+            output,
+            self.hidden[0](output),
+            self.hidden[0].running_mean.clone(),
+            *[tensor.detach().clone() for tensor in kept],
+        )
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("settings", [{"verify_replays": 0}, {"verify_replays": 2}, {"verify_every": 1}])
+def test_what_a_step_writes_to_is_written_to_once(harness, mode, settings):
+    """Hazard 10: a step that is compared runs twice, and its sums are those of one."""
+    callback = harness.callback(mode=mode, warmup_steps=1, **settings)
+    twice = lambda trainer, module: [trainer.predict(module, features(40)) for _ in range(2)]
+    harness.compare(Totals(), twice, callback)
+    assert callback.stats.replays > 15, callback.summary()
+
+
 class Noisy(nn.Module):
     """Differs from itself in the last bits, as atomic additions do."""
 

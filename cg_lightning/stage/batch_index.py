@@ -43,17 +43,21 @@ def _loads(code: CodeType, name: str) -> bool:
     return any(name == value or (isinstance(value, tuple) and name in value) for value in loads)
 
 
-def _decorator_uses(code: CodeType, position: int) -> bool:
-    """Whether a decorator may do anything with an argument but pass it on as one of ``*args``."""
+def _uses_in_varargs(code: CodeType, position: int, is_decorator: bool) -> bool:
+    """Whether a function may do anything with an argument that is one of its ``*args``; a decorator passes them on."""
+    if not code.co_flags & inspect.CO_VARARGS:
+        return False
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+        nodes = list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(code)))))
     except (OSError, TypeError, SyntaxError):
         return True
-    if position < code.co_argcount or not code.co_flags & inspect.CO_VARARGS:
-        return True
     name = code.co_varnames[code.co_argcount + code.co_kwonlyargcount]
-    starred = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Starred)}
-    return any(isinstance(node, ast.Name) and node.id == name and id(node) not in starred for node in ast.walk(tree))
+    harmless = {id(node.value) for node in nodes if isinstance(node, ast.Starred) and is_decorator}
+    before = range(position - code.co_argcount)
+    for node in nodes:  # ``args[0]``, in the step that Lightning predicts with by default
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and node.slice.value in before:
+            harmless.add(id(node.value))
+    return any(isinstance(node, ast.Name) and node.id == name and id(node) not in harmless for node in nodes)
 
 
 def _uses(function: Callable[..., Any], owner: type, module: nn.Module, position: int, depth: int = 0) -> bool:
@@ -61,12 +65,14 @@ def _uses(function: Callable[..., Any], owner: type, module: nn.Module, position
         return True
     while (inner := getattr(function, "__wrapped__", None)) is not None:
         code = getattr(function, "__code__", None)
-        if code is None or _decorator_uses(code, position):
+        if code is None or position < code.co_argcount or _uses_in_varargs(code, position, is_decorator=True):
             return True
         function = inner
     code = getattr(function, "__code__", None)
-    if code is None or position >= code.co_argcount:
-        return True if code is None else bool(code.co_flags & inspect.CO_VARARGS)
+    if code is None:
+        return True
+    if position >= code.co_argcount:
+        return _uses_in_varargs(code, position, is_decorator=False)
     name = code.co_varnames[position]
     if not _loads(code, name):
         return False

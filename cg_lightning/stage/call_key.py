@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from cg_lightning.core.descriptor import BatchDescriptor, KnownDescriptors, describe
+from cg_lightning.core.errors import UnkeyableBatchError
+
+# private: whether ``torch.vmap`` or another transform runs, whose tensors have no memory of their own
+_innermost_transform = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
+
+
+def is_inside_transform() -> bool:
+    """Whether a transform of ``torch.func`` runs."""
+    return _innermost_transform() is not None
 
 
 def describe_call(
@@ -30,6 +41,8 @@ def describe_call(
     Raises:
         UnkeyableBatchError: An argument cannot be keyed.
     """
+    if is_inside_transform():
+        raise UnkeyableBatchError("the call", "is made inside a transform of torch.func")
     return describe(
         (args, kwargs),
         stage=step.stage,

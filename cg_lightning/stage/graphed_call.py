@@ -44,6 +44,8 @@ class GraphSettings:
     stats: CUDAGraphStats
     module_storages: Callable[[], set[int]]
     """Where the storages of parameters and buffers begin, now."""
+    written: Callable[[], list[Tensor]]
+    """Tensors, other than buffers, that steps were seen to write to."""
     before_capture: Callable[[], object]
     """Called before each capture."""
     verification: VerificationSettings
@@ -175,6 +177,7 @@ class GraphedCall:
                 self._settings.verification.tolerance,
                 self._metrics,
                 leaves,
+                self._settings.written(),
             )
         if self._metrics is not None:
             self._metrics.log_calls.make(runs[0])
@@ -199,7 +202,7 @@ class GraphedCall:
         They are other inputs to it where those of the loader are inference tensors, or autocast's cache is on.
         """
         inputs = self._static_inputs(tree, leaves)
-        before = StepState(self._module, self._settings.backend, self._metrics)
+        before = StepState(self._module, self._settings.backend, self._metrics, self._settings.written())
         with autocast_cache_off():
             self._run_eagerly(descriptor, rebuild(tree, iter(inputs.leaves)), rest, [])
         before.restore()

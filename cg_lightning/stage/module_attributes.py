@@ -18,6 +18,7 @@ from cg_lightning.metrics.members import is_metric
 from cg_lightning.stage.compiled_modules import is_compiled_in_place
 from cg_lightning.stage.interception import plain_class
 
+_FRAMEWORKS = ("builtins", "functools", "torch", "lightning", "torchmetrics")
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.device, torch.dtype, types.MethodType)
 
 
@@ -28,27 +29,54 @@ def is_same_value(before: Any, after: Any) -> bool:
     return type(before) is type(after) and isinstance(before, _PLAIN) and bool(before == after)
 
 
+def slots_of(cls: type) -> tuple[str, ...]:
+    """Gives the attributes that instances of ``cls`` keep in slots."""
+    declared = [vars(base).get("__slots__", ()) for base in cls.__mro__]
+    names = [name for slots in declared for name in ((slots,) if isinstance(slots, str) else slots)]
+    return tuple([name for name in names if isinstance(getattr(cls, name, None), types.MemberDescriptorType)])
+
+
 def is_plain_object(value: Any) -> bool:
     """Whether ``value`` is an object of the user's that holds attributes: a configuration, say."""
-    return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, (nn.Module, Tensor, type, Trainer))
+    if isinstance(value, (nn.Module, Tensor, type, Trainer)) or (callable(value) and not is_users(type(value))):
+        return False
+    return hasattr(value, "__dict__") or bool(slots_of(type(value)))
+
+
+def attributes_of(value: Any) -> dict[str, Any]:
+    """Gives what a plain object holds, also in slots."""
+    kept = {name: getattr(value, name) for name in slots_of(type(value)) if hasattr(value, name)}
+    return {**getattr(value, "__dict__", {}), **kept}
+
+
+def scripted_attributes(module: nn.Module) -> dict[str, Any]:
+    """Gives what a module of ``torch.jit`` holds beside parameters and buffers; it does so where Python sees no change."""
+    kind = vars(module).get("_concrete_type")  # private: there is no other way to their names
+    names = set(kind.get_attributes()) - names_of_frameworks() if kind is not None else ()
+    values = {name: getattr(module, name) for name in names}
+    return {name: value if isinstance(value, Tensor) else repr(value) for name, value in values.items()}
 
 
 def is_configuration(value: Any, within: frozenset[int] = frozenset()) -> bool:
-    """Whether an object of the user's holds nothing but plain values, containers of them, and objects like itself."""
+    """Whether an object of the user's holds nothing but plain values, tensors, containers of them, and objects like itself."""
     if id(value) in within:
         return True
-    leaves = flatten(list(vars(value).values()))[0]
+    leaves = flatten(list(attributes_of(value).values()))[0]
     within |= {id(value)}
-    return all(is_plain_value(leaf) or (is_plain_object(leaf) and is_configuration(leaf, within)) for leaf in leaves)
+    return all(
+        is_plain_value(leaf) or isinstance(leaf, Tensor) or (is_plain_object(leaf) and is_configuration(leaf, within))
+        for leaf in leaves
+    )
 
 
 def is_user_written(module: nn.Module) -> bool:
     """Whether the class of ``module`` is none of torch, Lightning or torchmetrics."""
-    return _is_users(plain_class(module))
+    return is_users(plain_class(module))
 
 
-def _is_users(cls: type) -> bool:
-    return cls is not object and cls.__module__.split(".")[0] not in ("torch", "lightning", "torchmetrics")
+def is_users(cls: type) -> bool:
+    """Whether a class is none of Python, torch, Lightning or torchmetrics."""
+    return cls.__module__.split(".")[0] not in _FRAMEWORKS
 
 
 @functools.cache
@@ -77,10 +105,15 @@ def holding_class(module: nn.Module, name: str) -> type | None:
 def class_values(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Gives names and values of what user-written classes of ``module`` hold beside methods and descriptors."""
     for cls in plain_class(module).__mro__:
-        if _is_users(cls):
+        if is_users(cls):
             for name, value in vars(cls).items():
                 if not (name.startswith("__") or callable(value) or hasattr(type(value), "__get__")):
                     yield f"{cls.__name__}.{name}", value
+
+
+def plain_values_of(cls: type) -> list[str]:
+    """Names of the plain values that a class itself holds."""
+    return [name for name, value in vars(cls).items() if is_plain_value(value) and not name.startswith("__")]
 
 
 def is_plain_attribute(module: nn.Module, name: str) -> bool:
@@ -92,7 +125,8 @@ def plain_attributes(module: nn.Module) -> list[str]:
     """Names of all attributes that a call may read, where nobody can see which ones it does."""
     if not is_user_written(module):
         return []
-    names = {*vars(module), *[name.split(".")[-1] for name, _ in class_values(module)]}
+    attributes: dict[str, Any] = object.__getattribute__(module, "__dict__")  # the module may be intercepted
+    names = {*attributes, *[name.split(".")[-1] for name, _ in class_values(module)]}
     return [name for name in names if is_plain_attribute(module, name)]
 
 
@@ -109,5 +143,6 @@ def settings(module: nn.Module) -> dict[str, Any]:
         found = {name: value for name, value in attributes.items() if callable(getattr(cls, name, None))}
     else:
         found = {name: value for name, value in attributes.items() if name not in names_of_frameworks()}
+    found.update(class_values(module))
     found.pop("_compiled_call_impl", None)  # while we intercept it, it is ours
     return {**found, "training": None, "__class__": cls, "is compiled": is_compiled_in_place(module)}  # training: in the key

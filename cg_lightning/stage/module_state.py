@@ -8,18 +8,19 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from cg_lightning.core.tree import flatten
+from cg_lightning.stage.frozen_values import Addresses, FrozenValues, same_attributes
+from cg_lightning.stage.interception import plain_class
 from cg_lightning.stage.module_attributes import (
     global_hooks,
     holding_class,
     hooks_of,
-    is_configuration,
-    is_plain_object,
     is_same_value,
+    is_users,
+    plain_values_of,
+    scripted_attributes,
     settings,
 )
 
@@ -34,16 +35,7 @@ class Change(enum.Enum):
     SETTINGS = "a setting of a submodule has changed"
 
 
-_MANY = 256
-"""Containers of more leaves, a vocabulary say, are compared by close looks only."""
 _training = operator.itemgetter("training")
-# private, and in CUDA builds only: compares 300 addresses in about 20 us
-_native_compare = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
-
-
-def _contents_hold(container: Any, leaves: list[Any], structure: Any) -> bool:
-    now, structure_now = flatten(container)
-    return structure_now == structure and all(map(is_same_value, leaves, now))
 
 
 class ModuleState:
@@ -75,41 +67,29 @@ class ModuleState:
         members = [member for member in self._members if isinstance(member, Tensor)]
         self._lazy = [member for member in members if is_lazy(member)]  # they have no address before their first step
         self.tensors = [member for member in members if not is_lazy(member)]
-        self._addresses = [tensor.data_ptr() for tensor in self.tensors]
-        self._indices = list(range(len(self.tensors)))
+        self._addresses = Addresses(self.tensors)
+        self._scripted_values = [scripted_attributes(module) for module in self._scripted]
+        classes = {cls for module in self.modules for cls in plain_class(module).__mro__ if is_users(cls)}
+        # nobody sees who reads them: ``type(self).name``
+        self._of_classes = {(id(cls), name): vars(cls) for cls in classes for name in plain_values_of(cls)}
         self._remember_attributes()
 
     def _remember_attributes(self) -> None:
-        self._owners = list(self._watched.values())
-        self._names = [name for _, name in self._watched]
+        watched = {**self._of_classes, **self._watched}
+        self._owners = list(watched.values())
+        self._names = [name for _, name in watched]
         self._values = self._current_values()
-        # containers and objects by what is in them: they stay the same ones when a setting in them changes
-        self._containers: list[tuple[Any, list[Any], Any]] = []
-        self._large_containers: list[tuple[Any, list[Any], Any]] = []
-        self._objects: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        pending, seen = list(self._values), set()
-        while pending:
-            value = pending.pop()
-            if id(value) in seen:
-                continue
-            seen.add(id(value))
-            leaves, structure = flatten(value)
-            if structure is not None:
-                kept = self._large_containers if len(leaves) > _MANY else self._containers
-                kept.append((value, leaves, structure))
-                pending += filter(is_plain_object, leaves)
-            elif is_plain_object(value):
-                self._objects.append((vars(value), dict(vars(value))))
-                if is_configuration(value):
-                    pending += vars(value).values()
+        self._frozen = FrozenValues(self._values)
+        known = set(map(id, self.modules))
+        self._hidden = [ModuleState(module) for module in self._frozen.modules if id(module) not in known]
+        self._hidden_flags = [hidden.training_flags() for hidden in self._hidden]
 
     def _current_values(self) -> list[Any]:
         return [owner.get(name) for owner, name in zip(self._owners, self._names, strict=True)]
 
     def watch(self, reads: list[tuple[nn.Module, str]]) -> None:
-        """Watches attributes of instances and of their classes from now on: plain values by value, containers by what is in
-        them, nested ones too, other objects by their attributes, those of configurations in turn likewise, and what has none
-        by identity.
+        """Watches attributes of instances and of their classes from now on: plain values by value, others by identity and by
+        what is in them (:class:`FrozenValues`).
         """
         before = len(self._watched)
         for owner, name in reads:
@@ -120,12 +100,15 @@ class ModuleState:
             self._remember_attributes()
 
     def _attributes_hold(self) -> bool:
+        scripted = map(scripted_attributes, self._scripted)
+        if not all(map(same_attributes, scripted, self._scripted_values)):
+            return False
         values = self._current_values()
         if not all(map(operator.is_, values, self._values)) and not all(map(is_same_value, self._values, values)):
             return False
-        return all(_contents_hold(*container) for container in self._containers) and all(
-            attributes.keys() == before.keys() and all(map(is_same_value, before.values(), attributes.values()))
-            for attributes, before in self._objects
+        return self._frozen.hold() and all(
+            hidden.holds() and hidden.training_flags() == flags
+            for hidden, flags in zip(self._hidden, self._hidden_flags, strict=True)
         )
 
     def _current_members(self) -> list[Any]:
@@ -133,9 +116,7 @@ class ModuleState:
         return members + [member for table in self._tables_of_scripted for member in table.values()]
 
     def _addresses_hold(self) -> bool:
-        if _native_compare is not None and self.tensors:
-            return bool(_native_compare(self.tensors, self._addresses, self._indices))
-        return list(map(Tensor.data_ptr, self.tensors)) == self._addresses
+        return self._addresses.hold()
 
     def _members_hold(self) -> bool:
         members = self._current_members()
@@ -148,7 +129,7 @@ class ModuleState:
             change = Change.REPLACED
         elif not self._addresses_hold():
             change = Change.MOVED
-        elif self._values and not self._attributes_hold():
+        elif not self._attributes_hold():
             change = Change.ATTRIBUTE
         else:
             return Change.NOTHING
@@ -159,13 +140,13 @@ class ModuleState:
 
     def holds(self) -> bool:
         """Whether nothing has changed since the last look."""
-        return self._members_hold() and self._addresses_hold() and (not self._values or self._attributes_hold())
+        return self._members_hold() and self._addresses_hold() and self._attributes_hold()
 
     def look_closely(self) -> Change:
         """Compares settings, large containers and the layout of tensors with the last close look: at the start of a stage or
         epoch, since it takes longer.
         """
-        large_ones_hold = all(_contents_hold(*container) for container in self._large_containers)
+        large_ones_hold = self._frozen.large_ones_hold()
         if not large_ones_hold:
             self._remember_attributes()
         before, self._settings = self._settings, self._current_settings()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.legality import Cause
+from cg_lightning.stage.frozen_values import addresses_of
+from cg_lightning.stage.written_tensors import WrittenTensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +35,6 @@ class Finding:
         return f"{self.cause.value}: {self.operation}{where} ({self.location})"
 
 
-def addresses_of(tensors: Iterable[Tensor]) -> set[int]:
-    """Where the storages of tensors begin."""
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.layout is torch.strided}
-
-
 @dataclasses.dataclass
 class Call:
     """One call of a module, or (``module`` is None) the step."""
@@ -60,6 +56,8 @@ class Observation:
 
     def __init__(self, step: Call) -> None:
         self._step = step
+        self.written = WrittenTensors()
+        """Tensors, other than buffers of submodules and states of metrics, that the step changed in place."""
         self.settles = False
         """Whether something was done that is done once: metrics formed groups, a module was compiled."""
 

@@ -16,10 +16,10 @@ from cg_lightning.core.errors import UnkeyableBatchError
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.legality import Cause
 from cg_lightning.core.tree import flatten
-from cg_lightning.metrics.members import is_metric, metrics_of
+from cg_lightning.metrics.members import is_metric, metrics_of, states_of
 from cg_lightning.metrics.step_metrics import StepMetrics
 from cg_lightning.metrics.watch import MetricWatch
-from cg_lightning.stage.call_key import describe_call
+from cg_lightning.stage.call_key import describe_call, is_inside_transform
 from cg_lightning.stage.compiled_modules import (
     CallInterception,
     CompiledCallInterception,
@@ -31,10 +31,18 @@ from cg_lightning.stage.compiled_modules import (
 )
 from cg_lightning.stage.host_randomness import HostRandomState
 from cg_lightning.stage.interception import Interception, can_intercept
-from cg_lightning.stage.module_attributes import global_hooks, hooks_of, is_plain_attribute, is_user_written, plain_attributes
+from cg_lightning.stage.location import is_called_by_user
+from cg_lightning.stage.module_attributes import (
+    global_hooks,
+    hooks_of,
+    is_plain_attribute,
+    is_user_written,
+    plain_attributes,
+)
 from cg_lightning.stage.observation import Call, Finding, Observation
 from cg_lightning.stage.rebound_state import changed_names, state_of
 from cg_lightning.stage.watch import Copies, Watch, other_metrics_noticed, printing_noticed
+from cg_lightning.stage.written_tensors import LastingTensors
 
 
 def _updates(metrics: list[Metric]) -> list[int]:
@@ -86,9 +94,11 @@ class Observer:
         """Runs ``step`` once; gives what it returned, and what was seen."""
         tensors = [leaf for leaf in flatten(batch)[0] if isinstance(leaf, Tensor)]
         frame = Call("", None, tensors)
-        watch = Watch(self._device_type, frame)
         modules = list(modules_that_run(self._root))
         all_metrics = metrics_of(self._root)
+        with_states = all_metrics if self._metrics is None else self._metrics.all()
+        states = [getattr(metric, name) for metric in with_states for name in states_of(metric)]
+        watch = Watch(self._device_type, frame, [state for state in states if isinstance(state, Tensor)])
         metrics = [module for module in all_metrics if isinstance(module, Metric)]
         watched = None
         if self._metrics is not None:
@@ -96,7 +106,8 @@ class Observer:
         compiled = [(path, module) for path, module in modules if is_compiled(module)]
         inside = [pair for path, module in compiled for pair in modules_inside(path, module) if not is_metric(pair[1])]
         before = {path: state_of(module) for path, module in [*modules, *inside]}
-        copies = Copies(tensors)
+        lasting = LastingTensors(self._root)
+        copies, copies_inside = Copies(tensors), Copies(lasting.of_attributes(module for _, module in inside))
         updates = _updates(metrics)
         with self._intercepted(modules, metrics, watch, watched is not None):
             host = HostRandomState()
@@ -108,6 +119,7 @@ class Observer:
                 watch.watching(),
             ):
                 output = step()
+            watch.add_mutation(copies_inside.changed(), "compiled code")
             if (changed := copies.changed()) and not any(f.cause is Cause.INPUT_MUTATED for f in frame.findings):
                 watch.add_mutation(changed, "the batch")
             if host.was_drawn(self._device_type) and not any(f.cause is Cause.HOST_RANDOMNESS for f in frame.findings):
@@ -120,6 +132,7 @@ class Observer:
         self._find_rebound_state(frame, changes)
         observation = Observation(frame)
         observation.settles = (watched is not None and watched.settles) or bool(compiled and frame.findings)
+        observation.written = lasting.written(watch.written_outside)
         observation.release()
         return output, observation
 
@@ -142,7 +155,8 @@ class Observer:
         inside = [module, *[child for _, child in modules_inside(path, module)]] if is_compiled(module) else []
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            tensors = [leaf for leaf in flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+            leaves = [] if is_inside_transform() else flatten((args, kwargs))[0]
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             frame = Call(path, module, tensors, _key_of_call(module, args, kwargs))
             watch.stack[-1].calls.append(frame)
             watch.stack.append(frame)
@@ -184,9 +198,11 @@ class Observer:
                 watch.add(Cause.PRINTED, f"self.{name}")
             if module is self._root and name in ("trainer", "current_epoch", "global_step"):
                 watch.add(Cause.TRAINER_READ, f"self.{name}")
-            if is_plain_attribute(module, name):
-                for frame in watch.stack:
-                    frame.reads[id(module), name] = module
+            names = [name] if is_plain_attribute(module, name) else []
+            if name == "__dict__" and is_called_by_user():  # ``vars(self)["name"]``
+                names = plain_attributes(module)
+            for frame in watch.stack:
+                frame.reads.update({(id(module), each): module for each in names})
 
         interception: CallInterception
         if is_compiled_in_place(module):

@@ -8,7 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from cg_lightning.stage.module_attributes import class_values, is_plain_object, is_same_value, names_of_frameworks
+from cg_lightning.stage.module_attributes import (
+    attributes_of,
+    class_values,
+    is_plain_object,
+    is_same_value,
+    names_of_frameworks,
+    scripted_attributes,
+)
 
 _MOST_ITEMS = 100
 """Items of a container that are compared."""
@@ -19,7 +26,7 @@ def state_of(module: nn.Module) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for name, value in class_values(module):
         state.update({name: value, **{f"{name}{key}": item for key, item in _inside(value)}})
-    for name, value in vars(module).items():
+    for name, value in {**vars(module), **scripted_attributes(module)}.items():
         if name == "_metric_attributes":
             continue  # Lightning's cache of the names of metrics, made by the first ``self.log``
         if name in ("_parameters", "_buffers", "_modules"):
@@ -40,7 +47,7 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, list):
         yield from ((f"[{index}]", item) for index, item in enumerate(value[:_MOST_ITEMS]))
     elif is_plain_object(value):
-        yield from ((f".{name}", item) for name, item in vars(value).items())
+        yield from ((f".{name}", item) for name, item in attributes_of(value).items())
 
 
 def changed_names(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -29,6 +29,7 @@ from cg_lightning.stage.piecewise import PiecewiseTarget
 from cg_lightning.stage.stats import CUDAGraphStats
 from cg_lightning.stage.targets import match_targets
 from cg_lightning.stage.verification import VerificationSettings
+from cg_lightning.stage.written_tensors import WrittenTensors
 
 WARM_UP = "warm-up"
 _collect_once = functools.cache(gc.collect)  # before the first capture of a process: it takes longer than ten captures
@@ -84,6 +85,7 @@ class Session:
             self.budget,
             stats,
             self.state.storage_addresses,
+            lambda: self._written.now(),
             (lambda: None) if settings.options.gc_disable else _collect_once,
             settings.verification,
             self.metrics,
@@ -106,6 +108,7 @@ class Session:
         """Descriptors whose mode is decided."""
         self._sights: Counter[BatchDescriptor] = Counter()
         self._observations: dict[BatchDescriptor, Observation] = {}
+        self._written = WrittenTensors()
         self._values = ChangingValues()
 
     def note_step(self, stage: str, name: str) -> None:
@@ -192,6 +195,7 @@ class Session:
         if observation is None:
             return
         self._observations[descriptor] = observation
+        self._written.update(observation.written)
         mode = self.settings.mode
         runs_full = mode.has_full_cudagraphs() and not self._why_no_whole_step(descriptor)
         if mode.has_piecewise_cudagraphs() and not runs_full:

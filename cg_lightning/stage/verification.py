@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -50,20 +50,31 @@ class VerificationSettings:
 
 
 class StepState:
-    """What a step may change beside what it returns: buffers, random states, plain attributes of submodules."""
+    """What a step may change beside what it returns: buffers, random states, plain attributes of submodules.
 
-    def __init__(self, module: nn.Module, backend: GraphBackend, metrics: StepMetrics | None = None) -> None:
+    Args:
+        module: The module.
+        backend: Where it runs.
+        metrics: Its metrics, where a step may update them.
+        written: Other tensors that steps write to.
+    """
+
+    def __init__(
+        self, module: nn.Module, backend: GraphBackend, metrics: StepMetrics | None = None, written: Iterable[Tensor] = ()
+    ) -> None:
         self._backend = backend
         self._metrics = None if metrics is None else MetricsSnapshot(metrics)
-        self._buffers = [(name, buffer, buffer.clone()) for name, buffer in module.named_buffers()]
+        others = [(f"tensor of shape {tuple(tensor.shape)}", tensor) for tensor in written]
+        self._buffers = [(name, tensor, tensor.clone()) for name, tensor in [*module.named_buffers(), *others]]
         self._attributes = AttributesSnapshot(child for child in module.modules() if metrics is None or not is_metric(child))
         self._host_random_state = HostRandomState()
         self._device_random_state = backend.get_random_state()
 
     def restore(self) -> None:
         """Puts everything back in place: tensors keep their addresses."""
-        for _, buffer, value in self._buffers:
-            buffer.copy_(value)
+        with torch.no_grad():
+            for _, buffer, value in self._buffers:
+                buffer.copy_(value)
         self._attributes.restore()
         if self._metrics is not None:
             self._metrics.restore()
@@ -128,6 +139,7 @@ def verify(
     tolerance: str,
     metrics: StepMetrics | None = None,
     inputs: Sequence[Any] = (),
+    written: Sequence[Tensor] = (),
 ) -> Verdict:
     """Runs a step eagerly and from its graph, from the same state, so that a user sees one step.
 
@@ -142,15 +154,16 @@ def verify(
         tolerance: One of :data:`TOLERANCES`.
         metrics: The metrics of the module, where a step may update them.
         inputs: What the step is given. A graph writes to its own copies, so a step that changes these is no graph.
+        written: As in :class:`StepState`.
     """
-    before = StepState(module, backend, metrics)
+    before = StepState(module, backend, metrics, written)
     given = [(leaf, leaf.clone()) for leaf in inputs if isinstance(leaf, Tensor)]
     expected = eager()
     if not all(same_leaf(leaf, value) for leaf, value in given):
         return Verdict(expected, "it changes a tensor that it is given")
     expected_values = before.values()
     paths = [*leaf_paths(expected, "output"), *[name for name, _ in expected_values]]
-    after_eager = StepState(module, backend, metrics)
+    after_eager = StepState(module, backend, metrics, written)
     before.restore()
     output = replay()
     wanted = _leaves(expected, expected_values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -19,17 +19,31 @@ from cg_lightning.backends.dispatch import EagerDispatchMode
 from cg_lightning.core.equality import same_leaf
 from cg_lightning.core.legality import Cause, find_illegal
 from cg_lightning.core.tree import flatten
+from cg_lightning.stage.frozen_values import addresses_of
 from cg_lightning.stage.interception import plain_class
 from cg_lightning.stage.location import users_location
-from cg_lightning.stage.observation import Call, Finding, addresses_of
+from cg_lightning.stage.observation import Call, Finding
+
+
+def _addresses_in(values: Any) -> set[int]:
+    return addresses_of(leaf for leaf in flatten(values)[0] if isinstance(leaf, Tensor))
 
 
 class Watch(EagerDispatchMode):
-    """Collects findings for all calls that are under way."""
+    """Collects findings for all calls that are under way.
 
-    def __init__(self, device_type: str, step: Call) -> None:
+    Args:
+        device_type: Where the step runs.
+        step: The step.
+        states: Those of metrics.
+    """
+
+    def __init__(self, device_type: str, step: Call, states: Iterable[Tensor] = ()) -> None:
         super().__init__(device_type)
         self.stack = [step]
+        self.written_outside: dict[int, Tensor] = {}
+        """Tensors that were written to and not made in the step, by the address of their storage; all of the storage."""
+        self._made = addresses_of(states) | step.input_addresses
         self.is_in_framework = False
         """Whether what reads attributes of the module is Lightning, in ``self.log``."""
         self._paused = False
@@ -105,7 +119,9 @@ class Watch(EagerDispatchMode):
             self.add(Cause.GRADIENTS, func._schema.name)
         if func._schema.is_mutable:
             self._find_mutated_inputs(func, args, kwargs)
-        return self.call(func, args, kwargs)
+        output = self.call(func, args, kwargs)
+        self._made |= _addresses_in(output) - _addresses_in((args, kwargs))
+        return output
 
     def _tracks_gradients(self, args: tuple[Any, ...]) -> bool:
         """Whether what is computed has a gradient: metrics enable gradients for the value of a batch, which has none."""
@@ -122,6 +138,12 @@ class Watch(EagerDispatchMode):
     def add_mutation(self, written: list[Tensor], operation: str) -> None:
         """Adds a finding to every call that is under way and was given one of these tensors."""
         addresses = addresses_of(written)
+        for tensor in written:
+            address = tensor.untyped_storage().data_ptr()
+            if address not in self._made and address not in self.written_outside:
+                with torch.inference_mode(False):
+                    whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                    self.written_outside[address] = whole.set_(tensor.untyped_storage())
         for call in self.stack:
             if call.input_addresses & addresses:
                 call.findings.append(Finding(Cause.INPUT_MUTATED, operation, self.stack[-1].path, users_location()))
