@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from cg_lightning.app.demo import ConvNetClassifier
 
+FACTOR = 1.0
+
 __all__ = ["Attention", "Body", "ConvNetClassifier", "Predictor", "Recurrent"]
 
 

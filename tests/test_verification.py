@@ -13,10 +13,25 @@ from tests.harness import assert_same, features, predict
 from tests.models import Body, Predictor
 
 MODES = ["PIECEWISE", "FULL", "FULL_AND_PIECEWISE"]
-SCALE = 1.0
 
 
-class ReadsGlobal(nn.Module):
+def closed_over(value: Any) -> tuple[Any, Any]:
+    """Gives what reads and what writes a value that nobody else can see."""
+
+    def get() -> Any:
+        return value
+
+    def put(new: Any) -> None:
+        nonlocal value
+        value = new
+
+    return get, put
+
+
+get_scale, put_scale = closed_over(1.0)
+
+
+class ReadsClosure(nn.Module):
     """A graph freezes the global, and nothing guards it."""
 
     def __init__(self) -> None:
@@ -24,25 +39,23 @@ class ReadsGlobal(nn.Module):
         self.linear = nn.Linear(8, 8)
 
     def forward(self, x):
-        return self.linear(x) * SCALE
+        return self.linear(x) * get_scale()
 
 
-class ChangesGlobal(Predictor):
+class ChangesClosure(Predictor):
     def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        global SCALE
-        SCALE = 1.0 if batch_idx < 4 else 2.0
+        put_scale(1.0 if batch_idx < 4 else 2.0)
 
     def on_predict_end(self) -> None:
-        global SCALE
-        SCALE = 1.0
+        put_scale(1.0)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_frozen_global_is_caught_by_sampling(harness, mode):
+def test_a_frozen_closure_is_caught_by_sampling(harness, mode):
     """Hazard 8, and the stated limit: without sampling it is not seen."""
     callback = harness.callback(mode=mode, warmup_steps=1, verify_every=1)
     with pytest.warns(UserWarning, match="a replay differed from eager") as caught:
-        harness.compare(ChangesGlobal(ReadsGlobal()), predict(features(32)), callback)
+        harness.compare(ChangesClosure(ReadsClosure()), predict(features(32)), callback)
     (message,) = {str(w.message) for w in caught if "differed from eager" in str(w.message)}
     for part in ("stage 'predict'", "shapes 4x8", "from the graph", "from eager", "output"):
         assert part in message
@@ -50,14 +63,14 @@ def test_a_frozen_global_is_caught_by_sampling(harness, mode):
     assert sum(reason.startswith("verification: ") for reason in callback.stats.eager_reasons) >= (mode != "FULL_AND_PIECEWISE")
     without = harness.callback(mode=mode, warmup_steps=1)
     with pytest.raises(AssertionError):
-        harness.compare(ChangesGlobal(ReadsGlobal()), predict(features(32)), without)
+        harness.compare(ChangesClosure(ReadsClosure()), predict(features(32)), without)
 
 
 def test_strict_raises(harness):
     callback = harness.callback(warmup_steps=1, verify_every=1, strict=True)
     with pytest.raises(VerificationError, match="from the graph"):
-        harness.trainer(callback).predict(ChangesGlobal(ReadsGlobal()), features(32))
-    ChangesGlobal.on_predict_end(None)
+        harness.trainer(callback).predict(ChangesClosure(ReadsClosure()), features(32))
+    ChangesClosure.on_predict_end(None)
 
 
 class Moving(nn.Module):
@@ -181,13 +194,12 @@ def test_what_eager_differs_from_itself_is_let_pass_and_said(harness):
 
 
 def test_close_lets_small_differences_pass(harness):
-    class Slightly(ChangesGlobal):
+    class Slightly(ChangesClosure):
         def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-            global SCALE
-            SCALE = 1.0 if batch_idx < 4 else 1.0 + 1e-7
+            put_scale(1.0 if batch_idx < 4 else 1.0 + 1e-7)
 
     callback = harness.callback(warmup_steps=1, verify_every=1, verify_tolerance="close")
-    one = harness.trainer(callback).predict(Slightly(ReadsGlobal()), features(32))
+    one = harness.trainer(callback).predict(Slightly(ReadsClosure()), features(32))
     assert callback.stats.replays == 7
     assert len(one) == 8
 
@@ -252,14 +264,14 @@ def test_an_attribute_that_moves_outside_the_graphs_does_not_drop_them(harness):
 def test_an_exception_of_the_compared_step_comes_through(harness):
     class Fails(Predictor):
         def predict_step(self, batch: Any, batch_idx: int) -> Any:
-            if SCALE == 2.0:
+            if get_scale() == 2.0:
                 raise KeyError("mine")
             return self.net(batch[0])
 
-    model = type("Both", (ChangesGlobal, Fails), {})(Body())
+    model = type("Both", (ChangesClosure, Fails), {})(Body())
     with pytest.raises(KeyError, match="mine"):
         harness.trainer(harness.callback(mode="FULL", warmup_steps=1, verify_every=1)).predict(model, features(32))
-    ChangesGlobal.on_predict_end(None)
+    ChangesClosure.on_predict_end(None)
 
 
 def test_equal_meanssame_leaf():

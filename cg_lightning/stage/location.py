@@ -11,19 +11,23 @@ _OURS = str(Path(__file__).resolve().parent.parent)
 _LIBRARIES = tuple({path for key in ("stdlib", "purelib", "platlib") if (path := sysconfig.get_path(key))})
 
 
-def _is_library(frame: FrameType) -> bool:
-    return frame.f_code.co_filename.startswith(("<frozen", *_LIBRARIES))
+def _is_library(file: str) -> bool:
+    return file.startswith(("<frozen", *_LIBRARIES))
 
 
-def _is_ours(frame: FrameType) -> bool:
-    name = frame.f_code.co_filename
-    return name.startswith(_OURS) and not name.startswith(f"{_OURS}/app")
+def _is_ours(file: str) -> bool:
+    return file.startswith(_OURS) and not file.startswith(f"{_OURS}/app")
+
+
+def is_of_user(file: str) -> bool:
+    """Whether code in this file is none of a library or of this package; the demo counts as the user's."""
+    return not _is_library(file) and not _is_ours(file)
 
 
 def users_location() -> str:
-    """Gives ``file:line`` of the innermost frame outside libraries and this package; the demo counts as the user's."""
+    """Gives ``file:line`` of the innermost frame that is the user's."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and (_is_library(frame) or _is_ours(frame)):
+    while frame is not None and not is_of_user(frame.f_code.co_filename):
         frame = frame.f_back
     return "unknown" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
@@ -31,6 +35,6 @@ def users_location() -> str:
 def is_called_by_user() -> bool:
     """Whether the innermost frame outside this package is none of a library."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and _is_ours(frame):
+    while frame is not None and _is_ours(frame.f_code.co_filename):
         frame = frame.f_back
-    return frame is not None and not _is_library(frame)
+    return frame is not None and not _is_library(frame.f_code.co_filename)

@@ -87,14 +87,14 @@ class ModuleState:
     def _current_values(self) -> list[Any]:
         return [owner.get(name) for owner, name in zip(self._owners, self._names, strict=True)]
 
-    def watch(self, reads: list[tuple[nn.Module, str]]) -> None:
-        """Watches attributes of instances and of their classes from now on: plain values by value, others by identity and by
-        what is in them (:class:`FrozenValues`).
+    def watch(self, reads: list[tuple[Any, str]]) -> None:
+        """Watches attributes of modules and of their classes, and globals, from now on: plain values by value, others by
+        identity and by what is in them (:class:`FrozenValues`).
         """
         before = len(self._watched)
         for owner, name in reads:
-            self._watched.setdefault((id(owner), name), vars(owner))
-            if (cls := holding_class(owner, name)) is not None:
+            self._watched.setdefault((id(owner), name), owner if isinstance(owner, dict) else vars(owner))
+            if isinstance(owner, nn.Module) and (cls := holding_class(owner, name)) is not None:
                 self._watched.setdefault((id(cls), name), vars(cls))
         if len(self._watched) > before:
             self._remember_attributes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -45,7 +46,8 @@ class Call:
     descriptor: BatchDescriptor | None = None
     findings: list[Finding] = dataclasses.field(default_factory=list)
     calls: list[Call] = dataclasses.field(default_factory=list)
-    reads: dict[tuple[int, str], nn.Module] = dataclasses.field(default_factory=dict)
+    reads: dict[tuple[int, str], Any] = dataclasses.field(default_factory=dict)
+    """What holds attributes and globals that the call reads, by its id and their names."""
 
     def __post_init__(self) -> None:
         self.input_addresses = addresses_of(self.inputs)
@@ -101,8 +103,8 @@ class Observation:
         choose(self._step)
         return chosen
 
-    def reads(self, module: nn.Module | None = None) -> list[tuple[nn.Module, str]]:
-        """Plain attributes of user-written modules that calls of ``module`` (None: the step) read."""
+    def reads(self, module: nn.Module | None = None) -> list[tuple[Any, str]]:
+        """Plain attributes of user-written modules, and globals, that calls of ``module`` (None: the step) read."""
         calls = [self._step] if module is None else [c for c in self._all_calls(self._step) if c.module is module]
         return [(owner, name) for call in calls for (_, name), owner in call.reads.items()]
 

@@ -29,6 +29,7 @@ from cg_lightning.stage.compiled_modules import (
     modules_inside,
     modules_that_run,
 )
+from cg_lightning.stage.global_reads import GlobalReads
 from cg_lightning.stage.host_randomness import HostRandomState
 from cg_lightning.stage.interception import Interception, can_intercept
 from cg_lightning.stage.location import is_called_by_user
@@ -106,12 +107,14 @@ class Observer:
         compiled = [(path, module) for path, module in modules if is_compiled(module)]
         inside = [pair for path, module in compiled for pair in modules_inside(path, module) if not is_metric(pair[1])]
         before = {path: state_of(module) for path, module in [*modules, *inside]}
+        reads = GlobalReads(watch.add_read)
         lasting = LastingTensors(self._root)
         copies, copies_inside = Copies(tensors), Copies(lasting.of_attributes(module for _, module in inside))
         updates = _updates(metrics)
         with self._intercepted(modules, metrics, watch, watched is not None):
             host = HostRandomState()
             with (
+                reads.noticing(),
                 printing_noticed(watch),
                 other_metrics_noticed(all_metrics, watch),
                 self._noticing_host_syncs(watch.add),
@@ -124,6 +127,8 @@ class Observer:
                 watch.add_mutation(changed, "the batch")
             if host.was_drawn(self._device_type) and not any(f.cause is Cause.HOST_RANDOMNESS for f in frame.findings):
                 watch.add(Cause.HOST_RANDOMNESS, "random state moved")
+        for name in reads.changed():
+            watch.add(Cause.STATE_REBOUND, f"global {name}")
         if watched is not None:
             watched.finish()
         elif _updates(metrics) != updates and not any(f.cause is Cause.METRIC_UPDATED for f in frame.findings):
@@ -160,8 +165,9 @@ class Observer:
             frame = Call(path, module, tensors, _key_of_call(module, args, kwargs))
             watch.stack[-1].calls.append(frame)
             watch.stack.append(frame)
-            for outer in watch.stack:
-                outer.reads.update({(id(child), name): child for child in inside for name in plain_attributes(child)})
+            for child in inside:
+                for name in plain_attributes(child):
+                    watch.add_read((child, name))
             updates = _updates(metrics)
             own_state = state_of(module) if module is self._root else {}
             with watch.paused():
@@ -201,8 +207,8 @@ class Observer:
             names = [name] if is_plain_attribute(module, name) else []
             if name == "__dict__" and is_called_by_user():  # ``vars(self)["name"]``
                 names = plain_attributes(module)
-            for frame in watch.stack:
-                frame.reads.update({(id(module), each): module for each in names})
+            for each in names:
+                watch.add_read((module, each))
 
         interception: CallInterception
         if is_compiled_in_place(module):

@@ -51,7 +51,7 @@ class PiecewiseTarget:
         self._state = ModuleState(module)
         self._known: KnownDescriptors = {}
 
-    def watch(self, reads: list[tuple[nn.Module, str]]) -> None:
+    def watch(self, reads: list[tuple[Any, str]]) -> None:
         """As :meth:`ModuleState.watch`."""
         self._state.watch(reads)
 

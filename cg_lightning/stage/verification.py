@@ -21,7 +21,8 @@ from cg_lightning.stage.host_randomness import HostRandomState
 
 TOLERANCES = ("exact", "close")
 _LIKELY_CAUSE = (
-    "The graph has most likely frozen a Python value, a global for instance, or reads memory that has moved"  # or a bug
+    "The graph has most likely frozen a Python value, one that a function has closed over for instance, or reads memory "
+    "that has moved"
 )
 
 

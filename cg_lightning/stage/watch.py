@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import logging
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -21,7 +23,7 @@ from cg_lightning.core.legality import Cause, find_illegal
 from cg_lightning.core.tree import flatten
 from cg_lightning.stage.frozen_values import addresses_of
 from cg_lightning.stage.interception import plain_class
-from cg_lightning.stage.location import users_location
+from cg_lightning.stage.location import is_of_user, users_location
 from cg_lightning.stage.observation import Call, Finding
 
 
@@ -66,6 +68,12 @@ class Watch(EagerDispatchMode):
         for call in self.stack[self._first :]:
             call.findings.append(finding)
 
+    def add_read(self, read: tuple[Any, str]) -> None:
+        """Notes an attribute or a global for every call that is under way."""
+        owner, name = read
+        for call in self.stack:
+            call.reads[id(owner), name] = owner
+
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Enters the mode. Functions compiled by ``torch.compile`` run as they were before: under a dispatch mode they would do
@@ -81,6 +89,8 @@ class Watch(EagerDispatchMode):
     @contextlib.contextmanager
     def left(self) -> Iterator[None]:
         """While a compiled module runs, and compiled it shall be."""
+        profiler = sys.getprofile()
+        sys.setprofile(None)  # compiling calls many functions
         self._stance.__exit__(None, None, None)
         is_innermost = _get_current_dispatch_mode() is self
         if is_innermost:
@@ -91,6 +101,7 @@ class Watch(EagerDispatchMode):
             if is_innermost:
                 self.__enter__()  # type: ignore[no-untyped-call]
             self._stance = torch.compiler.set_stance("force_eager")
+            sys.setprofile(profiler)
 
     @contextlib.contextmanager
     def sparing_the_step(self) -> Iterator[None]:
@@ -177,13 +188,18 @@ def other_metrics_noticed(known: list[nn.Module], watch: Watch) -> Iterator[None
 
 @contextlib.contextmanager
 def printing_noticed(watch: Watch) -> Iterator[None]:
-    """Notices ``print``."""
-    original, thread = builtins.print, threading.get_ident()
+    """Notices ``print``, and what the user's own functions log by ``logging``."""
+    original, handle, thread = builtins.print, logging.Logger.handle, threading.get_ident()
 
     def noticed(*args: Any, **kwargs: Any) -> None:
         if threading.get_ident() == thread:
             watch.add(Cause.PRINTED, "print")
         original(*args, **kwargs)
 
-    with patch.object(builtins, "print", noticed):
+    def noticed_record(logger: logging.Logger, record: logging.LogRecord) -> None:
+        if threading.get_ident() == thread and is_of_user(record.pathname):
+            watch.add(Cause.PRINTED, "logging")
+        handle(logger, record)
+
+    with patch.object(builtins, "print", noticed), patch.object(logging.Logger, "handle", noticed_record):
         yield

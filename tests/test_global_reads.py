@@ -1,0 +1,158 @@
+"""Globals: a graph freezes them like attributes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+
+from tests import models
+from tests.harness import Harness, assert_same, features, predict
+from tests.models import Body, Predictor
+
+FACTOR = 1.0
+TABLE: dict[str, float] = {"factor": 1.0}
+KEPT: list[Any] = []
+STEPS = 0
+logger = logging.getLogger("user")
+
+
+class Config:
+    factor = 1.0
+    factors: ClassVar[list[float]] = [1.0]
+
+
+def helper(x):
+    return x * FACTOR
+
+
+class Helped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return helper(self.linear(x))
+
+
+class ReadsThem(Predictor):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        scaled = [self.net(batch[0]) * factor for factor in Config.factors]
+        return scaled[0] * FACTOR * TABLE["factor"] * Config.factor * models.FACTOR
+
+
+def reset() -> None:
+    global FACTOR, STEPS
+    FACTOR, STEPS, TABLE["factor"], Config.factor, Config.factors[0], models.FACTOR = 1.0, 0, 1.0, 1.0, 1.0, 1.0
+    KEPT.clear()
+
+
+@pytest.fixture(autouse=True)
+def as_they_were():
+    reset()
+    yield
+    reset()
+
+
+class Changes(Callback):
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        global FACTOR
+        if batch_idx != 4:
+            return
+        if self.name == "global":
+            FACTOR = 3.0
+        if self.name == "dictionary":
+            TABLE["factor"] = 3.0
+        if self.name == "class":
+            Config.factor = 3.0
+        if self.name == "list of a class":
+            Config.factors[0] = 3.0
+        if self.name == "module":
+            models.FACTOR = 3.0
+
+    def on_predict_end(self, *_: Any) -> None:
+        reset()
+
+
+@pytest.mark.parametrize("name", ["global", "dictionary", "class", "list of a class", "module"])
+def test_globals_that_change_between_two_batches(harness: Harness, name):
+    """Hazards 7 and 8."""
+    callback = harness.callback(warmup_steps=1, verify_replays=0)
+    harness.compare(ReadsThem(Body()), predict(features(32)), callback, lambda: [Changes(name)])
+    assert callback.stats.steps["FULL"] == 7, callback.summary()
+    assert callback.stats.captures == 2
+
+
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])
+def test_globals_of_functions_that_a_submodule_calls(harness: Harness, mode):
+    callback = harness.callback(warmup_steps=1, verify_replays=0, mode=mode)
+    harness.compare(Predictor(Helped()), predict(features(32)), callback, lambda: [Changes("global")])
+    assert callback.stats.captures == 2
+
+
+def test_that_they_are_frozen_where_nobody_looks(harness: Harness):
+    """Another profiler has the thread: what is said not to be seen then is not seen."""
+
+    class Profiles(Callback):
+        def on_predict_start(self, *_: Any) -> None:
+            sys.setprofile(lambda *_: None)
+
+        def on_predict_end(self, *_: Any) -> None:
+            sys.setprofile(None)
+
+    callback = harness.callback(warmup_steps=1, verify_replays=0)
+    with pytest.raises(AssertionError):
+        harness.compare(ReadsThem(Body()), predict(features(32)), callback, lambda: [Profiles(), Changes("global")])
+
+
+class Appends(Predictor):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        KEPT.append(self.net(batch[0]))
+        return KEPT[-1] * len(KEPT)
+
+
+class Counts(Predictor):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        global STEPS
+        STEPS += 1
+        return self.net(batch[0]) * STEPS
+
+
+class Logs(Predictor):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        logger.warning("a step")
+        return self.net(batch[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Appends, "module state rebound: global KEPT"),
+        (Counts, "module state rebound: global STEPS"),
+        (Logs, "logger or print used: logging"),
+    ],
+)
+def test_globals_that_a_step_changes(harness: Harness, caplog, kind, reason):
+    """Hazard 6."""
+    torch.manual_seed(3)
+    net, seen, callback = Body(), [], harness.callback(warmup_steps=1)
+    state = net.state_dict()
+    for extra in ([callback], []):
+        reset()
+        caplog.clear()
+        net.load_state_dict(state)
+        kept = harness.trainer(*extra).predict(kind(net), features(32))
+        seen.append((kept, list(KEPT), STEPS, [record.message for record in caplog.records if record.name == "user"]))
+    assert_same(*seen)
+    assert callback.stats.steps["PIECEWISE"] >= 6
+    full = harness.callback(warmup_steps=1, mode="FULL")
+    harness.trainer(full).predict(kind(net), features(32))
+    assert any(given.startswith(reason) for given in full.stats.eager_reasons), full.summary()
