@@ -158,6 +158,17 @@ def test_uses_of_batch_idx():
     assert finding.location.startswith(f"{__file__}:")
 
 
+def test_a_generator_of_its_own():
+    """No graph draws from it, and no verification puts it back."""
+
+    class Draws(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch[0]) + torch.rand(8, generator=torch.Generator().manual_seed(1))
+
+    (finding,) = diagnose(Draws(Body()), (torch.randn(2, 8),)).findings
+    assert finding.cause is Cause.HOST_RANDOMNESS
+
+
 def passes_on(step):
     @functools.wraps(step)
     def decorated(*args, **kwargs):

@@ -139,6 +139,29 @@ def test_what_a_step_writes_to_is_written_to_once(harness, mode, settings):
     assert callback.stats.replays > 15, callback.summary()
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_what_ran_eagerly_for_a_capture_that_failed_is_the_step(harness, mode):
+    """It is not run once more for its result: what it counts where nobody sees it would count again."""
+
+    class Waits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            count_up(count() + 1)
+            return self.linear(x) + (count() if count() < 2 else torch.ones(1, device=x.device).mul(count()).item())
+
+    callback, seen = harness.callback(mode=mode, warmup_steps=1), []
+    for extra in ([callback], []):
+        count, count_up = closed_over(0)
+        torch.manual_seed(3)
+        seen.append(harness.trainer(*extra).predict(Predictor(Waits()), features(8)))
+    assert_same(*seen)
+    assert callback.stats.captures == 0
+    assert any("item" in reason for reason in callback.stats.eager_reasons), callback.summary()
+
+
 class Noisy(nn.Module):
     """Differs from itself in the last bits, as atomic additions do."""
 

@@ -26,7 +26,12 @@ class CaptureError(CUDAGraphError):
 
     Attributes:
         diagnosis: With ``strict=True``, the :class:`~cg_lightning.Diagnosis` of the step, where it was watched.
+        ran_eagerly: Whether the step has run eagerly already, to be compared with its graph.
+        output: What it gave then.
     """
+
+    ran_eagerly = False
+    output: object = None
 
     def __init__(self, message: str, diagnosis: object = None) -> None:
         super().__init__(message)

@@ -28,7 +28,11 @@ _native_compare = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
 
 def addresses_of(tensors: Iterable[Tensor]) -> set[int]:
     """Where the storages of tensors begin."""
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.layout is torch.strided}
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if _has_memory(tensor)}
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor._is_zerotensor()  # derivatives of forward mode may have none
 
 
 class Addresses:

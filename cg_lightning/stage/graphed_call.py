@@ -168,19 +168,25 @@ class GraphedCall:
             runs.append([])
             return self._run_eagerly(descriptor, tree, rest, runs[-1])
 
+        failed = None
         with contextlib.nullcontext() if self._metrics is None else self._metrics.log_calls.held():
-            verdict = verify(
-                eager,
-                lambda: self._run_graph(descriptor, tree, leaves, rest)[1],
-                self._module,
-                self._settings.backend,
-                self._settings.verification.tolerance,
-                self._metrics,
-                leaves,
-                self._settings.written(),
-            )
+            try:
+                verdict = verify(
+                    eager,
+                    lambda: self._run_graph(descriptor, tree, leaves, rest)[1],
+                    self._module,
+                    self._settings.backend,
+                    self._settings.verification.tolerance,
+                    self._metrics,
+                    leaves,
+                    self._settings.written(),
+                )
+            except CaptureError as error:
+                failed = error
         if self._metrics is not None:
             self._metrics.log_calls.make(runs[0])
+        if failed is not None:
+            raise failed
         if verdict.difference:
             self._drop_from_budget(descriptor)
             raise VerificationError(

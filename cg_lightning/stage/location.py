@@ -30,11 +30,3 @@ def users_location() -> str:
     while frame is not None and not is_of_user(frame.f_code.co_filename):
         frame = frame.f_back
     return "unknown" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-def is_called_by_user() -> bool:
-    """Whether the innermost frame outside this package is none of a library."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and _is_ours(frame.f_code.co_filename):
-        frame = frame.f_back
-    return frame is not None and not _is_library(frame.f_code.co_filename)

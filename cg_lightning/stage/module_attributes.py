@@ -111,9 +111,11 @@ def class_values(module: nn.Module) -> Iterator[tuple[str, Any]]:
                     yield f"{cls.__name__}.{name}", value
 
 
-def plain_values_of(cls: type) -> list[str]:
-    """Names of the plain values that a class itself holds."""
-    return [name for name, value in vars(cls).items() if is_plain_value(value) and not name.startswith("__")]
+def values_of_classes(modules: list[nn.Module]) -> list[tuple[type, str]]:
+    """Gives the plain values of user-written classes, which nobody sees being read (``type(self).name``), by class and name."""
+    classes = {cls: None for module in modules for cls in plain_class(module).__mro__ if is_users(cls)}
+    named = [(cls, name, value) for cls in classes for name, value in vars(cls).items() if not name.startswith("__")]
+    return [(cls, name) for cls, name, value in named if is_plain_value(value)]
 
 
 def is_plain_attribute(module: nn.Module, name: str) -> bool:

@@ -12,14 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from cg_lightning.stage.frozen_values import Addresses, FrozenValues, same_attributes
-from cg_lightning.stage.interception import plain_class
 from cg_lightning.stage.module_attributes import (
     global_hooks,
     holding_class,
     hooks_of,
     is_same_value,
-    is_users,
-    plain_values_of,
     scripted_attributes,
     settings,
 )
@@ -69,15 +66,11 @@ class ModuleState:
         self.tensors = [member for member in members if not is_lazy(member)]
         self._addresses = Addresses(self.tensors)
         self._scripted_values = [scripted_attributes(module) for module in self._scripted]
-        classes = {cls for module in self.modules for cls in plain_class(module).__mro__ if is_users(cls)}
-        # nobody sees who reads them: ``type(self).name``
-        self._of_classes = {(id(cls), name): vars(cls) for cls in classes for name in plain_values_of(cls)}
         self._remember_attributes()
 
     def _remember_attributes(self) -> None:
-        watched = {**self._of_classes, **self._watched}
-        self._owners = list(watched.values())
-        self._names = [name for _, name in watched]
+        self._owners = list(self._watched.values())
+        self._names = [name for _, name in self._watched]
         self._values = self._current_values()
         self._frozen = FrozenValues(self._values)
         known = set(map(id, self.modules))

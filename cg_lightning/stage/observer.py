@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -32,13 +33,14 @@ from cg_lightning.stage.compiled_modules import (
 from cg_lightning.stage.global_reads import GlobalReads
 from cg_lightning.stage.host_randomness import HostRandomState
 from cg_lightning.stage.interception import Interception, can_intercept
-from cg_lightning.stage.location import is_called_by_user
+from cg_lightning.stage.location import is_of_user
 from cg_lightning.stage.module_attributes import (
     global_hooks,
     hooks_of,
     is_plain_attribute,
     is_user_written,
     plain_attributes,
+    values_of_classes,
 )
 from cg_lightning.stage.observation import Call, Finding, Observation
 from cg_lightning.stage.rebound_state import changed_names, state_of
@@ -107,6 +109,8 @@ class Observer:
         compiled = [(path, module) for path, module in modules if is_compiled(module)]
         inside = [pair for path, module in compiled for pair in modules_inside(path, module) if not is_metric(pair[1])]
         before = {path: state_of(module) for path, module in [*modules, *inside]}
+        for read in values_of_classes([self._root]):
+            watch.add_read(read)
         reads = GlobalReads(watch.add_read)
         lasting = LastingTensors(self._root)
         copies, copies_inside = Copies(tensors), Copies(lasting.of_attributes(module for _, module in inside))
@@ -158,6 +162,7 @@ class Observer:
     def _intercept(self, path: str, module: nn.Module, metrics: list[Metric], watch: Watch, may_log: bool) -> CallInterception:
         graphed_already = is_graphed_by_compiler(module)
         inside = [module, *[child for _, child in modules_inside(path, module)]] if is_compiled(module) else []
+        unseen = [(child, name) for child in inside for name in plain_attributes(child)] + values_of_classes(inside or [module])
 
         def call(*args: Any, **kwargs: Any) -> Any:
             leaves = [] if is_inside_transform() else flatten((args, kwargs))[0]
@@ -165,9 +170,8 @@ class Observer:
             frame = Call(path, module, tensors, _key_of_call(module, args, kwargs))
             watch.stack[-1].calls.append(frame)
             watch.stack.append(frame)
-            for child in inside:
-                for name in plain_attributes(child):
-                    watch.add_read((child, name))
+            for read_unseen in unseen:
+                watch.add_read(read_unseen)
             updates = _updates(metrics)
             own_state = state_of(module) if module is self._root else {}
             with watch.paused():
@@ -205,7 +209,7 @@ class Observer:
             if module is self._root and name in ("trainer", "current_epoch", "global_step"):
                 watch.add(Cause.TRAINER_READ, f"self.{name}")
             names = [name] if is_plain_attribute(module, name) else []
-            if name == "__dict__" and is_called_by_user():  # ``vars(self)["name"]``
+            if name == "__dict__" and is_of_user(sys._getframe(2).f_code.co_filename):  # ``vars(self)["name"]``
                 names = plain_attributes(module)
             for each in names:
                 watch.add_read((module, each))

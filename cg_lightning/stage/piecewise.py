@@ -133,4 +133,6 @@ class PiecewiseTarget:
             return self._original(*args, **kwargs)
         except (CaptureError, UnkeyableBatchError) as error:
             self.reasons[descriptor] = f"{self.path}: {error}"
+            if isinstance(error, CaptureError) and error.ran_eagerly:
+                return error.output
             return self._original(*args, **kwargs)

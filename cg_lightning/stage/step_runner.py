@@ -93,6 +93,10 @@ class StepRunner:
                 return self._eager(args, kwargs, descriptor, str(error))
             except (CaptureError, UnkeyableBatchError) as error:
                 session.refuse_full(descriptor, str(error))
+                if isinstance(error, CaptureError) and error.ran_eagerly:
+                    self._refuse_if_strict(str(error), descriptor, error)
+                    session.stats.count_eager_step(self._stage, descriptor.shapes(), str(error))
+                    return error.output
                 return self._lower(args, kwargs, descriptor, error)
             session.stats.count_graphed_step(self._stage, "FULL")  # Enum.name is slow
             return output

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cg_lightning.backends import GraphBackend
 from cg_lightning.core.attributes import AttributesSnapshot
 from cg_lightning.core.equality import same_leaf
-from cg_lightning.core.errors import VerificationError
+from cg_lightning.core.errors import CaptureError, VerificationError
 from cg_lightning.core.tree import flatten, leaf_paths
 from cg_lightning.metrics.members import is_metric
 from cg_lightning.metrics.step_metrics import MetricsSnapshot, StepMetrics
@@ -156,6 +156,9 @@ def verify(
         metrics: The metrics of the module, where a step may update them.
         inputs: What the step is given. A graph writes to its own copies, so a step that changes these is no graph.
         written: As in :class:`StepState`.
+
+    Raises:
+        CaptureError: There is no graph to compare with; the step has run eagerly, and the error carries its output.
     """
     before = StepState(module, backend, metrics, written)
     given = [(leaf, leaf.clone()) for leaf in inputs if isinstance(leaf, Tensor)]
@@ -166,7 +169,12 @@ def verify(
     paths = [*leaf_paths(expected, "output"), *[name for name, _ in expected_values]]
     after_eager = StepState(module, backend, metrics, written)
     before.restore()
-    output = replay()
+    try:
+        output = replay()
+    except CaptureError as error:
+        after_eager.restore()
+        error.ran_eagerly, error.output = True, expected
+        raise
     wanted = _leaves(expected, expected_values)
     found = _leaves(output, before.values())
     if len(wanted) != len(found):

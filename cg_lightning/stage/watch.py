@@ -125,6 +125,8 @@ class Watch(EagerDispatchMode):
             return self.call(func, args, kwargs)
         if (cause := find_illegal(func, args, kwargs, self.device_type)) is not None:
             self.add(cause, func._schema.name)
+        if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
+            self.add(Cause.HOST_RANDOMNESS, f"{func._schema.name} with a generator of its own")
         caches_a_cast = self._autocast and func._schema.name == "aten::_to_copy"  # autocast does so with gradients
         if torch.is_grad_enabled() and not caches_a_cast and self._tracks_gradients(args):
             self.add(Cause.GRADIENTS, func._schema.name)
