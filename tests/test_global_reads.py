@@ -31,6 +31,20 @@ def helper(x):
     return x * FACTOR
 
 
+class Inherits(Config):
+    pass
+
+
+class Refuses(dict):
+    """A mapping that cannot be read, as that of a closed file."""
+
+    def __iter__(self):
+        raise OSError("closed")
+
+
+REFUSES = Refuses(a=1)
+
+
 class Helped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +57,7 @@ class Helped(nn.Module):
 class ReadsThem(Predictor):
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         scaled = [self.net(batch[0]) * factor for factor in Config.factors]
-        return scaled[0] * FACTOR * TABLE["factor"] * Config.factor * models.FACTOR
+        return scaled[0] * FACTOR * TABLE["factor"] * Inherits.factor * models.FACTOR * torch.ones(8, device=self.device)
 
 
 def reset() -> None:
@@ -113,10 +127,48 @@ def test_that_they_are_frozen_where_nobody_looks(harness: Harness):
         harness.compare(ReadsThem(Body()), predict(features(32)), callback, lambda: [Profiles(), Changes("global")])
 
 
+def test_a_profiler_of_the_users_goes_on(harness: Harness):
+    called = []
+
+    class Profiled(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch[0])
+
+    net: Any = Body()
+    net.compile(backend="eager")
+    sys.setprofile(lambda frame, event, _: called.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        harness.trainer(harness.callback(warmup_steps=1)).predict(Profiled(net), features(32))
+        assert sys.getprofile() is not None
+    finally:
+        sys.setprofile(None)
+    assert "predict_step" in called
+
+
 class Appends(Predictor):
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         KEPT.append(self.net(batch[0]))
         return KEPT[-1] * len(KEPT)
+
+
+class AppendsInside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        KEPT.append(self.linear(x))
+        return KEPT[-1] * len(KEPT)
+
+
+class AppendsInSubmodule(Predictor):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(AppendsInside())
+        self.net.linear = net[0:1]
+        self.out = nn.Linear(16, 8)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.out(self.net(batch[0]))
 
 
 class Counts(Predictor):
@@ -124,6 +176,11 @@ class Counts(Predictor):
         global STEPS
         STEPS += 1
         return self.net(batch[0]) * STEPS
+
+
+class NamesWhatCannotBeRead(Predictor):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.net(batch[0]) * len(REFUSES)
 
 
 class Logs(Predictor):
@@ -136,8 +193,10 @@ class Logs(Predictor):
     ("kind", "reason"),
     [
         (Appends, "module state rebound: global KEPT"),
+        (AppendsInSubmodule, "module state rebound: global KEPT"),
         (Counts, "module state rebound: global STEPS"),
         (Logs, "logger or print used: logging"),
+        (NamesWhatCannotBeRead, "module state rebound: global REFUSES cannot be looked into: OSError: closed"),
     ],
 )
 def test_globals_that_a_step_changes(harness: Harness, caplog, kind, reason):
@@ -149,6 +208,7 @@ def test_globals_that_a_step_changes(harness: Harness, caplog, kind, reason):
         reset()
         caplog.clear()
         net.load_state_dict(state)
+        torch.manual_seed(4)
         kept = harness.trainer(*extra).predict(kind(net), features(32))
         seen.append((kept, list(KEPT), STEPS, [record.message for record in caplog.records if record.name == "user"]))
     assert_same(*seen)

@@ -27,6 +27,22 @@ def _is_users_namespace(value: Any) -> bool:
     return isinstance(value, types.ModuleType) and (value.__name__ == "__main__" if file is None else is_of_user(file))
 
 
+def _attributes_of(namespace: Any, names: tuple[str, ...], seen: set[int]) -> list[Read]:
+    """What of a module or class may be read by attributes with these names, in modules and classes inside it too."""
+    found: list[Read] = []
+    seen.add(id(namespace))
+    for name in names:
+        holders = namespace.__mro__ if isinstance(namespace, type) else (namespace,)
+        holder = next((each for each in holders if name in vars(each)), None)
+        value = None if holder is None else vars(holder)[name]
+        if isinstance(value, (types.ModuleType, type)):
+            if id(value) not in seen and _is_users_namespace(value):
+                found += _attributes_of(value, names, seen)
+        elif holder is not None and not isinstance(value, _FUNCTIONS):
+            found.append((holder, name))
+    return found
+
+
 def _reads_of(frame: FrameType) -> list[Read]:
     """What a function of the user's may read: the globals that it names, and attributes of modules and classes."""
     found: list[Read] = []
@@ -37,7 +53,7 @@ def _reads_of(frame: FrameType) -> list[Read]:
         value = namespace.get(name)
         if isinstance(value, (types.ModuleType, type)):
             if _is_users_namespace(value):
-                found += [(value, n) for n in code.co_names if not isinstance(vars(value).get(n), (*_FUNCTIONS, type(None)))]
+                found += _attributes_of(value, code.co_names, set())
         elif name in namespace and not isinstance(value, _FUNCTIONS):
             found.append((namespace, name))
     return found
@@ -56,6 +72,7 @@ class GlobalReads:
         self._on_read = on_read
         self._reads: dict[CodeType, list[Read]] = {}
         self._before: dict[tuple[int, str], tuple[Any, Any, FrozenValues]] = {}
+        self._unreadable: dict[tuple[int, str], str] = {}
 
     @contextlib.contextmanager
     def noticing(self) -> Iterator[None]:
@@ -67,15 +84,27 @@ class GlobalReads:
         try:
             yield
         finally:
-            sys.setprofile(None)
+            if sys.getprofile() == self._on_event:
+                sys.setprofile(None)
 
-    def changed(self) -> list[str]:
-        """Names of what the step itself has changed: a list that it has appended to, say."""
-        return [
-            name
-            for (_, name), (owner, value, contents) in self._before.items()
-            if not (is_same_value(value, value_in(owner, name)) and contents.hold() and contents.large_ones_hold())
-        ]
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """While many functions run that are none of the user's: those of the compiler."""
+        if sys.getprofile() != self._on_event:
+            yield
+            return
+        sys.setprofile(None)
+        try:
+            yield
+        finally:
+            sys.setprofile(self._on_event)
+
+    def problems(self) -> Iterator[tuple[tuple[int, str], str]]:
+        """Gives the globals that the step itself has changed, or that nobody can look into: the key of a read, and words."""
+        for key, (owner, value, contents) in self._before.items():
+            if not (is_same_value(value, value_in(owner, key[1])) and contents.hold() and contents.large_ones_hold()):
+                yield key, f"global {key[1]}"
+        yield from self._unreadable.items()
 
     def _on_event(self, frame: FrameType, event: str, _: Any) -> None:
         if event != "call":
@@ -85,10 +114,16 @@ class GlobalReads:
             reads = self._reads[frame.f_code] = _reads_of(frame)
             for owner, name in reads:
                 if (id(owner), name) not in self._before:
-                    value = value_in(owner, name)
-                    self._before[id(owner), name] = (owner, value, FrozenValues([value]))
+                    self._remember(owner, name)
         for read in reads:
             self._on_read(read)
+
+    def _remember(self, owner: Any, name: str) -> None:
+        value = value_in(owner, name)
+        try:
+            self._before[id(owner), name] = (owner, value, FrozenValues([value]))
+        except Exception as error:  # a closed file, say: whatever it raises, what reads it is no graph and says so
+            self._unreadable[id(owner), name] = f"global {name} cannot be looked into: {type(error).__name__}: {error}"
 
 
 def value_in(owner: Any, name: str) -> Any:

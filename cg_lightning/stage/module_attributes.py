@@ -38,7 +38,9 @@ def slots_of(cls: type) -> tuple[str, ...]:
 
 def is_plain_object(value: Any) -> bool:
     """Whether ``value`` is an object of the user's that holds attributes: a configuration, say."""
-    if isinstance(value, (nn.Module, Tensor, type, Trainer)) or (callable(value) and not is_users(type(value))):
+    if isinstance(value, (nn.Module, Tensor, type, types.ModuleType, Trainer)) or (
+        callable(value) and not is_users(type(value))
+    ):
         return False
     return hasattr(value, "__dict__") or bool(slots_of(type(value)))
 

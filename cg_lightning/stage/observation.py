@@ -68,6 +68,12 @@ class Observation:
         for call in (self._step, *self._all_calls(self._step)):
             call.inputs.clear()
 
+    def add_to_readers(self, key: tuple[int, str], finding: Finding) -> None:
+        """Adds a finding to every call that has read something, given by the key of :attr:`Call.reads`."""
+        for call in (self._step, *self._all_calls(self._step)):
+            if key in call.reads:
+                call.findings.append(finding)
+
     @property
     def findings(self) -> list[Finding]:
         """Reasons why the whole step is no graph; empty where it could be one."""

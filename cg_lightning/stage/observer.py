@@ -30,7 +30,6 @@ from cg_lightning.stage.compiled_modules import (
     modules_inside,
     modules_that_run,
 )
-from cg_lightning.stage.global_reads import GlobalReads
 from cg_lightning.stage.host_randomness import HostRandomState
 from cg_lightning.stage.interception import Interception, can_intercept
 from cg_lightning.stage.location import is_of_user
@@ -46,6 +45,8 @@ from cg_lightning.stage.observation import Call, Finding, Observation
 from cg_lightning.stage.rebound_state import changed_names, state_of
 from cg_lightning.stage.watch import Copies, Watch, other_metrics_noticed, printing_noticed
 from cg_lightning.stage.written_tensors import LastingTensors
+
+_AT_THE_END = "between the start and end of the step"
 
 
 def _updates(metrics: list[Metric]) -> list[int]:
@@ -111,14 +112,13 @@ class Observer:
         before = {path: state_of(module) for path, module in [*modules, *inside]}
         for read in values_of_classes([self._root]):
             watch.add_read(read)
-        reads = GlobalReads(watch.add_read)
         lasting = LastingTensors(self._root)
         copies, copies_inside = Copies(tensors), Copies(lasting.of_attributes(module for _, module in inside))
         updates = _updates(metrics)
         with self._intercepted(modules, metrics, watch, watched is not None):
             host = HostRandomState()
             with (
-                reads.noticing(),
+                watch.globals.noticing(),
                 printing_noticed(watch),
                 other_metrics_noticed(all_metrics, watch),
                 self._noticing_host_syncs(watch.add),
@@ -131,8 +131,6 @@ class Observer:
                 watch.add_mutation(changed, "the batch")
             if host.was_drawn(self._device_type) and not any(f.cause is Cause.HOST_RANDOMNESS for f in frame.findings):
                 watch.add(Cause.HOST_RANDOMNESS, "random state moved")
-        for name in reads.changed():
-            watch.add(Cause.STATE_REBOUND, f"global {name}")
         if watched is not None:
             watched.finish()
         elif _updates(metrics) != updates and not any(f.cause is Cause.METRIC_UPDATED for f in frame.findings):
@@ -140,6 +138,8 @@ class Observer:
         changes = {path: changed_names(before[path], state_of(module)) for path, module in [*modules, *inside]}
         self._find_rebound_state(frame, changes)
         observation = Observation(frame)
+        for key, words in watch.globals.problems():
+            observation.add_to_readers(key, Finding(Cause.STATE_REBOUND, words, "", _AT_THE_END))
         observation.settles = (watched is not None and watched.settles) or bool(compiled and frame.findings)
         observation.written = lasting.written(watch.written_outside)
         observation.release()
@@ -181,7 +181,9 @@ class Observer:
                     watch.add(Cause.GRAPHED_ALREADY, type(module).__name__)
                 if any(global_hooks()) or any(any(hooks_of(child)) for child in inside or [module]):
                     watch.add(Cause.FORWARD_HOOK, type(module).__name__)
-                with watch.left() if inside else contextlib.nullcontext():
+                if not inside:
+                    return interception.call_original(*args, **kwargs)
+                with watch.globals.paused(), watch.left():
                     return interception.call_original(*args, **kwargs)
             finally:
                 with watch.paused():
@@ -245,7 +247,7 @@ class Observer:
         for path, names in changed.items():
             if not names:
                 continue
-            finding = Finding(Cause.STATE_REBOUND, ", ".join(sorted(names)), path, "between the start and end of the step")
+            finding = Finding(Cause.STATE_REBOUND, ", ".join(sorted(names)), path, _AT_THE_END)
             frame.findings.append(finding)
             for call in Observation(frame)._all_calls(frame):
                 inside = not call.path or path == call.path or path.startswith(f"{call.path}.")

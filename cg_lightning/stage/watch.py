@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import logging
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -22,6 +21,7 @@ from cg_lightning.core.equality import same_leaf
 from cg_lightning.core.legality import Cause, find_illegal
 from cg_lightning.core.tree import flatten
 from cg_lightning.stage.frozen_values import addresses_of
+from cg_lightning.stage.global_reads import GlobalReads
 from cg_lightning.stage.interception import plain_class
 from cg_lightning.stage.location import is_of_user, users_location
 from cg_lightning.stage.observation import Call, Finding
@@ -45,6 +45,7 @@ class Watch(EagerDispatchMode):
         self.stack = [step]
         self.written_outside: dict[int, Tensor] = {}
         """Tensors that were written to and not made in the step, by the address of their storage; all of the storage."""
+        self.globals = GlobalReads(self.add_read)
         self._made = addresses_of(states) | step.input_addresses
         self.is_in_framework = False
         """Whether what reads attributes of the module is Lightning, in ``self.log``."""
@@ -89,8 +90,6 @@ class Watch(EagerDispatchMode):
     @contextlib.contextmanager
     def left(self) -> Iterator[None]:
         """While a compiled module runs, and compiled it shall be."""
-        profiler = sys.getprofile()
-        sys.setprofile(None)  # compiling calls many functions
         self._stance.__exit__(None, None, None)
         is_innermost = _get_current_dispatch_mode() is self
         if is_innermost:
@@ -101,7 +100,6 @@ class Watch(EagerDispatchMode):
             if is_innermost:
                 self.__enter__()  # type: ignore[no-untyped-call]
             self._stance = torch.compiler.set_stance("force_eager")
-            sys.setprofile(profiler)
 
     @contextlib.contextmanager
     def sparing_the_step(self) -> Iterator[None]:

@@ -66,10 +66,16 @@ class LastingTensors:
             outside: Tensors that were written to and not made in the step, by the address of their storage.
         """
         found = WrittenTensors()
-        for module, name, values in self._attributes:
-            if addresses_of(values.tensors) & outside.keys():
-                found.add_attribute(module, name)
-        found.add(outside.values())
         # not every operation says that it writes to buffers; those of submodules are always put back
         found.add(buffer for module in self._hidden for buffer in module.buffers() if not is_lazy(buffer))
+        modules = [self._root, *self._hidden]
+        parameters = [parameter for module in modules for parameter in module.parameters() if not is_lazy(parameter)]
+        found.add(parameter for parameter in parameters if addresses_of([parameter]) & outside.keys())
+        known = addresses_of([*parameters, *[b for module in modules for b in module.buffers() if not is_lazy(b)]])
+        for module, name, values in self._attributes:
+            addresses = addresses_of(values.tensors)
+            known |= addresses
+            if addresses & outside.keys():
+                found.add_attribute(module, name)
+        found.add(tensor for address, tensor in outside.items() if address not in known)
         return found
