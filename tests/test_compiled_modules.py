@@ -17,6 +17,12 @@ from tests.harness import Harness, assert_same, features
 from tests.models import Body, Predictor
 
 
+@pytest.fixture(autouse=True)
+def leaves_no_trace_in_place():
+    yield
+    assert not modules_with_a_trace(), "a module is still intercepted"
+
+
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from cg_lightning.stage.interception import Interception
-from tests.conftest import modules_with_a_trace
+from tests.conftest import classes_with_a_trace, modules_with_a_trace
 
 
 def counted(module):
@@ -164,5 +164,6 @@ def test_the_check_for_traces_can_fail():
     net = nn.Linear(2, 2)
     interception, _ = counted(net)
     assert modules_with_a_trace() == ["Linear"]
+    assert len(classes_with_a_trace()) == 1
     interception.remove()
     assert modules_with_a_trace() == []

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from cg_lightning import BatchDescriptor, CaptureError, CUDAGraphMode, CUDAGraphWrapper, diagnose, set_forward_context
+from cg_lightning import (
+    BatchDescriptor,
+    CaptureError,
+    CUDAGraphMode,
+    CUDAGraphOptions,
+    CUDAGraphWrapper,
+    diagnose,
+    set_forward_context,
+)
 from tests.operations import OPERATIONS
 
 # capturable, and called unclean: at most two
@@ -24,7 +32,8 @@ class Runs(nn.Module):
 
 def is_captured(name: str, x: torch.Tensor, backend: str) -> bool:
     step = Runs(name).to(x.device)
-    wrapper = CUDAGraphWrapper(lambda x: (step(x), None)[1], CUDAGraphMode.FULL, backend=backend)
+    options = CUDAGraphOptions(gc_disable=True)  # garbage takes longer than all the rest
+    wrapper = CUDAGraphWrapper(lambda x: (step(x), None)[1], CUDAGraphMode.FULL, options, backend=backend)
     with torch.inference_mode():
         step(x)  # library handles are made by a first run
         with set_forward_context(CUDAGraphMode.FULL, BatchDescriptor(batch_size=8)):
