@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import collections
 import dataclasses
+import random
 from collections.abc import Callable as Function
 from typing import Any
 
@@ -128,6 +129,55 @@ def test_without_a_change_nothing_is_captured_anew(harness: Harness, device, nam
     callback = harness.callback(warmup_steps=1, mode="FULL")
     harness.compare(Keeps(CASES[name], device, 99), predict(features(32)), callback)
     assert callback.stats.captures == 1
+
+
+class Nested:
+    def __init__(self) -> None:
+        self.inner = Slotted()
+
+
+def bump(kept: Any) -> float:
+    kept.inner.factor += 1
+    return kept.inner.factor
+
+
+def bump_first(kept: Any) -> float:
+    kept[0][0] += 1
+    return float(kept[0][0])
+
+
+def keep_last(kept: Any) -> float:
+    kept.append(kept[-1] + 1)  # of a fixed length
+    return kept[0]
+
+
+CHANGED_BY_THE_STEP: dict[str, tuple[Function[[], Any], Function[[Any], float]]] = {
+    "object in an object": (Nested, bump),
+    "list in a list": (lambda: [[0.0]], bump_first),
+    "NumPy array": (lambda: np.zeros((1, 1)), bump_first),
+    "deque": (lambda: collections.deque([1.0, 2.0], maxlen=2), keep_last),
+    "random.Random": (lambda: random.Random(3), lambda kept: kept.random()),
+    "NumPy generator": (lambda: np.random.default_rng(3), lambda kept: float(kept.random())),
+}
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+@pytest.mark.parametrize("name", CHANGED_BY_THE_STEP)
+def test_changed_by_the_step_itself(harness: Harness, name, verify_replays):
+    """Hazards 6 and 9: the step is no graph, and nothing is counted or drawn twice."""
+    make, change = CHANGED_BY_THE_STEP[name]
+
+    class Changes(Predictor):
+        def __init__(self) -> None:
+            super().__init__(Body())
+            self.kept = make()
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch[0]) * change(self.kept)
+
+    callback = harness.callback(warmup_steps=1, verify_replays=verify_replays)
+    harness.compare(Changes(), predict(features(32)), callback)
+    assert callback.stats.steps["PIECEWISE"] == 7, callback.summary()
 
 
 @pytest.mark.parametrize("items", [3, 1000])

@@ -62,9 +62,13 @@ class CUDABackend:
     ) -> tuple[CUDACapturedGraph, Any]:
         """See :class:`~cg_lightning.backends.base.GraphBackend`."""
         with CAPTURE_LOCK, torch.cuda.device(self.device):
-            # what a compiler computes in advance must not be computed inside a capture, which runs nothing
-            no_compiling = torch.compiler.set_stance("fail_on_recompile")
-            with garbage_collection_paused(collect_garbage), autocast_cache_off(), no_compiling:
+            # what a compiler computes in advance must not be computed inside a capture, which runs nothing. The stance is set
+            # when its object is made, so that comes last
+            with (
+                garbage_collection_paused(collect_garbage),
+                autocast_cache_off(),
+                torch.compiler.set_stance("fail_on_recompile"),
+            ):
                 if self._anchor is None:
                     self._make_pool()
                 before = torch.cuda.memory_reserved(self.device)

@@ -192,14 +192,13 @@ class RecorderBackend:
         del capture_error_mode
         recorder = _Recorder(self.device)
         random_state = torch.get_rng_state()
-        # compiled code is no operations: what it was made of is recorded. Under a mode alone it would stay so for good
-        uncompiled = torch.compiler.set_stance("force_eager")
         with (
             CAPTURE_LOCK,
             garbage_collection_paused(collect_garbage),
             autocast_cache_off(),
             invisible_calls(_refuse),
-            uncompiled,
+            # compiled code is no operations: what it was made of is recorded. Under a mode alone it would stay so for good
+            torch.compiler.set_stance("force_eager"),
         ):
             _recording.recorder = recorder
             try:

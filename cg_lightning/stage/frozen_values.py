@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import collections
+import random
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -21,6 +22,7 @@ _CONTENTS: dict[type, Callable[[Any], Any]] = {
     set: frozenset,
     bytearray: bytes,
     array.array: array.array.tobytes,
+    random.Random: random.Random.getstate,
 }
 # private, and in CUDA builds only: compares 300 addresses in about 20 us
 _native_compare = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
@@ -59,10 +61,16 @@ def _array_contents(value: Any) -> Any:
     return value.shape, value.dtype, value.tobytes()
 
 
+def _generator_contents(value: Any) -> str:
+    return repr(value.bit_generator.state)
+
+
 def _contents_of(value: Any) -> Callable[[Any], Any] | None:
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.ndarray):
         return _array_contents
+    if numpy is not None and isinstance(value, numpy.random.Generator):
+        return _generator_contents
     return _CONTENTS.get(type(value))
 
 
@@ -99,7 +107,8 @@ class FrozenValues:
         elif isinstance(value, nn.Module):
             self.modules.append(value)
         elif (contents := _contents_of(value)) is not None:
-            large = (value.size if contents is _array_contents else len(value)) > _MANY
+            items = value.size if contents is _array_contents else len(value) if hasattr(value, "__len__") else 1
+            large = items > _MANY
             (self._large_copies if large else self._copies).append((value, contents, contents(value)))
         elif (flat := _flatten(value))[1] is not None:
             large = len(flat[0]) > _MANY
@@ -129,6 +138,10 @@ class FrozenValues:
         return all(_leaves_hold(*container) for container in self._large_containers) and all(
             contents(value) == before for value, contents, before in self._large_copies
         )
+
+    def all_hold(self) -> bool:
+        """Whether nothing has changed at all."""
+        return self.hold() and self.large_ones_hold()
 
 
 def _flatten(value: Any) -> tuple[list[Any], Any]:

@@ -102,7 +102,7 @@ class GlobalReads:
     def problems(self) -> Iterator[tuple[tuple[int, str], str]]:
         """Gives the globals that the step itself has changed, or that nobody can look into: the key of a read, and words."""
         for key, (owner, value, contents) in self._before.items():
-            if not (is_same_value(value, value_in(owner, key[1])) and contents.hold() and contents.large_ones_hold()):
+            if not (is_same_value(value, value_in(owner, key[1])) and contents.all_hold()):
                 yield key, f"global {key[1]}"
         yield from self._unreadable.items()
 

@@ -42,7 +42,7 @@ from cg_lightning.stage.module_attributes import (
     values_of_classes,
 )
 from cg_lightning.stage.observation import Call, Finding, Observation
-from cg_lightning.stage.rebound_state import changed_names, state_of
+from cg_lightning.stage.rebound_state import ReboundState
 from cg_lightning.stage.watch import Copies, Watch, other_metrics_noticed, printing_noticed
 from cg_lightning.stage.written_tensors import LastingTensors
 
@@ -109,7 +109,7 @@ class Observer:
             watched = MetricWatch(all_metrics, self._metrics.results.metrics, watch.add, self._metrics.sync_free)
         compiled = [(path, module) for path, module in modules if is_compiled(module)]
         inside = [pair for path, module in compiled for pair in modules_inside(path, module) if not is_metric(pair[1])]
-        before = {path: state_of(module) for path, module in [*modules, *inside]}
+        states_before = {path: ReboundState(module) for path, module in [*modules, *inside]}
         for read in values_of_classes([self._root]):
             watch.add_read(read)
         lasting = LastingTensors(self._root)
@@ -135,8 +135,7 @@ class Observer:
             watched.finish()
         elif _updates(metrics) != updates and not any(f.cause is Cause.METRIC_UPDATED for f in frame.findings):
             watch.add(Cause.METRIC_UPDATED, "update")
-        changes = {path: changed_names(before[path], state_of(module)) for path, module in [*modules, *inside]}
-        self._find_rebound_state(frame, changes)
+        self._find_rebound_state(frame, {path: state.changed() for path, state in states_before.items()})
         observation = Observation(frame)
         for key, words in watch.globals.problems():
             observation.add_to_readers(key, Finding(Cause.STATE_REBOUND, words, "", _AT_THE_END))
@@ -173,7 +172,7 @@ class Observer:
             for read_unseen in unseen:
                 watch.add_read(read_unseen)
             updates = _updates(metrics)
-            own_state = state_of(module) if module is self._root else {}
+            own_state = ReboundState(module) if module is self._root else None
             with watch.paused():
                 host, copies = HostRandomState(), Copies(tensors if inside else [])
             try:
@@ -195,7 +194,7 @@ class Observer:
                 if _updates(metrics) != updates:
                     add = watch.add_for_submodules if may_log else watch.add
                     add(Cause.METRIC_UPDATED, "update")
-                if own_state and (names := changed_names(own_state, state_of(module))):
+                if own_state is not None and (names := own_state.changed()):
                     watch.add(Cause.STATE_REBOUND, ", ".join(names))
                 watch.stack.pop()
 
