@@ -10,17 +10,17 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from cg_lightning.backends import BACKENDS, resolve_backend
-from cg_lightning.core.arguments import check_at_least, check_names
+from cg_lightning.capture.wrapper import CUDAGraphOptions
 from cg_lightning.core.modes import CUDAGraphMode
-from cg_lightning.core.wrapper import CUDAGraphOptions
-from cg_lightning.stage.installation import Installation
-from cg_lightning.stage.preconditions import check_not_graphed_already, why_inert
-from cg_lightning.stage.session import Session, SessionSettings
-from cg_lightning.stage.stats import CUDAGraphStats
-from cg_lightning.stage.steps import STEPS
-from cg_lightning.stage.summary import render_summary
-from cg_lightning.stage.targets import check_targets
-from cg_lightning.stage.verification import TOLERANCES, VerificationSettings
+from cg_lightning.core.settings import check_at_least, check_names
+from cg_lightning.core.stages import STEPS
+from cg_lightning.report.stats import CUDAGraphStats
+from cg_lightning.report.summary import render_summary
+from cg_lightning.runtime.session import Session, SessionSettings
+from cg_lightning.runtime.targets import check_targets
+from cg_lightning.runtime.verifier import TOLERANCES, VerificationSettings
+from cg_lightning.trainer.installation import Installation
+from cg_lightning.trainer.preconditions import check_not_graphed_already, why_inert
 
 _NO_CUDA = (
     "CUDAGraphCallback: there is no CUDA device and backend='auto', so every step runs eagerly, as without the callback. "
@@ -119,7 +119,10 @@ class CUDAGraphCallback(Callback):
         self._said: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_installation": None}  # graphs belong to this process and its module
+        return {
+            **self.__dict__,
+            "_installation": None,
+        }  # graphs belong to this process and its module
 
     def __repr__(self) -> str:
         settings = self._settings
@@ -136,7 +139,9 @@ class CUDAGraphCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
         self._stages_run = []
-        first = next(callback for callback in trainer.callbacks if isinstance(callback, CUDAGraphCallback))  # type: ignore[attr-defined]
+        first = next(
+            callback for callback in trainer.callbacks if isinstance(callback, CUDAGraphCallback)
+        )  # type: ignore[attr-defined]
         self._inert_reason = why_inert(trainer, pl_module)
         if first is not self:
             self._inert_reason = "another CUDAGraphCallback comes first in this Trainer"
@@ -145,7 +150,10 @@ class CUDAGraphCallback(Callback):
             return
         check_not_graphed_already(pl_module)
         if self._inert_reason:
-            self._say_once(rank_zero_warn, f"CUDAGraphCallback is inert: {self._inert_reason}. Steps run as without it.")
+            self._say_once(
+                rank_zero_warn,
+                f"CUDAGraphCallback is inert: {self._inert_reason}. Steps run as without it.",
+            )
             return
         device = trainer.strategy.root_device
         backend = resolve_backend(self._backend_name, device)
@@ -155,7 +163,9 @@ class CUDAGraphCallback(Callback):
             self._inert_reason = "no CUDA device: backend='auto' runs eagerly"
             self._say_once(rank_zero_info, _NO_CUDA)
             return
-        self._installation = Installation(pl_module, Session(pl_module, backend, self._settings, self.stats))
+        self._installation = Installation(
+            pl_module, Session(pl_module, backend, self._settings, self.stats)
+        )
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -196,7 +206,9 @@ class CUDAGraphCallback(Callback):
         self._count_inert("predict")
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self._close()
 
     @override

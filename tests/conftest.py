@@ -14,7 +14,10 @@ from cg_lightning import is_forward_context_available
 from cg_lightning.backends import cuda
 from tests.harness import Harness
 
-BACKENDS = [pytest.param("recorder", id="recorder"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
+BACKENDS = [
+    pytest.param("recorder", id="recorder"),
+    pytest.param("cuda", id="cuda", marks=pytest.mark.gpu),
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -60,7 +63,8 @@ def modules_with_a_trace() -> list[str]:
         type(module).__name__
         for module in living
         if any("_cg_lightning_interception" in cls.__dict__ for cls in type(module).__mro__)
-        or "CompiledCallInterception" in getattr(vars(module).get("_compiled_call_impl"), "__qualname__", "")
+        or "CompiledCallInterception"
+        in getattr(vars(module).get("_compiled_call_impl"), "__qualname__", "")
     ]
 
 

@@ -86,7 +86,9 @@ class Harness:
             kept = KeepOutputs()
             trainer = self.trainer(*extra, kept, *others(), **trainer_settings)
             result = job(trainer, module)
-            seen.append((result, kept.kept, dict(trainer.callback_metrics), dict(module.state_dict())))
+            seen.append(
+                (result, kept.kept, dict(trainer.callback_metrics), dict(module.state_dict()))
+            )
         assert_same(*seen)
         return callback
 
@@ -116,4 +118,6 @@ def images(number: int = 20, batch_size: int = 4) -> DataLoader:
 
 def features(number: int = 20, batch_size: int = 4, size: int = 8) -> DataLoader:
     """Tuples of one tensor of shape ``(batch, size)``."""
-    return loader(torch.randn(number, size, generator=torch.Generator().manual_seed(5)), batch_size=batch_size)
+    return loader(
+        torch.randn(number, size, generator=torch.Generator().manual_seed(5)), batch_size=batch_size
+    )

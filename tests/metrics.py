@@ -11,9 +11,16 @@ import torchmetrics as tm
 from torch import Tensor, nn
 from torchmetrics import classification as c
 from torchmetrics.retrieval import RetrievalMRR
-from torchmetrics.wrappers import BootStrapper, ClasswiseWrapper, MetricTracker, MinMaxMetric, MultioutputWrapper, Running
+from torchmetrics.wrappers import (
+    BootStrapper,
+    ClasswiseWrapper,
+    MetricTracker,
+    MinMaxMetric,
+    MultioutputWrapper,
+    Running,
+)
 
-from cg_lightning.core.legality import Cause
+from cg_lightning.core.causes import Cause
 
 CLASSES = 4
 ANY = (Cause.HOST_SYNC, Cause.DATA_DEPENDENT_SHAPE, Cause.HOST_RANDOMNESS)
@@ -41,12 +48,16 @@ def _distributions(metric: nn.Module, x: Tensor, label: Tensor) -> Any:
 
 
 def _images(metric: nn.Module, x: Tensor, label: Tensor) -> Any:
-    images = x[:, :, None, None].sigmoid().expand(-1, -1, 16, 16) * torch.linspace(0, 1, 16, device=x.device)
+    images = x[:, :, None, None].sigmoid().expand(-1, -1, 16, 16) * torch.linspace(
+        0, 1, 16, device=x.device
+    )
     return metric(images, images.flip(3))
 
 
 def _one_image(metric: nn.Module, x: Tensor, label: Tensor) -> Any:
-    return metric(x[:, :, None, None].expand(-1, -1, 4, 4) * torch.linspace(0, 1, 4, device=x.device))
+    return metric(
+        x[:, :, None, None].expand(-1, -1, 4, 4) * torch.linspace(0, 1, 4, device=x.device)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +85,16 @@ CASES: dict[str, Case] = {
     "Recall": Case(lambda: c.MulticlassRecall(CLASSES), _multiclass),
     "ConfusionMatrix": Case(lambda: c.MulticlassConfusionMatrix(CLASSES), _multiclass),
     "ConfusionMatrix, binary": Case(c.BinaryConfusionMatrix, _binary),
-    "AUROC, binned": Case(lambda: c.MulticlassAUROC(CLASSES, thresholds=20), _multiclass, None, Cause.HOST_SYNC),
+    "AUROC, binned": Case(
+        lambda: c.MulticlassAUROC(CLASSES, thresholds=20), _multiclass, None, Cause.HOST_SYNC
+    ),
     "AUROC, exact": Case(lambda: c.MulticlassAUROC(CLASSES), _multiclass, None, Cause.HOST_SYNC),
     "AveragePrecision, binned": Case(lambda: c.BinaryAveragePrecision(thresholds=20), _binary),
     "AveragePrecision, exact": Case(c.BinaryAveragePrecision, _binary, None, Cause.HOST_SYNC),
     "CohenKappa": Case(lambda: c.MulticlassCohenKappa(CLASSES), _multiclass),
-    "MatthewsCorrCoef": Case(lambda: c.MulticlassMatthewsCorrCoef(CLASSES), _multiclass, None, Cause.HOST_SYNC),
+    "MatthewsCorrCoef": Case(
+        lambda: c.MulticlassMatthewsCorrCoef(CLASSES), _multiclass, None, Cause.HOST_SYNC
+    ),
     "JaccardIndex": Case(lambda: c.MulticlassJaccardIndex(CLASSES), _multiclass),
     "MeanSquaredError": Case(tm.MeanSquaredError, _regression),
     "MeanAbsoluteError": Case(tm.MeanAbsoluteError, _regression),
@@ -110,19 +125,34 @@ CASES: dict[str, Case] = {
         Cause.DATA_DEPENDENT_SHAPE,
     ),
     "PeakSignalNoiseRatio": Case(
-        lambda: tm.image.PeakSignalNoiseRatio(data_range=1.0), _images, Cause.TENSOR_FROM_PYTHON, Cause.TENSOR_FROM_PYTHON
+        lambda: tm.image.PeakSignalNoiseRatio(data_range=1.0),
+        _images,
+        Cause.TENSOR_FROM_PYTHON,
+        Cause.TENSOR_FROM_PYTHON,
     ),
-    "StructuralSimilarity": Case(lambda: tm.image.StructuralSimilarityIndexMeasure(data_range=1.0), _images),
+    "StructuralSimilarity": Case(
+        lambda: tm.image.StructuralSimilarityIndexMeasure(data_range=1.0), _images
+    ),
     "TotalVariation": Case(tm.image.TotalVariation, _one_image),
     "RetrievalMRR": Case(
-        RetrievalMRR, lambda m, x, label: m(x[:, 0].sigmoid(), label > 1, indexes=label % 2), Cause.HOST_SYNC, Cause.HOST_SYNC
+        RetrievalMRR,
+        lambda m, x, label: m(x[:, 0].sigmoid(), label > 1, indexes=label % 2),
+        Cause.HOST_SYNC,
+        Cause.HOST_SYNC,
     ),
     "RunningMean": Case(
-        lambda: Running(tm.MeanSquaredError(), window=3), _regression, Cause.METRIC_UPDATED, Cause.METRIC_UPDATED
+        lambda: Running(tm.MeanSquaredError(), window=3),
+        _regression,
+        Cause.METRIC_UPDATED,
+        Cause.METRIC_UPDATED,
     ),
     "MetricTracker": Case(lambda: MetricTracker(tm.MeanSquaredError()), _regression),
-    "ClasswiseWrapper": Case(lambda: ClasswiseWrapper(c.MulticlassAccuracy(CLASSES, average=None)), _multiclass),
-    "MinMaxMetric": Case(lambda: MinMaxMetric(tm.MeanSquaredError()), _regression, None, Cause.HOST_SYNC),
+    "ClasswiseWrapper": Case(
+        lambda: ClasswiseWrapper(c.MulticlassAccuracy(CLASSES, average=None)), _multiclass
+    ),
+    "MinMaxMetric": Case(
+        lambda: MinMaxMetric(tm.MeanSquaredError()), _regression, None, Cause.HOST_SYNC
+    ),
     "MultioutputWrapper": Case(
         lambda: MultioutputWrapper(tm.MeanSquaredError(), 2),
         lambda m, x, label: m(x[:, :2], x[:, 2:4]),
@@ -132,11 +162,13 @@ CASES: dict[str, Case] = {
     # how often each row is drawn is random: sometimes one shape is met first, sometimes the other
     "BootStrapper": Case(lambda: BootStrapper(tm.MeanSquaredError(), 3), _regression, ANY, ANY),
     "MetricCollection": Case(
-        lambda: tm.MetricCollection([c.MulticlassPrecision(CLASSES), c.MulticlassRecall(CLASSES)]), _multiclass
+        lambda: tm.MetricCollection([c.MulticlassPrecision(CLASSES), c.MulticlassRecall(CLASSES)]),
+        _multiclass,
     ),
     "MetricCollection, no compute groups": Case(
         lambda: tm.MetricCollection(
-            [c.MulticlassPrecision(CLASSES), tm.CatMetric(nan_strategy="disable")][:1], compute_groups=False
+            [c.MulticlassPrecision(CLASSES), tm.CatMetric(nan_strategy="disable")][:1],
+            compute_groups=False,
         ),
         _multiclass,
     ),

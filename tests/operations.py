@@ -125,12 +125,16 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
     "softmax": lambda x: x.softmax(-1),
     "relu in place": lambda x: F.relu_(x.clone()),
     "attention": lambda x: F.scaled_dot_product_attention(*[x.reshape(1, 2, 4, 8)] * 3),
-    "grid_sample": lambda x: F.grid_sample(_images(x), x[:4, :2].reshape(1, 2, 2, 2), align_corners=False),
+    "grid_sample": lambda x: F.grid_sample(
+        _images(x), x[:4, :2].reshape(1, 2, 2, 2), align_corners=False
+    ),
     # losses
     "cross_entropy": lambda x: F.cross_entropy(x, _labels(x)),
     "nll_loss": lambda x: F.nll_loss(x.log_softmax(1), _labels(x)),
     "mse_loss": lambda x: F.mse_loss(x, x + 1),
-    "binary_cross_entropy_with_logits": lambda x: F.binary_cross_entropy_with_logits(x, x.sigmoid()),
+    "binary_cross_entropy_with_logits": lambda x: F.binary_cross_entropy_with_logits(
+        x, x.sigmoid()
+    ),
     "kl_div": lambda x: F.kl_div(x.log_softmax(1), x.softmax(1), reduction="batchmean"),
     "huber_loss": lambda x: F.huber_loss(x, x * 2),
     # linear algebra that checks nothing on the host

@@ -49,7 +49,10 @@ def test_all_of_ours_log_what_eager_logs(tmp_path, backend):
     assert limit(by_name) == max(by_name["loop"]["microseconds"], min(replays))
     write_lines(records, tmp_path / "bench.jsonl")
     assert read_lines(tmp_path / "bench.jsonl") == records
-    assert json.loads((tmp_path / "bench.jsonl").read_text().splitlines()[0])["torch"] == environment()["torch"]
+    assert (
+        json.loads((tmp_path / "bench.jsonl").read_text().splitlines()[0])["torch"]
+        == environment()["torch"]
+    )
     assert "validate, mlp" in table(records)
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     draw(records, tmp_path / "bench.png")
@@ -68,7 +71,10 @@ def test_costs(backend):
 def test_that_the_comparison_can_fail(monkeypatch, backend):
     from cg_lightning.bench import contestants
 
-    wrong = lambda net, sample, backend: (contestants.Step(torch.nn.Sequential(net, torch.nn.Softmax(1))), [])
+    wrong = lambda net, sample, backend: (
+        contestants.Step(torch.nn.Sequential(net, torch.nn.Softmax(1))),
+        [],
+    )
     monkeypatch.setitem(contestants.CONTESTANTS, "full", wrong)
     resolved = resolve_backend(backend)
     assert resolved is not None
@@ -77,7 +83,8 @@ def test_that_the_comparison_can_fail(monkeypatch, backend):
 
 
 @pytest.mark.parametrize(
-    "arguments", [(["mpl"], OURS, ["validate"]), (["mlp"], ["ful"], ["validate"]), (["mlp"], OURS, ["fit"])]
+    "arguments",
+    [(["mpl"], OURS, ["validate"]), (["mlp"], ["ful"], ["validate"]), (["mlp"], OURS, ["fit"])],
 )
 def test_unknown_names_are_named(arguments):
     with pytest.raises(ValueError, match="choose from"):

@@ -46,11 +46,18 @@ def test_counts_add_up(harness):
     harness.compare(Predictor(Body()), predict(features(26)), callback)
     stats = callback.stats
     assert stats.captures == 1
-    assert stats.replays == stats.steps["PIECEWISE"] == 7 - 1 - 2  # batches, less the partial one, less warm-up
+    assert (
+        stats.replays == stats.steps["PIECEWISE"] == 7 - 1 - 2
+    )  # batches, less the partial one, less warm-up
     assert stats.steps["NONE"] == stats.eager == sum(stats.eager_reasons.values()) == 3
     assert stats.eager_reasons == {"warm-up": 3}
     (entry,) = stats.entries
-    assert (entry.stage, entry.mode, entry.target, entry.shapes) == ("predict", "PIECEWISE", "net", "4x8")
+    assert (entry.stage, entry.mode, entry.target, entry.shapes) == (
+        "predict",
+        "PIECEWISE",
+        "net",
+        "4x8",
+    )
     assert (entry.captures, entry.replays) == (1, 4)
     assert stats.capture_seconds == entry.seconds > 0
     assert stats.graph_bytes == entry.bytes > 0
@@ -90,7 +97,10 @@ def test_a_named_target_that_changes_its_input_is_refused(harness, settings):
     class Residual(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.block = nn.Linear(8, 8), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 8))
+            self.first, self.block = (
+                nn.Linear(8, 8),
+                nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 8)),
+            )
 
         def forward(self, x):
             x = self.first(x)
@@ -119,7 +129,10 @@ def test_what_is_clean_for_one_shape_only_is_graphed_for_that_one(harness):
 
     callback = harness.callback(mode="PIECEWISE", warmup_steps=1)
     harness.compare(OnTensor(Picky()), predict(ragged([3, 3, 3, 5, 5, 5, 3, 5, 3])), callback)
-    assert {(entry.target, entry.shapes) for entry in callback.stats.entries} == {("net", "2x3x8"), ("net.linear", "2x5x8")}
+    assert {(entry.target, entry.shapes) for entry in callback.stats.entries} == {
+        ("net", "2x3x8"),
+        ("net.linear", "2x5x8"),
+    }
 
 
 def test_the_largest_submodules_are_found_and_metrics_are_left_alone(harness):
@@ -244,7 +257,11 @@ def test_the_module_looks_untouched_in_the_middle_of_a_stage(harness):
         file = io.BytesIO()
         torch.save(module, file)
         file.seek(0)
-        copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(file, weights_only=False)]
+        copies = [
+            copy.deepcopy(module),
+            pickle.loads(pickle.dumps(module)),
+            torch.load(file, weights_only=False),
+        ]
         x = torch.ones(2, 8, device=module.device)
         outputs = []
         for other in copies:
@@ -276,7 +293,13 @@ def test_checkpoints_are_the_same(harness, tmp_path):
         trainer = harness.trainer(checkpoint, *extra, enable_checkpointing=True)
         trainer.fit(copy.deepcopy(model), images(), images())
         last = torch.load(tmp_path / name / "last.ckpt", weights_only=False)
-        saved.append((last["state_dict"], sorted(last), [key for key in last["callbacks"] if "CUDAGraph" in key]))
+        saved.append(
+            (
+                last["state_dict"],
+                sorted(last),
+                [key for key in last["callbacks"] if "CUDAGraph" in key],
+            )
+        )
     assert_same(*saved)
 
 
@@ -284,7 +307,13 @@ class BoomError(RuntimeError):
     pass
 
 
-EXITS = ["on_validation_start", "on_validation_batch_start", "validation_step", "on_validation_batch_end", "val_dataloader"]
+EXITS = [
+    "on_validation_start",
+    "on_validation_batch_start",
+    "validation_step",
+    "on_validation_batch_end",
+    "val_dataloader",
+]
 
 
 @pytest.mark.parametrize("error", [BoomError, KeyboardInterrupt])
@@ -314,14 +343,21 @@ def test_every_exit_restores_the_module(harness, place, at, error):
                 fail()
             return (torch.full((8,), float(index)),)
 
-    hooks = type("Hooks", (Callback,), {place: lambda *_: fail()} if place.startswith("on_") else {})
-    model, callback = Fails(Body()), harness.callback(mode="PIECEWISE", warmup_steps=2, targets=["net"])
+    hooks = type(
+        "Hooks", (Callback,), {place: lambda *_: fail()} if place.startswith("on_") else {}
+    )
+    model, callback = (
+        Fails(Body()),
+        harness.callback(mode="PIECEWISE", warmup_steps=2, targets=["net"]),
+    )
     trainer = harness.trainer(callback, hooks())
     with pytest.raises((error, SystemExit)), contextlib.redirect_stderr(io.StringIO()):
         trainer.validate(model, torch.utils.data.DataLoader(Data(), batch_size=4), verbose=False)
     assert modules_with_a_trace() == []
     model.train()
-    harness.compare(model, lambda t, m: t.fit(m, features(), features()), harness.callback(warmup_steps=1))
+    harness.compare(
+        model, lambda t, m: t.fit(m, features(), features()), harness.callback(warmup_steps=1)
+    )
 
 
 @pytest.mark.parametrize("error", [BoomError, KeyboardInterrupt])
@@ -330,7 +366,9 @@ def test_every_exit_restores_the_module(harness, place, at, error):
 def test_an_interrupt_inside_us_restores_the_module(harness, monkeypatch, mode, place, error):
     """Hazard 29."""
     backend = resolve_backend(harness.backend)
-    owner, name = (type(backend), "capture") if "capture" in place else (GRAPHS[harness.backend], "replay")
+    owner, name = (
+        (type(backend), "capture") if "capture" in place else (GRAPHS[harness.backend], "replay")
+    )
     original, calls = getattr(owner, name), []
 
     def fails(*args: Any, **kwargs: Any) -> Any:
@@ -350,8 +388,14 @@ def test_an_interrupt_inside_us_restores_the_module(harness, monkeypatch, mode, 
     assert modules_with_a_trace() == []
     assert_same(dict(before), {name: value.cpu() for name, value in model.state_dict().items()})
     model.train()  # an exception leaves it as it was, and Lightning then warns
-    model._metric_attributes = None  # Lightning remembers metrics by identity, and a deep copy has others
-    harness.compare(model, lambda t, m: t.fit(m, images(), images()), harness.callback(mode=mode, warmup_steps=1))
+    model._metric_attributes = (
+        None  # Lightning remembers metrics by identity, and a deep copy has others
+    )
+    harness.compare(
+        model,
+        lambda t, m: t.fit(m, images(), images()),
+        harness.callback(mode=mode, warmup_steps=1),
+    )
 
 
 def test_an_exception_of_the_step_comes_through_unchanged_from_a_capture(harness):
@@ -362,7 +406,9 @@ def test_an_exception_of_the_step_comes_through_unchanged_from_a_capture(harness
             return self.net(batch[0])
 
     with pytest.raises(BoomError, match="mine"):
-        harness.trainer(harness.callback(mode="FULL", warmup_steps=1)).predict(Fails(Body()), features())
+        harness.trainer(harness.callback(mode="FULL", warmup_steps=1)).predict(
+            Fails(Body()), features()
+        )
 
 
 def test_the_sanity_check_and_other_stages_are_left_alone(harness):
@@ -371,7 +417,12 @@ def test_the_sanity_check_and_other_stages_are_left_alone(harness):
     harness.compare(ConvNetClassifier(4), job, callback)
     assert callback.stats.steps == {"NONE": 0, "PIECEWISE": 0, "FULL": 0}
     callback = harness.callback(warmup_steps=1)
-    harness.compare(ConvNetClassifier(4), lambda t, m: t.fit(m, images(), images()), callback, num_sanity_val_steps=2)
+    harness.compare(
+        ConvNetClassifier(4),
+        lambda t, m: t.fit(m, images(), images()),
+        callback,
+        num_sanity_val_steps=2,
+    )
     assert sum(callback.stats.steps.values()) == 2 * 5
 
 
@@ -386,7 +437,9 @@ def signature(step: Any) -> type[Predictor]:
         torch.no_grad()(lambda self, batch: self.net(batch[0])),
         torch.inference_mode()(lambda self, batch, batch_idx: self.net(batch[0]) + batch_idx),
         lambda self, batch, batch_idx: self.net(batch[0]) + batch_idx,
-        lambda self, batch, batch_idx, dataloader_idx=0: self.net(batch[0]) + batch_idx + dataloader_idx,
+        lambda self, batch, batch_idx, dataloader_idx=0: (
+            self.net(batch[0]) + batch_idx + dataloader_idx
+        ),
         lambda self, *args: self.net(args[0][0]) + args[1],
         lambda self, batch, **_: self.net(batch[0]),
     ],
@@ -422,8 +475,12 @@ def test_a_batch_that_cannot_be_keyed_is_eager_with_the_leafs_path(harness):
 
     batches = [{"x": torch.randn(2, 8), "ids": {1, 2}} for _ in range(4)]
     callback = harness.callback()
-    harness.compare(Odd(Body()), predict(torch.utils.data.DataLoader(batches, batch_size=None)), callback)
-    assert callback.stats.eager_reasons == {"batch['ids'] is a value of type builtins.set, which cannot be part of a key": 4}
+    harness.compare(
+        Odd(Body()), predict(torch.utils.data.DataLoader(batches, batch_size=None)), callback
+    )
+    assert callback.stats.eager_reasons == {
+        "batch['ids'] is a value of type builtins.set, which cannot be part of a key": 4
+    }
 
 
 def test_gradients_in_an_evaluation_step_are_kept(harness):
@@ -457,7 +514,9 @@ def test_more_shapes_than_graphs_do_not_capture_in_every_step(harness, mode):
     callback = harness.callback(mode=mode, max_graphs=2, warmup_steps=1, verify_replays=0)
     harness.compare(OnTensor(Body()), predict(ragged([3, 4, 5] * 20)), callback)
     assert callback.stats.captures <= 12  # of 57 steps past their warm-up
-    assert any("max_graphs=2" in reason for reason in callback.stats.eager_reasons), callback.summary()
+    assert any("max_graphs=2" in reason for reason in callback.stats.eager_reasons), (
+        callback.summary()
+    )
 
 
 class Named(Predictor):
@@ -469,18 +528,25 @@ class Named(Predictor):
 
 def named(names: list[str]) -> DataLoader:
     generator = torch.Generator().manual_seed(2)
-    return DataLoader([{"features": torch.randn(3, 8, generator=generator), "name": name} for name in names], batch_size=None)
+    return DataLoader(
+        [{"features": torch.randn(3, 8, generator=generator), "name": name} for name in names],
+        batch_size=None,
+    )
 
 
 @pytest.mark.parametrize("mode", ["FULL", "FULL_AND_PIECEWISE"])
 def test_a_name_that_is_another_one_in_each_batch(harness, mode):
     """Hazard 21: no key would ever come again, so that all would be warm-up, and each step watched."""
     callback = harness.callback(mode=mode, warmup_steps=2)
-    twice = lambda trainer, module: [trainer.predict(module, named([f"{i}.png" for i in range(40)])) for _ in range(2)]
+    twice = lambda trainer, module: [
+        trainer.predict(module, named([f"{i}.png" for i in range(40)])) for _ in range(2)
+    ]
     harness.compare(Named(Body()), twice, callback)
     assert callback.stats.steps["FULL"] == 0
     if mode == "FULL":
-        assert any("batch['name']" in reason for reason in callback.stats.eager_reasons), callback.summary()
+        assert any("batch['name']" in reason for reason in callback.stats.eager_reasons), (
+            callback.summary()
+        )
     else:
         assert callback.stats.steps["PIECEWISE"] == 2 * (40 - 16 - 2)
 
@@ -494,7 +560,9 @@ def test_a_few_names_are_part_of_the_key(harness):
 def test_one_step_that_needs_more_graphs_than_there_may_be(harness):
     from tests.test_equivalence import CellLoop, sequences
 
-    callback = harness.callback(mode="PIECEWISE", max_graphs=3, warmup_steps=1, targets=["net.cell"])
+    callback = harness.callback(
+        mode="PIECEWISE", max_graphs=3, warmup_steps=1, targets=["net.cell"]
+    )
     harness.compare(Predictor(CellLoop()), predict(sequences()), callback)
     assert callback.stats.captures == 3  # not anew in every step
     assert callback.stats.replays == 3 * 4
@@ -505,12 +573,16 @@ def test_strict_raises_where_a_step_runs_lower_than_asked(harness):
         def predict_step(self, batch: Any, batch_idx: int) -> Any:
             return self.net(batch[0]) * batch[0].sum().item()
 
-    harness.trainer(harness.callback(strict=True, warmup_steps=1)).predict(Syncs(Body()), features())  # net is graphed
+    harness.trainer(harness.callback(strict=True, warmup_steps=1)).predict(
+        Syncs(Body()), features()
+    )  # net is graphed
     for settings in ({"mode": "FULL"}, {"targets": ["unused"]}):
         model = Syncs(Body())
         model.unused = nn.Linear(1, 1)
         with pytest.raises(CaptureError, match="strict=False") as caught:
-            harness.trainer(harness.callback(strict=True, warmup_steps=1, **settings)).predict(model, features())
+            harness.trainer(harness.callback(strict=True, warmup_steps=1, **settings)).predict(
+                model, features()
+            )
         if settings == {"mode": "FULL"}:
             assert "aten::" in str(caught.value.diagnosis)
             assert caught.value.diagnosis.capturable("net")
@@ -569,14 +641,16 @@ def test_the_summary_is_printed_once_when_the_trainer_is_done(harness, capsys, r
 
 def test_nothing_of_ours_waits_for_the_garbage_collector(harness):
     """Hazard 34: states at fixed addresses, static inputs and graphs are gone when the Trainer is done."""
-    from cg_lightning.core.static_inputs import StaticInputs
-    from cg_lightning.metrics.fixed_states import Slot
-    from cg_lightning.metrics.recording import Recording
+    from cg_lightning.capture.static_inputs import StaticInputs
+    from cg_lightning.effects.recorder import Recording
+    from cg_lightning.metrics.states import Slot
 
     def alive() -> list[Any]:
         kinds = (StaticInputs, Recording, CUDACapturedGraph, RecordedGraph)
         found = [obj for obj in gc.get_objects() if type(obj) in kinds]
-        return found + [obj for obj in gc.get_objects() if type(obj) is Slot and hasattr(obj, "fixed")]
+        return found + [
+            obj for obj in gc.get_objects() if type(obj) is Slot and hasattr(obj, "fixed")
+        ]
 
     gc.collect()
     before = len(alive())  # the anchor of a pool
@@ -595,7 +669,10 @@ def test_memory_comes_back(harness, backend):
     """Hazard 34."""
     if backend != "cuda":
         pytest.skip("the recorder has no memory pool")
-    model, callback = Predictor(Body(256)), harness.callback(mode="FULL_AND_PIECEWISE", warmup_steps=1)
+    model, callback = (
+        Predictor(Body(256)),
+        harness.callback(mode="FULL_AND_PIECEWISE", warmup_steps=1),
+    )
     trainer = harness.trainer(callback)
     figures = []
     for _ in range(30):

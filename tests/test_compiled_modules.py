@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule
 from torch import nn
 
 from cg_lightning import CUDAGraphCallback
-from cg_lightning.stage.compiled_modules import CompiledCallInterception, is_graphed_by_compiler
+from cg_lightning.modules.compiled import CompiledCallInterception, is_graphed_by_compiler
 from tests.conftest import modules_with_a_trace
 from tests.harness import Harness, assert_same, features
 from tests.models import Body, Predictor
@@ -239,7 +239,9 @@ def test_a_lightning_module_that_is_compiled_as_a_whole(harness, in_place):
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
+@pytest.mark.parametrize(
+    "mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+)
 def test_whether_the_compiler_graphs_a_module(in_place, mode):
     net: Any = Body()
     if in_place:
@@ -252,7 +254,9 @@ def test_whether_the_compiler_graphs_a_module(in_place, mode):
         assert modules_with_a_trace() == ["Sequential"]
         assert is_graphed_by_compiler(net) == (mode in ("reduce-overhead", "max-autotune"))
         interception.remove()
-    assert is_graphed_by_compiler(copy.deepcopy(net)) == (is_graphed_by_compiler(net) and not in_place)
+    assert is_graphed_by_compiler(copy.deepcopy(net)) == (
+        is_graphed_by_compiler(net) and not in_place
+    )
 
 
 def test_a_module_compiled_in_place_has_no_trace_of_us(harness):

@@ -45,7 +45,10 @@ def test_every_option_composes_and_builds(option):
 
 
 def test_graph_options_reach_the_callback_as_plain_values():
-    config = compose("config", ["cuda_graph.mode=FULL", "cuda_graph.warmup_steps=1", "cuda_graph.targets=[net.*]"])
+    config = compose(
+        "config",
+        ["cuda_graph.mode=FULL", "cuda_graph.warmup_steps=1", "cuda_graph.targets=[net.*]"],
+    )
     callback = instantiate(config.callbacks.cuda_graph, _convert_="all")
     assert callback._settings.mode is CUDAGraphMode.FULL
     assert callback._settings.warmup_steps == 1
@@ -73,9 +76,14 @@ def test_a_misspelt_key_or_wrong_type_fails_at_compose_time(override, parts):
         assert part in message
 
 
-@pytest.mark.parametrize(("schema", "constructor"), [(CUDAGraphConfig, CUDAGraphCallback), (OptionsConfig, CUDAGraphOptions)])
+@pytest.mark.parametrize(
+    ("schema", "constructor"),
+    [(CUDAGraphConfig, CUDAGraphCallback), (OptionsConfig, CUDAGraphOptions)],
+)
 def test_the_schema_says_what_the_constructor_says(schema, constructor):
-    fields = {field.name: field for field in dataclasses.fields(schema) if not field.name.startswith("_")}
+    fields = {
+        field.name: field for field in dataclasses.fields(schema) if not field.name.startswith("_")
+    }
     parameters = inspect.signature(constructor).parameters
     assert list(fields) == list(parameters)
     for name, parameter in parameters.items():
@@ -83,7 +91,9 @@ def test_the_schema_says_what_the_constructor_says(schema, constructor):
         if name == "options":
             assert instantiate(default) == CUDAGraphOptions()
         else:
-            assert (tuple(default) if isinstance(default, list) else default) == parameter.default, name
+            assert (
+                tuple(default) if isinstance(default, list) else default
+            ) == parameter.default, name
 
 
 def test_every_key_is_commented():
@@ -92,7 +102,11 @@ def test_every_key_is_commented():
         assert lines[0].startswith("#"), path
         for before, line in itertools.pairwise(lines):
             name = line.strip().split(":")[0]
-            if ":" in line and not line.strip().startswith(("#", "-")) and name not in ("defaults", "_target_", "options"):
+            if (
+                ":" in line
+                and not line.strip().startswith(("#", "-"))
+                and name not in ("defaults", "_target_", "options")
+            ):
                 assert before.strip().startswith("#"), f"{path}: {line}"
 
 
@@ -105,7 +119,9 @@ def test_another_project_selects_the_callback_from_its_search_path(tmp_path):
 
     GlobalHydra.instance().clear()
     (tmp_path / "callbacks").mkdir()
-    (tmp_path / "callbacks/default.yaml").write_text("mine:\n  _target_: lightning.pytorch.callbacks.Timer\n")
+    (tmp_path / "callbacks/default.yaml").write_text(
+        "mine:\n  _target_: lightning.pytorch.callbacks.Timer\n"
+    )
     (tmp_path / "main.yaml").write_text(
         f"defaults:\n  - callbacks: [default, cuda_graph]\n  - _self_\nhydra:\n  searchpath: ['file://{CONF}']\n"
     )

@@ -43,7 +43,9 @@ def make(kind, x):
     }[kind]()
 
 
-@pytest.mark.parametrize("kind", ["tensor", "tuple", "list", "dict", "ordered", "namedtuple", "dataclass", "mapping"])
+@pytest.mark.parametrize(
+    "kind", ["tensor", "tuple", "list", "dict", "ordered", "namedtuple", "dataclass", "mapping"]
+)
 def test_equal_batches_have_equal_keys_and_other_shapes_do_not(kind):
     one, same, other = (describe(make(kind, torch.randn(n, 2))) for n in (3, 3, 4))
     assert one == same
@@ -69,7 +71,21 @@ def test_every_tensor_attribute_counts():
 
 
 def test_plain_values_differ_by_type_and_value():
-    leaves = [True, 1, 1.0, False, 0, 0.0, -0.0, "1", b"1", None, Colour.RED, Colour.CRIMSON, torch.float32]
+    leaves = [
+        True,
+        1,
+        1.0,
+        False,
+        0,
+        0.0,
+        -0.0,
+        "1",
+        b"1",
+        None,
+        Colour.RED,
+        Colour.CRIMSON,
+        torch.float32,
+    ]
     keys = [describe((torch.zeros(1), leaf)) for leaf in leaves]
     for (a, one), (b, other) in itertools.combinations(zip(leaves, keys, strict=True), 2):
         assert one != other, (a, b)
@@ -159,10 +175,14 @@ def _sdp(name):
         pytest.param(_precision, id="matmul precision"),
         pytest.param(_deterministic, id="deterministic"),
         pytest.param(_setter(torch.backends.cudnn, "benchmark", True), id="cudnn.benchmark"),
-        pytest.param(_setter(torch.backends.cudnn, "deterministic", True), id="cudnn.deterministic"),
+        pytest.param(
+            _setter(torch.backends.cudnn, "deterministic", True), id="cudnn.deterministic"
+        ),
         pytest.param(_setter(torch.backends.cudnn, "enabled", False), id="cudnn.enabled"),
         pytest.param(_setter(torch.backends.cudnn, "allow_tf32", False), id="cudnn.allow_tf32"),
-        pytest.param(_setter(torch.backends.cuda.matmul, "allow_tf32", True), id="matmul.allow_tf32"),
+        pytest.param(
+            _setter(torch.backends.cuda.matmul, "allow_tf32", True), id="matmul.allow_tf32"
+        ),
         *[
             pytest.param(_setter(torch.backends.cuda.matmul, name, value), id=name)
             for name, value in (
@@ -171,7 +191,10 @@ def _sdp(name):
                 ("allow_fp16_accumulation", True),
             )
         ],
-        *[pytest.param(_sdp(name), id=name) for name in ("flash", "mem_efficient", "math", "cudnn")],
+        *[
+            pytest.param(_sdp(name), id=name)
+            for name in ("flash", "mem_efficient", "math", "cudnn")
+        ],
     ],
 )
 def test_switches_that_change_kernels_count(change):

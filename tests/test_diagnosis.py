@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from torchmetrics import MeanSquaredError
 
 from cg_lightning import diagnose
-from cg_lightning.core.legality import Cause
-from cg_lightning.stage.batch_index import uses_batch_index
-from cg_lightning.stage.observer import Observer
+from cg_lightning.core.causes import Cause
+from cg_lightning.diagnosis.detectors.batch_index import uses_batch_index
+from cg_lightning.diagnosis.watcher import Observer
 from tests.harness import Harness, assert_same, features
 from tests.models import Body, ConvNetClassifier, Predictor
 
@@ -52,9 +52,15 @@ CASES = {
     "mask": (lambda m, x: x[x > 0], Cause.DATA_DEPENDENT_SHAPE),
     "unique": (lambda m, x: x.unique(), Cause.DATA_DEPENDENT_SHAPE),
     "bincount": (lambda m, x: x.long().abs().flatten().bincount(), Cause.DATA_DEPENDENT_SHAPE),
-    "repeat_interleave": (lambda m, x: x[0].repeat_interleave(x[0].long().abs()), Cause.DATA_DEPENDENT_SHAPE),
+    "repeat_interleave": (
+        lambda m, x: x[0].repeat_interleave(x[0].long().abs()),
+        Cause.DATA_DEPENDENT_SHAPE,
+    ),
     "masked_select": (lambda m, x: x.masked_select(x > 0), Cause.DATA_DEPENDENT_SHAPE),
-    "inverse": (lambda m, x: torch.linalg.inv(x.T @ x + torch.eye(8)), Cause.HOST_CHECKED_LINEAR_ALGEBRA),
+    "inverse": (
+        lambda m, x: torch.linalg.inv(x.T @ x + torch.eye(8)),
+        Cause.HOST_CHECKED_LINEAR_ALGEBRA,
+    ),
     "Python randomness": (lambda m, x: x * random.random(), Cause.HOST_RANDOMNESS),
     "NumPy randomness": (lambda m, x: x * float(np.random.rand()), Cause.HOST_RANDOMNESS),
     "attribute": (lambda m, x: sets(m, "cache", x), Cause.STATE_REBOUND),
@@ -99,7 +105,9 @@ def test_clean_ones(function):
 
 def test_inputs_mutated_in_place():
     net = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 8))
-    assert [f.cause for f in diagnose(net, {"input": torch.randn(2, 8)}).findings] == [Cause.INPUT_MUTATED]
+    assert [f.cause for f in diagnose(net, {"input": torch.randn(2, 8)}).findings] == [
+        Cause.INPUT_MUTATED
+    ]
 
 
 def test_hooks_also_global_ones():
@@ -299,7 +307,11 @@ class KeepsElsewhere(Predictor):
     def __init__(self, how: str) -> None:
         super().__init__(Body())
         self.how = how
-        self.meter, self.cache, self.metrics = Meter(), {"last": None}, {"error": MeanSquaredError()}
+        self.meter, self.cache, self.metrics = (
+            Meter(),
+            {"last": None},
+            {"error": MeanSquaredError()},
+        )
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         output = self.net(batch[0])
@@ -310,7 +322,9 @@ class KeepsElsewhere(Predictor):
         if self.how == "metric":
             self.metrics["error"].update(output, output + 1)
         if self.how in ("trainer", "current_epoch"):
-            output = output + (self.trainer.current_epoch if self.how == "trainer" else self.current_epoch)
+            output = output + (
+                self.trainer.current_epoch if self.how == "trainer" else self.current_epoch
+            )
         return output
 
 
@@ -324,8 +338,15 @@ def test_what_is_kept_elsewhere_is_noticed(tmp_path, how):
     if how == "metric":
         assert model.metrics["error"].update_count == 5
     if how:
-        words = {"metric": "metric updated", "trainer": "Trainer read", "current_epoch": "Trainer read"}
-        assert any(reason.startswith(words.get(how, "module state rebound")) for reason in callback.stats.eager_reasons)
+        words = {
+            "metric": "metric updated",
+            "trainer": "Trainer read",
+            "current_epoch": "Trainer read",
+        }
+        assert any(
+            reason.startswith(words.get(how, "module state rebound"))
+            for reason in callback.stats.eager_reasons
+        )
 
 
 def test_what_compiling_does_is_done_once(harness):

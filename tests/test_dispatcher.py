@@ -12,7 +12,11 @@ def test_prefers_full_to_piecewise_to_none():
     assert dispatcher.dispatch(KEY) == (CUDAGraphMode.PIECEWISE, KEY, "a sync")
     dispatcher.add_cudagraph_key(CUDAGraphMode.FULL, KEY)
     result = dispatcher.dispatch(KEY)
-    assert (result.runtime_mode, result.batch_descriptor, result.reason) == (CUDAGraphMode.FULL, KEY, "")
+    assert (result.runtime_mode, result.batch_descriptor, result.reason) == (
+        CUDAGraphMode.FULL,
+        KEY,
+        "",
+    )
     assert dispatcher.dispatch(OTHER).runtime_mode is CUDAGraphMode.NONE
 
 

@@ -10,7 +10,16 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tests.harness import Harness, KeepOutputs, assert_same, features, images, loader, predict, validate
+from tests.harness import (
+    Harness,
+    KeepOutputs,
+    assert_same,
+    features,
+    images,
+    loader,
+    predict,
+    validate,
+)
 from tests.models import Attention, Body, ConvNetClassifier, Predictor, Recurrent
 
 MODES = ["PIECEWISE", "FULL", "FULL_AND_PIECEWISE"]
@@ -18,7 +27,9 @@ MODES = ["PIECEWISE", "FULL", "FULL_AND_PIECEWISE"]
 
 def sequences(number: int = 20, batch_size: int = 4) -> DataLoader:
     """Sequences of shape ``(batch, 5, 8)``."""
-    return loader(torch.randn(number, 5, 8, generator=torch.Generator().manual_seed(5)), batch_size=batch_size)
+    return loader(
+        torch.randn(number, 5, 8, generator=torch.Generator().manual_seed(5)), batch_size=batch_size
+    )
 
 
 class Residual(nn.Module):
@@ -150,10 +161,14 @@ def test_precisions(harness, backend, mode, precision):
     if backend == "recorder" and precision == "16-mixed":
         pytest.skip("Lightning has no 16-mixed on the CPU")
     fit = lambda trainer, module: trainer.fit(module, images(), images())
-    callback = harness.compare(ConvNetClassifier(4), fit, harness.callback(mode=mode, warmup_steps=1), precision=precision)
+    callback = harness.compare(
+        ConvNetClassifier(4), fit, harness.callback(mode=mode, warmup_steps=1), precision=precision
+    )
     if mode != "FULL":
         assert callback.stats.replays > 0, callback.summary()
-    callback = harness.compare(ConvNetClassifier(4), predict(images()), harness.callback(mode=mode), precision=precision)
+    callback = harness.compare(
+        ConvNetClassifier(4), predict(images()), harness.callback(mode=mode), precision=precision
+    )
     assert callback.stats.replays == 2
 
 
@@ -179,7 +194,9 @@ def test_several_loaders_partial_batches_and_shapes_in_any_order(harness, mode):
 
 def ragged(lengths: list[int]) -> DataLoader:
     generator = torch.Generator().manual_seed(2)
-    return DataLoader([torch.randn(2, length, 8, generator=generator) for length in lengths], batch_size=None)
+    return DataLoader(
+        [torch.randn(2, length, 8, generator=generator) for length in lengths], batch_size=None
+    )
 
 
 class OnTensor(Predictor):
@@ -195,7 +212,9 @@ class OnTensor(Predictor):
 @pytest.mark.parametrize("mode", MODES)
 def test_shapes_in_any_order(harness, mode):
     lengths = [3, 5, 3, 3, 7, 5, 5, 3, 7, 7, 3, 5, 7]
-    callback = harness.compare(OnTensor(Body()), predict(ragged(lengths)), harness.callback(mode=mode, warmup_steps=1))
+    callback = harness.compare(
+        OnTensor(Body()), predict(ragged(lengths)), harness.callback(mode=mode, warmup_steps=1)
+    )
     assert callback.stats.captures == 3
     assert callback.stats.replays == len(lengths) - 3
 
@@ -215,7 +234,14 @@ def test_shapes_that_change_inside_a_step(harness):
 def test_validation_every_few_steps(harness):
     fit = lambda trainer, module: trainer.fit(module, images(40), images(12))
     callback = harness.callback(warmup_steps=2)
-    harness.compare(ConvNetClassifier(4), fit, callback, val_check_interval=3, max_epochs=2, num_sanity_val_steps=2)
+    harness.compare(
+        ConvNetClassifier(4),
+        fit,
+        callback,
+        val_check_interval=3,
+        max_epochs=2,
+        num_sanity_val_steps=2,
+    )
     assert callback.stats.captures == 1  # weights change in place: one capture serves all epochs
     assert callback.stats.replays == callback.stats.steps["FULL"] == 3 * 6 - 2
 
@@ -249,7 +275,12 @@ class Output:
 
 def nested(self: Predictor, batch: Any, batch_idx: int) -> Any:
     y = self.net(batch[0])
-    return {"y": y, "again": [y, Output(y.mean(), {"n": 3, "name": "a", "none": None})], "view": y[:, :2], "half": y.half()}
+    return {
+        "y": y,
+        "again": [y, Output(y.mean(), {"n": 3, "name": "a", "none": None})],
+        "view": y[:, :2],
+        "half": y.half(),
+    }
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -271,13 +302,18 @@ def test_a_nested_batch_with_values_in_every_leaf(harness, mode):
     generator = torch.Generator().manual_seed(1)
     batches = [
         {
-            "a": (torch.randn(2, 8, generator=generator), {"deep": torch.randn(2, 1, generator=generator)}),
+            "a": (
+                torch.randn(2, 8, generator=generator),
+                {"deep": torch.randn(2, 1, generator=generator)},
+            ),
             "scale": 2.0 if index % 2 else 3,
             "name": "same",
         }
         for index in range(12)
     ]
-    callback = harness.compare(Reads(Body()), predict(DataLoader(batches, batch_size=None)), harness.callback(mode=mode))
+    callback = harness.compare(
+        Reads(Body()), predict(DataLoader(batches, batch_size=None)), harness.callback(mode=mode)
+    )
     assert callback.stats.captures == (2 if mode != "PIECEWISE" else 1)
 
 
@@ -322,12 +358,19 @@ def test_a_submodule_that_gives_back_its_input(harness):
 
 
 def test_without_copies_outputs_live_until_the_next_replay_of_their_entry(harness):
-    model, callback = OnTensor(Body()), harness.callback(mode="FULL", copy_outputs=False, warmup_steps=1)
+    model, callback = (
+        OnTensor(Body()),
+        harness.callback(mode="FULL", copy_outputs=False, warmup_steps=1),
+    )
     kept, expected = KeepOutputs(), KeepOutputs()
-    harness.trainer(callback, kept).predict(model, ragged([3, 4, 3, 4, 3]), return_predictions=False)
+    harness.trainer(callback, kept).predict(
+        model, ragged([3, 4, 3, 4, 3]), return_predictions=False
+    )
     assert kept.kept[2].data_ptr() == kept.kept[4].data_ptr()  # the same graph wrote both
     harness.trainer(expected).predict(model, ragged([3, 4, 3, 4, 3]), return_predictions=False)
-    assert_same(kept.kept[3:], expected.kept[3:])  # another graph of the pool did not overwrite this one
+    assert_same(
+        kept.kept[3:], expected.kept[3:]
+    )  # another graph of the pool did not overwrite this one
 
 
 def test_that_the_comparison_can_fail(harness):

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from cg_lightning.stage.frozen_values import FrozenValues
+from cg_lightning.guards.values import FrozenValues
 from tests.harness import Harness, features, predict
 from tests.models import Body, Predictor
 
@@ -59,9 +59,17 @@ Case = tuple[Function[[], Any], Function[[Tensor, Any], Tensor], Function[[Any],
 """Makes what the module keeps; uses it; changes it."""
 CASES: dict[str, Case] = {
     "slots": (Slotted, lambda x, kept: x * kept.factor, set_to("factor", 3.0)),
-    "tensor in slots": (lambda: Slotted(tensor=torch.ones(8)), lambda x, kept: x * kept.tensor, lambda kept: move(kept.tensor)),
+    "tensor in slots": (
+        lambda: Slotted(tensor=torch.ones(8)),
+        lambda x, kept: x * kept.tensor,
+        lambda kept: move(kept.tensor),
+    ),
     "object": (Plain, lambda x, kept: x * kept.factor, set_to("factor", 3.0)),
-    "object in an object": (Plain, lambda x, kept: x * kept.inner[0].factor, lambda kept: set_to("factor", 3.0)(kept.inner[0])),
+    "object in an object": (
+        Plain,
+        lambda x, kept: x * kept.inner[0].factor,
+        lambda kept: set_to("factor", 3.0)(kept.inner[0]),
+    ),
     "tensor in an object": (Plain, lambda x, kept: x * kept.tensor, lambda kept: move(kept.tensor)),
     "callable object": (Scales, lambda x, kept: kept(x), set_to("factor", 3.0)),
     "OmegaConf": (
@@ -70,18 +78,44 @@ CASES: dict[str, Case] = {
         lambda kept: set_to("factor", 3.0)(kept.a),
     ),
     "set": (lambda: {1.0}, lambda x, kept: x * sum(kept), lambda kept: kept.add(2.0)),
-    "deque": (lambda: collections.deque([1.0]), lambda x, kept: x * kept[0], lambda kept: kept.appendleft(3.0)),
-    "bytearray": (lambda: bytearray(b"\x01"), lambda x, kept: x * kept[0], lambda kept: kept.__setitem__(0, 3)),
-    "array": (lambda: array.array("d", [1.0]), lambda x, kept: x * kept[0], lambda kept: kept.__setitem__(0, 3.0)),
-    "NumPy": (lambda: np.ones((1, 1)), lambda x, kept: x * float(kept[0, 0]), lambda kept: kept.__setitem__((0, 0), 3.0)),
+    "deque": (
+        lambda: collections.deque([1.0]),
+        lambda x, kept: x * kept[0],
+        lambda kept: kept.appendleft(3.0),
+    ),
+    "bytearray": (
+        lambda: bytearray(b"\x01"),
+        lambda x, kept: x * kept[0],
+        lambda kept: kept.__setitem__(0, 3),
+    ),
+    "array": (
+        lambda: array.array("d", [1.0]),
+        lambda x, kept: x * kept[0],
+        lambda kept: kept.__setitem__(0, 3.0),
+    ),
+    "NumPy": (
+        lambda: np.ones((1, 1)),
+        lambda x, kept: x * float(kept[0, 0]),
+        lambda kept: kept.__setitem__((0, 0), 3.0),
+    ),
     "tensor": (lambda: torch.ones(8), lambda x, kept: x * kept, move),
-    "tensor in a list": (lambda: [{"a": torch.ones(8)}], lambda x, kept: x * kept[0]["a"], lambda kept: move(kept[0]["a"])),
+    "tensor in a list": (
+        lambda: [{"a": torch.ones(8)}],
+        lambda x, kept: x * kept[0]["a"],
+        lambda kept: move(kept[0]["a"]),
+    ),
     "weight of a module in a list": (
         lambda: [nn.Linear(8, 8)],
         lambda x, kept: kept[0](x),
-        lambda kept: set_to("weight", nn.Parameter(torch.ones(8, 8, device=kept[0].weight.device)))(kept[0]),
+        lambda kept: set_to("weight", nn.Parameter(torch.ones(8, 8, device=kept[0].weight.device)))(
+            kept[0]
+        ),
     ),
-    "mode of a module in a list": (lambda: [nn.RReLU(-1, -1).eval()], lambda x, kept: kept[0](x), lambda kept: kept[0].train()),
+    "mode of a module in a list": (
+        lambda: [nn.RReLU(-1, -1).eval()],
+        lambda x, kept: kept[0](x),
+        lambda kept: kept[0].train(),
+    ),
 }
 
 
@@ -284,8 +318,13 @@ class Ensemble(Predictor):
 
     def __init__(self) -> None:
         super().__init__(Body())
-        weights = {name: torch.stack([value, 2 * value, 3 * value]) for name, value in self.net.named_parameters()}
-        self.weights = nn.ParameterDict({name.replace(".", "/"): value.detach() for name, value in weights.items()})
+        weights = {
+            name: torch.stack([value, 2 * value, 3 * value])
+            for name, value in self.net.named_parameters()
+        }
+        self.weights = nn.ParameterDict(
+            {name.replace(".", "/"): value.detach() for name, value in weights.items()}
+        )
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         weights = {name.replace("/", "."): value for name, value in self.weights.items()}
@@ -296,7 +335,9 @@ class Ensemble(Predictor):
 class Derives(Predictor):
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         with torch.inference_mode(False):
-            return torch.func.jvp(nn.functional.relu, (batch[0].clone(),), (torch.ones_like(batch[0]),))
+            return torch.func.jvp(
+                nn.functional.relu, (batch[0].clone(),), (torch.ones_like(batch[0]),)
+            )
 
 
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
@@ -306,4 +347,6 @@ def test_transforms_of_torch_func(harness: Harness, kind, mode):
     callback = harness.callback(mode=mode, warmup_steps=1)
     harness.compare(kind(), predict(features(32)), callback)
     if kind is Ensemble and mode == "PIECEWISE":
-        assert any("inside a transform of torch.func" in reason for reason in callback.stats.eager_reasons)
+        assert any(
+            "inside a transform of torch.func" in reason for reason in callback.stats.eager_reasons
+        )

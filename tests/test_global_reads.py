@@ -57,12 +57,26 @@ class Helped(nn.Module):
 class ReadsThem(Predictor):
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         scaled = [self.net(batch[0]) * factor for factor in Config.factors]
-        return scaled[0] * FACTOR * TABLE["factor"] * Inherits.factor * models.FACTOR * torch.ones(8, device=self.device)
+        return (
+            scaled[0]
+            * FACTOR
+            * TABLE["factor"]
+            * Inherits.factor
+            * models.FACTOR
+            * torch.ones(8, device=self.device)
+        )
 
 
 def reset() -> None:
     global FACTOR, STEPS
-    FACTOR, STEPS, TABLE["factor"], Config.factor, Config.factors[0], models.FACTOR = 1.0, 0, 1.0, 1.0, 1.0, 1.0
+    FACTOR, STEPS, TABLE["factor"], Config.factor, Config.factors[0], models.FACTOR = (
+        1.0,
+        0,
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+    )
     KEPT.clear()
 
 
@@ -108,7 +122,9 @@ def test_globals_that_change_between_two_batches(harness: Harness, name):
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])
 def test_globals_of_functions_that_a_submodule_calls(harness: Harness, mode):
     callback = harness.callback(warmup_steps=1, verify_replays=0, mode=mode)
-    harness.compare(Predictor(Helped()), predict(features(32)), callback, lambda: [Changes("global")])
+    harness.compare(
+        Predictor(Helped()), predict(features(32)), callback, lambda: [Changes("global")]
+    )
     assert callback.stats.captures == 2
 
 
@@ -124,7 +140,12 @@ def test_that_they_are_frozen_where_nobody_looks(harness: Harness):
 
     callback = harness.callback(warmup_steps=1, verify_replays=0)
     with pytest.raises(AssertionError):
-        harness.compare(ReadsThem(Body()), predict(features(32)), callback, lambda: [Profiles(), Changes("global")])
+        harness.compare(
+            ReadsThem(Body()),
+            predict(features(32)),
+            callback,
+            lambda: [Profiles(), Changes("global")],
+        )
 
 
 def test_a_profiler_of_the_users_goes_on(harness: Harness):
@@ -136,7 +157,9 @@ def test_a_profiler_of_the_users_goes_on(harness: Harness):
 
     net: Any = Body()
     net.compile(backend="eager")
-    sys.setprofile(lambda frame, event, _: called.append(frame.f_code.co_name) if event == "call" else None)
+    sys.setprofile(
+        lambda frame, event, _: called.append(frame.f_code.co_name) if event == "call" else None
+    )
     try:
         harness.trainer(harness.callback(warmup_steps=1)).predict(Profiled(net), features(32))
         assert sys.getprofile() is not None
@@ -196,7 +219,10 @@ class Logs(Predictor):
         (AppendsInSubmodule, "module state rebound: global KEPT"),
         (Counts, "module state rebound: global STEPS"),
         (Logs, "logger or print used: logging"),
-        (NamesWhatCannotBeRead, "module state rebound: global REFUSES cannot be looked into: OSError: closed"),
+        (
+            NamesWhatCannotBeRead,
+            "module state rebound: global REFUSES cannot be looked into: OSError: closed",
+        ),
     ],
 )
 def test_globals_that_a_step_changes(harness: Harness, caplog, kind, reason):
@@ -210,7 +236,14 @@ def test_globals_that_a_step_changes(harness: Harness, caplog, kind, reason):
         net.load_state_dict(state)
         torch.manual_seed(4)
         kept = harness.trainer(*extra).predict(kind(net), features(32))
-        seen.append((kept, list(KEPT), STEPS, [record.message for record in caplog.records if record.name == "user"]))
+        seen.append(
+            (
+                kept,
+                list(KEPT),
+                STEPS,
+                [record.message for record in caplog.records if record.name == "user"],
+            )
+        )
     assert_same(*seen)
     assert callback.stats.steps["PIECEWISE"] >= 6
     full = harness.callback(warmup_steps=1, mode="FULL")

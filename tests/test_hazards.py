@@ -21,7 +21,13 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader
 
-from cg_lightning import BatchDescriptor, CaptureError, CUDAGraphMode, CUDAGraphWrapper, set_forward_context
+from cg_lightning import (
+    BatchDescriptor,
+    CaptureError,
+    CUDAGraphMode,
+    CUDAGraphWrapper,
+    set_forward_context,
+)
 from tests.harness import assert_same, features, images, predict, validate
 from tests.models import Body, ConvNetClassifier, Predictor
 
@@ -30,8 +36,12 @@ FULL = CUDAGraphMode.FULL
 
 MAKERS = {
     "EMA": lambda: WeightAveraging(avg_fn=get_ema_avg_fn(0.5)),
-    "SWA": lambda: WeightAveraging(use_buffers=False),  # integer buffers cannot be averaged on a GPU (torch 2.11)
-    "SWA with its learning rate": lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
+    "SWA": lambda: WeightAveraging(
+        use_buffers=False
+    ),  # integer buffers cannot be averaged on a GPU (torch 2.11)
+    "SWA with its learning rate": lambda: StochasticWeightAveraging(
+        swa_lrs=0.01, swa_epoch_start=1
+    ),
     "pruning": lambda: ModelPruning("l1_unstructured"),
 }
 
@@ -69,7 +79,9 @@ CHANGES = {
     "load_state_dict": loads(False),
     "load_state_dict with assign": loads(True),
     "a merged adapter": lambda m: setattr(m.net[0].weight, "data", m.net[0].weight.data + 0.1),
-    "a parametrization": lambda m: parametrize.register_parametrization(m.net[0], "weight", DoublesWeight()),
+    "a parametrization": lambda m: parametrize.register_parametrization(
+        m.net[0], "weight", DoublesWeight()
+    ),
     "to the host and back": lambda m: m.to(torch.device("cpu")).to(m.trainer.strategy.root_device),
     "a new buffer": lambda m: m.net[0].register_buffer("extra", torch.zeros(1, device=m.device)),
 }
@@ -81,7 +93,9 @@ def test_weights_that_change_in_mid_epoch(harness, name, mode):
     """Hazard 4."""
 
     class Changes(Predictor):
-        def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        def on_predict_batch_start(
+            self, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        ) -> None:
             if batch_idx == 5:
                 CHANGES[name](self)
 
@@ -137,7 +151,9 @@ def test_twelve_failing_captures_leave_a_healthy_process(backend, device):
     assert not torch.equal(before, net.weight)
 
 
-@pytest.mark.filterwarnings("ignore:called a synchronizing CUDA operation")  # the mode is one for the process
+@pytest.mark.filterwarnings(
+    "ignore:called a synchronizing CUDA operation"
+)  # the mode is one for the process
 def test_other_threads_while_capturing(harness, backend, device):
     """Hazard 18: fifty captures beside a loader with a worker and a thread that allocates and queries."""
     stop = threading.Event()
@@ -146,7 +162,9 @@ def test_other_threads_while_capturing(harness, backend, device):
     def work() -> None:
         try:
             while not stop.is_set():
-                tensor = torch.ones(64, 64, device=device)  # random numbers of the device are refused while it captures
+                tensor = torch.ones(
+                    64, 64, device=device
+                )  # random numbers of the device are refused while it captures
                 (tensor @ tensor).sum().item()
                 if backend == "cuda":
                     event = torch.cuda.Event()
@@ -175,7 +193,7 @@ def test_other_threads_while_capturing(harness, backend, device):
 
 def test_strategies_that_move_parameters_are_refused(harness):
     """Hazard 19."""
-    from cg_lightning.stage.preconditions import why_inert
+    from cg_lightning.trainer.preconditions import why_inert
 
     class Trainer:
         strategy = FSDPStrategy()
@@ -231,7 +249,9 @@ def test_lazy_parameters(harness):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*sync_dist=True")
-@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")  # Lightning makes DDP on a stream of its own
+@pytest.mark.filterwarnings(
+    "ignore:The AccumulateGrad node's stream"
+)  # Lightning makes DDP on a stream of its own
 def test_one_process_of_ddp(harness, backend):
     """Hazards 19 and 27: the inner module is graphed, and the process ends."""
     fit = lambda trainer, module: trainer.fit(module, images(), images())
@@ -251,9 +271,22 @@ def test_two_processes_of_ddp(tmp_path, backend):
         pytest.skip("needs two CUDA devices")
     root = Path(__file__).parent.parent
     command = [sys.executable, "-W", "ignore", "-m", "tests.ddp_worker", backend, str(tmp_path)]
-    ranks = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "GLOBAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in ranks}  # left by other tests' Trainers
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    ranks = (
+        "LOCAL_RANK",
+        "NODE_RANK",
+        "GROUP_RANK",
+        "GLOBAL_RANK",
+        "RANK",
+        "WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ranks
+    }  # left by other tests' Trainers
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=200
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = [(tmp_path / f"rank{rank}").read_text().splitlines() for rank in (0, 1)]
     assert first[0] == second[0]
@@ -274,7 +307,9 @@ def test_a_step_that_switches_streams(harness, backend):
             torch.cuda.current_stream().wait_stream(side)
             return output
 
-    harness.compare(Switches(Body()), predict(features()), harness.callback(mode="FULL", warmup_steps=1))
+    harness.compare(
+        Switches(Body()), predict(features()), harness.callback(mode="FULL", warmup_steps=1)
+    )
 
 
 def test_a_tensor_made_in_a_step_and_dropped(harness):
@@ -287,13 +322,17 @@ def test_a_tensor_made_in_a_step_and_dropped(harness):
         def predict_step(self, batch: Any, batch_idx: int) -> Any:
             return self.net(batch[0]) + self.bias
 
-        def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        def on_predict_batch_end(
+            self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        ) -> None:
             if batch_idx == 4:
                 self.bias = torch.full((8,), 5.0, device=self.device)
             for _ in range(20):
                 torch.full((8,), 7.0, device=self.device)
 
-    harness.compare(Closure(Body()), predict(features(40)), harness.callback(mode="FULL", warmup_steps=1))
+    harness.compare(
+        Closure(Body()), predict(features(40)), harness.callback(mode="FULL", warmup_steps=1)
+    )
 
 
 def test_metrics_that_share_their_states(harness):
@@ -328,7 +367,9 @@ def test_training_is_never_graphed(harness):
             assert modules_with_a_trace() == []
 
     fit = lambda trainer, module: trainer.fit(module, images(), images())
-    harness.compare(ConvNetClassifier(4), fit, harness.callback(warmup_steps=0), accumulate_grad_batches=2)
+    harness.compare(
+        ConvNetClassifier(4), fit, harness.callback(warmup_steps=0), accumulate_grad_batches=2
+    )
     harness.trainer(harness.callback(warmup_steps=0), Watches(), val_check_interval=2).fit(
         ConvNetClassifier(4), images(), images()
     )
@@ -353,19 +394,27 @@ ROWS = re.findall(r"^\| (\d+) \|.*\| (.+) \|$", (HERE / "hazards.md").read_text(
 
 def test_every_hazard_has_its_tests_and_every_test_its_row():
     assert [int(number) for number, _ in ROWS] == list(range(1, 35))
-    defined = {name for file in HERE.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)}
+    defined = {
+        name
+        for file in HERE.glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+    }
     for number, tests in ROWS:
         for name in re.findall(r"`(\w+)`", tests):
             assert name in defined, f"hazard {number} names {name}, which is no test"
     carried: dict[str, set[str]] = {}
     for file in HERE.glob("test_*.py"):
-        for name, text in re.findall(r"^def (test_\w+)[^\n]*\n +\"\"\"(.*?)\"\"\"", file.read_text(), re.M | re.S):
+        for name, text in re.findall(
+            r"^def (test_\w+)[^\n]*\n +\"\"\"(.*?)\"\"\"", file.read_text(), re.M | re.S
+        ):
             if match := re.search(r"Hazards? ([\d, and]+)", text):
                 carried[name] = set(re.findall(r"\d+", match[1]))
     for name, numbers in carried.items():
         for number in numbers:
             tests = dict(ROWS)[number]
-            assert f"`{name}`" in tests, f"{name} carries hazard {number}, whose row does not name it"
+            assert f"`{name}`" in tests, (
+                f"{name} carries hazard {number}, whose row does not name it"
+            )
 
 
 def test_out_of_memory_evicts_the_least_recently_used_once(harness):
@@ -375,12 +424,17 @@ def test_out_of_memory_evicts_the_least_recently_used_once(harness):
         """Needs more than there is, as long as another graph is there; and always for the longest."""
 
         def predict_step(self, batch: Any) -> Any:
-            if harness_captures() and (len(callback._installation.session.budget._places) > 0 or batch.shape[1] == 9):
+            if harness_captures() and (
+                len(callback._installation.session.budget._places) > 0 or batch.shape[1] == 9
+            ):
                 raise torch.OutOfMemoryError("out of memory")
             return self.net(batch)
 
     def harness_captures() -> bool:
-        return callback._installation is not None and callback._installation.session.backend.is_capturing()
+        return (
+            callback._installation is not None
+            and callback._installation.session.backend.is_capturing()
+        )
 
     callback = harness.callback(mode="FULL", warmup_steps=1)
     lengths = [3, 3, 4, 4, 4, 9, 9, 9, 3]
@@ -404,7 +458,9 @@ def test_no_batch_is_kept(harness):
             gc.collect()
             assert [ref() for ref in alive[:-2]] == [None] * (len(alive) - 2)
 
-    harness.trainer(harness.callback(mode="PIECEWISE", warmup_steps=2)).predict(Notes(Body()), features())
+    harness.trainer(harness.callback(mode="PIECEWISE", warmup_steps=2)).predict(
+        Notes(Body()), features()
+    )
     assert len(alive) == 10
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from cg_lightning.stage.interception import Interception
+from cg_lightning.modules.interception import Interception
 from tests.conftest import classes_with_a_trace, modules_with_a_trace
 
 
@@ -52,7 +52,9 @@ class CopiesItself(nn.Linear):
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, CopiesItself])
-@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), save_and_load])
+@pytest.mark.parametrize(
+    "make", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), save_and_load]
+)
 def test_copies_are_plain(make, kind):
     net = kind(2, 2)
     outer, calls = counted(net)
@@ -108,7 +110,9 @@ def test_a_method_wins_over_an_attribute_of_the_instance():
     net.extra_repr = lambda: "of the instance"
     interception = Interception(net, methods={"extra_repr": lambda: "ours"})
     assert net.extra_repr() == "ours"
-    with pytest.raises(AttributeError, match="extra_repr cannot be replaced while CUDAGraphCallback"):
+    with pytest.raises(
+        AttributeError, match="extra_repr cannot be replaced while CUDAGraphCallback"
+    ):
         net.extra_repr = None
     interception.remove()
     assert net.extra_repr() == "of the instance"
@@ -132,7 +136,9 @@ def test_what_is_assigned_to_its_type_lands_on_the_users_class():
     assert (Mine.count, net.count) == (2, 2)
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)])
+@pytest.mark.parametrize(
+    "order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
+)
 def test_removed_in_any_order(order):
     net = nn.Linear(2, 2)
     made = [counted(net) for _ in range(3)]

@@ -12,10 +12,15 @@ from lightning.pytorch.loggers.logger import Logger
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MetricCollection
-from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
+from torchmetrics.classification import (
+    BinaryAccuracy,
+    MulticlassAccuracy,
+    MulticlassAUROC,
+    MulticlassF1Score,
+)
 
-from cg_lightning.core.legality import Cause
-from cg_lightning.metrics.logged_results import LoggedResults
+from cg_lightning.core.causes import Cause
+from cg_lightning.trainer.logged_results import LoggedResults
 from tests.harness import images, loader, validate
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -29,7 +34,9 @@ class Logs(LightningModule):
         self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
         self.accuracy = MulticlassAccuracy(10)
         self.f1 = MulticlassF1Score(10)
-        self.several = MetricCollection([MulticlassAccuracy(10, average="micro"), MulticlassF1Score(10, average="micro")])
+        self.several = MetricCollection(
+            [MulticlassAccuracy(10, average="micro"), MulticlassF1Score(10, average="micro")]
+        )
         self.accuracy.persistent(True)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -38,7 +45,9 @@ class Logs(LightningModule):
         self.log("train_loss", loss)
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, torch.Tensor]:
+    def validation_step(
+        self, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, torch.Tensor]:
         x, y = batch
         logits = self.net(x)
         loss = cross_entropy(logits, y)
@@ -88,7 +97,9 @@ class Reads(Callback):
         shown = (trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics)
         self.seen.append([dict(metrics) for metrics in shown])
 
-    on_validation_batch_end = on_validation_epoch_end = on_validation_end = on_test_batch_end = on_test_end = _keep
+    on_validation_batch_end = on_validation_epoch_end = on_validation_end = on_test_batch_end = (
+        on_test_end
+    ) = _keep
 
 
 def shown(trainer: Any) -> list[Any]:
@@ -99,18 +110,36 @@ def shown(trainer: Any) -> list[Any]:
 def fit(trainer, module):
     trainer.fit(module, images(40), images(22))
     checkpoint, stopping = trainer.checkpoint_callback, trainer.early_stopping_callback
-    decisions = [checkpoint.best_model_score, checkpoint.current_score, stopping.best_score, stopping.stopped_epoch]
+    decisions = [
+        checkpoint.best_model_score,
+        checkpoint.current_score,
+        stopping.best_score,
+        stopping.stopped_epoch,
+    ]
     return [*shown(trainer), decisions]
 
 
 def decide(folder):
-    return lambda: [Reads(), ModelCheckpoint(folder, monitor="loss"), EarlyStopping("f1", mode="max", patience=2)]
+    return lambda: [
+        Reads(),
+        ModelCheckpoint(folder, monitor="loss"),
+        EarlyStopping("f1", mode="max", patience=2),
+    ]
 
 
-@pytest.mark.parametrize("settings", [{}, {"val_check_interval": 0.5}, {"limit_val_batches": 4}, {"precision": "bf16-mixed"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"val_check_interval": 0.5}, {"limit_val_batches": 4}, {"precision": "bf16-mixed"}],
+)
 def test_three_epochs_of_fit(harness, tmp_path, settings):
     callback = harness.callback(mode="FULL", warmup_steps=1)
-    settings = {"max_epochs": 3, "num_sanity_val_steps": 2, "enable_checkpointing": True, "log_every_n_steps": 3, **settings}
+    settings = {
+        "max_epochs": 3,
+        "num_sanity_val_steps": 2,
+        "enable_checkpointing": True,
+        "log_every_n_steps": 3,
+        **settings,
+    }
     harness.compare(Logs(), fit, callback, others=decide(tmp_path), logger=Listens(), **settings)
     assert callback.stats.steps["FULL"] > callback.stats.eager, callback.summary()
 
@@ -155,7 +184,9 @@ def test_values_of_epochs_beside_one_of_steps(harness):
         hooks.append(LogsInAHook())
         return [Reads(), hooks[-1]]
 
-    job = lambda trainer, module: [trainer.validate(module, images(44), verbose=False) for _ in range(2)] + shown(trainer)
+    job = lambda trainer, module: (
+        [trainer.validate(module, images(44), verbose=False) for _ in range(2)] + shown(trainer)
+    )
     callback = harness.callback(mode="FULL", warmup_steps=1)
     harness.compare(LogsEpochs(), job, callback, others=others, logger=Listens())
     assert callback.stats.steps["FULL"] > 8, callback.summary()
@@ -166,7 +197,9 @@ def test_values_of_epochs_beside_one_of_steps(harness):
 @pytest.mark.parametrize("mode", ["FULL", "FULL_AND_PIECEWISE"])
 def test_several_dataloaders_twice(harness, mode):
     def job(trainer, module):
-        results = [trainer.validate(module, [images(22), images(13, 3)], verbose=False) for _ in range(2)]
+        results = [
+            trainer.validate(module, [images(22), images(13, 3)], verbose=False) for _ in range(2)
+        ]
         return [results, trainer.test(module, images(22), verbose=False), shown(trainer)]
 
     callback = harness.callback(mode=mode, warmup_steps=1)
@@ -180,11 +213,20 @@ class Peeks(Callback):
     def __init__(self) -> None:
         self.seen: list[Any] = []
 
-    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+    def on_validation_batch_end(
+        self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
+    ) -> None:
         if batch_idx == 5:
-            self.seen += [pl_module.accuracy.compute(), pl_module.f1.compute(), pl_module.several.compute()]
+            self.seen += [
+                pl_module.accuracy.compute(),
+                pl_module.f1.compute(),
+                pl_module.several.compute(),
+            ]
             self.seen += [pl_module.accuracy.tp, pl_module.state_dict()["accuracy.tp"]]
-            copied, pickled = copy.deepcopy(pl_module.accuracy), pickle.loads(pickle.dumps(pl_module.accuracy))
+            copied, pickled = (
+                copy.deepcopy(pl_module.accuracy),
+                pickle.loads(pickle.dumps(pl_module.accuracy)),
+            )
             self.seen += [copied.compute(), pickled.compute(), pickled.update_count]
             one, other = pl_module.several.values(copy_state=False)
             self.seen.append(one.tp is other.tp)
@@ -198,7 +240,10 @@ class Peeks(Callback):
 def test_metrics_are_read_reset_and_loaded_in_mid_epoch(harness):
     def job(trainer, module):
         result = trainer.validate(module, images(48), verbose=False)
-        return [result, next(callback for callback in trainer.callbacks if isinstance(callback, Peeks)).seen]
+        return [
+            result,
+            next(callback for callback in trainer.callbacks if isinstance(callback, Peeks)).seen,
+        ]
 
     callback = harness.callback(mode="FULL", warmup_steps=1)
     harness.compare(Logs(), job, callback, others=lambda: [Peeks()])
@@ -213,7 +258,9 @@ def test_a_value_that_somebody_keeps_is_not_overwritten(harness):
         def on_validation_batch_end(self, trainer, pl_module, *_: Any) -> None:
             kept.append((pl_module.accuracy.tp, pl_module.accuracy.tp.clone()))
 
-    harness.trainer(harness.callback(mode="FULL", warmup_steps=1), Keeps()).validate(Logs(), images(40), verbose=False)
+    harness.trainer(harness.callback(mode="FULL", warmup_steps=1), Keeps()).validate(
+        Logs(), images(40), verbose=False
+    )
     assert all(torch.equal(value, then) for value, then in kept)
     assert not torch.equal(kept[3][0], kept[9][0])
 
@@ -234,7 +281,12 @@ class Refuses(LightningModule):
 
 REJECTED = {
     "binary": (BinaryAccuracy, torch.rand(32), 2, [0, 1, 3, 1]),
-    "multiclass labels": (lambda: MulticlassF1Score(3), torch.randint(0, 3, (32,)), 3, [0, 1, 2, 5]),
+    "multiclass labels": (
+        lambda: MulticlassF1Score(3),
+        torch.randint(0, 3, (32,)),
+        3,
+        [0, 1, 2, 5],
+    ),
     "multiclass scores": (lambda: MulticlassF1Score(3), torch.rand(32, 3), 3, [0, 1, -1, 1]),
     "curve": (lambda: MulticlassAUROC(2, thresholds=5), torch.rand(32, 2), 2, [0, 1, 2, 1]),
 }
@@ -249,7 +301,9 @@ def test_a_rejected_value_raises_what_eager_raises(harness, name):
     errors = []
     for extra in ([harness.callback(mode="FULL", warmup_steps=1, verify_replays=0)], []):
         with pytest.raises(RuntimeError) as caught:
-            harness.trainer(*extra, deterministic=False).validate(Refuses(make()), loader(scores, labels), verbose=False)
+            harness.trainer(*extra, deterministic=False).validate(
+                Refuses(make()), loader(scores, labels), verbose=False
+            )
         errors.append(str(caught.value))
         assert not extra or extra[0].stats.replays > 4
     assert errors[0] == errors[1]
@@ -261,7 +315,9 @@ class OnlyUpdates(Refuses):
 
 
 class Stops(Callback):
-    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+    def on_validation_batch_end(
+        self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
+    ) -> None:
         if batch_idx == 6:
             raise ArithmeticError("mine")
 
@@ -272,14 +328,18 @@ def test_a_rejected_value_does_not_hide_another_exception(harness):
     labels[20:24] = torch.tensor(bad)
     callback = harness.callback(mode="FULL", warmup_steps=1, verify_replays=0)
     with pytest.raises(ArithmeticError, match="mine"):
-        harness.trainer(callback, Stops()).validate(OnlyUpdates(make()), loader(scores, labels), verbose=False)
+        harness.trainer(callback, Stops()).validate(
+            OnlyUpdates(make()), loader(scores, labels), verbose=False
+        )
     assert callback.stats.replays > 4
 
 
 def test_clean_values_are_not_rejected(harness):
     make, scores, classes, _ = REJECTED["binary"]
     callback = harness.callback(mode="FULL", warmup_steps=1)
-    harness.compare(Refuses(make()), validate(loader(scores, torch.randint(0, classes, (32,)))), callback)
+    harness.compare(
+        Refuses(make()), validate(loader(scores, torch.randint(0, classes, (32,)))), callback
+    )
     assert callback.stats.steps["FULL"] > 4
 
 
@@ -374,7 +434,9 @@ class Disturbs(Callback):
     def __init__(self) -> None:
         self.seen: list[Any] = []
 
-    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+    def on_validation_batch_end(
+        self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
+    ) -> None:
         self.seen += [outputs, pl_module.f1.update_count]
         if batch_idx == 6:
             pl_module.f1.reset()
@@ -382,12 +444,16 @@ class Disturbs(Callback):
             pl_module.f1.update(torch.ones(4, 10, device=pl_module.device), batch[1])
 
 
-@pytest.mark.parametrize(("how", "runs_full"), [("", True), ("resets", True), ("computes only", False)])
+@pytest.mark.parametrize(
+    ("how", "runs_full"), [("", True), ("resets", True), ("computes only", False)]
+)
 def test_metrics_that_are_reset_and_computed_in_the_step(harness, how, runs_full):
     def job(trainer, module):
         module.f1.update(torch.ones(4, 10), torch.arange(4))
         trainer.validate(module, images(40), verbose=False)
-        return next(callback for callback in trainer.callbacks if isinstance(callback, Disturbs)).seen
+        return next(
+            callback for callback in trainer.callbacks if isinstance(callback, Disturbs)
+        ).seen
 
     callback = harness.callback(mode="FULL", warmup_steps=1, verify_replays=0)
     harness.compare(ResetsAndComputes(how), job, callback, others=lambda: [Disturbs()])

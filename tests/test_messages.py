@@ -42,14 +42,18 @@ class NoBatches(Predictor):
 
 def test_a_target_that_matches_nothing(tmp_path):
     callback = CUDAGraphCallback(backend="recorder", targets=["net.0", "encoder.*"])
-    with pytest.raises(ValueError, match=r"'encoder\.\*' matches no submodule of NoBatches") as caught:
+    with pytest.raises(
+        ValueError, match=r"'encoder\.\*' matches no submodule of NoBatches"
+    ) as caught:
         run(tmp_path, callback, NoBatches(Body()))
     assert "net, net.0, net.1, net.2" in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_cuda(tmp_path):
-    with pytest.raises(ValueError, match=r"backend='cuda' needs a CUDA device.*'recorder' or 'auto'"):
+    with pytest.raises(
+        ValueError, match=r"backend='cuda' needs a CUDA device.*'recorder' or 'auto'"
+    ):
         run(tmp_path, CUDAGraphCallback(backend="cuda"), NoBatches(Body()))
 
 
@@ -74,7 +78,9 @@ def test_auto_without_cuda_is_eager_and_says_so_once(tmp_path, caplog):
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_a_module_that_is_graphed_already(tmp_path, mode):
     compiled = torch.compile(NoBatches(Body()), mode=mode)
-    with pytest.raises(ValueError, match=r"NoBatches was compiled by torch\.compile with CUDA graphs of its own"):
+    with pytest.raises(
+        ValueError, match=r"NoBatches was compiled by torch\.compile with CUDA graphs of its own"
+    ):
         run(tmp_path, CUDAGraphCallback(backend="recorder"), compiled)
 
 

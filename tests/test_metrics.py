@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule
 from torch import nn
 from torchmetrics.wrappers import MetricTracker
 
-from cg_lightning.core.legality import Cause
+from cg_lightning.core.causes import Cause
 from tests.harness import loader
 from tests.metrics import CASES, CLASSES, Case
 
@@ -17,7 +17,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 def data(number: int = 44, batch_size: int = 4) -> Any:
     generator = torch.Generator().manual_seed(7)
-    features, labels = torch.randn(number, 8, generator=generator), torch.randint(0, CLASSES, (number,), generator=generator)
+    features, labels = (
+        torch.randn(number, 8, generator=generator),
+        torch.randint(0, CLASSES, (number,), generator=generator),
+    )
     return loader(features, labels, batch_size=batch_size)
 
 
@@ -40,7 +43,9 @@ class Computes(Callback):
     def __init__(self) -> None:
         self.seen: list[Any] = []
 
-    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+    def on_validation_batch_end(
+        self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
+    ) -> None:
         if batch_idx % 4 == 3:
             self.seen.append(pl_module.metric.compute())
 
@@ -55,7 +60,9 @@ def test_metrics_are_eagers_over_two_epochs(harness, name, how):
     def job(trainer, module):
         for _ in range(2):
             trainer.validate(module, data(), verbose=False)
-        return next(callback for callback in trainer.callbacks if isinstance(callback, Computes)).seen
+        return next(
+            callback for callback in trainer.callbacks if isinstance(callback, Computes)
+        ).seen
 
     callback = harness.callback(mode="FULL", warmup_steps=1)
     harness.compare(Measured(CASES[name], how), job, callback, others=lambda: [Computes()])
@@ -66,7 +73,13 @@ def test_metrics_are_eagers_over_two_epochs(harness, name, how):
     else:
         assert callback.stats.steps["FULL"] == 0
         # on a GPU the same step may be stopped by something earlier, a copy from the host for instance
-        expected = Cause if harness.backend == "cuda" else reason if isinstance(reason, tuple) else [reason]
+        expected = (
+            Cause
+            if harness.backend == "cuda"
+            else reason
+            if isinstance(reason, tuple)
+            else [reason]
+        )
         causes = tuple(cause.value for cause in expected)
         assert reasons
         assert all(text.startswith(causes) for text in reasons)

@@ -30,12 +30,18 @@ class Scaled(nn.Module):
 
 def changes_of(net: nn.Module) -> dict[str, Any]:
     return {
-        "forward hook": lambda: net.act.register_forward_hook(lambda module, inputs, output: output * 3),
-        "forward pre-hook": lambda: net.norm.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 3,)),
+        "forward hook": lambda: net.act.register_forward_hook(
+            lambda module, inputs, output: output * 3
+        ),
+        "forward pre-hook": lambda: net.norm.register_forward_pre_hook(
+            lambda module, inputs: (inputs[0] * 3,)
+        ),
         "attribute of the class": lambda: setattr(type(net), "scale", 3.0),
         "attribute that shadows it": lambda: setattr(net, "scale", 3.0),
         "another activation": lambda: setattr(net, "act", nn.Tanh()),
-        "another parameter": lambda: setattr(net.linear, "bias", nn.Parameter(torch.ones_like(net.linear.bias))),
+        "another parameter": lambda: setattr(
+            net.linear, "bias", nn.Parameter(torch.ones_like(net.linear.bias))
+        ),
         "setting of a layer": lambda: setattr(net.norm, "eps", 3.0),
         "another forward": lambda: setattr(net.act, "forward", torch.tanh),
         "forward of a user's module": lambda: setattr(net, "forward", lambda x: net.linear(x)),
@@ -50,7 +56,9 @@ class Changes(Callback):
     def __init__(self, what: str, batch_idx: int | None = None) -> None:
         self.what, self.batch_idx = what, batch_idx
 
-    def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+    def on_predict_batch_end(
+        self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
+    ) -> None:
         if batch_idx == self.batch_idx:
             changes_of(pl_module.net)[self.what]()
 
@@ -77,7 +85,12 @@ class PutsBack(Callback):
 def test_seen_at_the_next_step(harness: Harness, mode, what):
     """Hazards 7 and 20."""
     callback = harness.callback(mode=mode, warmup_steps=1, verify_replays=0)
-    harness.compare(Predictor(Scaled()), predict(features(48)), callback, others=lambda: [Changes(what, 4), PutsBack()])
+    harness.compare(
+        Predictor(Scaled()),
+        predict(features(48)),
+        callback,
+        others=lambda: [Changes(what, 4), PutsBack()],
+    )
     assert callback.stats.replays >= 4, callback.summary()
 
 
@@ -92,17 +105,24 @@ def test_seen_in_the_next_epoch(harness: Harness, mode, what):
 
     callback = harness.callback(mode=mode, warmup_steps=1, verify_replays=0)
     others = lambda: [Changes(what), PutsBack()]
-    harness.compare(Predictor(Scaled()), fit, callback, others=others, max_epochs=3, num_sanity_val_steps=0)
+    harness.compare(
+        Predictor(Scaled()), fit, callback, others=others, max_epochs=3, num_sanity_val_steps=0
+    )
     assert callback.stats.replays >= 4, callback.summary()
 
 
 def test_that_such_a_change_is_frozen_without_the_guards(harness: Harness, monkeypatch):
-    from cg_lightning.stage.module_state import Change, ModuleState
+    from cg_lightning.guards.module_guard import Change, ModuleState
 
     monkeypatch.setattr(ModuleState, "look", lambda self: Change.NOTHING)
     callback = harness.callback(mode="FULL", warmup_steps=1, verify_replays=0)
     with pytest.raises(AssertionError):
-        harness.compare(Predictor(Scaled()), predict(features(48)), callback, others=lambda: [Changes(AT_ONCE[3], 4)])
+        harness.compare(
+            Predictor(Scaled()),
+            predict(features(48)),
+            callback,
+            others=lambda: [Changes(AT_ONCE[3], 4)],
+        )
 
 
 class CountsOnItsClass(Predictor):
@@ -126,16 +146,23 @@ class AppendsToItsClass(CountsOnItsClass):
         self.seen.clear()
 
 
-@pytest.mark.parametrize(("model", "name"), [(CountsOnItsClass, "steps"), (AppendsToItsClass, "seen")])
+@pytest.mark.parametrize(
+    ("model", "name"), [(CountsOnItsClass, "steps"), (AppendsToItsClass, "seen")]
+)
 @pytest.mark.parametrize("verify_replays", [0, 2])
 def test_what_a_step_changes_on_its_class(harness: Harness, model, name, verify_replays):
     """Hazard 6."""
-    callback = harness.callback(mode="FULL_AND_PIECEWISE", warmup_steps=1, verify_replays=verify_replays)
+    callback = harness.callback(
+        mode="FULL_AND_PIECEWISE", warmup_steps=1, verify_replays=verify_replays
+    )
     harness.compare(model(Scaled()), predict(features(32)), callback)
     assert callback.stats.steps["PIECEWISE"] == 7, callback.summary()
     callback = harness.callback(mode="FULL", warmup_steps=1)
     harness.compare(model(Scaled()), predict(features(32)), callback)
-    assert any(f"module state rebound: CountsOnItsClass.{name}" in reason for reason in callback.stats.eager_reasons)
+    assert any(
+        f"module state rebound: CountsOnItsClass.{name}" in reason
+        for reason in callback.stats.eager_reasons
+    )
 
 
 class RebindsABuffer(Predictor):
@@ -161,18 +188,31 @@ class MovesAWeight(Callback):
         (Predictor, [MovesAWeight], "parameters or buffers lie at new addresses"),
     ],
 )
-def test_what_changes_with_each_step_is_not_captured_in_each_step(harness: Harness, mode, model, others, reason):
+def test_what_changes_with_each_step_is_not_captured_in_each_step(
+    harness: Harness, mode, model, others, reason
+):
     """Hazard 21: it is not called a warm-up either."""
     callback = harness.callback(mode=mode, warmup_steps=1)
-    harness.compare(model(Scaled()), validate(features(160)), callback, others=lambda: [make() for make in others])
+    harness.compare(
+        model(Scaled()),
+        validate(features(160)),
+        callback,
+        others=lambda: [make() for make in others],
+    )
     assert callback.stats.captures <= 8  # of 39
-    assert any(f"again and again, {reason}" in said for said in callback.stats.eager_reasons), callback.summary()
+    assert any(f"again and again, {reason}" in said for said in callback.stats.eager_reasons), (
+        callback.summary()
+    )
     assert callback.stats.eager_reasons["warm-up"] < 16
 
 
-@pytest.mark.filterwarnings("ignore:.*is not a leaf Tensor")  # PyTorch, where a Trainer moves such a module
+@pytest.mark.filterwarnings(
+    "ignore:.*is not a leaf Tensor"
+)  # PyTorch, where a Trainer moves such a module
 @pytest.mark.parametrize(
-    "make", [torch.jit.script, lambda net: torch.jit.trace(net, torch.randn(4, 8))], ids=["script", "trace"]
+    "make",
+    [torch.jit.script, lambda net: torch.jit.trace(net, torch.randn(4, 8))],
+    ids=["script", "trace"],
 )
 def test_modules_of_torch_jit(harness: Harness, make):
     """Their members are no dictionaries, and calls of their children do not go through Python."""
@@ -188,7 +228,9 @@ def test_modules_of_torch_jit(harness: Harness, make):
 class DeeplyConfigured(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.config = SimpleNamespace(model=SimpleNamespace(scales=[{"one": SimpleNamespace(scale=1.0)}]))
+        self.config = SimpleNamespace(
+            model=SimpleNamespace(scales=[{"one": SimpleNamespace(scale=1.0)}])
+        )
         self.config.itself = self.config
         self.linear = nn.Linear(8, 8)
 
@@ -201,12 +243,19 @@ def test_objects_in_objects_are_watched(harness: Harness, mode):
     """Hazard 7."""
 
     class ChangesDeeply(Callback):
-        def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        def on_predict_batch_end(
+            self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
+        ) -> None:
             if batch_idx == 5:
                 pl_module.net.config.model.scales[0]["one"].scale = 3.0
 
     callback = harness.callback(mode=mode, warmup_steps=1, verify_replays=0)
-    harness.compare(Predictor(DeeplyConfigured()), predict(features(48)), callback, others=lambda: [ChangesDeeply()])
+    harness.compare(
+        Predictor(DeeplyConfigured()),
+        predict(features(48)),
+        callback,
+        others=lambda: [ChangesDeeply()],
+    )
     assert callback.stats.captures == 2
 
 
@@ -236,7 +285,9 @@ def test_large_containers_are_compared_once_an_epoch(harness: Harness, mode):
 
     callback = harness.callback(mode=mode, warmup_steps=1, verify_replays=0)
     others = lambda: [ChangesTheTable()]
-    harness.compare(Predictor(ReadsATable()), fit, callback, others=others, max_epochs=3, num_sanity_val_steps=0)
+    harness.compare(
+        Predictor(ReadsATable()), fit, callback, others=others, max_epochs=3, num_sanity_val_steps=0
+    )
     assert callback.stats.captures == 2
 
 
@@ -267,7 +318,9 @@ def test_settings_of_metrics_and_the_layout_of_weights(harness: Harness):
 
     callback = harness.callback(mode="FULL", warmup_steps=1, verify_replays=0)
     others = lambda: [ChangesBetweenEpochs()]
-    harness.compare(Thresholded(Scaled()), fit, callback, others=others, max_epochs=3, num_sanity_val_steps=0)
+    harness.compare(
+        Thresholded(Scaled()), fit, callback, others=others, max_epochs=3, num_sanity_val_steps=0
+    )
     assert callback.stats.captures == 2
     assert callback.stats.steps["FULL"] > 20, callback.summary()
 

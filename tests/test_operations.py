@@ -33,7 +33,9 @@ class Runs(nn.Module):
 def is_captured(name: str, x: torch.Tensor, backend: str) -> bool:
     step = Runs(name).to(x.device)
     options = CUDAGraphOptions(gc_disable=True)  # garbage takes longer than all the rest
-    wrapper = CUDAGraphWrapper(lambda x: (step(x), None)[1], CUDAGraphMode.FULL, options, backend=backend)
+    wrapper = CUDAGraphWrapper(
+        lambda x: (step(x), None)[1], CUDAGraphMode.FULL, options, backend=backend
+    )
     with torch.inference_mode():
         step(x)  # library handles are made by a first run
         with set_forward_context(CUDAGraphMode.FULL, BatchDescriptor(batch_size=8)):

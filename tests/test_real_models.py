@@ -18,7 +18,9 @@ CLASSES, BATCHES = 10, 24
 
 
 def resnet18() -> nn.Module:
-    return pytest.importorskip("torchvision.models", reason="torchvision is not installed").resnet18(num_classes=CLASSES)
+    return pytest.importorskip(
+        "torchvision.models", reason="torchvision is not installed"
+    ).resnet18(num_classes=CLASSES)
 
 
 def vit() -> nn.Module:
@@ -28,7 +30,9 @@ def vit() -> nn.Module:
 
 def bert() -> nn.Module:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    return transformers.BertForSequenceClassification(transformers.BertConfig(num_labels=CLASSES, vocab_size=1000))
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(num_labels=CLASSES, vocab_size=1000)
+    )
 
 
 class Model(LightningModule):
@@ -45,7 +49,10 @@ class Model(LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         logits = self.logits(batch)
         self.accuracy.update(logits, batch["label"])
-        self.log_dict({"loss": cross_entropy(logits, batch["label"]), "accuracy": self.accuracy}, batch_size=len(logits))
+        self.log_dict(
+            {"loss": cross_entropy(logits, batch["label"]), "accuracy": self.accuracy},
+            batch_size=len(logits),
+        )
         return logits
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
@@ -64,7 +71,10 @@ def batches(name: str) -> DataLoader:
         mask = (torch.arange(128) < torch.randint(64, 128, (number, 1), generator=generator)).long()
         return {"input_ids": ids, "attention_mask": mask, "label": label}
 
-    return DataLoader([batch(size if index < BATCHES - 1 else size - 1) for index in range(BATCHES)], batch_size=None)
+    return DataLoader(
+        [batch(size if index < BATCHES - 1 else size - 1) for index in range(BATCHES)],
+        batch_size=None,
+    )
 
 
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
@@ -73,7 +83,10 @@ def test_loss_accuracy_and_predictions_are_eagers(name, make, mode, tmp_path):
     harness = Harness("cuda", tmp_path)
     model = Model(make())
     data = batches(name)
-    job = lambda trainer, module: (trainer.validate(module, data, verbose=False), trainer.predict(module, data))
+    job = lambda trainer, module: (
+        trainer.validate(module, data, verbose=False),
+        trainer.predict(module, data),
+    )
     # deterministic kernels: without them cuDNN may differ from itself, and then nothing could be compared to the last bit
     assert_same(*[harness.trainer().predict(copy.deepcopy(model), data) for _ in range(2)])
     callback = harness.compare(model, job, harness.callback(mode=mode))

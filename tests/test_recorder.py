@@ -16,14 +16,22 @@ CPU = torch.device("cpu")
 
 
 def capture(function):
-    return RecorderBackend(CPU).capture(function, collect_garbage=False, capture_error_mode="thread_local")
+    return RecorderBackend(CPU).capture(
+        function, collect_garbage=False, capture_error_mode="thread_local"
+    )
 
 
 def modules():
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
     return {
         "conv": (
-            nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.ReLU(True)),
+            nn.Sequential(
+                nn.Conv2d(1, 4, 3),
+                nn.BatchNorm2d(4),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(4, 4, 3),
+                nn.ReLU(True),
+            ),
             (2, 1, 8, 8),
         ),
         "lstm": (Recurrent(nn.LSTM), (2, 5, 8)),

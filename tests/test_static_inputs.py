@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from cg_lightning import UnkeyableBatchError
-from cg_lightning.core.static_inputs import StaticInputs
+from cg_lightning.capture.static_inputs import StaticInputs
 
 
 def make(device, *tensors):
@@ -38,7 +38,11 @@ def test_keeps_shape_strides_dtype_and_values(device, view):
     for values in (first, second):
         inputs.copy_from([values, number])
         static = inputs.leaves[0]
-        assert (static.shape, static.stride(), static.dtype) == (values.shape, values.stride(), values.dtype)
+        assert (static.shape, static.stride(), static.dtype) == (
+            values.shape,
+            values.stride(),
+            values.dtype,
+        )
         assert torch.equal(static, values)
         assert static.data_ptr() == address
 

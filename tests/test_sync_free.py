@@ -64,7 +64,9 @@ def both(device: torch.device, path: str, *args: Any, **kwargs: Any) -> str:
 def test_bincount(device, seed):
     generator = torch.Generator().manual_seed(seed)
     length = int(torch.randint(1, 50, (), generator=generator))
-    x = torch.randint(0, length, (int(torch.randint(0, 400, (), generator=generator)),), generator=generator)
+    x = torch.randint(
+        0, length, (int(torch.randint(0, 400, (), generator=generator)),), generator=generator
+    )
     assert both(device, BINCOUNT, x, length) == ""
     assert both(device, BINCOUNT, x.int(), minlength=length) == ""
 
@@ -75,7 +77,9 @@ def test_bincount_rejects(device):
     x = torch.tensor([0, 7], device=device)
     with checked.during(torch.bincount, (x,), {}):
         SYNC_FREE[BINCOUNT].run(checked, original(BINCOUNT), x, 4)
-    assert checked.seen, "what is too large is noted: eager's result would be longer, and its caller raise"
+    assert checked.seen, (
+        "what is too large is noted: eager's result would be longer, and its caller raise"
+    )
 
 
 @pytest.mark.parametrize("normalization", ["sigmoid", "softmax", None])
@@ -83,14 +87,21 @@ def test_bincount_rejects(device):
 def test_logits(device, normalization, scale):
     generator = torch.Generator().manual_seed(1)
     probabilities = torch.rand(6, 4, generator=generator)
-    for x in (probabilities, probabilities - scale, probabilities * float("inf"), probabilities * float("nan")):
+    for x in (
+        probabilities,
+        probabilities - scale,
+        probabilities * float("inf"),
+        probabilities * float("nan"),
+    ):
         assert both(device, LOGITS, x, normalization) == ""
 
 
 VALIDATIONS = [path for path in SYNC_FREE if path.endswith("validation")]
 
 
-def arguments(path: str, preds: torch.Tensor, target: torch.Tensor, ignore_index: int | None) -> list[Any]:
+def arguments(
+    path: str, preds: torch.Tensor, target: torch.Tensor, ignore_index: int | None
+) -> list[Any]:
     values = {"preds": preds, "target": target, "ignore_index": ignore_index}
     values.update(num_classes=3, num_labels=2, multidim_average="global")
     return [values[name] for name in inspect.signature(original(path)).parameters]
@@ -106,7 +117,9 @@ def test_validations(device, path):
                 target = torch.randint(lowest, highest, (8, 2), generator=generator)
                 labels = torch.randint(lowest, highest, (8, 2), generator=generator)
                 scores = (
-                    torch.rand(8, 3, 2, generator=generator) if "multiclass" in path else torch.rand(8, 2, generator=generator)
+                    torch.rand(8, 3, 2, generator=generator)
+                    if "multiclass" in path
+                    else torch.rand(8, 2, generator=generator)
                 )
                 for preds in (labels, scores):
                     if CURVE in path and preds is labels:

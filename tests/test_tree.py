@@ -48,8 +48,12 @@ def test_what_a_mapping_carries_beside_its_items_is_kept():
 
 
 def test_model_output_of_transformers():
-    outputs = pytest.importorskip("transformers.modeling_outputs", reason="transformers is not installed")
-    tree = outputs.BaseModelOutput(last_hidden_state=torch.zeros(1), hidden_states=(torch.ones(1), torch.ones(2)))
+    outputs = pytest.importorskip(
+        "transformers.modeling_outputs", reason="transformers is not installed"
+    )
+    tree = outputs.BaseModelOutput(
+        last_hidden_state=torch.zeros(1), hidden_states=(torch.ones(1), torch.ones(2))
+    )
     again = rebuild(rebuild(tree, iter([None] * 3)), iter(flatten(tree)[0]))
     assert type(again) is type(tree)
     assert again.last_hidden_state is tree.last_hidden_state

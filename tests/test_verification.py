@@ -60,7 +60,9 @@ def test_a_frozen_closure_is_caught_by_sampling(harness, mode):
     for part in ("stage 'predict'", "shapes 4x8", "from the graph", "from eager", "output"):
         assert part in message
     assert callback.stats.captures >= 1
-    assert sum(reason.startswith("verification: ") for reason in callback.stats.eager_reasons) >= (mode != "FULL_AND_PIECEWISE")
+    assert sum(reason.startswith("verification: ") for reason in callback.stats.eager_reasons) >= (
+        mode != "FULL_AND_PIECEWISE"
+    )
     without = harness.callback(mode=mode, warmup_steps=1)
     with pytest.raises(AssertionError):
         harness.compare(ChangesClosure(ReadsClosure()), predict(features(32)), without)
@@ -88,12 +90,16 @@ class Moving(nn.Module):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("settings", [{"verify_replays": 0}, {"verify_replays": 2}, {"verify_every": 1}])
+@pytest.mark.parametrize(
+    "settings", [{"verify_replays": 0}, {"verify_replays": 2}, {"verify_every": 1}]
+)
 def test_a_user_sees_one_step(harness, mode, settings):
     """Hazards 9 and 10: buffers and random numbers move as in eager, however often a step is compared."""
     callback = harness.callback(mode=mode, warmup_steps=1, **settings)
     harness.compare(Predictor(Moving()), predict(features(40)), callback)
-    assert callback.stats.replays == 8  # its first step turns training on, which makes another key of the second
+    assert (
+        callback.stats.replays == 8
+    )  # its first step turns training on, which makes another key of the second
 
 
 TOTAL: dict[torch.device, torch.Tensor] = {}
@@ -130,7 +136,9 @@ class Totals(Predictor):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("settings", [{"verify_replays": 0}, {"verify_replays": 2}, {"verify_every": 1}])
+@pytest.mark.parametrize(
+    "settings", [{"verify_replays": 0}, {"verify_replays": 2}, {"verify_every": 1}]
+)
 def test_what_a_step_writes_to_is_written_to_once(harness, mode, settings):
     """Hazard 10: a step that is compared runs twice, and its sums are those of one."""
     callback = harness.callback(mode=mode, warmup_steps=1, **settings)
@@ -150,7 +158,9 @@ def test_what_ran_eagerly_for_a_capture_that_failed_is_the_step(harness, mode):
 
         def forward(self, x):
             count_up(count() + 1)
-            return self.linear(x) + (count() if count() < 2 else torch.ones(1, device=x.device).mul(count()).item())
+            return self.linear(x) + (
+                count() if count() < 2 else torch.ones(1, device=x.device).mul(count()).item()
+            )
 
     callback, seen = harness.callback(mode=mode, warmup_steps=1), []
     for extra in ([callback], []):
@@ -159,7 +169,9 @@ def test_what_ran_eagerly_for_a_capture_that_failed_is_the_step(harness, mode):
         seen.append(harness.trainer(*extra).predict(Predictor(Waits()), features(8)))
     assert_same(*seen)
     assert callback.stats.captures == 0
-    assert any("The capture failed" in reason for reason in callback.stats.eager_reasons), callback.summary()
+    assert any("The capture failed" in reason for reason in callback.stats.eager_reasons), (
+        callback.summary()
+    )
 
 
 class Noisy(nn.Module):
@@ -204,7 +216,9 @@ def test_an_input_that_is_overwritten_unseen(harness, mode):
         IN_PLACE = itertools.count(0)
         seen.append(harness.trainer(*extra).predict(Residual(Rectifies()), features(32)))
     assert_same(*seen)
-    assert any("it changes a tensor that it is given" in reason for reason in callback.stats.eager_reasons)
+    assert any(
+        "it changes a tensor that it is given" in reason for reason in callback.stats.eager_reasons
+    )
 
 
 def test_what_eager_differs_from_itself_is_let_pass_and_said(harness):
@@ -218,7 +232,9 @@ def test_what_eager_differs_from_itself_is_let_pass_and_said(harness):
 
 def test_close_lets_small_differences_pass(harness):
     class Slightly(ChangesClosure):
-        def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        def on_predict_batch_start(
+            self, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        ) -> None:
             put_scale(1.0 if batch_idx < 4 else 1.0 + 1e-7)
 
     callback = harness.callback(warmup_steps=1, verify_every=1, verify_tolerance="close")
@@ -255,7 +271,9 @@ def test_attributes_that_a_graph_has_frozen_are_watched(harness, settings):
     """Hazard 7: changed in mid-epoch, by the module and from outside; sampling is off."""
 
     class Changes(Predictor):
-        def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        def on_predict_batch_start(
+            self, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        ) -> None:
             if batch_idx == 3:
                 self.net.temperature = 3.0
             if batch_idx == 5:
@@ -293,7 +311,9 @@ def test_an_exception_of_the_compared_step_comes_through(harness):
 
     model = type("Both", (ChangesClosure, Fails), {})(Body())
     with pytest.raises(KeyError, match="mine"):
-        harness.trainer(harness.callback(mode="FULL", warmup_steps=1, verify_every=1)).predict(model, features(32))
+        harness.trainer(harness.callback(mode="FULL", warmup_steps=1, verify_every=1)).predict(
+            model, features(32)
+        )
     ChangesClosure.on_predict_end(None)
 
 
@@ -308,7 +328,9 @@ def test_equal_meanssame_leaf():
     assert same_leaf(float("nan"), float("nan"))
     assert not same_leaf(1, 1.0)
     assert not same_leaf(torch.tensor(0.0), torch.tensor(-0.0))
-    assert same_leaf(torch.tensor([[1.0, 2.0], [3.0, 4.0]]).t(), torch.tensor([[1.0, 3.0], [2.0, 4.0]]))
+    assert same_leaf(
+        torch.tensor([[1.0, 2.0], [3.0, 4.0]]).t(), torch.tensor([[1.0, 3.0], [2.0, 4.0]])
+    )
     assert not same_leaf(torch.tensor(1j), torch.tensor(-1j))
     assert not same_leaf(torch.tensor(1.0).bfloat16(), torch.tensor(2.0).bfloat16())
     assert_same((x, 1), (x.clone(), 1))
@@ -324,7 +346,10 @@ class Configured(nn.Module):
         self.linear = nn.Linear(8, 8)
 
     def forward(self, x):
-        return self.linear(x) * self._temperature * self.config["scale"] * self.steps[-1] + self.settings.shift
+        return (
+            self.linear(x) * self._temperature * self.config["scale"] * self.steps[-1]
+            + self.settings.shift
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -342,7 +367,9 @@ def test_private_attributes_and_containers_are_watched_too(harness, mode):
         def predict_step(self, batch: Any, batch_idx: int) -> Any:
             return self(batch[0])
 
-        def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        def on_predict_batch_start(
+            self, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        ) -> None:
             if batch_idx == 3:
                 self.net._temperature = 3.0
             if batch_idx == 5:

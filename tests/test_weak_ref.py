@@ -13,7 +13,11 @@ def test_keeps_values_strides_dtype_and_what_is_no_tensor(device):
     tree = {"a": [x.t(), 1], "b": Pair(x[1:, ::2].to(torch.bfloat16), None), "c": x[:0]}
     weak = weak_ref_tensors(tree)
     assert (weak["a"][1], weak["b"].right, type(weak["b"])) == (1, None, Pair)
-    for one, other in ((weak["a"][0], tree["a"][0]), (weak["b"].left, tree["b"].left), (weak["c"], tree["c"])):
+    for one, other in (
+        (weak["a"][0], tree["a"][0]),
+        (weak["b"].left, tree["b"].left),
+        (weak["c"], tree["c"]),
+    ):
         assert one is not other or not other.numel()
         assert (one.dtype, one.shape, one.device) == (other.dtype, other.shape, other.device)
         assert torch.equal(one, other)

@@ -68,7 +68,12 @@ def test_captures_a_new_key_and_replays_a_known_one(net, x, backend, mode):
         for step in range(4):
             x.fill_(step + 1)
             outputs.append(wrapper(x).clone())
-    assert [output[0].item() for output in outputs] == [2, 4, 6, 8]  # hazard 16: the first is a real value as well
+    assert [output[0].item() for output in outputs] == [
+        2,
+        4,
+        6,
+        8,
+    ]  # hazard 16: the first is a real value as well
     assert net.calls == 1
     assert compilation_counter.num_cudagraph_captured == before + 1
     (entry,) = wrapper.concrete_cudagraph_entries.values()
@@ -79,7 +84,9 @@ def test_captures_a_new_key_and_replays_a_known_one(net, x, backend, mode):
     assert entry.output.tolist() == [8, 8, 8, 8]
 
 
-@pytest.mark.parametrize("context", [None, ForwardContext(NONE, KEY), ForwardContext(PIECEWISE, KEY), ForwardContext()])
+@pytest.mark.parametrize(
+    "context", [None, ForwardContext(NONE, KEY), ForwardContext(PIECEWISE, KEY), ForwardContext()]
+)
 def test_bypasses_without_context_in_none_and_in_another_mode(net, x, backend, context):
     wrapper = wrap(net, backend)
     with override_forward_context(context):
@@ -177,7 +184,9 @@ def test_gc_disable_means_no_collection_before_a_capture(net, x, backend, disabl
     import gc
 
     collections = []
-    gc.callbacks.append(lambda phase, info: collections.append(info["generation"]) if phase == "start" else None)
+    gc.callbacks.append(
+        lambda phase, info: collections.append(info["generation"]) if phase == "start" else None
+    )
     try:
         with set_forward_context(FULL, KEY):
             wrap(net, backend, gc_disable=disable)(x)

@@ -31,7 +31,9 @@ def bench(config: DictConfig) -> None:
     costs = [measure_costs(settings, config.backend)] if config.costs else []
     print(*costs, flush=True)
     records = []
-    for record in measure(config.cases, config.contestants, config.stages, settings, config.backend):
+    for record in measure(
+        config.cases, config.contestants, config.stages, settings, config.backend
+    ):
         print(record, flush=True)
         records.append(record)
         if output is not None:

@@ -91,7 +91,9 @@ def register_configs() -> None:
     """Makes the schemas known to Hydra; idempotent."""
     store = ConfigStore.instance()
     store.store(name="base_config", node=AppConfig, provider="cg_lightning")
-    store.store(group="cuda_graph_schema", name="base", node=CUDAGraphConfig, provider="cg_lightning")
+    store.store(
+        group="cuda_graph_schema", name="base", node=CUDAGraphConfig, provider="cg_lightning"
+    )
 
 
 def config_dir() -> str:

@@ -76,8 +76,16 @@ class ConvNetClassifier(Classifier):
 
     def __init__(self, channels: int = 16, learning_rate: float = 1e-3) -> None:
         layers: list[nn.Module] = []
-        for inputs, outputs in ((1, channels), (channels, 2 * channels), (2 * channels, 2 * channels)):
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        for inputs, outputs in (
+            (1, channels),
+            (channels, 2 * channels),
+            (2 * channels, 2 * channels),
+        ):
+            layers += [
+                nn.Conv2d(inputs, outputs, 3, padding=1),
+                nn.BatchNorm2d(outputs),
+                nn.ReLU(inplace=True),
+            ]
         layers += [nn.MaxPool2d(2), nn.Flatten(), nn.Linear(2 * channels * 16, 10)]
         super().__init__(nn.Sequential(*layers), learning_rate=learning_rate)
 
@@ -125,11 +133,16 @@ class DigitsDataModule(LightningDataModule):
         inputs = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
         targets = torch.tensor(labels)
         self._train, self._val, self._test = (
-            TensorDataset(inputs[part], targets[part]) for part in (slice(1200), slice(1200, 1497), slice(1497, None))
+            TensorDataset(inputs[part], targets[part])
+            for part in (slice(1200), slice(1200, 1497), slice(1497, None))
         )
 
-    def _loader(self, dataset: TensorDataset, shuffle: bool = False) -> DataLoader[tuple[Tensor, ...]]:
-        return DataLoader(dataset, batch_size=self._batch_size, shuffle=shuffle, num_workers=self._num_workers)
+    def _loader(
+        self, dataset: TensorDataset, shuffle: bool = False
+    ) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(
+            dataset, batch_size=self._batch_size, shuffle=shuffle, num_workers=self._num_workers
+        )
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Shuffled."""

@@ -13,7 +13,9 @@ register_configs()
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")
 def main(config: DictConfig) -> None:
     """Runs a task with a model, data and Trainer of one's choice, with and without graphs."""
-    from cg_lightning.app.compare import describe_difference  # torch takes seconds, and --help should not
+    from cg_lightning.app.compare import (
+        describe_difference,
+    )  # torch takes seconds, and --help should not
     from cg_lightning.app.run import choose_backend, run
 
     task: Task = config.task

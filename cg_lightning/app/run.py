@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import (
+    Callback,
+    LightningDataModule,
+    LightningModule,
+    Trainer,
+    seed_everything,
+)
 from omegaconf import DictConfig
 
 from cg_lightning.app.config import Task
@@ -36,11 +42,17 @@ def choose_backend(config: DictConfig) -> None:
     on_cpu = config.trainer.get("accelerator") == "cpu" or resolve_backend("auto") is None
     if on_cpu:
         graphs.backend = "recorder"
-        print("No CUDA device: graphs run on the recorder backend, which shows that they are right and is no speed-up.")
+        print(
+            "No CUDA device: graphs run on the recorder backend, which shows that they are right and is no speed-up."
+        )
 
 
 def _callbacks(config: DictConfig, graphs: bool) -> list[Callback]:
-    made = [instantiate(node, _convert_="all") for node in (config.callbacks or {}).values() if "_target_" in node]
+    made = [
+        instantiate(node, _convert_="all")
+        for node in (config.callbacks or {}).values()
+        if "_target_" in node
+    ]
     return [callback for callback in made if graphs or not isinstance(callback, CUDAGraphCallback)]
 
 

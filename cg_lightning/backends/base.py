@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cg_lightning.backends.invisible import OnCall
+from cg_lightning.backends.host_reads import OnCall
 
 
 class CapturedGraph(Protocol):

@@ -13,10 +13,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from cg_lightning.backends.guards import CAPTURE_LOCK, autocast_cache_off, garbage_collection_paused
-from cg_lightning.backends.invisible import OnCall
+from cg_lightning.backends.capture_scope import (
+    CAPTURE_LOCK,
+    autocast_cache_off,
+    garbage_collection_paused,
+)
+from cg_lightning.backends.host_reads import OnCall
+from cg_lightning.core.causes import Cause
 from cg_lightning.core.errors import CaptureError
-from cg_lightning.core.legality import Cause
 
 _SYNC_WARNING = "called a synchronizing CUDA operation"
 
@@ -123,7 +127,9 @@ class CUDABackend:
         if not tensor.is_cuda or not tensor.numel():
             return tensor
         storage = tensor.untyped_storage()
-        weak = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), tensor.device, storage.nbytes())
+        weak = torch._C._construct_storage_from_data_pointer(
+            storage.data_ptr(), tensor.device, storage.nbytes()
+        )
         metadata = {
             "size": tensor.size(),
             "stride": tensor.stride(),
@@ -140,7 +146,9 @@ class CUDABackend:
             anchored = torch.zeros(1, device=self.device)
         self._anchor, _ = self._capture(anchored.zero_, "thread_local")
 
-    def _capture(self, function: Callable[[], Any], capture_error_mode: str) -> tuple[CUDACapturedGraph, Any]:
+    def _capture(
+        self, function: Callable[[], Any], capture_error_mode: str
+    ) -> tuple[CUDACapturedGraph, Any]:
         graph = CUDACapturedGraph()
         caller = torch.cuda.current_stream(self.device)
         torch.cuda.synchronize(self.device)
@@ -164,21 +172,35 @@ class CUDABackend:
         torch.cuda.set_stream(caller)
         return graph, output
 
-    def _recover(self, graph: torch.cuda.CUDAGraph, caller: torch.cuda.Stream, began: bool, error: BaseException) -> None:
+    def _recover(
+        self,
+        graph: torch.cuda.CUDAGraph,
+        caller: torch.cuda.Stream,
+        began: bool,
+        error: BaseException,
+    ) -> None:
         """Takes back what a failed capture leaves behind (each of it seen in torch 2.11); bounded, and never raises."""
         pool, self._pool = self._pool, None
         if began and torch.cuda.is_current_stream_capturing():
-            with contextlib.suppress(Exception):  # it reports the error that is already being raised
+            with contextlib.suppress(
+                Exception
+            ):  # it reports the error that is already being raised
                 graph.capture_end()
         torch.cuda.set_stream(caller)
-        with contextlib.suppress(Exception):  # only a capture that PyTorch did not end itself still allocates to the pool
+        with contextlib.suppress(
+            Exception
+        ):  # only a capture that PyTorch did not end itself still allocates to the pool
             torch._C._cuda_endAllocateToPool(self.device.index, pool)
         generator = torch.cuda.default_generators[self.device.index]
         with contextlib.suppress(Exception), torch.inference_mode(False):
             generator.graphsafe_set_state(generator.clone_state())
-        with contextlib.suppress(Exception):  # an asynchronous error of the capture is delivered here, once
+        with contextlib.suppress(
+            Exception
+        ):  # an asynchronous error of the capture is delivered here, once
             torch.cuda.synchronize(self.device)
-        if "cusolver" in str(error):  # its handle refuses the next call (2.11), which may as well be this one
+        if "cusolver" in str(
+            error
+        ):  # its handle refuses the next call (2.11), which may as well be this one
             with contextlib.suppress(Exception):
                 torch.linalg.svd(torch.eye(2, device=self.device))
         self._anchor = None  # not before: while a stream captures no graph can be destroyed

@@ -14,11 +14,16 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from cg_lightning.backends.dispatch import EagerDispatchMode
-from cg_lightning.backends.guards import CAPTURE_LOCK, autocast_cache_off, garbage_collection_paused
-from cg_lightning.backends.invisible import OnCall, invisible_calls
+from cg_lightning.backends.capture_scope import (
+    CAPTURE_LOCK,
+    autocast_cache_off,
+    garbage_collection_paused,
+)
+from cg_lightning.backends.dispatch_mode import EagerDispatchMode
+from cg_lightning.backends.host_reads import OnCall, invisible_calls
+from cg_lightning.backends.illegal_operations import find_illegal
+from cg_lightning.core.causes import Cause
 from cg_lightning.core.errors import CaptureError, IllegalOperationError
-from cg_lightning.core.legality import Cause, find_illegal
 
 _Autocast = tuple[bool, torch.dtype | None]
 
@@ -36,7 +41,10 @@ def _fix(tree: Any) -> Any:
 
     One given twice stays one: attention of a sequence to itself takes another kernel. Some kernels look at requires_grad.
     """
-    fixed = {id(tensor): tensor.detach().requires_grad_(tensor.requires_grad) for tensor in _tensors(tree)}
+    fixed = {
+        id(tensor): tensor.detach().requires_grad_(tensor.requires_grad)
+        for tensor in _tensors(tree)
+    }
     return tree_map_only(Tensor, lambda tensor: fixed[id(tensor)], tree)
 
 
@@ -81,7 +89,11 @@ _recording = threading.local()
 
 def _may_write(function: OpOverload) -> bool:
     """Whether the schema says so, or is known not to: batch norm updates running statistics without declaring it."""
-    return function._schema.is_mutable or "norm" in function._schema.name or function.namespace != "aten"
+    return (
+        function._schema.is_mutable
+        or "norm" in function._schema.name
+        or function.namespace != "aten"
+    )
 
 
 class _Recorder(EagerDispatchMode):
@@ -95,7 +107,11 @@ class _Recorder(EagerDispatchMode):
         self._overwritten: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(
-        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: OpOverload,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if (cause := find_illegal(func, args, kwargs, self.device_type)) is not None:
@@ -107,12 +123,21 @@ class _Recorder(EagerDispatchMode):
         autocast = (casts, torch.get_autocast_dtype(self.device_type) if casts else None)
         fixed_args, fixed_kwargs = _fix((args, kwargs))
         output = self.call(func, args, kwargs)
-        if torch.Tag.inplace_view not in func.tags:  # those change how one tensor object is read, and no memory
+        if (
+            torch.Tag.inplace_view not in func.tags
+        ):  # those change how one tensor object is read, and no memory
             known = {_address(tensor) for tensor in inputs}
-            results = [self._created(tensor) if _address(tensor) not in known else None for tensor in _tensors(output)]
-            pure_view = bool(results) and not any(r is not None for r in results) and not _may_write(func)
+            results = [
+                self._created(tensor) if _address(tensor) not in known else None
+                for tensor in _tensors(output)
+            ]
+            pure_view = (
+                bool(results) and not any(r is not None for r in results) and not _may_write(func)
+            )
             if not pure_view:
-                self.operations.append(_Operation(func, fixed_args, fixed_kwargs, results, autocast))
+                self.operations.append(
+                    _Operation(func, fixed_args, fixed_kwargs, results, autocast)
+                )
         return output
 
     def _created(self, tensor: Tensor) -> Tensor:
@@ -141,7 +166,9 @@ class RecordedGraph:
     """Operations that were recorded once, on the memory they then used."""
 
     def __init__(self, recorder: _Recorder, pool: _Pool, device_type: str) -> None:
-        self.num_bytes = sum(tensor.untyped_storage().nbytes() for tensor in recorder.created.values())
+        self.num_bytes = sum(
+            tensor.untyped_storage().nbytes() for tensor in recorder.created.values()
+        )
         self.weakly_held = recorder.weakly_held
         self._operations = recorder.operations
         self._pool = pool
@@ -155,7 +182,9 @@ class RecordedGraph:
             self._pool.overwrite_weakly_held(self)
             for operation in self._operations:
                 enabled, dtype = operation.autocast
-                with torch.autocast(self._device_type, dtype=dtype, enabled=enabled, cache_enabled=False):
+                with torch.autocast(
+                    self._device_type, dtype=dtype, enabled=enabled, cache_enabled=False
+                ):
                     output = operation.function(*operation.args, **operation.kwargs)
                 for fixed, fresh in zip(operation.results, _tensors(output), strict=True):
                     if fixed is not None:
@@ -205,7 +234,9 @@ class RecorderBackend:
                 with recorder.watching():
                     output = function()
             except Exception as error:
-                raise CaptureError(f"The capture failed: {type(error).__name__}: {error}") from error
+                raise CaptureError(
+                    f"The capture failed: {type(error).__name__}: {error}"
+                ) from error
             finally:
                 _recording.recorder = None
                 with torch.inference_mode():

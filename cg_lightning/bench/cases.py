@@ -22,10 +22,16 @@ class _Block(nn.Module):
             shapes = [(inputs, outputs, 3, stride), (outputs, outputs, 3, 1)]
         layers: list[nn.Module] = []
         for given, made, size, step in shapes:
-            layers += [nn.Conv2d(given, made, size, step, size // 2, bias=False), nn.BatchNorm2d(made), nn.ReLU(inplace=True)]
+            layers += [
+                nn.Conv2d(given, made, size, step, size // 2, bias=False),
+                nn.BatchNorm2d(made),
+                nn.ReLU(inplace=True),
+            ]
         self.body = nn.Sequential(*layers[:-1])
         same = inputs == outputs and stride == 1
-        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        shortcut = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+        )
         self.shortcut = nn.Identity() if same else shortcut
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,7 +41,11 @@ class _Block(nn.Module):
 
 def resnet(blocks: tuple[int, ...], bottleneck: bool) -> nn.Module:
     """Maps images of shape ``(batch, 3, height, width)`` to logits."""
-    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(inplace=True),
+    ]
     layers.append(nn.MaxPool2d(3, 2, 1))
     channels = 64
     for stage, number in enumerate(blocks):
@@ -43,7 +53,9 @@ def resnet(blocks: tuple[int, ...], bottleneck: bool) -> nn.Module:
         for index in range(number):
             layers.append(_Block(channels, width, 2 if stage and not index else 1, bottleneck))
             channels = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES))
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES)
+    )
 
 
 def mlp() -> nn.Module:
@@ -65,9 +77,13 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int, depth: int, heads: int, length: int, tokens: int = 0) -> None:
         super().__init__()
-        self.embed: nn.Module = nn.Embedding(tokens, width) if tokens else nn.Conv2d(3, width, 16, 16)
+        self.embed: nn.Module = (
+            nn.Embedding(tokens, width) if tokens else nn.Conv2d(3, width, 16, 16)
+        )
         self.position = nn.Parameter(torch.randn(length, width) * 0.02)
-        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+        )
         self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         self.head = nn.Linear(width, CLASSES)
 

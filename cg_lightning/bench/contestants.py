@@ -92,9 +92,14 @@ class _GraphsTheNetwork(Callback):
         """Graphs it."""
         assert isinstance(pl_module, Step)
         self._net = pl_module.net
-        with torch.inference_mode(False), torch.enable_grad():  # it captures a backward pass as well
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):  # it captures a backward pass as well
             # of a copy: PyTorch replaces the ``forward`` of what it is given, for good
-            pl_module.net = _Holds(make_graphed_callable(copy.deepcopy(self._net), self._sample.clone()))
+            pl_module.net = _Holds(
+                make_graphed_callable(copy.deepcopy(self._net), self._sample.clone())
+            )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts back the network."""

@@ -49,13 +49,21 @@ def host_costs(settings: Settings, backend: GraphBackend) -> dict[str, float]:
     does not run from graphs. ``step``: a step from one graph.
     """
     case = Case(lambda: nn.Linear(64, CLASSES), (32, 64))
-    settings = dataclasses.replace(settings, batches=_MORE * settings.batches, rounds=_MORE * settings.rounds)
+    settings = dataclasses.replace(
+        settings, batches=_MORE * settings.batches, rounds=_MORE * settings.rounds
+    )
     data = loader(case, settings, backend.device)
     made: dict[str, tuple[LightningModule, list[Callback]]] = {
         "loop": (Nothing(nn.Identity()), []),
         "any_callback": (Nothing(nn.Identity()), [Callback()]),
-        "other_stage": (Nothing(nn.Identity()), [CUDAGraphCallback(stages=["test"], backend=backend.name, report=False)]),
-        "step": (_TwoMetrics(case.network()), [CUDAGraphCallback(backend=backend.name, report=False)]),
+        "other_stage": (
+            Nothing(nn.Identity()),
+            [CUDAGraphCallback(stages=["test"], backend=backend.name, report=False)],
+        ),
+        "step": (
+            _TwoMetrics(case.network()),
+            [CUDAGraphCallback(backend=backend.name, report=False)],
+        ),
     }
     figures = {name: Figures([], [], {}) for name in made}
     for _ in range(settings.rounds):
@@ -63,14 +71,22 @@ def host_costs(settings: Settings, backend: GraphBackend) -> dict[str, float]:
             run_once("validate", module, callbacks, data, settings, backend, figures[name])
     assert figures["step"].mode == "FULL"
     loop = min(figures["loop"].times)
-    return {name: round(min(figure.times) - loop, 1) for name, figure in figures.items() if name != "loop"}
+    return {
+        name: round(min(figure.times) - loop, 1)
+        for name, figure in figures.items()
+        if name != "loop"
+    }
 
 
 def memory_of_keys(backend: GraphBackend) -> dict[str, float]:
     """Captures the MLP for :data:`KEYS` batch sizes; MiB that PyTorch reserves for it, and the mean time of a capture."""
     case = CASES["mlp"]
     inputs, labels = (part.to(backend.device) for part in case.batch(0))
-    batches = [(inputs[:size], labels[:size]) for size in range(len(labels) - KEYS + 1, len(labels) + 1) for _ in range(_FEW)]
+    batches = [
+        (inputs[:size], labels[:size])
+        for size in range(len(labels) - KEYS + 1, len(labels) + 1)
+        for _ in range(_FEW)
+    ]
     graphs = CUDAGraphCallback(warmup_steps=1, verify_replays=0, backend=backend.name, report=False)
     reserved = []
     for callbacks in ([], [graphs]):  # first without, so that what eager reserves is there
@@ -78,7 +94,15 @@ def memory_of_keys(backend: GraphBackend) -> dict[str, float]:
         settings = Settings(1, 1, 1)
         data: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
         peak = _Peak()
-        run_once("validate", Step(case.network()), [*callbacks, peak], data, settings, backend, Figures([], [], {}))
+        run_once(
+            "validate",
+            Step(case.network()),
+            [*callbacks, peak],
+            data,
+            settings,
+            backend,
+            Figures([], [], {}),
+        )
         reserved.append(peak.reserved - before)
     assert graphs.stats.captures == KEYS
     return {
@@ -90,7 +114,9 @@ def memory_of_keys(backend: GraphBackend) -> dict[str, float]:
 def measure_costs(settings: Settings, backend_name: str) -> dict[str, Any]:
     """Gives one record of :func:`host_costs` and :func:`memory_of_keys`."""
     backend = backend_to_measure(backend_name)
-    return {"costs": {"host_microseconds": host_costs(settings, backend), **memory_of_keys(backend)}}
+    return {
+        "costs": {"host_microseconds": host_costs(settings, backend), **memory_of_keys(backend)}
+    }
 
 
 class _Peak(Callback):

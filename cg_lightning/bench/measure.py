@@ -32,7 +32,9 @@ class Settings:
 class Clock(Callback):
     """Microseconds a batch, without the first ones; and of the graph of a whole step, if there is one."""
 
-    def __init__(self, settings: Settings, backend: GraphBackend, graphs: CUDAGraphCallback | None) -> None:
+    def __init__(
+        self, settings: Settings, backend: GraphBackend, graphs: CUDAGraphCallback | None
+    ) -> None:
         self._settings = settings
         self._backend = backend
         self._graphs = graphs
@@ -40,11 +42,15 @@ class Clock(Callback):
         self.latest: Any = None
         self.replay: float | None = None
 
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *rest: Any) -> None:
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *rest: Any
+    ) -> None:
         """Reads the time after the last batch of the warm-up and after the last one."""
         self._read(rest[1])
 
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *rest: Any) -> None:
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *rest: Any
+    ) -> None:
         """Likewise, and keeps what was predicted."""
         self._read(rest[1])
         self.latest = outputs
@@ -108,7 +114,9 @@ def run_once(
         backend: Where.
         figures: Of the contestant so far.
     """
-    graphs = next((callback for callback in callbacks if isinstance(callback, CUDAGraphCallback)), None)
+    graphs = next(
+        (callback for callback in callbacks if isinstance(callback, CUDAGraphCallback)), None
+    )
     clock = Clock(settings, backend, graphs)
     trainer = Trainer(
         accelerator="gpu" if backend.device.type == "cuda" else "cpu",

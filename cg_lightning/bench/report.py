@@ -53,19 +53,34 @@ def limit(case: dict[str, Record]) -> float | None:
 
 def gpu_time(case: dict[str, Record]) -> float | None:
     """The time of a replay, in microseconds; a compiled network, which computes something else, does not count."""
-    replays = [record["replay"] for name, record in case.items() if record.get("replay") and name not in OTHER_ORDER]
+    replays = [
+        record["replay"]
+        for name, record in case.items()
+        if record.get("replay") and name not in OTHER_ORDER
+    ]
     return min(replays, default=None)
 
 
 def table(records: list[Record]) -> str:
     """Microseconds a batch in Markdown; in brackets the spread over the rounds."""
     contestants = list(dict.fromkeys(record["contestant"] for record in records))
-    lines = [" | ".join(["stage, case", "limit", "replay", *contestants]), "|".join(["---"] * (len(contestants) + 3))]
+    lines = [
+        " | ".join(["stage, case", "limit", "replay", *contestants]),
+        "|".join(["---"] * (len(contestants) + 3)),
+    ]
     for (stage, name), case in _by_case(records).items():
-        cells = [f"{stage}, {name}", f"{limit(case) or float('nan'):.0f}", f"{gpu_time(case) or float('nan'):.0f}"]
+        cells = [
+            f"{stage}, {name}",
+            f"{limit(case) or float('nan'):.0f}",
+            f"{gpu_time(case) or float('nan'):.0f}",
+        ]
         for contestant in contestants:
             record = case.get(contestant, {})
-            figures = f"{record['microseconds']:.0f} ({record['spread']:.0f})" if "microseconds" in record else "-"
+            figures = (
+                f"{record['microseconds']:.0f} ({record['spread']:.0f})"
+                if "microseconds" in record
+                else "-"
+            )
             cells.append("fails" if "error" in record else figures)
         lines.append(" | ".join(cells))
     return "\n".join(f"| {line} |" for line in lines)
@@ -92,8 +107,14 @@ def draw(records: list[Record], path: Path) -> None:
     mpl.use("agg")
     from matplotlib import pyplot
 
-    cases = {key: case for key, case in _by_case(records).items() if "microseconds" in case.get("eager", {})}
-    contestants = [name for name in dict.fromkeys(record["contestant"] for record in records) if name != "loop"]
+    cases = {
+        key: case
+        for key, case in _by_case(records).items()
+        if "microseconds" in case.get("eager", {})
+    }
+    contestants = [
+        name for name in dict.fromkeys(record["contestant"] for record in records) if name != "loop"
+    ]
     figure, axes = pyplot.subplots(figsize=(2 + 1.6 * len(cases), 4), layout="constrained")
     width = 0.8 / len(contestants)
     for index, contestant in enumerate(contestants):
@@ -107,8 +128,16 @@ def draw(records: list[Record], path: Path) -> None:
         if (least := limit(case)) is not None:
             height = least / case["eager"]["microseconds"]
             label = "limit: the loop alone, or the GPU's time" if not place else None
-            axes.plot([place - width / 2, place + 0.8 - width / 2], [height, height], color="black", label=label)
-    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(cases))], [f"{case}\n{stage}" for stage, case in cases])
+            axes.plot(
+                [place - width / 2, place + 0.8 - width / 2],
+                [height, height],
+                color="black",
+                label=label,
+            )
+    axes.set_xticks(
+        [place + 0.4 - width / 2 for place in range(len(cases))],
+        [f"{case}\n{stage}" for stage, case in cases],
+    )
     axes.set_ylabel("time a batch, eager = 1")
     figure.legend(loc="outside upper center", fontsize="small", ncols=4)
     figure.savefig(path, dpi=120)

@@ -16,8 +16,8 @@ from cg_lightning.backends import GraphBackend, resolve_backend
 from cg_lightning.bench.cases import CASES, Case
 from cg_lightning.bench.contestants import CONTESTANTS, OTHER_ORDER, make
 from cg_lightning.bench.measure import STAGES, Figures, Settings, run_once
-from cg_lightning.core.arguments import check_names
 from cg_lightning.core.equality import same_leaf
+from cg_lightning.core.settings import check_names
 
 _DIFFERENT = 8
 """Batches that differ from one another; they are given in turn."""
@@ -46,12 +46,18 @@ def backend_to_measure(name: str) -> GraphBackend:
     """
     backend = resolve_backend(name)
     if backend is None:
-        raise ValueError("task=bench needs a CUDA device; backend=recorder runs it without one, and measures nothing of use.")
+        raise ValueError(
+            "task=bench needs a CUDA device; backend=recorder runs it without one, and measures nothing of use."
+        )
     return backend
 
 
 def measure_case(
-    name: str, stages: Sequence[str], contestants: Sequence[str], settings: Settings, backend: GraphBackend
+    name: str,
+    stages: Sequence[str],
+    contestants: Sequence[str],
+    settings: Settings,
+    backend: GraphBackend,
 ) -> Iterator[tuple[str, dict[str, Figures | str]]]:
     """Gives, stage by stage, figures by contestant; the error in words where one does not run.
 
@@ -62,7 +68,9 @@ def measure_case(
     torch.compiler.reset()  # else the networks of other cases count towards its limit of recompilations
     seed_everything(0, verbose=False)
     net = case.network().eval()
-    settings = dataclasses.replace(settings, batches=min(settings.batches, case.most_batches or settings.batches))
+    settings = dataclasses.replace(
+        settings, batches=min(settings.batches, case.most_batches or settings.batches)
+    )
     data = loader(case, settings, backend.device)
     made: dict[str, Any] = {}
     for stage in stages:
@@ -92,13 +100,21 @@ def _measure_stage(
                 results[contestant] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
     eager = results.get("eager")
     for contestant, figures in results.items():
-        if isinstance(figures, Figures) and isinstance(eager, Figures) and contestant not in ("loop", "eager"):
+        if (
+            isinstance(figures, Figures)
+            and isinstance(eager, Figures)
+            and contestant not in ("loop", "eager")
+        ):
             _check(contestant, figures, eager)
     return results
 
 
 def measure(
-    cases: Sequence[str], contestants: Sequence[str], stages: Sequence[str], settings: Settings, backend_name: str
+    cases: Sequence[str],
+    contestants: Sequence[str],
+    stages: Sequence[str],
+    settings: Settings,
+    backend_name: str,
 ) -> Iterator[dict[str, Any]]:
     """Gives one record for each case, stage and contestant, as soon as a case is done.
 

@@ -63,7 +63,12 @@ class BatchDescriptor:
 
     @classmethod
     def from_batch(
-        cls, batch: Any, *, stage: str | None = None, dataloader_idx: int = 0, modules: Iterable[nn.Module] = ()
+        cls,
+        batch: Any,
+        *,
+        stage: str | None = None,
+        dataloader_idx: int = 0,
+        modules: Iterable[nn.Module] = (),
     ) -> BatchDescriptor:
         """Describes a batch: any nest of containers, tensors and plain values.
 
@@ -104,7 +109,10 @@ def _value_key(value: Any) -> Hashable:
 
 _VALUE_KEYS: dict[type, Callable[[Any], Hashable]] = {
     float: _float_key,
-    **dict.fromkeys((bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format), _value_key),
+    **dict.fromkeys(
+        (bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format),
+        _value_key,
+    ),
 }
 
 
@@ -120,10 +128,19 @@ def is_plain_value(leaf: Any) -> bool:
 
 def _tensor_key(tensor: Tensor, index: int, tree: Any) -> Hashable:
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
-        raise UnkeyableBatchError(leaf_paths(tree)[index], "is a tensor that is not plainly strided")
+        raise UnkeyableBatchError(
+            leaf_paths(tree)[index], "is a tensor that is not plainly strided"
+        )
     if tensor.is_neg() or tensor.is_conj():
         raise UnkeyableBatchError(leaf_paths(tree)[index], "is a lazily negated or conjugated view")
-    return (Tensor, tensor.shape, tensor.dtype, tensor.stride(), tensor.device, tensor.requires_grad)
+    return (
+        Tensor,
+        tensor.shape,
+        tensor.dtype,
+        tensor.stride(),
+        tensor.device,
+        tensor.requires_grad,
+    )
 
 
 def _value_leaf_key(leaf: Any, index: int, tree: Any) -> Hashable:
@@ -188,6 +205,15 @@ def describe(
             keys[index] = ("repeats leaf", first)
     shape = tensors[0].shape if tensors else ()
     batch_size = shape[0] if shape else None
-    fields = (batch_size, structure, tuple(keys), stage, dataloader_idx, training, kernel_flags(), call)
+    fields = (
+        batch_size,
+        structure,
+        tuple(keys),
+        stage,
+        dataloader_idx,
+        training,
+        kernel_flags(),
+        call,
+    )
     descriptor = None if known is None else known.get(fields)
     return descriptor or BatchDescriptor(*fields), leaves

@@ -16,13 +16,18 @@ def same_leaf(one: Any, other: Any) -> bool:
     So 0.0 and -0.0 are two numbers. Strides do *not* matter.
     """
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return type(one) is type(other) and bool(one is other or one == other or (one != one and other != other))
+        return type(one) is type(other) and bool(
+            one is other or one == other or (one != one and other != other)
+        )
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     if not one.is_floating_point() and not one.is_complex():
         return torch.equal(one, other)
     if one.is_complex():
-        one, other = torch.view_as_real(one.resolve_conj()), torch.view_as_real(other.resolve_conj())
+        one, other = (
+            torch.view_as_real(one.resolve_conj()),
+            torch.view_as_real(other.resolve_conj()),
+        )
     integers = _INTEGERS[one.element_size()]
     equal = one.contiguous().view(integers) == other.contiguous().view(integers)
     return bool(equal.all()) or bool((equal | (one.isnan() & other.isnan())).all())

@@ -29,7 +29,9 @@ class ForwardContext:
     def __post_init__(self) -> None:
         mode = self.cudagraph_runtime_mode
         if not isinstance(mode, CUDAGraphMode) or not mode.is_valid_runtime_mode():
-            raise ValueError(f"cudagraph_runtime_mode={mode!r} is no runtime mode; choose NONE, PIECEWISE or FULL.")
+            raise ValueError(
+                f"cudagraph_runtime_mode={mode!r} is no runtime mode; choose NONE, PIECEWISE or FULL."
+            )
 
     def next_call(self, caller: object) -> int:
         """Numbers the calls that ``caller`` makes within one step; 0 in a context that is no step."""
@@ -41,7 +43,9 @@ class ForwardContext:
 
 
 # a ContextVar starts empty in every thread, so a step in one never engages wrappers called from another
-_current: ContextVar[ForwardContext | None] = ContextVar("cg_lightning_forward_context", default=None)
+_current: ContextVar[ForwardContext | None] = ContextVar(
+    "cg_lightning_forward_context", default=None
+)
 
 current_forward_context = _current.get
 """The context under way, or None."""
@@ -60,7 +64,9 @@ def get_forward_context() -> ForwardContext:
     """
     context = _current.get()
     if context is None:
-        raise RuntimeError("No forward context is set: enter one with set_forward_context(...) first.")
+        raise RuntimeError(
+            "No forward context is set: enter one with set_forward_context(...) first."
+        )
     return context
 
 
@@ -87,7 +93,8 @@ def override_forward_context(
 
 @contextlib.contextmanager
 def set_forward_context(
-    cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE, batch_descriptor: BatchDescriptor | None = None
+    cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE,
+    batch_descriptor: BatchDescriptor | None = None,
 ) -> Iterator[ForwardContext]:
     """Opens a forward context by hand.
 

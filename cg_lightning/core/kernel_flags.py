@@ -21,7 +21,11 @@ def _float32_precision() -> tuple[Callable[[], Any], ...]:
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
     if not hasattr(matmul, "fp32_precision"):
-        return (lambda: matmul.allow_tf32, lambda: cudnn.allow_tf32, torch.get_float32_matmul_precision)
+        return (
+            lambda: matmul.allow_tf32,
+            lambda: cudnn.allow_tf32,
+            torch.get_float32_matmul_precision,
+        )
     # torch 2.9: reading the old names raises once the new ones were used; what is "none" follows the more general one
     settings: dict[tuple[str, str], Callable[[], Any]] = {
         ("generic", "all"): lambda: torch.backends.fp32_precision,  # type: ignore[attr-defined]
@@ -30,7 +34,12 @@ def _float32_precision() -> tuple[Callable[[], Any], ...]:
         ("cuda", "conv"): lambda: cudnn.conv.fp32_precision,
         ("cuda", "rnn"): lambda: cudnn.rnn.fp32_precision,
     }
-    return tuple([_native("_get_fp32_precision_getter", public, *names) for names, public in settings.items()])
+    return tuple(
+        [
+            _native("_get_fp32_precision_getter", public, *names)
+            for names, public in settings.items()
+        ]
+    )
 
 
 _GETTERS: tuple[Callable[[], Any], ...] = (
@@ -49,7 +58,10 @@ _GETTERS: tuple[Callable[[], Any], ...] = (
         "_get_cublas_allow_bf16_reduced_precision_reduction",
         lambda: torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
     ),
-    _native("_get_cublas_allow_fp16_accumulation", lambda: torch.backends.cuda.matmul.allow_fp16_accumulation),
+    _native(
+        "_get_cublas_allow_fp16_accumulation",
+        lambda: torch.backends.cuda.matmul.allow_fp16_accumulation,
+    ),
     _native("_get_flash_sdp_enabled", torch.backends.cuda.flash_sdp_enabled),
     _native("_get_mem_efficient_sdp_enabled", torch.backends.cuda.mem_efficient_sdp_enabled),
     _native("_get_math_sdp_enabled", torch.backends.cuda.math_sdp_enabled),

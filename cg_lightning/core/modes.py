@@ -28,7 +28,9 @@ class CUDAGraphMode(enum.Enum):
             return mode
         member = cls.__members__.get(mode.upper()) if isinstance(mode, str) else None
         if member is None:
-            raise ValueError(f"mode={mode!r} is no CUDAGraphMode; choose one of {', '.join(cls.__members__)}.")
+            raise ValueError(
+                f"mode={mode!r} is no CUDAGraphMode; choose one of {', '.join(cls.__members__)}."
+            )
         return member
 
     def is_valid_runtime_mode(self) -> bool:

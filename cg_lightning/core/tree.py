@@ -38,7 +38,9 @@ def _build_sequence(node: Any, _: tuple[Any, ...], values: list[Any]) -> Any:
 def _build_mapping(node: Any, keys: tuple[Any, ...], values: list[Any]) -> Any:
     if type(node) is dict:
         return dict(zip(keys, values, strict=True))
-    new = copy.copy(node)  # keeps what the type carries beside its items (default_factory, encodings)
+    new = copy.copy(
+        node
+    )  # keeps what the type carries beside its items (default_factory, encodings)
     for key, value in zip(keys, values, strict=True):
         new[key] = value
     return new
@@ -66,7 +68,9 @@ _containers: dict[type, _Container | None] = {}
 def _find_container(kind: type) -> _Container | None:
     if issubclass(kind, (tuple, list)):
         return _SEQUENCE
-    if issubclass(kind, Mapping):  # one that cannot be written cannot be rebuilt: a leaf, and unkeyable
+    if issubclass(
+        kind, Mapping
+    ):  # one that cannot be written cannot be rebuilt: a leaf, and unkeyable
         return _MAPPING if issubclass(kind, MutableMapping) else None
     return _DATACLASS if dataclasses.is_dataclass(kind) else None
 

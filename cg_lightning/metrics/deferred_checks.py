@@ -28,12 +28,17 @@ class DeferredCheck:
     """Whether its graph is gone."""
 
     @classmethod
-    def of(cls, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> DeferredCheck:
+    def of(
+        cls, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> DeferredCheck:
         """Makes room for a call with arguments like these."""
         with torch.inference_mode(False):
             given = flatten((args, kwargs))[0]
             device = next(leaf.device for leaf in given if isinstance(leaf, Tensor))
-            leaves = [torch.empty_like(leaf, requires_grad=False) if isinstance(leaf, Tensor) else leaf for leaf in given]
+            leaves = [
+                torch.empty_like(leaf, requires_grad=False) if isinstance(leaf, Tensor) else leaf
+                for leaf in given
+            ]
             flag = torch.zeros((), dtype=torch.bool, device=device)
         return cls(call, rebuild((args, kwargs), iter(leaves)), leaves, flag)
 
@@ -65,7 +70,9 @@ class CheckedCalls:
         self.seen: list[_Seen] = []
 
     @contextlib.contextmanager
-    def during(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    def during(
+        self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[None]:
         """Conditions noted inside belong to this call; where calls nest, to the outermost."""
         if self._call is not None:
             yield

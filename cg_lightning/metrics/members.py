@@ -26,7 +26,16 @@ def bookkeeping() -> frozenset[str]:
     they were, but for ``_update_count``, which it counts up.
     """
     return frozenset(
-        {"_computed", "_forward_cache", "_update_count", "_to_sync", "_should_unsync", "_is_synced", "_cache", "_enable_grad"}
+        {
+            "_computed",
+            "_forward_cache",
+            "_update_count",
+            "_to_sync",
+            "_should_unsync",
+            "_is_synced",
+            "_cache",
+            "_enable_grad",
+        }
         | {"compute_on_cpu", "_state_is_copy", "has_reset"}
     )
 
@@ -40,12 +49,19 @@ def states_of(module: nn.Module) -> Mapping[str, object]:
     """Gives the default of each state that ``module`` itself holds; a wrapper may only pass on those of its metric."""
     if not isinstance(module, Metric):
         return {}
-    passes_on = any(isinstance(child, Metric) and child._defaults is module._defaults for child in module.children())
+    passes_on = any(
+        isinstance(child, Metric) and child._defaults is module._defaults
+        for child in module.children()
+    )
     return {} if passes_on else module._defaults
 
 
 def averages_by_count(module: nn.Module) -> bool:
     """Whether ``forward`` divides a state by the number of updates, which is a Python number (``Metric._reduce_states``)."""
-    if not isinstance(module, Metric) or module.full_state_update is not False or module.dist_sync_on_step:
+    if (
+        not isinstance(module, Metric)
+        or module.full_state_update is not False
+        or module.dist_sync_on_step
+    ):
         return False
     return any(reduction is dim_zero_mean for reduction in module._reductions.values())

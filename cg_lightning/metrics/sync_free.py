@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torchmetrics import MaxMetric, MeanMetric, MinMetric, SumMetric
 
 from cg_lightning.metrics.deferred_checks import CheckedCalls
-from cg_lightning.stage.interception import plain_class
+from cg_lightning.modules.interception import plain_class
 
 
 def _always(*_: Any, **__: Any) -> bool:
@@ -65,7 +65,9 @@ def _has_more_values_than(values: Tensor, limit: int) -> Tensor:
     return (ordered[1:] != ordered[:-1]).sum() + min(1, ordered.numel()) > limit
 
 
-def bincount(checked: CheckedCalls, original: Any, x: Tensor, minlength: int | None = None) -> Tensor:
+def bincount(
+    checked: CheckedCalls, original: Any, x: Tensor, minlength: int | None = None
+) -> Tensor:
     """Counts equal integers of shape ``(values,)``, into shape ``(minlength,)``.
 
     With deterministic algorithms the original waits for nothing, and is taken.
@@ -80,7 +82,9 @@ def bincount(checked: CheckedCalls, original: Any, x: Tensor, minlength: int | N
     return counts.scatter_add_(0, index, torch.ones_like(index))[:minlength]
 
 
-def normalize_logits_if_needed(checked: CheckedCalls, original: Any, tensor: Tensor, normalization: str | None) -> Tensor:
+def normalize_logits_if_needed(
+    checked: CheckedCalls, original: Any, tensor: Tensor, normalization: str | None
+) -> Tensor:
     """Applies sigmoid or softmax where any value is no probability."""
     del checked
     if not normalization or tensor.device.type != "cpu":
@@ -90,7 +94,9 @@ def normalize_logits_if_needed(checked: CheckedCalls, original: Any, tensor: Ten
     return torch.where(torch.all((tensor >= 0) * (tensor <= 1)), tensor, normalized)
 
 
-def _named(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _named(
+    original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
     bound = inspect.signature(original).bind(*args, **kwargs)
     bound.apply_defaults()
     return bound.arguments
@@ -104,7 +110,9 @@ def two_values(checked: CheckedCalls, original: Any, *args: Any, **kwargs: Any) 
         checked.refuse_if(_is_other_than(given["preds"], 0, 1), given["preds"])
 
 
-def as_many_values_as_classes(checked: CheckedCalls, original: Any, *args: Any, **kwargs: Any) -> None:
+def as_many_values_as_classes(
+    checked: CheckedCalls, original: Any, *args: Any, **kwargs: Any
+) -> None:
     """Where predictions are labels, neither they nor targets take more values than there are classes."""
     given = _named(original, args, kwargs)
     if given["num_classes"] is None or given["preds"].is_floating_point():
@@ -114,14 +122,21 @@ def as_many_values_as_classes(checked: CheckedCalls, original: Any, *args: Any, 
         checked.refuse_if(_has_more_values_than(values, limit), values)
 
 
-def as_many_targets_as_classes(checked: CheckedCalls, original: Any, *args: Any, **kwargs: Any) -> None:
+def as_many_targets_as_classes(
+    checked: CheckedCalls, original: Any, *args: Any, **kwargs: Any
+) -> None:
     """Targets take no more values than there are classes."""
     given = _named(original, args, kwargs)
     limit = given["num_classes"] + (given["ignore_index"] is not None)
     checked.refuse_if(_has_more_values_than(given["target"], limit), given["target"])
 
 
-_NEUTRAL: dict[type, float] = {MeanMetric: 0.0, SumMetric: 0.0, MaxMetric: -math.inf, MinMetric: math.inf}
+_NEUTRAL: dict[type, float] = {
+    MeanMetric: 0.0,
+    SumMetric: 0.0,
+    MaxMetric: -math.inf,
+    MinMetric: math.inf,
+}
 """What changes nothing when it is aggregated."""
 
 
@@ -129,7 +144,11 @@ def has_one_value(metric: nn.Module, x: Any, weight: Any = None) -> bool:
     """Whether a NaN can be left out without changing the shape of what is aggregated."""
     if not isinstance(x, Tensor) or not (weight is None or isinstance(weight, Tensor)):
         return False
-    left_out = metric.nan_strategy in ("warn", "ignore") and plain_class(metric) in _NEUTRAL and x.numel() == 1
+    left_out = (
+        metric.nan_strategy in ("warn", "ignore")
+        and plain_class(metric) in _NEUTRAL
+        and x.numel() == 1
+    )
     return metric.nan_strategy == "error" or left_out
 
 
@@ -158,16 +177,32 @@ _CLASSIFICATION = "torchmetrics.functional.classification"
 _CURVE = f"{_CLASSIFICATION}.precision_recall_curve"
 SYNC_FREE: dict[str, SyncFree] = {
     "torchmetrics.utilities.data._bincount": SyncFree(bincount, _knows_length),
-    "torchmetrics.utilities.compute.normalize_logits_if_needed": SyncFree(normalize_logits_if_needed),
-    "torchmetrics.aggregation.BaseAggregator._cast_and_nan_check_input": SyncFree(without_nan, has_one_value),
+    "torchmetrics.utilities.compute.normalize_logits_if_needed": SyncFree(
+        normalize_logits_if_needed
+    ),
+    "torchmetrics.aggregation.BaseAggregator._cast_and_nan_check_input": SyncFree(
+        without_nan, has_one_value
+    ),
     f"{_CLASSIFICATION}.stat_scores._binary_stat_scores_tensor_validation": SyncFree(two_values),
-    f"{_CLASSIFICATION}.stat_scores._multilabel_stat_scores_tensor_validation": SyncFree(two_values),
-    f"{_CLASSIFICATION}.stat_scores._multiclass_stat_scores_tensor_validation": SyncFree(as_many_values_as_classes),
-    f"{_CLASSIFICATION}.confusion_matrix._binary_confusion_matrix_tensor_validation": SyncFree(two_values),
-    f"{_CLASSIFICATION}.confusion_matrix._multilabel_confusion_matrix_tensor_validation": SyncFree(two_values),
-    f"{_CLASSIFICATION}.confusion_matrix._multiclass_confusion_matrix_tensor_validation": SyncFree(as_many_values_as_classes),
+    f"{_CLASSIFICATION}.stat_scores._multilabel_stat_scores_tensor_validation": SyncFree(
+        two_values
+    ),
+    f"{_CLASSIFICATION}.stat_scores._multiclass_stat_scores_tensor_validation": SyncFree(
+        as_many_values_as_classes
+    ),
+    f"{_CLASSIFICATION}.confusion_matrix._binary_confusion_matrix_tensor_validation": SyncFree(
+        two_values
+    ),
+    f"{_CLASSIFICATION}.confusion_matrix._multilabel_confusion_matrix_tensor_validation": SyncFree(
+        two_values
+    ),
+    f"{_CLASSIFICATION}.confusion_matrix._multiclass_confusion_matrix_tensor_validation": SyncFree(
+        as_many_values_as_classes
+    ),
     f"{_CURVE}._binary_precision_recall_curve_tensor_validation": SyncFree(two_values),
-    f"{_CURVE}._multiclass_precision_recall_curve_tensor_validation": SyncFree(as_many_targets_as_classes),
+    f"{_CURVE}._multiclass_precision_recall_curve_tensor_validation": SyncFree(
+        as_many_targets_as_classes
+    ),
 }
 
 
@@ -191,8 +226,17 @@ def _where_it_is_called(path: str) -> list[tuple[Any, str]]:
         return [(pkgutil.resolve_name(owner), name)]
     known, places = _places.get(path, (0, []))
     if original is not None and known != len(sys.modules):
-        modules = [module for name, module in list(sys.modules.items()) if name.split(".")[0] == "torchmetrics"]
-        places = [(module, name) for module in modules for name, value in vars(module).items() if value is original]
+        modules = [
+            module
+            for name, module in list(sys.modules.items())
+            if name.split(".")[0] == "torchmetrics"
+        ]
+        places = [
+            (module, name)
+            for module in modules
+            for name, value in vars(module).items()
+            if value is original
+        ]
         _places[path] = len(sys.modules), places
     return places
 
@@ -206,7 +250,9 @@ def replacing(make: Callable[[Callable[..., Any], SyncFree], Callable[..., Any]]
     """
     thread = threading.get_ident()
 
-    def for_this_thread(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+    def for_this_thread(
+        original: Callable[..., Any], replacement: Callable[..., Any]
+    ) -> Callable[..., Any]:
         @functools.wraps(original)
         def function(*args: Any, **kwargs: Any) -> Any:
             return (replacement if threading.get_ident() == thread else original)(*args, **kwargs)

@@ -1,0 +1,67 @@
+"""Calls that the dispatcher does not see, or not as what they would be on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from cg_lightning.core.causes import Cause
+
+OnCall = Callable[[Cause, str], None]
+
+_READS = ("tolist", "numpy", "__array__", "cpu")
+_MAKERS = ("tensor", "as_tensor")
+
+
+def _noticed(
+    owner: Any, name: str, cause: Cause, on_call: OnCall, unless: Callable[..., bool]
+) -> Callable[..., Any]:
+    original = getattr(owner, name)
+    thread = threading.get_ident()
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread and not unless(*args, **kwargs):
+            on_call(cause, f"{owner.__name__}.{name}")
+        return original(*args, **kwargs)
+
+    return function
+
+
+def _never(*_: Any, **__: Any) -> bool:
+    return False
+
+
+def _stays_on_the_host(*_: Any, device: Any = None, **__: Any) -> bool:
+    return device is None
+
+
+@contextlib.contextmanager
+def invisible_calls(on_call: OnCall) -> Iterator[None]:
+    """Calls ``on_call`` before each such call of this thread; it may raise.
+
+    A tensor that is read out (``tolist``, ``numpy``, ``cpu``) never reaches the dispatcher where it lies on the CPU; one
+    that is made of Python values for a device (``torch.tensor(..., device=...)``) looks like one that stays on the host.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in _READS:
+            stack.enter_context(
+                patch.object(Tensor, name, _noticed(Tensor, name, Cause.HOST_SYNC, on_call, _never))
+            )
+        for name in _MAKERS:
+            original = getattr(torch, name)
+            maker = _noticed(torch, name, Cause.TENSOR_FROM_PYTHON, on_call, _stays_on_the_host)
+            for module in list(
+                sys.modules.values()
+            ):  # ``from torch import tensor``, as torchmetrics does
+                if getattr(module, "__dict__", {}).get(name) is original:
+                    stack.enter_context(patch.object(module, name, maker))
+        maker = _noticed(Tensor, "new_tensor", Cause.TENSOR_FROM_PYTHON, on_call, _never)
+        stack.enter_context(patch.object(Tensor, "new_tensor", maker))
+        yield

@@ -1,0 +1,153 @@
+"""Which operations a CUDA graph cannot hold: one table, for the recorder and for diagnosis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from cg_lightning.core.causes import Cause
+
+
+def _table(cause: Cause, *names: str) -> dict[str, Cause]:
+    return {f"aten::{name}": cause for name in names}
+
+
+# under inference mode composite operations arrive whole (item, linalg_inv), under no_grad in parts (_local_scalar_dense)
+_ILLEGAL: dict[str, Cause] = {
+    **_table(
+        Cause.HOST_SYNC,
+        "item",
+        "_local_scalar_dense",
+        "is_nonzero",
+        "equal",
+        "allclose",
+        "ctc_loss",
+    ),
+    **_table(
+        Cause.DATA_DEPENDENT_SHAPE,
+        *(
+            "nonzero",
+            "nonzero_numpy",
+            "argwhere",
+            "masked_select",
+            "bincount",
+            "_pack_padded_sequence",
+        ),
+        *(
+            "_unique",
+            "_unique2",
+            "unique_dim",
+            "unique_consecutive",
+            "unique_dim_consecutive",
+            "combinations",
+        ),
+    ),
+    **_table(
+        Cause.HOST_CHECKED_LINEAR_ALGEBRA,
+        *(
+            "_linalg_check_errors",
+            "linalg_solve",
+            "linalg_inv",
+            "inverse",
+            "linalg_cholesky",
+            "cholesky",
+        ),
+        *(
+            "linalg_lu_factor",
+            "linalg_ldl_factor",
+            "linalg_eig",
+            "linalg_eigvals",
+            "linalg_eigh",
+            "linalg_eigvalsh",
+        ),
+        *(
+            "linalg_svd",
+            "linalg_svdvals",
+            "svd",
+            "linalg_lstsq",
+            "linalg_pinv",
+            "pinverse",
+            "linalg_matrix_rank",
+        ),
+        *(
+            "linalg_cond",
+            "linalg_tensorinv",
+            "linalg_tensorsolve",
+            "cholesky_inverse",
+            "linalg_matrix_power",
+        ),
+    ),
+}
+_COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
+
+
+def _reads_a_mask(indices: Any) -> bool:
+    masks = (torch.bool, torch.uint8)
+    return any(isinstance(index, Tensor) and index.dtype in masks for index in indices or ())
+
+
+def _illegal_index_put(args: Sequence[Any]) -> bool:
+    indices, value = args[1], args[2]
+    masks = [index for index in indices if index is not None]
+    masked_fill = (
+        len(masks) == 1 and isinstance(value, Tensor) and value.numel() == 1
+    )  # PyTorch calls masked_fill then
+    return _reads_a_mask(indices) and not masked_fill
+
+
+def _crosses_devices(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    if name in ("aten::copy_", "aten::copy"):
+        return bool(args[0].device.type != args[1].device.type)
+    if name in ("aten::_to_copy", "aten::to"):
+        target = kwargs.get("device")
+        target = next((arg for arg in args[1:] if isinstance(arg, torch.device)), target)
+        return target is not None and bool(torch.device(target).type != args[0].device.type)
+    return False
+
+
+def _made_from_python(tensor: Tensor, device_type: str) -> bool:
+    """Whether values were copied to where the graphs run; a CPU scalar is an argument of the kernels that take it."""
+    return tensor.device.type == device_type and (device_type != "cpu" or tensor.dim() > 0)
+
+
+def find_illegal(
+    function: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], device_type: str
+) -> Cause | None:
+    """Says why a CUDA graph cannot hold this call of a dispatched operation; None where it can.
+
+    Args:
+        function: The operation.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        device_type: Where the graphs run.
+    """
+    name = function._schema.name
+    cause = _ILLEGAL.get(name)
+    if cause is not None:
+        return cause
+    if function.namespace in _COLLECTIVES:
+        return Cause.COLLECTIVE
+    if name == "aten::lift_fresh":
+        return Cause.TENSOR_FROM_PYTHON if _made_from_python(args[0], device_type) else None
+    if name == "aten::repeat_interleave":
+        by_tensor = function._overloadname in ("Tensor", "self_Tensor")
+        return (
+            Cause.DATA_DEPENDENT_SHAPE if by_tensor and kwargs.get("output_size") is None else None
+        )
+    if name == "aten::index" and _reads_a_mask(args[1]):
+        return Cause.DATA_DEPENDENT_SHAPE
+    if name in (
+        "aten::index_put",
+        "aten::index_put_",
+        "aten::_index_put_impl_",
+    ) and _illegal_index_put(args):
+        return Cause.DATA_DEPENDENT_SHAPE
+    if name == "aten::one_hot" and (len(args) < 2 or args[1] == -1):
+        return Cause.HOST_SYNC
+    if _crosses_devices(name, args, kwargs):
+        return Cause.CROSS_DEVICE_COPY
+    return None

@@ -1,0 +1,53 @@
+"""Why a step cannot run from a graph, and what its author can do about it."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Cause(enum.Enum):
+    """Why something cannot run from a graph; the values are the words that users read."""
+
+    HOST_SYNC = "host sync"
+    CROSS_DEVICE_COPY = "copy across devices"
+    TENSOR_FROM_PYTHON = "tensor made from Python values"
+    DATA_DEPENDENT_SHAPE = "data-dependent shape"
+    HOST_CHECKED_LINEAR_ALGEBRA = "linear algebra checked on the host"
+    COLLECTIVE = "collective"
+    INPUT_MUTATED = "input mutated in place"
+    FORWARD_HOOK = "forward hook"
+    METRIC_UPDATED = "metric updated"
+    LOGGED = "self.log called"
+    STATE_REBOUND = "module state rebound"
+    BATCH_INDEX_USED = "batch_idx used"
+    TRAINER_READ = "Trainer read"
+    PRINTED = "logger or print used"
+    HOST_RANDOMNESS = "randomness drawn on the host"
+    GRADIENTS = "gradients enabled"
+    GRAPHED_ALREADY = "compiled with CUDA graphs of its own"
+
+    @property
+    def remedy(self) -> str:
+        """What a user can do about it."""
+        return _REMEDIES[self]
+
+
+_REMEDIES = {
+    Cause.HOST_SYNC: "keep the value on the device; read it after the epoch",
+    Cause.CROSS_DEVICE_COPY: "move it before the step, or register it as a buffer",
+    Cause.TENSOR_FROM_PYTHON: "make the tensor once, as a buffer",
+    Cause.DATA_DEPENDENT_SHAPE: "use an operation with a fixed shape: torch.where, masked_fill, a known length",
+    Cause.HOST_CHECKED_LINEAR_ALGEBRA: "use the variant with the suffix _ex, which checks nothing on the host",
+    Cause.COLLECTIVE: "gather after the step",
+    Cause.INPUT_MUTATED: "work on a copy of the input",
+    Cause.FORWARD_HOOK: "remove the hook for evaluation, or accept that this submodule runs eagerly",
+    Cause.METRIC_UPDATED: "update it in the step, not in a submodule; use a metric that keeps tensors and nothing in Python",
+    Cause.LOGGED: "log in the step, not in a submodule",
+    Cause.STATE_REBOUND: "write buffers in place, and keep Python state out of the forward pass",
+    Cause.BATCH_INDEX_USED: "put what depends on the batch's number into the batch",
+    Cause.TRAINER_READ: "in a hook, set an attribute of the module to what the step needs, and read that",
+    Cause.PRINTED: "print and log in a hook",
+    Cause.HOST_RANDOMNESS: "draw on the device: torch.rand(..., device=x.device)",
+    Cause.GRADIENTS: "compute gradients outside what should be graphed",
+    Cause.GRAPHED_ALREADY: "compile with mode='default' or 'max-autotune-no-cudagraphs'",
+}

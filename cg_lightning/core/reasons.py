@@ -1,0 +1,71 @@
+"""Why a step runs in a lower mode than asked: one record, from where it is found to where it is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+from cg_lightning.core.causes import Cause
+
+
+class Status(enum.Enum):
+    """Why a step runs in a lower mode, if nothing in its code is the cause.
+
+    The values are the words that users read and the names that loggers get.
+    """
+
+    WARM_UP = "warm-up"
+    INERT = "callback inert"
+    NO_KEY = "batch without a key"
+    GRADIENTS = "gradients enabled"
+    LOADER_ITERATOR = "dataloader_iter"
+    NO_TARGET = "no submodule to capture"
+    CAPTURE_FAILED = "capture failed"
+    VERIFICATION = "replay differed"
+    EVICTED = "evicted"
+    CHANGED = "changed since the capture"
+    UNPROFITABLE = "captures do not pay"
+
+    @property
+    def remedy(self) -> str:
+        """What a user can do about it; empty if there is nothing to do."""
+        return _REMEDIES.get(self, "")
+
+
+_REMEDIES = {
+    Status.NO_KEY: "give the step tensors, plain values and containers of them",
+    Status.GRADIENTS: "evaluate with Trainer(inference_mode=True), without enable_grad",
+    Status.LOADER_ITERATOR: "take a batch in the step, not dataloader_iter",
+    Status.NO_TARGET: "put the layers into submodules with parameters",
+    Status.CAPTURE_FAILED: "remove what the message names, or choose a lower mode",
+    Status.VERIFICATION: "keep the value that differs in an attribute or in the batch",
+    Status.EVICTED: "raise max_graphs, or use fewer shapes",
+    Status.CHANGED: "change it between epochs, not between batches",
+    Status.UNPROFITABLE: "make what varies a tensor, or leave it out of the batch",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reason:
+    """Why a step, or a call of a submodule, ran in a lower mode than asked.
+
+    ``str(reason)`` is the sentence that users read. Reasons are compared and counted by ``kind``, never by their text.
+    """
+
+    kind: Cause | Status
+    text: str
+    """The whole sentence: the cause, the operation, the submodule and the place."""
+    location: str = ""
+    """The user's own line as ``file:line``; empty if there is none."""
+
+    @property
+    def remedy(self) -> str:
+        """What a user can do about it; empty if there is nothing to do."""
+        return self.kind.remedy
+
+    def __str__(self) -> str:
+        return self.text
+
+
+WARM_UP = Reason(Status.WARM_UP, Status.WARM_UP.value)
+"""The reason of every eager step before a capture."""

@@ -1,0 +1,78 @@
+"""What stands in the way of graphs, as an object and as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+
+from cg_lightning.diagnosis.watched_step import Finding, Observation
+
+_HEADERS = ("cause", "operation", "module", "location", "remedy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """What one eager run showed of a module.
+
+    It does *not* see what other batches would make it do, nor globals that a graph would freeze.
+    """
+
+    findings: list[Finding]
+    """What stands in the way of one graph for all of it, in order."""
+    unkeyable: str
+    """Why the batch has no key, so that every step with such a one is eager; empty where it has."""
+    _observation: Observation = dataclasses.field(repr=False)
+
+    def capturable(self, path: str = "") -> bool:
+        """Whether the submodule at the dotted ``path`` could be one graph; empty: the step, or the whole module.
+
+        Raises:
+            ValueError: The run did not call such a submodule.
+        """
+        if not path:
+            return not self.findings and not self.unkeyable
+        findings = self._observation.findings_of(path)
+        if findings is None:
+            called = ", ".join(path for path in self._observation.called() if path) or "none"
+            raise ValueError(f"No submodule {path!r} was called; these were: {called}.")
+        return not findings
+
+    def largest_capturable(self) -> list[str]:
+        """Gives the paths of the fewest, largest called submodules that have parameters and no finding."""
+        return list(self._observation.largest_capturable())
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
+            (f.cause.value, f.operation, f.module or "-", f.location, f.remedy)
+            for f in self.findings
+        ]
+
+    def __str__(self) -> str:
+        if not self.findings:
+            return self.unkeyable or "Nothing stands in the way of one graph."
+        lines = [self.unkeyable] if self.unkeyable else []
+        rows = [_HEADERS, *self._rows()]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADERS))]
+        lines += [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        pieces = (
+            ", ".join(path or "the whole module" for path in self.largest_capturable()) or "none"
+        )
+        return "\n".join([*lines, f"Largest capturable submodules: {pieces}"])
+
+    def _repr_html_(self) -> str:
+        def row(cells: tuple[str, ...], tag: str) -> str:
+            return (
+                "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+            )
+
+        if not self.findings:
+            return f"<p>{html.escape(str(self))}</p>"
+        return (
+            "<table>"
+            + row(_HEADERS, "th")
+            + "".join(row(cells, "td") for cells in self._rows())
+            + "</table>"
+        )

@@ -1,0 +1,6 @@
+"""What a graph has frozen, compared before each replay.
+
+- ``module_guard.py``: notices when the tensors that graphs read have moved or were replaced.
+- ``values.py``: what attributes hold that a graph has frozen, however deep, and whether they
+  still hold it.
+"""

@@ -1,0 +1,115 @@
+"""Submodules that ``torch.compile`` runs: what is inside them runs from compiled code, which nobody can watch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from cg_lightning.core.errors import CaptureError
+from cg_lightning.metrics.members import is_metric
+from cg_lightning.modules.interception import Interception
+
+_IN_PLACE = (
+    "_compiled_call_impl"  # private: where ``module.compile()`` keeps what ``module(...)`` calls
+)
+"""A pickle or a copy of a module leaves it out."""
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called."""
+    return getattr(module, _IN_PLACE, None) is not None
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` runs this module."""
+    dynamo = sys.modules.get(
+        "torch._dynamo"
+    )  # importing it takes a second, and what is not imported compiled nothing
+    return is_compiled_in_place(module) or (
+        dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+    )
+
+
+def is_graphed_by_compiler(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` runs this module from CUDA graphs of its own."""
+    if is_compiled_in_place(module):
+        config = getattr(module, _IN_PLACE).get_compiler_config()
+    else:
+        config = getattr(getattr(module, "dynamo_ctx", None), "compiler_config", None)
+    return bool((config or {}).get("triton.cudagraphs"))
+
+
+def is_compiled_as_a_whole(module: nn.Module) -> bool:
+    """Whether a LightningModule itself was given to ``torch.compile``, or its ``compile()`` was called."""
+    return getattr(module, "_compiler_ctx", None) is not None or is_compiled_in_place(module)
+
+
+def modules_inside(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Gives dotted paths and modules inside a compiled one."""
+    for name, child in module.named_modules(prefix=path):
+        if child is not module:
+            yield name, child
+
+
+def is_for_lack_of_compiled_code(error: CaptureError) -> bool:
+    """Whether a capture failed since code had to be compiled, which the backend does not allow while it captures."""
+    return "fail_on_recompile" in str(error)
+
+
+def modules_that_run(root: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Gives paths and modules as ``named_modules()``, but goes neither into metrics nor into compiled modules."""
+    compiled = [module for module in root.modules() if module is not root and is_compiled(module)]
+    seen = {id(child) for module in compiled for _, child in modules_inside("", module)}
+    pending = [(path, root)]
+    while pending:
+        path, module = pending.pop()
+        if id(module) in seen or is_metric(module):
+            continue
+        seen.add(id(module))
+        yield path, module
+        children = [
+            (f"{path}.{name}" if path else name, child) for name, child in module.named_children()
+        ]
+        pending.extend(reversed(children))
+
+
+class CompiledCallInterception:
+    """Intercepts the calls of a module that was compiled in place, as ``Interception`` does those of others.
+
+    It leaves the class alone, for which compiled code checks: another class would compile it anew. Several are removed in the
+    opposite order.
+    """
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        def ours(*args: Any, **kwargs: Any) -> Any:
+            return (original if torch.compiler.is_compiling() else call)(*args, **kwargs)
+
+        self._module = module
+        self._original = original = getattr(module, _IN_PLACE)
+        ours.get_compiler_config = original.get_compiler_config  # type: ignore[attr-defined]
+        self._ours = ours
+        self.resume()
+
+    def call_original(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module as if it were not intercepted here."""
+        return self._original(*args, **kwargs)
+
+    def suspend(self) -> None:
+        """Puts back what was there; idempotent. What the user has compiled since then stays."""
+        if getattr(self._module, _IN_PLACE) is self._ours:
+            setattr(self._module, _IN_PLACE, self._original)
+
+    remove = suspend
+
+    def resume(self) -> bool:
+        """Intercepts again after :meth:`suspend`; False where the module was compiled again since."""
+        if getattr(self._module, _IN_PLACE) is self._original:
+            setattr(self._module, _IN_PLACE, self._ours)
+        return getattr(self._module, _IN_PLACE) is self._ours
+
+
+CallInterception = Interception | CompiledCallInterception

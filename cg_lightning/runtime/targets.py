@@ -1,0 +1,38 @@
+"""Which submodules the user named."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from cg_lightning.modules.compiled import modules_that_run
+from cg_lightning.modules.interception import can_intercept
+
+
+def match_targets(
+    module: nn.Module, patterns: tuple[str, ...]
+) -> tuple[dict[str, nn.Module], list[str]]:
+    """Gives the submodules whose dotted path matches a pattern of :mod:`fnmatch`, and the patterns that match none."""
+    paths = {
+        path: child for path, child in modules_that_run(module) if path and can_intercept(child)
+    }
+    matched = {
+        path: child for path, child in paths.items() if any(fnmatchcase(path, p) for p in patterns)
+    }
+    return matched, [
+        pattern for pattern in patterns if not any(fnmatchcase(path, pattern) for path in matched)
+    ]
+
+
+def check_targets(module: nn.Module, patterns: tuple[str, ...]) -> None:
+    """Raises:
+    ValueError: A pattern matches nothing; the message lists some paths that there are.
+    """
+    _, unmatched = match_targets(module, patterns)
+    if unmatched:
+        some = ", ".join([path for path, _ in modules_that_run(module) if path][:10]) or "none"
+        raise ValueError(
+            f"targets={list(patterns)!r}: {unmatched[0]!r} matches no submodule of {type(module).__name__}. Patterns are "
+            f"matched against named_modules(); its first names are: {some}."
+        )

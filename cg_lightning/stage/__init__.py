@@ -1,1 +1,0 @@
-"""What is installed on a LightningModule for the time of one stage."""
