@@ -139,9 +139,8 @@ class CUDAGraphCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
         self._stages_run = []
-        first = next(
-            callback for callback in trainer.callbacks if isinstance(callback, CUDAGraphCallback)
-        )  # type: ignore[attr-defined]
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        first = next(callback for callback in callbacks if isinstance(callback, CUDAGraphCallback))
         self._inert_reason = why_inert(trainer, pl_module)
         if first is not self:
             self._inert_reason = "another CUDAGraphCallback comes first in this Trainer"
