@@ -9,17 +9,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from cg_lightning.backends import BACKENDS, resolve_backend
-from cg_lightning.capture.wrapper import CUDAGraphOptions
+from cg_lightning.backends import resolve_backend
 from cg_lightning.core.modes import CUDAGraphMode
-from cg_lightning.core.settings import check_at_least, check_names
-from cg_lightning.core.stages import STEPS
+from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.core.settings import CUDAGraphOptions, Settings
+from cg_lightning.core.stages import STEP_METHODS
+from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.summary import render_summary
-from cg_lightning.runtime.session import Session, SessionSettings
+from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.targets import check_targets
-from cg_lightning.runtime.verifier import TOLERANCES, VerificationSettings
 from cg_lightning.trainer.installation import Installation
+from cg_lightning.trainer.logged_results import LoggedResults
 from cg_lightning.trainer.preconditions import check_not_graphed_already, why_inert
 
 _NO_CUDA = (
@@ -92,48 +93,44 @@ class CUDAGraphCallback(Callback):
         report: bool = True,
         options: CUDAGraphOptions | None = None,
     ) -> None:
-        self._stages = check_names("stages", stages, tuple(STEPS))
-        self._backend_name = check_names("backend", backend, BACKENDS)[0]
-        self._report = report
-        self._settings = SessionSettings(
-            mode=CUDAGraphMode.parse(mode),
-            targets=None if targets is None else check_names("targets", targets, None),
-            warmup_steps=check_at_least("warmup_steps", warmup_steps, 0),
-            copy_outputs=copy_outputs,
-            max_graphs=check_at_least("max_graphs", max_graphs, 1),
-            strict=strict,
-            verification=VerificationSettings(
-                replays=check_at_least("verify_replays", verify_replays, 0),
-                every=check_at_least("verify_every", verify_every, 0),
-                tolerance=check_names("verify_tolerance", verify_tolerance, TOLERANCES)[0],
-                strict=strict,
-            ),
+        self._settings = Settings(
+            mode=mode,
+            stages=stages,
+            targets=targets,
+            warmup_steps=warmup_steps,
+            verify_replays=verify_replays,
+            verify_every=verify_every,
+            verify_tolerance=verify_tolerance,
             sync_free_metrics=sync_free_metrics,
-            options=options or CUDAGraphOptions(),
+            copy_outputs=copy_outputs,
+            max_graphs=max_graphs,
+            strict=strict,
+            backend=backend,
+            report=report,
+            options=options,
         )
         self.stats = CUDAGraphStats()
         """What happened so far, over all Trainers that this callback was in."""
         self._installation: Installation | None = None
-        self._inert_reason = ""
+        self._inert_reason: Reason | None = None
         self._stages_run: list[str] = []
-        self._said: set[str] = set()
+        self._reported: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_installation": None,
-        }  # graphs belong to this process and its module
+        # graphs belong to this process and its module
+        return {**self.__dict__, "_installation": None}
 
     def __repr__(self) -> str:
         settings = self._settings
         return (
-            f"{type(self).__name__}(mode={settings.mode.name!r}, stages={self._stages!r}, targets={settings.targets!r}, "
-            f"warmup_steps={settings.warmup_steps}, backend={self._backend_name!r})"
+            f"{type(self).__name__}(mode={settings.runtime_policy.name!r}, "
+            f"stages={settings.stages!r}, targets={settings.targets!r}, "
+            f"warmup_steps={settings.warmup_steps}, backend={settings.backend!r})"
         )
 
     def summary(self) -> str:
         """Gives the counts as a table: graphs by stage, target and shape; eager steps with their reasons."""
-        return render_summary(self.stats, self._backend_name, tuple(STEPS))
+        return render_summary(self.stats, self._settings.backend, tuple(STEP_METHODS))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -141,30 +138,36 @@ class CUDAGraphCallback(Callback):
         self._stages_run = []
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         first = next(callback for callback in callbacks if isinstance(callback, CUDAGraphCallback))
-        self._inert_reason = why_inert(trainer, pl_module)
+        why = why_inert(trainer, pl_module)
         if first is not self:
-            self._inert_reason = "another CUDAGraphCallback comes first in this Trainer"
-        if self._settings.mode is CUDAGraphMode.NONE:
-            self._inert_reason = "mode=NONE"
+            why = "another CUDAGraphCallback comes first in this Trainer"
+        if self._settings.runtime_policy is CUDAGraphMode.NONE:
+            self._inert_reason = Reason(Status.INERT, "mode=NONE")
             return
         check_not_graphed_already(pl_module)
-        if self._inert_reason:
-            self._say_once(
-                rank_zero_warn,
-                f"CUDAGraphCallback is inert: {self._inert_reason}. Steps run as without it.",
+        self._inert_reason = Reason(Status.INERT, why) if why else None
+        if why:
+            self._report_once(
+                rank_zero_warn, f"CUDAGraphCallback is inert: {why}. Steps run as without it."
             )
             return
         device = trainer.strategy.root_device
-        backend = resolve_backend(self._backend_name, device)
+        backend = resolve_backend(self._settings.backend, device)
         if self._settings.targets is not None:
-            check_targets(pl_module, self._settings.targets)
+            check_targets(pl_module, tuple(self._settings.targets))
         if backend is None:
-            self._inert_reason = "no CUDA device: backend='auto' runs eagerly"
-            self._say_once(rank_zero_info, _NO_CUDA)
+            why = "no CUDA device: backend='auto' runs eagerly"
+            self._inert_reason = Reason(Status.INERT, why)
+            self._report_once(rank_zero_info, _NO_CUDA)
             return
-        self._installation = Installation(
-            pl_module, Session(pl_module, backend, self._settings, self.stats)
+        effects = ModuleEffects(
+            pl_module,
+            backend.device,
+            sync_free=self._settings.sync_free_metrics,
+            logged=LoggedResults(pl_module),
         )
+        session = Session(pl_module, backend, self._settings, self.stats, effects)
+        self._installation = Installation(pl_module, session)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -213,17 +216,17 @@ class CUDAGraphCallback(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
-        if self._report and self._stages_run and trainer.is_global_zero:
-            print(render_summary(self.stats, self._backend_name, self._stages_run))
+        if self._settings.report and self._stages_run and trainer.is_global_zero:
+            print(render_summary(self.stats, self._settings.backend, self._stages_run))
         self._stages_run = []
 
-    def _say_once(self, say: Callable[[str], object], message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
+    def _report_once(self, say: Callable[[str], object], message: str) -> None:
+        if message not in self._reported:
+            self._reported.add(message)
             say(message)
 
     def _install(self, stage: str) -> None:
-        if stage not in self._stages:
+        if stage not in self._settings.stages:
             return
         if stage not in self._stages_run:
             self._stages_run.append(stage)
@@ -241,4 +244,4 @@ class CUDAGraphCallback(Callback):
 
     def _count_inert(self, stage: str) -> None:
         if self._inert_reason and stage in self._stages_run:
-            self.stats.count_eager_step(stage, "-", self._inert_reason)
+            self.stats.ran_eagerly(stage, "-", self._inert_reason)

@@ -1,36 +1,311 @@
+"""The one decider, as a table: no Trainer, no GPU, no graph."""
+
+from __future__ import annotations
+
+import dataclasses
+
 import pytest
 
 from cg_lightning import BatchDescriptor, CUDAGraphDispatcher, CUDAGraphMode
+from cg_lightning.core.causes import Cause
+from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.runtime.dispatcher import (
+    MOST_KEYS,
+    MOST_UNREPEATED,
+    MOST_VARIANTS,
+    Action,
+    KeyState,
+    Plan,
+    Variant,
+)
+from cg_lightning.runtime.ledger import CAPTURE_COST, CREDIT, FIRST_WAIT, CaptureLedger
 
 KEY, OTHER = BatchDescriptor(batch_size=1), BatchDescriptor(batch_size=2)
+NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
+SYNC = Reason(Cause.HOST_SYNC, "a sync")
+NOTHING = Reason(Status.NO_TARGET, "nothing to capture")
 
 
-def test_prefers_full_to_piecewise_to_none():
+@dataclasses.dataclass
+class Value:
+    """Guards of one value that the test changes."""
+
+    world: dict[str, int]
+    expected: int
+
+    def check(self) -> bool:
+        return self.world["value"] == self.expected
+
+    def check_epoch(self) -> bool:
+        return True
+
+    def explain(self) -> str:
+        return f"self.value: now {self.world['value']}, before {self.expected}"
+
+
+@dataclasses.dataclass(eq=False)
+class Graph:
+    replays: int = 0
+    dropped: bool = False
+
+    def is_valid(self) -> bool:
+        return not self.dropped
+
+
+class Runner:
+    """Does what a plan says, as the runners do, with no step to run."""
+
+    def __init__(self, policy: CUDAGraphMode = FULL, **settings) -> None:
+        self.world = {"value": 1}
+        self.full: Reason | None = None
+        self.piecewise: Reason | None = None
+        self.fails = False
+        self.second_look = False
+        self.dispatcher = CUDAGraphDispatcher(policy, **settings)
+
+    def step(self, key: BatchDescriptor = KEY) -> Action:
+        dispatcher, state = self.dispatcher, self.dispatcher.state(key.fields, key)
+        plan = dispatcher.plan(state)
+        if plan.action is Action.WATCH:
+            modes, reason = dispatcher.judge(self.full, self.piecewise)
+            guards = Value(self.world, self.world["value"])
+            dispatcher.watched(
+                state, Variant(guards, modes, reason, self.second_look), plan.variant
+            )
+        elif plan.action is Action.WARM_UP:
+            dispatcher.ran_eagerly(state)
+        elif plan.action is Action.CAPTURE:
+            self._capture(plan, state)
+        elif plan.action in (Action.REPLAY, Action.VERIFY):
+            plan.variant.entry.replays += 1
+        return plan.action
+
+    def _capture(self, plan: Plan, state: KeyState) -> None:
+        if self.fails:
+            self.dispatcher.refused(plan.variant, Reason(Status.CAPTURE_FAILED, "failed"))
+        else:
+            self.dispatcher.captured(state, plan.variant, Graph(replays=1))
+
+    def steps(self, number: int, key: BatchDescriptor = KEY) -> list[Action]:
+        return [self.step(key) for _ in range(number)]
+
+
+def test_by_hand_prefers_full_to_piecewise_to_none():
     dispatcher = CUDAGraphDispatcher()
-    assert dispatcher.dispatch(KEY) == (CUDAGraphMode.NONE, KEY, "unknown key")
-    dispatcher.add_cudagraph_key(CUDAGraphMode.PIECEWISE, KEY, "a sync")
-    assert dispatcher.dispatch(KEY) == (CUDAGraphMode.PIECEWISE, KEY, "a sync")
-    dispatcher.add_cudagraph_key(CUDAGraphMode.FULL, KEY)
+    mode, descriptor, reason = dispatcher.dispatch(KEY)
+    assert (mode, descriptor, str(reason)) == (NONE, KEY, "unknown key")
+    dispatcher.add_cudagraph_key(PIECEWISE, KEY, SYNC)
+    assert dispatcher.dispatch(KEY) == (PIECEWISE, KEY, SYNC)
+    dispatcher.add_cudagraph_key(FULL, KEY)
     result = dispatcher.dispatch(KEY)
-    assert (result.runtime_mode, result.batch_descriptor, result.reason) == (
-        CUDAGraphMode.FULL,
-        KEY,
-        "",
-    )
-    assert dispatcher.dispatch(OTHER).runtime_mode is CUDAGraphMode.NONE
+    assert (result.runtime_mode, result.batch_descriptor, result.reason) == (FULL, KEY, None)
+    assert dispatcher.dispatch(OTHER).runtime_mode is NONE
 
 
 def test_a_refused_key_runs_lower_with_its_reason():
     dispatcher = CUDAGraphDispatcher()
-    dispatcher.add_cudagraph_key(CUDAGraphMode.FULL, KEY)
-    dispatcher.add_cudagraph_key(CUDAGraphMode.PIECEWISE, KEY)
-    dispatcher.refuse(CUDAGraphMode.FULL, KEY, "the capture failed")
-    assert dispatcher.dispatch(KEY) == (CUDAGraphMode.PIECEWISE, KEY, "the capture failed")
-    dispatcher.clear()
-    assert dispatcher.dispatch(KEY).reason == "unknown key"
+    dispatcher.add_cudagraph_key(FULL, KEY)
+    dispatcher.add_cudagraph_key(PIECEWISE, KEY)
+    (variant,) = dispatcher.state(KEY.fields).variants
+    failed = Reason(Status.CAPTURE_FAILED, "the capture failed")
+    dispatcher.refused(variant, failed)
+    assert dispatcher.dispatch(KEY) == (PIECEWISE, KEY, failed)
+    dispatcher.reset()
+    assert str(dispatcher.dispatch(KEY).reason) == "unknown key"
 
 
-@pytest.mark.parametrize("mode", [CUDAGraphMode.NONE, CUDAGraphMode.FULL_AND_PIECEWISE])
+@pytest.mark.parametrize("mode", [NONE, CUDAGraphMode.FULL_AND_PIECEWISE])
 def test_keys_are_of_runtime_modes(mode):
     with pytest.raises(ValueError, match="PIECEWISE or FULL"):
         CUDAGraphDispatcher().add_cudagraph_key(mode, KEY)
+
+
+WATCH, WARM_UP, EAGER = Action.WATCH, Action.WARM_UP, Action.EAGER
+CAPTURE, VERIFY, REPLAY = Action.CAPTURE, Action.VERIFY, Action.REPLAY
+
+
+@pytest.mark.parametrize(
+    ("warmup_steps", "expected"),
+    [
+        (0, [WATCH, CAPTURE, REPLAY, REPLAY]),
+        (1, [WATCH, CAPTURE, REPLAY, REPLAY]),
+        (3, [WATCH, WARM_UP, WARM_UP, CAPTURE]),
+    ],
+)
+def test_the_life_of_a_key(warmup_steps, expected):
+    assert Runner(warmup_steps=warmup_steps).steps(4) == expected
+
+
+def test_the_first_replays_and_every_third_one_are_compared():
+    runner = Runner(wants_verification=lambda replays: replays < 2 or replays % 3 == 0)
+    assert runner.steps(7) == [WATCH, CAPTURE, VERIFY, REPLAY, VERIFY, REPLAY, REPLAY]
+
+
+@pytest.mark.parametrize(
+    ("policy", "full", "piecewise", "action", "reason"),
+    [
+        ("FULL", None, None, CAPTURE, None),
+        ("FULL", SYNC, None, EAGER, SYNC),
+        ("PIECEWISE", None, None, Action.PIECEWISE, None),
+        ("PIECEWISE", SYNC, None, Action.PIECEWISE, None),
+        ("PIECEWISE", SYNC, NOTHING, EAGER, NOTHING),
+        ("FULL_AND_PIECEWISE", None, NOTHING, CAPTURE, None),
+        ("FULL_AND_PIECEWISE", SYNC, None, Action.PIECEWISE, SYNC),
+        ("FULL_AND_PIECEWISE", SYNC, NOTHING, EAGER, SYNC),
+    ],
+)
+def test_policy_and_findings_decide(policy, full, piecewise, action, reason):
+    runner = Runner(CUDAGraphMode.parse(policy))
+    runner.full, runner.piecewise = full, piecewise
+    assert runner.steps(2) == [WATCH, action]
+    assert runner.dispatcher.dispatch(KEY).reason == reason
+
+
+def test_a_capture_that_fails_is_not_tried_again():
+    for policy, action in (("FULL", EAGER), ("FULL_AND_PIECEWISE", Action.PIECEWISE)):
+        runner = Runner(CUDAGraphMode.parse(policy))
+        runner.fails = True
+        assert runner.steps(4) == [WATCH, CAPTURE, action, action]
+        assert runner.dispatcher.dispatch(KEY).reason.kind is Status.CAPTURE_FAILED
+
+
+def test_another_look_while_it_may_find_less():
+    runner = Runner(warmup_steps=3)
+    runner.second_look, runner.full = True, SYNC
+    assert runner.step() is WATCH
+    runner.second_look, runner.full = False, None
+    assert runner.steps(3) == [WATCH, WARM_UP, CAPTURE]
+    assert len(runner.dispatcher.state(KEY.fields).variants) == 1
+
+
+def test_work_that_is_done_once_takes_one_more_eager_step():
+    dispatcher = CUDAGraphDispatcher(FULL)
+    state = dispatcher.state(KEY.fields, KEY)
+    dispatcher.plan(state)
+    done_once = Variant(Value({"value": 1}, 1), [FULL], did_one_time_work=True)
+    dispatcher.watched(state, done_once)
+    assert dispatcher.plan(state).action is WARM_UP
+    dispatcher.ran_eagerly(state)
+    assert dispatcher.plan(state).action is CAPTURE
+
+
+def test_a_value_that_toggles_has_two_graphs():
+    runner = Runner()
+    actions = []
+    for step in range(40):
+        runner.world["value"] = step // 2 % 2
+        actions.append(runner.step())
+    assert actions.count(CAPTURE) == 2
+    assert actions.count(WATCH) == 2
+    assert actions[6:] == [REPLAY] * 34
+
+
+def test_what_changed_is_named_with_both_values():
+    runner = Runner()
+    runner.steps(3)
+    runner.world["value"] = 7
+    plan = runner.dispatcher.plan(runner.dispatcher.state(KEY.fields))
+    assert plan.action is WATCH
+    assert str(plan.reason) == "changed: self.value: now 7, before 1"
+    assert plan.reason.kind is Status.CHANGED
+
+
+def test_a_value_that_changes_with_each_step_stops_being_watched():
+    runner = Runner()
+    actions = []
+    for step in range(400):
+        runner.world["value"] = step
+        actions.append(runner.step())
+    assert actions.count(WATCH) + actions.count(CAPTURE) < 20
+    assert set(actions[200:]) <= {EAGER, WATCH}
+    reason = runner.dispatcher.plan(runner.dispatcher.state(KEY.fields)).reason
+    assert reason.kind is Status.UNPROFITABLE
+    assert "self.value: now" in str(reason)
+    assert len(runner.dispatcher.state(KEY.fields).variants) <= MOST_VARIANTS
+
+
+def test_keys_that_never_come_again_stop_being_watched():
+    """Hazard 45."""
+    runner = Runner()
+    keys = [BatchDescriptor(batch_size=size) for size in range(1000)]
+    actions = [runner.step(key) for key in keys]
+    assert actions[:MOST_UNREPEATED] == [WATCH] * MOST_UNREPEATED
+    assert set(actions[MOST_UNREPEATED:]) == {WARM_UP}
+    assert runner.step(keys[-1]) is WATCH  # it has come again
+    assert runner.step(keys[-1]) is CAPTURE
+
+
+def test_keys_that_were_seen_once_do_not_pile_up():
+    runner = Runner()
+    for size in range(3 * MOST_KEYS):
+        runner.step(BatchDescriptor(batch_size=size))
+    assert len(runner.dispatcher._states) <= MOST_KEYS
+    assert len(runner.dispatcher._ledgers) <= MOST_KEYS
+
+
+def test_a_graph_that_was_dropped_is_captured_again():
+    runner = Runner()
+    runner.steps(3)
+    (variant,) = runner.dispatcher.state(KEY.fields).variants
+    variant.entry.dropped = True
+    assert runner.steps(2) == [CAPTURE, REPLAY]
+
+
+def test_a_graph_that_is_evicted_again_and_again_waits():
+    runner = Runner()
+    actions = []
+    for _ in range(60):
+        actions.append(runner.step())
+        state = runner.dispatcher.state(KEY.fields)
+        if state.variants and state.variants[0].entry is not None:
+            state.variants[0].entry.dropped = True
+            runner.dispatcher.evicted(state, "evicted: more graphs than max_graphs=2")
+    assert actions.count(CAPTURE) <= 5
+    reason = state.ledger.reason()
+    assert reason.kind is Status.EVICTED
+    assert "max_graphs=2" in str(reason)
+
+
+def test_reset_forgets_keys_but_not_what_was_spent():
+    runner = Runner()
+    runner.steps(2)
+    balance = runner.dispatcher.state(KEY.fields).ledger.balance
+    runner.dispatcher.reset("the module has changed")
+    state = runner.dispatcher.state(KEY.fields, KEY)
+    assert (state.variants, state.warmup_runs) == ([], 0)
+    assert state.ledger.balance == balance
+    assert "the module has changed" in str(state.ledger.reason())
+
+
+def test_calls_of_submodules_are_not_watched():
+    dispatcher = CUDAGraphDispatcher(PIECEWISE, 2, watches=False)
+    state = dispatcher.state(KEY.fields, KEY)
+    assert dispatcher.plan(state).action is WARM_UP
+    dispatcher.add_variant(state, Variant(Value({"value": 1}, 1), [PIECEWISE]))
+    dispatcher.ran_before(state, 2)
+    assert dispatcher.plan(state).action is CAPTURE
+
+
+def test_the_ledger_waits_longer_each_time():
+    ledger = CaptureLedger()
+    ledger.spend(CREDIT)
+    waits = []
+    for _ in range(3):
+        wait = 0
+        while not ledger.may_spend():
+            wait += 1
+        waits.append(wait)
+        ledger.spend(CAPTURE_COST)
+    assert waits == [FIRST_WAIT, 2 * FIRST_WAIT, 4 * FIRST_WAIT]
+
+
+def test_what_is_earned_back_may_be_spent_again():
+    ledger = CaptureLedger()
+    ledger.spend(CREDIT + 1)
+    assert not ledger.may_spend()
+    for _ in range(2):
+        ledger.earn()
+    assert ledger.may_spend()
+    for _ in range(2 * CREDIT):
+        ledger.earn()
+    assert ledger.balance == CREDIT

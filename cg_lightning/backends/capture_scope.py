@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
+from cg_lightning.core.errors import CaptureError, OutOfGraphMemoryError, RecompileNeededError
+
 CAPTURE_LOCK = threading.RLock()
 """Held during a capture: one at a time in a process."""
 
@@ -38,3 +40,14 @@ def autocast_cache_off() -> Iterator[None]:
     finally:
         torch.clear_autocast_cache()
         torch.set_autocast_cache_enabled(was_enabled)
+
+
+def as_capture_error(error: Exception) -> CaptureError:
+    """Return the error that tells why a capture stopped; the caller raises it ``from error``."""
+    text = f"The capture failed: {type(error).__name__}: {error}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return OutOfGraphMemoryError(text)
+    # torch has no type of its own for what set_stance("fail_on_recompile") raises (2.8 to 2.13)
+    if "fail_on_recompile" in str(error):
+        return RecompileNeededError(text)
+    return CaptureError(text)

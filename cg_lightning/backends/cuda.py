@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from cg_lightning.backends.capture_scope import (
     CAPTURE_LOCK,
+    as_capture_error,
     autocast_cache_off,
     garbage_collection_paused,
 )
 from cg_lightning.backends.host_reads import OnCall
 from cg_lightning.core.causes import Cause
-from cg_lightning.core.errors import CaptureError
 
 _SYNC_WARNING = "called a synchronizing CUDA operation"
 
@@ -168,7 +168,7 @@ class CUDABackend:
             self._recover(graph, caller, began, error)
             if not isinstance(error, Exception):
                 raise
-            raise CaptureError(f"The capture failed: {type(error).__name__}: {error}") from error
+            raise as_capture_error(error) from error
         torch.cuda.set_stream(caller)
         return graph, output
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cg_lightning.backends.capture_scope import (
     CAPTURE_LOCK,
+    as_capture_error,
     autocast_cache_off,
     garbage_collection_paused,
 )
@@ -23,7 +24,7 @@ from cg_lightning.backends.dispatch_mode import EagerDispatchMode
 from cg_lightning.backends.host_reads import OnCall, invisible_calls
 from cg_lightning.backends.illegal_operations import find_illegal
 from cg_lightning.core.causes import Cause
-from cg_lightning.core.errors import CaptureError, IllegalOperationError
+from cg_lightning.core.errors import IllegalOperationError
 
 _Autocast = tuple[bool, torch.dtype | None]
 
@@ -234,9 +235,7 @@ class RecorderBackend:
                 with recorder.watching():
                     output = function()
             except Exception as error:
-                raise CaptureError(
-                    f"The capture failed: {type(error).__name__}: {error}"
-                ) from error
+                raise as_capture_error(error) from error
             finally:
                 _recording.recorder = None
                 with torch.inference_mode():

@@ -1,96 +1,79 @@
-"""How many graphs there may be; the least recently used goes first."""
+"""All graphs of one session: how many there may be, and which goes first."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
+from typing import Any
 
-from cg_lightning.core.errors import CaptureError, CUDAGraphError
-
-_FIRST_WAIT = 10
-
-
-class EvictedError(CUDAGraphError):
-    """A graph was evicted more than once, and is not captured again yet."""
+from cg_lightning.capture.entry import GraphEntry
+from cg_lightning.core.errors import CaptureError
 
 
-@dataclasses.dataclass(eq=False)
-class Place:
-    """The place of one graph in the budget, kept while it has none."""
+class GraphCache:
+    """Owns the order of use of all graphs, and drops them.
 
-    drop: Callable[[], None]
-    """Forgets the graph."""
-    step: int = 0
-    """The step that used it last."""
-    use: int = 0
-    """The number of that use, among all uses of all graphs."""
-    evictions: int = 0
-    wait: int = 0
-    """So many calls run eagerly before it is captured again."""
+    It alone drops a graph: an entry that was dropped says so (:meth:`GraphEntry.is_valid`), and its owner finds out at the
+    next look-up. It does not know keys.
 
-
-class GraphBudget:
-    """Knows every graph of a session, and when it was used last.
-
-    Where there are more keys than places, each graph might be evicted before it is replayed, and every step capture one:
-    slower than eager. So one that was evicted a second time waits for 10 calls before it is captured again, then for 20, 40...
+    Args:
+        max_graphs: The most graphs that are kept.
+        synchronize: Waits for the device: a graph must not be destroyed while it runs.
     """
 
     def __init__(self, max_graphs: int, synchronize: Callable[[], None]) -> None:
         self._max_graphs = max_graphs
-        self._synchronize = synchronize  # a graph must not go while it runs
-        self._places: set[Place] = set()
+        self._synchronize = synchronize
+        self._owners: dict[GraphEntry, Any] = {}
         self.step = 0
-        """The number of the step under way."""
-        self.uses = 0
-        """Replays so far."""
+        """The number of the step under way; an entry stores that of its latest use."""
 
-    def add(self, place: Place) -> None:
-        """Takes a new graph."""
-        self._places.add(place)
-        place.step, place.use = self.step, self.uses
+    @property
+    def why_evicted(self) -> str:
+        """Why a graph had to go."""
+        return f"evicted: more graphs than max_graphs={self._max_graphs}"
 
-    def use(self, place: Place) -> None:
-        """Notes that a graph is replayed."""
-        self.uses += 1
-        place.step, place.use = self.step, self.uses
+    def make_room(self) -> Any:
+        """Drop the least recently used graph if there are as many as there may be.
 
-    def make_room(self, place: Place) -> None:
-        """Evicts the least recently used graph where there are as many as there may be.
+        Returns:
+            The owner of the graph that was dropped; None if none was.
 
         Raises:
-            CaptureError: That one was used by the step under way. Evicting it would capture every graph in every step.
-            EvictedError: It is not yet time to capture the graph of ``place`` again.
+            CaptureError: The step under way has used that graph itself. To drop it would mean to capture every graph in
+                every step.
         """
-        if place.wait:
-            place.wait -= 1
-            raise EvictedError(
-                f"evicted: more graphs than max_graphs={self._max_graphs}; raise it, or use fewer shapes"
-            )
-        if len(self._places) < self._max_graphs:
-            return
-        oldest = min(self._places, key=lambda place: place.use)
-        if oldest.step == self.step:
+        if len(self._owners) < self._max_graphs:
+            return None
+        oldest = min(self._owners, key=lambda entry: entry.last_step)
+        if oldest.last_step == self.step:
             raise CaptureError(
                 f"One step needs more than max_graphs={self._max_graphs} graphs; raise max_graphs."
             )
+        owner = self._owners[oldest]
         self.drop(oldest)
-        oldest.evictions += 1
-        if oldest.evictions > 1:
-            oldest.wait = _FIRST_WAIT * 2 ** (oldest.evictions - 2)
+        return owner
 
-    def drop(self, place: Place) -> None:
-        """Drops one graph."""
-        self._synchronize()
-        place.drop()
-        self._places.discard(place)
+    def add(self, entry: GraphEntry, owner: Any) -> None:
+        """Take a new graph; ``owner`` is what :meth:`make_room` returns when the graph has to go."""
+        entry.last_step = self.step
+        self._owners[entry] = owner
+
+    def drop(self, entry: GraphEntry) -> None:
+        """Drop one graph; idempotent."""
+        if self._owners.pop(entry, None) is not None:
+            self._synchronize()
+            entry.drop()
 
     def drop_all(self) -> bool:
-        """Drops every graph; says whether there was any."""
-        if not self._places:
+        """Drop every graph; return whether there was any."""
+        if not self._owners:
             return False
         self._synchronize()
-        for place in self._places:
-            place.drop()
-        self._places.clear()
+        for entry in self._owners:
+            entry.drop()
+        self._owners.clear()
         return True
+
+    def entries(self) -> list[GraphEntry]:
+        """Return all graphs that are kept."""
+        return list(self._owners)

@@ -69,8 +69,23 @@ class OutputPlan:
             rebuild(output, iter([None] * len(leaves))), structure is not None, sources
         ), tensors
 
-    def restore(self, inputs: list[Any], computed: list[Tensor]) -> Any:
-        """Puts together the output of one replay, from the leaves of its own batch and what was computed."""
+    @property
+    def is_one_tensor(self) -> bool:
+        """Whether the output is one computed tensor."""
+        return not self.is_nested and self.sources[0][0] is _Source.COMPUTED
+
+    @property
+    def is_one_value(self) -> bool:
+        """Whether the output is a single value that is the same after each replay: None, or a parameter."""
+        return not self.is_nested and self.sources[0][0] is _Source.HELD
+
+    @property
+    def value(self) -> Any:
+        """The output, if :attr:`is_one_value`."""
+        return self.sources[0][1]
+
+    def build(self, inputs: list[Any], computed: list[Tensor]) -> Any:
+        """Return the output of one replay, made of the leaves of its own batch and of what was computed."""
         leaves = [
             value
             if source is _Source.HELD

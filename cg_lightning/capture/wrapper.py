@@ -11,44 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from cg_lightning.backends import CapturedGraph, GraphBackend, check_backend, resolve_backend
-from cg_lightning.capture.monitor import compilation_counter, validate_cudagraph_capturing_enabled
-from cg_lightning.capture.weak_ref import weak_ref_tensors
+from cg_lightning.capture.graph import capture_graph, logger, weak_ref_tensors
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.errors import CUDAGraphError
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
+from cg_lightning.core.settings import CUDAGraphOptions
 from cg_lightning.core.tree import flatten, leaf_paths
-
-logger = logging.getLogger("cg_lightning")
-
-_CAPTURE_ERROR_MODES = ("global", "thread_local", "relaxed")
-
-
-@dataclasses.dataclass(frozen=True)
-class CUDAGraphOptions:
-    """How a wrapper captures; the first three are vLLM's.
-
-    Raises:
-        ValueError: ``capture_error_mode`` is unknown.
-    """
-
-    debug_log_enable: bool = True
-    """Log each capture at DEBUG."""
-    gc_disable: bool = False
-    """Do not collect garbage before a capture. (During one the collector never runs.)"""
-    weak_ref_output: bool = True
-    """Hold outputs weakly, so that later captures may use their memory: read or copy them before another replay."""
-    check_addresses: bool | None = None
-    """Compare input addresses before each replay. None: when the ``cg_lightning`` logger is at DEBUG."""
-    capture_error_mode: str = "thread_local"
-    """``global``, ``thread_local`` or ``relaxed``, as in ``torch.cuda.graph``."""
-
-    def __post_init__(self) -> None:
-        if self.capture_error_mode not in _CAPTURE_ERROR_MODES:
-            choices = ", ".join(_CAPTURE_ERROR_MODES)
-            raise ValueError(
-                f"capture_error_mode={self.capture_error_mode!r} is unknown; choose one of {choices}."
-            )
 
 
 @dataclasses.dataclass
@@ -171,21 +140,20 @@ class CUDAGraphWrapper:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> CUDAGraphEntry:
-        validate_cudagraph_capturing_enabled()
-        if self.options.debug_log_enable:
-            logger.debug("Capturing a CUDA graph on (%s, %s)", self.runtime_mode.name, descriptor)
 
         def run() -> Any:
             output = self.runnable(*args, **kwargs)
             # inside the capture, so that the memory is free for the next one
             return weak_ref_tensors(output, backend) if self.options.weak_ref_output else output
 
-        graph, output = backend.capture(
+        graph, output = capture_graph(
+            backend,
             run,
+            self.runtime_mode,
+            descriptor,
+            self.options,
             collect_garbage=not self.options.gc_disable,
-            capture_error_mode=self.options.capture_error_mode,
         )
-        compilation_counter.num_cudagraph_captured += 1
         entry = CUDAGraphEntry(descriptor, graph, output, _input_addresses(args, kwargs))
         self.concrete_cudagraph_entries[descriptor] = entry
         return entry

@@ -61,6 +61,12 @@ class BatchDescriptor:
         """The values of all fields, in order."""
         return self._key  # type: ignore[attr-defined, no-any-return]
 
+    @property
+    def family(self) -> tuple[Any, ...]:
+        """What is equal for all keys of the same tensors, whatever the other leaves are."""
+        tensors = tuple([leaf if is_tensor_key(leaf) else None for leaf in self.leaves])
+        return (*self._key[:2], tensors, *self._key[3:])  # type: ignore[attr-defined]
+
     @classmethod
     def from_batch(
         cls,
@@ -83,7 +89,10 @@ class BatchDescriptor:
             UnkeyableBatchError: A leaf cannot be keyed, or two leaves share storage; names the leaf's path.
         """
         training = tuple([module.training for module in modules])
-        return describe(batch, stage=stage, dataloader_idx=dataloader_idx, training=training)[0]
+        fields, _ = describe_fields(
+            batch, stage=stage, dataloader_idx=dataloader_idx, training=training
+        )
+        return cls(*fields)
 
     def shapes(self) -> str:
         """The shapes of the tensors, for people: ``8x3x32x32, 8``."""
@@ -94,8 +103,6 @@ class BatchDescriptor:
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(BatchDescriptor))
-KnownDescriptors = dict[tuple[Any, ...], BatchDescriptor]
-"""Descriptors by their fields."""
 _KINDS_OF_TENSOR = (Tensor, nn.Parameter)
 
 
@@ -173,7 +180,7 @@ def _find_shared_storage(leaves: list[Any], tree: Any, repeats: bool) -> dict[in
     return repeated
 
 
-def describe(
+def describe_fields(
     batch: Any,
     *,
     stage: str | None = None,
@@ -181,12 +188,18 @@ def describe(
     training: tuple[bool, ...] = (),
     call: int = 0,
     repeats: bool = False,
-    known: KnownDescriptors | None = None,
-) -> tuple[BatchDescriptor, list[Any]]:
-    """Gives the descriptor of a batch together with its leaves, flattened once.
+) -> tuple[tuple[Any, ...], list[Any]]:
+    """Return the fields of the descriptor of a batch together with its leaves, flattened once.
 
-    With ``repeats`` one tensor may occur several times, as in ``attention(x, x, x)``: where it does is part of the key.
-    Where an equal descriptor is ``known``, it is that object: making one takes longer than looking it up.
+    The fields can be looked up in a dictionary without making a descriptor, which takes longer.
+
+    Args:
+        batch: As in :meth:`BatchDescriptor.from_batch`.
+        stage: The stage.
+        dataloader_idx: Index of the dataloader.
+        training: The ``training`` flags.
+        call: The number of the call within one step.
+        repeats: Whether one tensor may occur several times, as in ``attention(x, x, x)``: the places belong to the key.
 
     Raises:
         UnkeyableBatchError: As :meth:`BatchDescriptor.from_batch`.
@@ -205,15 +218,6 @@ def describe(
             keys[index] = ("repeats leaf", first)
     shape = tensors[0].shape if tensors else ()
     batch_size = shape[0] if shape else None
-    fields = (
-        batch_size,
-        structure,
-        tuple(keys),
-        stage,
-        dataloader_idx,
-        training,
-        kernel_flags(),
-        call,
-    )
-    descriptor = None if known is None else known.get(fields)
-    return descriptor or BatchDescriptor(*fields), leaves
+    flags = kernel_flags()
+    fields = (batch_size, structure, tuple(keys), stage, dataloader_idx, training, flags, call)
+    return fields, leaves

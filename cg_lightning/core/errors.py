@@ -22,20 +22,23 @@ class UnkeyableBatchError(CUDAGraphError):
 class CaptureError(CUDAGraphError):
     """A graph could not be captured, or (``strict=True``) a step ran in a lower mode than asked.
 
-    The exception that stopped the capture, where there is one, is its ``__cause__``.
+    The exception that stopped the capture, if there is one, is its ``__cause__``.
 
     Attributes:
-        diagnosis: With ``strict=True``, the :class:`~cg_lightning.Diagnosis` of the step, where it was watched.
-        ran_eagerly: Whether the step has run eagerly already, to be compared with its graph.
-        output: What it gave then.
+        diagnosis: With ``strict=True``, the :class:`~cg_lightning.Diagnosis` of the step, if it was watched.
     """
-
-    ran_eagerly = False
-    output: object = None
 
     def __init__(self, message: str, diagnosis: object = None) -> None:
         super().__init__(message)
         self.diagnosis = diagnosis
+
+
+class RecompileNeededError(CaptureError):
+    """A capture stopped because ``torch.compile`` would have had to compile; backends do not allow that in a capture."""
+
+
+class OutOfGraphMemoryError(CaptureError):
+    """A capture stopped because the device had no memory left."""
 
 
 class VerificationError(CUDAGraphError):

@@ -9,6 +9,28 @@ from contextvars import ContextVar
 
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.modes import CUDAGraphMode
+from cg_lightning.core.reasons import Reason
+
+
+class StepInProgress:
+    """Counts what submodules do within one step."""
+
+    __slots__ = ("_calls", "changed", "graphs", "reasons")
+
+    def __init__(self) -> None:
+        self._calls: dict[int, int] = {}
+        self.graphs = 0
+        """Graphs of submodules that were replayed."""
+        self.changed = ""
+        """What a submodule reads that is not what it was when the step was watched."""
+        self.reasons: dict[str, Reason] = {}
+        """Why a submodule ran eagerly, by its path."""
+
+    def next_call(self, caller: object) -> int:
+        """Return the number of this call among those that ``caller`` makes."""
+        number = self._calls.get(id(caller), 0)
+        self._calls[id(caller)] = number + 1
+        return number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +45,8 @@ class ForwardContext:
     """NONE, PIECEWISE or FULL."""
     batch_descriptor: BatchDescriptor | None = None
     """The key of the step; may be None in mode NONE."""
-    calls: dict[int, int] | None = dataclasses.field(default=None, repr=False, compare=False)
-    """Calls so far, by identity of the caller. Set by a step runner only: a context opened by hand is no step."""
+    step: StepInProgress | None = dataclasses.field(default=None, repr=False, compare=False)
+    """What has happened in the step so far. Set by a step runner only: a context opened by hand is no step."""
 
     def __post_init__(self) -> None:
         mode = self.cudagraph_runtime_mode
@@ -34,12 +56,8 @@ class ForwardContext:
             )
 
     def next_call(self, caller: object) -> int:
-        """Numbers the calls that ``caller`` makes within one step; 0 in a context that is no step."""
-        if self.calls is None:
-            return 0
-        number = self.calls.get(id(caller), 0)
-        self.calls[id(caller)] = number + 1
-        return number
+        """Return the number of this call among those that ``caller`` makes in one step; 0 if the context is no step."""
+        return 0 if self.step is None else self.step.next_call(caller)
 
 
 # a ContextVar starts empty in every thread, so a step in one never engages wrappers called from another

@@ -1,34 +1,162 @@
-"""What users may give: each check names the argument, what was given, and what was expected."""
+"""Every option: its type, its default, what it means, and what is refused.
+
+The callback builds :class:`Settings` from its arguments, and the schema for Hydra is made of the same fields.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
+
+from cg_lightning.core.modes import CUDAGraphMode
+from cg_lightning.core.stages import STEP_METHODS
+
+BACKENDS = ("auto", "cuda", "recorder")
+CAPTURE_ERROR_MODES = ("global", "thread_local", "relaxed")
+TOLERANCES = ("exact", "close")
 
 
 def check_names(
     argument: str, value: Sequence[str] | str, choices: Sequence[str] | None
 ) -> tuple[str, ...]:
-    """Gives the names; one name may be given as it is.
+    """Return the names as a tuple; a single name may be given as a string.
 
     Raises:
-        ValueError: One is no string, or none of ``choices``.
+        ValueError: The value is no sequence of strings, is empty, or has a name that is not among ``choices``.
     """
-    names = (value,) if isinstance(value, str) else tuple(value)
+    names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else ()
+    expected = "names" if choices is None else f"some of {', '.join(choices)}"
+    if not names:
+        raise ValueError(f"{argument}={value!r} is no name and no list of names; expected {expected}.")
     for name in names:
         if not isinstance(name, str) or (choices is not None and name not in choices):
-            expected = (
-                f"choose from {', '.join(choices)}" if choices is not None else "expected names"
-            )
-            raise ValueError(f"{argument}={value!r}: {name!r} is unknown; {expected}.")
+            choose = "expected names" if choices is None else f"choose from {', '.join(choices)}"
+            raise ValueError(f"{argument}={value!r}: {name!r} is unknown; {choose}.")
     return names
 
 
 def check_at_least(argument: str, value: int, least: int) -> int:
-    """Gives the number.
+    """Return the number.
 
     Raises:
-        ValueError: It is no whole number, or less than ``least``.
+        ValueError: The value is no whole number, or it is less than ``least``.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{argument}={value!r} must be a whole number of at least {least}.")
     return value
+
+
+def check_bool(argument: str, value: bool) -> bool:
+    """Return the value.
+
+    Raises:
+        ValueError: The value is neither True nor False.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{argument}={value!r} must be True or False.")
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class CUDAGraphOptions:
+    """How graphs are captured; the first three options are vLLM's.
+
+    Raises:
+        ValueError: ``capture_error_mode`` is unknown.
+    """
+
+    debug_log_enable: bool = True
+    """Log each capture at level DEBUG."""
+    gc_disable: bool = False
+    """Do not collect garbage before a capture. During a capture the collector never runs."""
+    weak_ref_output: bool = True
+    """Hold outputs weakly, so that later captures may use their memory: read or copy them before the next replay."""
+    check_addresses: bool | None = None
+    """Compare input addresses before each replay. None: if the ``cg_lightning`` logger is at level DEBUG."""
+    capture_error_mode: str = "thread_local"
+    """``global``, ``thread_local`` or ``relaxed``, as in ``torch.cuda.graph``."""
+
+    def __post_init__(self) -> None:
+        check_names("capture_error_mode", self.capture_error_mode, CAPTURE_ERROR_MODES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The options of :class:`~cg_lightning.CUDAGraphCallback`, checked.
+
+    Raises:
+        ValueError: A value is out of its range. The message names the option, the value and the choices.
+    """
+
+    mode: CUDAGraphMode | str = "FULL_AND_PIECEWISE"
+    """NONE, PIECEWISE, FULL or FULL_AND_PIECEWISE."""
+    stages: Sequence[str] = tuple(STEP_METHODS)
+    """The stages that run from graphs."""
+    targets: Sequence[str] | None = None
+    """Name patterns of submodules for PIECEWISE. None: diagnosis finds them."""
+    warmup_steps: int = 3
+    """Eager runs of a key before its capture. The first one is watched, so 0 means 1."""
+    verify_replays: int = 2
+    """Number of first replays of each graph that are compared with eager."""
+    verify_every: int = 0
+    """After those, compare every n-th replay; 0: none."""
+    verify_tolerance: str = "exact"
+    """``exact`` or ``close``."""
+    sync_free_metrics: bool = True
+    """Replace functions of torchmetrics that wait for the device, in captures of whole steps."""
+    copy_outputs: bool = True
+    """Copy outputs out of graph memory."""
+    max_graphs: int = 64
+    """The most graphs that are kept; the least recently used one goes first."""
+    strict: bool = False
+    """Raise if a step past its warm-up runs in a lower mode than asked."""
+    backend: str = "auto"
+    """``cuda``, ``recorder`` or ``auto``."""
+    report: bool = True
+    """Print the summary when the Trainer is done."""
+    options: CUDAGraphOptions | None = None
+    """How graphs are captured."""
+
+    def __post_init__(self) -> None:
+        options = CUDAGraphOptions() if self.options is None else self.options
+        if not isinstance(options, CUDAGraphOptions):
+            raise ValueError(
+                f"options={options!r} must be CUDAGraphOptions(...), not a {type(options).__name__}."
+            )
+        targets = None if self.targets is None else check_names("targets", self.targets, None)
+        checked: dict[str, Any] = {
+            "mode": CUDAGraphMode.parse(self.mode),
+            "stages": check_names("stages", self.stages, tuple(STEP_METHODS)),
+            "targets": targets,
+            "verify_tolerance": check_names("verify_tolerance", self.verify_tolerance, TOLERANCES)[0],
+            "backend": check_names("backend", self.backend, BACKENDS)[0],
+            "options": options,
+        }
+        for name, least in (("warmup_steps", 0), ("verify_replays", 0), ("verify_every", 0)):
+            check_at_least(name, getattr(self, name), least)
+        check_at_least("max_graphs", self.max_graphs, 1)
+        for name in ("sync_free_metrics", "copy_outputs", "strict", "report"):
+            check_bool(name, getattr(self, name))
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def runtime_policy(self) -> CUDAGraphMode:
+        """:attr:`mode` as a member."""
+        assert isinstance(self.mode, CUDAGraphMode)
+        return self.mode
+
+    @property
+    def capture_options(self) -> CUDAGraphOptions:
+        """:attr:`options`, never None."""
+        assert self.options is not None
+        return self.options
+
+    def wants_verification(self, replays_so_far: int) -> bool:
+        """Return whether the next replay of a graph is compared with eager."""
+        if replays_so_far < self.verify_replays:
+            return True
+        return self.verify_every > 0 and (
+            replays_so_far - self.verify_replays + 1
+        ) % self.verify_every == 0

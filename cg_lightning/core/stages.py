@@ -1,4 +1,4 @@
-"""Stages and their methods."""
+"""Stages and their step methods."""
 
-STEPS = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}
+STEP_METHODS = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 """The step method of each stage."""

@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
+from torch import Tensor
+
 _Node = tuple[tuple[Any, ...], Iterable[Any]]  # the keys and the values of one container
 
 
@@ -123,3 +125,21 @@ def rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
         return next(leaves)
     keys, values = container.children(tree)
     return container.build(tree, keys, [rebuild(value, leaves) for value in values])
+
+
+def structure_paths(structure: Any, root: str) -> list[str]:
+    """Return a readable path for each leaf, like :func:`leaf_paths`, from the structure of a nest that may be gone."""
+    if structure is None:
+        return [root]
+    kind, keys, children = structure
+    dotted = dataclasses.is_dataclass(kind)
+    return [
+        path
+        for key, child in zip(keys, children, strict=True)
+        for path in structure_paths(child, f"{root}.{key}" if dotted else f"{root}[{key!r}]")
+    ]
+
+
+def tensors_in(tree: Any) -> list[Any]:
+    """Return the tensors among the leaves of ``tree``, in order."""
+    return [leaf for leaf in flatten(tree)[0] if isinstance(leaf, Tensor)]

@@ -1,20 +1,18 @@
-"""Notices when the tensors that graphs read have moved or were replaced."""
+"""What a graph has frozen of a module itself: its members, their addresses, hooks, settings and layout."""
 
 from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from cg_lightning.guards.values import Addresses, FrozenValues, same_attributes
+from cg_lightning.guards.values import Addresses, describe_change, same_attributes
 from cg_lightning.modules.attributes import (
     global_hooks,
-    holding_class,
     hooks_of,
     is_same_value,
     scripted_attributes,
@@ -23,36 +21,49 @@ from cg_lightning.modules.attributes import (
 
 
 class Change(enum.Enum):
-    """What happened to a module since the last look."""
+    """What kind of change a guard of a module found, by what has to be done."""
 
-    NOTHING = "nothing"
     MOVED = "parameters or buffers lie at new addresses"
-    ATTRIBUTE = "an attribute that a graph has frozen has changed"
-    REPLACED = "submodules, parameters, buffers or forward hooks were replaced"
+    """Graphs are captured again; the step takes the same way."""
+    STRUCTURE = "submodules, parameters, buffers or forward hooks were replaced"
+    """The step may take another way: it is watched again."""
     SETTINGS = "a setting of a submodule has changed"
+    """As for :attr:`STRUCTURE`."""
+
+
+class GuardFailure(NamedTuple):
+    """What changed."""
+
+    change: Change
+    text: str
+    """The kind of change and its subject, for people."""
 
 
 _training = operator.itemgetter("training")
 
 
-class ModuleState:
-    """Remembers the submodules, parameters, buffers and forward hooks of a module, and the addresses of its tensors.
+class ModuleGuard:
+    """Compares a module and all its submodules with what they were.
 
-    It sees a rebound ``.data``, a replaced parameter, buffer or child, a hook that came or went, a move to another device, and
-    a change of the plain attributes that it was asked to watch, each at the next look; settings of other submodules at the
-    next close look. Tensors changed in place are none of its business: graphs read them as they are.
+    It sees rebound ``.data``, a replaced parameter, buffer or child, a hook that came or went, a move to another device, and
+    attributes of scripted modules, with each :meth:`check`; settings of layers and metrics and the layout of tensors with
+    each :meth:`check_epoch`. A tensor that is changed in place is no change: graphs read it as it is. What the step reads of
+    attributes is not compared here: see :class:`~cg_lightning.guards.guard_set.GuardSet`.
+
+    Args:
+        root: The module.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root
-        self._watched: dict[tuple[int, str], Mapping[str, Any]] = {}
-        self.remember()
         self._settings: dict[tuple[int, str], Any] | None = None
         self._layout: list[Any] = []
+        self.refresh()
 
-    def remember(self) -> None:
-        """Takes what is there now for what is to be compared with."""
-        self.modules: list[nn.Module] = list(self._root.modules())
+    def refresh(self) -> None:
+        """Store the current state as the reference for later checks."""
+        named = list(self._root.named_modules())
+        self.modules: list[nn.Module] = [module for _, module in named]
         self._flags = [vars(module) for module in self.modules if "training" in vars(module)]
         self._scripted = [module for module in self.modules if "training" not in vars(module)]
         tables = [
@@ -67,110 +78,80 @@ class ModuleState:
         ]
         self._members = self._current_members()
         members = [member for member in self._members if isinstance(member, Tensor)]
-        self._lazy = [
-            member for member in members if is_lazy(member)
-        ]  # they have no address before their first step
+        # lazy ones have no address before their first step
+        self._lazy = [member for member in members if is_lazy(member)]
         self.tensors = [member for member in members if not is_lazy(member)]
         self._addresses = Addresses(self.tensors)
         self._scripted_values = [scripted_attributes(module) for module in self._scripted]
-        self._remember_attributes()
-
-    def _remember_attributes(self) -> None:
-        self._owners = list(self._watched.values())
-        self._names = [name for _, name in self._watched]
-        self._values = self._current_values()
-        self._frozen = FrozenValues(self._values)
-        known = set(map(id, self.modules))
-        self._hidden = [
-            ModuleState(module) for module in self._frozen.modules if id(module) not in known
-        ]
-        self._hidden_flags = [hidden.training_flags() for hidden in self._hidden]
-
-    def _current_values(self) -> list[Any]:
-        return [owner.get(name) for owner, name in zip(self._owners, self._names, strict=True)]
-
-    def watch(self, reads: list[tuple[Any, str]]) -> None:
-        """Watches attributes of modules and of their classes, and globals, from now on: plain values by value, others by
-        identity and by what is in them (:class:`FrozenValues`).
-        """
-        before = len(self._watched)
-        for owner, name in reads:
-            self._watched.setdefault(
-                (id(owner), name), owner if isinstance(owner, dict) else vars(owner)
-            )
-            if isinstance(owner, nn.Module) and (cls := holding_class(owner, name)) is not None:
-                self._watched.setdefault((id(cls), name), vars(cls))
-        if len(self._watched) > before:
-            self._remember_attributes()
-
-    def _attributes_hold(self) -> bool:
-        scripted = map(scripted_attributes, self._scripted)
-        if not all(map(same_attributes, scripted, self._scripted_values)):
-            return False
-        values = self._current_values()
-        if not all(map(operator.is_, values, self._values)) and not all(
-            map(is_same_value, self._values, values)
-        ):
-            return False
-        return self._frozen.hold() and all(
-            hidden.holds() and hidden.training_flags() == flags
-            for hidden, flags in zip(self._hidden, self._hidden_flags, strict=True)
-        )
 
     def _current_members(self) -> list[Any]:
         members = list(chain.from_iterable(map(dict.values, self._tables)))
-        return members + [member for table in self._tables_of_scripted for member in table.values()]
-
-    def _addresses_hold(self) -> bool:
-        return self._addresses.hold()
+        if self._tables_of_scripted:
+            members += [member for table in self._tables_of_scripted for member in table.values()]
+        return members
 
     def _members_hold(self) -> bool:
         members = self._current_members()
-        same = len(members) == len(self._members) and all(map(operator.is_, members, self._members))
-        return (
-            same
-            and not any(self._empty_tables)
-            and (not self._lazy or all(map(is_lazy, self._lazy)))
-        )
+        if len(members) != len(self._members) or any(self._empty_tables):
+            return False
+        if self._lazy and not all(map(is_lazy, self._lazy)):
+            return False
+        return all(map(operator.is_, members, self._members))
 
-    def look(self) -> Change:
-        """Compares with the last look, and remembers what is there now."""
-        if not self._members_hold():
-            change = Change.REPLACED
-        elif not self._addresses_hold():
-            change = Change.MOVED
-        elif not self._attributes_hold():
-            change = Change.ATTRIBUTE
-        else:
-            return Change.NOTHING
-        if change is Change.REPLACED:
-            self._watched.clear()
-        self.remember()
-        return change
+    def _scripted_hold(self) -> bool:
+        if not self._scripted:
+            return True
+        now = map(scripted_attributes, self._scripted)
+        return all(map(same_attributes, now, self._scripted_values))
 
-    def holds(self) -> bool:
-        """Whether nothing has changed since the last look."""
-        return self._members_hold() and self._addresses_hold() and self._attributes_hold()
+    def check(self) -> bool:
+        """Return whether members, their addresses and hooks are unchanged."""
+        return self._members_hold() and self._addresses.check() and self._scripted_hold()
 
-    def look_closely(self) -> Change:
-        """Compares settings, large containers and the layout of tensors with the last close look: at the start of a stage or
-        epoch, since it takes longer.
+    def failure(self) -> GuardFailure:
+        """Return what has changed. Call it only after :meth:`check` has failed, and before :meth:`refresh`."""
+        members = self._current_members()
+        if len(members) == len(self._members) and not any(self._empty_tables):
+            pairs = list(zip(self._members, members, strict=True))
+            replaced = [before for before, now in pairs if before is not now]
+            if replaced and all(_is_another_address(before, now) for before, now in pairs):
+                return self._failure(Change.MOVED, self._name_of(replaced[0]))
+            if not replaced and self._addresses.moved():
+                moved = self.tensors[self._addresses.moved()[0]]
+                return self._failure(Change.MOVED, self._name_of(moved))
+            if replaced:
+                return self._failure(Change.STRUCTURE, self._name_of(replaced[0]))
+        return self._failure(Change.STRUCTURE, "")
+
+    def check_epoch(self) -> GuardFailure | None:
+        """Compare settings and the layout of tensors with the last time, at the start of a stage or epoch.
+
+        Returns:
+            What has changed; None if nothing has, or the first time.
         """
-        large_ones_hold = self._frozen.large_ones_hold()
-        if not large_ones_hold:
-            self._remember_attributes()
         before, self._settings = self._settings, self._current_settings()
-        layout, self._layout = self._layout, self._current_layout()
-        if before is None:  # the first close look: there are no graphs yet
-            return Change.NOTHING
-        same = before.keys() == self._settings.keys() and all(
-            is_same_value(before[key], value) for key, value in self._settings.items()
-        )
-        return (
-            Change.NOTHING
-            if same and large_ones_hold and layout == self._layout
-            else Change.SETTINGS
-        )
+        layout = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in self.tensors]
+        layout_before, self._layout = self._layout, layout
+        if before is None:
+            return None
+        for key in [*before, *self._settings]:
+            value, now = before.get(key), self._settings.get(key)
+            if key not in before or key not in self._settings or not is_same_value(value, now):
+                return self._failure(Change.SETTINGS, describe_change(self._path(*key), now, value))
+        if layout != layout_before:
+            return self._failure(Change.SETTINGS, "the layout of a parameter or buffer")
+        return None
+
+    def training_flags(self) -> tuple[bool, ...]:
+        """Return the ``training`` flags of all submodules."""
+        flags = tuple(map(_training, self._flags))
+        if self._scripted:
+            flags += tuple([module.training for module in self._scripted])
+        return flags
+
+    def storage_addresses(self) -> set[int]:
+        """Return the addresses of the storages of parameters and buffers."""
+        return {tensor.untyped_storage().data_ptr() for tensor in self.tensors}
 
     def _current_settings(self) -> dict[tuple[int, str], Any]:
         return {
@@ -179,13 +160,40 @@ class ModuleState:
             for name, value in settings(module).items()
         }
 
-    def _current_layout(self) -> list[Any]:
-        return [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in self.tensors]
+    def _failure(self, change: Change, subject: str) -> GuardFailure:
+        return GuardFailure(change, f"{change.value}: {subject}" if subject else change.value)
 
-    def training_flags(self) -> tuple[bool, ...]:
-        """The ``training`` flags of all submodules."""
-        return (*map(_training, self._flags), *[module.training for module in self._scripted])
+    def _path(self, module_id: int, name: str) -> str:
+        paths = {id(module): path for path, module in self._root.named_modules()}
+        return ".".join(["self", *filter(None, [paths.get(module_id, "?"), name])])
 
-    def storage_addresses(self) -> set[int]:
-        """Where the storages of parameters and buffers begin."""
-        return {tensor.untyped_storage().data_ptr() for tensor in self.tensors}
+    def _name_of(self, member: Any) -> str:
+        """Return where a member is, or was, found."""
+        for path, module in self._root.named_modules():
+            for table in (module._parameters, module._buffers, module._modules):
+                for name, value in table.items():
+                    if value is member:
+                        return f"{path}.{name}" if path else name
+        for module in self.modules:
+            if module is member:
+                return type(module).__name__
+        return (
+            f"{type(member).__name__} of shape {tuple(member.shape)}"
+            if isinstance(member, Tensor)
+            else ""
+        )
+
+
+def _is_another_address(before: Any, now: Any) -> bool:
+    """Whether a member is the same but for the memory that it has."""
+    if before is now:
+        return True
+    return (
+        isinstance(before, Tensor)
+        and isinstance(now, Tensor)
+        and type(before) is type(now)
+        and not is_lazy(before)
+        and not is_lazy(now)
+        and (before.shape, before.dtype, before.device, before.requires_grad, before.layout)
+        == (now.shape, now.dtype, now.device, now.requires_grad, now.layout)
+    )

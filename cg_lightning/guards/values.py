@@ -1,4 +1,7 @@
-"""What attributes hold that a graph has frozen, however deep, and whether they still hold it."""
+"""What is inside the values that a graph has frozen: containers, objects, arrays and tensors, however deep.
+
+Values stay the same objects when something in them changes, so identity is not enough.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cg_lightning.core.descriptor import is_plain_value
-from cg_lightning.core.tree import flatten
+from cg_lightning.core.tree import flatten, structure_paths
 from cg_lightning.modules.attributes import (
     attributes_of,
     is_configuration,
@@ -22,8 +25,8 @@ from cg_lightning.modules.attributes import (
     slots_of,
 )
 
-_MANY = 256
-"""Containers and arrays of more items, a vocabulary say, are compared by close looks only."""
+LARGE = 256
+"""Containers and arrays with more items, such as a vocabulary, are compared once an epoch."""
 _CONTENTS: dict[type, Callable[[Any], Any]] = {
     set: frozenset,
     bytearray: bytes,
@@ -32,39 +35,69 @@ _CONTENTS: dict[type, Callable[[Any], Any]] = {
 }
 # private, and in CUDA builds only: compares 300 addresses in about 20 us
 _native_compare = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+_MOST_CHARACTERS = 60
+_Path = tuple[Any, ...]
+"""A value's parent and how to get from there: formatted only if something has changed."""
 
 
 def addresses_of(tensors: Iterable[Tensor]) -> set[int]:
-    """Where the storages of tensors begin."""
+    """Return the addresses of the tensors' storages."""
     return {tensor.untyped_storage().data_ptr() for tensor in tensors if _has_memory(tensor)}
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    return (
-        tensor.layout is torch.strided and not tensor._is_zerotensor()
-    )  # derivatives of forward mode may have none
+    # derivatives of forward mode may have none
+    return tensor.layout is torch.strided and not tensor._is_zerotensor()
 
 
 class Addresses:
-    """Where tensors lay."""
+    """Data pointers of tensors at capture time."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._tensors = tensors
         self._addresses = [tensor.data_ptr() for tensor in tensors]
         self._indices = list(range(len(tensors)))
 
-    def hold(self) -> bool:
-        """Whether they still lie there."""
-        if _native_compare is not None and self._tensors:
+    def check(self) -> bool:
+        """Return whether no tensor has another address."""
+        if not self._tensors:
+            return True
+        if _native_compare is not None:
             return bool(_native_compare(self._tensors, self._addresses, self._indices))
         return list(map(Tensor.data_ptr, self._tensors)) == self._addresses
 
+    def moved(self) -> list[int]:
+        """Return the indices of the tensors that have another address."""
+        pairs = zip(self._tensors, self._addresses, strict=True)
+        return [i for i, (tensor, address) in enumerate(pairs) if tensor.data_ptr() != address]
+
 
 def same_attributes(attributes: dict[str, Any], before: dict[str, Any]) -> bool:
-    """Whether all attributes are still the same objects, or equal plain values."""
+    """Return whether all attributes are the same objects, or equal plain values."""
     return attributes.keys() == before.keys() and all(
         map(is_same_value, before.values(), attributes.values())
     )
+
+
+def shorten(value: Any) -> str:
+    """Return a short text for a value in a message; a tensor's values are not read."""
+    if isinstance(value, Tensor):
+        return f"tensor of shape {tuple(value.shape)}"
+    text = repr(value) if is_plain_value(value) else ""
+    if not text:
+        try:
+            text = repr(value)
+        except Exception as error:  # a user's __repr__ must not end the run
+            text = f"<{type(value).__name__}: {type(error).__name__}>"
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 3]}..."
+
+
+def describe_change(path: str, now: Any, before: Any) -> str:
+    """Return what changed, with both values: ``self.scale: now 2.0, before 1.0``."""
+    texts = (shorten(now), shorten(before))
+    if texts[0] == texts[1]:
+        return f"{path}: another object, {texts[0]}"
+    return f"{path}: now {texts[0]}, before {texts[1]}"
 
 
 def _array_contents(value: Any) -> Any:
@@ -84,94 +117,157 @@ def _contents_of(value: Any) -> Callable[[Any], Any] | None:
     return _CONTENTS.get(type(value))
 
 
-class FrozenValues:
-    """Remembers what is in some values: they stay the same objects when something in them changes.
+def _flatten(value: Any) -> tuple[list[Any], Any]:
+    return flatten(list(value) if isinstance(value, collections.deque) else value)
 
-    Containers are compared by their leaves, plain objects by their attributes, those of configurations in turn likewise, and
-    tensors by where they lie. What has nothing in it is for the caller to compare.
+
+def _format(path: _Path) -> str:
+    parent, step, detail = path
+    if parent is None:
+        return str(step)
+    root = _format(parent)
+    if isinstance(step, str):
+        return f"{root}.{step}"
+    return structure_paths(detail, root)[step]
+
+
+class FrozenValues:
+    """Stores what is inside some values, and compares it later.
+
+    Containers are compared by their leaves, plain objects by their attributes and (if they hold nothing else than values,
+    containers and objects like themselves) by what is inside those, and tensors by their addresses. A value that has
+    nothing inside is for the caller to compare.
+
+    Args:
+        values: The values.
+        paths: Their names as the user would write them, for :meth:`explain`.
     """
 
-    def __init__(self, values: Iterable[Any]) -> None:
+    def __init__(self, values: Iterable[Any], paths: Iterable[str] | None = None) -> None:
         self.modules: list[nn.Module] = []
-        """Modules among them: those in a list, say, are no submodules."""
+        """Modules among them: those in a list, for example, are no submodules."""
         self.tensors: list[Tensor] = []
-        self._containers: list[tuple[Any, list[Any], Any]] = []
-        self._large_containers: list[tuple[Any, list[Any], Any]] = []
-        self._objects: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._slotted: list[tuple[Any, dict[str, Any]]] = []
-        self._copies: list[tuple[Any, Callable[[Any], Any], Any]] = []
-        self._large_copies: list[tuple[Any, Callable[[Any], Any], Any]] = []
-        pending, seen = list(values), set()
+        self._tensor_paths: list[_Path] = []
+        self._containers: list[tuple[Any, list[Any], Any, _Path]] = []
+        self._large_containers: list[tuple[Any, list[Any], Any, _Path]] = []
+        self._objects: list[tuple[dict[str, Any], dict[str, Any], _Path]] = []
+        self._slotted: list[tuple[Any, dict[str, Any], _Path]] = []
+        self._copies: list[tuple[Any, Callable[[Any], Any], Any, _Path]] = []
+        self._large_copies: list[tuple[Any, Callable[[Any], Any], Any, _Path]] = []
+        roots = list(values)
+        names = [""] * len(roots) if paths is None else list(paths)
+        pending: list[tuple[Any, _Path]] = [
+            (value, (None, name, None)) for value, name in zip(roots, names, strict=True)
+        ]
+        seen: set[int] = set()
         while pending:
-            value = pending.pop()
+            value, path = pending.pop()
             if is_plain_value(value) or id(value) in seen:
                 continue
             seen.add(id(value))
-            pending += self._look_into(value)
+            pending += self._store(value, path)
         self._addresses = Addresses(self.tensors)
 
-    def _look_into(self, value: Any) -> Iterable[Any]:
-        """Remembers one value; gives what is to be looked into next."""
+    def _store(self, value: Any, path: _Path) -> Iterable[tuple[Any, _Path]]:
+        """Store one value; return what is to be looked into next."""
         if type(value) in (Tensor, nn.Parameter):
-            self.tensors += [value] if value.layout is torch.strided else []
+            if value.layout is torch.strided:
+                self.tensors.append(value)
+                self._tensor_paths.append(path)
         elif isinstance(value, nn.Module):
             self.modules.append(value)
         elif (contents := _contents_of(value)) is not None:
-            items = (
-                value.size
-                if contents is _array_contents
-                else len(value)
-                if hasattr(value, "__len__")
-                else 1
-            )
-            large = items > _MANY
-            (self._large_copies if large else self._copies).append(
-                (value, contents, contents(value))
-            )
+            items = 1
+            if contents is _array_contents:
+                items = value.size
+            elif hasattr(value, "__len__"):
+                items = len(value)
+            copies = self._large_copies if items > LARGE else self._copies
+            copies.append((value, contents, contents(value), path))
         elif (flat := _flatten(value))[1] is not None:
-            large = len(flat[0]) > _MANY
-            (self._large_containers if large else self._containers).append((value, *flat))
-            return [] if large else flat[0]
+            leaves, structure = flat
+            if len(leaves) > LARGE:
+                self._large_containers.append((value, leaves, structure, path))
+                return []
+            self._containers.append((value, leaves, structure, path))
+            return [(leaf, (path, index, structure)) for index, leaf in enumerate(leaves)]
         elif is_plain_object(value):
             held = attributes_of(value)
             if slots_of(type(value)):
-                self._slotted.append((value, held))
+                self._slotted.append((value, held, path))
             else:
-                self._objects.append((vars(value), held))
-            return (
-                held.values()
-                if is_configuration(value)
-                else [item for item in held.values() if isinstance(item, Tensor)]
-            )
+                self._objects.append((vars(value), held, path))
+            inside = is_configuration(value)
+            return [
+                (item, (path, name, None))
+                for name, item in held.items()
+                if inside or isinstance(item, Tensor)
+            ]
         return []
 
     def hold(self) -> bool:
-        """Whether nothing has changed, but for large containers."""
+        """Return whether nothing has changed. Large containers are not compared."""
         return (
-            self._addresses.hold()
-            and all(_leaves_hold(*container) for container in self._containers)
-            and all(same_attributes(attributes, before) for attributes, before in self._objects)
-            and all(
-                same_attributes(attributes_of(value), before) for value, before in self._slotted
-            )
-            and all(contents(value) == before for value, contents, before in self._copies)
+            self._addresses.check()
+            and all(_leaves_hold(value, leaves, s) for value, leaves, s, _ in self._containers)
+            and all(same_attributes(attributes, before) for attributes, before, _ in self._objects)
+            and all(same_attributes(attributes_of(v), before) for v, before, _ in self._slotted)
+            and all(contents(value) == before for value, contents, before, _ in self._copies)
         )
 
     def large_ones_hold(self) -> bool:
-        """Whether large containers have not changed."""
-        return all(_leaves_hold(*container) for container in self._large_containers) and all(
-            contents(value) == before for value, contents, before in self._large_copies
-        )
+        """Return whether large containers have not changed."""
+        return all(
+            _leaves_hold(value, leaves, s) for value, leaves, s, _ in self._large_containers
+        ) and all(contents(value) == before for value, contents, before, _ in self._large_copies)
 
     def all_hold(self) -> bool:
-        """Whether nothing has changed at all."""
+        """Return whether nothing at all has changed."""
         return self.hold() and self.large_ones_hold()
 
-
-def _flatten(value: Any) -> tuple[list[Any], Any]:
-    return flatten(list(value) if isinstance(value, collections.deque) else value)
+    def explain(self) -> str:
+        """Return what has changed, with both values; empty if nothing has. It takes its time."""
+        for value, leaves, structure, path in [*self._containers, *self._large_containers]:
+            if not _leaves_hold(value, leaves, structure):
+                return _explain_container(value, leaves, structure, _format(path))
+        for attributes, before, path in self._objects:
+            if not same_attributes(attributes, before):
+                return _explain_attributes(attributes, before, _format(path))
+        for value, before, path in self._slotted:
+            if not same_attributes(attributes_of(value), before):
+                return _explain_attributes(attributes_of(value), before, _format(path))
+        for value, contents, before, path in [*self._copies, *self._large_copies]:
+            if contents(value) != before:
+                return f"{_format(path)}: the contents of the {type(value).__name__} have changed"
+        for index in self._addresses.moved():
+            return f"{_format(self._tensor_paths[index])}: the tensor has another address"
+        return ""
 
 
 def _leaves_hold(container: Any, leaves: list[Any], structure: Any) -> bool:
     now, structure_now = _flatten(container)
     return structure_now == structure and all(map(is_same_value, leaves, now))
+
+
+def _explain_container(value: Any, leaves: list[Any], structure: Any, path: str) -> str:
+    now, structure_now = _flatten(value)
+    if structure_now != structure:
+        return f"{path}: other keys or another length, now {len(now)} items, before {len(leaves)}"
+    paths = structure_paths(structure, path)
+    changed = (
+        describe_change(paths[index], item, before)
+        for index, (item, before) in enumerate(zip(now, leaves, strict=True))
+        if not is_same_value(before, item)
+    )
+    return next(changed)
+
+
+def _explain_attributes(attributes: dict[str, Any], before: dict[str, Any], path: str) -> str:
+    for name in [*before, *attributes]:
+        if name not in attributes:
+            return f"{path}.{name}: now not there, before {shorten(before[name])}"
+        if name not in before:
+            return f"{path}.{name}: now {shorten(attributes[name])}, before not there"
+        if not is_same_value(before[name], attributes[name]):
+            return describe_change(f"{path}.{name}", attributes[name], before[name])
+    raise AssertionError("called only if an attribute has changed")

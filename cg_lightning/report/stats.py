@@ -1,17 +1,25 @@
-"""What happened: counted by the step runner, read by users and by the summary."""
+"""What happened: counted by the runners, read by users, by the summary and by loggers."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from cg_lightning.core.descriptor import BatchDescriptor
+from cg_lightning.core.reasons import Reason
+
+MOST_SHAPES = 64
+"""Shapes that are told apart for one stage, mode and reason; further ones are counted together."""
+MOST_REASONS = 256
+"""Sentences that are told apart; further ones are counted by their kind."""
+OTHER_SHAPES = "other shapes"
 
 
 @dataclasses.dataclass
 class EntryRecord:
-    """One graph of one target: captured anew after its weights moved, it stays one record."""
+    """The graphs of one key of one target: a graph that is captured again is counted in the same record."""
 
     stage: str
     mode: str
@@ -22,21 +30,46 @@ class EntryRecord:
     replays: int = 0
     """Replays that made a step's result, the one right after a capture included."""
     seconds: float = 0.0
-    """Spent capturing, in seconds."""
+    """Time spent on captures, in seconds."""
     bytes: int = 0
     """Graph memory of the latest capture and its static inputs, in bytes."""
     within_spread: bool = False
-    """Whether a verified replay differed from eager, by no more than eager differs from itself."""
+    """Whether a verified replay differed from eager, by no more than two eager runs differ from each other."""
+
+    def captured(self, seconds: float, num_bytes: int) -> None:
+        """Count a capture.
+
+        Args:
+            seconds: The time that it took, in seconds.
+            num_bytes: Graph memory and static inputs, in bytes.
+        """
+        self.captures += 1
+        self.seconds += seconds
+        self.bytes = num_bytes
 
 
 @dataclasses.dataclass
-class EagerRecord:
-    """Steps of one stage and shape that ran no graph, for one reason."""
+class StepsRecord:
+    """Steps of one stage and shape that ran in a lower mode than asked, for one reason."""
 
     stage: str
+    mode: str
     shapes: str
-    reason: str
-    steps: int
+    reason: Reason
+    steps: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain values."""
+        return {
+            "stage": self.stage,
+            "mode": self.mode,
+            "shapes": self.shapes,
+            "cause": self.reason.kind.value,
+            "text": self.reason.text,
+            "location": self.reason.location,
+            "remedy": self.reason.remedy,
+            "steps": self.steps,
+        }
 
 
 class CUDAGraphStats:
@@ -44,70 +77,86 @@ class CUDAGraphStats:
 
     def __init__(self) -> None:
         self.entries: list[EntryRecord] = []
-        self._graphed_steps: Counter[tuple[str, str]] = Counter()
-        self._eager_steps: Counter[tuple[str, str, str]] = Counter()
+        """A record for each key of each target that was captured."""
+        self._piecewise_steps: Counter[str] = Counter()
+        self._records: dict[tuple[str, str, str, Reason], StepsRecord] = {}
+        self._num_shapes: Counter[tuple[str, str, Reason]] = Counter()
         self._index: dict[tuple[str, str, BatchDescriptor], EntryRecord] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_index": {}}  # keys may name types that cannot be pickled
 
-    def record(self, mode: str, target: str, descriptor: BatchDescriptor) -> EntryRecord:
-        """Gives the record of one graph, the same one after it was captured anew."""
+    def entry(self, mode: str, target: str, descriptor: BatchDescriptor) -> EntryRecord:
+        """Return the record of one key of one target; the same one after a second capture."""
         key = (mode, target, descriptor)
         if key not in self._index:
-            self._index[key] = EntryRecord(
-                descriptor.stage or "", mode, target, descriptor.shapes()
-            )
-            self.entries.append(self._index[key])
+            made = EntryRecord(descriptor.stage or "", mode, target, descriptor.shapes())
+            self._index[key] = made
+            self.entries.append(made)
         return self._index[key]
 
-    def count_graphed_step(self, stage: str, mode: str) -> None:
-        """Counts a step that ran at least one graph."""
-        self._graphed_steps[stage, mode] += 1
+    def ran_piecewise(self, stage: str, shapes: str, reason: Reason | None) -> None:
+        """Count a step some of whose submodules ran from graphs; ``reason``: why not FULL, None if that was not asked."""
+        self._piecewise_steps[stage] += 1
+        if reason is not None:
+            self._ran_lower(stage, "PIECEWISE", shapes, reason)
 
-    def count_eager_step(self, stage: str, shapes: str, reason: str) -> None:
-        """Counts a step that ran no graph."""
-        self._eager_steps[stage, shapes, reason] += 1
+    def ran_eagerly(self, stage: str, shapes: str, reason: Reason) -> None:
+        """Count a step that ran no graph."""
+        self._ran_lower(stage, "NONE", shapes, reason)
+
+    def _ran_lower(self, stage: str, mode: str, shapes: str, reason: Reason) -> None:
+        key = (stage, mode, shapes, reason)
+        if key not in self._records:
+            if len(self._num_shapes) >= MOST_REASONS:  # a value that changes with each batch, say
+                reason = Reason(reason.kind, f"{reason.kind.value}, for one of many reasons")
+                key = (stage, mode, shapes, reason)
+            if self._num_shapes[stage, mode, reason] >= MOST_SHAPES:
+                key = (stage, mode, OTHER_SHAPES, reason)
+            self._num_shapes[stage, mode, reason] += 1
+            self._records.setdefault(key, StepsRecord(*key))
+        self._records[key].steps += 1
 
     @property
     def captures(self) -> int:
-        """Graphs captured."""
+        """Number of captures."""
         return sum(entry.captures for entry in self.entries)
 
     @property
     def replays(self) -> int:
-        """Replays that made a step's result."""
+        """Number of replays that made a step's result; PIECEWISE counts those of each submodule."""
         return sum(entry.replays for entry in self.entries)
 
     @property
     def steps(self) -> dict[str, int]:
-        """Steps by the mode that they ran in."""
-        counts = Counter({"NONE": self.eager, "PIECEWISE": 0, "FULL": 0})
-        for (_, mode), number in self._graphed_steps.items():
-            counts[mode] += number
-        return dict(counts)
+        """Number of steps by the mode in which they ran."""
+        return {
+            "NONE": self.eager,
+            "PIECEWISE": self._piecewise_steps.total(),
+            "FULL": sum(entry.replays for entry in self.entries if entry.mode == "FULL"),
+        }
 
     @property
     def eager(self) -> int:
-        """Steps that ran no graph."""
-        return self._eager_steps.total()
+        """Number of steps that ran no graph."""
+        return sum(record.steps for record in self._eager())
 
     @property
     def eager_reasons(self) -> dict[str, int]:
-        """Steps that ran no graph, by reason."""
+        """Number of steps that ran no graph, by the sentence that says why."""
         counts: Counter[str] = Counter()
-        for (_, _, reason), number in self._eager_steps.items():
-            counts[reason] += number
+        for record in self._eager():
+            counts[str(record.reason)] += record.steps
         return dict(counts)
 
     @property
-    def eager_records(self) -> list[EagerRecord]:
-        """Steps that ran no graph, by stage, shapes and reason."""
-        return [EagerRecord(*key, number) for key, number in self._eager_steps.items()]
+    def reasons(self) -> list[StepsRecord]:
+        """Why steps ran in a lower mode than asked: records by stage, mode, shapes and reason."""
+        return list(self._records.values())
 
     @property
     def capture_seconds(self) -> float:
-        """Time spent capturing, in seconds."""
+        """Time spent on captures, in seconds."""
         return sum(entry.seconds for entry in self.entries)
 
     @property
@@ -115,19 +164,29 @@ class CUDAGraphStats:
         """Graph memory and static inputs, in bytes."""
         return sum(entry.bytes for entry in self.entries)
 
-    def graphed_steps(self, stage: str) -> dict[str, int]:
-        """Steps of one stage that ran a graph, by mode."""
-        return {mode: number for (of, mode), number in self._graphed_steps.items() if of == stage}
+    def steps_of(self, stage: str) -> dict[str, int]:
+        """Return the number of steps of one stage by mode, the highest mode first; modes without steps are left out."""
+        entries = [entry for entry in self.entries if entry.stage == stage]
+        counts = {
+            "FULL": sum(entry.replays for entry in entries if entry.mode == "FULL"),
+            "PIECEWISE": self._piecewise_steps[stage],
+            "NONE": sum(record.steps for record in self._eager() if record.stage == stage),
+        }
+        return {mode: number for mode, number in counts.items() if number}
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives all counts as plain values, fit for JSON."""
+        """Return all counts as plain values, fit for JSON."""
         return {
             "captures": self.captures,
             "replays": self.replays,
             "steps": self.steps,
             "eager": self.eager,
             "eager_reasons": self.eager_reasons,
+            "reasons": [record.to_dict() for record in self.reasons],
             "capture_seconds": self.capture_seconds,
             "graph_bytes": self.graph_bytes,
             "entries": [dataclasses.asdict(entry) for entry in self.entries],
         }
+
+    def _eager(self) -> Iterable[StepsRecord]:
+        return [record for record in self._records.values() if record.mode == "NONE"]

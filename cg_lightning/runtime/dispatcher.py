@@ -1,74 +1,401 @@
-"""Who decides in which mode a step runs."""
+"""The one place that decides in which mode a step or a call runs.
+
+It is told facts (a step was watched, a capture failed, a replay differed) and knows keys, phases, counts and reasons. It
+knows no tensor, no module and no Trainer: guards and entries are objects that it asks whether they still hold.
+
+The life of a key::
+
+    seen first -> WATCH -> WARM_UP ... -> CAPTURE -> VERIFY ... -> REPLAY ...
+                    ^                        |          |
+                    |  guards do not hold    v          v
+                    +----------------      refused in FULL: PIECEWISE, or EAGER for good
+
+If the guards of no variant of a key hold, the step is watched once more: with other values it may take another way. The
+ledger of the key's family ends that if it never pays.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.modes import CUDAGraphMode
+from cg_lightning.core.reasons import WARM_UP, Reason, Status
+from cg_lightning.runtime.ledger import CAPTURE_COST, WATCH_COST, CaptureLedger
 
-UNKNOWN_KEY = "unknown key"
+NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
+UNKNOWN_KEY = Reason(Status.WARM_UP, "unknown key")
+MOST_UNREPEATED = 4
+"""Watched keys that have not come again: with so many, the next new key is watched only if it comes a second time."""
+MOST_VARIANTS = 8
+"""Variants of one key; the oldest goes first."""
+MOST_KEYS = 2048
+"""Keys without a graph that are remembered; the oldest go first."""
+
+
+class Guards(Protocol):
+    """What the dispatcher asks of the guards of a variant."""
+
+    def check(self) -> bool:
+        """Return whether they hold."""
+
+    def check_epoch(self) -> bool:
+        """Return whether what is compared once an epoch holds."""
+
+    def explain(self) -> str:
+        """Return which one does not hold, with both values."""
+
+
+class Entry(Protocol):
+    """What the dispatcher asks of a graph."""
+
+    replays: int
+
+    def is_valid(self) -> bool:
+        """Return whether the graph was not dropped and may be replayed."""
+
+
+class Action(enum.Enum):
+    """What to do with a step or a call."""
+
+    WATCH = "run it eagerly under watch"
+    WARM_UP = "run it eagerly"
+    EAGER = "run it eagerly, for a reason"
+    PIECEWISE = "run it, with its submodules from graphs"
+    CAPTURE = "capture it, then replay"
+    VERIFY = "replay it, and compare with eager"
+    REPLAY = "replay it"
 
 
 class Dispatch(NamedTuple):
-    """What a step is to run in, and why not higher (empty where it runs FULL)."""
+    """The mode that a step is to run in, and why not in a higher one (None if it runs as asked)."""
 
     runtime_mode: CUDAGraphMode
     batch_descriptor: BatchDescriptor
-    reason: str
+    reason: Reason | None
+
+
+@dataclasses.dataclass(eq=False)
+class Variant:
+    """One way that the steps of a key take: what they read, what a watched one showed, and its graph."""
+
+    guards: Guards
+    modes: list[CUDAGraphMode]
+    """The modes that it may run in, the highest first; empty: eager."""
+    reason: Reason | None = None
+    """Why it does not run in the mode that was asked for."""
+    needs_second_look: bool = False
+    """Whether another watched step may find less."""
+    did_one_time_work: bool = False
+    """Whether the watched step did something that is done once, so that one more eager step has to follow."""
+    watched: Any = None
+    """What the watched step showed, for messages."""
+    entry: Entry | None = None
+
+    @property
+    def mode(self) -> CUDAGraphMode:
+        """The highest mode that is left."""
+        return self.modes[0] if self.modes else NONE
+
+
+@dataclasses.dataclass(eq=False)
+class KeyState:
+    """All that is known of one key of one target."""
+
+    descriptor: BatchDescriptor
+    ledger: CaptureLedger
+    sights: int = 0
+    """Steps with this key so far."""
+    warmup_runs: int = 0
+    variants: list[Variant] = dataclasses.field(default_factory=list)
+    watch_again: str = ""
+    """What has changed, if somebody asked for another watched step."""
+
+
+class Plan(NamedTuple):
+    """A decision: what to do with the step under way."""
+
+    action: Action
+    state: KeyState
+    variant: Variant | None
+    reason: Reason | None
 
 
 class CUDAGraphDispatcher:
-    """Owns the valid keys of each mode, and the reasons for the keys that are not.
+    """Decides in which mode a step runs: FULL before PIECEWISE before NONE.
 
-    A key is valid once it was added. :meth:`dispatch` prefers FULL to PIECEWISE to NONE. It neither captures nor counts
-    warm-ups, and it never looks at a batch.
+    By hand: :meth:`add_cudagraph_key` makes a key valid in a mode, and :meth:`dispatch` returns the highest mode that is
+    valid. The callback uses :meth:`plan` and tells facts. It neither captures nor runs anything, and it never sees a batch.
+
+    Args:
+        policy: The mode that the user asked for.
+        warmup_steps: Eager runs of a key before its capture.
+        wants_verification: Whether the next replay of a graph is compared, given the replays so far.
+        watches: Whether steps are watched before a capture. Calls of submodules are not: the step around them is.
     """
 
-    def __init__(self) -> None:
-        self.cudagraph_keys: dict[CUDAGraphMode, set[BatchDescriptor]] = {
-            CUDAGraphMode.FULL: set(),
-            CUDAGraphMode.PIECEWISE: set(),
-        }
-        self._decisions: dict[BatchDescriptor, Dispatch] = {}
+    def __init__(
+        self,
+        policy: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE,
+        warmup_steps: int = 0,
+        wants_verification: Callable[[int], bool] = lambda _: False,
+        *,
+        watches: bool = True,
+    ) -> None:
+        self._policy = policy
+        self._warmup_steps = warmup_steps
+        self._wants_verification = wants_verification
+        self._watches = watches
+        self._graph_mode = FULL if watches else PIECEWISE
+        self._states: dict[tuple[Any, ...], KeyState] = {}
+        self._ledgers: dict[tuple[Any, ...], CaptureLedger] = {}
+        self._unrepeated: set[tuple[Any, ...]] = set()
+
+    # by hand
 
     def add_cudagraph_key(
-        self, mode: CUDAGraphMode, descriptor: BatchDescriptor, reason: str = ""
+        self, mode: CUDAGraphMode, descriptor: BatchDescriptor, reason: Reason | None = None
     ) -> None:
-        """Makes ``descriptor`` valid in ``mode``; ``reason`` says why not in a higher one.
+        """Make ``descriptor`` valid in ``mode``; ``reason`` says why not in a higher one.
 
         Raises:
             ValueError: ``mode`` is neither PIECEWISE nor FULL.
         """
-        self._keys(mode).add(descriptor)
-        self._decide(descriptor, reason)
-
-    def refuse(self, mode: CUDAGraphMode, descriptor: BatchDescriptor, reason: str) -> None:
-        """Makes ``descriptor`` invalid in ``mode``, and remembers why."""
-        self._keys(mode).discard(descriptor)
-        self._decide(descriptor, reason)
-
-    def _decide(self, descriptor: BatchDescriptor, reason: str) -> None:
-        valid = (mode for mode, keys in self.cudagraph_keys.items() if descriptor in keys)
-        self._decisions[descriptor] = Dispatch(next(valid, CUDAGraphMode.NONE), descriptor, reason)
+        if mode not in (PIECEWISE, FULL):
+            raise ValueError(f"Keys are PIECEWISE or FULL, not {mode}.")
+        state = self.state(descriptor.fields, descriptor)
+        if not state.variants:
+            state.variants.append(Variant(Unguarded(), []))
+        variant = state.variants[0]
+        variant.modes = [each for each in (FULL, PIECEWISE) if each is mode or each in variant.modes]
+        variant.reason = None if FULL in variant.modes else reason
 
     def dispatch(self, descriptor: BatchDescriptor) -> Dispatch:
-        """Gives the highest mode that ``descriptor`` is valid in.
+        """Return the highest mode that ``descriptor`` is valid in, and why not a higher one.
 
-        The descriptor in the result is equal to the one given, but the object that was added: looking it up is cheaper.
+        The descriptor in the result is equal to the one given, but the object that was added.
         """
-        return self._decisions.get(descriptor) or Dispatch(
-            CUDAGraphMode.NONE, descriptor, UNKNOWN_KEY
-        )
+        state = self._states.get(descriptor.fields)
+        variant = None if state is None else self._current_variant(state)
+        if state is None or variant is None:
+            return Dispatch(NONE, descriptor, UNKNOWN_KEY)
+        return Dispatch(variant.mode, state.descriptor, variant.reason)
 
-    def clear(self) -> None:
-        """Forgets every key."""
-        self._decisions.clear()
-        for keys in self.cudagraph_keys.values():
-            keys.clear()
+    # what the runners ask
 
-    def _keys(self, mode: CUDAGraphMode) -> set[BatchDescriptor]:
-        try:
-            return self.cudagraph_keys[mode]
-        except KeyError:
-            raise ValueError(f"Keys are PIECEWISE or FULL, not {mode}.") from None
+    def known(self, fields: tuple[Any, ...]) -> KeyState | None:
+        """Return the state of a key, given by the fields of its descriptor; None if it was never seen."""
+        return self._states.get(fields)
+
+    def state(self, fields: tuple[Any, ...], descriptor: BatchDescriptor | None = None) -> KeyState:
+        """Return the state of a key, given by the fields of its descriptor; a new one if it was never seen."""
+        state = self._states.get(fields)
+        if state is None:
+            made = descriptor or BatchDescriptor(*fields)
+            ledger = self._ledgers.setdefault(made.family, CaptureLedger())
+            state = self._states[fields] = KeyState(made, ledger)
+            if len(self._states) > MOST_KEYS:
+                self._forget_unused()
+        return state
+
+    def plan(self, state: KeyState) -> Plan:
+        """Decide what to do with the step under way. Call it once for each step."""
+        state.sights += 1
+        variant = self._current_variant(state)
+        if variant is None:
+            return self._plan_without_variant(state)
+        if state.watch_again:
+            return self._plan_another_look(state, variant)
+        if not self._is_warm(state, variant):
+            looks_again = self._watches and variant.needs_second_look
+            return Plan(Action.WATCH if looks_again else Action.WARM_UP, state, variant, WARM_UP)
+        return self._plan_warm(state, variant)
+
+    def _plan_warm(self, state: KeyState, variant: Variant) -> Plan:
+        if variant.mode is not self._graph_mode:
+            action = Action.PIECEWISE if variant.mode is PIECEWISE else Action.EAGER
+            return Plan(action, state, variant, variant.reason)
+        entry = variant.entry
+        if entry is not None and entry.is_valid():
+            state.ledger.earn()
+            verifies = self._wants_verification(entry.replays)
+            return Plan(Action.VERIFY if verifies else Action.REPLAY, state, variant, variant.reason)
+        if state.ledger.may_spend():
+            return Plan(Action.CAPTURE, state, variant, variant.reason)
+        return self._unprofitable(state, variant)
+
+    def _plan_without_variant(self, state: KeyState) -> Plan:
+        changed = state.variants[-1].guards.explain() if state.variants else ""
+        if changed:
+            state.ledger.note(Status.UNPROFITABLE, changed)
+        if not self._watches:
+            reason = Reason(Status.CHANGED, changed) if changed else WARM_UP
+            return Plan(Action.WARM_UP, state, None, reason)
+        if state.sights > 1:
+            self._unrepeated.discard(state.descriptor.fields)
+        elif len(self._unrepeated) >= MOST_UNREPEATED:
+            return Plan(Action.WARM_UP, state, None, WARM_UP)
+        if not state.ledger.may_spend():
+            return self._unprofitable(state, None)
+        reason = Reason(Status.CHANGED, f"changed: {changed}") if changed else WARM_UP
+        return Plan(Action.WATCH, state, None, reason)
+
+    def _plan_another_look(self, state: KeyState, variant: Variant) -> Plan:
+        state.ledger.note(Status.UNPROFITABLE, state.watch_again)
+        if not state.ledger.may_spend():
+            return self._plan_warm(state, variant)
+        reason = Reason(Status.CHANGED, f"changed: {state.watch_again}")
+        state.watch_again = ""
+        return Plan(Action.WATCH, state, None, reason)
+
+    def _unprofitable(self, state: KeyState, variant: Variant | None) -> Plan:
+        return Plan(Action.EAGER, state, variant, state.ledger.reason())
+
+    def _current_variant(self, state: KeyState) -> Variant | None:
+        for index, variant in enumerate(state.variants):
+            if variant.guards.check():
+                if index:  # the latest one is asked first, and goes last
+                    state.variants.insert(0, state.variants.pop(index))
+                return variant
+        return None
+
+    def _is_warm(self, state: KeyState, variant: Variant) -> bool:
+        if variant.did_one_time_work and state.warmup_runs < 2:
+            return False
+        return state.warmup_runs >= max(self._warmup_steps, 1)
+
+    # facts
+
+    def judge(
+        self, full: Reason | None, piecewise: Reason | None
+    ) -> tuple[list[CUDAGraphMode], Reason | None]:
+        """Return the modes that a step may run in, and why not in the one that was asked for.
+
+        Args:
+            full: Why it cannot be one graph; None if it can.
+            piecewise: Why no submodule of it can run from a graph; None if one can.
+        """
+        modes, reasons = [], []
+        for mode, reason, is_asked in (
+            (FULL, full, self._policy.has_full_cudagraphs()),
+            (PIECEWISE, piecewise, self._policy.has_piecewise_cudagraphs()),
+        ):
+            if is_asked and reason is None:
+                modes.append(mode)
+            elif is_asked and not modes:
+                reasons.append(reason)
+        return modes, reasons[0] if reasons else None
+
+    def watched(
+        self, state: KeyState, variant: Variant, replacing: Variant | None = None
+    ) -> list[Entry]:
+        """A step ran under watch.
+
+        Args:
+            state: The key of the step.
+            variant: What the step showed.
+            replacing: The variant of the same values that an earlier look gave.
+
+        Returns:
+            Graphs that have to be dropped.
+        """
+        state.ledger.spend(WATCH_COST)
+        if replacing is not None and replacing in state.variants:
+            state.variants.remove(replacing)
+        if state.sights == 1:
+            self._unrepeated.add(state.descriptor.fields)
+        self.ran_eagerly(state)
+        return self.add_variant(state, variant)
+
+    def add_variant(self, state: KeyState, variant: Variant) -> list[Entry]:
+        """Another way that steps of this key take is known. Returns graphs that have to be dropped."""
+        state.variants.insert(0, variant)
+        gone = state.variants[MOST_VARIANTS:]
+        del state.variants[MOST_VARIANTS:]
+        return [each.entry for each in gone if each.entry is not None]
+
+    def ran_eagerly(self, state: KeyState) -> None:
+        """A step that is not warm yet ran eagerly."""
+        state.warmup_runs += 1
+
+    def ran_before(self, state: KeyState, runs: int) -> None:
+        """Calls with this key ran so often before anybody counted."""
+        state.warmup_runs = max(state.warmup_runs, runs)
+
+    def captured(self, state: KeyState, variant: Variant, entry: Entry) -> None:
+        """A graph was captured."""
+        state.ledger.spend(CAPTURE_COST - 1)  # the step itself ran from it
+        variant.entry = entry
+
+    def evicted(self, state: KeyState, why: str) -> None:
+        """A graph of this key had to make room for another one."""
+        state.ledger.spend(CAPTURE_COST)
+        state.ledger.note(Status.EVICTED, why)
+
+    def refused(self, variant: Variant, reason: Reason) -> None:
+        """A capture failed, or a replay differed: the variant runs in the next lower mode from now on."""
+        variant.entry = None
+        variant.reason = reason
+        variant.modes = [mode for mode in variant.modes if mode is not self._graph_mode]
+
+    def entries(self) -> list[Entry]:
+        """Return the graphs of all keys, and forget them: the caller drops them."""
+        found: list[Entry] = []
+        for state in self._states.values():
+            for variant in state.variants:
+                if variant.entry is not None:
+                    found.append(variant.entry)
+                    variant.entry = None
+        return found
+
+    def changed(self, why: str) -> None:
+        """The module has changed, so that graphs have to be captured again."""
+        for state in self._states.values():
+            state.ledger.note(Status.UNPROFITABLE, why)
+
+    def reset(self, why: str = "") -> None:
+        """The module has changed so that its steps may take another way: forget every key, but not what was spent."""
+        self.changed(why)
+        self._states.clear()
+        self._unrepeated.clear()
+
+    def begin_epoch(self) -> list[Entry]:
+        """Forget the variants whose large containers have changed. Returns graphs that have to be dropped."""
+        dropped: list[Entry] = []
+        for state in self._states.values():
+            for variant in [each for each in state.variants if not each.guards.check_epoch()]:
+                state.ledger.note(Status.UNPROFITABLE, variant.guards.explain())
+                state.variants.remove(variant)
+                dropped += [variant.entry] if variant.entry is not None else []
+        return dropped
+
+    def _forget_unused(self) -> None:
+        unused = [
+            fields
+            for fields, state in self._states.items()
+            if all(variant.entry is None for variant in state.variants)
+        ]
+        for fields in unused[: MOST_KEYS // 2]:
+            del self._states[fields]
+            self._unrepeated.discard(fields)
+        families = {state.descriptor.family for state in self._states.values()}
+        self._ledgers = {key: ledger for key, ledger in self._ledgers.items() if key in families}
+
+
+class Unguarded:
+    """The guards of a key that was added by hand, and of one that runs no graph: they always hold."""
+
+    def check(self) -> bool:
+        """Return True."""
+        return True
+
+    def check_epoch(self) -> bool:
+        """Return True."""
+        return True
+
+    def explain(self) -> str:
+        """Return nothing."""
+        return ""

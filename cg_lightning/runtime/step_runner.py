@@ -1,4 +1,4 @@
-"""Runs each step of one stage in the mode that its batch allows."""
+"""Stands in for one step method of a module: describe, ask for a decision, run, count."""
 
 from __future__ import annotations
 
@@ -9,184 +9,205 @@ from typing import Any
 
 import torch
 
-from cg_lightning.backends import CapturedGraph
-from cg_lightning.capture.cache import EvictedError
-from cg_lightning.core.descriptor import BatchDescriptor, describe
+from cg_lightning.capture.capture import GraphCall
+from cg_lightning.capture.entry import GraphEntry
+from cg_lightning.core.descriptor import BatchDescriptor, describe_fields
 from cg_lightning.core.errors import CaptureError, UnkeyableBatchError, VerificationError
-from cg_lightning.core.forward_context import ForwardContext, override_forward_context
+from cg_lightning.core.forward_context import (
+    ForwardContext,
+    StepInProgress,
+    override_forward_context,
+)
 from cg_lightning.core.modes import CUDAGraphMode
-from cg_lightning.runtime.graphed_call import GraphedCall
-from cg_lightning.runtime.session import WARM_UP, Session
-from cg_lightning.runtime.verifier import report_difference
+from cg_lightning.core.reasons import WARM_UP, Reason, Status
+from cg_lightning.runtime.dispatcher import Action, KeyState, Plan, Variant
+from cg_lightning.runtime.outcome import Outcome
+from cg_lightning.runtime.session import Session
+from cg_lightning.runtime.target import reason_of
 
 Step = Callable[..., Any]
+NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
+_LOADER_ITERATOR = Reason(
+    Status.LOADER_ITERATOR, "the step takes dataloader_iter: its batch is not known beforehand"
+)
+_GRADIENTS = Reason(Status.GRADIENTS, "gradients are enabled")
+_NO_WARM_TARGET = Reason(
+    Status.NO_TARGET, "no target was called with a warm key; calls from compiled code do not count"
+)
+_MAY_BE_STRICT_ABOUT = {Status.WARM_UP, Status.CHANGED}
+"""Reasons for which ``strict`` does not raise: the step is run so that later ones can be captured."""
+
+
+def first_parameter(step: Step) -> str:
+    """Return the name of the parameter that takes the batch; empty if the signature cannot be read."""
+    try:
+        names = list(inspect.signature(step).parameters)
+    except (TypeError, ValueError):  # built in, for example
+        return ""
+    return names[0] if names else ""
 
 
 class StepRunner:
-    """Stands in for one step method of a LightningModule.
+    """Runs each step of one stage in the mode that its batch allows.
 
-    For each batch it describes, asks for the mode, enters the forward context, and runs the step: as it is in NONE and
-    PIECEWISE, from one graph in FULL. Whatever stops that runs the step as it is, and is counted with its reason.
+    In NONE and PIECEWISE the step runs as it is, in a forward context; in FULL from one graph. Whatever stops that runs
+    the step as it is, and is counted with its reason.
 
     Args:
-        session: What is known of the module.
+        session: What the steps of the module share.
         stage: ``validate``, ``test`` or ``predict``.
+        name: What the step is called in the statistics.
         step: The step method.
     """
 
-    def __init__(self, session: Session, stage: str, step: Step) -> None:
+    def __init__(self, session: Session, stage: str, name: str, step: Step) -> None:
         self._session = session
         self._stage = stage
+        self._name = name
         self._step = step
-        names = list(inspect.signature(step).parameters)
-        self._batch_name = names[0] if names else ""
-        self._full = GraphedCall(
-            step.__name__, self._invoke, session.module, CUDAGraphMode.FULL, session.graph_settings
-        )
+        self._batch_name = first_parameter(step)
+        self._dispatcher = session.target.dispatcher
 
-    def as_method(self) -> Step:
-        """A function with the signature of the step: Lightning looks at it to know which arguments to pass."""
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one step.
 
-        @functools.wraps(self._step)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            return self._run(args, kwargs)
+        Args:
+            args: The positional arguments; the batch comes first, then ``batch_idx`` and ``dataloader_idx`` if given.
+            kwargs: The keyword arguments.
 
-        # Lightning looks behind one decorator, and there it must find what it finds without us (``@torch.no_grad()``)
-        vars(step)["__wrapped__"] = getattr(self._step, "__wrapped__", self._step)
-        return step
-
-    def graphs(self) -> list[CapturedGraph]:
-        """The graphs of the whole step."""
-        return self._full.graphs()
-
-    def _invoke(self, batch: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._step(batch, *rest, **kwargs)
-
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        Raises:
+            CaptureError: With ``strict=True``, the step ran in a lower mode than asked.
+            VerificationError: With ``strict=True``, a replay differed from eager.
+        """
         if self._batch_name == "dataloader_iter":
-            return self._eager(
-                args,
-                kwargs,
-                None,
-                "the step takes dataloader_iter: its batch is not known beforehand",
-            )
+            return self._eager(args, kwargs, _LOADER_ITERATOR)
         if torch.is_grad_enabled():
-            return self._eager(args, kwargs, None, "gradients are enabled")
-        if not args:
-            args, kwargs = (
-                (kwargs[self._batch_name],),
-                {k: v for k, v in kwargs.items() if k != self._batch_name},
-            )
+            return self._eager(args, kwargs, _GRADIENTS)
         session = self._session
         session.begin_step()
-        dataloader_idx = args[2] if len(args) > 2 else kwargs.get("dataloader_idx", 0)
+        if not args:
+            kwargs = dict(kwargs)
+            args = (kwargs.pop(self._batch_name),)
         try:
-            descriptor, leaves = describe(
+            fields, leaves = describe_fields(
                 args[0],
                 stage=self._stage,
-                dataloader_idx=dataloader_idx,
-                training=session.state.training_flags(),
-                known=session.known,
+                dataloader_idx=args[2] if len(args) > 2 else kwargs.get("dataloader_idx", 0),
+                training=session.target.guard.training_flags(),
             )
         except UnkeyableBatchError as error:
-            return self._eager(args, kwargs, None, str(error))
-        mode, descriptor, reason = session.dispatch(descriptor, args[0])
-        if mode is CUDAGraphMode.FULL:
-            try:
-                output = self._full(descriptor, args[0], leaves, args[1:], kwargs)
-            except VerificationError as error:
-                reason = report_difference(error, session.graph_settings.verification)
-                session.refuse_full(descriptor, reason)
-                session.stats.count_eager_step(self._stage, descriptor.shapes(), reason)
-                return error.output
-            except EvictedError as error:
-                return self._eager(args, kwargs, descriptor, str(error))
-            except (CaptureError, UnkeyableBatchError) as error:
-                session.refuse_full(descriptor, str(error))
-                if isinstance(error, CaptureError) and error.ran_eagerly:
-                    self._refuse_if_strict(str(error), descriptor, error)
-                    session.stats.count_eager_step(self._stage, descriptor.shapes(), str(error))
-                    return error.output
-                return self._lower(args, kwargs, descriptor, error)
-            session.stats.count_graphed_step(self._stage, "FULL")  # Enum.name is slow
+            return self._eager(args, kwargs, reason_of(error))
+        plan = self._dispatcher.plan(self._state(fields, args[0]))
+        if plan.action is Action.REPLAY:
+            assert plan.variant is not None and isinstance(plan.variant.entry, GraphEntry)  # noqa: PT018
+            output = plan.variant.entry.replay(leaves, session.cache.step)
+            plan.variant.entry.count()
             return output
-        if mode is CUDAGraphMode.PIECEWISE:
-            return self._piecewise(args, kwargs, descriptor, reason)
-        if reason == WARM_UP:
-            return self._warm_up(args, kwargs, descriptor)
-        return self._eager(args, kwargs, descriptor, reason)
+        return self._run(plan, args, kwargs, leaves)
 
-    def _lower(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        descriptor: BatchDescriptor,
-        error: Exception,
-    ) -> Any:
-        mode, _, reason = self._session.dispatch(descriptor, args[0])
-        if mode is CUDAGraphMode.PIECEWISE:
-            return self._piecewise(args, kwargs, descriptor, reason)
-        return self._eager(args, kwargs, descriptor, reason, error)
-
-    def _piecewise(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        descriptor: BatchDescriptor,
-        reason: str,
-    ) -> Any:
-        session = self._session
-        before = session.budget.uses
-        with override_forward_context(
-            ForwardContext(CUDAGraphMode.PIECEWISE, descriptor, calls={})
-        ):
-            output = self._step(*args, **kwargs)
-        if session.budget.uses > before:
-            session.stats.count_graphed_step(self._stage, CUDAGraphMode.PIECEWISE.name)
-        else:
-            why = session.why_no_graph()
-            self._refuse_if_strict(why, descriptor)
-            session.stats.count_eager_step(self._stage, descriptor.shapes(), why)
-        return output
-
-    def _warm_up(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], descriptor: BatchDescriptor
-    ) -> Any:
-        session = self._session
-        observation = None
-        with override_forward_context(ForwardContext(CUDAGraphMode.NONE, descriptor, calls={})):
-            if session.wants_observation(descriptor):
-                step = functools.partial(self._step, *args, **kwargs)
-                output, observation = session.observer.observe(step, args[0])
-            else:
-                output = self._step(*args, **kwargs)
-        session.warmed_up(descriptor, observation)
-        session.stats.count_eager_step(self._stage, descriptor.shapes(), WARM_UP)
-        return output
-
-    def _eager(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        descriptor: BatchDescriptor | None,
-        reason: str,
-        error: Exception | None = None,
-    ) -> Any:
-        self._refuse_if_strict(reason, descriptor, error)
-        with override_forward_context(ForwardContext(CUDAGraphMode.NONE, descriptor, calls={})):
-            output = self._step(*args, **kwargs)
-        self._session.stats.count_eager_step(
-            self._stage, descriptor.shapes() if descriptor else "-", reason
+    def _state(self, fields: tuple[Any, ...], batch: Any) -> KeyState:
+        state = self._dispatcher.known(fields)
+        if state is not None and state.variants:
+            return state
+        descriptor = BatchDescriptor(*fields) if state is None else state.descriptor
+        general = self._session.changing_values.without_changing_values(
+            descriptor, batch, state is not None
         )
-        return output
+        return self._dispatcher.state(general.fields, general)
 
-    def _refuse_if_strict(
-        self, reason: str, descriptor: BatchDescriptor | None, error: Exception | None = None
-    ) -> None:
-        if self._session.settings.strict:
-            asked = self._session.settings.mode.name
-            raise CaptureError(
-                f"A step of stage {self._stage!r} ran in a lower mode than mode={asked} asks for: {reason}. Remove the "
-                f"cause, choose a lower mode, or set strict=False to run it eagerly.",
-                self._session.diagnosis(descriptor),
-            ) from error
+    def _run(
+        self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]
+    ) -> Any:
+        descriptor, variant = plan.state.descriptor, plan.variant
+        if plan.action in (Action.CAPTURE, Action.VERIFY):
+            call = GraphCall(descriptor, self._invoke, args[0], leaves, args[1:], kwargs)
+            outcome = self._session.target.run(self._name, plan, call)
+            assert variant is not None
+            if variant.mode is not FULL:
+                self._session.find_submodules(descriptor, variant, plan.state.warmup_runs)
+            if outcome is None and variant.mode is PIECEWISE:
+                outcome = self._run_piecewise(plan, args, kwargs)
+            elif outcome is None:
+                outcome = self._run_eagerly(descriptor, args, kwargs, variant.reason)
+        elif plan.action is Action.PIECEWISE:
+            outcome = self._run_piecewise(plan, args, kwargs)
+        elif plan.action is Action.WATCH:
+            outcome = self._watch(plan, args, kwargs)
+        else:
+            if plan.action is Action.WARM_UP:
+                self._dispatcher.ran_eagerly(plan.state)
+            outcome = self._run_eagerly(descriptor, args, kwargs, plan.reason)
+        return self._finish(outcome, descriptor, variant)
+
+    def _invoke(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._step(batch, *args, **kwargs)
+
+    def _watch(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
+        step = functools.partial(self._step, *args, **kwargs)
+        context = ForwardContext(NONE, plan.state.descriptor, StepInProgress())
+        with override_forward_context(context):
+            output, watched = self._session.watcher.watch(step, args[0])
+        self._session.watched(plan, watched)
+        return Outcome(output, NONE, plan.reason)
+
+    def _run_piecewise(
+        self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Outcome:
+        assert plan.variant is not None
+        progress = StepInProgress()
+        context = ForwardContext(PIECEWISE, plan.state.descriptor, progress)
+        with override_forward_context(context):
+            output = self._step(*args, **kwargs)
+        if progress.changed:
+            plan.state.watch_again = progress.changed
+        if progress.graphs:
+            return Outcome(output, PIECEWISE, plan.variant.reason)
+        reasons = list(dict.fromkeys(progress.reasons.values()))
+        if not reasons:
+            return Outcome(output, NONE, plan.variant.reason or _NO_WARM_TARGET)
+        if len(reasons) == 1:
+            return Outcome(output, NONE, reasons[0])
+        text = "; ".join(map(str, reasons))
+        return Outcome(output, NONE, Reason(reasons[0].kind, text, reasons[0].location))
+
+    def _run_eagerly(
+        self,
+        descriptor: BatchDescriptor | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        reason: Reason | None,
+    ) -> Outcome:
+        with override_forward_context(ForwardContext(NONE, descriptor, StepInProgress())):
+            return Outcome(self._step(*args, **kwargs), NONE, reason)
+
+    def _eager(self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: Reason) -> Any:
+        return self._finish(self._run_eagerly(None, args, kwargs, reason), None, None)
+
+    def _finish(
+        self, outcome: Outcome, descriptor: BatchDescriptor | None, variant: Variant | None
+    ) -> Any:
+        """Count the step, and with ``strict=True`` refuse one that ran in a lower mode than asked."""
+        session = self._session
+        shapes = "-" if descriptor is None else descriptor.shapes()
+        if outcome.mode is PIECEWISE:
+            session.stats.ran_piecewise(self._stage, shapes, outcome.reason)
+        elif outcome.mode is NONE:
+            session.stats.ran_eagerly(self._stage, shapes, outcome.reason or WARM_UP)
+        if session.settings.strict and outcome.reason is not None:
+            self._refuse(outcome, outcome.reason, variant)
+        return outcome.output
+
+    def _refuse(self, outcome: Outcome, reason: Reason, variant: Variant | None) -> None:
+        policy = self._session.settings.runtime_policy
+        if reason.kind is Status.VERIFICATION:
+            raise VerificationError(str(reason), outcome.output)
+        if reason.kind in _MAY_BE_STRICT_ABOUT:
+            return
+        if outcome.mode is PIECEWISE and policy is not FULL:
+            return
+        raise CaptureError(
+            f"A step of stage {self._stage!r} ran in a lower mode than mode={policy.name} asks "
+            f"for: {reason}. Remove the cause, choose a lower mode, or set strict=False to run it "
+            "eagerly.",
+            self._session.diagnosis(variant),
+        )

@@ -1,155 +1,180 @@
-"""A submodule whose calls run from graphs where the step is in mode PIECEWISE."""
+"""Stands in for the calls of one submodule, in steps that run PIECEWISE."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from cg_lightning.capture.cache import EvictedError
-from cg_lightning.core.descriptor import BatchDescriptor, KnownDescriptors
-from cg_lightning.core.errors import CaptureError, UnkeyableBatchError, VerificationError
-from cg_lightning.core.forward_context import current_forward_context
+from cg_lightning.backends import GraphBackend
+from cg_lightning.capture.capture import GraphCall
+from cg_lightning.capture.entry import GraphEntry
+from cg_lightning.core.descriptor import BatchDescriptor
+from cg_lightning.core.errors import UnkeyableBatchError
+from cg_lightning.core.forward_context import StepInProgress, current_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
-from cg_lightning.guards.module_guard import ModuleState
-from cg_lightning.modules.compiled import (
-    CallInterception,
-    CompiledCallInterception,
-    is_compiled_in_place,
-)
-from cg_lightning.modules.interception import Interception
-from cg_lightning.runtime.call_key import describe_call
-from cg_lightning.runtime.graphed_call import GraphedCall, GraphSettings
-from cg_lightning.runtime.verifier import report_difference
+from cg_lightning.core.reasons import WARM_UP, Reason, Status
+from cg_lightning.guards.guard_set import GuardSet
+from cg_lightning.guards.module_guard import Change
+from cg_lightning.core.call_key import describe_call
+from cg_lightning.modules.interception import Interception, ModuleHandler
+from cg_lightning.runtime.dispatcher import Action, KeyState, Plan, Variant
+from cg_lightning.runtime.target import GraphTarget, reason_of
 
 
-class PiecewiseTarget:
+class SubmoduleRunner(ModuleHandler):
     """Intercepts one submodule, and runs its calls from graphs.
 
-    It does so in steps whose key it was allowed for: where a watched step called it, and found nothing that a graph would
-    freeze. A call has a key of its own, made of its arguments: they may differ in shape for batches that do not. Like a step it
-    runs eagerly until its key is warm. Outside a step, in mode NONE, under gradients and inside a capture it is eager; so it is
-    where the step has changed the submodule before it calls it.
+    It does so in steps whose key allows it: if a watched step called the submodule and found nothing that a graph would
+    freeze. A call has a key of its own, made of its arguments: in steps with equal batches they may differ. Like a step, a
+    call runs eagerly until its key is warm. Outside a step, in mode NONE, under gradients and inside a capture it is eager;
+    so it is if the step has changed what the submodule reads before it calls it.
 
     Args:
         path: Dotted path of the submodule; empty for the LightningModule itself.
-        module: The submodule.
-        warmup_steps: Eager runs of a key before its capture.
-        settings: What all graphs of one run share.
+        target: Captures and verifies.
+        backend: Captures and replays.
     """
 
-    def __init__(
-        self, path: str, module: nn.Module, warmup_steps: int, settings: GraphSettings
-    ) -> None:
+    def __init__(self, path: str, target: GraphTarget, backend: GraphBackend) -> None:
         self.path = path
-        self.module = module
-        self.reasons: dict[BatchDescriptor | None, str] = {}
-        """Why the calls of a key run eagerly; None stands for all that have no key."""
-        self._warmup_steps = warmup_steps
-        self._settings = settings
-        self._allowed: set[BatchDescriptor] = set()
-        self._sights: Counter[BatchDescriptor] = Counter()
-        self._graphed = GraphedCall(
-            path or "forward", self._invoke, module, CUDAGraphMode.PIECEWISE, settings
-        )
-        self._interception: CallInterception | None = None
-        self._state = ModuleState(module)
-        self._known: KnownDescriptors = {}
+        self.target = target
+        self.name = path or "forward"
+        self._backend = backend
+        self._guards: dict[BatchDescriptor, list[GuardSet]] = defaultdict(list)
+        self._refusals: dict[BatchDescriptor, Reason] = {}
+        self._interception: Interception | None = None
 
-    def watch(self, reads: list[tuple[Any, str]]) -> None:
-        """As :meth:`ModuleState.watch`."""
-        self._state.watch(reads)
+    @property
+    def module(self) -> nn.Module:
+        """The submodule."""
+        return self.target.module
 
-    def remember(self) -> None:
-        """At the start of a step, when there are no graphs: takes the submodule as it is now for that of the next ones."""
-        self._state.remember()
+    def allow(
+        self, step: BatchDescriptor, guards: GuardSet, calls: Iterable[BatchDescriptor], runs: int
+    ) -> None:
+        """Allow graphs in steps with this key.
 
-    def note_sights(self, descriptors: Iterable[BatchDescriptor], sights: int) -> None:
-        """Notes how often calls with these keys ran before they were intercepted."""
-        for descriptor in descriptors:
-            self._sights[descriptor] = max(self._sights[descriptor], sights)
+        Args:
+            step: The key of the step.
+            guards: What the submodule read in the watched step.
+            calls: The keys of its calls there.
+            runs: How often steps with this key have run.
+        """
+        if not any(known.check() for known in self._guards[step]):
+            self._guards[step].insert(0, guards)
+        for descriptor in calls:
+            state = self.target.dispatcher.state(descriptor.fields, descriptor)
+            self.target.dispatcher.ran_before(state, runs)
 
-    def note_findings(self, step: BatchDescriptor, findings: list[str] | None) -> None:
-        """Allows the calls in steps with this key, or forbids them; None: the watched step did not call it."""
-        if findings:
-            self.reasons[step] = f"{self.path}: {findings[0]}"
-        elif findings is not None:
-            self._allowed.add(step)
+    def refuse(self, step: BatchDescriptor, reason: Reason) -> None:
+        """Run eagerly in steps with this key, unless another watched step allows it."""
+        self._refusals[step] = reason
 
     def install(self) -> None:
-        """Intercepts the submodule from now on; idempotent."""
-        if self._interception is None or not self._interception.resume():
-            self.close()
-            make = CompiledCallInterception if is_compiled_in_place(self.module) else Interception
-            self._interception = make(self.module, call=self._call)
+        """Intercept the submodule from now on; idempotent."""
+        if self._interception is None:
+            self._interception = Interception(self.module, self)
 
     def remove(self) -> None:
-        """Leaves no trace in the submodule; its graphs are kept for the next stage."""
-        if self._interception is not None:
-            self._interception.suspend()
-
-    def close(self) -> None:
-        """As :meth:`remove`, for good."""
+        """Leave no trace in the submodule. Its graphs are kept for the next stage."""
         if self._interception is not None:
             self._interception.remove()
             self._interception = None
 
-    def _original(self, *args: Any, **kwargs: Any) -> Any:
-        assert self._interception is not None
-        return self._interception.call_original(*args, **kwargs)
-
-    def _invoke(self, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
-        args, kwargs = arguments
-        return self._original(*args, **kwargs)
-
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
+    def on_call(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run one call: from a graph if it may."""
         context = current_forward_context()
-        if (
-            context is None
-            or context.calls is None
-            or context.batch_descriptor is None
-            or torch.is_grad_enabled()
-        ):
-            return self._original(*args, **kwargs)
+        if context is None or context.step is None or context.batch_descriptor is None:
+            return original(*args, **kwargs)
         mode = context.cudagraph_runtime_mode
-        if mode is CUDAGraphMode.FULL or self._settings.backend.is_capturing():
-            return self._original(*args, **kwargs)
-        if mode is CUDAGraphMode.PIECEWISE and context.batch_descriptor not in self._allowed:
-            return self._original(*args, **kwargs)
+        if mode is CUDAGraphMode.FULL or torch.is_grad_enabled() or self._backend.is_capturing():
+            return original(*args, **kwargs)
+        step, key = context.step, context.batch_descriptor
+        if mode is CUDAGraphMode.PIECEWISE and key not in self._guards:
+            if key in self._refusals:
+                step.reasons[self.path] = self._refusals[key]
+            return original(*args, **kwargs)
         try:
-            number, training = context.next_call(self), self._state.training_flags()
-            descriptor, leaves = describe_call(
-                training, number, context.batch_descriptor, args, kwargs, self._known
-            )
+            training = self.target.guard.training_flags()
+            fields, leaves = describe_call(training, step.next_call(self), key, args, kwargs)
         except UnkeyableBatchError as error:
-            self.reasons[None] = f"{self.path}: {error}"
-            return self._original(*args, **kwargs)
-        warm = self._sights[descriptor] >= self._warmup_steps
-        if mode is CUDAGraphMode.NONE or not warm:
-            self._sights[descriptor] += 1
-            return self._original(*args, **kwargs)
-        if descriptor in self.reasons:
-            return self._original(*args, **kwargs)
-        if not self._state.holds():
-            self.reasons[None] = (
-                f"{self.path}: the step has changed it, or an attribute that it reads, before the call"
-            )
-            return self._original(*args, **kwargs)
-        try:
-            output = self._graphed(descriptor, (args, kwargs), leaves)
-            self._known[descriptor.fields] = descriptor
+            step.reasons[self.path] = reason_of(error, f"{self.name}: ")
+            return original(*args, **kwargs)
+        state = self.target.dispatcher.state(fields)
+        if mode is CUDAGraphMode.NONE:
+            self.target.dispatcher.ran_eagerly(state)
+            return original(*args, **kwargs)
+        plan = self._plan(state, key, step)
+        if plan.action is Action.REPLAY:
+            assert plan.variant is not None and isinstance(plan.variant.entry, GraphEntry)  # noqa: PT018
+            output = plan.variant.entry.replay(leaves, self.target.cache.step)
+            plan.variant.entry.count()
+            step.graphs += 1
             return output
-        except VerificationError as error:
-            self.reasons[descriptor] = report_difference(error, self._settings.verification)
-            return error.output
-        except EvictedError as error:
-            self.reasons[None] = f"{self.path}: {error}"
-            return self._original(*args, **kwargs)
-        except (CaptureError, UnkeyableBatchError) as error:
-            self.reasons[descriptor] = f"{self.path}: {error}"
-            if isinstance(error, CaptureError) and error.ran_eagerly:
-                return error.output
-            return self._original(*args, **kwargs)
+        return self._run(plan, original, args, kwargs, leaves, step)
+
+    def _plan(self, state: KeyState, key: BatchDescriptor, step: StepInProgress) -> Plan:
+        if not self.target.guard.check():
+            self._module_changed()
+        plan = self.target.dispatcher.plan(state)
+        if plan.variant is not None:
+            return plan
+        guards = next((guards for guards in self._guards[key] if guards.check()), None)
+        if guards is None:
+            changed = self._guards[key][0].explain() if self._guards[key] else "the submodule"
+            step.changed = changed
+            reason = Reason(Status.CHANGED, f"{self.name}: {changed}")
+            return Plan(Action.EAGER, state, None, reason)
+        self._drop(self.target.dispatcher.add_variant(state, Variant(guards, [CUDAGraphMode.PIECEWISE])))
+        return self.target.dispatcher.plan(state)
+
+    def _run(
+        self,
+        plan: Plan,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        leaves: list[Any],
+        step: StepInProgress,
+    ) -> Any:
+        if plan.action in (Action.CAPTURE, Action.VERIFY):
+
+            def call_original(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+                return original(*arguments[0], **arguments[1])
+
+            call = GraphCall(plan.state.descriptor, call_original, (args, kwargs), leaves)
+            outcome = self.target.run(self.name, plan, call)
+            if outcome is not None:
+                if outcome.reason is None:
+                    step.graphs += 1
+                else:
+                    step.reasons[self.path] = outcome.reason
+                return outcome.output
+            assert plan.variant is not None and plan.variant.reason is not None  # noqa: PT018
+            step.reasons[self.path] = plan.variant.reason
+            return original(*args, **kwargs)
+        if plan.action is Action.WARM_UP:
+            self.target.dispatcher.ran_eagerly(plan.state)
+        step.reasons[self.path] = plan.reason or WARM_UP
+        return original(*args, **kwargs)
+
+    def _module_changed(self) -> None:
+        failure = self.target.guard.failure()
+        self.target.guard.refresh()
+        self._drop(self.target.dispatcher.entries())
+        if failure.change is Change.MOVED:
+            self.target.dispatcher.changed(failure.text)
+        else:
+            self.target.dispatcher.reset(failure.text)
+            self._guards.clear()
+
+    def _drop(self, entries: Iterable[object]) -> None:
+        for entry in entries:
+            assert isinstance(entry, GraphEntry)
+            self.target.cache.drop(entry)

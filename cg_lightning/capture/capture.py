@@ -1,0 +1,199 @@
+"""Captures one call of a step or of a submodule."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from cg_lightning.backends import GraphBackend
+from cg_lightning.backends.capture_scope import autocast_cache_off
+from cg_lightning.capture.cache import GraphCache
+from cg_lightning.capture.entry import GraphEntry
+from cg_lightning.capture.graph import capture_graph, weak_ref_tensors
+from cg_lightning.capture.outputs import OutputPlan
+from cg_lightning.capture.static_inputs import StaticInputs
+from cg_lightning.core.descriptor import BatchDescriptor
+from cg_lightning.core.errors import CaptureError, OutOfGraphMemoryError, RecompileNeededError
+from cg_lightning.core.forward_context import ForwardContext, override_forward_context
+from cg_lightning.core.modes import CUDAGraphMode
+from cg_lightning.core.settings import Settings
+from cg_lightning.core.tree import rebuild
+from cg_lightning.effects.module_effects import ModuleEffects
+from cg_lightning.effects.recorder import NoEffects, Recorder
+from cg_lightning.effects.step_state import StepState
+from cg_lightning.modules.compiled import is_compiled
+from cg_lightning.report.stats import EntryRecord
+
+# before the first capture of a process only: it takes longer than ten captures
+_collect_once = functools.cache(gc.collect)
+
+
+class WrittenTensors(Protocol):
+    """Tensors, other than buffers, that steps were seen to write to."""
+
+    def now(self) -> list[Tensor]:
+        """Return them as they are now."""
+
+
+@dataclasses.dataclass(eq=False)
+class GraphCall:
+    """One call of a step or of a submodule.
+
+    Attributes:
+        descriptor: The key of the call.
+        function: What is called: ``function(tree, *frozen_args, **frozen_kwargs)``.
+        tree: The nest whose tensors a graph reads as inputs.
+        leaves: The leaves of ``tree``, in order.
+        frozen_args: Further positional arguments; a graph freezes them.
+        frozen_kwargs: Further keyword arguments; a graph freezes them.
+    """
+
+    descriptor: BatchDescriptor
+    function: Callable[..., Any]
+    tree: Any
+    leaves: list[Any]
+    frozen_args: tuple[Any, ...] = ()
+    frozen_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def run(self) -> Any:
+        """Call the function as it was called."""
+        return self.function(self.tree, *self.frozen_args, **self.frozen_kwargs)
+
+    def run_with(self, leaves: list[Any]) -> Any:
+        """Call the function with other leaves in the nest."""
+        tree = rebuild(self.tree, iter(leaves))
+        return self.function(tree, *self.frozen_args, **self.frozen_kwargs)
+
+    def run_eagerly(self) -> Any:
+        """Call the function with a forward context in mode NONE."""
+        with override_forward_context(ForwardContext(CUDAGraphMode.NONE, self.descriptor)):
+            return self.run()
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptureTarget:
+    """What is captured.
+
+    Attributes:
+        mode: PIECEWISE or FULL.
+        module: The module whose state a call may change.
+        effects: What whole steps leave behind beside their output; None for a submodule: a call that leaves something
+            behind is not captured.
+        storage_addresses: The addresses of the storages of parameters and buffers.
+        record: The row in the statistics.
+    """
+
+    mode: CUDAGraphMode
+    module: nn.Module
+    effects: ModuleEffects | None
+    storage_addresses: set[int]
+    record: EntryRecord
+
+
+class Capturer:
+    """Captures calls for one session.
+
+    Args:
+        backend: Captures and replays.
+        settings: The options.
+        cache: All graphs of the session.
+        written: What steps were seen to write to.
+    """
+
+    def __init__(
+        self,
+        backend: GraphBackend,
+        settings: Settings,
+        cache: GraphCache,
+        written: WrittenTensors,
+    ) -> None:
+        self._backend = backend
+        self._settings = settings
+        self._cache = cache
+        self._written = written
+
+    def capture(self, target: CaptureTarget, call: GraphCall) -> GraphEntry:
+        """Capture ``call``; only a replay of the entry computes.
+
+        If the first attempt fails for a cause that has a remedy, the remedy is applied and there is one more attempt.
+
+        Raises:
+            CaptureError: The call could not be captured. Everything is as before, but that all other graphs are gone:
+                recovery gives the device another random generator, which they would not draw from.
+            UnkeyableBatchError: A tensor is on another device, or overlaps itself.
+        """
+        if not self._settings.capture_options.gc_disable:
+            _collect_once()
+        began = time.perf_counter()
+        if any(map(is_compiled, target.module.modules())):
+            self._compile_ahead(target, call)
+        try:
+            entry = self._attempt(target, call)
+        except CaptureError as error:
+            had_others = self._cache.drop_all()
+            if isinstance(error, RecompileNeededError):
+                self._compile_ahead(target, call)
+            elif isinstance(error, OutOfGraphMemoryError) and had_others:
+                gc.collect()
+            else:
+                raise
+            entry = self._attempt(target, call)
+        seconds = time.perf_counter() - began
+        target.record.captured(seconds, entry.num_bytes)
+        return entry
+
+    def _attempt(self, target: CaptureTarget, call: GraphCall) -> GraphEntry:
+        settings, options = self._settings, self._settings.capture_options
+        inputs = self._static_inputs(call)
+        effects = target.effects
+        recorder: Recorder = NoEffects() if effects is None else effects.recorder()
+
+        def run() -> tuple[OutputPlan, list[Tensor], list[Any], list[Tensor]]:
+            with recorder.step() as recording:
+                output = call.run_with(inputs.leaves)
+                effects, tensors = recording.finish()
+            plan, computed = OutputPlan.make(output, inputs.leaves, target.storage_addresses)
+            # outputs that are not copied out must not share memory with those of other graphs
+            if options.weak_ref_output and settings.copy_outputs:
+                computed = weak_ref_tensors(computed, self._backend)
+                tensors = weak_ref_tensors(tensors, self._backend)
+            return plan, computed, effects, tensors
+
+        context = ForwardContext(target.mode, call.descriptor)
+        with override_forward_context(context), recorder.prepared():
+            if recorder.has_metrics:
+                # a check needs memory from outside the capture: a first capture shows which checks there are
+                self._backend.capture(
+                    run, collect_garbage=False, capture_error_mode=options.capture_error_mode
+                )
+                recorder.reserve_checks()
+            graph, (plan, computed, effects, tensors) = capture_graph(
+                self._backend, run, target.mode, call.descriptor, options, collect_garbage=False
+            )
+        return GraphEntry(
+            graph, inputs, plan, computed, effects, tensors, settings.copy_outputs, target.record
+        )
+
+    def _compile_ahead(self, target: CaptureTarget, call: GraphCall) -> None:
+        """Run the call with static inputs, and take it all back: ``torch.compile`` compiles for them before a capture.
+
+        They are other inputs to it if those of the loader are inference tensors, or if autocast's cache is on.
+        """
+        inputs = self._static_inputs(call)
+        before = StepState(target.module, self._backend, target.effects, self._written.now())
+        context = ForwardContext(CUDAGraphMode.NONE, call.descriptor)
+        with autocast_cache_off(), override_forward_context(context):
+            run = functools.partial(call.run_with, inputs.leaves)
+            run() if target.effects is None else target.effects.rehearse(run)
+        before.restore()
+
+    def _static_inputs(self, call: GraphCall) -> StaticInputs:
+        inputs = StaticInputs(call.leaves, call.tree, self._backend.device)
+        inputs.copy_from(call.leaves)
+        return inputs

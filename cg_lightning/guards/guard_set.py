@@ -1,0 +1,110 @@
+"""What one graph has frozen of what its step read in Python.
+
+The way of Dynamo: a graph carries its guards, a lookup takes the first graph whose guards hold, and the message is made
+only after a failure.
+
+- ``check()`` runs before each replay, so it is flat: one list of namespaces, one of names, one of expected values, compared
+  by identity first. Reading a name is one ``dict.get``; no attribute of the user's object is asked, because that could run
+  code of theirs (a property, ``__getattr__``).
+- Identity is not enough: a list stays the same object when something is appended. What is inside values is compared by
+  :class:`~cg_lightning.guards.values.FrozenValues`, and modules that no module tree contains by a guard of their own.
+- A value that compares equal is the same only if it is plain (a number, a string, a dtype). Two equal tensors at two
+  addresses are two different things to a graph.
+- A name that a module does not have itself is looked up in its class: both places are guarded, since an attribute of the
+  instance may come later and hide that of the class.
+- ``check_epoch()`` compares what takes too long for each step. It must run before the first replay of an epoch and never
+  alone: it does not repeat what ``check()`` does.
+- Order: expected values are read when the set is made. It must be made after the step that was watched, and before anything
+  else runs: if the step itself changes a value, that is a finding, and no graph.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from cg_lightning.guards.module_guard import ModuleGuard
+from cg_lightning.guards.sources import MISSING, Source
+from cg_lightning.guards.values import FrozenValues, describe_change
+from cg_lightning.modules.attributes import holding_class, is_same_value
+
+
+class Guard(NamedTuple):
+    """A source and the value that a graph has frozen."""
+
+    source: Source
+    expected: Any
+
+
+def _with_classes(sources: Iterable[Source]) -> list[Source]:
+    found: dict[tuple[int, str], Source] = {}
+    for source in sources:
+        found.setdefault(source.key, source)
+        if isinstance(source.holder, nn.Module):
+            cls = holding_class(source.holder, source.name)
+            if cls is not None:
+                of_class = Source(cls, source.name, f"{cls.__name__}.{source.name}")
+                found.setdefault(of_class.key, of_class)
+    return list(found.values())
+
+
+class GuardSet:
+    """Compares the values of some sources with what they are when the set is made.
+
+    Args:
+        sources: What the step read.
+        inside: Modules whose own guard is somebody else's business.
+    """
+
+    def __init__(self, sources: Iterable[Source] = (), inside: Iterable[nn.Module] = ()) -> None:
+        self.guards = [Guard(source, source.value()) for source in _with_classes(sources)]
+        self._namespaces = [guard.source.namespace for guard in self.guards]
+        self._names = [guard.source.name for guard in self.guards]
+        self._expected = [guard.expected for guard in self.guards]
+        paths = [guard.source.path for guard in self.guards]
+        self._contents = FrozenValues(self._expected, paths)
+        known = set(map(id, inside))
+        hidden = [module for module in self._contents.modules if id(module) not in known]
+        self._hidden = [ModuleGuard(module) for module in hidden]
+        self._hidden_flags = [guard.training_flags() for guard in self._hidden]
+
+    def _values(self) -> list[Any]:
+        return [
+            namespace.get(name, MISSING)
+            for namespace, name in zip(self._namespaces, self._names, strict=True)
+        ]
+
+    def check(self) -> bool:
+        """Return whether all guarded values are unchanged. Large containers are not compared."""
+        values = self._values()
+        if not all(map(operator.is_, values, self._expected)) and not all(
+            map(is_same_value, self._expected, values)
+        ):
+            return False
+        if not self._contents.hold():
+            return False
+        return not self._hidden or all(
+            guard.check() and guard.training_flags() == flags
+            for guard, flags in zip(self._hidden, self._hidden_flags, strict=True)
+        )
+
+    def check_epoch(self) -> bool:
+        """Return whether large containers are unchanged."""
+        return self._contents.large_ones_hold()
+
+    def explain(self) -> str:
+        """Return what has changed: ``self.scale: now 2.0, before 1.0``. Call it only after a check has failed."""
+        for guard, value in zip(self.guards, self._values(), strict=True):
+            if not is_same_value(guard.expected, value):
+                return describe_change(guard.source.path, value, guard.expected)
+        if changed := self._contents.explain():
+            return changed
+        for guard, flags in zip(self._hidden, self._hidden_flags, strict=True):
+            if not guard.check():
+                return guard.failure().text
+            if guard.training_flags() != flags:
+                return "a module that is no submodule: another training flag"
+        return "a value that changed and changed back"

@@ -1,0 +1,154 @@
+"""A step, or a submodule, whose calls may run from graphs."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+from torch import nn
+
+from cg_lightning.capture.cache import GraphCache
+from cg_lightning.capture.capture import Capturer, CaptureTarget, GraphCall
+from cg_lightning.capture.entry import GraphEntry
+from cg_lightning.core.errors import CaptureError, UnkeyableBatchError
+from cg_lightning.core.modes import CUDAGraphMode
+from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.core.settings import Settings
+from cg_lightning.effects.module_effects import ModuleEffects
+from cg_lightning.guards.module_guard import ModuleGuard
+from cg_lightning.report.stats import CUDAGraphStats
+from cg_lightning.runtime.dispatcher import CUDAGraphDispatcher, Plan
+from cg_lightning.runtime.outcome import Outcome
+from cg_lightning.runtime.verifier import Verdict, Verifier
+
+
+def reason_of(error: Exception, prefix: str = "") -> Reason:
+    """Return the reason that an error of a capture, or of a key, is."""
+    kind = Status.NO_KEY if isinstance(error, UnkeyableBatchError) else Status.CAPTURE_FAILED
+    return Reason(kind, f"{prefix}{error}")
+
+
+class GraphTarget:
+    """Captures and verifies calls of one step or submodule, and tells its dispatcher what happened.
+
+    Both runners share it: a :class:`~cg_lightning.runtime.step_runner.StepRunner` and a
+    :class:`~cg_lightning.runtime.submodule_runner.SubmoduleRunner` only adapt arguments and context to it. A plain replay
+    does not pass through here: the runner replays the entry that the plan names.
+
+    Args:
+        module: The module whose state a call may change.
+        mode: PIECEWISE or FULL.
+        settings: The options.
+        capturer: Captures.
+        verifier: Compares with eager.
+        cache: All graphs of the session.
+        stats: Counts.
+        effects: What whole steps leave behind; None for a submodule.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        mode: CUDAGraphMode,
+        settings: Settings,
+        capturer: Capturer,
+        verifier: Verifier,
+        cache: GraphCache,
+        stats: CUDAGraphStats,
+        effects: ModuleEffects | None,
+    ) -> None:
+        self.module = module
+        self.mode = mode
+        self.cache = cache
+        self.guard = ModuleGuard(module)
+        self.dispatcher = CUDAGraphDispatcher(
+            settings.runtime_policy if mode is CUDAGraphMode.FULL else mode,
+            settings.warmup_steps,
+            settings.wants_verification,
+            watches=mode is CUDAGraphMode.FULL,
+        )
+        self._settings = settings
+        self._capturer = capturer
+        self._verifier = verifier
+        self._stats = stats
+        self._effects = effects
+
+    def run(self, name: str, plan: Plan, call: GraphCall) -> Outcome | None:
+        """Capture the call, or compare a replay of it with eager, as the plan says.
+
+        Args:
+            name: What the target is called in the statistics.
+            plan: The decision.
+            call: The call.
+
+        Returns:
+            The outcome; None if there is no graph and the call has not run yet.
+        """
+        variant = plan.variant
+        assert variant is not None
+        target = CaptureTarget(
+            self.mode,
+            self.module,
+            self._effects,
+            self.guard.storage_addresses(),
+            self._stats.entry(self.mode.name, name, call.descriptor),
+        )
+        get_entry = functools.partial(self._get_entry, target, plan, call)
+        replays = 0 if not self._has_entry(plan) or variant.entry is None else variant.entry.replays
+        prefix = f"{name}: " if self.mode is CUDAGraphMode.PIECEWISE else ""
+        if not self._settings.wants_verification(replays):
+            try:
+                entry = get_entry()
+            except (CaptureError, UnkeyableBatchError) as error:
+                self.dispatcher.refused(variant, reason_of(error, prefix))
+                return None
+            output = entry.replay(call.leaves, self.cache.step)
+            entry.count()
+            return Outcome(output, self.mode)
+        verdict = self._verifier.check(target, call, get_entry, self.cache.step)
+        if verdict.error is not None:
+            return self._refused(plan, reason_of(verdict.error, prefix), verdict.output)
+        if verdict.difference:
+            return self._refused(plan, self._report(name, call, verdict), verdict.output)
+        assert isinstance(variant.entry, GraphEntry)
+        variant.entry.count()
+        return Outcome(verdict.output, self.mode)
+
+    def _report(self, name: str, call: GraphCall, verdict: Verdict) -> Reason:
+        """Warn of a replay that differs from eager; return the reason why its key runs lower from now on."""
+        where = f"stage {call.descriptor.stage!r}, {name}, shapes {call.descriptor.shapes()}"
+        text = f"{where}: {verdict.difference}"
+        if not self._settings.strict:
+            warnings.warn(
+                "CUDAGraphCallback: a replay differed from eager and was dropped; eager's "
+                f"result was used: {text}.",
+                stacklevel=2,
+            )
+        return Reason(Status.VERIFICATION, f"verification: {text}")
+
+    def _has_entry(self, plan: Plan) -> bool:
+        assert plan.variant is not None
+        return plan.variant.entry is not None and plan.variant.entry.is_valid()
+
+    def _get_entry(self, target: CaptureTarget, plan: Plan, call: GraphCall) -> GraphEntry:
+        variant = plan.variant
+        assert variant is not None
+        if isinstance(variant.entry, GraphEntry):
+            if variant.entry.is_valid():
+                return variant.entry
+            self.cache.drop(variant.entry)
+        owner = self.cache.make_room()
+        if owner is not None:
+            dispatcher, state = owner
+            dispatcher.evicted(state, self.cache.why_evicted)
+        entry = self._capturer.capture(target, call)
+        self.cache.add(entry, (self.dispatcher, plan.state))
+        self.dispatcher.captured(plan.state, variant, entry)
+        return entry
+
+    def _refused(self, plan: Plan, reason: Reason, output: object) -> Outcome:
+        assert plan.variant is not None
+        if isinstance(plan.variant.entry, GraphEntry):
+            self.cache.drop(plan.variant.entry)
+        self.dispatcher.refused(plan.variant, reason)
+        return Outcome(output, CUDAGraphMode.NONE, reason)

@@ -1,0 +1,221 @@
+"""What a graph has frozen, and what a guard says when it has changed: no Trainer, no graph."""
+
+from __future__ import annotations
+
+import collections
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cg_lightning.guards.guard_set import GuardSet
+from cg_lightning.guards.module_guard import Change, ModuleGuard
+from cg_lightning.guards.sources import MISSING, Source
+from cg_lightning.guards.values import FrozenValues, shorten
+from tests.models import Body
+
+SCALE = 1.0
+
+
+class Scaled(nn.Module):
+    offset = 0.0
+
+    def __init__(self, value: Any = 1.0) -> None:
+        super().__init__()
+        self.scale = value
+        self.linear = nn.Linear(2, 2)
+
+
+def guards_of(module: nn.Module, *names: str) -> GuardSet:
+    return GuardSet([Source(module, name, f"self.{name}") for name in names], module.modules())
+
+
+def set_value(kept: Any, value: Any) -> None:
+    kept["a"][1].b = value
+
+
+CHANGES: dict[str, tuple[Any, Any, str]] = {
+    "a number": (1.0, lambda m: setattr(m, "scale", 2.0), "self.scale: now 2.0, before 1.0"),
+    "another type": (1, lambda m: setattr(m, "scale", 1.0), "self.scale: now 1.0, before 1"),
+    "gone": (1.0, lambda m: delattr(m, "scale"), "self.scale: now not there, before 1.0"),
+    "deep": (
+        {"a": [1, SimpleNamespace(b=2)]},
+        lambda m: set_value(m.scale, 3),
+        "self.scale['a'][1].b: now 3, before 2",
+    ),
+    "longer": ([1.0], lambda m: m.scale.append(2.0), "now 2 items, before 1"),
+    "a leaf": ({"x": 1.0}, lambda m: m.scale.update(x=5.0), "self.scale['x']: now 5.0, before 1.0"),
+    "deque": (collections.deque([1.0]), lambda m: m.scale.append(2.0), "self.scale"),
+    "array": (np.zeros(2), lambda m: m.scale.__setitem__(0, 1), "the contents of the ndarray"),
+    "generator": (random.Random(1), lambda m: m.scale.random(), "the contents of the Random"),
+    "moved tensor": (
+        [torch.ones(2)],
+        lambda m: setattr(m.scale[0], "data", torch.ones(2)),
+        "self.scale[0]: the tensor has another address",
+    ),
+    "another tensor": (
+        torch.ones(2),
+        lambda m: setattr(m, "scale", torch.ones(2)),
+        "self.scale: another object, tensor of shape (2,)",
+    ),
+    "hidden module": (
+        [nn.Linear(1, 1)],
+        lambda m: setattr(m.scale[0], "bias", nn.Parameter(torch.ones(1))),
+        "parameters or buffers lie at new addresses",
+    ),
+    "mode of a hidden module": ([nn.Dropout()], lambda m: m.scale[0].eval(), "training flag"),
+    "attribute that hides that of the class": (
+        1.0,
+        lambda m: setattr(m, "offset", 0.5),
+        "self.offset: now 0.5, before not there",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(CHANGES))
+def test_a_change_is_seen_and_named_with_both_values(name):
+    value, change, text = CHANGES[name]
+    module = Scaled(value)
+    guards = guards_of(module, "scale", "offset", "not_there")
+    assert guards.check()
+    change(module)
+    assert not guards.check()
+    assert text in guards.explain()
+
+
+def test_the_class_of_a_module_is_guarded_too(monkeypatch):
+    guards = guards_of(Scaled(), "offset")
+    monkeypatch.setattr(Scaled, "offset", 3.0)
+    assert not guards.check()
+    assert guards.explain() == "Scaled.offset: now 3.0, before 0.0"
+
+
+def test_globals(monkeypatch):
+    guards = GuardSet([Source(globals(), "SCALE", "SCALE")])
+    assert guards.check()
+    monkeypatch.setitem(globals(), "SCALE", 2.0)
+    assert guards.explain() == "SCALE: now 2.0, before 1.0"
+
+
+def test_equal_plain_values_hold_and_values_that_come_back_hold_again():
+    module = Scaled(1000.5)
+    guards = guards_of(module, "scale")
+    module.scale = float("1000.5")
+    assert guards.check()
+    module.scale = 2.0
+    assert not guards.check()
+    module.scale = 1000.5
+    assert guards.check()
+
+
+def test_large_containers_are_compared_once_an_epoch():
+    module = Scaled([0.0] * 1000)
+    guards = guards_of(module, "scale")
+    module.scale[7] = 1.0
+    assert guards.check()
+    assert not guards.check_epoch()
+    assert guards.explain() == "self.scale[7]: now 1.0, before 0.0"
+
+
+def test_reading_guards_runs_no_code_of_the_users():
+    class Property(nn.Module):
+        @property
+        def value(self) -> Any:
+            raise AssertionError("a guard must not ask")
+
+        def __getattr__(self, name: str) -> Any:
+            raise AssertionError("a guard must not ask")
+
+    assert guards_of(Property(), "value", "other").check()
+
+
+def test_sources_are_told_apart_by_holder_and_name():
+    one, other = Scaled(), Scaled()
+    assert Source(one, "scale", "self.a.scale").key == Source(one, "scale", "self.b.scale").key
+    assert Source(one, "scale", "").key != Source(other, "scale", "").key
+    assert Source(one, "nothing", "").value() is MISSING
+    assert str(Source(one, "scale", "self.scale")) == "self.scale"
+
+
+def test_a_repr_that_raises_does_not_end_the_run():
+    class Silent:
+        def __repr__(self) -> str:
+            raise RuntimeError("no")
+
+    assert shorten(Silent()) == "<Silent: RuntimeError>"
+    assert len(shorten("x" * 1000)) == 60
+
+
+def rebind(module: nn.Module) -> None:
+    module[0].weight.data = module[0].weight.data.clone()
+
+
+def replace(module: nn.Module) -> None:
+    module[0].weight = nn.Parameter(module[0].weight.data.clone())
+
+
+MODULE_CHANGES: dict[str, tuple[Any, Change, str]] = {
+    "rebound data": (rebind, Change.MOVED, "0.weight"),
+    "replaced parameter": (replace, Change.MOVED, "Parameter of shape"),
+    "another shape": (
+        lambda m: setattr(m[0], "bias", nn.Parameter(torch.ones(3))),
+        Change.STRUCTURE,
+        "Parameter",
+    ),
+    "no bias": (lambda m: setattr(m[0], "bias", None), Change.STRUCTURE, "Parameter"),
+    "replaced child": (lambda m: m.__setitem__(1, nn.Tanh()), Change.STRUCTURE, "ReLU"),
+    "new child": (lambda m: m.append(nn.Tanh()), Change.STRUCTURE, ""),
+    "new buffer": (lambda m: m.register_buffer("b", torch.ones(1)), Change.STRUCTURE, ""),
+    "hook": (lambda m: m[1].register_forward_hook(lambda *_: None), Change.STRUCTURE, ""),
+}
+
+
+@pytest.mark.parametrize("name", list(MODULE_CHANGES))
+def test_changes_of_a_module(name):
+    change, kind, subject = MODULE_CHANGES[name]
+    module = Body()
+    guard = ModuleGuard(module)
+    assert guard.check()
+    change(module)
+    assert not guard.check()
+    failure = guard.failure()
+    assert failure.change is kind
+    assert failure.text.startswith(kind.value)
+    assert subject in failure.text
+    guard.refresh()
+    assert guard.check()
+
+
+def test_changes_in_place_are_none():
+    module = Body()
+    guard = ModuleGuard(module)
+    with torch.no_grad():
+        module[0].weight.mul_(2)
+    module.load_state_dict(Body().state_dict())
+    module.train(False)
+    assert guard.check()
+    assert guard.check_epoch() is None
+
+
+def test_settings_and_layout_are_compared_once_an_epoch():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    guard = ModuleGuard(module)
+    assert guard.check_epoch() is None
+    module[1].p = 0.25
+    assert guard.check()
+    failure = guard.check_epoch()
+    assert failure.change is Change.SETTINGS
+    assert failure.text.endswith("self.1.p: now 0.25, before 0.5")
+    assert guard.check_epoch() is None
+    weight = module[0].weight
+    weight.data = weight.data.t()
+    assert guard.check()
+    assert guard.check_epoch().change is Change.SETTINGS
+
+
+def test_explanations_of_values_that_hold_are_empty():
+    assert FrozenValues([[1, 2], {"a": torch.ones(1)}], ["x", "y"]).explain() == ""
