@@ -24,13 +24,13 @@ from cg_lightning.core.errors import CaptureError, VerificationError
 from cg_lightning.core.forward_context import ForwardContext, override_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.tree import rebuild
-from cg_lightning.effects.effect import StepEffects
-from cg_lightning.effects.recorder import Recording
-from cg_lightning.effects.step_metrics import StepMetrics
+from cg_lightning.effects.effect import Effect
+from cg_lightning.effects.module_effects import ModuleEffects
+from cg_lightning.effects.recorder import NoEffects, Recorder
+from cg_lightning.effects.step_state import StepState
 from cg_lightning.modules.compiled import is_compiled, is_for_lack_of_compiled_code
 from cg_lightning.report.stats import CUDAGraphStats, EntryRecord
-from cg_lightning.runtime.verifier import StepState, VerificationSettings, verify
-from cg_lightning.trainer.log_calls import Calls
+from cg_lightning.runtime.verifier import VerificationSettings, verify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class GraphSettings:
     before_capture: Callable[[], object]
     """Called before each capture."""
     verification: VerificationSettings
-    metrics: StepMetrics | None = None
+    metrics: ModuleEffects | None = None
     """What whole steps leave behind beside their output; None: nothing, so that a call that does is not captured."""
 
 
@@ -60,9 +60,14 @@ class _Entry:
     context: ForwardContext
     record: EntryRecord
     plan: OutputPlan
-    effects: StepEffects | None
+    effects: list[Effect]
+    num_effect_tensors: int
     place: Place
     replays: int = 0
+
+
+def _call(function: Callable[[], Any]) -> Any:
+    return function()
 
 
 class GraphedCall:
@@ -105,8 +110,9 @@ class GraphedCall:
         self._capturing: StaticInputs | None = None
         self._plan: OutputPlan | None = None
         self._metrics = settings.metrics if mode is CUDAGraphMode.FULL else None
-        self._recording: Recording | None = None
-        self._effects: StepEffects | None = None
+        self._recorder: Recorder | None = None
+        self._effects: list[Effect] = []
+        self._num_effect_tensors = 0
 
     def __call__(
         self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], *rest: Any
@@ -137,7 +143,7 @@ class GraphedCall:
         self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], rest: tuple[Any, ...]
     ) -> tuple[_Entry, Any]:
         entry = self._entries.get(descriptor)
-        if entry is None or (entry.effects is not None and not entry.effects.prepare_replay()):
+        if entry is None or not all(effect.is_valid() for effect in entry.effects):
             self._drop_from_budget(descriptor)
             try:
                 entry, computed = self._capture(descriptor, tree, leaves, rest)
@@ -153,12 +159,15 @@ class GraphedCall:
                 entry, computed = self._capture(descriptor, tree, leaves, rest)
         else:
             entry.inputs.copy_from(leaves)
+            for effect in entry.effects:
+                effect.before_replay()
             with override_forward_context(entry.context):
                 computed = self._wrapper(entry.tree, *rest)
-        if entry.effects is not None:
-            number = len(computed) - entry.effects.num_tensors
-            entry.effects.after_replay([tensor.clone() for tensor in computed[number:]])
-            computed = computed[:number]
+        number = len(computed) - entry.num_effect_tensors
+        tensors = iter([tensor.clone() for tensor in computed[number:]])
+        computed = computed[:number]
+        for effect in entry.effects:
+            effect.after_replay(tensors)
         if self._settings.copy_outputs:
             computed = [tensor.clone() for tensor in computed]
         return entry, entry.plan.restore(leaves, computed)
@@ -166,31 +175,20 @@ class GraphedCall:
     def _verified(
         self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], rest: tuple[Any, ...]
     ) -> Any:
-        runs: list[Calls] = []
-
-        def eager() -> Any:
-            runs.append([])
-            return self._run_eagerly(descriptor, tree, rest, runs[-1])
-
-        failed = None
-        with contextlib.nullcontext() if self._metrics is None else self._metrics.log_calls.held():
-            try:
-                verdict = verify(
-                    eager,
-                    lambda: self._run_graph(descriptor, tree, leaves, rest)[1],
-                    self._module,
-                    self._settings.backend,
-                    self._settings.verification.tolerance,
-                    self._metrics,
-                    leaves,
-                    self._settings.written(),
-                )
-            except CaptureError as error:
-                failed = error
-        if self._metrics is not None:
-            self._metrics.log_calls.make(runs[0])
-        if failed is not None:
-            raise failed
+        with contextlib.ExitStack() as stack:
+            run: Callable[[Callable[[], Any]], Any] = _call
+            if self._metrics is not None:
+                run = stack.enter_context(self._metrics.comparing()).run
+            verdict = verify(
+                lambda: run(lambda: self._run_eagerly(descriptor, tree, rest)),
+                lambda: self._run_graph(descriptor, tree, leaves, rest)[1],
+                self._module,
+                self._settings.backend,
+                self._settings.verification.tolerance,
+                self._metrics,
+                leaves,
+                self._settings.written(),
+            )
         if verdict.difference:
             self._drop_from_budget(descriptor)
             raise VerificationError(
@@ -200,13 +198,9 @@ class GraphedCall:
         self._entries[descriptor].record.within_spread |= verdict.within_spread
         return verdict.output
 
-    def _run_eagerly(
-        self, descriptor: BatchDescriptor, tree: Any, rest: tuple[Any, ...], calls: Calls
-    ) -> Any:
+    def _run_eagerly(self, descriptor: BatchDescriptor, tree: Any, rest: tuple[Any, ...]) -> Any:
         with override_forward_context(ForwardContext(CUDAGraphMode.NONE, descriptor)):
-            if self._metrics is None:
-                return self._invoke(tree, *rest)
-            return self._metrics.run_eagerly(lambda: self._invoke(tree, *rest), calls)
+            return self._invoke(tree, *rest)
 
     def _compile(
         self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], rest: tuple[Any, ...]
@@ -220,7 +214,8 @@ class GraphedCall:
             self._module, self._settings.backend, self._metrics, self._settings.written()
         )
         with autocast_cache_off():
-            self._run_eagerly(descriptor, rebuild(tree, iter(inputs.leaves)), rest, [])
+            run = _call if self._metrics is None else self._metrics.rehearse
+            run(lambda: self._run_eagerly(descriptor, rebuild(tree, iter(inputs.leaves)), rest))
         before.restore()
 
     def _static_inputs(self, tree: Any, leaves: list[Any]) -> StaticInputs:
@@ -242,8 +237,8 @@ class GraphedCall:
     def _drop(self, descriptor: BatchDescriptor) -> None:
         """Forgets the graph of ``descriptor`` and frees its static inputs."""
         entry = self._entries.pop(descriptor)
-        if entry.effects is not None:
-            entry.effects.drop()
+        for effect in entry.effects:
+            effect.drop()
         self._wrapper.concrete_cudagraph_entries.pop(descriptor)
 
     def _capture(
@@ -257,17 +252,14 @@ class GraphedCall:
         static_tree = rebuild(tree, iter(inputs.leaves))
         began = time.perf_counter()
         self._capturing = inputs
-        self._recording = None if self._metrics is None else self._metrics.record()
-        prepared = (
-            contextlib.nullcontext() if self._recording is None else self._recording.prepared()
-        )
+        self._recorder = NoEffects() if self._metrics is None else self._metrics.recorder()
         try:
-            with override_forward_context(context), prepared:
-                if self._recording is not None and self._recording.may_check:
-                    self._measure(self._recording, static_tree, rest)
+            with override_forward_context(context), self._recorder.prepared():
+                if self._recorder.has_metrics:
+                    self._measure(self._recorder, static_tree, rest)
                 computed = self._wrapper(static_tree, *rest)
         finally:
-            self._capturing = self._recording = None
+            self._capturing = self._recorder = None
         record = self._settings.stats.record(self._mode.name, self._target, descriptor)
         record.seconds += time.perf_counter() - began
         record.captures += 1
@@ -276,17 +268,22 @@ class GraphedCall:
             + inputs.num_bytes
         )
         assert self._plan is not None
-        effects, self._effects = self._effects, None
-        if effects is not None and self._metrics is not None:
-            self._metrics.checks.add(effects.checks)
+        effects, self._effects = self._effects, []
         place = self._place(descriptor)
         self._settings.budget.add(place)
         entry = self._entries[descriptor] = _Entry(
-            inputs, static_tree, context, record, self._plan, effects, place
+            inputs,
+            static_tree,
+            context,
+            record,
+            self._plan,
+            effects,
+            self._num_effect_tensors,
+            place,
         )
         return entry, computed
 
-    def _measure(self, recording: Recording, tree: Any, rest: tuple[Any, ...]) -> None:
+    def _measure(self, recorder: Recorder, tree: Any, rest: tuple[Any, ...]) -> None:
         """Captures in order to see which checks there are; the graph is dropped."""
         options = self._settings.options
         self._settings.backend.capture(
@@ -294,19 +291,16 @@ class GraphedCall:
             collect_garbage=False,
             capture_error_mode=options.capture_error_mode,
         )
-        recording.measured()
+        recorder.reserve_checks()
 
     def _run(self, tree: Any, *rest: Any) -> list[Tensor]:
         """What the wrapper captures: gives the computed tensors alone, and keeps the plan for the others."""
         assert self._capturing is not None, "the wrapper runs this in captures only"
-        tensors: list[Tensor] = []
-        if self._recording is None:
+        assert self._recorder is not None
+        with self._recorder.step() as recording:
             output = self._invoke(tree, *rest)
-        else:
-            with self._recording.running():
-                output = self._invoke(tree, *rest)
-                self._effects = self._recording.finish()
-            tensors = self._effects.take_tensors()
+            self._effects, tensors = recording.finish()
+        self._num_effect_tensors = len(tensors)
         self._plan, computed = OutputPlan.make(
             output, self._capturing.leaves, self._settings.module_storages()
         )

@@ -21,7 +21,7 @@ from cg_lightning.diagnosis.report import Diagnosis
 from cg_lightning.diagnosis.watched_step import Observation
 from cg_lightning.diagnosis.watcher import Observer
 from cg_lightning.diagnosis.written_tensors import WrittenTensors
-from cg_lightning.effects.step_metrics import StepMetrics
+from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.guards.module_guard import Change, ModuleState
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.changing_values import ChangingValues
@@ -30,6 +30,7 @@ from cg_lightning.runtime.graphed_call import GraphSettings
 from cg_lightning.runtime.submodule_runner import PiecewiseTarget
 from cg_lightning.runtime.targets import match_targets
 from cg_lightning.runtime.verifier import VerificationSettings
+from cg_lightning.trainer.logged_results import LoggedResults
 
 WARM_UP = "warm-up"
 _collect_once = functools.cache(
@@ -78,7 +79,12 @@ class Session:
         self.budget = GraphBudget(settings.max_graphs, backend.synchronize)
         self.module = module
         self.state = ModuleState(module)
-        self.metrics = StepMetrics(module, backend.device, settings.sync_free_metrics)
+        self.metrics = ModuleEffects(
+            module,
+            backend.device,
+            sync_free=settings.sync_free_metrics,
+            logged=LoggedResults(module),
+        )
         self.observer = Observer(
             module,
             backend.device.type,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,8 @@ from cg_lightning.backends import GraphBackend
 from cg_lightning.core.equality import same_leaf
 from cg_lightning.core.errors import CaptureError, VerificationError
 from cg_lightning.core.tree import flatten, leaf_paths
-from cg_lightning.effects.attributes import AttributesSnapshot
-from cg_lightning.effects.host_randomness import HostRandomState
-from cg_lightning.effects.step_metrics import MetricsSnapshot, StepMetrics
-from cg_lightning.metrics.members import is_metric
+from cg_lightning.effects.module_effects import ModuleEffects
+from cg_lightning.effects.step_state import StepState
 
 TOLERANCES = ("exact", "close")
 _LIKELY_CAUSE = (
@@ -48,52 +46,6 @@ class VerificationSettings:
         if replays_so_far < self.replays:
             return True
         return self.every > 0 and (replays_so_far - self.replays + 1) % self.every == 0
-
-
-class StepState:
-    """What a step may change beside what it returns: buffers, random states, plain attributes of submodules.
-
-    Args:
-        module: The module.
-        backend: Where it runs.
-        metrics: Its metrics, where a step may update them.
-        written: Other tensors that steps write to.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        backend: GraphBackend,
-        metrics: StepMetrics | None = None,
-        written: Iterable[Tensor] = (),
-    ) -> None:
-        self._backend = backend
-        self._metrics = None if metrics is None else MetricsSnapshot(metrics)
-        others = [(f"tensor of shape {tuple(tensor.shape)}", tensor) for tensor in written]
-        self._buffers = [
-            (name, tensor, tensor.clone()) for name, tensor in [*module.named_buffers(), *others]
-        ]
-        self._attributes = AttributesSnapshot(
-            child for child in module.modules() if metrics is None or not is_metric(child)
-        )
-        self._host_random_state = HostRandomState()
-        self._device_random_state = backend.get_random_state()
-
-    def restore(self) -> None:
-        """Puts everything back in place: tensors keep their addresses."""
-        with torch.no_grad():
-            for _, buffer, value in self._buffers:
-                buffer.copy_(value)
-        self._attributes.restore()
-        if self._metrics is not None:
-            self._metrics.restore()
-        self._host_random_state.restore()
-        self._backend.set_random_state(self._device_random_state)
-
-    def values(self) -> list[tuple[str, Any]]:
-        """Names and copies of the buffers, and of what metrics hold, as they are now."""
-        buffers = [(f"buffer {name}", buffer.clone()) for name, buffer, _ in self._buffers]
-        return buffers if self._metrics is None else [*buffers, *self._metrics.values()]
 
 
 def _leaves(output: Any, values: list[tuple[str, Any]]) -> list[Any]:
@@ -152,7 +104,7 @@ def verify(
     module: nn.Module,
     backend: GraphBackend,
     tolerance: str,
-    metrics: StepMetrics | None = None,
+    effects: ModuleEffects | None = None,
     inputs: Sequence[Any] = (),
     written: Sequence[Tensor] = (),
 ) -> Verdict:
@@ -167,21 +119,21 @@ def verify(
         module: Whose state a step may change.
         backend: Where it runs.
         tolerance: One of :data:`TOLERANCES`.
-        metrics: The metrics of the module, where a step may update them.
+        effects: Those of the module's steps; None for a submodule.
         inputs: What the step is given. A graph writes to its own copies, so a step that changes these is no graph.
         written: As in :class:`StepState`.
 
     Raises:
         CaptureError: There is no graph to compare with; the step has run eagerly, and the error carries its output.
     """
-    before = StepState(module, backend, metrics, written)
+    before = StepState(module, backend, effects, written)
     given = [(leaf, leaf.clone()) for leaf in inputs if isinstance(leaf, Tensor)]
     expected = eager()
     if not all(same_leaf(leaf, value) for leaf, value in given):
         return Verdict(expected, "it changes a tensor that it is given")
     expected_values = before.values()
     paths = [*leaf_paths(expected, "output"), *[name for name, _ in expected_values]]
-    after_eager = StepState(module, backend, metrics, written)
+    after_eager = StepState(module, backend, effects, written)
     before.restore()
     try:
         output = replay()
