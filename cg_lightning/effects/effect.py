@@ -7,7 +7,7 @@ with one call, and a replay of a small step takes a few microseconds in all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -50,6 +50,16 @@ class Effect:
         """Called once, when the graph is dropped."""
 
 
+def methods(effects: Iterable[Effect], name: str) -> list[Callable[..., Any]]:
+    """Return the method ``name`` of those effects that have one of their own.
+
+    Most effects leave one or two methods as they are; in each replay of a small step, calling them
+    for nothing takes a fourth of the time of all effects.
+    """
+    bound = [(getattr(effect, name), getattr(type(effect), name)) for effect in effects]
+    return [method for method, own in bound if own is not getattr(Effect, name)]
+
+
 class MoveMetricStates(Effect):
     """Metric states: the graph reads and writes them in static tensors.
 
@@ -74,21 +84,20 @@ class MoveMetricStates(Effect):
         self._written = list(written)
         self._metrics = list({id(state.metric): state.metric for state, _ in written}.values())
         self._used = list({id(state): state for state in [*read, *dict(written)]}.values())
-        names: dict[int, tuple[Attributes, set[str]]] = {}
-        for state in self._used:
-            names.setdefault(id(state.attributes), (state.attributes, set()))[1].add(state.name)
-        self._names = [(frozenset(found), attributes) for attributes, found in names.values()]
+        self._places = [(state.name, state.attributes) for state in self._used]
         stored = {id(state): tensor for state, tensor in written}
         self._returns = all(stored.get(id(state)) is state.graph_tensor for state in read)
         """Whether each state that is read is written to where the next replay reads it."""
+        self._needs_move = True
         self._moves = -1
         self._stage_number = -1
 
     def _is_in_place(self) -> bool:
+        """Return True if the states are still stored where the last replay left them."""
         if self._moves != self._states.moves:
             return False
-        for names, attributes in self._names:  # noqa: SIM110  # a generator takes longer
-            if not names.isdisjoint(attributes):
+        for name, attributes in self._places:  # noqa: SIM110  # a generator takes longer
+            if name in attributes:
                 return False
         return True
 
@@ -98,7 +107,8 @@ class MoveMetricStates(Effect):
 
     def before_replay(self) -> None:
         """Copy states that are stored elsewhere, after a reset for instance, to the graph's."""
-        if self._is_in_place():
+        self._needs_move = not self._is_in_place()
+        if not self._needs_move:
             return
         moved = [
             state
@@ -110,7 +120,7 @@ class MoveMetricStates(Effect):
 
     def after_replay(self, tensors: Iterator[Tensor]) -> None:
         """Say that the states are stored where the graph has written them."""
-        if self._is_in_place():
+        if not self._needs_move:
             return
         if self._stage_number != self._states.stage_number:
             self._states.intercept(self._metrics)

@@ -24,7 +24,7 @@ from cg_lightning.core.errors import CaptureError, VerificationError
 from cg_lightning.core.forward_context import ForwardContext, override_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.tree import rebuild
-from cg_lightning.effects.effect import Effect
+from cg_lightning.effects.effect import Effect, methods
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.effects.recorder import NoEffects, Recorder
 from cg_lightning.effects.step_state import StepState
@@ -64,6 +64,11 @@ class _Entry:
     num_effect_tensors: int
     place: Place
     replays: int = 0
+
+    def __post_init__(self) -> None:
+        self.is_valid = methods(self.effects, "is_valid")
+        self.before_replay = methods(self.effects, "before_replay")
+        self.after_replay = methods(self.effects, "after_replay")
 
 
 def _call(function: Callable[[], Any]) -> Any:
@@ -143,7 +148,7 @@ class GraphedCall:
         self, descriptor: BatchDescriptor, tree: Any, leaves: list[Any], rest: tuple[Any, ...]
     ) -> tuple[_Entry, Any]:
         entry = self._entries.get(descriptor)
-        if entry is None or not all(effect.is_valid() for effect in entry.effects):
+        if entry is None or not all(is_valid() for is_valid in entry.is_valid):
             self._drop_from_budget(descriptor)
             try:
                 entry, computed = self._capture(descriptor, tree, leaves, rest)
@@ -159,15 +164,15 @@ class GraphedCall:
                 entry, computed = self._capture(descriptor, tree, leaves, rest)
         else:
             entry.inputs.copy_from(leaves)
-            for effect in entry.effects:
-                effect.before_replay()
+            for before_replay in entry.before_replay:
+                before_replay()
             with override_forward_context(entry.context):
                 computed = self._wrapper(entry.tree, *rest)
         number = len(computed) - entry.num_effect_tensors
         tensors = iter([tensor.clone() for tensor in computed[number:]])
         computed = computed[:number]
-        for effect in entry.effects:
-            effect.after_replay(tensors)
+        for after_replay in entry.after_replay:
+            after_replay(tensors)
         if self._settings.copy_outputs:
             computed = [tensor.clone() for tensor in computed]
         return entry, entry.plan.restore(leaves, computed)
