@@ -1,13 +1,13 @@
 """CUDA graphs for the evaluation loops of PyTorch Lightning."""
 
 from cg_lightning.callback import CUDAGraphCallback
-from cg_lightning.capture.monitor import (
+from cg_lightning.capture.graph import (
     compilation_counter,
     set_cudagraph_capturing_enabled,
     validate_cudagraph_capturing_enabled,
+    weak_ref_tensors,
 )
-from cg_lightning.capture.weak_ref import weak_ref_tensors
-from cg_lightning.capture.wrapper import CUDAGraphEntry, CUDAGraphOptions, CUDAGraphWrapper
+from cg_lightning.capture.wrapper import CUDAGraphEntry, CUDAGraphWrapper
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.errors import (
     CaptureError,
@@ -24,6 +24,7 @@ from cg_lightning.core.forward_context import (
     set_forward_context,
 )
 from cg_lightning.core.modes import CUDAGraphMode
+from cg_lightning.core.settings import CUDAGraphOptions
 from cg_lightning.diagnose import diagnose
 from cg_lightning.diagnosis.report import Diagnosis
 from cg_lightning.runtime.dispatcher import CUDAGraphDispatcher

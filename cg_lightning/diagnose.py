@@ -15,14 +15,17 @@ from cg_lightning.backends import check_backend, resolve_backend
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.errors import UnkeyableBatchError
-from cg_lightning.core.forward_context import ForwardContext, override_forward_context
+from cg_lightning.core.forward_context import (
+    ForwardContext,
+    StepInProgress,
+    override_forward_context,
+)
 from cg_lightning.core.modes import CUDAGraphMode
-from cg_lightning.core.stages import STEPS
+from cg_lightning.core.stages import STEP_METHODS
 from cg_lightning.diagnosis.detectors.batch_index import uses_batch_index
 from cg_lightning.diagnosis.report import Diagnosis
 from cg_lightning.diagnosis.watched_step import Finding
 from cg_lightning.diagnosis.watcher import Observer
-from cg_lightning.runtime.session import EFFECTS
 
 
 def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -35,7 +38,7 @@ def _runner(module: nn.Module, batch: Any, stage: str) -> Callable[[], Any]:
     if not isinstance(module, LightningModule):
         args, kwargs = _arguments(batch)
         return lambda: module(*args, **kwargs)
-    step = getattr(module, STEPS[stage])
+    step = getattr(module, STEP_METHODS[stage])
     takes_index = len(inspect.signature(step).parameters) > 1
     return lambda: step(batch, 0) if takes_index else step(batch)
 
@@ -56,8 +59,8 @@ def diagnose(
         ValueError: ``stage`` or ``backend`` is unknown. What the module itself raises comes through unchanged.
     """
     check_backend(backend)
-    if stage not in STEPS:
-        raise ValueError(f"stage={stage!r} is unknown; choose one of {', '.join(STEPS)}.")
+    if stage not in STEP_METHODS:
+        raise ValueError(f"stage={stage!r} is unknown; choose one of {', '.join(STEP_METHODS)}.")
     lightning = isinstance(module, LightningModule)
     module, batch = copy.deepcopy((module, batch))
     module.eval()
@@ -74,14 +77,18 @@ def diagnose(
             module,
             device.type,
             watching.noticing_host_syncs,
-            EFFECTS if lightning else {},
+            {"log": Cause.LOGGED, "log_dict": Cause.LOGGED, "print": Cause.PRINTED}
+            if lightning
+            else {},
             run_effects=not lightning,
         )
-        with override_forward_context(ForwardContext(CUDAGraphMode.NONE, key, calls={})):
+        with override_forward_context(
+            ForwardContext(CUDAGraphMode.NONE, key, step=StepInProgress())
+        ):
             _, observation = observer.observe(_runner(module, batch, stage), batch)
     findings = list(observation.findings)
-    if lightning and uses_batch_index(module, STEPS[stage]):
-        name = STEPS[stage]
+    if lightning and uses_batch_index(module, STEP_METHODS[stage]):
+        name = STEP_METHODS[stage]
         code = inspect.unwrap(getattr(type(module), name)).__code__
         findings.append(
             Finding(Cause.BATCH_INDEX_USED, name, "", f"{code.co_filename}:{code.co_firstlineno}")

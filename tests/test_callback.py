@@ -642,14 +642,16 @@ def test_the_summary_is_printed_once_when_the_trainer_is_done(harness, capsys, r
 def test_nothing_of_ours_waits_for_the_garbage_collector(harness):
     """Hazard 34: states at fixed addresses, static inputs and graphs are gone when the Trainer is done."""
     from cg_lightning.capture.static_inputs import StaticInputs
-    from cg_lightning.effects.recorder import Recording
-    from cg_lightning.metrics.states import Slot
+    from cg_lightning.effects.recorder import EffectRecorder
+    from cg_lightning.metrics.states import MetricState
 
     def alive() -> list[Any]:
-        kinds = (StaticInputs, Recording, CUDACapturedGraph, RecordedGraph)
+        kinds = (StaticInputs, EffectRecorder, CUDACapturedGraph, RecordedGraph)
         found = [obj for obj in gc.get_objects() if type(obj) in kinds]
         return found + [
-            obj for obj in gc.get_objects() if type(obj) is Slot and hasattr(obj, "fixed")
+            obj
+            for obj in gc.get_objects()
+            if type(obj) is MetricState and hasattr(obj, "graph_tensor")
         ]
 
     gc.collect()

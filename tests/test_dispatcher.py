@@ -9,16 +9,20 @@ import pytest
 from cg_lightning import BatchDescriptor, CUDAGraphDispatcher, CUDAGraphMode
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.core.settings import Settings
 from cg_lightning.runtime.dispatcher import (
+    CAPTURE_COST,
+    CREDIT,
+    FIRST_WAIT,
     MOST_KEYS,
     MOST_UNREPEATED,
     MOST_VARIANTS,
     Action,
+    CaptureLedger,
     KeyState,
     Plan,
     Variant,
 )
-from cg_lightning.runtime.ledger import CAPTURE_COST, CREDIT, FIRST_WAIT, CaptureLedger
 
 KEY, OTHER = BatchDescriptor(batch_size=1), BatchDescriptor(batch_size=2)
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
@@ -137,8 +141,21 @@ def test_the_life_of_a_key(warmup_steps, expected):
 
 
 def test_the_first_replays_and_every_third_one_are_compared():
-    runner = Runner(wants_verification=lambda replays: replays < 2 or replays % 3 == 0)
-    assert runner.steps(7) == [WATCH, CAPTURE, VERIFY, REPLAY, VERIFY, REPLAY, REPLAY]
+    settings = Settings(verify_replays=2, verify_every=3)
+    runner = Runner(next_verification=settings.next_verification)
+    assert runner.steps(3) == [WATCH, CAPTURE, VERIFY]
+    assert runner.steps(7) == [REPLAY, REPLAY, VERIFY, REPLAY, REPLAY, VERIFY, REPLAY]
+
+
+def test_which_replays_are_compared():
+    def compared(**settings) -> list[int]:
+        given = Settings(**settings)
+        return [replays for replays in range(10) if given.next_verification(replays) == replays]
+
+    assert compared(verify_replays=0) == []
+    assert compared(verify_replays=2) == [0, 1]
+    assert compared(verify_replays=0, verify_every=1) == list(range(10))
+    assert compared(verify_replays=2, verify_every=3) == [0, 1, 4, 7]
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from torch import nn
 
 from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import Change, ModuleGuard
-from cg_lightning.guards.sources import MISSING, Source
-from cg_lightning.guards.values import FrozenValues, shorten
+from cg_lightning.guards.sources import MISSING, Source, shorten
+from cg_lightning.guards.values import FrozenValues
 from tests.models import Body
 
 SCALE = 1.0

@@ -25,10 +25,14 @@ def check_names(
     Raises:
         ValueError: The value is no sequence of strings, is empty, or has a name that is not among ``choices``.
     """
-    names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else ()
+    names = (
+        (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else ()
+    )
     expected = "names" if choices is None else f"some of {', '.join(choices)}"
     if not names:
-        raise ValueError(f"{argument}={value!r} is no name and no list of names; expected {expected}.")
+        raise ValueError(
+            f"{argument}={value!r} is no name and no list of names; expected {expected}."
+        )
     for name in names:
         if not isinstance(name, str) or (choices is not None and name not in choices):
             choose = "expected names" if choices is None else f"choose from {', '.join(choices)}"
@@ -129,7 +133,9 @@ class Settings:
             "mode": CUDAGraphMode.parse(self.mode),
             "stages": check_names("stages", self.stages, tuple(STEP_METHODS)),
             "targets": targets,
-            "verify_tolerance": check_names("verify_tolerance", self.verify_tolerance, TOLERANCES)[0],
+            "verify_tolerance": check_names("verify_tolerance", self.verify_tolerance, TOLERANCES)[
+                0
+            ],
             "backend": check_names("backend", self.backend, BACKENDS)[0],
             "options": options,
         }
@@ -153,10 +159,18 @@ class Settings:
         assert self.options is not None
         return self.options
 
-    def wants_verification(self, replays_so_far: int) -> bool:
-        """Return whether the next replay of a graph is compared with eager."""
-        if replays_so_far < self.verify_replays:
-            return True
-        return self.verify_every > 0 and (
-            replays_so_far - self.verify_replays + 1
-        ) % self.verify_every == 0
+    def next_verification(self, replays: int) -> int:
+        """Return the number of replays after which the next one is compared with eager.
+
+        Args:
+            replays: Replays of the graph so far.
+
+        Returns:
+            A number that is at least ``replays``; -1: no later replay is compared.
+        """
+        if replays < self.verify_replays:
+            return replays
+        if not self.verify_every:
+            return -1
+        since = replays - self.verify_replays + 1
+        return replays + -since % self.verify_every

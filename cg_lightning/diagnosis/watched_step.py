@@ -31,6 +31,11 @@ class Finding:
         """What a user can do about it."""
         return self.cause.remedy
 
+    def reason(self, path=""):
+        from cg_lightning.core.reasons import Reason
+
+        return Reason(self.cause, f"{path}: {self}" if path else str(self), self.location)
+
     def __str__(self) -> str:
         where = f" in {self.module}" if self.module else ""
         return f"{self.cause.value}: {self.operation}{where} ({self.location})"
@@ -129,3 +134,19 @@ class Observation:
         for call in outer.calls:
             yield call
             yield from self._all_calls(call)
+
+    @property
+    def needs_second_look(self):
+        return self.may_settle
+
+    @property
+    def did_one_time_work(self):
+        return self.settles
+
+    def sources(self, module=None):
+        from cg_lightning.guards.sources import Source
+
+        return [Source(o, n, f"self.{n}") for o, n in self.reads(module)]
+
+
+WatchedStep = Observation

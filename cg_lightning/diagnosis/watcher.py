@@ -23,8 +23,8 @@ from cg_lightning.diagnosis.location import is_of_user
 from cg_lightning.diagnosis.step_watch import Copies, Watch, other_metrics_noticed, printing_noticed
 from cg_lightning.diagnosis.watched_step import Call, Finding, Observation
 from cg_lightning.diagnosis.written_tensors import LastingTensors
-from cg_lightning.effects.host_randomness import HostRandomState
-from cg_lightning.effects.step_metrics import StepMetrics
+from cg_lightning.effects.module_effects import ModuleEffects
+from cg_lightning.effects.step_state import HostRandomState
 from cg_lightning.metrics.members import is_metric, metrics_of, states_of
 from cg_lightning.modules.attributes import (
     global_hooks,
@@ -44,7 +44,7 @@ from cg_lightning.modules.compiled import (
     modules_that_run,
 )
 from cg_lightning.modules.interception import Interception, can_intercept
-from cg_lightning.runtime.call_key import describe_call, is_inside_transform
+from cg_lightning.core.call_key import describe_call, is_inside_transform
 
 _AT_THE_END = "between the start and end of the step"
 
@@ -61,9 +61,11 @@ def _key_of_call(
         return None
     training = tuple([child.training for child in module.modules()])
     with contextlib.suppress(UnkeyableBatchError):  # its calls will be eager, and say so then
-        return describe_call(
-            training, context.next_call(module), context.batch_descriptor, args, kwargs
-        )[0]
+        return BatchDescriptor(
+            *describe_call(
+                training, context.next_call(module), context.batch_descriptor, args, kwargs
+            )[0]
+        )
     return None
 
 
@@ -89,7 +91,7 @@ class Observer:
         noticing_host_syncs: Callable[[OnCall], AbstractContextManager[None]],
         effects: dict[str, Cause],
         run_effects: bool = True,
-        metrics: StepMetrics | None = None,
+        metrics: ModuleEffects | None = None,
     ) -> None:
         self._metrics = metrics
         self._noticing_host_syncs = noticing_host_syncs
@@ -104,7 +106,7 @@ class Observer:
         frame = Call("", None, tensors)
         modules = list(modules_that_run(self._root))
         all_metrics = metrics_of(self._root)
-        with_states = all_metrics if self._metrics is None else self._metrics.all()
+        with_states = all_metrics if self._metrics is None else self._metrics.metrics()
         states = [getattr(metric, name) for metric in with_states for name in states_of(metric)]
         watch = Watch(
             self._device_type, frame, [state for state in states if isinstance(state, Tensor)]
@@ -113,7 +115,7 @@ class Observer:
         watched = None
         if self._metrics is not None:
             watched = MetricWatch(
-                all_metrics, self._metrics.results.metrics, watch.add, self._metrics.sync_free
+                all_metrics, self._metrics.logged_metrics, watch.add, self._metrics.sync_free
             )
         compiled = [(path, module) for path, module in modules if is_compiled(module)]
         inside = [
@@ -280,7 +282,7 @@ class Observer:
                 return None
             # where Lightning's results are not known, the call is made after the replay
             is_made_later = (
-                spares and self._metrics is not None and not self._metrics.results.is_supported()
+                spares and self._metrics is not None and not self._metrics.logs_in_graph()
             )
             before, watch.is_in_framework = watch.is_in_framework, True
             try:
@@ -301,3 +303,17 @@ class Observer:
                 inside = not call.path or path == call.path or path.startswith(f"{call.path}.")
                 if inside and path:  # the root's own state was compared around each of its calls
                     call.findings.append(finding)
+
+
+class StepWatcher:
+    def __init__(self, root, backend, *, effects):
+        self._o = Observer(
+            root,
+            backend.device.type,
+            backend.noticing_host_syncs,
+            {"log": Cause.LOGGED, "log_dict": Cause.LOGGED, "print": Cause.PRINTED},
+            metrics=effects,
+        )
+
+    def watch(self, step, batch):
+        return self._o.observe(step, batch)

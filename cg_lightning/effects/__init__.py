@@ -1,8 +1,8 @@
 """What a step does in Python, done again after a replay.
 
-- ``attributes.py``: the attributes of objects, to put them back.
-- ``effect.py``: what a captured step does to metrics, and how a replay does it again.
-- ``host_randomness.py``: the random generators of the host, which a graph cannot follow.
-- ``recorder.py``: records what a captured step does to metrics.
-- ``step_metrics.py``: the metrics of one module while a Trainer runs it.
+- ``effect.py``: Effect and its kinds: one side effect of a captured step, and how to do it again.
+- ``logged_values.py``: what effects need to know of ``self.log``; ``trainer/`` implements it.
+- ``module_effects.py``: everything that the steps of one module leave behind beside their output.
+- ``recorder.py``: EffectRecorder: finds the effects of a step while it is captured.
+- ``step_state.py``: StepState: everything that a step may change, and how to put it back.
 """

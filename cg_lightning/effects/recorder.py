@@ -1,4 +1,25 @@
-"""Records what a captured step does to metrics."""
+"""Finds the effects of a step while it is captured.
+
+What is hard here:
+
+- A metric *rebinds* its states: ``update`` sets ``self.tp = self.tp + ...``. So during a capture
+  the states are taken out of the attributes; a read that misses gets the static tensor
+  (``MetricState.graph_tensor``), and what the attribute is at the end is copied to the static
+  tensor by the graph itself. Therefore :meth:`StepRecording.finish` must run *inside* the capture.
+- All of that happens with the user's metrics, which must be untouched afterwards, also if the
+  capture fails. So everything is put back by the contexts that changed it, in reverse order:
+  interceptions, attributes of metrics (after each capture), where states are stored, and the logged
+  values (after all captures).
+- A check that was deferred (``metrics/deferred_checks.py``) writes to memory from outside the
+  graph, and which checks there are is known after a capture only. So a step with metrics is
+  captured twice; the graph of the first capture is dropped. See :class:`Recorder` for the order.
+- ``LoggedValues.begin`` comes before anything is remembered: it does what the first ``self.log``
+  of an epoch would do, outside the graph. Else the reset that it makes would be captured.
+- A step may set a counter of updates to what it was plus one, or to a number of its own
+  (``reset``). The two are told apart by :class:`_CapturedCount`.
+- Nothing may wait for the garbage collector: no attribute of a recorder refers to what refers to
+  the recorder, once its contexts are left.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +27,8 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,50 +37,207 @@ from torchmetrics import Metric
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.errors import CaptureError
 from cg_lightning.core.tree import flatten, rebuild
-from cg_lightning.effects.attributes import AttributesSnapshot
-from cg_lightning.effects.effect import StepEffects
-from cg_lightning.metrics.deferred_checks import CheckedCalls, DeferredCheck
-from cg_lightning.metrics.members import (
-    averages_by_count,
-    bookkeeping,
-    metrics_of,
-    state_names,
-    states_of,
+from cg_lightning.effects.effect import (
+    AddToCounters,
+    Appended,
+    AppendToLists,
+    ComputedAttribute,
+    Counter,
+    Effect,
+    ExpectAttributes,
+    ExpectedAttribute,
+    MoveMetricStates,
+    ReadChecksLater,
+    RepeatLogCalls,
+    SetAttributes,
 )
-from cg_lightning.metrics.states import FixedStates, Slot
+from cg_lightning.effects.logged_values import Calls, LoggedValues
+from cg_lightning.effects.step_state import AttributesSnapshot
+from cg_lightning.metrics.deferred_checks import CheckedCalls, DeferredCheck, DeferredChecks
+from cg_lightning.metrics.members import metrics_of, state_names, states_of
+from cg_lightning.metrics.states import MetricState, MetricStates
+from cg_lightning.metrics.support import unsupported_read, unsupported_update, unsupported_write
 from cg_lightning.metrics.sync_free import sync_free
-from cg_lightning.modules.attributes import is_same_value
-from cg_lightning.modules.interception import Interception, plain_class
-from cg_lightning.trainer.log_calls import Calls, CapturedLogCalls, LogCalls
-from cg_lightning.trainer.logged_results import LoggedResults
+from cg_lightning.modules.interception import Interception, ModuleHandler
 
-_COUNT = 1_000_000
-"""What counters of updates start from in a capture: so that counting up is told from starting anew (``reset``)."""
+_COUNTER = "_update_count"
+_READ_BEFORE_SET = frozenset({"_dtype"})
+"""Bookkeeping that a step may read before it sets it: its value is frozen then."""
 
 
-def unsupported_write(metric: nn.Module, name: str, value: Any) -> str:
-    """Why a replay could not bring up to date what a step has set an attribute to; empty where it can."""
-    if name in state_names(metric) or name in bookkeeping():
-        return ""
-    if is_same_value(vars(metric).get(name), value):
-        return ""
-    return f"{type(metric).__name__}.{name} is kept in Python"
+class Recording(Protocol):
+    """One captured step."""
+
+    def finish(self) -> tuple[list[Effect], list[Tensor]]:
+        """Return the effects of the step, and the tensors that the graph computes for them.
+
+        Call it once, inside the capture and after the step: it writes metric states.
+
+        Raises:
+            CaptureError: The step did what a replay cannot do again.
+        """
 
 
-def unsupported_read(metric: nn.Module, name: str, written: set[str]) -> str:
-    """Why a replay could not do what a step that reads an attribute does; empty where it can."""
-    if name == "update_count":  # the property; torchmetrics itself reads ``_update_count``
-        return f"{plain_class(metric).__name__}.update_count is read"
-    if name == "_computed" and name not in written and vars(metric).get(name) is not None:
-        return f"{plain_class(metric).__name__} gives the result of an earlier step"
-    return ""
+class Recorder(Protocol):
+    """Records captures of one step, in this order.
+
+    1. Enter :meth:`prepared`, outside any capture.
+    2. If :attr:`has_metrics`: capture the step, with :meth:`step` around it, and drop the graph.
+       Then call :meth:`reserve_checks`.
+    3. Capture the step, with :meth:`step` around it, and keep the graph and the effects.
+    4. Leave :meth:`prepared`: metrics and logged values are what they were.
+    """
+
+    @property
+    def has_metrics(self) -> bool:
+        """Whether step 2 is necessary; known inside :meth:`prepared`."""
+
+    def prepared(self) -> AbstractContextManager[None]:
+        """While this is entered, metrics have states at fixed addresses."""
+
+    def step(self) -> AbstractContextManager[Recording]:
+        """While this is entered, one captured step is recorded."""
+
+    def reserve_checks(self) -> None:
+        """Reserve memory for the checks that the latest captured step made."""
 
 
-def unsupported_update(metric: nn.Module, written: set[str]) -> str:
-    """Why a replay could not do what a step did; empty where it can."""
-    if "_forward_cache" in written and averages_by_count(metric):
-        return f"{type(metric).__name__}.forward averages by a Python count"
-    return ""
+class _NoRecording:
+    def finish(self) -> tuple[list[Effect], list[Tensor]]:
+        return [], []
+
+
+class NoEffects:
+    """The recorder for a submodule: a call that has effects is not captured, so there are none."""
+
+    has_metrics = False
+
+    def prepared(self) -> AbstractContextManager[None]:
+        """Return a context that does nothing."""
+        return contextlib.nullcontext()
+
+    def step(self) -> AbstractContextManager[Recording]:
+        """Return a context in which nothing is recorded."""
+        return contextlib.nullcontext(_NoRecording())
+
+    def reserve_checks(self) -> None:
+        """Do nothing."""
+
+
+class _CapturedCount(int):
+    """The counter of updates of a metric while its step is captured.
+
+    What is added to it gives such a number again, so at the end of the step it says whose counter
+    it was and by how much that went up. If the counter is a plain number at the end, the step has
+    set it anew, as ``reset`` does. It is at least 1: whether a step is the first one since a reset
+    is not to be frozen.
+    """
+
+    source: dict[str, Any]
+    start: int
+
+    @classmethod
+    def of(cls, attributes: dict[str, Any]) -> _CapturedCount:
+        start = max(1, attributes[_COUNTER])
+        return cls(start)._from(attributes, start)
+
+    def _from(self, source: dict[str, Any], start: int) -> _CapturedCount:
+        self.source = source
+        self.start = start
+        return self
+
+    @property
+    def increment(self) -> int:
+        return int(self) - self.start
+
+    def __add__(self, other: int) -> _CapturedCount:
+        return _CapturedCount(int(self) + other)._from(self.source, self.start)
+
+    __radd__ = __add__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _CapturedCount:
+        return self  # not a copy of the metric that counts
+
+
+class EffectRecorder:
+    """Records captures of one step of a module; see :class:`Recorder` for the order.
+
+    Args:
+        module: The module.
+        states: The states of its metrics.
+        logged: What it logs.
+        checks: Takes the checks of the graph that is kept.
+        sync_free: Replace functions of torchmetrics that wait for the device.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        states: MetricStates,
+        logged: LoggedValues,
+        checks: DeferredChecks,
+        sync_free: bool,
+    ) -> None:
+        self._module = module
+        self._states = states
+        self._logged = logged
+        self._checks = checks
+        self._sync_free = sync_free
+        self._metrics: list[nn.Module] = []
+        self._metric_states: list[MetricState] = []
+        self._checked = CheckedCalls()
+        self._reserved: list[DeferredCheck] | None = None
+
+    @property
+    def has_metrics(self) -> bool:
+        """Whether a first capture is necessary, which shows what checks its arguments."""
+        return bool(self._metrics)
+
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[None]:
+        """While this is entered, metrics have states at fixed addresses.
+
+        At the end everything is put back. If no exception is raised, the checks of the latest
+        captured step are read from then on.
+        """
+        self._logged.begin()
+        self._metrics = _without_repetition([*metrics_of(self._module), *self._logged.metrics()])
+        logged_before = self._logged.snapshot()
+        try:
+            with self._states.held_for_capture(self._metrics) as metric_states:
+                self._metric_states = metric_states
+                yield
+        finally:
+            self._logged.restore(logged_before)
+        self._checks.add(self._reserved or [])
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[Recording]:
+        """While this is entered, one captured step is recorded.
+
+        At the end the attributes of metrics are put back, so that each capture starts from the same.
+        """
+        self._checked = CheckedCalls(self._reserved)
+        effects = [ReadChecksLater(self._reserved)] if self._reserved else []
+        with contextlib.ExitStack() as stack:
+            stack.callback(AttributesSnapshot(self._metrics).restore)
+            recording = StepRecording(
+                self._metrics, self._metric_states, self._states, self._logged, effects
+            )
+            stack.enter_context(recording.watching(self._checked))
+            if self._sync_free:
+                stack.enter_context(sync_free(self._checked))
+            if not self._logged.is_supported():
+                recording.log_calls = stack.enter_context(self._logged.calls.collected())
+            yield recording
+
+    def reserve_checks(self) -> None:
+        """Reserve memory for the checks that the latest captured step made."""
+        self._reserved = [DeferredCheck.of(*seen) for seen in self._checked.seen]
+
+
+def _without_repetition(metrics: list[nn.Module]) -> list[nn.Module]:
+    return list({id(metric): metric for metric in metrics}.values())
 
 
 def _update_of_a_copy(metric: Metric) -> Callable[..., None]:
@@ -68,221 +247,251 @@ def _update_of_a_copy(metric: Metric) -> Callable[..., None]:
     return update
 
 
-class Recording:
-    """Captures of one step: metrics read and write fixed states, and everything else is put back when they are done.
+def _checked_update(metric: Metric, original: Any, checked: CheckedCalls) -> Any:
+    @functools.wraps(original)
+    def update(*args: Any, **kwargs: Any) -> None:
+        with checked.during(_update_of_a_copy(metric), args, kwargs):
+            original(*args, **kwargs)
+
+    return update
+
+
+class _RecordedMetric(ModuleHandler):
+    """One metric in one captured step: gives states from static tensors, and notes what is set.
+
+    It is made when the step begins, and takes the states out of the attributes of the metric.
+    """
+
+    def __init__(self, metric: nn.Module, states: list[MetricState]) -> None:
+        self.metric = metric
+        self.attributes = vars(metric)
+        self.states = {state.name: state for state in states}
+        self.read: list[MetricState] = []
+        self.written: set[str] = set()
+        self.expected: dict[str, Any] = {}
+        self.lists: dict[str, list[Any]] = {}
+        """List states. They are empty when the step begins, so that what it appends is seen."""
+        for name, default in states_of(metric).items():
+            self.attributes.pop(name, None)
+            if not isinstance(default, Tensor):
+                self.attributes[name] = self.lists[name] = []
+        if isinstance(metric, Metric):
+            self.attributes[_COUNTER] = _CapturedCount.of(self.attributes)
+        self.before = dict(self.attributes)
+
+    def get_missing(self, name: str) -> Tensor:
+        state = self.states.get(name)
+        if state is None:
+            raise AttributeError(name)
+        self.read.append(state)
+        self.attributes[name] = state.graph_tensor
+        return state.graph_tensor
+
+    def on_read(self, name: str) -> None:
+        if reason := unsupported_read(self.metric, name, self.written):
+            raise CaptureError(reason)
+        if name in _READ_BEFORE_SET and name not in self.written:
+            self.expected[name] = self.attributes.get(name)
+
+    def on_write(self, name: str, value: Any) -> None:
+        if reason := unsupported_write(self.metric, name, value):
+            raise CaptureError(reason)
+        self.written.add(name)
+
+
+class StepRecording:
+    """One captured step of a module with metrics or logged values.
 
     Args:
-        module: The LightningModule.
-        states: The fixed states of its metrics.
-        results: What is logged.
-        log_calls: Calls of ``self.log``, for where the results are not known.
-        sync_free: Whether functions of torchmetrics that wait for the device are replaced.
+        metrics: All metrics that the step may use.
+        metric_states: Their tensor states.
+        states: Those of the whole run.
+        logged: What is logged.
+        effects: Effects that are known already.
     """
 
     def __init__(
         self,
-        module: nn.Module,
-        states: FixedStates,
-        results: LoggedResults,
-        log_calls: LogCalls,
-        sync_free: bool,
+        metrics: list[nn.Module],
+        metric_states: list[MetricState],
+        states: MetricStates,
+        logged: LoggedValues,
+        effects: list[ReadChecksLater],
     ) -> None:
-        self._sync_free = sync_free
-        self._log_calls = log_calls
-        self._calls: Calls | None = None
-        self._module = module
+        self._metric_states = metric_states
         self._states = states
-        self._results = results
-        self._metrics: list[nn.Module] = []
-        self._slots: dict[tuple[int, str], Slot] = {}
-        self._reads: list[Slot] = []
-        self._writes: dict[int, set[str]] = {}
-        self._lists: dict[tuple[int, str], list[Any]] = {}
-        self._before: dict[int, dict[str, Any]] = {}
-        self._checks: list[DeferredCheck] | None = None
-        self._checked = CheckedCalls()
-
-    @contextlib.contextmanager
-    def prepared(self) -> Iterator[None]:
-        """Makes fixed states, outside a capture, and puts the metrics back afterwards."""
-        self._results.begin()
-        self._metrics = list(
-            {
-                id(metric): metric
-                for metric in (*metrics_of(self._module), *self._results.metrics())
-            }.values()
-        )
-        slots = [slot for metric in self._metrics for slot in self._states.slots(metric)]
-        self._slots = {(id(slot.metric), slot.name): slot for slot in slots}
-        for slot in slots:
-            if slot.home is not None and slot.home is not slot.fixed:
-                self._states.give_out(slot.home)
-        for slot in slots:
-            if slot.home is None:
-                slot.fixed.copy_(slot.value())
-        logged = self._results.snapshot()
-        attributes = AttributesSnapshot(self._metrics)
-        homes = self._states.homes()
-        for slot in slots:
-            slot.home = None
-        try:
-            yield
-        finally:
-            attributes.restore()
-            for slot, home in homes:
-                slot.home = home
-            self._results.restore(logged)
-
-    def measured(self) -> None:
-        """After a first capture, whose graph is dropped: makes room for the checks that it showed."""
-        self._checks = [DeferredCheck.of(*seen) for seen in self._checked.seen]
-
-    @property
-    def may_check(self) -> bool:
-        """Whether there is anything that may check its arguments."""
-        return bool(self._metrics)
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """While the step is captured."""
-        self._reads, self._writes = [], {}
-        self._checked = CheckedCalls(self._checks)
-        self._lists = {}
-        for metric in self._metrics:
-            for name, default in states_of(metric).items():
-                vars(metric).pop(name, None)
-                if not isinstance(
-                    default, Tensor
-                ):  # what a step appends is told from what was there
-                    vars(metric)[name] = self._lists[id(metric), name] = []
-            if isinstance(metric, Metric):
-                vars(metric)["_update_count"] = _COUNT
-        self._before = {id(metric): dict(vars(metric)) for metric in self._metrics}
-        with contextlib.ExitStack() as stack:
-            for metric in self._metrics:
-                interception = Interception(
-                    metric,
-                    get_missing=functools.partial(self._read, metric),
-                    on_read=functools.partial(self._look, metric),
-                    on_write=functools.partial(self._write, metric),
-                )
-                stack.callback(interception.remove)
-                if isinstance(metric, Metric):
-                    stack.callback(vars(metric).__setitem__, "update", vars(metric)["update"])
-                    vars(metric)["update"] = self._checked_update(metric, vars(metric)["update"])
-            if self._sync_free:
-                stack.enter_context(sync_free(self._checked))
-            known = self._results.is_supported()
-            self._calls = None if known else stack.enter_context(self._log_calls.collected())
-            yield
-
-    def _checked_update(self, metric: Metric, original: Any) -> Any:
-        @functools.wraps(original)
-        def update(*args: Any, **kwargs: Any) -> None:
-            with self._checked.during(_update_of_a_copy(metric), args, kwargs):
-                original(*args, **kwargs)
-
-        return update
-
-    def _read(self, metric: nn.Module, name: str) -> Any:
-        slot = self._slots.get((id(metric), name))
-        if slot is None:
-            raise AttributeError(name)
-        self._reads.append(slot)
-        slot.attributes[name] = slot.fixed
-        return slot.fixed
-
-    def _look(self, metric: nn.Module, name: str) -> None:
-        if reason := unsupported_read(metric, name, self._writes.get(id(metric), set())):
-            raise CaptureError(reason)
-
-    def _write(self, metric: nn.Module, name: str, value: Any) -> None:
-        if reason := unsupported_write(metric, name, value):
-            raise CaptureError(reason)
-        self._writes.setdefault(id(metric), set()).add(name)
-
-    def finish(self) -> StepEffects:
-        """Inside the capture, after the step: writes new states where they are fixed, and tells what else was done."""
-        effects = StepEffects(self._states, self._reads, self._checks or [], self._log_calls.make)
-        effects.log_calls = CapturedLogCalls(self._calls) if self._calls else None
-        logged = set(map(id, self._results.metrics()))
-        for metric in self._metrics:
-            written = self._writes.get(id(metric), set())
-            if reason := unsupported_update(metric, written):
-                raise CaptureError(reason)
-            self._note_lists(metric, effects)
-        self._note_states(effects)
-        for metric in self._metrics:
-            self._note_attributes(metric, self._writes.get(id(metric), set()), effects)
-        if any(key in logged for key in self._writes):
-            effects.log = self._results.effect()
-        if not logged <= set(map(id, self._metrics)):
-            raise CaptureError("a value was logged for the first time")
-        return effects
-
-    def _note_states(self, effects: StepEffects) -> None:
-        finals = [
-            (slot, slot.attributes[slot.name])
-            for slot in self._slots.values()
-            if slot.name in slot.attributes
+        self._logged = logged
+        self._effects: list[Effect] = [*effects]
+        self._metrics = [
+            _RecordedMetric(metric, [state for state in metric_states if state.metric is metric])
+            for metric in metrics
         ]
-        fixed_storages = {slot.fixed.untyped_storage().data_ptr() for slot in self._slots.values()}
-        homes: dict[int, Tensor] = {
-            id(value): value for slot, value in finals if value is slot.fixed
+        self.log_calls: Calls = []
+        """Calls of ``self.log`` that the step made, if they have to be made again."""
+
+    @contextlib.contextmanager
+    def watching(self, checked: CheckedCalls) -> Iterator[None]:
+        """While this is entered, metrics are intercepted, and their updates are ``checked``."""
+        with contextlib.ExitStack() as stack:
+            for recorded in self._metrics:
+                metric, attributes = recorded.metric, recorded.attributes
+                stack.callback(Interception(metric, recorded).remove)
+                if isinstance(metric, Metric):
+                    update = attributes["update"]
+                    stack.callback(attributes.__setitem__, "update", update)
+                    attributes["update"] = _checked_update(metric, update, checked)
+            yield
+
+    def finish(self) -> tuple[list[Effect], list[Tensor]]:
+        """Write new states to static tensors, and return the effects of the step.
+
+        Returns:
+            The effects, and the tensors that the graph computes for them, in order.
+
+        Raises:
+            CaptureError: The step did what a replay cannot do again.
+        """
+        tensors: list[Tensor] = []
+        for recorded in self._metrics:
+            if reason := unsupported_update(recorded.metric, recorded.written):
+                raise CaptureError(reason)
+        found = [
+            self._log_effect(),
+            self._expected_attributes(),
+            self._moved_states(),
+            self._counters(),
+            self._appended(tensors),
+            self._set_attributes(tensors),
+            self._log_calls(tensors),
+        ]
+        return [*[effect for effect in found if effect is not None], *self._effects], tensors
+
+    def _log_effect(self) -> Effect | None:
+        logged = set(map(id, self._logged.metrics()))
+        if not logged <= {id(recorded.metric) for recorded in self._metrics}:
+            raise CaptureError("a value was logged for the first time")
+        is_logged = any(
+            recorded.written and id(recorded.metric) in logged for recorded in self._metrics
+        )
+        return self._logged.effect() if is_logged else None
+
+    def _expected_attributes(self) -> Effect | None:
+        expected = [
+            ExpectedAttribute(recorded.attributes, name, value)
+            for recorded in self._metrics
+            for name, value in recorded.expected.items()
+        ]
+        return ExpectAttributes(expected) if expected else None
+
+    def _moved_states(self) -> Effect | None:
+        read = [state for recorded in self._metrics for state in recorded.read]
+        final = [
+            (state, state.attributes[state.name])
+            for state in self._metric_states
+            if state.name in state.attributes
+        ]
+        storages = {
+            state.graph_tensor.untyped_storage().data_ptr() for state in self._metric_states
         }
+        tensors: dict[int, Tensor] = {
+            id(value): value for state, value in final if value is state.graph_tensor
+        }
+        """For each final value the static tensor that has it after a replay."""
         copies: list[tuple[Tensor, Tensor]] = []
-        for slot, value in finals:
-            if (
-                value.shape != slot.fixed.shape
-                or value.dtype != slot.fixed.dtype
-                or value.device != slot.fixed.device
+        for state, value in final:
+            static = state.graph_tensor
+            if (value.shape, value.dtype, value.device) != (
+                static.shape,
+                static.dtype,
+                static.device,
             ):
                 raise CaptureError(
-                    f"the state {type(slot.metric).__name__}.{slot.name} changes its shape, dtype or device"
+                    f"the state {type(state.metric).__name__}.{state.name} changes its shape,"
+                    " dtype or device"
                 )
-            if id(value) not in homes:
-                homes[id(value)] = slot.fixed
-                overlaps = value.untyped_storage().data_ptr() in fixed_storages
-                copies.append((slot.fixed, value.clone() if overlaps else value))
-            effects.homes.append((slot, homes[id(value)]))
+            if id(value) not in tensors:
+                tensors[id(value)] = static
+                overlaps = value.untyped_storage().data_ptr() in storages
+                copies.append((static, value.clone() if overlaps else value))
         if copies:
-            torch._foreach_copy_([fixed for fixed, _ in copies], [value for _, value in copies])
-        effects.metrics = list({id(slot.metric): slot.metric for slot, _ in effects.homes}.values())
+            torch._foreach_copy_([static for static, _ in copies], [value for _, value in copies])
+        written = [(state, tensors[id(value)]) for state, value in final]
+        return MoveMetricStates(self._states, read, written) if written else None
 
-    def _note_lists(self, metric: nn.Module, effects: StepEffects) -> None:
-        for name, default in states_of(metric).items():
-            if isinstance(default, Tensor):
-                continue
-            items = vars(metric)[name]
-            if not isinstance(items, list) or not all(isinstance(item, Tensor) for item in items):
-                raise CaptureError(
-                    f"the state {type(metric).__name__}.{name} is no list of tensors"
+    def _counters(self) -> Effect | None:
+        counters = []
+        for recorded in self._metrics:
+            value = recorded.attributes.get(_COUNTER)
+            if _COUNTER in recorded.written and isinstance(value, _CapturedCount):
+                counters.append(
+                    Counter(recorded.attributes, _COUNTER, value.source, value.increment)
                 )
-            if items:
-                same_list = items is self._lists[id(metric), name]
-                effects.appended.append((vars(metric), name, len(items), same_list))
-                effects.tensors.extend(items)
+        return AddToCounters(counters) if counters else None
 
-    def _note_attributes(self, metric: nn.Module, written: set[str], effects: StepEffects) -> None:
-        before = self._before[id(metric)]
-        for name in sorted(written - state_names(metric)):
-            value = vars(metric).get(name)
-            if name == "_update_count" and isinstance(value, int) and value >= _COUNT:
-                effects.counts.append((vars(metric), name, value - _COUNT))
-                continue
-            leaves = flatten(value)[0]
-            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            if not all(
-                isinstance(leaf, Tensor) or is_plain_value(leaf) or leaf is before.get(name)
-                for leaf in leaves
-            ):
-                raise CaptureError(
-                    f"{type(metric).__name__}.{name} is set to what a replay cannot make"
+    def _appended(self, tensors: list[Tensor]) -> Effect | None:
+        appended = []
+        for recorded in self._metrics:
+            for name, empty in recorded.lists.items():
+                items = recorded.attributes[name]
+                if not isinstance(items, list) or not all(
+                    isinstance(item, Tensor) for item in items
+                ):
+                    raise CaptureError(
+                        f"the state {type(recorded.metric).__name__}.{name} is no list of tensors"
+                    )
+                if items:
+                    appended.append(Appended(recorded.attributes, name, len(items), items is empty))
+                    tensors.extend(items)
+        return AppendToLists(appended) if appended else None
+
+    def _set_attributes(self, tensors: list[Tensor]) -> Effect | None:
+        constants = []
+        computed: list[ComputedAttribute] = []
+        for recorded in self._metrics:
+            values: dict[str, Any] = {}
+            for name in sorted(recorded.written - state_names(recorded.metric)):
+                value = recorded.attributes.get(name)
+                if name == _COUNTER and isinstance(value, _CapturedCount):
+                    continue
+                leaves = flatten(value)[0]
+                of_graph = _tensors_of_graph(recorded, name, leaves)
+                if not of_graph and len(leaves) == 1 and leaves[0] is value:
+                    values[name] = value
+                    continue
+                template = rebuild(value, iter([None] * len(leaves)))
+                computed.append(
+                    ComputedAttribute(
+                        recorded.attributes,
+                        name,
+                        template,
+                        [] if of_graph else leaves,
+                        len(of_graph),
+                    )
                 )
-            if tensors and len(tensors) != len(leaves):
-                raise CaptureError(
-                    f"{type(metric).__name__}.{name} is made of tensors and other values"
-                )
-            effects.tensors.extend(tensors)
-            template = rebuild(value, iter([None] * len(leaves))) if tensors else value
-            effects.values.append((vars(metric), name, template, len(tensors)))
+                tensors.extend(of_graph)
+            if values:
+                constants.append((recorded.attributes, values))
+        return SetAttributes(constants, computed) if constants or computed else None
+
+    def _log_calls(self, tensors: list[Tensor]) -> Effect | None:
+        if not self.log_calls:
+            return None
+        effect = RepeatLogCalls(self._logged.calls, self.log_calls)
+        tensors.extend([leaf for leaf in flatten(self.log_calls)[0] if isinstance(leaf, Tensor)])
+        return effect
+
+
+def _tensors_of_graph(recorded: _RecordedMetric, name: str, leaves: list[Any]) -> list[Tensor]:
+    """Return the tensors of an attribute's new value; it consists of them, or has none."""
+    what = f"{type(recorded.metric).__name__}.{name}"
+    if not all(
+        isinstance(leaf, Tensor)
+        or (is_plain_value(leaf) and not isinstance(leaf, _CapturedCount))
+        or leaf is recorded.before.get(name)
+        for leaf in leaves
+    ):
+        raise CaptureError(f"{what} is set to what a replay cannot make")
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if tensors and len(tensors) != len(leaves):
+        raise CaptureError(f"{what} is made of tensors and other values")
+    return tensors

@@ -64,8 +64,11 @@ class GuardSet:
         self._namespaces = [guard.source.namespace for guard in self.guards]
         self._names = [guard.source.name for guard in self.guards]
         self._expected = [guard.expected for guard in self.guards]
-        paths = [guard.source.path for guard in self.guards]
-        self._contents = FrozenValues(self._expected, paths)
+        there = [guard for guard in self.guards if guard.expected is not MISSING]
+        self._contents = FrozenValues(
+            [guard.expected for guard in there], [guard.source.path for guard in there]
+        )
+        self._has_contents = not self._contents.is_empty
         known = set(map(id, inside))
         hidden = [module for module in self._contents.modules if id(module) not in known]
         self._hidden = [ModuleGuard(module) for module in hidden]
@@ -84,7 +87,7 @@ class GuardSet:
             map(is_same_value, self._expected, values)
         ):
             return False
-        if not self._contents.hold():
+        if self._has_contents and not self._contents.hold():
             return False
         return not self._hidden or all(
             guard.check() and guard.training_flags() == flags

@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from torch import Tensor
+
+from cg_lightning.core.descriptor import is_plain_value
+
 MISSING: Any = type("Missing", (), {"__repr__": lambda _: "not there"})()
 """The value of a source whose holder has no such name."""
 
@@ -39,3 +43,27 @@ class Source:
 
     def __str__(self) -> str:
         return self.path
+
+
+_MOST_CHARACTERS = 60
+
+
+def shorten(value: Any) -> str:
+    """Return a short text for a value in a message; a tensor's values are not read."""
+    if isinstance(value, Tensor):
+        return f"tensor of shape {tuple(value.shape)}"
+    text = repr(value) if is_plain_value(value) else ""
+    if not text:
+        try:
+            text = repr(value)
+        except Exception as error:  # a user's __repr__ must not end the run
+            text = f"<{type(value).__name__}: {type(error).__name__}>"
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 3]}..."
+
+
+def describe_change(path: str, now: Any, before: Any) -> str:
+    """Return what changed, with both values: ``self.scale: now 2.0, before 1.0``."""
+    texts = (shorten(now), shorten(before))
+    if texts[0] == texts[1]:
+        return f"{path}: another object, {texts[0]}"
+    return f"{path}: now {texts[0]}, before {texts[1]}"

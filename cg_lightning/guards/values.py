@@ -17,11 +17,14 @@ from torch import Tensor, nn
 
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.tree import flatten, structure_paths
+from cg_lightning.guards.module_guard import Addresses
+from cg_lightning.guards.sources import describe_change, shorten
 from cg_lightning.modules.attributes import (
     attributes_of,
     is_configuration,
     is_plain_object,
     is_same_value,
+    same_attributes,
     slots_of,
 )
 
@@ -33,9 +36,6 @@ _CONTENTS: dict[type, Callable[[Any], Any]] = {
     array.array: array.array.tobytes,
     random.Random: random.Random.getstate,
 }
-# private, and in CUDA builds only: compares 300 addresses in about 20 us
-_native_compare = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
-_MOST_CHARACTERS = 60
 _Path = tuple[Any, ...]
 """A value's parent and how to get from there: formatted only if something has changed."""
 
@@ -48,56 +48,6 @@ def addresses_of(tensors: Iterable[Tensor]) -> set[int]:
 def _has_memory(tensor: Tensor) -> bool:
     # derivatives of forward mode may have none
     return tensor.layout is torch.strided and not tensor._is_zerotensor()
-
-
-class Addresses:
-    """Data pointers of tensors at capture time."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self._tensors = tensors
-        self._addresses = [tensor.data_ptr() for tensor in tensors]
-        self._indices = list(range(len(tensors)))
-
-    def check(self) -> bool:
-        """Return whether no tensor has another address."""
-        if not self._tensors:
-            return True
-        if _native_compare is not None:
-            return bool(_native_compare(self._tensors, self._addresses, self._indices))
-        return list(map(Tensor.data_ptr, self._tensors)) == self._addresses
-
-    def moved(self) -> list[int]:
-        """Return the indices of the tensors that have another address."""
-        pairs = zip(self._tensors, self._addresses, strict=True)
-        return [i for i, (tensor, address) in enumerate(pairs) if tensor.data_ptr() != address]
-
-
-def same_attributes(attributes: dict[str, Any], before: dict[str, Any]) -> bool:
-    """Return whether all attributes are the same objects, or equal plain values."""
-    return attributes.keys() == before.keys() and all(
-        map(is_same_value, before.values(), attributes.values())
-    )
-
-
-def shorten(value: Any) -> str:
-    """Return a short text for a value in a message; a tensor's values are not read."""
-    if isinstance(value, Tensor):
-        return f"tensor of shape {tuple(value.shape)}"
-    text = repr(value) if is_plain_value(value) else ""
-    if not text:
-        try:
-            text = repr(value)
-        except Exception as error:  # a user's __repr__ must not end the run
-            text = f"<{type(value).__name__}: {type(error).__name__}>"
-    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 3]}..."
-
-
-def describe_change(path: str, now: Any, before: Any) -> str:
-    """Return what changed, with both values: ``self.scale: now 2.0, before 1.0``."""
-    texts = (shorten(now), shorten(before))
-    if texts[0] == texts[1]:
-        return f"{path}: another object, {texts[0]}"
-    return f"{path}: now {texts[0]}, before {texts[1]}"
 
 
 def _array_contents(value: Any) -> Any:
@@ -167,6 +117,10 @@ class FrozenValues:
             seen.add(id(value))
             pending += self._store(value, path)
         self._addresses = Addresses(self.tensors)
+        self.is_empty = not any(
+            (self.tensors, self._containers, self._objects, self._slotted, self._copies)
+        )
+        """Whether :meth:`hold` has nothing to compare."""
 
     def _store(self, value: Any, path: _Path) -> Iterable[tuple[Any, _Path]]:
         """Store one value; return what is to be looked into next."""

@@ -22,12 +22,16 @@ def metrics_of(module: nn.Module) -> list[nn.Module]:
 
 @functools.cache
 def bookkeeping() -> frozenset[str]:
-    """Attributes that torchmetrics and Lightning keep for each metric: what a step sets them to does not depend on what
-    they were, but for ``_update_count``, which it counts up.
+    """Attributes that torchmetrics and Lightning keep for each metric.
+
+    What a step sets them to does not depend on what they were, except for ``_update_count``, which
+    it counts up. ``_dtype`` is set when a metric is moved to a device, which ``self.log`` does, to
+    torch's default dtype at that time.
     """
     return frozenset(
         {
             "_computed",
+            "_dtype",
             "_forward_cache",
             "_update_count",
             "_to_sync",

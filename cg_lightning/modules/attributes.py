@@ -29,6 +29,13 @@ def is_same_value(before: Any, after: Any) -> bool:
     return type(before) is type(after) and isinstance(before, _PLAIN) and bool(before == after)
 
 
+def same_attributes(attributes: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Return whether all attributes are the same objects, or equal plain values."""
+    return attributes.keys() == before.keys() and all(
+        map(is_same_value, before.values(), attributes.values())
+    )
+
+
 def slots_of(cls: type) -> tuple[str, ...]:
     """Gives the attributes that instances of ``cls`` keep in slots."""
     declared = [vars(base).get("__slots__", ()) for base in cls.__mro__]

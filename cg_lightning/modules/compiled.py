@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from cg_lightning.core.errors import CaptureError
 from cg_lightning.metrics.members import is_metric
 from cg_lightning.modules.interception import Interception
 
@@ -53,11 +52,6 @@ def modules_inside(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Modul
     for name, child in module.named_modules(prefix=path):
         if child is not module:
             yield name, child
-
-
-def is_for_lack_of_compiled_code(error: CaptureError) -> bool:
-    """Whether a capture failed since code had to be compiled, which the backend does not allow while it captures."""
-    return "fail_on_recompile" in str(error)
 
 
 def modules_that_run(root: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:

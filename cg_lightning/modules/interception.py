@@ -80,6 +80,32 @@ def _forwarding_metaclass(plain: type) -> type:
     return type("InterceptedType", (type(plain),), {"__setattr__": assign})
 
 
+class ModuleHandler:
+    """What happens at one module while it is intercepted; each method may be left as it is."""
+
+    def on_call(self, original: Handler, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs in place of a call of the module."""
+        return original(*args, **kwargs)
+
+    def on_read(self, name: str) -> None:
+        """Called before an attribute is read."""
+
+    def on_write(self, name: str, value: Any) -> None:
+        """Called before an attribute is set."""
+
+    def get_missing(self, name: str) -> Any:
+        """Gives an attribute that the module does not have."""
+        raise AttributeError(name)
+
+    def before_copy(self) -> None:
+        """Called before the module is pickled or copied."""
+
+
+def _overridden(handler: ModuleHandler, name: str) -> Any:
+    own = getattr(type(handler), name) is not getattr(ModuleHandler, name)
+    return getattr(handler, name) if own else None
+
+
 class Interception:
     """Swaps the class of one module object for a subclass whose methods are handlers.
 
@@ -100,6 +126,7 @@ class Interception:
     def __init__(
         self,
         module: nn.Module,
+        handler: ModuleHandler | None = None,
         *,
         call: Handler | None = None,
         methods: dict[str, Handler] | None = None,
@@ -109,6 +136,14 @@ class Interception:
         before_copy: Callable[[], None] = lambda: None,
     ) -> None:
         assert can_intercept(module)
+        if handler is not None:  # shim
+            on_call = _overridden(handler, "on_call")
+            if on_call is not None:
+                call = lambda *args, **kwargs: on_call(self.call_original, args, kwargs)  # noqa: E731
+            on_read = _overridden(handler, "on_read")
+            on_write = _overridden(handler, "on_write")
+            get_missing = _overridden(handler, "get_missing")
+            before_copy = handler.before_copy
         self.before_copy = before_copy
         self._module = module
         self._original = original = type(module)
@@ -158,8 +193,8 @@ class Interception:
                     return original.__getattr__(self, name)
 
             namespace["__getattr__"] = missing
-        for name, handler in (methods or {}).items():
-            namespace[name] = _InterceptedMethod(name, handler)
+        for name, method in (methods or {}).items():
+            namespace[name] = _InterceptedMethod(name, method)
         # a class made as a direct subclass would run the user's __init_subclass__, which may register it
         ours = types.new_class(
             plain.__name__,
@@ -207,3 +242,19 @@ class Interception:
         for name in self._put_there:
             type.__delattr__(self._ours, name)
         self._put_there = set()
+
+
+@contextlib.contextmanager
+def replaced_method(
+    module: nn.Module, name: str, replacement: Callable[..., Any]
+) -> Iterator[None]:
+    """While this is entered, ``module.name(...)`` runs ``replacement(original, ...)``."""
+    original = getattr(module, name)
+    interception = Interception(
+        module,
+        methods={name: lambda *args, **kwargs: replacement(original, *args, **kwargs)},
+    )
+    try:
+        yield
+    finally:
+        interception.remove()

@@ -24,16 +24,69 @@ from typing import Any, NamedTuple, Protocol
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import WARM_UP, Reason, Status
-from cg_lightning.runtime.ledger import CAPTURE_COST, WATCH_COST, CaptureLedger
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 UNKNOWN_KEY = Reason(Status.WARM_UP, "unknown key")
+CAPTURE_COST = 4
+"""Approximate cost of one capture, in eager steps."""
+WATCH_COST = 2
+"""Approximate cost of watching one step, in eager steps, once what it costs at first is paid."""
+CREDIT = 16
+"""What a family of keys may spend before its graphs have saved anything, in eager steps."""
+FIRST_WAIT = 10
+"""Steps that an overdrawn family runs eagerly before it may spend once more; doubled each time."""
 MOST_UNREPEATED = 4
 """Watched keys that have not come again: with so many, the next new key is watched only if it comes a second time."""
 MOST_VARIANTS = 8
 """Variants of one key; the oldest goes first."""
 MOST_KEYS = 2048
 """Keys without a graph that are remembered; the oldest go first."""
+
+
+class CaptureLedger:
+    """Keeps the account of one family of keys: equal shapes, any plain values, any guarded values.
+
+    A capture costs 4 steps, a watched step 2, and each step that runs from a graph earns 1. A family that has spent its credit
+    of 16 without earning it back runs eagerly for 10 steps, may then spend once more, waits for 20, 40, ... So keys that never
+    come again, a module that changes with each step, and more shapes than there may be graphs cost little in the long run.
+    """
+
+    def __init__(self) -> None:
+        self.balance = CREDIT
+        self._status = Status.UNPROFITABLE
+        self._why = "its keys do not come again"
+        self._waiting = 0
+        self._next_wait = FIRST_WAIT
+
+    def may_spend(self) -> bool:
+        """Return whether the family may watch or capture in this step. While it may not, each call is one step of waiting."""
+        if self.balance > 0:
+            return True
+        if self._waiting == 0:
+            self._waiting, self._next_wait = self._next_wait, 2 * self._next_wait
+            return False
+        self._waiting -= 1
+        return self._waiting == 0
+
+    def spend(self, steps: int) -> None:
+        """Pay for a capture or a watched step."""
+        self.balance -= steps
+
+    def earn(self) -> None:
+        """Take what one step from a graph saves."""
+        if self.balance < CREDIT:
+            self.balance += 1
+            if self.balance == CREDIT:
+                self._next_wait = FIRST_WAIT
+
+    def note(self, status: Status, why: str) -> None:
+        """Store for what the family has to spend: what varies, or that a graph was evicted."""
+        if why:
+            self._status, self._why = status, why
+
+    def reason(self) -> Reason:
+        """Return why the family may not spend now."""
+        return Reason(self._status, f"not captured, since it would not pay: {self._why}")
 
 
 class Guards(Protocol):
@@ -94,6 +147,8 @@ class Variant:
     watched: Any = None
     """What the watched step showed, for messages."""
     entry: Entry | None = None
+    verify_at: int = -1
+    """The number of replays after which the next one is compared with eager; -1: never."""
 
     @property
     def mode(self) -> CUDAGraphMode:
@@ -133,7 +188,8 @@ class CUDAGraphDispatcher:
     Args:
         policy: The mode that the user asked for.
         warmup_steps: Eager runs of a key before its capture.
-        wants_verification: Whether the next replay of a graph is compared, given the replays so far.
+        next_verification: Returns the number of replays after which the next one is compared with eager, given the
+            replays so far; -1: never.
         watches: Whether steps are watched before a capture. Calls of submodules are not: the step around them is.
     """
 
@@ -141,13 +197,13 @@ class CUDAGraphDispatcher:
         self,
         policy: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE,
         warmup_steps: int = 0,
-        wants_verification: Callable[[int], bool] = lambda _: False,
+        next_verification: Callable[[int], int] = lambda _: -1,
         *,
         watches: bool = True,
     ) -> None:
         self._policy = policy
         self._warmup_steps = warmup_steps
-        self._wants_verification = wants_verification
+        self._next_verification = next_verification
         self._watches = watches
         self._graph_mode = FULL if watches else PIECEWISE
         self._states: dict[tuple[Any, ...], KeyState] = {}
@@ -170,7 +226,9 @@ class CUDAGraphDispatcher:
         if not state.variants:
             state.variants.append(Variant(Unguarded(), []))
         variant = state.variants[0]
-        variant.modes = [each for each in (FULL, PIECEWISE) if each is mode or each in variant.modes]
+        variant.modes = [
+            each for each in (FULL, PIECEWISE) if each is mode or each in variant.modes
+        ]
         variant.reason = None if FULL in variant.modes else reason
 
     def dispatch(self, descriptor: BatchDescriptor) -> Dispatch:
@@ -221,14 +279,16 @@ class CUDAGraphDispatcher:
         entry = variant.entry
         if entry is not None and entry.is_valid():
             state.ledger.earn()
-            verifies = self._wants_verification(entry.replays)
-            return Plan(Action.VERIFY if verifies else Action.REPLAY, state, variant, variant.reason)
+            if entry.replays == variant.verify_at:
+                variant.verify_at = self._next_verification(entry.replays + 1)
+                return Plan(Action.VERIFY, state, variant, variant.reason)
+            return Plan(Action.REPLAY, state, variant, variant.reason)
         if state.ledger.may_spend():
             return Plan(Action.CAPTURE, state, variant, variant.reason)
         return self._unprofitable(state, variant)
 
     def _plan_without_variant(self, state: KeyState) -> Plan:
-        changed = state.variants[-1].guards.explain() if state.variants else ""
+        changed = state.variants[0].guards.explain() if state.variants else ""
         if changed:
             state.ledger.note(Status.UNPROFITABLE, changed)
         if not self._watches:
@@ -329,6 +389,7 @@ class CUDAGraphDispatcher:
         """A graph was captured."""
         state.ledger.spend(CAPTURE_COST - 1)  # the step itself ran from it
         variant.entry = entry
+        variant.verify_at = self._next_verification(1)
 
     def evicted(self, state: KeyState, why: str) -> None:
         """A graph of this key had to make room for another one."""

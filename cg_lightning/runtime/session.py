@@ -71,7 +71,8 @@ class Session:
         self._submodules: dict[int, SubmoduleRunner] = {}
         self._why_not_full: dict[str, Reason] = {}
         self._is_installed = False
-        self._is_first_step = True
+        self.is_first_step = True
+        """Whether no step has run since the module was installed."""
 
     def _make_target(
         self, module: nn.Module, mode: CUDAGraphMode, effects: ModuleEffects | None
@@ -98,7 +99,7 @@ class Session:
     def install(self) -> None:
         """Intercept the submodules that run from graphs, as far as they are known."""
         if not self._is_installed:
-            self._is_first_step = True
+            self.is_first_step = True
         self._is_installed = True
         targets = self.settings.targets
         if self.settings.runtime_policy.has_piecewise_cudagraphs() and targets is not None:
@@ -125,15 +126,14 @@ class Session:
         self.target.dispatcher.reset()
         self._submodules.clear()
 
-    def begin_step(self) -> None:
-        """Check that the module has not changed since its graphs were captured."""
-        self.cache.step += 1
+    def check_module(self) -> None:
+        """Find out how the module has changed: at the first step of a stage, and if its guard has failed."""
         guard = self.target.guard
         if not guard.check():
             failure = guard.failure()
             self._module_changed(failure.change, failure.text)
-        if self._is_first_step:
-            self._is_first_step = False
+        if self.is_first_step:
+            self.is_first_step = False
             epoch_failure = guard.check_epoch()
             if epoch_failure is not None:
                 self._module_changed(epoch_failure.change, epoch_failure.text)

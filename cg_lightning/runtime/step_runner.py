@@ -84,7 +84,9 @@ class StepRunner:
         if torch.is_grad_enabled():
             return self._eager(args, kwargs, _GRADIENTS)
         session = self._session
-        session.begin_step()
+        session.cache.step += 1
+        if session.is_first_step or not session.target.guard.check():
+            session.check_module()
         if not args:
             kwargs = dict(kwargs)
             args = (kwargs.pop(self._batch_name),)
@@ -150,9 +152,7 @@ class StepRunner:
         self._session.watched(plan, watched)
         return Outcome(output, NONE, plan.reason)
 
-    def _run_piecewise(
-        self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Outcome:
+    def _run_piecewise(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
         assert plan.variant is not None
         progress = StepInProgress()
         context = ForwardContext(PIECEWISE, plan.state.descriptor, progress)

@@ -131,7 +131,9 @@ class SubmoduleRunner(ModuleHandler):
             step.changed = changed
             reason = Reason(Status.CHANGED, f"{self.name}: {changed}")
             return Plan(Action.EAGER, state, None, reason)
-        self._drop(self.target.dispatcher.add_variant(state, Variant(guards, [CUDAGraphMode.PIECEWISE])))
+        self._drop(
+            self.target.dispatcher.add_variant(state, Variant(guards, [CUDAGraphMode.PIECEWISE]))
+        )
         return self.target.dispatcher.plan(state)
 
     def _run(

@@ -17,7 +17,7 @@ from cg_lightning.core.settings import Settings
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.report.stats import CUDAGraphStats
-from cg_lightning.runtime.dispatcher import CUDAGraphDispatcher, Plan
+from cg_lightning.runtime.dispatcher import Action, CUDAGraphDispatcher, Plan
 from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.verifier import Verdict, Verifier
 
@@ -64,7 +64,7 @@ class GraphTarget:
         self.dispatcher = CUDAGraphDispatcher(
             settings.runtime_policy if mode is CUDAGraphMode.FULL else mode,
             settings.warmup_steps,
-            settings.wants_verification,
+            settings.next_verification,
             watches=mode is CUDAGraphMode.FULL,
         )
         self._settings = settings
@@ -94,9 +94,8 @@ class GraphTarget:
             self._stats.entry(self.mode.name, name, call.descriptor),
         )
         get_entry = functools.partial(self._get_entry, target, plan, call)
-        replays = 0 if not self._has_entry(plan) or variant.entry is None else variant.entry.replays
         prefix = f"{name}: " if self.mode is CUDAGraphMode.PIECEWISE else ""
-        if not self._settings.wants_verification(replays):
+        if plan.action is Action.CAPTURE and self._settings.next_verification(0) != 0:
             try:
                 entry = get_entry()
             except (CaptureError, UnkeyableBatchError) as error:
@@ -125,10 +124,6 @@ class GraphTarget:
                 stacklevel=2,
             )
         return Reason(Status.VERIFICATION, f"verification: {text}")
-
-    def _has_entry(self, plan: Plan) -> bool:
-        assert plan.variant is not None
-        return plan.variant.entry is not None and plan.variant.entry.is_valid()
 
     def _get_entry(self, target: CaptureTarget, plan: Plan, call: GraphCall) -> GraphEntry:
         variant = plan.variant

@@ -97,7 +97,9 @@ class Verifier:
         with comparing as comparison:
 
             def eager() -> Any:
-                return call.run_eagerly() if comparison is None else comparison.run(call.run_eagerly)
+                return (
+                    call.run_eagerly() if comparison is None else comparison.run(call.run_eagerly)
+                )
 
             return self._compare(target, call, eager, get_entry, step)
 

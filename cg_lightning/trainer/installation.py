@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import LightningModule
 
 from cg_lightning.backends import CapturedGraph
-from cg_lightning.core.stages import STEPS
+from cg_lightning.core.stages import STEP_METHODS
 from cg_lightning.modules.interception import Interception
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner
@@ -22,20 +22,25 @@ class Installation:
         self._step: Interception | None = None
 
     def install(self, stage: str) -> None:
-        """Makes the step of ``stage`` run through a :class:`StepRunner`; idempotent."""
         if self._step is not None:
             return
-        name = STEPS[stage]
-        if stage not in self._runners:  # graphs are kept from one validation inside fit to the next
+        import functools
+
+        name = STEP_METHODS[stage]
+        if stage not in self._runners:
             self.session.note_step(stage, name)
-            self._runners[stage] = StepRunner(self.session, stage, getattr(self.module, name))
+            self._runners[stage] = StepRunner(self.session, stage, name, getattr(self.module, name))
         self.session.install()
-        self._step = self._steps.get(stage)
-        if self._step is None or not self._step.resume():
-            if self._step is not None:
-                self._step.remove()
-            self._step = Interception(self.module, methods={name: self._runners[stage].as_method()})
-            self._steps[stage] = self._step
+        runner = self._runners[stage]
+        original = getattr(self.module, name)
+
+        @functools.wraps(original)
+        def step(*args, **kwargs):
+            return runner.run(args, kwargs)
+
+        vars(step)["__wrapped__"] = getattr(original, "__wrapped__", original)
+        vars(self.module)[name] = step
+        self._step = name
 
     def graphs_of_steps(self) -> list[CapturedGraph]:
         """The graphs of whole steps."""
@@ -44,7 +49,7 @@ class Installation:
     def remove(self, check: bool = True) -> None:
         """Leaves no trace on the module; idempotent. ``check`` is as in :meth:`Session.remove`."""
         if self._step is not None:
-            self._step.suspend()
+            vars(self.module).pop(self._step)
             self._step = None
             self.session.remove(check)
 
@@ -52,7 +57,4 @@ class Installation:
         """Removes everything, and drops the graphs."""
         self.remove(check=False)
         self.session.close()
-        for step in self._steps.values():
-            step.remove()
-        self._steps.clear()
         self._runners.clear()

@@ -1,19 +1,26 @@
-"""The one place that knows the collection in which Lightning keeps what ``self.log`` was given.
+"""Adapter for Lightning's private results collection, which stores values passed to ``self.log``.
 
-It is private (``lightning/pytorch/trainer/connectors/logger_connector/result.py``, 2.6), so it is looked at before it is used.
+All access goes through this module. The collection is private (Lightning 2.6,
+``lightning/pytorch/trainer/connectors/logger_connector/result.py``), so it is looked at before it
+is used.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import Metric
+
+from cg_lightning.effects.effect import Effect
+from cg_lightning.trainer.log_calls import HeldLogCalls
 
 
 class LoggedResults:
-    """The results of the loop that runs a module.
+    """The results of the loop that runs a module; a
+    :class:`~cg_lightning.effects.logged_values.LoggedValues`.
 
     Args:
         module: The LightningModule.
@@ -21,21 +28,27 @@ class LoggedResults:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
+        self.calls = HeldLogCalls(module)
+        self.stage_number = 0
+        """Number of stages that have ended."""
         self._skipping: list[Any] = []
 
     @property
     def collection(self) -> Any:
-        """The results of the loop that runs now; None where there is no loop, it keeps none, or not as we know it."""
+        """The results of the loop that runs now.
+
+        None if there is no loop, or it keeps no results, or not as we know them.
+        """
         results = self._any_collection
         return results if results is not None and self.is_known(results) else None
 
     def is_supported(self) -> bool:
-        """Whether Lightning keeps what is logged now, if anything can be logged now, as we know it."""
+        """Return True if Lightning keeps what is logged now as we know it, or nothing is logged."""
         results = self._any_collection
         return results is None or self.is_known(results)
 
     def is_known(self, results: Any) -> bool:
-        """Whether these are results as we know them."""
+        """Return True if these are results as we know them."""
         return (
             isinstance(results, dict)
             and all(
@@ -43,7 +56,7 @@ class LoggedResults:
                 for name in ("batch", "batch_size", "dataloader_idx", "reset", "metrics")
             )
             and all(
-                hasattr(self._connector, name) for name in ("_current_fx", "should_reset_tensors")
+                hasattr(self.connector, name) for name in ("_current_fx", "should_reset_tensors")
             )
             and all(
                 isinstance(result, Metric) and {"has_reset", "meta"} <= vars(result).keys()
@@ -52,68 +65,67 @@ class LoggedResults:
         )
 
     def metrics(self) -> list[nn.Module]:
-        """The metric behind each logged value."""
+        """Return the metric behind each logged value."""
         return list((self.collection or {}).values())
 
     def snapshot(self) -> tuple[Any, dict[str, Any], dict[str, Any], Any]:
-        """What a step may change, for :meth:`restore`."""
+        """Return what a step may change, for :meth:`restore`."""
         results = self.collection
         if results is None:
             return None, {}, {}, None
-        return results, dict(results), dict(vars(results)), self._connector._current_fx
+        return results, dict(results), dict(vars(results)), self.connector._current_fx
 
     def restore(self, snapshot: tuple[Any, dict[str, Any], dict[str, Any], Any]) -> None:
-        """Puts back what a step has changed."""
+        """Put back what a step has changed."""
         results, items, attributes, current_fx = snapshot
         if results is None:
             return
         results.clear()
         results.update(items)
         vars(results).update(attributes)
-        self._connector._current_fx = current_fx
+        self.connector._current_fx = current_fx
 
     def begin(self) -> None:
-        """What the first ``self.log`` of an epoch does before all else; nothing at other times."""
+        """Do what the first ``self.log`` of an epoch does before all else; else nothing."""
         fx = getattr(self._module, "_current_fx_name", None)
         if (
             self.collection is not None
             and fx is not None
-            and self._connector.should_reset_tensors(fx)
+            and self.connector.should_reset_tensors(fx)
         ):
             self.collection.reset(metrics=False, fx=fx)
-            self._connector._current_fx = fx
+            self.connector._current_fx = fx
 
     def skip_values_of_steps(self) -> None:
-        """Where no value is logged for each step, keeps Lightning from going through all of them twice a batch to find none."""
+        """Skip Lightning's per-step scan of logged values if none was logged with ``on_step=True``."""
         results = self.collection
         if results is not None and not any(result.meta.on_step for result in results.values()):
             vars(results)["metrics"] = _MetricsOfEpochs(results)
             self._skipping.append(results)
 
     def release(self) -> None:
-        """Leaves no trace in any results."""
+        """Leave no trace in any results, at the end of a stage."""
+        self.stage_number += 1
         for results in self._skipping:
             vars(results).pop("metrics", None)
         self._skipping.clear()
 
-    def effect(self) -> LogEffect:
-        """What the step that has just logged did beside updating metrics."""
-        results = self.collection
-        return LogEffect(
-            self, results, dict(results), self._connector._current_fx, results.batch_size
-        )
+    def effect(self) -> Effect:
+        """Return what the step that has just logged did beside updating metrics."""
+        return RestoreLogResults(self)
 
     @property
     def _any_collection(self) -> Any:
         return getattr(getattr(self._module, "_trainer", None), "_results", None)
 
     @property
-    def _connector(self) -> Any:
+    def connector(self) -> Any:
+        """Lightning's object that knows for which hook values are logged."""
         return self._module.__dict__["_trainer"]._logger_connector
 
 
 class _MetricsOfEpochs:
-    """Stands in for ``metrics`` of results none of which has a value for each step."""
+    """Stands in for ``metrics`` of results if none of them has a value for each step."""
 
     def __init__(self, results: Any) -> None:
         self._results = results
@@ -130,41 +142,42 @@ class _MetricsOfEpochs:
         return type(results).metrics(results, on_step)
 
 
-class LogEffect:
-    """What ``self.log`` does at each step beside updating metrics."""
+class RestoreLogResults(Effect):
+    """What ``self.log`` does at each step beside updating metrics.
 
-    def __init__(
-        self,
-        owner: LoggedResults,
-        results: Any,
-        items: dict[str, Any],
-        fx: str,
-        batch_size: int | None,
-    ) -> None:
-        self._owner = owner
-        self._results = results
-        self._items = list(items.items())
-        self._connector = owner._connector
-        self._fx = fx
-        self._batch_size = batch_size
+    Args:
+        logged: The logged values; their step has just run.
+    """
 
-    def is_stale(self) -> bool:
-        """Whether other metrics stand behind the logged values than those that were captured."""
-        results = self._owner.collection
-        return results is not self._results or any(
-            results.get(key) is not metric for key, metric in self._items
+    def __init__(self, logged: LoggedResults) -> None:
+        self._logged = logged
+        self._results = logged.collection
+        self._items = list(self._results.items())
+        self._batch_size = self._results.batch_size
+        self._connector = logged.connector
+        self._fx = self._connector._current_fx
+        self._stage_number = -1
+
+    def is_valid(self) -> bool:
+        """Return False if other metrics stand behind the logged values than when captured.
+
+        Lightning replaces them between stages only, so it is looked at once a stage.
+        """
+        if self._stage_number == self._logged.stage_number:
+            return True
+        return self._logged.collection is self._results and all(
+            self._results.get(key) is metric for key, metric in self._items
         )
 
-    def begin_stage(self) -> None:
-        """After the first replay of a stage."""
-        self._owner.skip_values_of_steps()
-
-    def before(self) -> None:
-        """Before a replay."""
+    def before_replay(self) -> None:
+        """Reset logged values, if this is the first step of an epoch."""
         if self._connector._current_fx != self._fx:
-            self._owner.begin()
+            self._logged.begin()
 
-    def after(self) -> None:
-        """Leaves what ``self.log`` leaves."""
+    def after_replay(self, tensors: Iterator[Tensor]) -> None:
+        """Leave what ``self.log`` leaves."""
+        if self._stage_number != self._logged.stage_number:
+            self._stage_number = self._logged.stage_number
+            self._logged.skip_values_of_steps()
         self._connector._current_fx = self._fx
         self._results.batch_size = self._batch_size

@@ -1,0 +1,162 @@
+"""Everything that a step may change, and how to put it back."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cg_lightning.backends import GraphBackend
+from cg_lightning.core.tree import flatten
+from cg_lightning.metrics.members import is_metric, states_of
+
+if TYPE_CHECKING:
+    from cg_lightning.effects.module_effects import ModuleEffects
+
+
+class AttributesSnapshot:
+    """What the attributes of objects refer to; that itself is *not* copied.
+
+    Args:
+        objects: Objects with a ``__dict__``, which stays the same one.
+    """
+
+    def __init__(self, objects: Iterable[object]) -> None:
+        self._attributes = [(vars(obj), dict(vars(obj))) for obj in objects]
+
+    def restore(self) -> None:
+        """Put all attributes back, and remove those that are new."""
+        for attributes, before in self._attributes:
+            attributes.clear()
+            attributes.update(before)
+
+
+class HostRandomState:
+    """The states of the generators of Python, of NumPy if it is loaded, and of PyTorch's CPU."""
+
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        self._torch = torch.get_rng_state()
+        self._module: Any = sys.modules.get("numpy")
+        self._numpy = self._module.random.get_state() if self._module is not None else None
+
+    def restore(self) -> None:
+        """Put the states back."""
+        random.setstate(self._python)
+        torch.set_rng_state(self._torch)
+        if self._module is not None:
+            self._module.random.set_state(self._numpy)
+
+    def was_drawn(self, device_type: str) -> bool:
+        """Return True if a generator has moved since.
+
+        Args:
+            device_type: Where steps run. On the CPU a graph follows PyTorch's own generator.
+        """
+        now = HostRandomState()
+        if now._python != self._python or now._comparable_numpy() != self._comparable_numpy():
+            return True
+        return device_type != "cpu" and not torch.equal(now._torch, self._torch)
+
+    def _comparable_numpy(self) -> tuple[Any, ...]:
+        if self._numpy is None:
+            return ()
+        name, keys, *rest = self._numpy
+        return (name, keys.tobytes(), *rest)
+
+
+class StepState:
+    """What a step may change beside what it returns.
+
+    These are buffers, attributes of submodules, the states of random generators, and if ``effects``
+    are given, metrics and logged values.
+
+    Args:
+        module: The module.
+        backend: Where it runs.
+        effects: The effects of its steps; None if the module is run as a submodule.
+        written: Other tensors that steps write to.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        backend: GraphBackend,
+        effects: ModuleEffects | None = None,
+        written: Iterable[Tensor] = (),
+    ) -> None:
+        self._backend = backend
+        self._metrics = None if effects is None else MetricsSnapshot(effects)
+        others = [(f"tensor of shape {tuple(tensor.shape)}", tensor) for tensor in written]
+        self._buffers = [
+            (name, tensor, tensor.clone()) for name, tensor in [*module.named_buffers(), *others]
+        ]
+        self._attributes = AttributesSnapshot(
+            child for child in module.modules() if effects is None or not is_metric(child)
+        )
+        self._host_random_state = HostRandomState()
+        self._device_random_state = backend.get_random_state()
+
+    def restore(self) -> None:
+        """Put everything back in place: tensors keep their addresses."""
+        with torch.no_grad():
+            for _, buffer, value in self._buffers:
+                buffer.copy_(value)
+        self._attributes.restore()
+        if self._metrics is not None:
+            self._metrics.restore()
+        self._host_random_state.restore()
+        self._backend.set_random_state(self._device_random_state)
+
+    def values(self) -> list[tuple[str, Any]]:
+        """Return names and copies of the buffers, and of what metrics hold, as they are now."""
+        buffers = [(f"buffer {name}", buffer.clone()) for name, buffer, _ in self._buffers]
+        return buffers if self._metrics is None else [*buffers, *self._metrics.values()]
+
+
+class MetricsSnapshot:
+    """What a step may change in metrics and logged values.
+
+    Args:
+        effects: The effects of the steps of a module.
+    """
+
+    def __init__(self, effects: ModuleEffects) -> None:
+        self._effects = effects
+        metrics = effects.metrics()
+        tensors = {id(tensor): tensor for tensor in effects.states.tensors()}
+        for metric in metrics:
+            values = [vars(metric).get(name) for name in states_of(metric)]
+            tensors.update({id(value): value for value in values if isinstance(value, Tensor)})
+        self._tensors = [(tensor, tensor.clone()) for tensor in tensors.values()]
+        self._attributes = AttributesSnapshot(metrics)
+        lists = [
+            value for metric in metrics for value in vars(metric).values() if type(value) is list
+        ]
+        self._lists = [(value, list(value)) for value in lists]
+        self._locations = effects.states.locations()
+        self._logged = effects.logged.snapshot()
+
+    def restore(self) -> None:
+        """Put everything back in place."""
+        for tensor, value in self._tensors:
+            if torch.is_inference_mode_enabled() or not tensor.is_inference():
+                tensor.copy_(value)  # nothing can have written to an inference tensor elsewhere
+        self._attributes.restore()
+        for items, before in self._lists:
+            items[:] = before
+        self._effects.states.restore(self._locations)
+        self._effects.logged.restore(self._logged)
+
+    def values(self) -> list[tuple[str, Any]]:
+        """Return names and values of states, of what the latest step gave, and of counters."""
+        return [
+            (f"{type(metric).__name__}.{name}", leaf.clone() if isinstance(leaf, Tensor) else leaf)
+            for metric in self._effects.metrics()
+            for name in (*states_of(metric), "_forward_cache", "_update_count", "_computed")
+            for leaf in flatten(getattr(metric, name, None))[0]
+        ]
