@@ -260,8 +260,20 @@ class GraphedCall:
         self._recorder = NoEffects() if self._metrics is None else self._metrics.recorder()
         try:
             with override_forward_context(context), self._recorder.prepared():
-                if self._recorder.has_metrics:
-                    self._measure(self._recorder, static_tree, rest)
+                # not through the wrapper, which replays what it has captured
+                capture = functools.partial(
+                    self._wrapper._capture,
+                    self._settings.backend,
+                    descriptor,
+                    (static_tree, *rest),
+                    {},
+                )
+                capture()
+                if self._recorder.has_unreserved_checks:
+                    self._effects = []
+                    self._wrapper.concrete_cudagraph_entries.pop(descriptor)
+                    self._recorder.reserve_checks()
+                    capture()
                 computed = self._wrapper(static_tree, *rest)
         finally:
             self._capturing = self._recorder = None
@@ -287,16 +299,6 @@ class GraphedCall:
             place,
         )
         return entry, computed
-
-    def _measure(self, recorder: Recorder, tree: Any, rest: tuple[Any, ...]) -> None:
-        """Captures in order to see which checks there are; the graph is dropped."""
-        options = self._settings.options
-        self._settings.backend.capture(
-            lambda: self._run(tree, *rest),
-            collect_garbage=False,
-            capture_error_mode=options.capture_error_mode,
-        )
-        recorder.reserve_checks()
 
     def _run(self, tree: Any, *rest: Any) -> list[Tensor]:
         """What the wrapper captures: gives the computed tensors alone, and keeps the plan for the others."""
