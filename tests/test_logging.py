@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import (
     BinaryAccuracy,
     MulticlassAccuracy,
@@ -458,3 +458,66 @@ def test_metrics_that_are_reset_and_computed_in_the_step(harness, how, runs_full
     callback = harness.callback(mode="FULL", warmup_steps=1, verify_replays=0)
     harness.compare(ResetsAndComputes(how), job, callback, others=lambda: [Disturbs()])
     assert (callback.stats.steps["FULL"] > 0) is runs_full, callback.summary()
+
+
+class LogsAMetric(LightningModule):
+    """The first ``self.log`` of a stage moves the metric, which sets its dtype to the default one."""
+
+    def __init__(self, reads_dtype: bool) -> None:
+        super().__init__()
+        self.net = nn.Linear(8, 4)
+        self.accuracy = MulticlassAccuracy(4)
+        self.mean = MeanMetric(nan_strategy="error") if reads_dtype else None
+
+    def validation_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        logits = self.net(batch[0].to(self.net.weight.dtype))
+        self.accuracy.update(logits, batch[1])
+        loss = cross_entropy(logits, batch[1])
+        if self.mean is not None:  # casts to its dtype, which is another one at the first step
+            self.mean.update(logits.float().exp().mean())
+            self.log("mean", self.mean)
+        self.log("accuracy", self.accuracy)
+        self.log("loss", loss)
+        return loss
+
+
+@pytest.mark.parametrize("reads_dtype", [False, True])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-true", "64-true"])
+def test_true_precisions_run_full(harness, precision, reads_dtype):
+    generator = torch.Generator().manual_seed(4)
+    data = loader(
+        torch.randn(48, 8, generator=generator), torch.randint(0, 4, (48,), generator=generator)
+    )
+    job = lambda trainer, module: [trainer.validate(module, data, verbose=False) for _ in range(2)]
+    callback = harness.callback(mode="FULL")
+    harness.compare(LogsAMetric(reads_dtype), job, callback, precision=precision)
+    assert callback.stats.steps["FULL"] >= 18, callback.summary()
+
+
+class ReturnsWhatItLogs(Logs):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def log(self, name: str, value: Any, **settings: Any) -> Any:
+        super().log(name, value, **settings)
+        return value * 2
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        mean = self.net(batch[0]).mean()
+        if self.how == "log":
+            return self.log("mean", mean)
+        if self.how == "log_dict":
+            return self.log_dict({"mean": mean, "twice": mean * 2})
+        return {"loss": LightningModule.log(self, "mean", mean), "twice": self.log("twice", mean)}
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+@pytest.mark.parametrize("how", ["log", "log_dict", "both"])
+def test_a_step_that_returns_what_log_returns(harness, monkeypatch, how, is_known):
+    if not is_known:
+        monkeypatch.setattr(LoggedResults, "is_known", lambda self, results: False)
+    job = lambda trainer, module: [trainer.validate(module, images(40), verbose=False)]
+    callback = harness.callback(mode="FULL", warmup_steps=1)
+    harness.compare(ReturnsWhatItLogs(how), job, callback)
+    assert callback.stats.steps["FULL"] >= 8, callback.summary()

@@ -11,8 +11,8 @@ What is hard here:
   interceptions, attributes of metrics (after each capture), where states are stored, and the logged
   values (after all captures).
 - A check that was deferred (``metrics/deferred_checks.py``) writes to memory from outside the
-  graph, and which checks there are is known after a capture only. So a step with metrics is
-  captured twice; the graph of the first capture is dropped. See :class:`Recorder` for the order.
+  graph, and which checks there are is known after a capture only. So a step that checks something
+  is captured twice; the graph of the first capture is dropped. See :class:`Recorder` for the order.
 - ``LoggedValues.begin`` comes before anything is remembered: it does what the first ``self.log``
   of an epoch would do, outside the graph. Else the reset that it makes would be captured.
 - A step may set a counter of updates to what it was plus one, or to a number of its own
@@ -82,15 +82,15 @@ class Recorder(Protocol):
     """Records captures of one step, in this order.
 
     1. Enter :meth:`prepared`, outside any capture.
-    2. If :attr:`has_metrics`: capture the step, with :meth:`step` around it, and drop the graph.
-       Then call :meth:`reserve_checks`.
-    3. Capture the step, with :meth:`step` around it, and keep the graph and the effects.
+    2. Capture the step, with :meth:`step` around it.
+    3. If :attr:`has_unreserved_checks`: drop the graph and the effects, call
+       :meth:`reserve_checks`, and capture once more, as in 2.
     4. Leave :meth:`prepared`: metrics and logged values are what they were.
     """
 
     @property
-    def has_metrics(self) -> bool:
-        """Whether step 2 is necessary; known inside :meth:`prepared`."""
+    def has_unreserved_checks(self) -> bool:
+        """Whether the latest captured step made checks for which no memory was reserved."""
 
     def prepared(self) -> AbstractContextManager[None]:
         """While this is entered, metrics have states at fixed addresses."""
@@ -110,7 +110,7 @@ class _NoRecording:
 class NoEffects:
     """The recorder for a submodule: a call that has effects is not captured, so there are none."""
 
-    has_metrics = False
+    has_unreserved_checks = False
 
     def prepared(self) -> AbstractContextManager[None]:
         """Return a context that does nothing."""
@@ -186,12 +186,12 @@ class EffectRecorder:
         self._metrics: list[nn.Module] = []
         self._metric_states: list[MetricState] = []
         self._checked = CheckedCalls()
-        self._reserved: list[DeferredCheck] | None = None
+        self._reserved: list[DeferredCheck] = []
 
     @property
-    def has_metrics(self) -> bool:
-        """Whether a first capture is necessary, which shows what checks its arguments."""
-        return bool(self._metrics)
+    def has_unreserved_checks(self) -> bool:
+        """Whether the latest captured step made checks for which no memory was reserved."""
+        return len(self._checked.seen) > len(self._reserved)
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
@@ -199,6 +199,9 @@ class EffectRecorder:
 
         At the end everything is put back. If no exception is raised, the checks of the latest
         captured step are read from then on.
+
+        Raises:
+            CaptureError: That step made checks, and was not captured again: they would be lost.
         """
         self._logged.begin()
         self._metrics = _without_repetition([*metrics_of(self._module), *self._logged.metrics()])
@@ -209,7 +212,9 @@ class EffectRecorder:
                 yield
         finally:
             self._logged.restore(logged_before)
-        self._checks.add(self._reserved or [])
+        if self.has_unreserved_checks:
+            raise CaptureError("the step checks its arguments, and was captured only once")
+        self._checks.add(self._reserved)
 
     @contextlib.contextmanager
     def step(self) -> Iterator[Recording]:
@@ -217,7 +222,7 @@ class EffectRecorder:
 
         At the end the attributes of metrics are put back, so that each capture starts from the same.
         """
-        self._checked = CheckedCalls(self._reserved)
+        self._checked = CheckedCalls(self._reserved or None)
         effects = [ReadChecksLater(self._reserved)] if self._reserved else []
         with contextlib.ExitStack() as stack:
             stack.callback(AttributesSnapshot(self._metrics).restore)
