@@ -1,4 +1,4 @@
-"""What holds around every capture, whatever the backend."""
+"""The lock and the settings around every capture, for all backends."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import torch
 
 CAPTURE_LOCK = threading.RLock()
-"""Held during a capture: one at a time in a process."""
+"""Locked during a capture, so that only one runs at a time in a process."""
 
 
 @contextlib.contextmanager
 def garbage_collection_paused(collect_first: bool) -> Iterator[None]:
-    """Keeps the collector out: it may destroy another graph in the middle of a capture (pytorch#161037)."""
+    """Pause the collector, which may destroy another graph during a capture (pytorch#161037)."""
     if collect_first:
         gc.collect()
     was_enabled = gc.isenabled()
@@ -29,7 +29,10 @@ def garbage_collection_paused(collect_first: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def autocast_cache_off() -> Iterator[None]:
-    """Makes casts of weights part of the graph; one cast before it would go stale with the next optimizer step."""
+    """Make casts of weights part of the graph.
+
+    A cast from before the capture would keep its values after the next optimizer step.
+    """
     was_enabled = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
     torch.set_autocast_cache_enabled(False)
