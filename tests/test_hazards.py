@@ -150,6 +150,18 @@ def test_twelve_failing_captures_leave_a_healthy_process(backend, device):
     assert not torch.equal(before, net.weight)
 
 
+def test_gradients_after_a_print_that_failed(backend, device):
+    """Hazard 30: the traceback of a failed ``str(tensor)`` keeps a guard of the dispatcher."""
+    x = torch.ones(4, device=device)
+    with torch.inference_mode(), set_forward_context(FULL, BatchDescriptor(batch_size=4)):
+        str(x)
+        with pytest.raises(CaptureError) as caught:
+            CUDAGraphWrapper(str, FULL, backend=backend)(x)
+    del caught
+    gc.collect()
+    assert nn.Linear(4, 4).to(device)(x).requires_grad
+
+
 # the sync debug mode belongs to the process
 @pytest.mark.filterwarnings("ignore:called a synchronizing CUDA operation")
 def test_other_threads_while_capturing(harness, backend, device):

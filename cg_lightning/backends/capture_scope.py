@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
+import traceback
 from collections.abc import Iterator
 
 import torch
@@ -41,3 +42,14 @@ def autocast_cache_off() -> Iterator[None]:
     finally:
         torch.clear_autocast_cache()
         torch.set_autocast_cache_enabled(was_enabled)
+
+
+def release_frames(error: BaseException) -> None:
+    """Release the local variables of the frames that ``error`` came through.
+
+    ``str(tensor)`` keeps a guard of PyTorch's dispatcher in a local variable. If it raises, the
+    traceback keeps the guard. The guard would restore the dispatcher's state when the traceback is
+    released, and that state is wrong after inference mode has ended: gradients stay off for good
+    (torch 2.13).
+    """
+    traceback.clear_frames(error.__traceback__)

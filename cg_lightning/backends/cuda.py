@@ -46,6 +46,7 @@ from cg_lightning.backends.capture_scope import (
     CAPTURE_LOCK,
     autocast_cache_off,
     garbage_collection_paused,
+    release_frames,
 )
 from cg_lightning.backends.host_reads import OnCall
 from cg_lightning.core.causes import Cause
@@ -193,6 +194,7 @@ class CUDABackend:
                 graph.capture_end()
         except BaseException as error:
             self._recover(graph, caller, began, error)
+            release_frames(error)
             if not isinstance(error, Exception):
                 raise
             raise CaptureError(f"The capture failed: {type(error).__name__}: {error}") from error

@@ -46,6 +46,7 @@ from cg_lightning.backends.capture_scope import (
     CAPTURE_LOCK,
     autocast_cache_off,
     garbage_collection_paused,
+    release_frames,
 )
 from cg_lightning.backends.dispatch_mode import EagerDispatchMode
 from cg_lightning.backends.host_reads import OnCall, invisible_calls
@@ -265,6 +266,7 @@ class RecorderBackend:
                 with recorder.watching():
                     output = function()
             except Exception as error:
+                release_frames(error)
                 raise CaptureError(
                     f"The capture failed: {type(error).__name__}: {error}"
                 ) from error
