@@ -1,4 +1,4 @@
-"""Runs the same thing with and without the callback, and compares."""
+"""Runs the same job with and without the callback, and compares the results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Job = Callable[[Trainer, LightningModule], Any]
 
 
 def assert_same(one: Any, other: Any) -> None:
-    """Equal in structure, types and every bit; NaN equals NaN."""
+    """Assert equality in structure, types and every bit. NaN equals NaN."""
     leaves, structure = flatten(one)
     others, other_structure = flatten(other)
     assert structure == other_structure
@@ -31,7 +31,7 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 class KeepOutputs(Callback):
-    """Keeps every output of every step, as a user might, without copying."""
+    """Keeps every output of every step without a copy, as a user might."""
 
     def __init__(self) -> None:
         self.kept: list[Any] = []
@@ -74,9 +74,10 @@ class Harness:
         others: Callable[[], Sequence[Callback]] = list,
         **trainer_settings: Any,
     ) -> CUDAGraphCallback:
-        """Runs ``job`` on ``model`` and on an untouched copy without the callback; all that users see must be equal.
+        """Run ``job`` on ``model``, and on an untouched copy without the callback.
 
-        ``others`` makes further callbacks for each of the two Trainers.
+        Everything that users see must be equal. ``others`` makes further callbacks for each of the
+        two Trainers.
         """
         callback = callback or self.callback()
         reference = copy.deepcopy(model)
@@ -102,12 +103,12 @@ def predict(loaders: DataLoader | Sequence[DataLoader]) -> Job:
 
 
 def loader(*tensors: Tensor, batch_size: int = 4, **settings: Any) -> DataLoader:
-    """A loader of tuples of tensors; the last batch may be partial."""
+    """Return a loader of tuples of tensors. The last batch may be partial."""
     return DataLoader(torch.utils.data.TensorDataset(*tensors), batch_size=batch_size, **settings)
 
 
 def images(number: int = 20, batch_size: int = 4) -> DataLoader:
-    """Images of shape ``(batch, 1, 8, 8)`` and labels."""
+    """Return a loader of images ``(batch, 1, 8, 8)`` and labels."""
     generator = torch.Generator().manual_seed(5)
     return loader(
         torch.randn(number, 1, 8, 8, generator=generator),
@@ -117,7 +118,7 @@ def images(number: int = 20, batch_size: int = 4) -> DataLoader:
 
 
 def features(number: int = 20, batch_size: int = 4, size: int = 8) -> DataLoader:
-    """Tuples of one tensor of shape ``(batch, size)``."""
+    """Return a loader of tuples of one tensor ``(batch, size)``."""
     return loader(
         torch.randn(number, size, generator=torch.Generator().manual_seed(5)), batch_size=batch_size
     )

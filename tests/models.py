@@ -1,4 +1,4 @@
-"""Modules with the habits of real ones."""
+"""Modules with the habits of real modules."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def Body(size: int = 8) -> nn.Sequential:
 
 
 class Recurrent(nn.Module):
-    """Embeds nothing, remembers much: ``(batch, time, features)`` in and out."""
+    """A recurrent layer that maps ``(batch, time, features)`` to the same shape."""
 
     def __init__(self, cell: type[nn.Module]) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Recurrent(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of a sequence to itself: one tensor given three times."""
+    """Attention of a sequence to itself: the same tensor is passed three times."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Operations, each on one float tensor of shape ``(8, 8)``: what the diagnosis says of them is compared with real captures."""
+"""Operations on one float tensor ``(8, 8)``. The diagnosis is compared with real captures."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
     ),
     "kl_div": lambda x: F.kl_div(x.log_softmax(1), x.softmax(1), reduction="batchmean"),
     "huber_loss": lambda x: F.huber_loss(x, x * 2),
-    # linear algebra that checks nothing on the host
+    # linear algebra without checks on the host
     "cholesky_ex": lambda x: torch.linalg.cholesky_ex(_spd(x)),
     "inv_ex": lambda x: torch.linalg.inv_ex(_spd(x)),
     "vector_norm": lambda x: torch.linalg.vector_norm(x),
@@ -166,7 +166,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
     "unique_consecutive": lambda x: x.round().unique_consecutive(),
     "bincount": lambda x: _labels(x).bincount(),
     "repeat_interleave by a tensor": lambda x: x.repeat_interleave(_labels(x), 0),
-    # linear algebra that is checked on the host
+    # linear algebra with checks on the host
     "inv": lambda x: torch.linalg.inv(_spd(x)),
     "solve": lambda x: torch.linalg.solve(_spd(x), x),
     "cholesky": lambda x: torch.linalg.cholesky(_spd(x)),
@@ -174,7 +174,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
     "svd": lambda x: torch.linalg.svd(x),
     "lstsq": lambda x: torch.linalg.lstsq(_spd(x), x).solution,
     "matrix_rank": lambda x: torch.linalg.matrix_rank(x),
-    # tensors made of Python values, for the device
+    # tensors made from Python values, for the device
     "tensor of a number": lambda x: torch.tensor(2.0, device=x.device),
     "tensor of a list": lambda x: torch.tensor([1.0, 2.0], device=x.device),
     "as_tensor": lambda x: torch.as_tensor([1.0, 2.0], device=x.device),

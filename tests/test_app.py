@@ -1,4 +1,4 @@
-"""The command line, run as a user runs it: from another folder."""
+"""The command line, run from another folder as a user runs it."""
 
 import os
 import shutil
@@ -83,9 +83,8 @@ def test_the_benchmark_once_and_in_a_multirun(tmp_path):
     assert "validate, mlp" in run(tmp_path, *arguments, "bench.batches=2")
     run(tmp_path, "--multirun", *arguments, "bench.batches=2,3")
     assert (tmp_path / "bench.jsonl").exists()
-    assert (
-        len(list(tmp_path.glob("multirun/*/*/*/bench.jsonl"))) == 2
-    )  # none has overwritten another's
+    # no job overwrites the file of another
+    assert len(list(tmp_path.glob("multirun/*/*/*/bench.jsonl"))) == 2
 
 
 def test_any_model_and_data(tmp_path):

@@ -1,15 +1,17 @@
-"""The benchmark, where it measures nothing of use: that it runs, compares and writes."""
+"""The benchmark runs, compares and writes. The times that it measures here mean nothing."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from cg_lightning.backends import resolve_backend
+from cg_lightning.bench import report
 from cg_lightning.bench.cases import CASES, CLASSES
 from cg_lightning.bench.costs import measure_costs
 from cg_lightning.bench.measure import Settings
-from cg_lightning.bench.report import draw, environment, limit, read_lines, table, write_lines
+from cg_lightning.bench.report import environment, limit, read_lines, table, write_lines
 from cg_lightning.bench.run import measure, measure_case
 
 FEW = Settings(batches=4, warmup=6, rounds=1)
@@ -55,8 +57,23 @@ def test_all_of_ours_log_what_eager_logs(tmp_path, backend):
     )
     assert "validate, mlp" in table(records)
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    draw(records, tmp_path / "bench.png")
+    report.draw_all(records, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 1000
+    for file in report.draw_before_after(records, tmp_path / "before_after"):
+        assert file.stat().st_size > 1000
+
+
+def test_the_chart_of_the_readme(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    records = Path(__file__).parent.parent / "notebooks" / "benchmark_h200.jsonl"
+    report.main([str(records), str(tmp_path / "chart")])
+    assert [Path(line).name for line in capsys.readouterr().out.split()] == [
+        "chart.svg",
+        "chart.png",
+    ]
+    assert "<svg" in (tmp_path / "chart.svg").read_text()
+    assert (tmp_path / "chart.png").stat().st_size > 1000
+    assert report.draw_before_after(read_lines(records), tmp_path / "none", stage="test") == []
 
 
 @pytest.mark.slow
@@ -72,7 +89,7 @@ def test_that_the_comparison_can_fail(monkeypatch, backend):
     from cg_lightning.bench import contestants
 
     wrong = lambda net, sample, backend: (
-        contestants.Step(torch.nn.Sequential(net, torch.nn.Softmax(1))),
+        contestants.BenchmarkStep(torch.nn.Sequential(net, torch.nn.Softmax(1))),
         [],
     )
     monkeypatch.setitem(contestants.CONTESTANTS, "full", wrong)

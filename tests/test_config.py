@@ -1,4 +1,4 @@
-"""The configuration: each file composes, and says the same as the code."""
+"""The configuration: each file composes and agrees with the code."""
 
 import dataclasses
 import inspect

@@ -1,3 +1,5 @@
+"""The key of a batch: equal for equal batches, different for all others."""
+
 import collections
 import copy
 import dataclasses
@@ -27,7 +29,7 @@ class Record:
 
 
 class Encoding(collections.UserDict):
-    """Like a Hugging Face ``BatchEncoding``."""
+    """A mapping like Hugging Face's ``BatchEncoding``."""
 
 
 def make(kind, x):

@@ -1,4 +1,4 @@
-"""Whatever a user logs, keeps or predicts is what eager gives: against a copy that never met the callback."""
+"""Logged, kept and predicted values equal eager, compared with a copy that had no callback."""
 
 import copy
 import dataclasses
@@ -26,14 +26,14 @@ MODES = ["PIECEWISE", "FULL", "FULL_AND_PIECEWISE"]
 
 
 def sequences(number: int = 20, batch_size: int = 4) -> DataLoader:
-    """Sequences of shape ``(batch, 5, 8)``."""
+    """Return a loader of sequences ``(batch, 5, 8)``."""
     return loader(
         torch.randn(number, 5, 8, generator=torch.Generator().manual_seed(5)), batch_size=batch_size
     )
 
 
 class Residual(nn.Module):
-    """Changes its input in place, which its caller reads afterwards."""
+    """Changes a tensor in place, and reads it afterwards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Tied(nn.Module):
 
 
 class Layers(nn.Module):
-    """Children of a ModuleList, and a slice of a Sequential."""
+    """Calls children of a ModuleList, and a slice of a Sequential."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ def ragged(lengths: list[int]) -> DataLoader:
 
 
 class OnTensor(Predictor):
-    """Its batch is one tensor, and its step takes no batch_idx."""
+    """The batch is one tensor, and the step takes no batch_idx."""
 
     def validation_step(self, batch: Any) -> Any:
         return self.net(batch)
@@ -220,7 +220,7 @@ def test_shapes_in_any_order(harness, mode):
 
 
 def test_shapes_that_change_inside_a_step(harness):
-    """Hazard 3: equal batches, other arguments of the submodule."""
+    """Hazard 3: batches are equal, arguments of the submodule differ."""
 
     class Trims(Predictor):
         def predict_step(self, batch: Any, batch_idx: int) -> Any:
@@ -293,7 +293,7 @@ def test_nested_outputs(harness, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_nested_batch_with_values_in_every_leaf(harness, mode):
-    """Hazard 3: each leaf position is fed anew."""
+    """Hazard 3: each leaf gets new values."""
 
     class Reads(Predictor):
         def predict_step(self, batch: Any, batch_idx: int) -> Any:
@@ -368,9 +368,8 @@ def test_without_copies_outputs_live_until_the_next_replay_of_their_entry(harnes
     )
     assert kept.kept[2].data_ptr() == kept.kept[4].data_ptr()  # the same graph wrote both
     harness.trainer(expected).predict(model, ragged([3, 4, 3, 4, 3]), return_predictions=False)
-    assert_same(
-        kept.kept[3:], expected.kept[3:]
-    )  # another graph of the pool did not overwrite this one
+    # another graph of the pool did not overwrite this one
+    assert_same(kept.kept[3:], expected.kept[3:])
 
 
 def test_that_the_comparison_can_fail(harness):
@@ -439,7 +438,7 @@ def test_pinned_memory_and_workers(harness, backend):
 
 
 class Graph(nn.Module):
-    """Neighbours are a sparse matrix."""
+    """A graph network: the neighbours are a sparse matrix."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -468,7 +467,7 @@ def test_sparse_tensors_on_the_way(harness, mode):
 @pytest.mark.filterwarnings("ignore:(?s).*TensorFloat32 tensor cores")  # PyTorch, when it compiles
 @pytest.mark.parametrize("mode", MODES)
 def test_a_compiled_network(tmp_path, mode):
-    """It is compared with the same network, compiled, without graphs; the recorder would not run it compiled."""
+    """Compare with the same compiled network without graphs. The recorder runs it uncompiled."""
     net, harness = Body(), Harness("cuda", tmp_path)
     callback = harness.callback(mode=mode, warmup_steps=1)
     seen = []

@@ -1,4 +1,4 @@
-"""Hazards that no other file tries: see hazards.md for which test shows which."""
+"""Hazards without a file of their own. hazards.md names the tests of each hazard."""
 
 import copy
 import gc
@@ -36,9 +36,8 @@ FULL = CUDAGraphMode.FULL
 
 MAKERS = {
     "EMA": lambda: WeightAveraging(avg_fn=get_ema_avg_fn(0.5)),
-    "SWA": lambda: WeightAveraging(
-        use_buffers=False
-    ),  # integer buffers cannot be averaged on a GPU (torch 2.11)
+    # integer buffers cannot be averaged on a GPU (torch 2.11)
+    "SWA": lambda: WeightAveraging(use_buffers=False),
     "SWA with its learning rate": lambda: StochasticWeightAveraging(
         swa_lrs=0.01, swa_epoch_start=1
     ),
@@ -48,7 +47,7 @@ MAKERS = {
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_callbacks_that_swap_or_mask_weights(harness, make):
-    """Hazard 4: averaged weights are swapped in for validation; pruning masks weights after each epoch."""
+    """Hazard 4: averaging swaps weights for validation; pruning masks them after each epoch."""
     outcomes = []
     model = ConvNetClassifier(4)
     for graphed in (True, False):
@@ -141,7 +140,7 @@ def test_twelve_failing_captures_leave_a_healthy_process(backend, device):
             assert step(torch.ones(4, device=device)) is not None, name
             assert healthy(x).tolist() == [2, 2, 2, 2], name
             linear = nn.Linear(4, 4).to(device)
-            expected = linear(x)  # also the warm-up: libraries make their handles in a first run
+            expected = linear(x)  # also the warm-up: the first run makes the handles of libraries
             assert torch.equal(CUDAGraphWrapper(linear, FULL, backend=backend)(x), expected), name
     net = nn.Linear(4, 1).to(device)
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
@@ -151,20 +150,30 @@ def test_twelve_failing_captures_leave_a_healthy_process(backend, device):
     assert not torch.equal(before, net.weight)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:called a synchronizing CUDA operation"
-)  # the mode is one for the process
+def test_gradients_after_a_print_that_failed(backend, device):
+    """Hazard 30: the traceback of a failed ``str(tensor)`` keeps a guard of the dispatcher."""
+    x = torch.ones(4, device=device)
+    with torch.inference_mode(), set_forward_context(FULL, BatchDescriptor(batch_size=4)):
+        str(x)
+        with pytest.raises(CaptureError) as caught:
+            CUDAGraphWrapper(str, FULL, backend=backend)(x)
+    del caught
+    gc.collect()
+    assert nn.Linear(4, 4).to(device)(x).requires_grad
+
+
+# the sync debug mode belongs to the process
+@pytest.mark.filterwarnings("ignore:called a synchronizing CUDA operation")
 def test_other_threads_while_capturing(harness, backend, device):
-    """Hazard 18: fifty captures beside a loader with a worker and a thread that allocates and queries."""
+    """Hazard 18: 50 captures, while a worker loads and a thread allocates and queries."""
     stop = threading.Event()
     errors: list[BaseException] = []
 
     def work() -> None:
         try:
             while not stop.is_set():
-                tensor = torch.ones(
-                    64, 64, device=device
-                )  # random numbers of the device are refused while it captures
+                # no random numbers: the device refuses them during a capture
+                tensor = torch.ones(64, 64, device=device)
                 (tensor @ tensor).sum().item()
                 if backend == "cuda":
                     event = torch.cuda.Event()
@@ -203,7 +212,7 @@ def test_strategies_that_move_parameters_are_refused(harness):
 
 
 class TwoTensors(torch.Tensor):
-    """A wrapper subclass, as quantised and distributed parameters are."""
+    """A wrapper subclass, like quantised and distributed parameters."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -249,11 +258,10 @@ def test_lazy_parameters(harness):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*sync_dist=True")
-@pytest.mark.filterwarnings(
-    "ignore:The AccumulateGrad node's stream"
-)  # Lightning makes DDP on a stream of its own
+# Lightning makes DDP on its own stream
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
 def test_one_process_of_ddp(harness, backend):
-    """Hazards 19 and 27: the inner module is graphed, and the process ends."""
+    """Hazards 19 and 27: the inner module runs from graphs, and the process ends."""
     fit = lambda trainer, module: trainer.fit(module, images(), images())
     callback = harness.callback(warmup_steps=1)
     try:
@@ -266,7 +274,7 @@ def test_one_process_of_ddp(harness, backend):
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_two_processes_of_ddp(tmp_path, backend):
-    """Hazards 19 and 27: the metrics are eager's, no rank waits for another, also where one of them cannot capture."""
+    """Hazards 19 and 27: metrics equal eager, and no rank waits, also if one cannot capture."""
     if backend == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     root = Path(__file__).parent.parent
@@ -281,9 +289,8 @@ def test_two_processes_of_ddp(tmp_path, backend):
         "MASTER_ADDR",
         "MASTER_PORT",
     )
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ranks
-    }  # left by other tests' Trainers
+    # Trainers of other tests leave these variables
+    environment = {name: value for name, value in os.environ.items() if name not in ranks}
     done = subprocess.run(
         command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=200
     )
@@ -421,7 +428,7 @@ def test_out_of_memory_evicts_the_least_recently_used_once(harness):
     from tests.test_equivalence import OnTensor, ragged
 
     class Greedy(OnTensor):
-        """Needs more than there is, as long as another graph is there; and always for the longest."""
+        """Runs out of memory if another graph exists, and always for the longest input."""
 
         def predict_step(self, batch: Any) -> Any:
             if harness_captures() and (
@@ -445,7 +452,7 @@ def test_out_of_memory_evicts_the_least_recently_used_once(harness):
 
 
 def test_no_batch_is_kept(harness):
-    """What a watched step was given is let go, whatever is remembered of it."""
+    """Batch and output of a watched step are released."""
     alive: list[weakref.ref] = []
 
     class Notes(Predictor):
@@ -465,7 +472,7 @@ def test_no_batch_is_kept(harness):
 
 
 def test_random_numbers_after_a_capture_that_failed(harness):
-    """Hazard 9: a graph from before the failure draws what eager draws."""
+    """Hazard 9: a graph from before the failure draws the same numbers as eager."""
 
     class Draws(nn.Module):
         def __init__(self) -> None:
@@ -484,7 +491,7 @@ def test_random_numbers_after_a_capture_that_failed(harness):
             return self.late(self.net(batch[0]))
 
     class FailsLate(nn.Module):
-        """Is clean while it is watched, and cannot be captured."""
+        """Has no finding while it is watched, and cannot be captured."""
 
         def __init__(self) -> None:
             super().__init__()

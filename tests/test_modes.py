@@ -1,3 +1,5 @@
+"""The modes and their names."""
+
 import pytest
 
 from cg_lightning import CUDAGraphMode

@@ -1,4 +1,4 @@
-"""What the diagnosis says of an operation, and what a real capture of it does."""
+"""The diagnosis of an operation agrees with a real capture."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cg_lightning import (
 )
 from tests.operations import OPERATIONS
 
-# capturable, and called unclean: at most two
+# limit for operations that can be captured and that the diagnosis calls unclean
 TOO_CAREFUL = 2
 
 
@@ -32,12 +32,12 @@ class Runs(nn.Module):
 
 def is_captured(name: str, x: torch.Tensor, backend: str) -> bool:
     step = Runs(name).to(x.device)
-    options = CUDAGraphOptions(gc_disable=True)  # garbage takes longer than all the rest
+    options = CUDAGraphOptions(gc_disable=True)  # the collection takes longer than the test
     wrapper = CUDAGraphWrapper(
         lambda x: (step(x), None)[1], CUDAGraphMode.FULL, options, backend=backend
     )
     with torch.inference_mode():
-        step(x)  # library handles are made by a first run
+        step(x)  # the first run makes the handles of libraries
         with set_forward_context(CUDAGraphMode.FULL, BatchDescriptor(batch_size=8)):
             try:
                 wrapper(x)
@@ -49,7 +49,7 @@ def is_captured(name: str, x: torch.Tensor, backend: str) -> bool:
 def test_the_diagnosis_agrees_with_captures(backend, device, capsys):
     torch.manual_seed(0)
     x = torch.randn(8, 8, device=device)
-    # all diagnoses first: a capture that fails inside cuSOLVER leaves a handle that PyTorch cannot mend
+    # all diagnoses first: a capture that fails inside cuSOLVER leaves a broken handle
     clean = {name: diagnose(Runs(name).to(device), x).capturable() for name in OPERATIONS}
     rows = {name: (clean[name], is_captured(name, x, backend)) for name in OPERATIONS}
     assert len(rows) >= 100

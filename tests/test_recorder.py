@@ -1,4 +1,4 @@
-"""That the recorder catches what a GPU would not forgive."""
+"""The recorder refuses whatever a GPU would refuse."""
 
 import copy
 import threading
@@ -130,7 +130,7 @@ def test_random_state_is_not_used_up_by_a_capture():
 
 
 def test_reads_the_captured_address_not_the_tensor_that_took_its_place():
-    """Hazard 4: a GPU would read the old memory as well."""
+    """Hazard 4: a GPU reads the old memory as well."""
     net = nn.Linear(1, 1, bias=False)
     nn.init.ones_(net.weight)
     static = torch.ones(1, 1)
@@ -240,7 +240,7 @@ def test_an_exception_undoes_what_ran_before_it():
 
 
 def test_a_tensor_given_twice_stays_one():
-    """Attention of a sequence to itself takes another kernel, which on some processors gives other last bits."""
+    """Attention of a sequence to itself takes another kernel, with other last bits on some CPUs."""
     attention = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval()
     x = torch.randn(4, 5, 8)
     with torch.inference_mode():

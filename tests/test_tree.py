@@ -1,3 +1,5 @@
+"""Nested batches: flatten, paths, rebuild."""
+
 import collections
 import dataclasses
 import types

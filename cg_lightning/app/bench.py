@@ -13,15 +13,24 @@ from omegaconf import DictConfig
 
 from cg_lightning.bench.costs import measure_costs
 from cg_lightning.bench.measure import Settings
-from cg_lightning.bench.report import draw, environment, table, write_lines
+from cg_lightning.bench.report import (
+    describe_environment,
+    draw_all,
+    draw_before_after,
+    environment,
+    table,
+    write_lines,
+)
 from cg_lightning.bench.run import measure
 
 
 def bench(config: DictConfig) -> None:
-    """Measures, prints a table, and writes lines of JSON and a chart.
+    """Measure, print a table, and write lines of JSON and two charts.
+
+    The charts are ``OUTPUT.png`` (all contestants) and ``OUTPUT_before_after.svg`` and ``.png``.
 
     Args:
-        config: Of the schema :class:`~cg_lightning.app.config.BenchConfig`.
+        config: A config of the schema :class:`~cg_lightning.app.config.BenchConfig`.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
@@ -42,13 +51,15 @@ def bench(config: DictConfig) -> None:
     print(table(records))
     if output is not None:
         try:
-            draw(records, output.with_suffix(".png"))
+            draw_all(records, output.with_suffix(".png"))
+            before_after = output.with_name(f"{output.stem}_before_after")
+            draw_before_after(records, before_after, where=describe_environment(environment()))
         except ModuleNotFoundError as error:
             print(f"No chart: {error}.")
 
 
 def _folder() -> Path:
-    """Where relative paths begin: the jobs of a multirun must not overwrite each other's files."""
+    """Return the folder of relative paths. Jobs of a multirun must not overwrite each other."""
     if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         return Path(HydraConfig.get().runtime.output_dir)
     return Path()

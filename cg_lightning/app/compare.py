@@ -1,4 +1,4 @@
-"""Whether two runs gave the same numbers."""
+"""Compares the numbers of two runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def _differing_leaf(one: Any, other: Any, root: str) -> str:
 
 
 def describe_difference(with_graphs: Results, without: Results) -> str:
-    """Names the first metric or prediction that differs in any bit, with both values; empty where none does."""
+    """Return the first metric or prediction that differs in any bit, with both values.
+
+    The string is empty if all of them are equal.
+    """
     return _differing_leaf(with_graphs.metrics, without.metrics, "metrics") or _differing_leaf(
         with_graphs.predictions, without.predictions, "predictions"
     )

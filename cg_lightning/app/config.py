@@ -1,4 +1,4 @@
-"""Schemas for Hydra, and where the YAML files are."""
+"""Schemas for Hydra, and the folder of the YAML files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from omegaconf import MISSING
 
 
 class Task(Enum):
-    """What ``cg-lightning`` runs."""
+    """The tasks of ``cg-lightning``."""
 
     fit = "fit"
     validate = "validate"
@@ -57,7 +57,7 @@ class CUDAGraphConfig:
 
 @dataclasses.dataclass
 class BenchConfig:
-    """Schema of ``conf/bench``: what :func:`cg_lightning.bench.run.measure` is given."""
+    """Schema of ``conf/bench``, with the arguments of :func:`cg_lightning.bench.run.measure`."""
 
     cases: list[str] = MISSING
     contestants: list[str] = MISSING
@@ -88,7 +88,7 @@ class AppConfig:
 
 
 def register_configs() -> None:
-    """Makes the schemas known to Hydra; idempotent."""
+    """Register the schemas with Hydra. It may be called several times."""
     store = ConfigStore.instance()
     store.store(name="base_config", node=AppConfig, provider="cg_lightning")
     store.store(
@@ -97,9 +97,11 @@ def register_configs() -> None:
 
 
 def config_dir() -> str:
-    """Gives the absolute path of ``conf/``: the packaged copy, else the folder beside the package in a checkout.
+    """Return the absolute path of ``conf/``.
 
-    Hydra resolves relative paths through the package and does not find a folder outside it (hydra#2125).
+    It is the packaged copy if there is one, otherwise the folder next to the package in a checkout.
+    Hydra resolves relative paths through the package and does not find a folder outside of it
+    (hydra#2125).
     """
     package = Path(__file__).resolve().parent.parent
     packaged = package / "conf"

@@ -15,12 +15,12 @@ _Batch = Sequence[Tensor]
 
 
 class Classifier(LightningModule):
-    """Classifies with any network; logs loss and accuracy, predicts logits of shape ``(batch, classes)``.
+    """A classifier with any network. It logs loss and accuracy, and predicts logits.
 
     Args:
-        net: Maps a batch of inputs to logits.
-        num_classes: How many classes there are.
-        learning_rate: Of Adam.
+        net: Maps a batch of inputs to logits of shape ``(batch, classes)``.
+        num_classes: Number of classes.
+        learning_rate: Learning rate of Adam.
     """
 
     def __init__(self, net: nn.Module, num_classes: int = 10, learning_rate: float = 1e-3) -> None:
@@ -31,17 +31,17 @@ class Classifier(LightningModule):
         self.test_accuracy = MulticlassAccuracy(num_classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Gives the logits."""
+        """Return the logits."""
         logits: Tensor = self.net(inputs)
         return logits
 
     def training_step(self, batch: _Batch, batch_idx: int) -> Tensor:
-        """Gives the cross entropy."""
+        """Return the cross entropy."""
         inputs, labels = batch
         return cross_entropy(self(inputs), labels)
 
     def validation_step(self, batch: _Batch, batch_idx: int) -> None:
-        """Logs ``val_loss`` and ``val_accuracy``."""
+        """Log ``val_loss`` and ``val_accuracy``."""
         inputs, labels = batch
         logits = self(inputs)
         self.val_accuracy.update(logits, labels)
@@ -49,7 +49,7 @@ class Classifier(LightningModule):
         self.log("val_accuracy", self.val_accuracy)
 
     def test_step(self, batch: _Batch, batch_idx: int) -> None:
-        """Logs ``test_loss`` and ``test_accuracy``."""
+        """Log ``test_loss`` and ``test_accuracy``."""
         inputs, labels = batch
         logits = self(inputs)
         self.test_accuracy.update(logits, labels)
@@ -57,12 +57,12 @@ class Classifier(LightningModule):
         self.log("test_accuracy", self.test_accuracy)
 
     def predict_step(self, batch: _Batch, batch_idx: int) -> Tensor:
-        """Gives the logits."""
+        """Return the logits."""
         logits: Tensor = self(batch[0])
         return logits
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam."""
+        """Return an Adam optimizer."""
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
 
 
@@ -70,8 +70,8 @@ class ConvNetClassifier(Classifier):
     """Three convolutions with batch norm, for images of shape ``(batch, 1, 8, 8)``.
 
     Args:
-        channels: Channels of the first convolution.
-        learning_rate: Of Adam.
+        channels: Number of channels of the first convolution.
+        learning_rate: Learning rate of Adam.
     """
 
     def __init__(self, channels: int = 16, learning_rate: float = 1e-3) -> None:
@@ -91,12 +91,12 @@ class ConvNetClassifier(Classifier):
 
 
 class MLPClassifier(Classifier):
-    """A deep and narrow perceptron, for inputs of 64 features in any shape.
+    """A multi-layer perceptron for inputs of 64 features in any shape.
 
     Args:
-        width: Features of each hidden layer.
-        depth: Hidden layers.
-        learning_rate: Of Adam.
+        width: Number of features of each hidden layer.
+        depth: Number of hidden layers.
+        learning_rate: Learning rate of Adam.
     """
 
     def __init__(self, width: int = 128, depth: int = 4, learning_rate: float = 1e-3) -> None:
@@ -107,11 +107,11 @@ class MLPClassifier(Classifier):
 
 
 class DigitsDataModule(LightningDataModule):
-    """scikit-learn's handwritten digits: 1797 images of shape ``(1, 8, 8)`` with values in [0, 1], and their labels.
+    """scikit-learn's handwritten digits: 1797 images ``(1, 8, 8)`` in [0, 1], with labels.
 
     Args:
-        batch_size: Images in a batch.
-        num_workers: Worker processes of each dataloader.
+        batch_size: Number of images in a batch.
+        num_workers: Number of worker processes of each dataloader.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -123,11 +123,14 @@ class DigitsDataModule(LightningDataModule):
         self._num_workers = num_workers
 
     def setup(self, stage: str) -> None:
-        """Splits 1200 : 297 : 300, in the order of the data."""
+        """Split the data 1200 : 297 : 300, in its own order."""
         try:
             from sklearn.datasets import load_digits
         except ModuleNotFoundError as error:
-            message = "The handwritten digits lie in scikit-learn, which is not installed: pip install 'cg-lightning[demo]'"
+            message = (
+                "The handwritten digits are part of scikit-learn, which is not installed: "
+                "pip install 'cg-lightning[demo]'"
+            )
             raise ModuleNotFoundError(message) from error
         images, labels = load_digits(return_X_y=True)
         inputs = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
@@ -145,17 +148,17 @@ class DigitsDataModule(LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Shuffled."""
+        """Return the training images, shuffled."""
         return self._loader(self._train, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """In order."""
+        """Return the validation images, in order."""
         return self._loader(self._val)
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """In order."""
+        """Return the test images, in order."""
         return self._loader(self._test)
 
     def predict_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The test images."""
+        """Return the test images."""
         return self._loader(self._test)

@@ -12,10 +12,9 @@ register_configs()
 
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")
 def main(config: DictConfig) -> None:
-    """Runs a task with a model, data and Trainer of one's choice, with and without graphs."""
-    from cg_lightning.app.compare import (
-        describe_difference,
-    )  # torch takes seconds, and --help should not
+    """Run a task with any model, data and Trainer, with and without graphs."""
+    # imported here, because torch takes seconds and --help should not
+    from cg_lightning.app.compare import describe_difference
     from cg_lightning.app.run import choose_backend, run
 
     task: Task = config.task
@@ -36,8 +35,9 @@ def main(config: DictConfig) -> None:
     if difference:
         raise SystemExit(f"The same {task.value} without graphs differs: {difference}")
     print(
-        f"The same {task.value} without graphs gives identical metrics and predictions: {len(without.metrics)} metrics and "
-        f"{without.num_predictions} predicted batches, compared bit for bit after {callback.stats.replays} graph replays."
+        f"The same {task.value} without graphs gives identical metrics and predictions: "
+        f"{len(without.metrics)} metrics and {without.num_predictions} predicted batches, "
+        f"compared bit for bit after {callback.stats.replays} graph replays."
     )
 
 

@@ -23,19 +23,19 @@ from cg_lightning.callback import CUDAGraphCallback
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """All that a run told its user."""
+    """All numbers that a run returned to its user."""
 
     metrics: dict[str, torch.Tensor]
     predictions: Any
 
     @property
     def num_predictions(self) -> int:
-        """How many batches were predicted."""
+        """Number of predicted batches."""
         return len(self.predictions or ())
 
 
 def choose_backend(config: DictConfig) -> None:
-    """Takes the recorder for ``backend=auto`` where there is no CUDA device, and says so."""
+    """Select the recorder for ``backend=auto`` if there is no CUDA device, and print that."""
     graphs = config.get("cuda_graph")
     if graphs is None or graphs.backend != "auto":
         return
@@ -43,7 +43,8 @@ def choose_backend(config: DictConfig) -> None:
     if on_cpu:
         graphs.backend = "recorder"
         print(
-            "No CUDA device: graphs run on the recorder backend, which shows that they are right and is no speed-up."
+            "No CUDA device: graphs run on the recorder backend. It shows that results are equal; "
+            "it is no speed-up."
         )
 
 
@@ -57,11 +58,11 @@ def _callbacks(config: DictConfig, graphs: bool) -> list[Callback]:
 
 
 def run(config: DictConfig, *, graphs: bool = True) -> tuple[Results, CUDAGraphCallback | None]:
-    """Builds everything anew from ``config``, seeds, and runs the task.
+    """Seed, build all objects from ``config``, and run the task.
 
     Args:
         config: The composed config.
-        graphs: False leaves :class:`~cg_lightning.CUDAGraphCallback` out.
+        graphs: If False, :class:`~cg_lightning.CUDAGraphCallback` is left out.
     """
     seed_everything(config.seed, workers=True, verbose=False)
     callbacks = _callbacks(config, graphs)

@@ -1,16 +1,12 @@
-"""Ways to capture and replay work: ``cuda`` for GPUs, ``recorder`` for any device without a graph
-  API.
+"""Backends: ``cuda`` for GPUs, ``recorder`` for any device without a graph API.
 
-- ``base.py``: what a backend has to offer.
-- ``capture_scope.py``: what holds around every capture, whatever the backend.
-- ``cuda.py``: ``torch.cuda.CUDAGraph``. The only file that touches ``torch.cuda``.
-- ``dispatch_mode.py``: watching dispatched operations without changing what they compute.
-- ``host_reads.py``: calls that the dispatcher does not see, or not as what they would be on a
-  GPU.
-- ``illegal_operations.py``: which operations a CUDA graph cannot hold: one table, for the
-  recorder and for diagnosis.
-- ``recorder.py``: a graph API for devices that have none: records dispatched operations, and
-  replays them on the same memory.
+- ``base.py``: the protocol of a backend.
+- ``capture_scope.py``: the lock and the settings around every capture, for all backends.
+- ``cuda.py``: ``torch.cuda.CUDAGraph``. No other file uses ``torch.cuda``.
+- ``dispatch_mode.py``: watches dispatched operations and does not change their results.
+- ``host_reads.py``: calls that wait for a GPU and that the dispatcher does not show.
+- ``illegal_operations.py``: the table of operations that a CUDA graph cannot contain.
+- ``recorder.py``: a graph API for devices without one: records operations and replays them.
 """
 
 from __future__ import annotations
@@ -34,8 +30,10 @@ BACKENDS = ("auto", "cuda", "recorder")
 
 
 def check_backend(backend: str) -> str:
-    """Raises:
-    ValueError: ``backend`` is unknown, or is ``cuda`` where there is no CUDA device.
+    """Return ``backend`` if it can be used on this machine.
+
+    Raises:
+        ValueError: ``backend`` is unknown, or it is ``cuda`` and there is no CUDA device.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}.")
@@ -47,12 +45,13 @@ def check_backend(backend: str) -> str:
 
 
 def resolve_backend(backend: str, device: torch.device | None = None) -> GraphBackend | None:
-    """Gives the backend of that name for ``device`` (None: the default one).
+    """Return the backend of that name for ``device``, or for the default device if it is None.
 
-    ``auto`` is ``cuda`` on a CUDA device and None, meaning that all runs eagerly, elsewhere.
+    ``auto`` is ``cuda`` on a CUDA device. On other devices it is None: everything runs eagerly.
 
     Raises:
-        ValueError: As :func:`check_backend`, or ``cuda`` is asked for on a device that is none.
+        ValueError: As in :func:`check_backend`, or ``cuda`` is asked for and ``device`` is not a
+            CUDA device.
     """
     check_backend(backend)
     if backend == "recorder":
@@ -63,6 +62,7 @@ def resolve_backend(backend: str, device: torch.device | None = None) -> GraphBa
         return cuda.cuda_backend(device)
     if backend == "cuda":
         raise ValueError(
-            f"backend='cuda' was asked for, but the work runs on {device}; choose 'recorder' or 'auto'."
+            f"backend='cuda' was asked for, but the work runs on {device}; "
+            "choose 'recorder' or 'auto'."
         )
     return None

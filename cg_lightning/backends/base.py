@@ -1,4 +1,4 @@
-"""What a backend has to offer."""
+"""The protocol of a backend."""
 
 from __future__ import annotations
 
@@ -13,30 +13,32 @@ from cg_lightning.backends.host_reads import OnCall
 
 
 class CapturedGraph(Protocol):
-    """Work that was captured once and can be replayed on the same memory."""
+    """Captured work that can be replayed on the same memory."""
 
     num_bytes: int
-    """Bytes of graph memory that the capture took."""
+    """Bytes of graph memory that the capture reserved."""
 
     def replay(self) -> None:
-        """Runs the captured work on the current stream."""
+        """Run the captured work on the current stream."""
 
 
 class GraphBackend(Protocol):
-    """A way to capture and replay work on one device."""
+    """Captures and replays work on one device."""
 
     name: str
     device: torch.device
 
     def is_capturing(self) -> bool:
-        """Whether this thread is inside a capture."""
+        """Return True if this thread is inside a capture."""
 
     def capture(
         self, function: Callable[[], Any], *, collect_garbage: bool, capture_error_mode: str
     ) -> tuple[CapturedGraph, Any]:
-        """Captures ``function``; gives the graph and what ``function`` returned, whose values a replay computes.
+        """Capture ``function``. Return the graph and the return value of ``function``.
 
-        Captures happen one at a time in a process, with Python's garbage collector kept out and the autocast cache off.
+        The tensors in the return value are undefined until the first replay. Only one capture runs
+        at a time in a process. During a capture, Python's garbage collector is paused and the
+        autocast cache is off.
 
         Args:
             function: Called once, with no arguments.
@@ -44,20 +46,20 @@ class GraphBackend(Protocol):
             capture_error_mode: As in ``torch.cuda.graph``.
 
         Raises:
-            CaptureError: The work could not be captured; the backend is as usable as before.
+            CaptureError: The work could not be captured. The backend can still be used.
         """
 
     def noticing_host_syncs(self, on_call: OnCall) -> AbstractContextManager[None]:
-        """Calls ``on_call`` for what the dispatcher does not show, while a step runs eagerly."""
+        """Call ``on_call`` for host syncs of an eager step that the dispatcher does not show."""
 
     def get_random_state(self) -> Tensor:
-        """The state of the device's default random generator."""
+        """Return the state of the device's default random generator."""
 
     def set_random_state(self, state: Tensor) -> None:
-        """Sets the state of the device's default random generator."""
+        """Set the state of the device's default random generator."""
 
     def synchronize(self) -> None:
-        """Waits for all work on the device: before a graph that may still be running is dropped."""
+        """Wait for all work on the device; needed before a graph that may run is dropped."""
 
     def weak_ref_tensor(self, tensor: Tensor) -> Tensor:
-        """Gives a tensor on the same memory that does not keep it: later captures may use that memory."""
+        """Return a tensor on the same memory that does not own it: later captures may reuse it."""

@@ -1,10 +1,11 @@
-"""What holds around every capture, whatever the backend."""
+"""The lock and the settings around every capture, for all backends."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import threading
+import traceback
 from collections.abc import Iterator
 
 import torch
@@ -12,12 +13,12 @@ import torch
 from cg_lightning.core.errors import CaptureError, OutOfGraphMemoryError, RecompileNeededError
 
 CAPTURE_LOCK = threading.RLock()
-"""Held during a capture: one at a time in a process."""
+"""Locked during a capture, so that only one runs at a time in a process."""
 
 
 @contextlib.contextmanager
 def garbage_collection_paused(collect_first: bool) -> Iterator[None]:
-    """Keeps the collector out: it may destroy another graph in the middle of a capture (pytorch#161037)."""
+    """Pause the collector, which may destroy another graph during a capture (pytorch#161037)."""
     if collect_first:
         gc.collect()
     was_enabled = gc.isenabled()
@@ -31,7 +32,10 @@ def garbage_collection_paused(collect_first: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def autocast_cache_off() -> Iterator[None]:
-    """Makes casts of weights part of the graph; one cast before it would go stale with the next optimizer step."""
+    """Make casts of weights part of the graph.
+
+    A cast from before the capture would keep its values after the next optimizer step.
+    """
     was_enabled = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
     torch.set_autocast_cache_enabled(False)
@@ -51,3 +55,14 @@ def as_capture_error(error: Exception) -> CaptureError:
     if "fail_on_recompile" in str(error):
         return RecompileNeededError(text)
     return CaptureError(text)
+
+
+def release_frames(error: BaseException) -> None:
+    """Release the local variables of the frames that ``error`` came through.
+
+    ``str(tensor)`` keeps a guard of PyTorch's dispatcher in a local variable. If it raises, the
+    traceback keeps the guard. The guard would restore the dispatcher's state when the traceback is
+    released, and that state is wrong after inference mode has ended: gradients stay off for good
+    (torch 2.13).
+    """
+    traceback.clear_frames(error.__traceback__)

@@ -1,4 +1,33 @@
-"""``torch.cuda.CUDAGraph``. The only file that touches ``torch.cuda``."""
+"""``torch.cuda.CUDAGraph``. No other file uses ``torch.cuda``.
+
+What is hard here is not the capture that works, but the capture that fails. The states below were
+seen on a GPU with torch 2.11.
+
+**A failed capture damages the process.** The current stream stays the capture stream. The memory
+pool stays in the state "recording". The default generator stays in capture state, so the next
+``torch.randn`` raises "Offset increment outside graph capture". A cuSOLVER handle that was used
+fails its next call. ``_recover`` has one repair for each of these. The pool cannot be repaired, so
+it is replaced. Diagnosis finds most illegal operations before a capture; ``_recover`` is for the
+operations that it missed.
+
+**The order in ``_recover`` matters.** ``capture_end`` comes first, then the caller's stream. The
+anchor graph is dropped last, because no graph can be destroyed while a stream captures. An early
+version dropped it first, and it died during the capture. The synchronization raises an
+asynchronous error of the capture once, so it must be inside ``_recover`` and not in the next step
+of the user.
+
+**A pool must not outlive its graphs.** After the last graph of a pool is dropped, the next capture
+into that pool fails an internal assert of the allocator. An anchor graph of one small kernel keeps
+each pool in use, so that every other graph may be dropped at any time.
+
+**Inference mode.** The first capture creates the state tensor of the generator, and all later
+replays write it. ``capture_begin`` and ``capture_end`` therefore run with inference mode off. The
+function between them runs in the mode of its caller.
+
+**The compiler's stance is the last context.** A capture runs nothing, so nothing may be compiled in
+it. The stance takes effect when its object is made, not when it is entered. An early version made
+the object before it had the lock.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +47,7 @@ from cg_lightning.backends.capture_scope import (
     as_capture_error,
     autocast_cache_off,
     garbage_collection_paused,
+    release_frames,
 )
 from cg_lightning.backends.host_reads import OnCall
 from cg_lightning.core.causes import Cause
@@ -26,17 +56,17 @@ _SYNC_WARNING = "called a synchronizing CUDA operation"
 
 
 def is_available() -> bool:
-    """Whether there is a CUDA device."""
+    """Return True if there is a CUDA device."""
     return torch.cuda.is_available()
 
 
 def current_device() -> torch.device:
-    """The CUDA device that PyTorch uses by default."""
+    """Return the default CUDA device of PyTorch."""
     return torch.device("cuda", torch.cuda.current_device())
 
 
 class CUDACapturedGraph(torch.cuda.CUDAGraph):
-    """A graph that knows what memory it took."""
+    """A graph and the number of bytes that its capture reserved."""
 
     num_bytes = 0
 
@@ -44,9 +74,7 @@ class CUDACapturedGraph(torch.cuda.CUDAGraph):
 class CUDABackend:
     """Captures on one persistent side stream, into one memory pool for each device.
 
-    A pool whose last graph is gone cannot be captured into again (an internal assert of PyTorch's allocator, seen in
-    2.11). So an anchor graph of one small kernel keeps it; a failed capture leaves its pool unusable, which then is
-    replaced.
+    An anchor graph keeps the pool in use. After a failed capture, the pool is replaced.
     """
 
     name = "cuda"
@@ -58,7 +86,7 @@ class CUDABackend:
         self._anchor: torch.cuda.CUDAGraph | None = None
 
     def is_capturing(self) -> bool:
-        """Whether the current stream is capturing."""
+        """Return True if the current stream is capturing."""
         return torch.cuda.is_current_stream_capturing()
 
     def capture(
@@ -66,8 +94,7 @@ class CUDABackend:
     ) -> tuple[CUDACapturedGraph, Any]:
         """See :class:`~cg_lightning.backends.base.GraphBackend`."""
         with CAPTURE_LOCK, torch.cuda.device(self.device):
-            # what a compiler computes in advance must not be computed inside a capture, which runs nothing. The stance is set
-            # when its object is made, so that comes last
+            # the stance takes effect when its object is made, so it must be the last one
             with (
                 garbage_collection_paused(collect_garbage),
                 autocast_cache_off(),
@@ -82,9 +109,10 @@ class CUDABackend:
 
     @contextlib.contextmanager
     def noticing_host_syncs(self, on_call: OnCall) -> Iterator[None]:
-        """Sees what waits for the device: PyTorch's own sync debug mode, and ``synchronize``, which that misses.
+        """Report host syncs, found by PyTorch's sync debug mode.
 
-        The mode is one for the process: another thread that waits just when it ends may still show PyTorch's warning.
+        The mode misses ``torch.cuda.synchronize``, so that function is replaced as well. The mode
+        belongs to the process: if another thread waits while it ends, PyTorch's warning may appear.
         """
         show, original = warnings.showwarning, torch.cuda.synchronize
         thread, mode = threading.get_ident(), torch.cuda.get_sync_debug_mode()
@@ -111,19 +139,19 @@ class CUDABackend:
                 torch.cuda.set_sync_debug_mode(mode)
 
     def get_random_state(self) -> Tensor:
-        """The state of the default CUDA generator."""
+        """Return the state of the default CUDA generator."""
         return torch.cuda.get_rng_state(self.device)
 
     def set_random_state(self, state: Tensor) -> None:
-        """Sets the state of the default CUDA generator."""
+        """Set the state of the default CUDA generator."""
         torch.cuda.set_rng_state(state, self.device)
 
     def synchronize(self) -> None:
-        """Waits for the device."""
+        """Wait for the device."""
         torch.cuda.synchronize(self.device)
 
     def weak_ref_tensor(self, tensor: Tensor) -> Tensor:
-        """A tensor without ownership, of the same dtype and strides."""
+        """Return a tensor on the same memory without ownership, with the same dtype and strides."""
         if not tensor.is_cuda or not tensor.numel():
             return tensor
         storage = tensor.untyped_storage()
@@ -155,17 +183,18 @@ class CUDABackend:
         torch.cuda.set_stream(self._stream)
         began = False
         try:
-            # the generator state that the first capture makes must not be an inference tensor: all later replays write it
+            # the first capture makes the state of the generator, and later replays write it
             with torch.inference_mode(False):
                 graph.capture_begin(pool=self._pool, capture_error_mode=capture_error_mode)
             began = True
             output = function()
             with torch.inference_mode(False), warnings.catch_warnings():
-                # a submodule that only passes its inputs on makes an empty graph, and that is fine
+                # a submodule that only returns its input gives an empty graph, which is fine
                 warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
                 graph.capture_end()
         except BaseException as error:
             self._recover(graph, caller, began, error)
+            release_frames(error)
             if not isinstance(error, Exception):
                 raise
             raise as_capture_error(error) from error
@@ -179,50 +208,46 @@ class CUDABackend:
         began: bool,
         error: BaseException,
     ) -> None:
-        """Takes back what a failed capture leaves behind (each of it seen in torch 2.11); bounded, and never raises."""
+        """Repair the state of the process after a failed capture. It never raises."""
         pool, self._pool = self._pool, None
         if began and torch.cuda.is_current_stream_capturing():
-            with contextlib.suppress(
-                Exception
-            ):  # it reports the error that is already being raised
+            # it reports the error that is already being raised
+            with contextlib.suppress(Exception):
                 graph.capture_end()
         torch.cuda.set_stream(caller)
-        with contextlib.suppress(
-            Exception
-        ):  # only a capture that PyTorch did not end itself still allocates to the pool
+        # it fails if PyTorch ended the capture itself
+        with contextlib.suppress(Exception):
             torch._C._cuda_endAllocateToPool(self.device.index, pool)
         generator = torch.cuda.default_generators[self.device.index]
         with contextlib.suppress(Exception), torch.inference_mode(False):
             generator.graphsafe_set_state(generator.clone_state())
-        with contextlib.suppress(
-            Exception
-        ):  # an asynchronous error of the capture is delivered here, once
+        # an asynchronous error of the capture is raised here, once
+        with contextlib.suppress(Exception):
             torch.cuda.synchronize(self.device)
-        if "cusolver" in str(
-            error
-        ):  # its handle refuses the next call (2.11), which may as well be this one
+        # the cuSOLVER handle fails its next call after this error (torch 2.11); make that call here
+        if "cusolver" in str(error):
             with contextlib.suppress(Exception):
                 torch.linalg.svd(torch.eye(2, device=self.device))
-        self._anchor = None  # not before: while a stream captures no graph can be destroyed
+        self._anchor = None  # last: no graph can be destroyed while a stream captures
 
 
 def make_graphed_callable(module: nn.Module, sample: Tensor) -> Callable[[Tensor], Tensor]:
-    """PyTorch's own way to graph a module of one input shape; the benchmark compares with it."""
+    """Graph a module for one input shape by PyTorch's own function, for the benchmark."""
     graphed: Any = torch.cuda.make_graphed_callables(module, (sample,))
     return lambda x: graphed(x)
 
 
 def reserved_bytes() -> int:
-    """What PyTorch's allocator holds of the device, in bytes."""
+    """Return the bytes of the device that PyTorch's allocator has reserved."""
     return torch.cuda.memory_reserved() if is_available() else 0
 
 
 def device_name() -> str:
-    """What the device is called."""
+    """Return the name of the device."""
     return torch.cuda.get_device_name()
 
 
 @functools.cache
 def cuda_backend(device: torch.device) -> CUDABackend:
-    """The backend of one device: its stream and its pool are shared by all who capture there."""
+    """Return the backend of one device. All captures there share its stream and its pool."""
     return CUDABackend(device)

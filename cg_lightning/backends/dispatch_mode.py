@@ -1,4 +1,4 @@
-"""Watching dispatched operations without changing what they compute."""
+"""Watches dispatched operations and does not change their results."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ import torch
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# private, so only here: without it a watched step under inference mode may differ from eager in the last bit
+# private. Without it, a watched step in inference mode may differ from eager in the last bit
 _include_or_exclude = getattr(torch._C, "_SetExcludeDispatchKeyGuard", None)
 
 
 @functools.cache
 def _has_kernel(function: OpOverload, key: str) -> bool:
-    """Whether a dispatch key does something of its own for this very operation, rather than for what it calls."""
+    """Return True if a dispatch key has a kernel for this operation itself."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), key)
 
 
 class EagerDispatchMode(TorchDispatchMode):
-    """Base of our dispatch modes: operations called through :meth:`call` take the way that they take in eager.
+    """Base class of our dispatch modes. Operations called through :meth:`call` run as in eager.
 
-    Composite operations that arrive whole (lstm and einsum under inference mode, the encoder layer's fast path always) do
-    so with the dispatch keys ADInplaceOrView and Autocast excluded for all that they call: views of parameters made inside
-    no longer require grad, by which ``matmul`` chooses its kernel, and inner operations are not cast. So both keys are
-    included again, but for operations that they have already handled. Whether autocast is on cannot be asked inside
-    ``__torch_dispatch__``, where its key is always excluded; so it is watched from outside.
+    Some composite operations arrive in one piece: lstm and einsum in inference mode, and the fast
+    path of the encoder layer always. The dispatch keys ADInplaceOrView and Autocast are then
+    excluded for the operations inside. As a result, views of parameters do not require grad, and
+    ``matmul`` selects its kernel by that; and inner operations are not cast. Therefore
+    :meth:`call` includes both keys again, except for operations that they already handled.
+
+    The key of autocast is always excluded inside ``__torch_dispatch__``, so the state of autocast
+    is observed at ``torch.set_autocast_enabled``.
     """
 
     def __init__(self, device_type: str) -> None:
@@ -41,7 +44,7 @@ class EagerDispatchMode(TorchDispatchMode):
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Enters the mode."""
+        """Enter the mode."""
         original = torch.set_autocast_enabled
 
         def set_autocast_enabled(*args: Any) -> None:
@@ -53,11 +56,14 @@ class EagerDispatchMode(TorchDispatchMode):
             yield
 
     def casts_inside(self, function: OpOverload) -> bool:
-        """Whether autocast is on for what ``function`` calls; where it casts ``function`` itself, it did so already."""
+        """Return True if autocast must cast the operations inside ``function``.
+
+        If autocast has a kernel for ``function`` itself, it already did the cast.
+        """
         return self._autocast and not _has_kernel(function, f"Autocast{self.device_type.upper()}")
 
     def call(self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Calls ``function`` from inside ``__torch_dispatch__``."""
+        """Call ``function`` from inside ``__torch_dispatch__``."""
         if _include_or_exclude is None:
             return function(*args, **kwargs)
         with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Calls that the dispatcher does not see, or not as what they would be on a GPU."""
+"""Calls that wait for a GPU and that the dispatcher does not show."""
 
 from __future__ import annotations
 
@@ -44,10 +44,11 @@ def _stays_on_the_host(*_: Any, device: Any = None, **__: Any) -> bool:
 
 @contextlib.contextmanager
 def invisible_calls(on_call: OnCall) -> Iterator[None]:
-    """Calls ``on_call`` before each such call of this thread; it may raise.
+    """Call ``on_call`` before each such call of this thread. ``on_call`` may raise.
 
-    A tensor that is read out (``tolist``, ``numpy``, ``cpu``) never reaches the dispatcher where it lies on the CPU; one
-    that is made of Python values for a device (``torch.tensor(..., device=...)``) looks like one that stays on the host.
+    ``tolist``, ``numpy`` and ``cpu`` of a CPU tensor do not reach the dispatcher. A tensor made
+    from Python values for a device (``torch.tensor(..., device=...)``) looks to the dispatcher
+    like a tensor that stays on the host.
     """
     with contextlib.ExitStack() as stack:
         for name in _READS:
@@ -57,9 +58,8 @@ def invisible_calls(on_call: OnCall) -> Iterator[None]:
         for name in _MAKERS:
             original = getattr(torch, name)
             maker = _noticed(torch, name, Cause.TENSOR_FROM_PYTHON, on_call, _stays_on_the_host)
-            for module in list(
-                sys.modules.values()
-            ):  # ``from torch import tensor``, as torchmetrics does
+            # torchmetrics does ``from torch import tensor``
+            for module in list(sys.modules.values()):
                 if getattr(module, "__dict__", {}).get(name) is original:
                     stack.enter_context(patch.object(module, name, maker))
         maker = _noticed(Tensor, "new_tensor", Cause.TENSOR_FROM_PYTHON, on_call, _never)

@@ -1,4 +1,4 @@
-"""Which operations a CUDA graph cannot hold: one table, for the recorder and for diagnosis."""
+"""The table of operations that a CUDA graph cannot contain, for the recorder and diagnosis."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def _table(cause: Cause, *names: str) -> dict[str, Cause]:
     return {f"aten::{name}": cause for name in names}
 
 
-# under inference mode composite operations arrive whole (item, linalg_inv), under no_grad in parts (_local_scalar_dense)
+# in inference mode, composite operations arrive in one piece (item, linalg_inv); under no_grad, in
+# parts (_local_scalar_dense)
 _ILLEGAL: dict[str, Cause] = {
     **_table(
         Cause.HOST_SYNC,
@@ -93,9 +94,8 @@ def _reads_a_mask(indices: Any) -> bool:
 def _illegal_index_put(args: Sequence[Any]) -> bool:
     indices, value = args[1], args[2]
     masks = [index for index in indices if index is not None]
-    masked_fill = (
-        len(masks) == 1 and isinstance(value, Tensor) and value.numel() == 1
-    )  # PyTorch calls masked_fill then
+    # PyTorch calls masked_fill in this case
+    masked_fill = len(masks) == 1 and isinstance(value, Tensor) and value.numel() == 1
     return _reads_a_mask(indices) and not masked_fill
 
 
@@ -110,20 +110,23 @@ def _crosses_devices(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> 
 
 
 def _made_from_python(tensor: Tensor, device_type: str) -> bool:
-    """Whether values were copied to where the graphs run; a CPU scalar is an argument of the kernels that take it."""
+    """Return True if values were copied to the device of the graphs.
+
+    A scalar on the CPU is not copied: it is an argument of the kernels that read it.
+    """
     return tensor.device.type == device_type and (device_type != "cpu" or tensor.dim() > 0)
 
 
 def find_illegal(
     function: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], device_type: str
 ) -> Cause | None:
-    """Says why a CUDA graph cannot hold this call of a dispatched operation; None where it can.
+    """Return why a CUDA graph cannot contain this call, or None if it can.
 
     Args:
         function: The operation.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        device_type: Where the graphs run.
+        device_type: Type of the device on which graphs run.
     """
     name = function._schema.name
     cause = _ILLEGAL.get(name)

@@ -1,4 +1,32 @@
-"""A graph API for devices that have none: records dispatched operations, and replays them on the same memory."""
+"""A graph API for devices without one: records operations and replays them on the same memory.
+
+The recorder has to do two things at once: compute the same bits as eager, and forgive no more than
+CUDA would. It is no speed-up; a replay costs more than an eager step.
+
+**It is adversarial on purpose.** A lenient stand-in passes tests that fail on a GPU. So a capture
+restores every byte that existed before it and poisons everything that it allocated: only a replay
+computes. A replay reads the addresses of the capture, not the tensors that took their place since.
+It overwrites the outputs that other graphs of the pool hold weakly. Operations that CUDA cannot
+capture raise.
+
+**Bits.** A dispatch mode alone changes results: see ``dispatch_mode.py``. Three more things are
+recorded, because kernels depend on them: the autocast state of each operation; ``requires_grad`` of
+each argument; and identity, since attention of a sequence to itself takes another kernel than
+attention to an equal copy. An early version gave each argument a tensor of its own and differed
+in the last bits on some processors.
+
+**Writes.** Schemas do not tell the truth: batch norm updates its statistics without declaring it.
+``_may_write`` therefore trusts only the schemas of ``aten`` operations that are not norms. An
+operation that only makes a view is not recorded: later operations have the memory of the view
+among their arguments.
+
+**What must not be reordered.** ``_remember`` copies the bytes before the operation runs. ``_fix``
+detaches the arguments before the operation runs, because it may change how they are read. ``undo``
+runs after the mode is left, otherwise it would be recorded. The compiler's stance is the last
+context, as in ``cuda.py``; a dispatch mode alone would keep compiled code compiled for good.
+
+It knows no streams, no allocator, and no work that bypasses the dispatcher.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +47,7 @@ from cg_lightning.backends.capture_scope import (
     as_capture_error,
     autocast_cache_off,
     garbage_collection_paused,
+    release_frames,
 )
 from cg_lightning.backends.dispatch_mode import EagerDispatchMode
 from cg_lightning.backends.host_reads import OnCall, invisible_calls
@@ -38,9 +67,10 @@ def _tensors(*trees: Any) -> list[Tensor]:
 
 
 def _fix(tree: Any) -> Any:
-    """Other tensors on the memory that those in ``tree`` have now, wherever those go.
+    """Return ``tree`` with new tensors on the same memory, which keep it if the originals move.
 
-    One given twice stays one: attention of a sequence to itself takes another kernel. Some kernels look at requires_grad.
+    A tensor that occurs twice stays one object, and ``requires_grad`` is kept, because kernels are
+    selected by both.
     """
     fixed = {
         id(tensor): tensor.detach().requires_grad_(tensor.requires_grad)
@@ -50,7 +80,7 @@ def _fix(tree: Any) -> Any:
 
 
 def _poison(tensor: Tensor) -> None:
-    """Makes a value that nobody can take for a result."""
+    """Write a value that no one can mistake for a result."""
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
         tensor.fill_(float("nan"))
     elif tensor.dtype is torch.bool:
@@ -61,18 +91,18 @@ def _poison(tensor: Tensor) -> None:
 
 @dataclasses.dataclass
 class _Operation:
-    """One recorded call: tensors in ``args``, ``kwargs`` and ``results`` are fixed to the memory they had then."""
+    """One recorded call. All its tensors are fixed to the memory that they had in the capture."""
 
     function: OpOverload
     args: Any
     kwargs: Any
     results: list[Tensor | None]
-    """What the call allocated; None where a result aliases an input."""
+    """The tensors that the call allocated; None for a result that aliases an input."""
     autocast: _Autocast
 
 
 class _Pool:
-    """The graphs of one device. Memory that one of them holds only weakly may be used by any other."""
+    """The graphs of one device. Each may use memory that another one holds only weakly."""
 
     def __init__(self) -> None:
         self.graphs: weakref.WeakSet[RecordedGraph] = weakref.WeakSet()
@@ -89,7 +119,10 @@ _recording = threading.local()
 
 
 def _may_write(function: OpOverload) -> bool:
-    """Whether the schema says so, or is known not to: batch norm updates running statistics without declaring it."""
+    """Return True if the operation may write to its arguments.
+
+    Batch norm updates its statistics and its schema does not declare it.
+    """
     return (
         function._schema.is_mutable
         or "norm" in function._schema.name
@@ -98,7 +131,7 @@ def _may_write(function: OpOverload) -> bool:
 
 
 class _Recorder(EagerDispatchMode):
-    """Runs each operation, keeps it, and remembers the bytes that it overwrites."""
+    """Runs and records each operation, and stores the bytes that it overwrites."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device.type)
@@ -124,9 +157,8 @@ class _Recorder(EagerDispatchMode):
         autocast = (casts, torch.get_autocast_dtype(self.device_type) if casts else None)
         fixed_args, fixed_kwargs = _fix((args, kwargs))
         output = self.call(func, args, kwargs)
-        if (
-            torch.Tag.inplace_view not in func.tags
-        ):  # those change how one tensor object is read, and no memory
+        # an in-place view changes one tensor object, and no memory
+        if torch.Tag.inplace_view not in func.tags:
             known = {_address(tensor) for tensor in inputs}
             results = [
                 self._created(tensor) if _address(tensor) not in known else None
@@ -154,7 +186,7 @@ class _Recorder(EagerDispatchMode):
                 self._overwritten[address] = (storage, storage.clone())
 
     def undo(self) -> None:
-        """Puts back every byte that existed before the capture, and poisons those that did not."""
+        """Restore every byte that existed before the capture, and poison all others."""
         for storage, before in self._overwritten.values():
             storage.copy_(before)
         for operation in self.operations:
@@ -164,7 +196,7 @@ class _Recorder(EagerDispatchMode):
 
 
 class RecordedGraph:
-    """Operations that were recorded once, on the memory they then used."""
+    """Recorded operations, on the memory that they used in the capture."""
 
     def __init__(self, recorder: _Recorder, pool: _Pool, device_type: str) -> None:
         self.num_bytes = sum(
@@ -177,8 +209,8 @@ class RecordedGraph:
         pool.graphs.add(self)
 
     def replay(self) -> None:
-        """Computes what was recorded, and overwrites what other graphs of the pool hold only weakly."""
-        # inference mode lets tensors be written that were made in it, and those that were not
+        """Run the operations, and overwrite the weakly held memory of other graphs in the pool."""
+        # in inference mode, inference tensors and all other tensors can be written
         with torch.inference_mode():
             self._pool.overwrite_weakly_held(self)
             for operation in self._operations:
@@ -197,12 +229,9 @@ def _refuse(cause: Cause, operation: str) -> None:
 
 
 class RecorderBackend:
-    """The contract of CUDA graphs without a GPU, for laptops, CI and tests. It is no speed-up: a replay costs more.
+    """The contract of CUDA graphs without a GPU, for laptops, CI and tests.
 
-    It is adversarial on purpose, so that what passes here passes on a GPU. A capture leaves all bytes that existed before
-    as they were, and poisons what it allocated: only a replay computes. A replay reads the addresses of the capture, not
-    the tensors that have since taken their place, and poisons the outputs that other graphs hold weakly. Operations that
-    CUDA could not capture raise. It knows no streams, no allocator, and no work that does not go through the dispatcher.
+    It is stricter than CUDA, so a test that passes here should pass on a GPU. It is no speed-up.
     """
 
     name = "recorder"
@@ -212,13 +241,16 @@ class RecorderBackend:
         self._pool = _pools.setdefault(device, _Pool())
 
     def is_capturing(self) -> bool:
-        """Whether this thread is recording."""
+        """Return True if this thread is recording."""
         return getattr(_recording, "recorder", None) is not None
 
     def capture(
         self, function: Callable[[], Any], *, collect_garbage: bool, capture_error_mode: str
     ) -> tuple[RecordedGraph, Any]:
-        """See :class:`~cg_lightning.backends.base.GraphBackend`; ``capture_error_mode`` means nothing without streams."""
+        """See :class:`~cg_lightning.backends.base.GraphBackend`.
+
+        ``capture_error_mode`` is ignored, because there are no streams.
+        """
         del capture_error_mode
         recorder = _Recorder(self.device)
         random_state = torch.get_rng_state()
@@ -227,7 +259,7 @@ class RecorderBackend:
             garbage_collection_paused(collect_garbage),
             autocast_cache_off(),
             invisible_calls(_refuse),
-            # compiled code is no operations: what it was made of is recorded. Under a mode alone it would stay so for good
+            # compiled code does not dispatch operations, so the original code is recorded
             torch.compiler.set_stance("force_eager"),
         ):
             _recording.recorder = recorder
@@ -235,6 +267,7 @@ class RecorderBackend:
                 with recorder.watching():
                     output = function()
             except Exception as error:
+                release_frames(error)
                 raise as_capture_error(error) from error
             finally:
                 _recording.recorder = None
@@ -244,22 +277,22 @@ class RecorderBackend:
         return RecordedGraph(recorder, self._pool, self.device.type), output
 
     def noticing_host_syncs(self, on_call: OnCall) -> AbstractContextManager[None]:
-        """Sees what a GPU would have to wait for, and a CPU tensor does without the dispatcher."""
+        """Report calls that would wait for a GPU and that CPU tensors do not dispatch."""
         return invisible_calls(on_call)
 
     def get_random_state(self) -> Tensor:
-        """The state of the CPU generator, which the recorder draws from."""
+        """Return the state of the CPU generator, which recorded operations use."""
         return torch.get_rng_state()
 
     def set_random_state(self, state: Tensor) -> None:
-        """Sets the state of the CPU generator."""
+        """Set the state of the CPU generator."""
         torch.set_rng_state(state)
 
     def synchronize(self) -> None:
-        """Does nothing: a replay is done when it returns."""
+        """Do nothing, because a replay is complete when it returns."""
 
     def weak_ref_tensor(self, tensor: Tensor) -> Tensor:
-        """Another tensor on the same memory, which later replays of other graphs poison."""
+        """Return another tensor on the same memory. Replays of other graphs poison it."""
         weak = tensor.detach()
         recorder = getattr(_recording, "recorder", None)
         if recorder is not None and _address(tensor) in recorder.created:

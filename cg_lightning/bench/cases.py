@@ -1,4 +1,4 @@
-"""Networks to measure, from ``torch.nn`` alone, each with its batch."""
+"""The networks to measure, each with its batch. They need nothing but ``torch.nn``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CLASSES = 10
 
 
 class _Block(nn.Module):
-    """The basic block of a ResNet, or with ``bottleneck`` that of the deeper ones (He et al., 2015)."""
+    """A block of a ResNet (He et al., 2015): the basic one, or the ``bottleneck`` of deep ones."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, bottleneck: bool) -> None:
         super().__init__()
@@ -35,12 +35,12 @@ class _Block(nn.Module):
         self.shortcut = nn.Identity() if same else shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        """Keeps the shape, but for channels and stride."""
+        """Map images to images; only the channels and, by the stride, the size change."""
         return torch.relu(self.body(x) + self.shortcut(x))
 
 
 def resnet(blocks: tuple[int, ...], bottleneck: bool) -> nn.Module:
-    """Maps images of shape ``(batch, 3, height, width)`` to logits."""
+    """Return a network that maps images ``(batch, 3, height, width)`` to logits."""
     layers: list[nn.Module] = [
         nn.Conv2d(3, 64, 7, 2, 3, bias=False),
         nn.BatchNorm2d(64),
@@ -59,20 +59,20 @@ def resnet(blocks: tuple[int, ...], bottleneck: bool) -> nn.Module:
 
 
 def mlp() -> nn.Module:
-    """Maps vectors of shape ``(batch, 512)`` to logits."""
+    """Return a network that maps vectors ``(batch, 512)`` to logits."""
     layers = [layer for _ in range(12) for layer in (nn.Linear(512, 512), nn.ReLU())]
     return nn.Sequential(*layers, nn.Linear(512, CLASSES))
 
 
 class Transformer(nn.Module):
-    """An encoder on images in patches, or on token numbers; the first place or the mean of all is classified.
+    """An encoder of image patches or of tokens; a linear head classifies the mean over positions.
 
     Args:
-        width: Features.
-        depth: Layers.
-        heads: Attention heads.
-        length: Places.
-        tokens: How many tokens there are; 0: the input is images of shape ``(batch, 3, 224, 224)``.
+        width: Number of features.
+        depth: Number of layers.
+        heads: Number of attention heads.
+        length: Number of positions.
+        tokens: Size of the vocabulary. 0: the input is images ``(batch, 3, 224, 224)``.
     """
 
     def __init__(self, width: int, depth: int, heads: int, length: int, tokens: int = 0) -> None:
@@ -88,7 +88,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(width, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Gives logits."""
+        """Return the logits."""
         x = self.embed(x)
         if x.dim() == 4:
             x = x.flatten(2).transpose(1, 2)
@@ -97,7 +97,7 @@ class Transformer(nn.Module):
 
 
 class GRULoop(nn.Module):
-    """A cell called once a step of a sequence of shape ``(batch, time, features)``."""
+    """A GRU cell in a Python loop over sequences ``(batch, time, features)``."""
 
     def __init__(self, features: int = 64, hidden: int = 128) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class GRULoop(nn.Module):
         self.head = nn.Linear(hidden, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Gives logits."""
+        """Return the logits."""
         hidden = x.new_zeros(len(x), self.cell.hidden_size)
         for step in range(x.shape[1]):
             hidden = self.cell(x[:, step], hidden)
@@ -120,12 +120,14 @@ class Case:
     network: Callable[[], nn.Module]
     shape: tuple[int, ...]
     tokens: int = 0
-    """How many tokens the input is drawn from; 0: it is normally distributed."""
-    most_batches: int | None = None
-    """The most batches in one measurement, where one takes long."""
+    """Size of the vocabulary of the input. 0: the input is normally distributed."""
+    max_batches: int | None = None
+    """Upper limit for the batches in one measurement, for cases that take long."""
+    title: str = ""
+    """The name in charts; two lines at most."""
 
     def batch(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Gives inputs and labels."""
+        """Return inputs and labels."""
         generator = torch.Generator().manual_seed(seed)
         labels = torch.randint(0, CLASSES, self.shape[:1], generator=generator)
         if self.tokens:
@@ -134,11 +136,25 @@ class Case:
 
 
 CASES = {
-    "mlp": Case(mlp, (32, 512)),
-    "resnet18": Case(lambda: resnet((2, 2, 2, 2), False), (8, 3, 224, 224)),
-    "vit": Case(lambda: Transformer(192, 12, 3, 196), (8, 3, 224, 224)),
-    "bert": Case(lambda: Transformer(768, 12, 12, 128, 30522), (4, 128), 30522),
-    "gru": Case(GRULoop, (32, 64, 64)),
-    "saturated": Case(lambda: resnet((3, 4, 6, 3), True), (256, 3, 224, 224), most_batches=20),
+    "mlp": Case(mlp, (32, 512), title="MLP 12 x 512\nbatch 32"),
+    "resnet18": Case(
+        lambda: resnet((2, 2, 2, 2), False), (8, 3, 224, 224), title="ResNet-18\nbatch 8, 224 px"
+    ),
+    "vit": Case(
+        lambda: Transformer(192, 12, 3, 196), (8, 3, 224, 224), title="ViT-tiny\nbatch 8, 224 px"
+    ),
+    "bert": Case(
+        lambda: Transformer(768, 12, 12, 128, 30522),
+        (4, 128),
+        30522,
+        title="BERT-base size\nbatch 4, 128 tokens",
+    ),
+    "gru": Case(GRULoop, (32, 64, 64), title="GRUCell, 64 steps\nbatch 32"),
+    "saturated": Case(
+        lambda: resnet((3, 4, 6, 3), True),
+        (256, 3, 224, 224),
+        max_batches=20,
+        title="ResNet-50-like\nbatch 256, 224 px",
+    ),
 }
-"""The last one keeps the GPU busy: there is nothing to gain."""
+"""The networks by name. ``saturated`` keeps the GPU busy, so graphs have little to gain there."""

@@ -1,4 +1,4 @@
-"""What is compared: ways to run the same evaluation."""
+"""The contestants: ways to run the same evaluation."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from cg_lightning.bench.cases import CLASSES
 from cg_lightning.callback import CUDAGraphCallback
 
 
-class Step(LightningModule):
-    """Forward, cross entropy, accuracy, two logs.
+class BenchmarkStep(LightningModule):
+    """The step to measure: forward, cross entropy, accuracy, and two logs.
 
     Args:
         net: Maps inputs to logits.
@@ -38,23 +38,23 @@ class Step(LightningModule):
         self.log("accuracy", self.accuracy)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Gives the logits."""
+        """Return the logits."""
         logits: Tensor = self.net(batch[0])
         return logits
 
 
-class Nothing(Step):
-    """Lightning's loop alone."""
+class EmptyStep(BenchmarkStep):
+    """A step that does nothing, to measure Lightning's loop alone."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
-        """Does nothing."""
+        """Do nothing."""
 
 
-class _Holds(nn.Module):
-    """Calls a function that is no module."""
+class _FunctionModule(nn.Module):
+    """A module that calls a function."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -64,57 +64,59 @@ class _Holds(nn.Module):
         return self.function(x)
 
 
-Made = tuple[LightningModule, list[Callback]]
+Contestant = tuple[LightningModule, list[Callback]]
+"""The module to evaluate and the callbacks that it needs."""
 
 
-def _graphs(mode: str) -> Callable[[nn.Module, Tensor, str], Made]:
-    def make(net: nn.Module, _: Tensor, backend: str) -> Made:
-        return Step(net), [CUDAGraphCallback(mode=mode, backend=backend, report=False)]
+def _graphs(mode: str) -> Callable[[nn.Module, Tensor, str], Contestant]:
+    def make(net: nn.Module, _: Tensor, backend: str) -> Contestant:
+        return BenchmarkStep(net), [CUDAGraphCallback(mode=mode, backend=backend, report=False)]
 
     return make
 
 
-def _compiled(mode: str | None) -> Callable[[nn.Module, Tensor, str], Made]:
-    return lambda net, _, backend: (Step(torch.compile(net, mode=mode)), [])  # type: ignore[arg-type]
+def _compiled(mode: str | None) -> Callable[[nn.Module, Tensor, str], Contestant]:
+    def make(net: nn.Module, _: Tensor, backend: str) -> Contestant:
+        return BenchmarkStep(torch.compile(net, mode=mode)), []  # type: ignore[arg-type]
+
+    return make
 
 
-def _compiled_in_a_graph(net: nn.Module, sample: Tensor, backend: str) -> Made:
-    return _graphs("FULL_AND_PIECEWISE")(torch.compile(net), sample, backend)  # type: ignore[arg-type]
+def _compiled_in_a_graph(net: nn.Module, sample: Tensor, backend: str) -> Contestant:
+    compiled: Any = torch.compile(net)
+    return _graphs("FULL_AND_PIECEWISE")(compiled, sample, backend)
 
 
-class _GraphsTheNetwork(Callback):
-    """Graphs the network once it is on its device, for one evaluation."""
+class _MakeGraphedCallables(Callback):
+    """Replaces the network by PyTorch's graphed callable for the time of one evaluation."""
 
     def __init__(self, sample: Tensor) -> None:
         self._sample = sample
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Graphs it."""
-        assert isinstance(pl_module, Step)
+        """Capture the network, which is on its device now."""
+        assert isinstance(pl_module, BenchmarkStep)
         self._net = pl_module.net
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-        ):  # it captures a backward pass as well
-            # of a copy: PyTorch replaces the ``forward`` of what it is given, for good
-            pl_module.net = _Holds(
-                make_graphed_callable(copy.deepcopy(self._net), self._sample.clone())
-            )
+        # PyTorch captures a backward pass as well, so gradients must be enabled. It replaces
+        # ``forward`` of its argument for good, so it gets a copy.
+        with torch.inference_mode(False), torch.enable_grad():
+            graphed = make_graphed_callable(copy.deepcopy(self._net), self._sample.clone())
+        pl_module.net = _FunctionModule(graphed)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts back the network."""
+        """Restore the network."""
         pl_module.net = self._net
 
     on_predict_start, on_predict_end = on_validation_start, on_validation_end
 
 
-def _graphed_callable(net: nn.Module, sample: Tensor, backend: str) -> Made:
-    return Step(net), [_GraphsTheNetwork(sample)]
+def _graphed_callable(net: nn.Module, sample: Tensor, backend: str) -> Contestant:
+    return BenchmarkStep(net), [_MakeGraphedCallables(sample)]
 
 
-CONTESTANTS: dict[str, Callable[[nn.Module, Tensor, str], Made]] = {
-    "loop": lambda net, _, backend: (Nothing(nn.Identity()), []),
-    "eager": lambda net, _, backend: (Step(net), []),
+CONTESTANTS: dict[str, Callable[[nn.Module, Tensor, str], Contestant]] = {
+    "loop": lambda net, _, backend: (EmptyStep(nn.Identity()), []),
+    "eager": lambda net, _, backend: (BenchmarkStep(net), []),
     "piecewise": _graphs("PIECEWISE"),
     "full": _graphs("FULL"),
     "full_and_piecewise": _graphs("FULL_AND_PIECEWISE"),
@@ -124,11 +126,11 @@ CONTESTANTS: dict[str, Callable[[nn.Module, Tensor, str], Made]] = {
     "compiled_full": _compiled_in_a_graph,
 }
 PEERS = ("compile", "reduce_overhead", "make_graphed_callables")
-"""What users would otherwise take."""
+"""What users would use without this package."""
 OTHER_ORDER = (*PEERS, "compiled_full")
-"""Who may compute the same in another order."""
+"""Contestants that may compute in another order, so that their last bits may differ."""
 
 
-def make(name: str, net: nn.Module, sample: Tensor, backend: str) -> Made:
-    """Gives the module to evaluate, with weights of its own, and the callbacks that it needs."""
+def make(name: str, net: nn.Module, sample: Tensor, backend: str) -> Contestant:
+    """Return the module to evaluate, with its own copy of the weights, and its callbacks."""
     return CONTESTANTS[name](copy.deepcopy(net), sample, backend)

@@ -1,4 +1,4 @@
-"""Times evaluations, in turn and in one process."""
+"""Measures the time of a batch: contestants take turns, all in one process."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ STAGES = ("validate", "predict")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How long it is measured."""
+    """How much to measure."""
 
     batches: int
     """Batches in one measurement."""
     warmup: int
-    """Batches before it."""
+    """Batches before each measurement. They are not timed."""
     rounds: int
-    """Measurements of each, in turn, so that drift hits all alike."""
+    """Measurements of each contestant. Contestants take turns, so drift affects all of them."""
 
 
-class Clock(Callback):
-    """Microseconds a batch, without the first ones; and of the graph of a whole step, if there is one."""
+class BatchTimer(Callback):
+    """Measures microseconds per batch after the warm-up.
+
+    If the step was one graph, it also measures the replay of that graph alone.
+    """
 
     def __init__(
         self, settings: Settings, backend: GraphBackend, graphs: CUDAGraphCallback | None
@@ -39,21 +42,21 @@ class Clock(Callback):
         self._backend = backend
         self._graphs = graphs
         self.microseconds = 0.0
-        self.latest: Any = None
+        self.latest_output: Any = None
         self.replay: float | None = None
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *rest: Any
     ) -> None:
-        """Reads the time after the last batch of the warm-up and after the last one."""
+        """Reads the time after the warm-up and after the last batch."""
         self._read(rest[1])
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *rest: Any
     ) -> None:
-        """Likewise, and keeps what was predicted."""
+        """Does the same, and stores the latest prediction."""
         self._read(rest[1])
-        self.latest = outputs
+        self.latest_output = outputs
 
     def _read(self, batch_idx: int) -> None:
         if batch_idx == self._settings.warmup - 1:
@@ -64,7 +67,7 @@ class Clock(Callback):
             self.microseconds = (time.perf_counter() - self._began) / self._settings.batches * 1e6
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """All results are out: replays do no harm now."""
+        """Measures the graph alone. All results were returned, so more replays do no harm."""
         installation = None if self._graphs is None else self._graphs._installation
         graphs = [] if installation is None else installation.graphs_of_steps()
         if len(graphs) == 1:
@@ -79,49 +82,54 @@ class Clock(Callback):
 
 
 @dataclasses.dataclass
-class Figures:
-    """What one contestant took, in microseconds a batch, and what it logged and predicted."""
+class Measurement:
+    """All rounds of one contestant on one case, and the values that it logged or predicted."""
 
     times: list[float]
+    """Microseconds per batch, one number for each round."""
     replays: list[float]
+    """Microseconds per replay of the step's graph, one number for each round that had one."""
     values: dict[str, torch.Tensor]
+    """Logged values and the latest prediction of the latest round."""
     capture_milliseconds: float = 0.0
+    """Mean time of a capture."""
     mode: str = ""
+    """The runtime mode of most steps; empty without the callback."""
 
     @property
     def median(self) -> float:
-        """Of all rounds."""
+        """The median over the rounds."""
         return statistics.median(self.times)
 
     @property
     def spread(self) -> float:
-        """From the fastest to the slowest round."""
+        """The difference between the slowest and the fastest round."""
         return max(self.times) - min(self.times)
 
 
 def run_once(
-    stage: str, module: LightningModule, callbacks: list[Callback], data: DataLoader[Any], settings: Settings,
-    backend: GraphBackend, figures: Figures,
+    stage: str, module: LightningModule, callbacks: list[Callback], data: DataLoader[Any],
+    settings: Settings, backend: GraphBackend, measurement: Measurement,
 ) -> None:  # fmt: skip
-    """Evaluates once, and adds what it took to ``figures``, in microseconds a batch.
+    """Runs one evaluation and adds its round to ``measurement``.
 
     Args:
         stage: One of :data:`STAGES`.
-        module: The module.
-        callbacks: Those that the contestant needs.
-        data: As many batches as ``settings`` say.
-        settings: How long it is measured.
-        backend: Where.
-        figures: Of the contestant so far.
+        module: The module to evaluate.
+        callbacks: The callbacks of the contestant.
+        data: Exactly ``settings.warmup + settings.batches`` batches.
+        settings: How much to measure.
+        backend: The backend, which knows the device.
+        measurement: The earlier rounds of the same contestant.
     """
     graphs = next(
         (callback for callback in callbacks if isinstance(callback, CUDAGraphCallback)), None
     )
-    clock = Clock(settings, backend, graphs)
+    timer = BatchTimer(settings, backend, graphs)
     trainer = Trainer(
         accelerator="gpu" if backend.device.type == "cuda" else "cpu",
         devices=1,
-        callbacks=[clock, *callbacks],
+        callbacks=[timer, *callbacks],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -129,15 +137,16 @@ def run_once(
     )
     if stage == "validate":
         trainer.validate(module, data, verbose=False)
-        figures.values = dict(trainer.callback_metrics)
+        measurement.values = dict(trainer.callback_metrics)
     else:
         trainer.predict(module, data, return_predictions=False)
-        figures.values = {} if clock.latest is None else {"prediction": clock.latest}
-    figures.times.append(clock.microseconds)
-    if clock.replay is not None:
-        figures.replays.append(clock.replay)
+        output = timer.latest_output
+        measurement.values = {} if output is None else {"prediction": output}
+    measurement.times.append(timer.microseconds)
+    if timer.replay is not None:
+        measurement.replays.append(timer.replay)
     if graphs is not None:
         steps = graphs.stats.graphed_steps(stage)
-        figures.mode = max(("NONE", *steps), key=lambda mode: steps.get(mode, 0))
+        measurement.mode = max(("NONE", *steps), key=lambda mode: steps.get(mode, 0))
         captures = max(1, graphs.stats.captures)
-        figures.capture_milliseconds = graphs.stats.capture_seconds / captures * 1e3
+        measurement.capture_milliseconds = graphs.stats.capture_seconds / captures * 1e3

@@ -1,4 +1,4 @@
-"""Measures all contestants on all cases."""
+"""Measures every contestant on every case."""
 
 from __future__ import annotations
 
@@ -15,31 +15,34 @@ from torch.utils.data import DataLoader
 from cg_lightning.backends import GraphBackend, resolve_backend
 from cg_lightning.bench.cases import CASES, Case
 from cg_lightning.bench.contestants import CONTESTANTS, OTHER_ORDER, make
-from cg_lightning.bench.measure import STAGES, Figures, Settings, run_once
+from cg_lightning.bench.measure import STAGES, Measurement, Settings, run_once
 from cg_lightning.core.equality import same_leaf
 from cg_lightning.core.settings import check_names
 
-_DIFFERENT = 8
-"""Batches that differ from one another; they are given in turn."""
+_DISTINCT_BATCHES = 8
+"""Number of different batches. The loader repeats them in turn."""
 
 
 def loader(case: Case, settings: Settings, device: torch.device) -> DataLoader[Any]:
-    """Gives batches that lie on ``device``."""
-    different = [tuple(part.to(device) for part in case.batch(seed)) for seed in range(_DIFFERENT)]
-    in_turn = itertools.islice(itertools.cycle(different), settings.warmup + settings.batches)
-    return DataLoader(list(in_turn), batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+    """Return a loader of batches that already reside on ``device``."""
+    distinct = [
+        tuple(part.to(device) for part in case.batch(seed)) for seed in range(_DISTINCT_BATCHES)
+    ]
+    in_turn = itertools.islice(itertools.cycle(distinct), settings.warmup + settings.batches)
+    return DataLoader(list(in_turn), batch_size=None)  # type: ignore[arg-type]  # a list will do
 
 
-def _check(name: str, figures: Figures, eager: Figures) -> None:
+def _check(name: str, measurement: Measurement, eager: Measurement) -> None:
     for key, value in eager.values.items():
+        own = measurement.values[key]
         if name in OTHER_ORDER:
-            torch.testing.assert_close(figures.values[key], value, rtol=1e-2, atol=1e-2)
-        elif not same_leaf(figures.values[key], value):
-            raise AssertionError(f"{name}: {key} is {figures.values[key]}, eager's is {value}")
+            torch.testing.assert_close(own, value, rtol=1e-2, atol=1e-2)
+        elif not same_leaf(own, value):
+            raise AssertionError(f"{name}: {key} is {own}, eager's is {value}")
 
 
 def backend_to_measure(name: str) -> GraphBackend:
-    """Gives the backend of that name.
+    """Return the backend of that name.
 
     Raises:
         ValueError: The name is unknown, or there is no CUDA device.
@@ -47,7 +50,8 @@ def backend_to_measure(name: str) -> GraphBackend:
     backend = resolve_backend(name)
     if backend is None:
         raise ValueError(
-            "task=bench needs a CUDA device; backend=recorder runs it without one, and measures nothing of use."
+            "task=bench needs a CUDA device. bench.backend=recorder runs it without one, "
+            "but the times mean nothing."
         )
     return backend
 
@@ -58,18 +62,18 @@ def measure_case(
     contestants: Sequence[str],
     settings: Settings,
     backend: GraphBackend,
-) -> Iterator[tuple[str, dict[str, Figures | str]]]:
-    """Gives, stage by stage, figures by contestant; the error in words where one does not run.
+) -> Iterator[tuple[str, dict[str, Measurement | str]]]:
+    """Yield each stage with its measurements by contestant; an error message if a peer failed.
 
     Raises:
-        AssertionError: A contestant that is ours logged another number than eager.
+        AssertionError: One of our own contestants logged another value than eager.
     """
     case = CASES[name]
-    torch.compiler.reset()  # else the networks of other cases count towards its limit of recompilations
+    torch.compiler.reset()  # earlier cases would count towards the limit of recompilations
     seed_everything(0, verbose=False)
     net = case.network().eval()
     settings = dataclasses.replace(
-        settings, batches=min(settings.batches, case.most_batches or settings.batches)
+        settings, batches=min(settings.batches, case.max_batches or settings.batches)
     )
     data = loader(case, settings, backend.device)
     made: dict[str, Any] = {}
@@ -78,11 +82,11 @@ def measure_case(
 
 
 def _measure_stage(
-    stage: str, net: nn.Module, data: DataLoader[Any], made: dict[str, Any], contestants: Sequence[str], settings: Settings,
-    backend: GraphBackend,
-) -> dict[str, Figures | str]:  # fmt: skip
+    stage: str, net: nn.Module, data: DataLoader[Any], made: dict[str, Any],
+    contestants: Sequence[str], settings: Settings, backend: GraphBackend,
+) -> dict[str, Measurement | str]:  # fmt: skip
     sample = data.dataset[0][0]
-    results: dict[str, Figures | str] = {}
+    results: dict[str, Measurement | str] = {}
     for _ in range(settings.rounds):
         for contestant in contestants:
             if isinstance(results.get(contestant), str):
@@ -90,22 +94,22 @@ def _measure_stage(
             try:
                 if contestant not in made:
                     made[contestant] = make(contestant, net, sample, backend.name)
-                figures = results.setdefault(contestant, Figures([], [], {}))
-                assert isinstance(figures, Figures)
+                measurement = results.setdefault(contestant, Measurement([], [], {}))
+                assert isinstance(measurement, Measurement)
                 module, callbacks = made[contestant]
-                run_once(stage, module, callbacks, data, settings, backend, figures)
+                run_once(stage, module, callbacks, data, settings, backend, measurement)
             except Exception as error:
                 if contestant not in OTHER_ORDER:
                     raise
                 results[contestant] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
     eager = results.get("eager")
-    for contestant, figures in results.items():
+    for contestant, result in results.items():
         if (
-            isinstance(figures, Figures)
-            and isinstance(eager, Figures)
+            isinstance(result, Measurement)
+            and isinstance(eager, Measurement)
             and contestant not in ("loop", "eager")
         ):
-            _check(contestant, figures, eager)
+            _check(contestant, result, eager)
     return results
 
 
@@ -116,7 +120,7 @@ def measure(
     settings: Settings,
     backend_name: str,
 ) -> Iterator[dict[str, Any]]:
-    """Gives one record for each case, stage and contestant, as soon as a case is done.
+    """Yield one record for each case, stage and contestant, as soon as a stage is measured.
 
     Raises:
         ValueError: A name is unknown.
@@ -127,18 +131,18 @@ def measure(
     backend = backend_to_measure(backend_name)
     for case in cases:
         for stage, results in measure_case(case, stages, contestants, settings, backend):
-            for contestant, figures in results.items():
-                yield {"case": case, "stage": stage, "contestant": contestant, **_record(figures)}
+            for contestant, result in results.items():
+                yield {"case": case, "stage": stage, "contestant": contestant, **_record(result)}
 
 
-def _record(figures: Figures | str) -> dict[str, Any]:
-    if isinstance(figures, str):
-        return {"error": figures}
+def _record(result: Measurement | str) -> dict[str, Any]:
+    if isinstance(result, str):
+        return {"error": result}
     return {
-        "microseconds": round(figures.median, 1),
-        "spread": round(figures.spread, 1),
-        "replay": round(min(figures.replays), 1) if figures.replays else None,
-        "mode": figures.mode,
-        "capture_milliseconds": round(figures.capture_milliseconds, 1),
-        "values": {key: float(value.float().mean()) for key, value in figures.values.items()},
+        "microseconds": round(result.median, 1),
+        "spread": round(result.spread, 1),
+        "replay": round(min(result.replays), 1) if result.replays else None,
+        "mode": result.mode,
+        "capture_milliseconds": round(result.capture_milliseconds, 1),
+        "values": {key: float(value.float().mean()) for key, value in result.values.items()},
     }

@@ -1,20 +1,17 @@
-"""Words: modes, keys, context, settings, reasons. Imports torch and nothing of ours outside
-  ``core``.
+"""Words: modes, keys, context, settings, reasons.
+
+It imports torch, and nothing of this package outside ``core``.
 
 - ``causes.py``: why a step cannot run from a graph, and what its author can do about it.
-- ``descriptor.py``: the key of a graph: all that must be equal for it to be replayable.
-- ``equality.py``: whether two leaves of outputs are the same number.
-- ``errors.py``: what can go wrong, as types. Mistakes in an argument are plain ``ValueError``.
-- ``forward_context.py``: the step under way: which runtime mode it is in, and under which key.
-  Wrappers read it and trust it.
-- ``kernel_flags.py``: the process-wide switches that change which kernels a step launches, hence
-  part of every key.
+- ``descriptor.py``: the key of a graph: everything that must be equal for it to be replayable.
+- ``equality.py``: bitwise comparison of two leaves of an output.
+- ``errors.py``: errors of this package. A wrong argument raises a plain ``ValueError``.
+- ``forward_context.py``: the current step: its runtime mode and its key. Wrappers read it and
+  trust it.
+- ``kernel_flags.py``: switches of the process that select kernels. They are part of every key.
 - ``modes.py``: the modes a step can run in.
-- ``settings.py``: what users may give: each check names the argument, what was given, and what
-  was expected.
-- ``reasons.py``: why a step runs in a lower mode than asked: one record, from where it is found to
-  where it is shown.
-- ``stages.py``: stages and their methods.
-- ``tree.py``: nested batches and outputs: leaves in order, their paths, and the same nest with
-  other leaves.
+- ``settings.py``: checks of arguments. Each one names the argument, its value, and the choices.
+- ``reasons.py``: why a step runs in a lower mode than asked, as a record.
+- ``stages.py``: the stages and their step methods.
+- ``tree.py``: nested batches and outputs: flatten, name and rebuild them.
 """

@@ -1,4 +1,4 @@
-"""The key of a graph: all that must be equal for it to be replayable."""
+"""The key of a graph: everything that must be equal for the graph to be replayable."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from cg_lightning.core.tree import flatten, leaf_paths
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BatchDescriptor:
-    """Identifies one captured graph: two steps with equal descriptors may run from the same one.
+    """The key of a captured graph: two steps with equal descriptors may run from the same graph.
 
-    Made from a real batch by :meth:`from_batch`; a hand-made ``BatchDescriptor(batch_size=8)`` is a key as well.
-    It holds no tensor. It does *not* know the values of tensors, nor the addresses of parameters.
+    :meth:`from_batch` makes it from a real batch. ``BatchDescriptor(batch_size=8)``, made by hand,
+    is a key as well. It stores no tensor. It does *not* depend on the values of tensors or on the
+    addresses of parameters.
     """
 
     batch_size: int | None = None
-    """First dimension of the first tensor of the batch, where it has one."""
+    """First dimension of the first tensor of the batch, if that tensor has dimensions."""
     structure: Hashable = None
     """Types and keys of the nested containers."""
     leaves: tuple[Hashable, ...] = ()
-    """A tensor's shape, dtype, strides, device and requires_grad; any other leaf's type and value."""
+    """For a tensor: shape, dtype, strides, device and requires_grad; otherwise type and value."""
     stage: str | None = None
     """``validate``, ``test`` or ``predict``."""
     dataloader_idx: int = 0
-    """Index of the dataloader that the batch came from."""
+    """Index of the dataloader of the batch."""
     training: tuple[bool, ...] = ()
     """The ``training`` flags of the wrapped modules."""
     flags: tuple[Hashable, ...] = ()
@@ -43,7 +44,7 @@ class BatchDescriptor:
     def __post_init__(self) -> None:
         key = tuple([getattr(self, name) for name in _FIELDS])
         object.__setattr__(self, "_key", key)
-        object.__setattr__(self, "_hash", hash(key))  # looked up several times a step
+        object.__setattr__(self, "_hash", hash(key))  # used several times in each step
 
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined, no-any-return]
@@ -58,7 +59,7 @@ class BatchDescriptor:
 
     @property
     def fields(self) -> tuple[Any, ...]:
-        """The values of all fields, in order."""
+        """Return the values of all fields, in order."""
         return self._key  # type: ignore[attr-defined, no-any-return]
 
     @property
@@ -76,17 +77,19 @@ class BatchDescriptor:
         dataloader_idx: int = 0,
         modules: Iterable[nn.Module] = (),
     ) -> BatchDescriptor:
-        """Describes a batch: any nest of containers, tensors and plain values.
+        """Describe a batch of nested containers, tensors and plain values.
 
         Args:
-            batch: Tuples, lists, named tuples, mappings (a Hugging Face ``BatchEncoding`` too) and dataclasses of strided
-                tensors of any shape, and of None, bool, int, float, str, bytes, enums, dtypes and devices.
-            stage: The stage the batch is run in.
-            dataloader_idx: Index of its dataloader.
-            modules: The modules whose ``training`` flags belong to the key.
+            batch: Tuples, lists, named tuples, mappings (such as a Hugging Face ``BatchEncoding``)
+                and dataclasses. Leaves are strided tensors of any shape, None, bool, int, float,
+                str, bytes, enums, dtypes and devices.
+            stage: The stage of the step.
+            dataloader_idx: Index of the dataloader of the batch.
+            modules: The modules whose ``training`` flags are part of the key.
 
         Raises:
-            UnkeyableBatchError: A leaf cannot be keyed, or two leaves share storage; names the leaf's path.
+            UnkeyableBatchError: A leaf cannot be part of a key, or two leaves share storage. The
+                message names the path of the leaf.
         """
         training = tuple([module.training for module in modules])
         fields, _ = describe_fields(
@@ -95,7 +98,7 @@ class BatchDescriptor:
         return cls(*fields)
 
     def shapes(self) -> str:
-        """The shapes of the tensors, for people: ``8x3x32x32, 8``."""
+        """Return the shapes of the tensors for printing: ``8x3x32x32, 8``."""
         shapes = [leaf[1] for leaf in self.leaves if is_tensor_key(leaf)]
         if not self.leaves and self.batch_size is not None:
             return f"batch_size={self.batch_size}"
@@ -107,7 +110,7 @@ _KINDS_OF_TENSOR = (Tensor, nn.Parameter)
 
 
 def _float_key(value: float) -> Hashable:
-    return (type(value), value.hex())  # tells 0.0 from -0.0, and makes NaN equal to itself
+    return (type(value), value.hex())  # 0.0 and -0.0 differ, and NaN equals itself
 
 
 def _value_key(value: Any) -> Hashable:
@@ -124,19 +127,20 @@ _VALUE_KEYS: dict[type, Callable[[Any], Hashable]] = {
 
 
 def is_tensor_key(leaf: Hashable) -> TypeGuard[tuple[Any, ...]]:
-    """Whether an entry of :attr:`BatchDescriptor.leaves` stands for a tensor."""
+    """Return True if an item of :attr:`BatchDescriptor.leaves` describes a tensor."""
     return isinstance(leaf, tuple) and leaf[0] is Tensor
 
 
 def is_plain_value(leaf: Any) -> bool:
-    """Whether ``leaf`` is no tensor but can be part of a key."""
+    """Return True if ``leaf`` is not a tensor and can be part of a key."""
     return type(leaf) in _VALUE_KEYS or isinstance(leaf, enum.Enum)
 
 
 def _tensor_key(tensor: Tensor, index: int, tree: Any) -> Hashable:
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
         raise UnkeyableBatchError(
-            leaf_paths(tree)[index], "is a tensor that is not plainly strided"
+            leaf_paths(tree)[index],
+            "is a tensor without plain strides (sparse, nested or quantized)",
         )
     if tensor.is_neg() or tensor.is_conj():
         raise UnkeyableBatchError(leaf_paths(tree)[index], "is a lazily negated or conjugated view")
@@ -165,7 +169,11 @@ def _value_leaf_key(leaf: Any, index: int, tree: Any) -> Hashable:
 
 
 def _find_shared_storage(leaves: list[Any], tree: Any, repeats: bool) -> dict[int, int]:
-    """Gives the leaves that are the very object of an earlier one, if those are allowed; any other sharing is refused."""
+    """Return the leaves that are the same object as an earlier leaf, with the index of that leaf.
+
+    Raise :class:`UnkeyableBatchError` for all other leaves that share storage, and for repeated
+    leaves unless ``repeats`` is True.
+    """
     owners: dict[int, int] = {}
     repeated: dict[int, int] = {}
     for index, leaf in enumerate(leaves):
@@ -202,7 +210,7 @@ def describe_fields(
         repeats: Whether one tensor may occur several times, as in ``attention(x, x, x)``: the places belong to the key.
 
     Raises:
-        UnkeyableBatchError: As :meth:`BatchDescriptor.from_batch`.
+        UnkeyableBatchError: As in :meth:`BatchDescriptor.from_batch`.
     """
     leaves, structure = flatten(batch)
     keys: list[Hashable] = []

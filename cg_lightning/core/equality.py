@@ -1,4 +1,4 @@
-"""Whether two leaves of outputs are the same number."""
+"""Bitwise comparison of two leaves of an output."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def same_leaf(one: Any, other: Any) -> bool:
-    """Whether two leaves are equal in type, dtype, shape and every bit, any NaN being equal to any NaN.
+    """Return True if two leaves are equal in type, dtype, shape and every bit.
 
-    So 0.0 and -0.0 are two numbers. Strides do *not* matter.
+    NaN equals NaN, whatever its bits. 0.0 and -0.0 are different. Strides do *not* matter.
     """
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return type(one) is type(other) and bool(

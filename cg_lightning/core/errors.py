@@ -1,4 +1,4 @@
-"""What can go wrong, as types. Mistakes in an argument are plain ``ValueError``."""
+"""Errors of this package. A wrong argument raises a plain ``ValueError``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class UnkeyableBatchError(CUDAGraphError):
     """A batch has no :class:`~cg_lightning.BatchDescriptor`, so its step has to run eagerly.
 
     Attributes:
-        path: Where in the batch the reason lies, such as ``batch['image']``.
+        path: The leaf that cannot be part of a key, such as ``batch['image']``.
     """
 
     def __init__(self, path: str, why: str) -> None:
@@ -22,10 +22,11 @@ class UnkeyableBatchError(CUDAGraphError):
 class CaptureError(CUDAGraphError):
     """A graph could not be captured, or (``strict=True``) a step ran in a lower mode than asked.
 
-    The exception that stopped the capture, if there is one, is its ``__cause__``.
+    If an exception stopped the capture, it is the ``__cause__``.
 
     Attributes:
-        diagnosis: With ``strict=True``, the :class:`~cg_lightning.Diagnosis` of the step, if it was watched.
+        diagnosis: With ``strict=True``, the :class:`~cg_lightning.Diagnosis` of the step if it was
+            watched.
     """
 
     def __init__(self, message: str, diagnosis: object = None) -> None:
@@ -42,10 +43,10 @@ class OutOfGraphMemoryError(CaptureError):
 
 
 class VerificationError(CUDAGraphError):
-    """A replay did not give what eager gives. Its entry was dropped.
+    """A replay differed from eager. Its entry was dropped.
 
     Attributes:
-        output: What eager gives.
+        output: The output of the eager run.
     """
 
     def __init__(self, message: str, output: object) -> None:
@@ -54,4 +55,4 @@ class VerificationError(CUDAGraphError):
 
 
 class IllegalOperationError(CUDAGraphError):
-    """An operation that no CUDA graph can hold was run inside a capture on the recorder."""
+    """A capture on the recorder ran an operation that a CUDA graph cannot contain."""

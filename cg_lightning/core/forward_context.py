@@ -1,4 +1,4 @@
-"""The step under way: which runtime mode it is in, and under which key. Wrappers read it and trust it."""
+"""The current step: its runtime mode and its key. Wrappers read it and trust it."""
 
 from __future__ import annotations
 
@@ -35,47 +35,51 @@ class StepInProgress:
 
 @dataclasses.dataclass(frozen=True)
 class ForwardContext:
-    """What a wrapper needs to know of the step that it is called in.
+    """The facts that a wrapper needs about the current step.
 
     Raises:
-        ValueError: ``cudagraph_runtime_mode`` is a policy, or no mode at all.
+        ValueError: ``cudagraph_runtime_mode`` is a policy, or not a mode.
     """
 
     cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE
     """NONE, PIECEWISE or FULL."""
     batch_descriptor: BatchDescriptor | None = None
-    """The key of the step; may be None in mode NONE."""
+    """The key of the step. It may be None in mode NONE."""
     step: StepInProgress | None = dataclasses.field(default=None, repr=False, compare=False)
-    """What has happened in the step so far. Set by a step runner only: a context opened by hand is no step."""
+    """What has happened in the step so far.
+
+    Only a step runner sets it, because a context opened by hand is not a step.
+    """
 
     def __post_init__(self) -> None:
         mode = self.cudagraph_runtime_mode
         if not isinstance(mode, CUDAGraphMode) or not mode.is_valid_runtime_mode():
             raise ValueError(
-                f"cudagraph_runtime_mode={mode!r} is no runtime mode; choose NONE, PIECEWISE or FULL."
+                f"cudagraph_runtime_mode={mode!r} is not a runtime mode; "
+                "choose NONE, PIECEWISE or FULL."
             )
 
     def next_call(self, caller: object) -> int:
-        """Return the number of this call among those that ``caller`` makes in one step; 0 if the context is no step."""
+        """Return the number of this call of ``caller`` within the step; 0 outside of steps."""
         return 0 if self.step is None else self.step.next_call(caller)
 
 
-# a ContextVar starts empty in every thread, so a step in one never engages wrappers called from another
+# a ContextVar is empty in a new thread, so a step never affects wrappers that other threads call
 _current: ContextVar[ForwardContext | None] = ContextVar(
     "cg_lightning_forward_context", default=None
 )
 
 current_forward_context = _current.get
-"""The context under way, or None."""
+"""Return the current context, or None."""
 
 
 def is_forward_context_available() -> bool:
-    """Whether a forward context is under way in this thread."""
+    """Return True if this thread has a forward context."""
     return _current.get() is not None
 
 
 def get_forward_context() -> ForwardContext:
-    """Gives the forward context under way.
+    """Return the current forward context.
 
     Raises:
         RuntimeError: There is none.
@@ -88,7 +92,7 @@ def get_forward_context() -> ForwardContext:
     return context
 
 
-class _Override:  # entered at each step: a generator would take three times as long
+class _Override:  # a class, because every step enters it and a generator takes three times as long
     __slots__ = ("_context", "_token")
 
     def __init__(self, context: ForwardContext | None) -> None:
@@ -105,7 +109,10 @@ class _Override:  # entered at each step: a generator would take three times as 
 def override_forward_context(
     forward_context: ForwardContext | None,
 ) -> contextlib.AbstractContextManager[ForwardContext | None]:
-    """Makes ``forward_context`` (None: no context) the one under way, and puts back what was there on leaving."""
+    """Make ``forward_context`` the current one, and restore the earlier one at exit.
+
+    None means no context.
+    """
     return _Override(forward_context)
 
 
@@ -114,10 +121,10 @@ def set_forward_context(
     cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE,
     batch_descriptor: BatchDescriptor | None = None,
 ) -> Iterator[ForwardContext]:
-    """Opens a forward context by hand.
+    """Open a forward context by hand.
 
     Raises:
-        ValueError: The mode is no runtime mode.
+        ValueError: The mode is not a runtime mode.
     """
     context = ForwardContext(cudagraph_runtime_mode, batch_descriptor)
     with override_forward_context(context):

@@ -1,4 +1,4 @@
-"""The process-wide switches that change which kernels a step launches, hence part of every key."""
+"""Switches of the process that select kernels. They are part of every key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import torch
 
 
 def _native(name: str, public: Callable[[], Any], *args: str) -> Callable[[], Any]:
-    """PyTorch's private getter behind a public setting, or the public way: that takes ten times as long, at each step."""
+    """Return PyTorch's private getter for a setting if it exists, otherwise the public getter.
+
+    The public one takes ten times as long, and it runs at every step.
+    """
     getter = getattr(torch._C, name, None)
     if getter is None:
         return public
@@ -26,7 +29,7 @@ def _float32_precision() -> tuple[Callable[[], Any], ...]:
             lambda: cudnn.allow_tf32,
             torch.get_float32_matmul_precision,
         )
-    # torch 2.9: reading the old names raises once the new ones were used; what is "none" follows the more general one
+    # torch 2.9: the old names raise if the new ones were used; "none" follows the general setting
     settings: dict[tuple[str, str], Callable[[], Any]] = {
         ("generic", "all"): lambda: torch.backends.fp32_precision,  # type: ignore[attr-defined]
         ("cuda", "all"): lambda: cudnn.fp32_precision,
@@ -71,12 +74,15 @@ _GETTERS: tuple[Callable[[], Any], ...] = (
 
 
 def autocast_flags(device_type: str) -> tuple[bool, torch.dtype | None]:
-    """Whether autocast is on for ``device_type``, and to which dtype."""
+    """Return whether autocast is on for ``device_type``, and its dtype."""
     if not torch.is_autocast_enabled(device_type):
         return (False, None)
     return (True, torch.get_autocast_dtype(device_type))
 
 
 def kernel_flags() -> tuple[Any, ...]:
-    """Gives grad and inference mode, default dtype, determinism, TF32, cuDNN and SDPA switches, and autocast."""
+    """Return all switches as a hashable tuple.
+
+    They are grad mode, inference mode, default dtype, determinism, TF32, cuDNN, SDPA and autocast.
+    """
     return (*[get() for get in _GETTERS], autocast_flags("cuda"), autocast_flags("cpu"))

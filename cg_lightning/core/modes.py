@@ -6,10 +6,10 @@ import enum
 
 
 class CUDAGraphMode(enum.Enum):
-    """How graphs are used; the words are vLLM's (``vllm/config/compilation.py``).
+    """How graphs are used. The words are vLLM's (``vllm/config/compilation.py``).
 
-    ``NONE``, ``PIECEWISE`` and ``FULL`` are *runtime modes*: what one step is run in.
-    ``FULL_AND_PIECEWISE`` is a policy: FULL where the step allows it, else PIECEWISE.
+    ``NONE``, ``PIECEWISE`` and ``FULL`` are *runtime modes*: one step runs in one of them.
+    ``FULL_AND_PIECEWISE`` is a policy: FULL if the step allows it, otherwise PIECEWISE.
     """
 
     NONE = 0
@@ -19,28 +19,28 @@ class CUDAGraphMode(enum.Enum):
 
     @classmethod
     def parse(cls, mode: CUDAGraphMode | str) -> CUDAGraphMode:
-        """Gives the member for a member or its name, in any case.
+        """Return the member for a member or for its name in upper or lower case.
 
         Raises:
-            ValueError: ``mode`` is neither; the message lists the choices.
+            ValueError: ``mode`` is neither. The message lists the choices.
         """
         if isinstance(mode, cls):
             return mode
         member = cls.__members__.get(mode.upper()) if isinstance(mode, str) else None
         if member is None:
             raise ValueError(
-                f"mode={mode!r} is no CUDAGraphMode; choose one of {', '.join(cls.__members__)}."
+                f"mode={mode!r} is not a CUDAGraphMode; choose one of {', '.join(cls.__members__)}."
             )
         return member
 
     def is_valid_runtime_mode(self) -> bool:
-        """Whether a single step can run in this mode."""
+        """Return True if a single step can run in this mode."""
         return not isinstance(self.value, tuple)
 
     def has_full_cudagraphs(self) -> bool:
-        """Whether whole steps may run from a graph."""
+        """Return True if whole steps may run from graphs."""
         return self in (CUDAGraphMode.FULL, CUDAGraphMode.FULL_AND_PIECEWISE)
 
     def has_piecewise_cudagraphs(self) -> bool:
-        """Whether submodules may run from graphs."""
+        """Return True if submodules may run from graphs."""
         return self in (CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL_AND_PIECEWISE)

@@ -1,7 +1,8 @@
-"""Nested batches and outputs: leaves in order, their paths, and the same nest with other leaves.
+"""Nested batches and outputs: flatten, name and rebuild them.
 
-``torch.utils._pytree`` knows neither dataclasses nor mapping-like objects unless they are registered, and batches are full
-of both. What counts as a container here is what Lightning's ``apply_to_collection`` moves to a device.
+``torch.utils._pytree`` handles dataclasses and mapping-like objects only if they are registered,
+and batches often contain both. A container here is a container for Lightning's
+``apply_to_collection``, which moves batches to a device.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def _dataclass_children(node: Any) -> _Node:
 
 def _build_sequence(node: Any, _: tuple[Any, ...], values: list[Any]) -> Any:
     kind = type(node)
-    if hasattr(kind, "_make"):  # a namedtuple: its constructor takes one argument a field
+    if hasattr(kind, "_make"):  # the constructor of a namedtuple takes one argument for each field
         return kind._make(values)
     return kind(values)
 
@@ -40,9 +41,7 @@ def _build_sequence(node: Any, _: tuple[Any, ...], values: list[Any]) -> Any:
 def _build_mapping(node: Any, keys: tuple[Any, ...], values: list[Any]) -> Any:
     if type(node) is dict:
         return dict(zip(keys, values, strict=True))
-    new = copy.copy(
-        node
-    )  # keeps what the type carries beside its items (default_factory, encodings)
+    new = copy.copy(node)  # keeps attributes other than the items (default_factory, encodings)
     for key, value in zip(keys, values, strict=True):
         new[key] = value
     return new
@@ -51,7 +50,7 @@ def _build_mapping(node: Any, keys: tuple[Any, ...], values: list[Any]) -> Any:
 def _build_dataclass(node: Any, keys: tuple[Any, ...], values: list[Any]) -> Any:
     new = copy.copy(node)
     for key, value in zip(keys, values, strict=True):
-        object.__setattr__(new, key, value)  # frozen dataclasses too
+        object.__setattr__(new, key, value)  # works for frozen dataclasses as well
     return new
 
 
@@ -70,9 +69,7 @@ _containers: dict[type, _Container | None] = {}
 def _find_container(kind: type) -> _Container | None:
     if issubclass(kind, (tuple, list)):
         return _SEQUENCE
-    if issubclass(
-        kind, Mapping
-    ):  # one that cannot be written cannot be rebuilt: a leaf, and unkeyable
+    if issubclass(kind, Mapping):  # a read-only mapping cannot be rebuilt, so it is a leaf
         return _MAPPING if issubclass(kind, MutableMapping) else None
     return _DATACLASS if dataclasses.is_dataclass(kind) else None
 
@@ -95,9 +92,10 @@ def _collect(node: Any, leaves: list[Any]) -> Hashable:
 
 
 def flatten(tree: Any) -> tuple[list[Any], Hashable]:
-    """Gives the leaves of ``tree`` in order, and its structure: equal for two nests of the same types and keys.
+    """Return the leaves of ``tree`` in order, and its structure.
 
-    Containers are tuples, lists, named tuples, writable mappings and dataclasses; all else is a leaf.
+    Two structures are equal if all containers have the same types and keys. Containers are tuples,
+    lists, named tuples, writable mappings and dataclasses. Everything else is a leaf.
     """
     leaves: list[Any] = []
     structure = _collect(tree, leaves)
@@ -105,7 +103,7 @@ def flatten(tree: Any) -> tuple[list[Any], Hashable]:
 
 
 def leaf_paths(tree: Any, root: str = "batch") -> list[str]:
-    """Gives a readable path a leaf, in the order of :func:`flatten`: ``batch[0]['ids'].values``."""
+    """Return a path for each leaf, in the order of :func:`flatten`: ``batch[0]['ids'].values``."""
     container = _container(tree)
     if container is None:
         return [root]
@@ -119,7 +117,10 @@ def leaf_paths(tree: Any, root: str = "batch") -> list[str]:
 
 
 def rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
-    """Gives a nest like ``tree``, its leaves taken from ``leaves`` in order. ``tree`` itself is not changed."""
+    """Return a copy of the containers of ``tree`` with the leaves from ``leaves``, in order.
+
+    ``tree`` itself is not changed.
+    """
     container = _container(tree)
     if container is None:
         return next(leaves)
