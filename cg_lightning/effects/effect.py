@@ -274,7 +274,7 @@ class RepeatLogCalls(Effect):
 
 
 class ReadChecksLater(Effect):
-    """Checks that the graph makes on the device; they are read before metrics are, or at the end."""
+    """Checks that the graph makes on the device. Something else reads them later."""
 
     def __init__(self, checks: Sequence[DeferredCheck]) -> None:
         self._checks = list(checks)

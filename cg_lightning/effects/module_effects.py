@@ -107,7 +107,7 @@ class ModuleEffects:
         return Comparison(self.logged).run(step)
 
     def release(self, check: bool) -> None:
-        """Leave no trace, at the end of a stage; ``check`` is as in :meth:`MetricStates.release`."""
+        """Leave no trace, at the end of a stage. ``check``: see :meth:`MetricStates.release`."""
         self.logged.release()
         self.states.release(check)
 

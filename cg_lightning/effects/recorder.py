@@ -16,7 +16,7 @@ What is hard here:
 - ``LoggedValues.begin`` comes before anything is remembered: it does what the first ``self.log``
   of an epoch would do, outside the graph. Else the reset that it makes would be captured.
 - A step may set a counter of updates to what it was plus one, or to a number of its own
-  (``reset``). The two are told apart by :class:`_CapturedCount`.
+  (``reset``). The two are told apart by ``CapturedCount`` (``recording.py``).
 - Nothing may wait for the garbage collector: no attribute of a recorder refers to what refers to
   the recorder, once its contexts are left.
 """
@@ -24,45 +24,21 @@ What is hard here:
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
-from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.errors import CaptureError
-from cg_lightning.core.tree import flatten, rebuild
-from cg_lightning.effects.effect import (
-    AddToCounters,
-    Appended,
-    AppendToLists,
-    ComputedAttribute,
-    Counter,
-    Effect,
-    ExpectAttributes,
-    ExpectedAttribute,
-    MoveMetricStates,
-    ReadChecksLater,
-    RepeatLogCalls,
-    SetAttributes,
-)
-from cg_lightning.effects.logged_values import Calls, LoggedValues
+from cg_lightning.effects.effect import Effect, ReadChecksLater
+from cg_lightning.effects.logged_values import LoggedValues
+from cg_lightning.effects.recording import StepRecording
 from cg_lightning.effects.step_state import AttributesSnapshot
 from cg_lightning.metrics.deferred_checks import CheckedCalls, DeferredCheck, DeferredChecks
-from cg_lightning.metrics.members import metrics_of, state_names, states_of
+from cg_lightning.metrics.members import metrics_of
 from cg_lightning.metrics.states import MetricState, MetricStates
-from cg_lightning.metrics.support import unsupported_read, unsupported_update, unsupported_write
 from cg_lightning.metrics.sync_free import sync_free
-from cg_lightning.modules.interception import Interception, ModuleHandler
-
-_COUNTER = "_update_count"
-_READ_BEFORE_SET = frozenset({"_dtype"})
-"""Bookkeeping that a step may read before it sets it: its value is frozen then."""
 
 
 class Recording(Protocol):
@@ -122,41 +98,6 @@ class NoEffects:
 
     def reserve_checks(self) -> None:
         """Do nothing."""
-
-
-class _CapturedCount(int):
-    """The counter of updates of a metric while its step is captured.
-
-    What is added to it gives such a number again, so at the end of the step it says whose counter
-    it was and by how much that went up. If the counter is a plain number at the end, the step has
-    set it anew, as ``reset`` does. It is at least 1: whether a step is the first one since a reset
-    is not to be frozen.
-    """
-
-    source: dict[str, Any]
-    start: int
-
-    @classmethod
-    def of(cls, attributes: dict[str, Any]) -> _CapturedCount:
-        start = max(1, attributes[_COUNTER])
-        return cls(start)._from(attributes, start)
-
-    def _from(self, source: dict[str, Any], start: int) -> _CapturedCount:
-        self.source = source
-        self.start = start
-        return self
-
-    @property
-    def increment(self) -> int:
-        return int(self) - self.start
-
-    def __add__(self, other: int) -> _CapturedCount:
-        return _CapturedCount(int(self) + other)._from(self.source, self.start)
-
-    __radd__ = __add__
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _CapturedCount:
-        return self  # not a copy of the metric that counts
 
 
 class EffectRecorder:
@@ -220,7 +161,7 @@ class EffectRecorder:
     def step(self) -> Iterator[Recording]:
         """While this is entered, one captured step is recorded.
 
-        At the end the attributes of metrics are put back, so that each capture starts from the same.
+        At the end attributes of metrics are put back: each capture starts from the same ones.
         """
         self._checked = CheckedCalls(self._reserved or None)
         effects = [ReadChecksLater(self._reserved)] if self._reserved else []
@@ -243,260 +184,3 @@ class EffectRecorder:
 
 def _without_repetition(metrics: list[nn.Module]) -> list[nn.Module]:
     return list({id(metric): metric for metric in metrics}.values())
-
-
-def _update_of_a_copy(metric: Metric) -> Callable[..., None]:
-    def update(*args: Any, **kwargs: Any) -> None:
-        copy.deepcopy(metric).update(*args, **kwargs)
-
-    return update
-
-
-def _checked_update(metric: Metric, original: Any, checked: CheckedCalls) -> Any:
-    @functools.wraps(original)
-    def update(*args: Any, **kwargs: Any) -> None:
-        with checked.during(_update_of_a_copy(metric), args, kwargs):
-            original(*args, **kwargs)
-
-    return update
-
-
-class _RecordedMetric(ModuleHandler):
-    """One metric in one captured step: gives states from static tensors, and notes what is set.
-
-    It is made when the step begins, and takes the states out of the attributes of the metric.
-    """
-
-    def __init__(self, metric: nn.Module, states: list[MetricState]) -> None:
-        self.metric = metric
-        self.attributes = vars(metric)
-        self.states = {state.name: state for state in states}
-        self.read: list[MetricState] = []
-        self.written: set[str] = set()
-        self.expected: dict[str, Any] = {}
-        self.lists: dict[str, list[Any]] = {}
-        """List states. They are empty when the step begins, so that what it appends is seen."""
-        for name, default in states_of(metric).items():
-            self.attributes.pop(name, None)
-            if not isinstance(default, Tensor):
-                self.attributes[name] = self.lists[name] = []
-        if isinstance(metric, Metric):
-            self.attributes[_COUNTER] = _CapturedCount.of(self.attributes)
-        self.before = dict(self.attributes)
-
-    def get_missing(self, name: str) -> Tensor:
-        state = self.states.get(name)
-        if state is None:
-            raise AttributeError(name)
-        self.read.append(state)
-        self.attributes[name] = state.graph_tensor
-        return state.graph_tensor
-
-    def on_read(self, name: str) -> None:
-        if reason := unsupported_read(self.metric, name, self.written):
-            raise CaptureError(reason)
-        if name in _READ_BEFORE_SET and name not in self.written:
-            self.expected[name] = self.attributes.get(name)
-
-    def on_write(self, name: str, value: Any) -> None:
-        if reason := unsupported_write(self.metric, name, value):
-            raise CaptureError(reason)
-        self.written.add(name)
-
-
-class StepRecording:
-    """One captured step of a module with metrics or logged values.
-
-    Args:
-        metrics: All metrics that the step may use.
-        metric_states: Their tensor states.
-        states: Those of the whole run.
-        logged: What is logged.
-        effects: Effects that are known already.
-    """
-
-    def __init__(
-        self,
-        metrics: list[nn.Module],
-        metric_states: list[MetricState],
-        states: MetricStates,
-        logged: LoggedValues,
-        effects: list[ReadChecksLater],
-    ) -> None:
-        self._metric_states = metric_states
-        self._states = states
-        self._logged = logged
-        self._effects: list[Effect] = [*effects]
-        self._metrics = [
-            _RecordedMetric(metric, [state for state in metric_states if state.metric is metric])
-            for metric in metrics
-        ]
-        self.log_calls: Calls = []
-        """Calls of ``self.log`` that the step made, if they have to be made again."""
-
-    @contextlib.contextmanager
-    def watching(self, checked: CheckedCalls) -> Iterator[None]:
-        """While this is entered, metrics are intercepted, and their updates are ``checked``."""
-        with contextlib.ExitStack() as stack:
-            for recorded in self._metrics:
-                metric, attributes = recorded.metric, recorded.attributes
-                stack.callback(Interception(metric, recorded).remove)
-                if isinstance(metric, Metric):
-                    update = attributes["update"]
-                    stack.callback(attributes.__setitem__, "update", update)
-                    attributes["update"] = _checked_update(metric, update, checked)
-            yield
-
-    def finish(self) -> tuple[list[Effect], list[Tensor]]:
-        """Write new states to static tensors, and return the effects of the step.
-
-        Returns:
-            The effects, and the tensors that the graph computes for them, in order.
-
-        Raises:
-            CaptureError: The step did what a replay cannot do again.
-        """
-        tensors: list[Tensor] = []
-        for recorded in self._metrics:
-            if reason := unsupported_update(recorded.metric, recorded.written):
-                raise CaptureError(reason)
-        found = [
-            self._log_effect(),
-            self._expected_attributes(),
-            self._moved_states(),
-            self._counters(),
-            self._appended(tensors),
-            self._set_attributes(tensors),
-            self._log_calls(tensors),
-        ]
-        return [*[effect for effect in found if effect is not None], *self._effects], tensors
-
-    def _log_effect(self) -> Effect | None:
-        logged = set(map(id, self._logged.metrics()))
-        if not logged <= {id(recorded.metric) for recorded in self._metrics}:
-            raise CaptureError("a value was logged for the first time")
-        is_logged = any(
-            recorded.written and id(recorded.metric) in logged for recorded in self._metrics
-        )
-        return self._logged.effect() if is_logged else None
-
-    def _expected_attributes(self) -> Effect | None:
-        expected = [
-            ExpectedAttribute(recorded.attributes, name, value)
-            for recorded in self._metrics
-            for name, value in recorded.expected.items()
-        ]
-        return ExpectAttributes(expected) if expected else None
-
-    def _moved_states(self) -> Effect | None:
-        read = [state for recorded in self._metrics for state in recorded.read]
-        final = [
-            (state, state.attributes[state.name])
-            for state in self._metric_states
-            if state.name in state.attributes
-        ]
-        storages = {
-            state.graph_tensor.untyped_storage().data_ptr() for state in self._metric_states
-        }
-        tensors: dict[int, Tensor] = {
-            id(value): value for state, value in final if value is state.graph_tensor
-        }
-        """For each final value the static tensor that has it after a replay."""
-        copies: list[tuple[Tensor, Tensor]] = []
-        for state, value in final:
-            static = state.graph_tensor
-            if (value.shape, value.dtype, value.device) != (
-                static.shape,
-                static.dtype,
-                static.device,
-            ):
-                raise CaptureError(
-                    f"the state {type(state.metric).__name__}.{state.name} changes its shape,"
-                    " dtype or device"
-                )
-            if id(value) not in tensors:
-                tensors[id(value)] = static
-                overlaps = value.untyped_storage().data_ptr() in storages
-                copies.append((static, value.clone() if overlaps else value))
-        if copies:
-            torch._foreach_copy_([static for static, _ in copies], [value for _, value in copies])
-        written = [(state, tensors[id(value)]) for state, value in final]
-        return MoveMetricStates(self._states, read, written) if written else None
-
-    def _counters(self) -> Effect | None:
-        counters = []
-        for recorded in self._metrics:
-            value = recorded.attributes.get(_COUNTER)
-            if _COUNTER in recorded.written and isinstance(value, _CapturedCount):
-                counters.append(
-                    Counter(recorded.attributes, _COUNTER, value.source, value.increment)
-                )
-        return AddToCounters(counters) if counters else None
-
-    def _appended(self, tensors: list[Tensor]) -> Effect | None:
-        appended = []
-        for recorded in self._metrics:
-            for name, empty in recorded.lists.items():
-                items = recorded.attributes[name]
-                if not isinstance(items, list) or not all(
-                    isinstance(item, Tensor) for item in items
-                ):
-                    raise CaptureError(
-                        f"the state {type(recorded.metric).__name__}.{name} is no list of tensors"
-                    )
-                if items:
-                    appended.append(Appended(recorded.attributes, name, len(items), items is empty))
-                    tensors.extend(items)
-        return AppendToLists(appended) if appended else None
-
-    def _set_attributes(self, tensors: list[Tensor]) -> Effect | None:
-        constants = []
-        computed: list[ComputedAttribute] = []
-        for recorded in self._metrics:
-            values: dict[str, Any] = {}
-            for name in sorted(recorded.written - state_names(recorded.metric)):
-                value = recorded.attributes.get(name)
-                if name == _COUNTER and isinstance(value, _CapturedCount):
-                    continue
-                leaves = flatten(value)[0]
-                of_graph = _tensors_of_graph(recorded, name, leaves)
-                if not of_graph and len(leaves) == 1 and leaves[0] is value:
-                    values[name] = value
-                    continue
-                template = rebuild(value, iter([None] * len(leaves)))
-                computed.append(
-                    ComputedAttribute(
-                        recorded.attributes,
-                        name,
-                        template,
-                        [] if of_graph else leaves,
-                        len(of_graph),
-                    )
-                )
-                tensors.extend(of_graph)
-            if values:
-                constants.append((recorded.attributes, values))
-        return SetAttributes(constants, computed) if constants or computed else None
-
-    def _log_calls(self, tensors: list[Tensor]) -> Effect | None:
-        if not self.log_calls:
-            return None
-        effect = RepeatLogCalls(self._logged.calls, self.log_calls)
-        tensors.extend([leaf for leaf in flatten(self.log_calls)[0] if isinstance(leaf, Tensor)])
-        return effect
-
-
-def _tensors_of_graph(recorded: _RecordedMetric, name: str, leaves: list[Any]) -> list[Tensor]:
-    """Return the tensors of an attribute's new value; it consists of them, or has none."""
-    what = f"{type(recorded.metric).__name__}.{name}"
-    if not all(
-        isinstance(leaf, Tensor)
-        or (is_plain_value(leaf) and not isinstance(leaf, _CapturedCount))
-        or leaf is recorded.before.get(name)
-        for leaf in leaves
-    ):
-        raise CaptureError(f"{what} is set to what a replay cannot make")
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if tensors and len(tensors) != len(leaves):
-        raise CaptureError(f"{what} is made of tensors and other values")
-    return tensors

@@ -50,7 +50,7 @@ class MetricState:
         )
 
     def move_to_graph(self, tensor: Tensor) -> None:
-        """Store the state in ``tensor``, which a graph has written, and no longer as an attribute."""
+        """Store the state in ``tensor``, which a graph has written, instead of an attribute."""
         self.attributes.pop(self.name, None)
         self.location = tensor
 
@@ -99,10 +99,10 @@ class MetricStates:
         self.stage_number = 0
         """Number of stages that have ended; metrics are left alone at the end of each."""
         self.moves = 0
-        """Number of times that any state was moved. If it is unchanged, no state has moved since."""
+        """Number of moves of any state. If it is unchanged, no state has moved since."""
 
     def of(self, metrics: Iterable[nn.Module]) -> list[MetricState]:
-        """Return the tensor states of ``metrics``: the same objects each time, as long as they fit."""
+        """Return the tensor states of ``metrics``: the same objects as long as they fit."""
         return [
             self._state(metric, name)
             for metric in metrics

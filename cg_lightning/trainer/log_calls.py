@@ -14,8 +14,8 @@ from torch import nn
 from cg_lightning.effects.logged_values import Calls
 
 _UNKNOWN = (
-    "CUDAGraphCallback: this version of Lightning keeps logged values in a way that is not known here, so self.log is called "
-    "after each replay: what is logged is right, and steps take longer."
+    "CUDAGraphCallback: this version of Lightning keeps logged values in a way that is not known "
+    "here, so self.log is called after each replay: what is logged is right, and steps take longer."
 )
 
 

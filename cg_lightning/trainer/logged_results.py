@@ -97,7 +97,7 @@ class LoggedResults:
             self.connector._current_fx = fx
 
     def skip_values_of_steps(self) -> None:
-        """Skip Lightning's per-step scan of logged values if none was logged with ``on_step=True``."""
+        """Skip Lightning's per-step scan of logged values if none has ``on_step=True``."""
         results = self.collection
         if results is not None and not any(result.meta.on_step for result in results.values()):
             vars(results)["metrics"] = _MetricsOfEpochs(results)
