@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -80,6 +81,33 @@ def _forwarding_metaclass(plain: type) -> type:
     return type("InterceptedType", (type(plain),), {"__setattr__": assign})
 
 
+class ModuleHandler:
+    """What is done in place of, or before, what a module does (shim: the real one comes with the other interception)."""
+
+    def on_call(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Runs in place of ``module(*args, **kwargs)``; ``original`` calls the module."""
+        return original(*args, **kwargs)
+
+    def on_read(self, name: str) -> None:
+        """Runs before an attribute is read."""
+
+    def on_write(self, name: str, value: Any) -> None:
+        """Runs before an attribute is set."""
+
+    def get_missing(self, name: str) -> Any:
+        """Gives an attribute that the module does not have, or raises AttributeError."""
+        raise AttributeError(name)
+
+    def before_copy(self) -> None:
+        """Runs before the module is pickled or copied."""
+
+    def overrides(self, name: str) -> bool:
+        """Whether a subclass defines this method."""
+        return getattr(type(self), name) is not getattr(ModuleHandler, name)
+
+
 class Interception:
     """Swaps the class of one module object for a subclass whose methods are handlers.
 
@@ -89,6 +117,7 @@ class Interception:
 
     Args:
         module: The module.
+        handler: In place of all the others (shim).
         call: Takes the arguments of ``module(...)``, hooks and compiled calls included.
         methods: Handlers by method name.
         on_read: Called with the name of each attribute, other than parameters, buffers and children, that is read.
@@ -100,6 +129,7 @@ class Interception:
     def __init__(
         self,
         module: nn.Module,
+        handler: ModuleHandler | None = None,
         *,
         call: Handler | None = None,
         methods: dict[str, Handler] | None = None,
@@ -109,6 +139,19 @@ class Interception:
         before_copy: Callable[[], None] = lambda: None,
     ) -> None:
         assert can_intercept(module)
+        self._in_place: Any = None
+        if handler is not None:
+            if handler.overrides("on_call"):
+                call = functools.partial(_call_handler, self, handler)
+            on_read = handler.on_read if handler.overrides("on_read") else None
+            on_write = handler.on_write if handler.overrides("on_write") else None
+            get_missing = handler.get_missing if handler.overrides("get_missing") else None
+            before_copy = handler.before_copy
+            if call is not None and getattr(module, "_compiled_call_impl", None) is not None:
+                from cg_lightning.modules.compiled import CompiledCallInterception
+
+                self._in_place = CompiledCallInterception(module, call)
+                return
         self.before_copy = before_copy
         self._module = module
         self._original = original = type(module)
@@ -174,10 +217,15 @@ class Interception:
 
     def call_original(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module as if it were not intercepted here."""
+        if self._in_place is not None:
+            return self._in_place.call_original(*args, **kwargs)
         return self._original.__call__(self._module, *args, **kwargs)
 
     def suspend(self) -> None:
         """Puts back the class; idempotent. A class that somebody else has since put in its place stays."""
+        if self._in_place is not None:
+            self._in_place.suspend()
+            return
         current = type(self._module)
         if current is self._ours:
             _set_class(self._module, self._original)
@@ -195,6 +243,8 @@ class Interception:
         Code that ``torch.compile`` has made checks for the class of the modules that it uses: with one that is new at each
         validation it would be compiled anew each time.
         """
+        if self._in_place is not None:
+            return bool(self._in_place.resume())
         if type(self._module) is self._original:
             _set_class(self._module, self._ours)
         return type(self._module) is self._ours
@@ -204,6 +254,27 @@ class Interception:
         garbage is collected.
         """
         self.suspend()
+        if self._in_place is not None:
+            return
         for name in self._put_there:
             type.__delattr__(self._ours, name)
         self._put_there = set()
+
+
+def _call_handler(
+    interception: Interception, handler: ModuleHandler, *args: Any, **kwargs: Any
+) -> Any:
+    return handler.on_call(interception.call_original, args, kwargs)
+
+
+@contextlib.contextmanager
+def replaced_method(
+    module: nn.Module, name: str, replacement: Callable[..., Any]
+) -> Iterator[None]:
+    """Calls ``replacement`` in place of a method, with the original bound method as first argument (shim)."""
+    original = getattr(module, name)
+    interception = Interception(module, methods={name: functools.partial(replacement, original)})
+    try:
+        yield
+    finally:
+        interception.remove()
