@@ -1,6 +1,7 @@
 """Words: modes, keys, context, settings, reasons. Imports torch and nothing of ours outside
   ``core``.
 
+- ``call_key.py``: the key of one call of a submodule.
 - ``causes.py``: why a step cannot run from a graph, and what its author can do about it.
 - ``descriptor.py``: the key of a graph: all that must be equal for it to be replayable.
 - ``equality.py``: whether two leaves of outputs are the same number.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from cg_lightning.backends.host_reads import OnCall
+from cg_lightning.core.call_key import describe_call, is_inside_transform
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.errors import UnkeyableBatchError
@@ -44,7 +45,6 @@ from cg_lightning.modules.compiled import (
     modules_that_run,
 )
 from cg_lightning.modules.interception import Interception, can_intercept
-from cg_lightning.runtime.call_key import describe_call, is_inside_transform
 
 _AT_THE_END = "between the start and end of the step"
 

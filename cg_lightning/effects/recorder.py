@@ -19,46 +19,19 @@ from cg_lightning.effects.attributes import AttributesSnapshot
 from cg_lightning.effects.effect import StepEffects
 from cg_lightning.metrics.deferred_checks import CheckedCalls, DeferredCheck
 from cg_lightning.metrics.members import (
-    averages_by_count,
-    bookkeeping,
     metrics_of,
     state_names,
     states_of,
 )
 from cg_lightning.metrics.states import FixedStates, Slot
+from cg_lightning.metrics.support import unsupported_read, unsupported_update, unsupported_write
 from cg_lightning.metrics.sync_free import sync_free
-from cg_lightning.modules.attributes import is_same_value
-from cg_lightning.modules.interception import Interception, plain_class
+from cg_lightning.modules.interception import Interception
 from cg_lightning.trainer.log_calls import Calls, CapturedLogCalls, LogCalls
 from cg_lightning.trainer.logged_results import LoggedResults
 
 _COUNT = 1_000_000
 """What counters of updates start from in a capture: so that counting up is told from starting anew (``reset``)."""
-
-
-def unsupported_write(metric: nn.Module, name: str, value: Any) -> str:
-    """Why a replay could not bring up to date what a step has set an attribute to; empty where it can."""
-    if name in state_names(metric) or name in bookkeeping():
-        return ""
-    if is_same_value(vars(metric).get(name), value):
-        return ""
-    return f"{type(metric).__name__}.{name} is kept in Python"
-
-
-def unsupported_read(metric: nn.Module, name: str, written: set[str]) -> str:
-    """Why a replay could not do what a step that reads an attribute does; empty where it can."""
-    if name == "update_count":  # the property; torchmetrics itself reads ``_update_count``
-        return f"{plain_class(metric).__name__}.update_count is read"
-    if name == "_computed" and name not in written and vars(metric).get(name) is not None:
-        return f"{plain_class(metric).__name__} gives the result of an earlier step"
-    return ""
-
-
-def unsupported_update(metric: nn.Module, written: set[str]) -> str:
-    """Why a replay could not do what a step did; empty where it can."""
-    if "_forward_cache" in written and averages_by_count(metric):
-        return f"{type(metric).__name__}.forward averages by a Python count"
-    return ""
 
 
 def _update_of_a_copy(metric: Metric) -> Callable[..., None]:

@@ -5,6 +5,7 @@
 - ``members.py``: the metrics of a module, and which of their attributes a replay can bring up to
   date.
 - ``states.py``: metric states at fixed addresses, which graphs read and write.
+- ``support.py``: what a replay can bring up to date of what a step does to a metric, and what not.
 - ``sync_free.py``: functions of torchmetrics that wait for the device, and equal ones that do
   not: used in captures only.
 """

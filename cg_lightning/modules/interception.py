@@ -201,8 +201,8 @@ class Interception:
                     return original.__getattr__(self, name)
 
             namespace["__getattr__"] = missing
-        for name, handler in (methods or {}).items():
-            namespace[name] = _InterceptedMethod(name, handler)
+        for name, method in (methods or {}).items():
+            namespace[name] = _InterceptedMethod(name, method)
         # a class made as a direct subclass would run the user's __init_subclass__, which may register it
         ours = types.new_class(
             plain.__name__,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cg_lightning.capture.cache import EvictedError
+from cg_lightning.core.call_key import describe_call
 from cg_lightning.core.descriptor import BatchDescriptor, KnownDescriptors
 from cg_lightning.core.errors import CaptureError, UnkeyableBatchError, VerificationError
 from cg_lightning.core.forward_context import current_forward_context
@@ -21,7 +22,6 @@ from cg_lightning.modules.compiled import (
     is_compiled_in_place,
 )
 from cg_lightning.modules.interception import Interception
-from cg_lightning.runtime.call_key import describe_call
 from cg_lightning.runtime.graphed_call import GraphedCall, GraphSettings
 from cg_lightning.runtime.verifier import report_difference
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from cg_lightning.core.causes import Cause
-from cg_lightning.effects.recorder import unsupported_read, unsupported_update, unsupported_write
 from cg_lightning.metrics.members import states_of
+from cg_lightning.metrics.support import unsupported_read, unsupported_update, unsupported_write
 from cg_lightning.metrics.sync_free import SyncFree, replacing
 from cg_lightning.modules.interception import Interception
 
