@@ -67,6 +67,18 @@ class StepMetrics:
         """All metrics of the module, and those behind what it logs."""
         return [*metrics_of(self._module), *self.results.metrics()]
 
+    def metrics(self) -> list[nn.Module]:
+        """As :meth:`all`, by the name that the diagnosis asks for."""
+        return self.all()
+
+    def logged_metrics(self) -> list[nn.Module]:
+        """Gives those behind what the module logs."""
+        return self.results.metrics()
+
+    def logs_in_graph(self) -> bool:
+        """Whether a graph can hold ``self.log``; otherwise the call is made after each replay."""
+        return self.results.is_supported()
+
 
 class MetricsSnapshot:
     """What a step may change in metrics and logged values, to put it back: for verification.

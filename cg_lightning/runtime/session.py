@@ -18,11 +18,11 @@ from cg_lightning.core.descriptor import BatchDescriptor, KnownDescriptors
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.diagnosis.detectors.batch_index import uses_batch_index
 from cg_lightning.diagnosis.report import Diagnosis
-from cg_lightning.diagnosis.watched_step import Observation
-from cg_lightning.diagnosis.watcher import Observer
-from cg_lightning.diagnosis.written_tensors import WrittenTensors
+from cg_lightning.diagnosis.watched_step import WatchedStep, WrittenTensors
+from cg_lightning.diagnosis.watcher import StepWatcher
 from cg_lightning.effects.step_metrics import StepMetrics
 from cg_lightning.guards.module_guard import Change, ModuleState
+from cg_lightning.guards.sources import Source
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.changing_values import ChangingValues
 from cg_lightning.runtime.dispatcher import UNKNOWN_KEY, CUDAGraphDispatcher, Dispatch
@@ -39,8 +39,6 @@ _CAPTURE = 4
 """A capture takes as long as about so many eager steps."""
 _MOST_UNREST = 24
 """More than so many steps of late spent on captures for nothing: it is better not to capture."""
-EFFECTS = {"log": Cause.LOGGED, "log_dict": Cause.LOGGED, "print": Cause.PRINTED}
-"""Methods of a LightningModule whose call a graph would freeze."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +77,7 @@ class Session:
         self.module = module
         self.state = ModuleState(module)
         self.metrics = StepMetrics(module, backend.device, settings.sync_free_metrics)
-        self.observer = Observer(
-            module,
-            backend.device.type,
-            backend.noticing_host_syncs,
-            EFFECTS,
-            metrics=self.metrics,
-        )
+        self.watcher = StepWatcher(module, backend, effects=self.metrics)
         self.graph_settings = GraphSettings(
             backend,
             settings.options,
@@ -115,7 +107,7 @@ class Session:
         self.known: KnownDescriptors = {}
         """Descriptors whose mode is decided."""
         self._sights: Counter[BatchDescriptor] = Counter()
-        self._observations: dict[BatchDescriptor, Observation] = {}
+        self._observations: dict[BatchDescriptor, WatchedStep] = {}
         self._written = WrittenTensors()
         self._values = ChangingValues()
 
@@ -197,9 +189,9 @@ class Session:
     def wants_observation(self, descriptor: BatchDescriptor) -> bool:
         """Whether the next warm-up step of this key should be watched."""
         seen = self._observations.get(descriptor)
-        return seen is None or seen.may_settle
+        return seen is None or seen.needs_second_look
 
-    def warmed_up(self, descriptor: BatchDescriptor, observation: Observation | None) -> None:
+    def warmed_up(self, descriptor: BatchDescriptor, observation: WatchedStep | None) -> None:
         """Notes an eager step of a key that is not decided yet."""
         self._sights[descriptor] += 1
         if observation is None:
@@ -244,7 +236,8 @@ class Session:
     def _is_warm(self, descriptor: BatchDescriptor) -> bool:
         observation = self._observations.get(descriptor)
         needed = max(
-            self.settings.warmup_steps, 2 if observation is not None and observation.settles else 1
+            self.settings.warmup_steps,
+            2 if observation is not None and observation.did_one_time_work else 1,
         )
         return observation is not None and self._sights[descriptor] >= needed
 
@@ -252,7 +245,7 @@ class Session:
         mode = self.settings.mode
         findings = self._why_no_whole_step(descriptor)
         if mode.has_full_cudagraphs() and not findings:
-            self.state.watch(self._observations[descriptor].reads())
+            self.state.watch(_as_reads(self._observations[descriptor].sources()))
             self._dispatcher.add_cudagraph_key(CUDAGraphMode.FULL, descriptor)
         elif mode.has_piecewise_cudagraphs():
             self._decide_piecewise(descriptor, findings[0] if findings else "")
@@ -283,7 +276,7 @@ class Session:
         for target in self._piecewise.values():
             findings = observation.findings_of(target.path)
             if findings == []:
-                reads = observation.reads(target.module)
+                reads = _as_reads(observation.sources(target.module))
                 self.state.watch(reads)
                 target.watch(reads)
             target.note_findings(
@@ -291,7 +284,7 @@ class Session:
             )
 
     def _add_targets(
-        self, targets: dict[str, nn.Module], observation: Observation | None, sights: int
+        self, targets: dict[str, nn.Module], observation: WatchedStep | None, sights: int
     ) -> None:
         for path, module in targets.items():
             target = self._piecewise.get(id(module))
@@ -304,3 +297,7 @@ class Session:
                 target.note_sights(observation.keys_of_calls(module), sights)
             if self._installed:
                 target.install()
+
+
+def _as_reads(sources: list[Source]) -> list[tuple[Any, str]]:
+    return [(source.holder, source.name) for source in sources]

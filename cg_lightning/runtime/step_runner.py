@@ -157,7 +157,7 @@ class StepRunner:
         with override_forward_context(ForwardContext(CUDAGraphMode.NONE, descriptor, calls={})):
             if session.wants_observation(descriptor):
                 step = functools.partial(self._step, *args, **kwargs)
-                output, observation = session.observer.observe(step, args[0])
+                output, observation = session.watcher.watch(step, args[0])
             else:
                 output = self._step(*args, **kwargs)
         session.warmed_up(descriptor, observation)
