@@ -46,7 +46,7 @@ def _lacks_a_trainer(error: BaseException) -> bool:
 
 
 def _runner(module: nn.Module, batch: Any, stage: str) -> Callable[[], Any]:
-    """Returns what runs the step; it returns ``_STOPPED`` if the step asks for a missing Trainer."""
+    """Returns what runs the step, and returns ``_STOPPED`` if that needs a missing Trainer."""
     if not isinstance(module, LightningModule):
         args, kwargs = _arguments(batch)
         return lambda: module(*args, **kwargs)

@@ -55,7 +55,7 @@ class Finding:
         return f"{self.location}{library}"
 
     def reason(self, path: str = "") -> Reason:
-        """Returns the finding as the reason of a step or, if ``path`` is given, of that submodule."""
+        """Returns the reason of a step or, if ``path`` is given, of that submodule."""
         text = f"{path}: {self}" if path else str(self)
         is_line = self.location not in (AT_THE_END, UNKNOWN)
         return Reason(self.cause, text, self.location if is_line else "")

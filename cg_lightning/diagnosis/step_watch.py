@@ -23,7 +23,8 @@ from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import Finding, Location, find_location
 from cg_lightning.diagnosis.watched_step import ModuleCall, WatchedStep, WrittenTensors
 from cg_lightning.guards.sources import Source
-from cg_lightning.metrics.members import is_metric
+from cg_lightning.guards.values import FrozenValues
+from cg_lightning.metrics.members import is_metric, metrics_of
 from cg_lightning.modules.compiled import is_compiled, modules_inside, modules_that_run
 
 _LIGHTNING = ("lightning", "pytorch_lightning")
@@ -78,6 +79,10 @@ class StepWatch:
         """Whether ``root`` is a LightningModule."""
         self.modules = list(modules_that_run(root))
         """Paths and modules whose calls are seen: neither metrics nor what compiled code runs."""
+        self.metrics = metrics_of(root)
+        """All metrics in ``root``."""
+        self.all_metrics = self.metrics if effects is None else effects.metrics()
+        """The same, and those behind ``self.log``."""
         self.hidden = {
             id(module): [pair for pair in modules_inside(path, module) if not is_metric(pair[1])]
             for path, module in self.modules
@@ -267,6 +272,23 @@ class StepWatch:
         """Returns what the step showed; it holds no tensor that a call was given."""
         self.step.inputs.clear()
         return WatchedStep(self.step, self._written, self._did_one_time_work)
+
+
+class UnreadableError(Exception):
+    """Nobody can look into a value; the message says why."""
+
+
+def look_into(value: Any) -> FrozenValues:
+    """Remembers what is in a value.
+
+    Raises:
+        UnreadableError: The value raises something itself: a file that is closed, say.
+    """
+    try:
+        return FrozenValues([value])
+    except Exception as error:
+        words = f"cannot be looked into: {type(error).__name__}: {error}"
+        raise UnreadableError(words) from error
 
 
 def tensors_in(values: Any) -> list[Tensor]:

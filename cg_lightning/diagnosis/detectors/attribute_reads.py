@@ -13,14 +13,14 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import is_our_file, is_user_file
-from cg_lightning.diagnosis.step_watch import StepWatch
+from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.sources import Source
-from cg_lightning.guards.values import FrozenValues
 from cg_lightning.modules.attributes import (
     holding_class,
     is_plain_attribute,
     is_user_written,
+    is_users,
     plain_attributes,
     values_of_classes,
 )
@@ -96,19 +96,21 @@ class _Attributes:
 
     def _sources_of(self, name: str) -> list[Source]:
         module = self._module
-        if not is_plain_attribute(module, name):
+        members = (module._parameters, module._buffers, module._modules)
+        if not is_plain_attribute(module, name) or any(name in table for table in members):
+            return []
+        cls = holding_class(module, name)
+        if cls is not None and not is_users(cls):  # a property of a framework's
             return []
         path = f"{self._prefix}{name}"
         value = vars(module).get(name)
         if not is_plain_value(value):
             try:
-                FrozenValues([value])
-            except Exception as error:  # whatever the user's object raises, the finding says it
-                self._problems[name] = (
-                    f"{path} cannot be looked into: {type(error).__name__}: {error}"
-                )
+                look_into(value)
+            except UnreadableError as error:
+                self._problems[name] = f"{path} {error}"
         sources = [Source(module, name, path)]
-        if (cls := holding_class(module, name)) is not None:
+        if cls is not None:
             sources.append(Source(cls, name, f"{cls.__name__}.{name}"))
         return sources
 
@@ -129,7 +131,7 @@ class _ReadHandler(ModuleHandler):
 
 
 def _is_read_by_user() -> bool:
-    """Whether the innermost function that is not ours is the user's; torch reads ``__dict__`` too."""
+    """Whether the innermost function that is not ours is the user's, and not torch's."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and is_our_file(frame.f_code.co_filename):
         frame = frame.f_back

@@ -82,7 +82,10 @@ def _loads(code: CodeType, name: str) -> bool:
 
 
 def _uses_in_varargs(code: CodeType, position: int, is_decorator: bool) -> bool:
-    """Whether a function may do anything with an argument that is one of its ``*args``; a decorator passes them on."""
+    """Whether a function may use an argument that is one of its ``*args``.
+
+    A decorator passes them on as ``*args``.
+    """
     if not code.co_flags & inspect.CO_VARARGS:
         return False
     try:

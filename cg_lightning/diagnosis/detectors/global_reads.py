@@ -13,7 +13,7 @@ from typing import Any
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import AT_THE_END, is_user_file
-from cg_lightning.diagnosis.step_watch import StepWatch
+from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues
 from cg_lightning.modules.attributes import is_same_value
@@ -22,7 +22,7 @@ _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, classmethod, static
 
 
 class GlobalReads(Detector):
-    """Notes the globals that the user's own functions name, and reports those that the step changes.
+    """Notes the globals that the user's functions name; reports those that the step changes.
 
     It does *not* see what a function has closed over. If something else profiles the thread, it
     sees nothing.
@@ -85,11 +85,9 @@ class GlobalReads(Detector):
     def _remember(self, source: Source) -> None:
         value = source.value()
         try:
-            self._before[source.key] = (source, value, FrozenValues([value]))
-        except Exception as error:  # a closed file, say; whatever it raises, the finding says it
-            self._unreadable[source.key] = (
-                f"global {source.name} cannot be looked into: {type(error).__name__}: {error}"
-            )
+            self._before[source.key] = (source, value, look_into(value))
+        except UnreadableError as error:
+            self._unreadable[source.key] = f"global {source.name} {error}"
 
 
 def _is_users_namespace(value: Any) -> bool:

@@ -12,7 +12,7 @@ from cg_lightning.modules.attributes import global_hooks, hooks_of
 
 
 class ForwardHooks(Detector):
-    """Reports modules that have forward hooks when they are called, and all while global ones are set."""
+    """Reports called modules that have forward hooks; global hooks belong to every module."""
 
     causes = (Cause.FORWARD_HOOK,)
 

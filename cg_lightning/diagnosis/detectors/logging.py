@@ -16,7 +16,10 @@ LOGGING_METHODS = ("log", "log_dict")
 
 
 class Logging(Detector):
-    """Reports calls of ``self.log``: a graph of the whole step can hold them, if there are effects."""
+    """Reports calls of ``self.log``.
+
+    If there are effects, a graph of the whole step can hold them, and that of a submodule cannot.
+    """
 
     causes = (Cause.LOGGED,)
 

@@ -15,7 +15,7 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.step_watch import Effects, StepWatch
 from cg_lightning.diagnosis.watched_step import ModuleCall
-from cg_lightning.metrics.members import metrics_of, states_of
+from cg_lightning.metrics.members import states_of
 from cg_lightning.metrics.support import unsupported_read, unsupported_update, unsupported_write
 from cg_lightning.metrics.sync_free import SyncFree, replacing
 from cg_lightning.modules.interception import Interception, ModuleHandler
@@ -32,19 +32,20 @@ class MetricUpdates(Detector):
 
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
-        self._metrics = metrics_of(watch.root)
+        self._metrics = watch.metrics
+        self._counted = [metric for metric in watch.metrics if isinstance(metric, Metric)]
         self._reported: set[str] = set()
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         effects = self.watch.effects
-        with self._noticing_unknown_metrics():
+        with self._noticing_counts():
             if effects is None:
                 before = self._counts()
                 yield
                 if self._counts() != before:
-                    self.watch.report_unless_found(Cause.METRIC_UPDATED, "update")
+                    self._report_update()
                 return
             with self._noticing_unsupported_updates(effects):
                 yield
@@ -55,12 +56,7 @@ class MetricUpdates(Detector):
         before = self._counts()
         yield
         if self._counts() != before:
-            with (
-                contextlib.nullcontext()
-                if self.watch.effects is None
-                else self.watch.only_for_submodules()
-            ):
-                self.watch.report_unless_found(Cause.METRIC_UPDATED, "update")
+            self._report_update()
 
     def report_once(self, reason: str) -> None:
         """Reports why a replay cannot do what the step did; an empty reason is ignored."""
@@ -68,24 +64,28 @@ class MetricUpdates(Detector):
             self._reported.add(reason)
             self.watch.report(Cause.METRIC_UPDATED, reason)
 
+    def _report_update(self) -> None:
+        is_held = self.watch.effects is not None
+        with self.watch.only_for_submodules() if is_held else contextlib.nullcontext():
+            self.watch.report_unless_found(Cause.METRIC_UPDATED, "update")
+
     def _counts(self) -> list[int]:
-        return [
-            vars(metric)["_update_count"] for metric in self._metrics if isinstance(metric, Metric)
-        ]
+        return [vars(metric)["_update_count"] for metric in self._counted]
 
     @contextlib.contextmanager
-    def _noticing_unknown_metrics(self) -> Iterator[None]:
-        """Metrics that are no submodules (in a dict, say): nobody brings up to date what they hold."""
+    def _noticing_counts(self) -> Iterator[None]:
+        """Metrics count their updates; nobody brings those up to date that are no submodules."""
         thread, original = threading.get_ident(), Metric.__setattr__
-        known = set(map(id, self._metrics))
-        if self.watch.effects is not None:
-            known |= set(map(id, self.watch.effects.metrics()))
+        known = set(map(id, self.watch.all_metrics))
+        inside = set(map(id, self._metrics))
 
         def write(metric: Metric, name: str, value: Any) -> None:
-            is_counted = name == "_update_count" and threading.get_ident() == thread
-            if is_counted and id(metric) not in known:
-                name_of_class = metric.__class__.__name__
-                self.watch.report(Cause.METRIC_UPDATED, f"{name_of_class} is no submodule")
+            if name == "_update_count" and threading.get_ident() == thread:
+                if id(metric) not in known:
+                    words = f"{metric.__class__.__name__} is no submodule"
+                    self.watch.report(Cause.METRIC_UPDATED, words)
+                elif id(metric) in inside and vars(metric).get(name) != value:
+                    self._report_update()
             original(metric, name, value)
 
         with patch.object(Metric, "__setattr__", write):

@@ -16,10 +16,10 @@ from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.equality import same_leaf
 from cg_lightning.core.tree import flatten
 from cg_lightning.diagnosis.detector import Detector
-from cg_lightning.diagnosis.step_watch import StepWatch
+from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall, WrittenTensors
 from cg_lightning.guards.values import FrozenValues, addresses_of
-from cg_lightning.metrics.members import is_metric, metrics_of, states_of
+from cg_lightning.metrics.members import is_metric, states_of
 from cg_lightning.modules.attributes import names_of_frameworks
 
 
@@ -34,9 +34,9 @@ class Mutations(Detector):
 
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
-        effects = watch.effects
-        metrics = metrics_of(watch.root) if effects is None else effects.metrics()
-        states = [getattr(metric, name) for metric in metrics for name in states_of(metric)]
+        states = [
+            getattr(metric, name) for metric in watch.all_metrics for name in states_of(metric)
+        ]
         self._made = addresses_of(state for state in states if isinstance(state, Tensor))
         self._made |= watch.step.input_addresses
         self._written: dict[int, Tensor] = {}
@@ -153,11 +153,12 @@ class _PersistentTensors:
     def __init__(self, root: nn.Module) -> None:
         self._root = root
         self._attributes = [
-            (module, name, FrozenValues([value]))
+            (module, name, contents)
             for module in root.modules()
             if not is_metric(module)
             for name, value in vars(module).items()
             if name not in names_of_frameworks() and not is_plain_value(value)
+            if (contents := _contents(value)) is not None
         ]
         self._hidden = [module for _, _, values in self._attributes for module in values.modules]
 
@@ -181,7 +182,7 @@ class _PersistentTensors:
         modules = [self._root, *self._hidden]
         parameters = _of(module.parameters() for module in modules)
         found = WrittenTensors()
-        # not every operation says that it writes to buffers; those of submodules are always put back
+        # not every operation says that it writes to buffers, so these are always put back
         found.add(_of(module.buffers() for module in self._hidden))
         if not outside:
             return found
@@ -196,6 +197,13 @@ class _PersistentTensors:
                 found.add_attribute(module, name)
         found.add(tensor for address, tensor in outside.items() if address not in known)
         return found
+
+
+def _contents(value: Any) -> FrozenValues | None:
+    try:
+        return look_into(value)
+    except UnreadableError:  # AttributeReads reports whatever reads it
+        return None
 
 
 def _of(iterators: Iterable[Iterable[Tensor]]) -> list[Tensor]:

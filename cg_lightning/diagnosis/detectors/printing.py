@@ -29,7 +29,7 @@ class Printing(Detector):
             stack.enter_context(self._noticing_python())
             if self.watch.is_lightning:
                 stack.enter_context(replaced_method(self.watch.root, "print", self._print))
-            if self.watch.is_lightning and not self.watch.hidden.get(id(self.watch.root)):
+            if self.watch.is_lightning and id(self.watch.root) not in self.watch.hidden:
                 handler = ReadNames(self.watch, Cause.PRINTED, ("logger", "loggers"))
                 stack.callback(Interception(self.watch.root, handler).remove)
             yield

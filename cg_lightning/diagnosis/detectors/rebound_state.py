@@ -12,7 +12,7 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import AT_THE_END, find_location
-from cg_lightning.diagnosis.step_watch import StepWatch
+from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.values import FrozenValues
 from cg_lightning.modules.attributes import (
@@ -51,10 +51,13 @@ class ReboundState(Detector):
         with self._noticing_writes():
             yield
         for path, state in before:
-            calls = [watch.step]
-            if path:  # the calls of ``root`` compared its state themselves
-                calls += [call for call in watch.step.all_calls() if _is_inside(path, call.path)]
-            self._report(state, path, calls)
+            for location, names in self._changed(state).items():
+                calls = [watch.step]
+                if path:  # the calls of ``root`` compared its state themselves
+                    calls += [c for c in watch.step.all_calls() if _is_inside(path, c.path)]
+                watch.report(
+                    Cause.STATE_REBOUND, names, location=location, module=path, calls=calls
+                )
 
     @contextlib.contextmanager
     def around_call(self, call: ModuleCall) -> Iterator[None]:
@@ -65,24 +68,22 @@ class ReboundState(Detector):
         with self.watch.paused():
             state = _State(self.watch.root)
         yield
-        self._report(state, call.path, [*self.watch.stack[1:]])
+        for location, names in self._changed(state).items():
+            # the step gets its finding from the comparison at its end
+            self.watch.report(
+                Cause.STATE_REBOUND, names, location=location, calls=self.watch.stack[1:]
+            )
 
-    def _report(self, state: _State, path: str, calls: list[ModuleCall]) -> None:
+    def _changed(self, state: _State) -> dict[str, str]:
+        """Returns the names of what changed, by the line that changed it."""
         with self.watch.paused():
             names = state.changed()
-        by_location: dict[str, list[str]] = {}
+        found: dict[str, list[str]] = {}
         for name in sorted(names):
             attribute = name.removeprefix("_buffers.").removeprefix("_parameters.")
             location = self._locations.get((id(state.module), attribute), AT_THE_END)
-            by_location.setdefault(location, []).append(name)
-        for location, changed in by_location.items():
-            self.watch.report(
-                Cause.STATE_REBOUND,
-                ", ".join(changed),
-                location=location,
-                module=path,
-                calls=calls,
-            )
+            found.setdefault(location, []).append(name)
+        return {location: ", ".join(names) for location, names in found.items()}
 
     @contextlib.contextmanager
     def _noticing_writes(self) -> Iterator[None]:
@@ -109,7 +110,7 @@ class _WriteHandler(ModuleHandler):
 
 
 class _State:
-    """What the attributes of a module and of its classes refer to, and what is in those of the user's.
+    """What the attributes of a module and of its classes refer to, and what is in the user's own.
 
     Args:
         module: The module.
@@ -158,6 +159,6 @@ def _contents(value: Any) -> FrozenValues | None:
     if is_plain_value(value):
         return None
     try:
-        return FrozenValues([value])
-    except Exception:  # whatever the user's object raises: AttributeReads reports what reads it
+        return look_into(value)
+    except UnreadableError:  # AttributeReads reports whatever reads it
         return None

@@ -34,7 +34,7 @@ class TrainerReads(Detector):
     def around_step(self) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         root = self.watch.root
-        if not self.watch.is_lightning or self.watch.hidden.get(id(root)):
+        if not self.watch.is_lightning or id(root) in self.watch.hidden:
             yield
             return
         names = ("trainer", "current_epoch", "global_step")
