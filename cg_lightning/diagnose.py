@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from cg_lightning.backends import check_backend, resolve_backend
-from cg_lightning.core.causes import Cause
+from cg_lightning.backends import GraphBackend, check_backend, resolve_backend
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.errors import UnkeyableBatchError
 from cg_lightning.core.forward_context import (
@@ -22,10 +23,18 @@ from cg_lightning.core.forward_context import (
 )
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.stages import STEP_METHODS
-from cg_lightning.diagnosis.detectors.batch_index import uses_batch_index
 from cg_lightning.diagnosis.report import Diagnosis
-from cg_lightning.diagnosis.watched_step import Finding
-from cg_lightning.diagnosis.watcher import Observer
+from cg_lightning.diagnosis.watcher import StepWatcher
+from cg_lightning.effects.module_effects import ModuleEffects
+from cg_lightning.effects.step_state import HostRandomState
+
+_LOOKS = 3
+"""The callback's default warm-up: it watches as many steps while they still do one-time work."""
+_STOPPED = object()
+_NO_TRAINER = (
+    "The step stopped where it read self.trainer, because there is no Trainer: what comes after "
+    "that line was not seen."
+)
 
 
 def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -34,63 +43,91 @@ def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
 
 
+def _lacks_a_trainer(error: BaseException) -> bool:
+    """Whether an exception comes from ``self.trainer`` of a module that has none."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_code is LightningModule.trainer.fget.__code__  # type: ignore[attr-defined]
+
+
 def _runner(module: nn.Module, batch: Any, stage: str) -> Callable[[], Any]:
+    """Returns what runs the step, and returns ``_STOPPED`` if that needs a missing Trainer."""
     if not isinstance(module, LightningModule):
         args, kwargs = _arguments(batch)
         return lambda: module(*args, **kwargs)
     step = getattr(module, STEP_METHODS[stage])
     takes_index = len(inspect.signature(step).parameters) > 1
-    return lambda: step(batch, 0) if takes_index else step(batch)
+
+    def run() -> Any:
+        try:
+            return step(batch, 0) if takes_index else step(batch)
+        except RuntimeError as error:
+            if _lacks_a_trainer(error):
+                return _STOPPED
+            raise
+
+    return run
+
+
+@contextlib.contextmanager
+def _random_state_kept(backend: GraphBackend) -> Iterator[None]:
+    host, device = HostRandomState(), backend.get_random_state()
+    try:
+        yield
+    finally:
+        host.restore()
+        backend.set_random_state(device)
 
 
 def diagnose(
     module: nn.Module, batch: Any, *, stage: str = "predict", backend: str = "auto"
 ) -> Diagnosis:
-    """Runs a copy of ``module`` once on ``batch``, and says what of it could run from graphs. Needs no GPU.
+    """Runs a copy of ``module`` on ``batch``, and says what of it could run from graphs.
+
+    It needs no GPU. The copy runs once, and up to twice more while a run does what may be done only
+    once, such as filling a cache; the callback watches its warm-up steps in the same way. Nothing
+    is logged or printed by ``self.log`` and ``self.print``, and no random number is consumed.
 
     Args:
-        module: A LightningModule runs the step of ``stage``, with or without a Trainer. Any other module is called on the
-            batch: a tuple or list spreads into positional, a mapping into keyword arguments.
+        module: A LightningModule runs the step of ``stage``, with or without a Trainer. Any other
+            module is called on the batch: a tuple or list spreads into positional arguments, a
+            mapping into keyword arguments.
         batch: One batch, on the device of the module.
         stage: ``validate``, ``test`` or ``predict``.
-        backend: As in :class:`~cg_lightning.CUDAGraphCallback`; the rules are those of CUDA graphs on each.
+        backend: As in :class:`~cg_lightning.CUDAGraphCallback`; the rules are those of CUDA graphs
+            for each backend.
 
     Raises:
-        ValueError: ``stage`` or ``backend`` is unknown. What the module itself raises comes through unchanged.
+        ValueError: ``stage`` or ``backend`` is unknown. What the module itself raises comes through
+            unchanged, except that a step may read ``self.trainer`` without a Trainer: that is a
+            finding.
     """
     check_backend(backend)
     if stage not in STEP_METHODS:
         raise ValueError(f"stage={stage!r} is unknown; choose one of {', '.join(STEP_METHODS)}.")
-    lightning = isinstance(module, LightningModule)
-    module, batch = copy.deepcopy((module, batch))
+    module = copy.deepcopy(module)
     module.eval()
+    is_lightning = isinstance(module, LightningModule)
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     watching = resolve_backend("auto" if device.type == "cuda" else "recorder", device)
     assert watching is not None
     unkeyable = ""
-    with torch.inference_mode():
+    effects = ModuleEffects(module, device, sync_free=True) if is_lightning else None
+    watcher = StepWatcher(module, watching, effects=effects, run_logging=not is_lightning)
+    with torch.inference_mode(), _random_state_kept(watching):
+        key = BatchDescriptor(stage=stage if is_lightning else None)
         try:
-            key = BatchDescriptor.from_batch(batch, stage=stage)
+            key = BatchDescriptor.from_batch(batch, stage=key.stage)
         except UnkeyableBatchError as error:
-            key, unkeyable = BatchDescriptor(stage=stage), str(error)
-        observer = Observer(
-            module,
-            device.type,
-            watching.noticing_host_syncs,
-            {"log": Cause.LOGGED, "log_dict": Cause.LOGGED, "print": Cause.PRINTED}
-            if lightning
-            else {},
-            run_effects=not lightning,
-        )
-        with override_forward_context(
-            ForwardContext(CUDAGraphMode.NONE, key, step=StepInProgress())
-        ):
-            _, observation = observer.observe(_runner(module, batch, stage), batch)
-    findings = list(observation.findings)
-    if lightning and uses_batch_index(module, STEP_METHODS[stage]):
-        name = STEP_METHODS[stage]
-        code = inspect.unwrap(getattr(type(module), name)).__code__
-        findings.append(
-            Finding(Cause.BATCH_INDEX_USED, name, "", f"{code.co_filename}:{code.co_firstlineno}")
-        )
-    return Diagnosis(findings, unkeyable, observation)
+            unkeyable = str(error)
+        for _ in range(_LOOKS):
+            given = copy.deepcopy(batch)  # a step may change its batch in place
+            with override_forward_context(
+                ForwardContext(CUDAGraphMode.NONE, key, step=StepInProgress())
+            ):
+                output, watched = watcher.watch(_runner(module, given, stage), given)
+            stopped = output is _STOPPED
+            if stopped or not watched.needs_second_look:
+                break
+    return Diagnosis(
+        list(watched.findings), unkeyable, watched, stopped=_NO_TRAINER if stopped else ""
+    )

@@ -55,12 +55,18 @@ def invisible_calls(on_call: OnCall) -> Iterator[None]:
             stack.enter_context(
                 patch.object(Tensor, name, _noticed(Tensor, name, Cause.HOST_SYNC, on_call, _never))
             )
-        for name in _MAKERS:
-            original = getattr(torch, name)
-            maker = _noticed(torch, name, Cause.TENSOR_FROM_PYTHON, on_call, _stays_on_the_host)
-            # torchmetrics does ``from torch import tensor``
-            for module in list(sys.modules.values()):
-                if getattr(module, "__dict__", {}).get(name) is original:
+        makers = {
+            name: (
+                getattr(torch, name),
+                _noticed(torch, name, Cause.TENSOR_FROM_PYTHON, on_call, _stays_on_the_host),
+            )
+            for name in _MAKERS
+        }
+        # ``from torch import tensor``, as torchmetrics does
+        for module in list(sys.modules.values()):
+            names = getattr(module, "__dict__", {})
+            for name, (original, maker) in makers.items():
+                if names.get(name) is original:
                     stack.enter_context(patch.object(module, name, maker))
         maker = _noticed(Tensor, "new_tensor", Cause.TENSOR_FROM_PYTHON, on_call, _never)
         stack.enter_context(patch.object(Tensor, "new_tensor", maker))

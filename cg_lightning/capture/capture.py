@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from cg_lightning.backends import GraphBackend
+from cg_lightning.backends import CapturedGraph, GraphBackend
 from cg_lightning.backends.capture_scope import autocast_cache_off
 from cg_lightning.capture.cache import GraphCache
 from cg_lightning.capture.entry import GraphEntry
@@ -165,17 +165,20 @@ class Capturer:
                 tensors = weak_ref_tensors(tensors, self._backend)
             return plan, computed, effects, tensors
 
-        context = ForwardContext(target.mode, call.descriptor)
-        with override_forward_context(context), recorder.prepared():
-            if recorder.has_metrics:
-                # a check needs memory from outside the capture: a first capture shows which checks there are
-                self._backend.capture(
-                    run, collect_garbage=False, capture_error_mode=options.capture_error_mode
-                )
-                recorder.reserve_checks()
-            graph, (plan, computed, effects, tensors) = capture_graph(
+        def capture() -> tuple[CapturedGraph, Any]:
+            return capture_graph(
                 self._backend, run, target.mode, call.descriptor, options, collect_garbage=False
             )
+
+        context = ForwardContext(target.mode, call.descriptor)
+        with override_forward_context(context), recorder.prepared():
+            captured = capture()
+            if recorder.has_unreserved_checks:
+                # a check needs memory from outside the capture, which shows what checks there are
+                del captured
+                recorder.reserve_checks()
+                captured = capture()
+        graph, (plan, computed, effects, tensors) = captured
         return GraphEntry(
             graph, inputs, plan, computed, effects, tensors, settings.copy_outputs, target.record
         )

@@ -36,16 +36,27 @@ _REMEDIES = {
     Cause.HOST_SYNC: "keep the value on the device; read it after the epoch",
     Cause.CROSS_DEVICE_COPY: "move it before the step, or register it as a buffer",
     Cause.TENSOR_FROM_PYTHON: "make the tensor once, as a buffer",
-    Cause.DATA_DEPENDENT_SHAPE: "use an operation with a fixed shape: torch.where, masked_fill, a known length",
-    Cause.HOST_CHECKED_LINEAR_ALGEBRA: "use the variant with the suffix _ex, which checks nothing on the host",
+    Cause.DATA_DEPENDENT_SHAPE: (
+        "use an operation with a fixed shape: torch.where, masked_fill, a known length"
+    ),
+    Cause.HOST_CHECKED_LINEAR_ALGEBRA: (
+        "use the variant with the suffix _ex, which checks nothing on the host"
+    ),
     Cause.COLLECTIVE: "gather after the step",
     Cause.INPUT_MUTATED: "work on a copy of the input",
-    Cause.FORWARD_HOOK: "remove the hook for evaluation, or accept that this submodule runs eagerly",
-    Cause.METRIC_UPDATED: "update it in the step, not in a submodule; use a metric that keeps tensors and nothing in Python",
+    Cause.FORWARD_HOOK: (
+        "remove the hook for evaluation, or accept that this submodule runs eagerly"
+    ),
+    Cause.METRIC_UPDATED: (
+        "update it in the step, not in a submodule; "
+        "use a metric that keeps tensors and nothing in Python"
+    ),
     Cause.LOGGED: "log in the step, not in a submodule",
     Cause.STATE_REBOUND: "write buffers in place, and keep Python state out of the forward pass",
     Cause.BATCH_INDEX_USED: "put what depends on the batch's number into the batch",
-    Cause.TRAINER_READ: "in a hook, set an attribute of the module to what the step needs, and read that",
+    Cause.TRAINER_READ: (
+        "in a hook, set an attribute of the module to what the step needs, and read that"
+    ),
     Cause.PRINTED: "print and log in a hook",
     Cause.HOST_RANDOMNESS: "draw on the device: torch.rand(..., device=x.device)",
     Cause.GRADIENTS: "compute gradients outside what should be graphed",

@@ -5,52 +5,54 @@ from __future__ import annotations
 import dataclasses
 import html
 
-from cg_lightning.diagnosis.watched_step import Finding, Observation
+from cg_lightning.diagnosis.findings import Finding
+from cg_lightning.diagnosis.watched_step import WatchedStep
 
 _HEADERS = ("cause", "operation", "module", "location", "remedy")
 
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """What one eager run showed of a module.
+    """What an eager run showed of a module.
 
-    It does *not* see what other batches would make it do, nor globals that a graph would freeze.
+    It does *not* see what other batches would make the module do.
     """
 
     findings: list[Finding]
     """What stands in the way of one graph for all of it, in order."""
     unkeyable: str
-    """Why the batch has no key, so that every step with such a one is eager; empty where it has."""
-    _observation: Observation = dataclasses.field(repr=False)
+    """Why such a batch has no key, so that its steps run eagerly; empty if it has one."""
+    _watched: WatchedStep = dataclasses.field(repr=False)
+    stopped: str = ""
+    """Why the step was not run to its end; empty if it was."""
 
     def capturable(self, path: str = "") -> bool:
-        """Whether the submodule at the dotted ``path`` could be one graph; empty: the step, or the whole module.
+        """Whether the submodule at ``path`` could be one graph; empty: the step, or the module.
 
         Raises:
             ValueError: The run did not call such a submodule.
         """
         if not path:
-            return not self.findings and not self.unkeyable
-        findings = self._observation.findings_of(path)
+            return not (self.findings or self.unkeyable or self.stopped)
+        findings = self._watched.findings_of(path)
         if findings is None:
-            called = ", ".join(path for path in self._observation.called() if path) or "none"
+            called = ", ".join(path for path in self._watched.called() if path) or "none"
             raise ValueError(f"No submodule {path!r} was called; these were: {called}.")
         return not findings
 
     def largest_capturable(self) -> list[str]:
-        """Gives the paths of the fewest, largest called submodules that have parameters and no finding."""
-        return list(self._observation.largest_capturable())
+        """Returns the paths of the fewest, largest submodules with parameters and no finding."""
+        return list(self._watched.largest_capturable())
 
     def _rows(self) -> list[tuple[str, ...]]:
         return [
-            (f.cause.value, f.operation, f.module or "-", f.location, f.remedy)
-            for f in self.findings
+            (f.cause.value, f.operation, f.module or "-", f.where, f.remedy) for f in self.findings
         ]
 
     def __str__(self) -> str:
         if not self.findings:
             return self.unkeyable or "Nothing stands in the way of one graph."
-        lines = [self.unkeyable] if self.unkeyable else []
+        lines = [line for line in (self.unkeyable, self.stopped) if line]
         rows = [_HEADERS, *self._rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADERS))]
         lines += [
@@ -70,8 +72,10 @@ class Diagnosis:
 
         if not self.findings:
             return f"<p>{html.escape(str(self))}</p>"
+        notes = [line for line in (self.unkeyable, self.stopped) if line]
         return (
-            "<table>"
+            "".join(f"<p>{html.escape(line)}</p>" for line in notes)
+            + "<table>"
             + row(_HEADERS, "th")
             + "".join(row(cells, "td") for cells in self._rows())
             + "</table>"

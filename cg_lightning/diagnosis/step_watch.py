@@ -1,87 +1,238 @@
-"""Sees what a running step does that a graph could not hold."""
+"""The step that is watched: the stack of calls under way, and what detectors report."""
 
 from __future__ import annotations
 
-import builtins
 import contextlib
-import logging
-import threading
-from collections.abc import Iterable, Iterator
-from typing import Any
-from unittest.mock import patch
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-from torchmetrics import Metric
 
+from cg_lightning.backends import GraphBackend
 from cg_lightning.backends.dispatch_mode import EagerDispatchMode
-from cg_lightning.backends.illegal_operations import find_illegal
+from cg_lightning.core.call_key import describe_call, is_inside_transform
 from cg_lightning.core.causes import Cause
-from cg_lightning.core.equality import same_leaf
+from cg_lightning.core.descriptor import BatchDescriptor
+from cg_lightning.core.errors import UnkeyableBatchError
+from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.tree import flatten
-from cg_lightning.diagnosis.detectors.global_reads import GlobalReads
-from cg_lightning.diagnosis.location import is_of_user, users_location
-from cg_lightning.diagnosis.watched_step import Call, Finding
-from cg_lightning.guards.values import addresses_of
-from cg_lightning.modules.interception import plain_class
+from cg_lightning.diagnosis.detector import Detector
+from cg_lightning.diagnosis.findings import Finding, Location, find_location
+from cg_lightning.diagnosis.watched_step import ModuleCall, WatchedStep, WrittenTensors
+from cg_lightning.guards.sources import Source
+from cg_lightning.guards.values import FrozenValues
+from cg_lightning.metrics.members import is_metric, metrics_of
+from cg_lightning.modules.compiled import is_compiled, modules_inside, modules_that_run
+
+_LIGHTNING = ("lightning", "pytorch_lightning")
 
 
-def _addresses_in(values: Any) -> set[int]:
-    return addresses_of(leaf for leaf in flatten(values)[0] if isinstance(leaf, Tensor))
+class Effects(Protocol):
+    """What a graph of the whole step can do to metrics and to what is logged."""
+
+    @property
+    def sync_free(self) -> bool:
+        """Whether captures replace functions of torchmetrics that wait for the device."""
+
+    def metrics(self) -> list[nn.Module]:
+        """Returns all metrics of the module, and those behind ``self.log``."""
+
+    def logged_metrics(self) -> list[nn.Module]:
+        """Returns the metrics behind ``self.log``."""
+
+    def logs_in_graph(self) -> bool:
+        """Whether a graph can hold ``self.log``; otherwise the call is made after each replay."""
 
 
-class Watch(EagerDispatchMode):
-    """Collects findings for all calls that are under way.
+class StepWatch:
+    """One watched step. It owns the stack of calls; detectors report what they find to it.
+
+    Everything that a detector has to know of the step is an attribute. Nobody else may write them.
 
     Args:
-        device_type: Where the step runs.
-        step: The step.
-        states: Those of metrics.
+        root: The module whose step runs.
+        backend: Where it runs.
+        batch: What the step is given.
+        effects: What a graph of the whole step can hold; None: neither ``self.log`` nor updates of
+            metrics.
+        run_logging: Whether ``self.log`` and ``self.print`` are executed.
     """
 
-    def __init__(self, device_type: str, step: Call, states: Iterable[Tensor] = ()) -> None:
-        super().__init__(device_type)
-        self.stack = [step]
-        self.written_outside: dict[int, Tensor] = {}
-        """Tensors that were written to and not made in the step, by the address of their storage; all of the storage."""
-        self.globals = GlobalReads(self.add_read)
-        self._made = addresses_of(states) | step.input_addresses
-        self.is_in_framework = False
-        """Whether what reads attributes of the module is Lightning, in ``self.log``."""
-        self._paused = False
+    def __init__(
+        self,
+        root: nn.Module,
+        backend: GraphBackend,
+        batch: Any,
+        *,
+        effects: Effects | None = None,
+        run_logging: bool = True,
+    ) -> None:
+        self.root = root
+        self.backend = backend
+        self.device_type = backend.device.type
+        self.effects = effects
+        self.run_logging = run_logging
+        self.is_lightning = _is_lightning_module(root)
+        """Whether ``root`` is a LightningModule."""
+        self.modules = list(modules_that_run(root))
+        """Paths and modules whose calls are seen: neither metrics nor what compiled code runs."""
+        self.metrics = metrics_of(root)
+        """All metrics in ``root``."""
+        self.all_metrics = self.metrics if effects is None else effects.metrics()
+        """The same, and those behind ``self.log``."""
+        self.hidden = {
+            id(module): [pair for pair in modules_inside(path, module) if not is_metric(pair[1])]
+            for path, module in self.modules
+            if is_compiled(module)
+        }
+        """Paths and modules inside each compiled module, by its id: nobody sees their calls."""
+        self.step = ModuleCall("", None, tensors_in(batch))
+        self.stack: list[ModuleCall] = [self.step]
+        """The step, and the calls of modules that are under way."""
         self._first = 0
+        self._is_paused = False
+        self._is_in_framework = False
+        self._did_one_time_work = False
+        self._written = WrittenTensors()
+        self._detectors: Sequence[Detector] = ()
+        self._mode = _OperationMode(self)
+        self._stance: Any = None
+
+    # what detectors report
+
+    def report(
+        self,
+        cause: Cause,
+        operation: str,
+        *,
+        location: str | None = None,
+        module: str | None = None,
+        calls: Iterable[ModuleCall] | None = None,
+    ) -> None:
+        """Adds a finding.
+
+        Args:
+            cause: Why it cannot run from a graph.
+            operation: What was called or changed.
+            location: Where; None: the user's line that runs now.
+            module: Path of the module; None: the innermost one that runs now.
+            calls: The calls that get the finding; None: all that are under way.
+        """
+        calls = self.stack[self._first :] if calls is None else list(calls)
+        if self._is_paused or not calls:
+            return
+        where = find_location() if location is None else Location(location, "")
+        module = self.stack[-1].path if module is None else module
+        finding = Finding(cause, operation, module, where.user, where.library)
+        for call in calls:
+            call.findings.append(finding)
+
+    def report_unless_found(
+        self, cause: Cause, operation: str, *, location: str | None = None
+    ) -> None:
+        """Adds a finding to the calls under way that have none of this cause."""
+        self.report(
+            cause,
+            operation,
+            location=location,
+            calls=[
+                call
+                for call in self.stack[self._first :]
+                if not any(finding.cause is cause for finding in call.findings)
+            ],
+        )
+
+    def read(self, source: Source) -> None:
+        """Notes for every call under way that it reads a value in Python."""
+        if self._is_paused:
+            return
+        key = source.key
+        for call in self.stack:
+            call.sources.setdefault(key, source)
+
+    def note_one_time_work(self) -> None:
+        """Notes that something ran that runs once, so that the next step may show less."""
+        self._did_one_time_work = True
+
+    def note_written(self, written: WrittenTensors) -> None:
+        """Notes tensors that the step changed in place."""
+        self._written.update(written)
+
+    # what detectors ask
+
+    def calls(self) -> list[ModuleCall]:
+        """Returns the step and all its calls so far."""
+        return [self.step, *self.step.all_calls()]
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether we ourselves compare something."""
+        return self._is_paused
+
+    @property
+    def is_in_framework(self) -> bool:
+        """Whether Lightning itself runs, in ``self.log``: what it reads is not read by the step."""
+        return self._is_in_framework
+
+    @property
+    def is_autocast_enabled(self) -> bool:
+        """Whether autocast is on in the code that runs now."""
+        return self._mode.is_autocast_enabled
+
+    # how long something holds
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """While we ourselves compare something, nothing is a finding."""
-        self._paused = True
+        """While we ourselves compare something: reports and reads are ignored."""
+        before, self._is_paused = self._is_paused, True
         try:
             yield
         finally:
-            self._paused = False
-
-    def add(self, cause: Cause, operation: str) -> None:
-        """Adds a finding to every call that is under way."""
-        if self._paused:
-            return
-        finding = Finding(cause, operation, self.stack[-1].path, users_location())
-        for call in self.stack[self._first :]:
-            call.findings.append(finding)
-
-    def add_read(self, read: tuple[Any, str]) -> None:
-        """Notes an attribute or a global for every call that is under way."""
-        owner, name = read
-        for call in self.stack:
-            call.reads[id(owner), name] = owner
+            self._is_paused = before
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Enters the mode. Functions compiled by ``torch.compile`` run as they were before: under a dispatch mode they would do
-        so for good.
+    def only_for_submodules(self) -> Iterator[None]:
+        """While something runs that a graph of the whole step can hold, but none of a submodule."""
+        before, self._first = self._first, 1
+        try:
+            yield
+        finally:
+            self._first = before
+
+    @contextlib.contextmanager
+    def in_framework(self) -> Iterator[None]:
+        """While Lightning itself runs in ``self.log``."""
+        before, self._is_in_framework = self._is_in_framework, True
+        try:
+            yield
+        finally:
+            self._is_in_framework = before
+
+    @contextlib.contextmanager
+    def calling(self, call: ModuleCall) -> Iterator[None]:
+        """While a call of a module is under way."""
+        self.stack[-1].calls.append(call)
+        self.stack.append(call)
+        try:
+            yield
+        finally:
+            self.stack.pop()
+            call.inputs.clear()
+
+    @contextlib.contextmanager
+    def running(self, detectors: Sequence[Detector]) -> Iterator[None]:
+        """While the step runs: its operations are dispatched through the detectors.
+
+        Functions that ``torch.compile`` made run as they were written; under a dispatch mode they
+        would do so for good.
         """
-        with super().watching():
+        self._detectors = detectors
+        self._mode.tell(detectors)
+        with self._mode.watching():
+            # the stance is set when its object is made, so this comes last
             self._stance = torch.compiler.set_stance("force_eager")
             try:
                 yield
@@ -89,32 +240,112 @@ class Watch(EagerDispatchMode):
                 self._stance.__exit__(None, None, None)
 
     @contextlib.contextmanager
-    def left(self) -> Iterator[None]:
-        """While a compiled module runs, and compiled it shall be."""
-        self._stance.__exit__(None, None, None)
-        is_innermost = _get_current_dispatch_mode() is self
-        if is_innermost:
-            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        try:
-            yield
-        finally:
+    def suspended_for_compiled_code(self) -> Iterator[None]:
+        """While a compiled module runs: it really runs compiled, and meets nothing of ours."""
+        with contextlib.ExitStack() as stack:
+            for detector in self._detectors:
+                stack.enter_context(detector.suspended())
+            self._stance.__exit__(None, None, None)
+            is_innermost = _get_current_dispatch_mode() is self._mode
             if is_innermost:
-                self.__enter__()  # type: ignore[no-untyped-call]
-            self._stance = torch.compiler.set_stance("force_eager")
+                self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            try:
+                yield
+            finally:
+                if is_innermost:
+                    self._mode.__enter__()  # type: ignore[no-untyped-call]
+                self._stance = torch.compiler.set_stance("force_eager")
 
-    @contextlib.contextmanager
-    def sparing_the_step(self) -> Iterator[None]:
-        """While something runs that a graph of the whole step can hold, and that of a submodule cannot."""
-        before, self._first = self._first, 1
-        try:
-            yield
-        finally:
-            self._first = before
+    # what the watcher makes and takes
 
-    def add_for_submodules(self, cause: Cause, operation: str) -> None:
-        """Adds a finding to every call of a submodule that is under way."""
-        with self.sparing_the_step():
-            self.add(cause, operation)
+    def new_call(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> ModuleCall:
+        """Describes a call of a module that is about to be made."""
+        descriptor, leaves = _describe(module, args, kwargs)
+        inside = self.hidden.get(id(module))
+        hidden = () if inside is None else (module, *[child for _, child in inside])
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        return ModuleCall(path, module, tensors, descriptor, hidden)
+
+    def result(self) -> WatchedStep:
+        """Returns what the step showed; it holds no tensor that a call was given."""
+        self.step.inputs.clear()
+        return WatchedStep(self.step, self._written, self._did_one_time_work)
+
+
+class UnreadableError(Exception):
+    """Nobody can look into a value; the message says why."""
+
+
+def look_into(value: Any) -> FrozenValues:
+    """Remembers what is in a value.
+
+    Raises:
+        UnreadableError: The value raises something itself: a file that is closed, say.
+    """
+    try:
+        return FrozenValues([value])
+    except Exception as error:
+        words = f"cannot be looked into: {type(error).__name__}: {error}"
+        raise UnreadableError(words) from error
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """Returns the tensors in nested containers."""
+    return [leaf for leaf in flatten(values)[0] if isinstance(leaf, Tensor)]
+
+
+def _is_lightning_module(module: nn.Module) -> bool:
+    return any(
+        cls.__name__ == "LightningModule" and cls.__module__.split(".")[0] in _LIGHTNING
+        for cls in module.__class__.__mro__
+    )
+
+
+def _describe(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[BatchDescriptor | None, list[Any]]:
+    """Returns the key of a call, None if it has none, and the leaves of its arguments."""
+    if is_inside_transform():  # the tensors of a transform have no memory
+        return None, []
+    context = current_forward_context()
+    if context is not None and context.batch_descriptor is not None:
+        training = tuple([child.training for child in module.modules()])
+        number = context.next_call(module)
+        with contextlib.suppress(UnkeyableBatchError):  # such calls run eagerly, and say so then
+            key = context.batch_descriptor
+            fields, leaves = describe_call(training, number, key, args, kwargs)
+            return BatchDescriptor(*fields), leaves
+    return None, flatten((args, kwargs))[0]
+
+
+class _OperationMode(EagerDispatchMode):
+    """Tells detectors of each dispatched operation."""
+
+    def __init__(self, watch: StepWatch) -> None:
+        super().__init__(watch.device_type)
+        self._watch = watch
+        self._before: list[Callable[..., None]] = []
+        self._after: list[Callable[..., None]] = []
+
+    @property
+    def is_autocast_enabled(self) -> bool:
+        """Whether autocast is on; it cannot be asked inside a dispatched operation."""
+        return self._autocast
+
+    def tell(self, detectors: Sequence[Detector]) -> None:
+        """Sets whom to tell: the detectors that override the methods."""
+        self._before = [
+            detector.before_operation
+            for detector in detectors
+            if type(detector).before_operation is not Detector.before_operation
+        ]
+        self._after = [
+            detector.after_operation
+            for detector in detectors
+            if type(detector).after_operation is not Detector.after_operation
+        ]
 
     def __torch_dispatch__(
         self,
@@ -124,108 +355,11 @@ class Watch(EagerDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self._paused:
+        if self._watch.is_paused:
             return self.call(func, args, kwargs)
-        if (cause := find_illegal(func, args, kwargs, self.device_type)) is not None:
-            self.add(cause, func._schema.name)
-        if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
-            self.add(Cause.HOST_RANDOMNESS, f"{func._schema.name} with a generator of its own")
-        caches_a_cast = (
-            self._autocast and func._schema.name == "aten::_to_copy"
-        )  # autocast does so with gradients
-        if torch.is_grad_enabled() and not caches_a_cast and self._tracks_gradients(args):
-            self.add(Cause.GRADIENTS, func._schema.name)
-        if func._schema.is_mutable:
-            self._find_mutated_inputs(func, args, kwargs)
+        for before in self._before:
+            before(func, args, kwargs)
         output = self.call(func, args, kwargs)
-        self._made |= _addresses_in(output) - _addresses_in((args, kwargs))
+        for after in self._after:
+            after(func, args, kwargs, output)
         return output
-
-    def _tracks_gradients(self, args: tuple[Any, ...]) -> bool:
-        """Whether what is computed has a gradient: metrics enable gradients for the value of a batch, which has none."""
-        if torch.is_inference_mode_enabled():
-            return False
-        return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in flatten(args)[0])
-
-    def _find_mutated_inputs(
-        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        named = zip(func._schema.arguments, args, strict=False)
-        written = [
-            value
-            for argument, value in named
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]
-        written += [
-            kwargs[a.name]
-            for a in func._schema.arguments
-            if a.alias_info is not None and a.name in kwargs
-        ]
-        self.add_mutation(
-            [leaf for leaf in flatten(written)[0] if isinstance(leaf, Tensor)], func._schema.name
-        )
-
-    def add_mutation(self, written: list[Tensor], operation: str) -> None:
-        """Adds a finding to every call that is under way and was given one of these tensors."""
-        addresses = addresses_of(written)
-        for tensor in written:
-            address = tensor.untyped_storage().data_ptr()
-            if address not in self._made and address not in self.written_outside:
-                with torch.inference_mode(False):
-                    whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-                    self.written_outside[address] = whole.set_(tensor.untyped_storage())
-        for call in self.stack:
-            if call.input_addresses & addresses:
-                call.findings.append(
-                    Finding(Cause.INPUT_MUTATED, operation, self.stack[-1].path, users_location())
-                )
-
-
-class Copies:
-    """Copies of tensors, to see what was written to where no operation tells: in compiled code, by kernels of one's own."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self._pairs = [
-            (tensor, tensor.clone()) for tensor in tensors if tensor.layout is torch.strided
-        ]
-
-    def changed(self) -> list[Tensor]:
-        """Those that are no longer what they were."""
-        return [tensor for tensor, before in self._pairs if not same_leaf(tensor, before)]
-
-
-@contextlib.contextmanager
-def other_metrics_noticed(known: list[nn.Module], watch: Watch) -> Iterator[None]:
-    """Notices metrics that are no submodules (in a dict, say): nobody would bring up to date what they hold."""
-    thread, original = threading.get_ident(), Metric.__setattr__
-    ids = set(map(id, known))
-
-    def write(metric: Metric, name: str, value: Any) -> None:
-        if name == "_update_count" and threading.get_ident() == thread and id(metric) not in ids:
-            watch.add(Cause.METRIC_UPDATED, f"{plain_class(metric).__name__} is no submodule")
-        original(metric, name, value)
-
-    with patch.object(Metric, "__setattr__", write):
-        yield
-
-
-@contextlib.contextmanager
-def printing_noticed(watch: Watch) -> Iterator[None]:
-    """Notices ``print``, and what the user's own functions log by ``logging``."""
-    original, handle, thread = builtins.print, logging.Logger.handle, threading.get_ident()
-
-    def noticed(*args: Any, **kwargs: Any) -> None:
-        if threading.get_ident() == thread:
-            watch.add(Cause.PRINTED, "print")
-        original(*args, **kwargs)
-
-    def noticed_record(logger: logging.Logger, record: logging.LogRecord) -> None:
-        if threading.get_ident() == thread and is_of_user(record.pathname):
-            watch.add(Cause.PRINTED, "logging")
-        handle(logger, record)
-
-    with (
-        patch.object(builtins, "print", noticed),
-        patch.object(logging.Logger, "handle", noticed_record),
-    ):
-        yield

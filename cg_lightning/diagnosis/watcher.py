@@ -1,319 +1,136 @@
-"""Watches one eager step, without changing what it computes."""
+"""Watches one eager step under all detectors, without changing what it computes."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import Tensor, nn
-from torchmetrics import Metric
+from torch import nn
 
-from cg_lightning.backends.host_reads import OnCall
-from cg_lightning.core.causes import Cause
-from cg_lightning.core.descriptor import BatchDescriptor
-from cg_lightning.core.errors import UnkeyableBatchError
-from cg_lightning.core.forward_context import current_forward_context
-from cg_lightning.core.tree import flatten
-from cg_lightning.diagnosis.detectors.metric_updates import MetricWatch
+from cg_lightning.backends import GraphBackend
+from cg_lightning.diagnosis.detector import Detector
+from cg_lightning.diagnosis.detectors.attribute_reads import AttributeReads
+from cg_lightning.diagnosis.detectors.batch_index import BatchIndex
+from cg_lightning.diagnosis.detectors.compiled import CompiledModules
+from cg_lightning.diagnosis.detectors.global_reads import GlobalReads
+from cg_lightning.diagnosis.detectors.hooks import ForwardHooks
+from cg_lightning.diagnosis.detectors.host_reads import HostReads
+from cg_lightning.diagnosis.detectors.logging import Logging
+from cg_lightning.diagnosis.detectors.metric_updates import MetricUpdates
+from cg_lightning.diagnosis.detectors.mutations import Mutations
+from cg_lightning.diagnosis.detectors.operations import Operations
+from cg_lightning.diagnosis.detectors.printing import Printing
+from cg_lightning.diagnosis.detectors.random_numbers import RandomNumbers
 from cg_lightning.diagnosis.detectors.rebound_state import ReboundState
-from cg_lightning.diagnosis.location import is_of_user
-from cg_lightning.diagnosis.step_watch import Copies, Watch, other_metrics_noticed, printing_noticed
-from cg_lightning.diagnosis.watched_step import Call, Finding, Observation
-from cg_lightning.diagnosis.written_tensors import LastingTensors
-from cg_lightning.effects.module_effects import ModuleEffects
-from cg_lightning.effects.step_state import HostRandomState
-from cg_lightning.metrics.members import is_metric, metrics_of, states_of
-from cg_lightning.modules.attributes import (
-    global_hooks,
-    hooks_of,
-    is_plain_attribute,
-    is_user_written,
-    plain_attributes,
-    values_of_classes,
+from cg_lightning.diagnosis.detectors.trainer_reads import TrainerReads
+from cg_lightning.diagnosis.step_watch import Effects, StepWatch
+from cg_lightning.diagnosis.watched_step import WatchedStep
+from cg_lightning.modules.interception import Interception, ModuleHandler, can_intercept
+
+DETECTORS: tuple[type[Detector], ...] = (
+    # Entered from first to last, left from last to first.
+    CompiledModules,  # stays first: when it is left, it asks whether the others found anything
+    BatchIndex,
+    ReboundState,  # before the next two: its comparisons then meet none of their interceptions
+    AttributeReads,
+    TrainerReads,
+    MetricUpdates,
+    Logging,
+    Printing,
+    RandomNumbers,
+    ForwardHooks,
+    HostReads,
+    Mutations,
+    Operations,
+    GlobalReads,  # stays last: its profiler is called for each function, ours included
 )
-from cg_lightning.modules.compiled import (
-    CallInterception,
-    CompiledCallInterception,
-    is_compiled,
-    is_compiled_in_place,
-    is_graphed_by_compiler,
-    modules_inside,
-    modules_that_run,
-)
-from cg_lightning.modules.interception import Interception, can_intercept
-from cg_lightning.core.call_key import describe_call, is_inside_transform
-
-_AT_THE_END = "between the start and end of the step"
 
 
-def _updates(metrics: list[Metric]) -> list[int]:
-    return [vars(metric)["_update_count"] for metric in metrics]
+class StepWatcher:
+    """Watches steps of one module. A watched step computes what an eager one computes.
 
-
-def _key_of_call(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> BatchDescriptor | None:
-    context = current_forward_context()
-    if context is None or context.batch_descriptor is None:
-        return None
-    training = tuple([child.training for child in module.modules()])
-    with contextlib.suppress(UnkeyableBatchError):  # its calls will be eager, and say so then
-        return BatchDescriptor(
-            *describe_call(
-                training, context.next_call(module), context.batch_descriptor, args, kwargs
-            )[0]
-        )
-    return None
-
-
-class Observer:
-    """Runs steps of one module under watch. It changes nothing: what is computed is what eager computes.
-
-    Compiled modules run compiled, so they are watched from outside: what they are given and what they hold is compared.
-    Functions and methods that were compiled run as they were written, in watched steps only.
+    Compiled modules run compiled, so they are watched from outside: their arguments and state are
+    compared before and after. Compiled functions and methods run as they were written, in watched
+    steps only.
 
     Args:
-        root: The module whose step is run.
-        device_type: Where it runs.
-        noticing_host_syncs: As the backend's method of that name.
-        effects: Methods of ``root`` whose call a graph would freeze, and what the call is called in a finding.
-        run_effects: Whether those methods do what they do.
-        metrics: Those of ``root``; None: no graph of the whole step may hold ``self.log`` or updates of metrics.
+        root: The module whose step runs.
+        backend: Where it runs.
+        effects: What a graph of the whole step can do to metrics and logged values; None: it can
+            hold neither ``self.log`` nor updates of metrics.
+        run_logging: Whether ``self.log`` and ``self.print`` are executed.
+        detectors: What looks at the step, in the order of entering.
     """
 
     def __init__(
         self,
         root: nn.Module,
-        device_type: str,
-        noticing_host_syncs: Callable[[OnCall], AbstractContextManager[None]],
-        effects: dict[str, Cause],
-        run_effects: bool = True,
-        metrics: ModuleEffects | None = None,
+        backend: GraphBackend,
+        *,
+        effects: Effects | None,
+        run_logging: bool = True,
+        detectors: tuple[type[Detector], ...] = DETECTORS,
     ) -> None:
-        self._metrics = metrics
-        self._noticing_host_syncs = noticing_host_syncs
-        self._run_effects = run_effects
         self._root = root
-        self._device_type = device_type
+        self._backend = backend
         self._effects = effects
+        self._run_logging = run_logging
+        self._detectors = detectors
 
-    def observe(self, step: Callable[[], Any], batch: Any) -> tuple[Any, Observation]:
-        """Runs ``step`` once; gives what it returned, and what was seen."""
-        tensors = [leaf for leaf in flatten(batch)[0] if isinstance(leaf, Tensor)]
-        frame = Call("", None, tensors)
-        modules = list(modules_that_run(self._root))
-        all_metrics = metrics_of(self._root)
-        with_states = all_metrics if self._metrics is None else self._metrics.metrics()
-        states = [getattr(metric, name) for metric in with_states for name in states_of(metric)]
-        watch = Watch(
-            self._device_type, frame, [state for state in states if isinstance(state, Tensor)]
+    def watch(self, step: Callable[[], Any], batch: Any) -> tuple[Any, WatchedStep]:
+        """Runs ``step`` once; returns its output, and what it showed.
+
+        Args:
+            step: The step, without arguments.
+            batch: The batch that it runs on.
+        """
+        watch = StepWatch(
+            self._root,
+            self._backend,
+            batch,
+            effects=self._effects,
+            run_logging=self._run_logging,
         )
-        metrics = [module for module in all_metrics if isinstance(module, Metric)]
-        watched = None
-        if self._metrics is not None:
-            watched = MetricWatch(
-                all_metrics, self._metrics.logged_metrics, watch.add, self._metrics.sync_free
-            )
-        compiled = [(path, module) for path, module in modules if is_compiled(module)]
-        inside = [
-            pair
-            for path, module in compiled
-            for pair in modules_inside(path, module)
-            if not is_metric(pair[1])
-        ]
-        states_before = {path: ReboundState(module) for path, module in [*modules, *inside]}
-        for read in values_of_classes([self._root]):
-            watch.add_read(read)
-        lasting = LastingTensors(self._root)
-        copies, copies_inside = (
-            Copies(tensors),
-            Copies(lasting.of_attributes(module for _, module in inside)),
-        )
-        updates = _updates(metrics)
-        with self._intercepted(modules, metrics, watch, watched is not None):
-            host = HostRandomState()
-            with (
-                watch.globals.noticing(),
-                printing_noticed(watch),
-                other_metrics_noticed(all_metrics, watch),
-                self._noticing_host_syncs(watch.add),
-                contextlib.nullcontext()
-                if watched is None
-                else watched.watching(watch.sparing_the_step),
-                watch.watching(),
-            ):
+        detectors = [kind(watch) for kind in self._detectors]
+        with _intercepted_calls(watch, detectors), contextlib.ExitStack() as stack:
+            for detector in detectors:
+                stack.enter_context(detector.around_step())
+            with watch.running(detectors):
                 output = step()
-            watch.add_mutation(copies_inside.changed(), "compiled code")
-            if (changed := copies.changed()) and not any(
-                f.cause is Cause.INPUT_MUTATED for f in frame.findings
-            ):
-                watch.add_mutation(changed, "the batch")
-            if host.was_drawn(self._device_type) and not any(
-                f.cause is Cause.HOST_RANDOMNESS for f in frame.findings
-            ):
-                watch.add(Cause.HOST_RANDOMNESS, "random state moved")
-        if watched is not None:
-            watched.finish()
-        elif _updates(metrics) != updates and not any(
-            f.cause is Cause.METRIC_UPDATED for f in frame.findings
-        ):
-            watch.add(Cause.METRIC_UPDATED, "update")
-        self._find_rebound_state(
-            frame, {path: state.changed() for path, state in states_before.items()}
-        )
-        observation = Observation(frame)
-        for key, words in watch.globals.problems():
-            observation.add_to_readers(key, Finding(Cause.STATE_REBOUND, words, "", _AT_THE_END))
-        observation.settles = (watched is not None and watched.settles) or bool(
-            compiled and frame.findings
-        )
-        observation.written = lasting.written(watch.written_outside)
-        observation.release()
-        return output, observation
-
-    @contextlib.contextmanager
-    def _intercepted(
-        self,
-        modules: list[tuple[str, nn.Module]],
-        metrics: list[Metric],
-        watch: Watch,
-        may_log: bool,
-    ) -> Iterator[None]:
-        interceptions: list[CallInterception] = []
-        try:
-            for path, module in modules:
-                if can_intercept(module):
-                    interceptions.append(self._intercept(path, module, metrics, watch, may_log))
-            yield
-        finally:
-            for interception in reversed(interceptions):
-                interception.remove()
-
-    def _intercept(
-        self, path: str, module: nn.Module, metrics: list[Metric], watch: Watch, may_log: bool
-    ) -> CallInterception:
-        graphed_already = is_graphed_by_compiler(module)
-        inside = (
-            [module, *[child for _, child in modules_inside(path, module)]]
-            if is_compiled(module)
-            else []
-        )
-        unseen = [
-            (child, name) for child in inside for name in plain_attributes(child)
-        ] + values_of_classes(inside or [module])
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            leaves = [] if is_inside_transform() else flatten((args, kwargs))[0]
-            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            frame = Call(path, module, tensors, _key_of_call(module, args, kwargs))
-            watch.stack[-1].calls.append(frame)
-            watch.stack.append(frame)
-            for read_unseen in unseen:
-                watch.add_read(read_unseen)
-            updates = _updates(metrics)
-            own_state = ReboundState(module) if module is self._root else None
-            with watch.paused():
-                host, copies = HostRandomState(), Copies(tensors if inside else [])
-            try:
-                if graphed_already:
-                    watch.add(Cause.GRAPHED_ALREADY, type(module).__name__)
-                if any(global_hooks()) or any(any(hooks_of(child)) for child in inside or [module]):
-                    watch.add(Cause.FORWARD_HOOK, type(module).__name__)
-                if not inside:
-                    return interception.call_original(*args, **kwargs)
-                with watch.globals.paused(), watch.left():
-                    return interception.call_original(*args, **kwargs)
-            finally:
-                with watch.paused():
-                    drawn = host.was_drawn(self._device_type)
-                    if changed := copies.changed():
-                        watch.add_mutation(changed, "compiled code")
-                if drawn:
-                    watch.add(Cause.HOST_RANDOMNESS, "random state moved")
-                if _updates(metrics) != updates:
-                    add = watch.add_for_submodules if may_log else watch.add
-                    add(Cause.METRIC_UPDATED, "update")
-                if own_state is not None and (names := own_state.changed()):
-                    watch.add(Cause.STATE_REBOUND, ", ".join(names))
-                watch.stack.pop()
-
-        methods: dict[str, Callable[..., Any]] = {}
-        if module is self._root:
-            methods = {
-                name: self._effect(name, cause, watch, may_log)
-                for name, cause in self._effects.items()
-            }
-
-        def read(name: str) -> None:
-            if watch.is_in_framework:
-                return
-            if module is self._root and name in ("logger", "loggers"):
-                watch.add(Cause.PRINTED, f"self.{name}")
-            if module is self._root and name in ("trainer", "current_epoch", "global_step"):
-                watch.add(Cause.TRAINER_READ, f"self.{name}")
-            names = [name] if is_plain_attribute(module, name) else []
-            if name == "__dict__" and is_of_user(
-                sys._getframe(2).f_code.co_filename
-            ):  # ``vars(self)["name"]``
-                names = plain_attributes(module)
-            for each in names:
-                watch.add_read((module, each))
-
-        interception: CallInterception
-        if is_compiled_in_place(module):
-            interception = CompiledCallInterception(module, call)
-        else:
-            on_read = (
-                read if (is_user_written(module) and not inside) or module is self._root else None
-            )
-            interception = Interception(module, call=call, methods=methods, on_read=on_read)
-        return interception
-
-    def _effect(self, name: str, cause: Cause, watch: Watch, may_log: bool) -> Callable[..., Any]:
-        original = getattr(self._root, name)
-
-        def method(*args: Any, **kwargs: Any) -> Any:
-            spares = cause is Cause.LOGGED and may_log
-            (watch.add_for_submodules if spares else watch.add)(cause, f"self.{name}")
-            if not self._run_effects:
-                return None
-            # where Lightning's results are not known, the call is made after the replay
-            is_made_later = (
-                spares and self._metrics is not None and not self._metrics.logs_in_graph()
-            )
-            before, watch.is_in_framework = watch.is_in_framework, True
-            try:
-                with watch.sparing_the_step() if is_made_later else contextlib.nullcontext():
-                    return original(*args, **kwargs)
-            finally:
-                watch.is_in_framework = before
-
-        return method
-
-    def _find_rebound_state(self, frame: Call, changed: dict[str, list[str]]) -> None:
-        for path, names in changed.items():
-            if not names:
-                continue
-            finding = Finding(Cause.STATE_REBOUND, ", ".join(sorted(names)), path, _AT_THE_END)
-            frame.findings.append(finding)
-            for call in Observation(frame)._all_calls(frame):
-                inside = not call.path or path == call.path or path.startswith(f"{call.path}.")
-                if inside and path:  # the root's own state was compared around each of its calls
-                    call.findings.append(finding)
+        return output, watch.result()
 
 
-class StepWatcher:
-    def __init__(self, root, backend, *, effects):
-        self._o = Observer(
-            root,
-            backend.device.type,
-            backend.noticing_host_syncs,
-            {"log": Cause.LOGGED, "log_dict": Cause.LOGGED, "print": Cause.PRINTED},
-            metrics=effects,
-        )
+class _CallHandler(ModuleHandler):
+    """Runs the calls of one module under those detectors that look at calls."""
 
-    def watch(self, step, batch):
-        return self._o.observe(step, batch)
+    def __init__(
+        self, watch: StepWatch, path: str, module: nn.Module, detectors: Sequence[Detector]
+    ) -> None:
+        self._watch = watch
+        self._path = path
+        self._module = module
+        self._detectors = detectors
+
+    def on_call(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
+        call = self._watch.new_call(self._path, self._module, args, kwargs)
+        with self._watch.calling(call), contextlib.ExitStack() as stack:
+            for detector in self._detectors:
+                stack.enter_context(detector.around_call(call))
+            return original(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _intercepted_calls(watch: StepWatch, detectors: Sequence[Detector]) -> Iterator[None]:
+    detectors = [
+        detector for detector in detectors if type(detector).around_call is not Detector.around_call
+    ]
+    with contextlib.ExitStack() as stack:
+        for path, module in watch.modules:
+            if can_intercept(module):
+                handler = _CallHandler(watch, path, module, detectors)
+                stack.callback(Interception(module, handler).remove)
+        yield

@@ -1,6 +1,5 @@
 """Who runs a step, and how that is decided.
 
-- ``call_key.py``: the key of one call of a submodule.
 - ``changing_values.py``: notices values that are another one in each batch, such as names of
   files: no graph of the whole step would be replayed.
 - ``dispatcher.py``: who decides in which mode a step runs.

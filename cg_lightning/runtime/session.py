@@ -8,12 +8,10 @@ from cg_lightning.backends import GraphBackend
 from cg_lightning.capture.cache import GraphCache
 from cg_lightning.capture.capture import Capturer
 from cg_lightning.capture.entry import GraphEntry
-from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.core.settings import Settings
-from cg_lightning.diagnosis.detectors.batch_index import uses_batch_index
 from cg_lightning.diagnosis.report import Diagnosis
 from cg_lightning.diagnosis.watched_step import WatchedStep, WrittenTensors
 from cg_lightning.diagnosis.watcher import StepWatcher
@@ -69,7 +67,6 @@ class Session:
         self._verifier = Verifier(backend, settings.verify_tolerance, self._written)
         self.target = self._make_target(module, CUDAGraphMode.FULL, effects)
         self._submodules: dict[int, SubmoduleRunner] = {}
-        self._why_not_full: dict[str, Reason] = {}
         self._is_installed = False
         self.is_first_step = True
         """Whether no step has run since the module was installed."""
@@ -87,14 +84,6 @@ class Session:
             self.stats,
             effects,
         )
-
-    def note_step(self, stage: str, name: str) -> None:
-        """Look at the step method of a stage, before any of its batches."""
-        if not self.settings.runtime_policy.has_full_cudagraphs():
-            return
-        if uses_batch_index(self.module, name):
-            text = f"{Cause.BATCH_INDEX_USED.value}: {name} does more with it than pass it on"
-            self._why_not_full[stage] = Reason(Cause.BATCH_INDEX_USED, text)
 
     def install(self) -> None:
         """Intercept the submodules that run from graphs, as far as they are known."""
@@ -193,8 +182,7 @@ class Session:
     def _full_reason(self, descriptor: BatchDescriptor, watched: WatchedStep) -> Reason | None:
         if watched.findings:
             return watched.findings[0].reason()
-        changing = self.changing_values.reason(descriptor)
-        return self._why_not_full.get(descriptor.stage or "") or changing
+        return self.changing_values.reason(descriptor)
 
     def find_submodules(self, step: BatchDescriptor, variant: Variant, runs: int) -> None:
         """Intercept the submodules that a watched step showed, and tell each what was found in it.

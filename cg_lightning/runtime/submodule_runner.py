@@ -12,6 +12,7 @@ from torch import nn
 from cg_lightning.backends import GraphBackend
 from cg_lightning.capture.capture import GraphCall
 from cg_lightning.capture.entry import GraphEntry
+from cg_lightning.core.call_key import describe_call
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.errors import UnkeyableBatchError
 from cg_lightning.core.forward_context import StepInProgress, current_forward_context
@@ -19,7 +20,6 @@ from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import WARM_UP, Reason, Status
 from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import Change
-from cg_lightning.core.call_key import describe_call
 from cg_lightning.modules.interception import Interception, ModuleHandler
 from cg_lightning.runtime.dispatcher import Action, KeyState, Plan, Variant
 from cg_lightning.runtime.target import GraphTarget, reason_of

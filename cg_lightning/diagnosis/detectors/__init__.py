@@ -1,10 +1,22 @@
-"""One file a detector; each names the causes that it finds.
+"""One detector a file; each states the causes that it finds. ``watcher.py`` has the order.
 
-- ``batch_index.py``: whether a step does anything with the number of its batch, rather than
-  passing it on.
-- ``global_reads.py``: which globals a step reads: they are in no module, and a graph freezes
-  them all the same.
-- ``metric_updates.py``: watches what an eager step does to metrics: what of it a graph could not
-  hold, and a replay not bring up to date.
-- ``rebound_state.py``: what the attributes of a module hold, before a step and after.
+- ``attribute_reads.py``: attributes of modules that a step reads: a graph freezes their values.
+- ``batch_index.py``: whether a step does anything with the number of its batch, other than passing
+  it on.
+- ``compiled.py``: modules that ``torch.compile`` runs: they are watched from outside.
+- ``global_reads.py``: globals that a step reads: no module has them, and a graph freezes them all
+  the same.
+- ``hooks.py``: forward hooks: arbitrary code around the call of a module.
+- ``host_reads.py``: calls that wait for the device, and that the dispatcher does not show.
+- ``logging.py``: ``self.log`` and ``self.log_dict``.
+- ``metric_updates.py``: what a step does to metrics that a graph cannot hold, or a replay not bring
+  up to date.
+- ``mutations.py``: tensors that a step changes in place: what it was given, and what lives longer
+  than it.
+- ``operations.py``: dispatched operations that a graph cannot hold, and gradients.
+- ``printing.py``: ``print``, ``self.print``, the user's loggers and the Trainer's.
+- ``random_numbers.py``: random numbers drawn on the host, which a graph cannot follow.
+- ``rebound_state.py``: state that a step keeps in Python: attributes that it sets, containers that
+  it fills.
+- ``trainer_reads.py``: what a step reads from the Trainer: a graph would freeze it.
 """

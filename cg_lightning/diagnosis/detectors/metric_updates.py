@@ -1,21 +1,159 @@
-"""Watches what an eager step does to metrics: what of it a graph could not hold, and a replay not bring up to date."""
+"""What a step does to metrics that a graph cannot hold, or a replay not bring up to date."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from cg_lightning.core.causes import Cause
+from cg_lightning.diagnosis.detector import Detector
+from cg_lightning.diagnosis.step_watch import Effects, StepWatch
+from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.metrics.members import states_of
 from cg_lightning.metrics.support import unsupported_read, unsupported_update, unsupported_write
 from cg_lightning.metrics.sync_free import SyncFree, replacing
-from cg_lightning.modules.interception import Interception
+from cg_lightning.modules.interception import Interception, ModuleHandler
+
+
+class MetricUpdates(Detector):
+    """Reports updates of metrics.
+
+    If there are effects, a graph of the whole step can hold updates, but only those that a replay
+    can bring up to date. Without effects, and in submodules, every update is reported.
+    """
+
+    causes = (Cause.METRIC_UPDATED,)
+
+    def __init__(self, watch: StepWatch) -> None:
+        super().__init__(watch)
+        self._metrics = watch.metrics
+        self._counted = [metric for metric in watch.metrics if isinstance(metric, Metric)]
+        self._reported: set[str] = set()
+
+    @contextlib.contextmanager
+    def around_step(self) -> Iterator[None]:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        effects = self.watch.effects
+        with self._noticing_counts():
+            if effects is None:
+                before = self._counts()
+                yield
+                if self._counts() != before:
+                    self._report_update()
+                return
+            with self._noticing_unsupported_updates(effects):
+                yield
+
+    @contextlib.contextmanager
+    def around_call(self, call: ModuleCall) -> Iterator[None]:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        before = self._counts()
+        yield
+        if self._counts() != before:
+            self._report_update()
+
+    def report_once(self, reason: str) -> None:
+        """Reports why a replay cannot do what the step did; an empty reason is ignored."""
+        if reason and reason not in self._reported:
+            self._reported.add(reason)
+            self.watch.report(Cause.METRIC_UPDATED, reason)
+
+    def _report_update(self) -> None:
+        is_held = self.watch.effects is not None
+        with self.watch.only_for_submodules() if is_held else contextlib.nullcontext():
+            self.watch.report_unless_found(Cause.METRIC_UPDATED, "update")
+
+    def _counts(self) -> list[int]:
+        return [vars(metric)["_update_count"] for metric in self._counted]
+
+    @contextlib.contextmanager
+    def _noticing_counts(self) -> Iterator[None]:
+        """Metrics count their updates; nobody brings those up to date that are no submodules."""
+        thread, original = threading.get_ident(), Metric.__setattr__
+        known = set(map(id, self.watch.all_metrics))
+        inside = set(map(id, self._metrics))
+
+        def write(metric: Metric, name: str, value: Any) -> None:
+            if name == "_update_count" and threading.get_ident() == thread:
+                if id(metric) not in known:
+                    words = f"{metric.__class__.__name__} is no submodule"
+                    self.watch.report(Cause.METRIC_UPDATED, words)
+                elif id(metric) in inside and vars(metric).get(name) != value:
+                    self._report_update()
+            original(metric, name, value)
+
+        with patch.object(Metric, "__setattr__", write):
+            yield
+
+    @contextlib.contextmanager
+    def _noticing_unsupported_updates(self, effects: Effects) -> Iterator[None]:
+        handlers = [_MetricHandler(metric, self) for metric in self._metrics]
+        ungrouped = [
+            metric
+            for metric in self._metrics
+            if isinstance(metric, MetricCollection) and not metric._groups_checked
+        ]
+        devices = _devices(effects.logged_metrics())
+        with contextlib.ExitStack() as stack:
+            for handler in handlers:
+                stack.callback(Interception(handler.metric, handler).remove)
+            if effects.sync_free:
+                stack.enter_context(replacing(self._only_for_submodules))
+            yield
+        for handler in handlers:
+            handler.finish()
+        # a collection waits for the device when it forms its groups, and what is logged when it is
+        # first given a place there
+        formed_groups = any(collection._groups_checked for collection in ungrouped)
+        if formed_groups or _devices(effects.logged_metrics()) != devices:
+            self.watch.note_one_time_work()
+
+    def _only_for_submodules(
+        self, original: Callable[..., Any], replacement: SyncFree
+    ) -> Callable[..., Any]:
+        """A function that waits for the device, and that captures of whole steps replace."""
+
+        def function(*args: Any, **kwargs: Any) -> Any:
+            if not replacement.applies(*args, **kwargs):
+                return original(*args, **kwargs)
+            with self.watch.only_for_submodules():
+                return original(*args, **kwargs)
+
+        return function
+
+
+class _MetricHandler(ModuleHandler):
+    """Looks at what is read from one metric and written to it."""
+
+    def __init__(self, metric: nn.Module, detector: MetricUpdates) -> None:
+        self.metric = metric
+        self._detector = detector
+        self._written: set[str] = set()
+        self._shapes = _shapes(metric)
+
+    def on_read(self, name: str) -> None:
+        """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
+        self._detector.report_once(unsupported_read(self.metric, name, self._written))
+
+    def on_write(self, name: str, value: Any) -> None:
+        """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
+        self._written.add(name)
+        self._detector.report_once(unsupported_write(self.metric, name, value))
+
+    def finish(self) -> None:
+        """Reports what only the end of the step shows."""
+        self._detector.report_once(unsupported_update(self.metric, self._written))
+        now = _shapes(self.metric)
+        for name in sorted(self._written & set(now)):
+            if now[name] != self._shapes.get(name, now[name]):
+                state = f"{type(self.metric).__name__}.{name}"
+                self._detector.report_once(f"{state} changes its shape or dtype")
 
 
 def _shapes(metric: nn.Module) -> dict[str, Any]:
@@ -27,104 +165,9 @@ def _shapes(metric: nn.Module) -> dict[str, Any]:
     }
 
 
-class MetricWatch:
-    """Watches one step.
-
-    Args:
-        metrics: The metrics of the module.
-        logged: Gives those behind what it logs.
-        add: Takes what was found.
-        sync_free: Whether captures replace what waits for the device.
-    """
-
-    def __init__(
-        self,
-        metrics: list[nn.Module],
-        logged: Callable[[], list[nn.Module]],
-        add: Callable[[Cause, str], None],
-        sync_free: bool = True,
-    ) -> None:
-        self._sync_free = sync_free
-        self._metrics = metrics
-        self._add = add
-        self._written: dict[int, set[str]] = {}
-        self._said: set[str] = set()
-        self._shapes = [_shapes(metric) for metric in metrics]
-        self._groups = [
-            metric
-            for metric in metrics
-            if isinstance(metric, MetricCollection) and not metric._groups_checked
-        ]
-        self._logged = logged
-        self._where_logged = self._devices()
-        self.settles = False
-        """Whether something was done that is done once: a collection formed its compute groups, for which it waits for the
-        device, or what is logged was given a place there.
-        """
-
-    @contextlib.contextmanager
-    def watching(
-        self, sparing_the_step: Callable[[], AbstractContextManager[None]]
-    ) -> Iterator[None]:
-        """While the step runs.
-
-        Args:
-            sparing_the_step: Entered while a function runs that a capture of the whole step replaces.
-        """
-
-        def make(original: Callable[..., Any], replacement: SyncFree) -> Callable[..., Any]:
-            def function(*args: Any, **kwargs: Any) -> Any:
-                with (
-                    sparing_the_step()
-                    if replacement.applies(*args, **kwargs)
-                    else contextlib.nullcontext()
-                ):
-                    return original(*args, **kwargs)
-
-            return function
-
-        with contextlib.ExitStack() as stack:
-            for metric in self._metrics:
-                interception = Interception(
-                    metric,
-                    on_write=functools.partial(self._write, metric),
-                    on_read=functools.partial(self._read, metric),
-                )
-                stack.callback(interception.remove)
-            if self._sync_free:
-                stack.enter_context(replacing(make))
-            yield
-
-    def finish(self) -> None:
-        """After the step."""
-        for metric, before in zip(self._metrics, self._shapes, strict=True):
-            written = self._written.get(id(metric), set())
-            self._say(unsupported_update(metric, written))
-            now = _shapes(metric)
-            for name in sorted(written & set(now)):
-                if now[name] != before.get(name, now[name]):
-                    self._say(f"{type(metric).__name__}.{name} changes its shape or dtype")
-        formed_groups = any(collection._groups_checked for collection in self._groups)
-        self.settles = formed_groups or self._devices() != self._where_logged
-
-    def _devices(self) -> list[tuple[int, list[Any]]]:
-        states = [
-            (metric, [getattr(metric, name) for name in states_of(metric)])
-            for metric in self._logged()
-        ]
-        return [
-            (id(metric), [value.device for value in values if isinstance(value, Tensor)])
-            for metric, values in states
-        ]
-
-    def _read(self, metric: nn.Module, name: str) -> None:
-        self._say(unsupported_read(metric, name, self._written.get(id(metric), set())))
-
-    def _write(self, metric: nn.Module, name: str, value: Any) -> None:
-        self._written.setdefault(id(metric), set()).add(name)
-        self._say(unsupported_write(metric, name, value))
-
-    def _say(self, reason: str) -> None:
-        if reason and reason not in self._said:
-            self._said.add(reason)
-            self._add(Cause.METRIC_UPDATED, reason)
+def _devices(metrics: list[nn.Module]) -> list[tuple[int, list[Any]]]:
+    states = [(metric, [getattr(metric, name) for name in states_of(metric)]) for metric in metrics]
+    return [
+        (id(metric), [value.device for value in values if isinstance(value, Tensor)])
+        for metric, values in states
+    ]

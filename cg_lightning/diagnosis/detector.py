@@ -1,0 +1,54 @@
+"""What all detectors have in common."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch._ops import OpOverload
+
+from cg_lightning.core.causes import Cause
+
+if TYPE_CHECKING:
+    from cg_lightning.diagnosis.step_watch import StepWatch
+    from cg_lightning.diagnosis.watched_step import ModuleCall
+
+
+class Detector:
+    """Finds one kind of thing that a graph cannot hold, or that it would freeze.
+
+    A detector is made for one watched step. It overrides the methods that it needs, and reports
+    what it finds to its :class:`~cg_lightning.diagnosis.step_watch.StepWatch`.
+
+    Args:
+        watch: The step that is watched.
+    """
+
+    causes: ClassVar[tuple[Cause, ...]] = ()
+    """The causes that this detector may report."""
+
+    def __init__(self, watch: StepWatch) -> None:
+        self.watch = watch
+
+    def around_step(self) -> AbstractContextManager[None]:
+        """Is entered before the step and left after it; reports before it is left."""
+        return contextlib.nullcontext()
+
+    def around_call(self, call: ModuleCall) -> AbstractContextManager[None]:
+        """Is entered before a call of a module and left after it; ``call`` is on the stack."""
+        return contextlib.nullcontext()
+
+    def before_operation(
+        self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Is called before each dispatched operation."""
+
+    def after_operation(
+        self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Is called after each dispatched operation."""
+
+    def suspended(self) -> AbstractContextManager[None]:
+        """Is entered while code runs that ``torch.compile`` made; it must meet nothing of ours."""
+        return contextlib.nullcontext()

@@ -1,0 +1,142 @@
+"""Attributes of modules that a step reads: a graph freezes their values."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+from torch import nn
+
+from cg_lightning.core.causes import Cause
+from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.diagnosis.detector import Detector
+from cg_lightning.diagnosis.findings import is_our_file, is_user_file
+from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
+from cg_lightning.diagnosis.watched_step import ModuleCall
+from cg_lightning.guards.sources import Source
+from cg_lightning.modules.attributes import (
+    holding_class,
+    is_plain_attribute,
+    is_user_written,
+    is_users,
+    plain_attributes,
+    values_of_classes,
+)
+from cg_lightning.modules.interception import Interception, ModuleHandler, can_intercept
+
+
+class AttributeReads(Detector):
+    """Notes the attributes of the user's modules that are read.
+
+    Nobody sees reads in compiled code, and of constants on classes (``type(self).scale``), so all
+    of these count as read. An attribute that cannot be looked into cannot be guarded either.
+    """
+
+    causes = (Cause.STATE_REBOUND,)
+
+    @contextlib.contextmanager
+    def around_step(self) -> Iterator[None]:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        watch = self.watch
+        self._attributes = {
+            id(module): _Attributes(watch, path, module)
+            for path, module in [
+                *watch.modules,
+                *[pair for inside in watch.hidden.values() for pair in inside],
+            ]
+        }
+        for source in _constants_of_classes([watch.root]):
+            watch.read(source)
+        with contextlib.ExitStack() as stack:
+            for _, module in watch.modules:
+                is_read = is_user_written(module) or module is watch.root
+                if is_read and id(module) not in watch.hidden and can_intercept(module):
+                    handler = _ReadHandler(watch, self._attributes[id(module)])
+                    stack.callback(Interception(module, handler).remove)
+            yield
+
+    def around_call(self, call: ModuleCall) -> contextlib.AbstractContextManager[None]:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        for module in call.hidden:
+            self._attributes[id(module)].read_all()
+        assert call.module is not None
+        for source in _constants_of_classes(list(call.hidden) or [call.module]):
+            self.watch.read(source)
+        return contextlib.nullcontext()
+
+
+class _Attributes:
+    """The attributes of one module, as sources; each is made once."""
+
+    def __init__(self, watch: StepWatch, path: str, module: nn.Module) -> None:
+        self._watch = watch
+        self._prefix = f"self.{path}." if path else "self."
+        self._module = module
+        self._sources: dict[str, list[Source]] = {}
+        self._problems: dict[str, str] = {}
+
+    def read(self, name: str) -> None:
+        """Notes that an attribute is read, if it is the user's and no method."""
+        if (sources := self._sources.get(name)) is None:
+            with self._watch.paused():
+                sources = self._sources[name] = self._sources_of(name)
+        for source in sources:
+            self._watch.read(source)
+        if name in self._problems:
+            self._watch.report(Cause.STATE_REBOUND, self._problems[name])
+
+    def read_all(self) -> None:
+        """Notes that all attributes are read."""
+        with self._watch.paused():
+            names = plain_attributes(self._module)
+        for name in names:
+            self.read(name)
+
+    def _sources_of(self, name: str) -> list[Source]:
+        module = self._module
+        members = (module._parameters, module._buffers, module._modules)
+        if not is_plain_attribute(module, name) or any(name in table for table in members):
+            return []
+        cls = holding_class(module, name)
+        if cls is not None and not is_users(cls):  # a property of a framework's
+            return []
+        path = f"{self._prefix}{name}"
+        value = vars(module).get(name)
+        if not is_plain_value(value):
+            try:
+                look_into(value)
+            except UnreadableError as error:
+                self._problems[name] = f"{path} {error}"
+        sources = [Source(module, name, path)]
+        if cls is not None:
+            sources.append(Source(cls, name, f"{cls.__name__}.{name}"))
+        return sources
+
+
+class _ReadHandler(ModuleHandler):
+    def __init__(self, watch: StepWatch, attributes: _Attributes) -> None:
+        self._watch = watch
+        self._attributes = attributes
+
+    def on_read(self, name: str) -> None:
+        """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
+        if self._watch.is_in_framework or self._watch.is_paused:
+            return
+        if name != "__dict__":
+            self._attributes.read(name)
+        elif _is_read_by_user():  # ``vars(self)["name"]``
+            self._attributes.read_all()
+
+
+def _is_read_by_user() -> bool:
+    """Whether the innermost function that is not ours is the user's, and not torch's."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and is_our_file(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame is not None and is_user_file(frame.f_code.co_filename)
+
+
+def _constants_of_classes(modules: list[nn.Module]) -> list[Source]:
+    return [Source(cls, name, f"{cls.__name__}.{name}") for cls, name in values_of_classes(modules)]

@@ -1,0 +1,36 @@
+"""Modules that ``torch.compile`` runs: they are watched from outside."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from cg_lightning.core.causes import Cause
+from cg_lightning.diagnosis.detector import Detector
+from cg_lightning.diagnosis.watched_step import ModuleCall
+from cg_lightning.modules.compiled import is_graphed_by_compiler
+
+
+class CompiledModules(Detector):
+    """Lets compiled modules run compiled, and reports those that have CUDA graphs of their own."""
+
+    causes = (Cause.GRAPHED_ALREADY,)
+
+    @contextlib.contextmanager
+    def around_step(self) -> Iterator[None]:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        yield
+        if self.watch.hidden and self.watch.step.findings:
+            self.watch.note_one_time_work()  # the findings may come from compiling
+
+    @contextlib.contextmanager
+    def around_call(self, call: ModuleCall) -> Iterator[None]:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        if not call.hidden:
+            yield
+            return
+        assert call.module is not None
+        if is_graphed_by_compiler(call.module):
+            self.watch.report(Cause.GRAPHED_ALREADY, type(call.module).__name__)
+        with self.watch.suspended_for_compiled_code():
+            yield

@@ -1,0 +1,21 @@
+"""Calls that wait for the device, and that the dispatcher does not show."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from cg_lightning.core.causes import Cause
+from cg_lightning.diagnosis.detector import Detector
+
+
+class HostReads(Detector):
+    """Asks the backend to notice what it would wait for."""
+
+    causes = (Cause.HOST_SYNC, Cause.TENSOR_FROM_PYTHON)
+
+    @contextlib.contextmanager
+    def around_step(self) -> Iterator[None]:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        with self.watch.backend.noticing_host_syncs(self.watch.report):
+            yield

@@ -1,0 +1,210 @@
+"""Tensors that a step changes in place: what it was given, and what lives longer than it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.nn.parameter import is_lazy
+
+from cg_lightning.core.causes import Cause
+from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.core.equality import same_leaf
+from cg_lightning.core.tree import flatten
+from cg_lightning.diagnosis.detector import Detector
+from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
+from cg_lightning.diagnosis.watched_step import ModuleCall, WrittenTensors
+from cg_lightning.guards.values import FrozenValues, addresses_of
+from cg_lightning.metrics.members import is_metric, states_of
+from cg_lightning.modules.attributes import names_of_frameworks
+
+
+class Mutations(Detector):
+    """Reports inputs that are changed in place, and notes all other tensors that are.
+
+    Compiled code and kernels of the user's own show no operation, so tensors are compared with
+    copies there. States of metrics do not count: they have effects of their own.
+    """
+
+    causes = (Cause.INPUT_MUTATED,)
+
+    def __init__(self, watch: StepWatch) -> None:
+        super().__init__(watch)
+        states = [
+            getattr(metric, name) for metric in watch.all_metrics for name in states_of(metric)
+        ]
+        self._made = addresses_of(state for state in states if isinstance(state, Tensor))
+        self._made |= watch.step.input_addresses
+        self._written: dict[int, Tensor] = {}
+        """Tensors that were changed and not made in the step, by the address of their storage."""
+        self._persistent = _PersistentTensors(watch.root)
+
+    @contextlib.contextmanager
+    def around_step(self) -> Iterator[None]:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        watch = self.watch
+        hidden = [child for inside in watch.hidden.values() for _, child in inside]
+        copies_inside = _TensorCopies(self._persistent.of_attributes(hidden) if hidden else [])
+        copies = _TensorCopies(watch.step.inputs)
+        yield
+        self._add(copies_inside.changed(), "compiled code")
+        if not any(finding.cause is Cause.INPUT_MUTATED for finding in watch.step.findings):
+            self._add(copies.changed(), "the batch")
+        watch.note_written(self._persistent.written(self._written))
+
+    @contextlib.contextmanager
+    def around_call(self, call: ModuleCall) -> Iterator[None]:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        if not call.hidden:
+            yield
+            return
+        with self.watch.paused():
+            copies = _TensorCopies(call.inputs)
+        yield
+        with self.watch.paused():
+            changed = copies.changed()
+        self._add(changed, "compiled code")
+
+    def before_operation(
+        self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        if not function._schema.is_mutable:
+            return
+        arguments = function._schema.arguments
+        written = [
+            value
+            for argument, value in zip(arguments, args, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        written += [
+            kwargs[argument.name]
+            for argument in arguments
+            if argument.alias_info is not None and argument.name in kwargs
+        ]
+        tensors = [leaf for leaf in flatten(written)[0] if isinstance(leaf, Tensor)]
+        self._add(tensors, function._schema.name)
+
+    def after_operation(
+        self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        made = _addresses_in(output)
+        made -= self._made
+        if made:
+            made -= _addresses_in(args)
+            if kwargs:
+                made -= _addresses_in(list(kwargs.values()))
+            self._made |= made
+
+    def _add(self, tensors: list[Tensor], operation: str) -> None:
+        if not tensors:
+            return
+        addresses = addresses_of(tensors)
+        for tensor in tensors:
+            address = tensor.untyped_storage().data_ptr()
+            if address not in self._made and address not in self._written:
+                with torch.inference_mode(False), self.watch.paused():
+                    whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                    self._written[address] = whole.set_(tensor.untyped_storage())
+        given = [
+            call for call in self.watch.stack if not addresses.isdisjoint(call.input_addresses)
+        ]
+        self.watch.report(Cause.INPUT_MUTATED, operation, calls=given)
+
+
+def _addresses_in(values: Any) -> set[int]:
+    """Where the storages of the tensors begin that an operation takes or returns."""
+    if isinstance(values, Tensor):
+        return addresses_of((values,))
+    if not isinstance(values, (tuple, list)):
+        return set()
+    found = addresses_of([value for value in values if isinstance(value, Tensor)])
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            found |= _addresses_in(value)
+    return found
+
+
+class _TensorCopies:
+    """Copies of tensors, to see which were changed where no operation tells."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._pairs = [
+            (tensor, tensor.clone()) for tensor in tensors if tensor.layout is torch.strided
+        ]
+
+    def changed(self) -> list[Tensor]:
+        """Returns the tensors that differ from their copies."""
+        return [tensor for tensor, before in self._pairs if not same_leaf(tensor, before)]
+
+
+class _PersistentTensors:
+    """Tensors that live longer than a step: parameters, buffers, and what attributes hold.
+
+    Args:
+        root: The module whose step runs.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self._attributes = [
+            (module, name, contents)
+            for module in root.modules()
+            if not is_metric(module)
+            for name, value in vars(module).items()
+            if name not in names_of_frameworks() and not is_plain_value(value)
+            if (contents := _contents(value)) is not None
+        ]
+        self._hidden = [module for _, _, values in self._attributes for module in values.modules]
+
+    def of_attributes(self, modules: Iterable[nn.Module]) -> list[Tensor]:
+        """Returns the tensors that attributes of some modules hold."""
+        ids = set(map(id, modules))
+        return [
+            tensor
+            for module, _, values in self._attributes
+            if id(module) in ids
+            for tensor in values.tensors
+        ]
+
+    def written(self, outside: dict[int, Tensor]) -> WrittenTensors:
+        """Returns which tensors were changed.
+
+        Args:
+            outside: Tensors that were changed and not made in the step, by the address of their
+                storage.
+        """
+        modules = [self._root, *self._hidden]
+        parameters = _of(module.parameters() for module in modules)
+        found = WrittenTensors()
+        # not every operation says that it writes to buffers, so these are always put back
+        found.add(_of(module.buffers() for module in self._hidden))
+        if not outside:
+            return found
+        found.add(
+            parameter for parameter in parameters if addresses_of([parameter]) & outside.keys()
+        )
+        known = addresses_of([*parameters, *_of(module.buffers() for module in modules)])
+        for module, name, values in self._attributes:
+            addresses = addresses_of(values.tensors)
+            known |= addresses
+            if addresses & outside.keys():
+                found.add_attribute(module, name)
+        found.add(tensor for address, tensor in outside.items() if address not in known)
+        return found
+
+
+def _contents(value: Any) -> FrozenValues | None:
+    try:
+        return look_into(value)
+    except UnreadableError:  # AttributeReads reports whatever reads it
+        return None
+
+
+def _of(iterators: Iterable[Iterable[Tensor]]) -> list[Tensor]:
+    return [tensor for each in iterators for tensor in each if not is_lazy(tensor)]

@@ -1,0 +1,47 @@
+"""Dispatched operations that a graph cannot hold, and gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from cg_lightning.backends.illegal_operations import find_illegal
+from cg_lightning.core.causes import Cause
+from cg_lightning.core.tree import flatten
+from cg_lightning.diagnosis.detector import Detector
+
+
+class Operations(Detector):
+    """Looks each dispatched operation up in the table that the recorder backend refuses by."""
+
+    causes = (
+        Cause.HOST_SYNC,
+        Cause.CROSS_DEVICE_COPY,
+        Cause.TENSOR_FROM_PYTHON,
+        Cause.DATA_DEPENDENT_SHAPE,
+        Cause.HOST_CHECKED_LINEAR_ALGEBRA,
+        Cause.COLLECTIVE,
+        Cause.GRADIENTS,
+    )
+
+    def before_operation(
+        self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        device_type = self.watch.device_type
+        if (cause := find_illegal(function, args, kwargs, device_type)) is not None:
+            self.watch.report(cause, function._schema.name)
+        if torch.is_grad_enabled() and _tracks_gradients(args):
+            casts = function._schema.name == "aten::_to_copy" and self.watch.is_autocast_enabled
+            if not casts:  # autocast keeps what it casts with gradients
+                self.watch.report(Cause.GRADIENTS, function._schema.name)
+
+
+def _tracks_gradients(args: tuple[Any, ...]) -> bool:
+    """Whether the output has a gradient: metrics enable gradients for values that have none."""
+    if torch.is_inference_mode_enabled():
+        return False
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in flatten(args)[0])

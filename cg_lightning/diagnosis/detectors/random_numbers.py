@@ -1,0 +1,134 @@
+"""Random numbers drawn on the host, which a graph cannot follow."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from cg_lightning.core.causes import Cause
+from cg_lightning.core.tree import flatten
+from cg_lightning.diagnosis.detector import Detector
+from cg_lightning.diagnosis.watched_step import ModuleCall
+
+_HARMLESS = ("getstate", "get_state")
+
+
+class RandomNumbers(Detector):
+    """Compares the states of the host's generators around each call.
+
+    The user's line is known if a function of ``random`` or ``numpy.random`` was called by its
+    module, or if an operation of PyTorch drew. Other draws are only seen by the comparison.
+    """
+
+    causes = (Cause.HOST_RANDOMNESS,)
+
+    @contextlib.contextmanager
+    def around_step(self) -> Iterator[None]:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        with self._noticing_draws():
+            before = self._state()
+            yield
+            self._compare(before)
+
+    @contextlib.contextmanager
+    def around_call(self, call: ModuleCall) -> Iterator[None]:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        before = self._state()
+        yield
+        self._compare(before)
+
+    def before_operation(
+        self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        if function.namespace == "aten" and not _draws(function):
+            return  # all of PyTorch's own operations that take a generator have the tag
+        if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
+            self.watch.report(
+                Cause.HOST_RANDOMNESS, f"{function._schema.name} with a generator of its own"
+            )
+
+    def after_operation(
+        self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        if self.watch.device_type == "cpu" or not _draws(function):
+            return
+        if any(isinstance(leaf, Tensor) and leaf.is_cpu for leaf in flatten(output)[0]):
+            self.watch.report_unless_found(Cause.HOST_RANDOMNESS, function._schema.name)
+
+    def _state(self) -> tuple[Any, ...]:
+        """The generators' states; PyTorch's CPU generator is the device's if steps run there."""
+        with self.watch.paused():
+            numpy = sys.modules.get("numpy")
+            return (
+                random.getstate(),
+                _numpy_state() if numpy is not None else None,
+                None
+                if self.watch.device_type == "cpu"
+                else torch.get_rng_state().numpy().tobytes(),
+            )
+
+    def _compare(self, before: tuple[Any, ...]) -> None:
+        if self._state() != before:
+            self.watch.report_unless_found(Cause.HOST_RANDOMNESS, "random state moved")
+
+    @contextlib.contextmanager
+    def _noticing_draws(self) -> Iterator[None]:
+        replaced: list[tuple[Any, str, Any]] = []
+        thread = threading.get_ident()
+        try:
+            for name in ("random", "numpy.random"):
+                module = sys.modules.get(name)
+                for attribute, function in _draws_of(module):
+                    drawing = self._noticed(f"{name}.{attribute}", function, thread)
+                    replaced.append((module, attribute, function))
+                    setattr(module, attribute, drawing)
+            yield
+        finally:
+            for module, attribute, function in replaced:
+                setattr(module, attribute, function)
+
+    def _noticed(self, name: str, function: Any, thread: int) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def draw(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread or self.watch.is_paused:
+                return function(*args, **kwargs)
+            before = self._state()
+            output = function(*args, **kwargs)
+            if self._state() != before:
+                self.watch.report_unless_found(Cause.HOST_RANDOMNESS, name)
+            return output
+
+        return draw
+
+
+def _draws(function: OpOverload) -> bool:
+    return torch.Tag.nondeterministic_seeded in function.tags
+
+
+def _numpy_state() -> tuple[Any, ...]:
+    name, keys, *rest = sys.modules["numpy"].random.get_state()
+    return (name, keys.tobytes(), *rest)
+
+
+def _draws_of(module: Any) -> list[tuple[str, Any]]:
+    """Returns the functions of a module that draw from its generator: methods of one object."""
+    sample = getattr(module, "random", None)
+    generator = getattr(sample, "__self__", None)
+    if generator is None:
+        return []
+    return [
+        (name, function)
+        for name, function in vars(module).items()
+        if name not in _HARMLESS and getattr(function, "__self__", None) is generator
+    ]

@@ -1,0 +1,122 @@
+"""Findings, and where in the user's code something happened."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import sysconfig
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+from cg_lightning.core.causes import Cause
+from cg_lightning.core.reasons import Reason
+
+AT_THE_END = "between the start and end of the step"
+"""The location of what only a comparison after the step shows."""
+UNKNOWN = "unknown"
+"""The location if no frame of the user's is on the stack."""
+
+_OURS = Path(__file__).resolve().parent.parent
+_PACKAGES = [Path(path) for key in ("purelib", "platlib") if (path := sysconfig.get_path(key))]
+_STANDARD = sysconfig.get_path("stdlib")
+_FRAMEWORKS = ("torch", "functorch", "lightning", "pytorch_lightning", "lightning_fabric")
+_WRAPPERS = ("torchmetrics/metric.py", "torchmetrics/collections.py")
+"""Files of torchmetrics that only wrap what a metric does."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One reason why a step, or a submodule that it calls, cannot run from a graph."""
+
+    cause: Cause
+    operation: str
+    """What was called or changed, such as ``aten::item``."""
+    module: str
+    """Dotted path of the innermost module that was running; empty for the step itself."""
+    location: str
+    """The user's own line, as ``file:line``."""
+    library_location: str = ""
+    """The line of a library that the user's line called, such as ``transformers/utils.py:12``.
+
+    Empty if the user's own code did it.
+    """
+
+    @property
+    def remedy(self) -> str:
+        """What a user can do about it."""
+        return self.cause.remedy
+
+    @property
+    def where(self) -> str:
+        """The user's line, and the library's if there is one."""
+        library = f", in {self.library_location}" if self.library_location else ""
+        return f"{self.location}{library}"
+
+    def reason(self, path: str = "") -> Reason:
+        """Returns the reason of a step or, if ``path`` is given, of that submodule."""
+        text = f"{path}: {self}" if path else str(self)
+        is_line = self.location not in (AT_THE_END, UNKNOWN)
+        return Reason(self.cause, text, self.location if is_line else "")
+
+    def __str__(self) -> str:
+        module = f" in {self.module}" if self.module else ""
+        return f"{self.cause.value}: {self.operation}{module} ({self.where})"
+
+
+class Location(NamedTuple):
+    """The user's line, and the line of the library that it called; either may be empty."""
+
+    user: str
+    library: str
+
+
+@functools.lru_cache(maxsize=8192)
+def _package_path(file: str) -> str | None:
+    """Returns the path of an installed file relative to its packages; None for other files."""
+    for packages in _PACKAGES:
+        if file.startswith(f"{packages}/"):
+            return Path(file).relative_to(packages).as_posix()
+    return None
+
+
+@functools.lru_cache(maxsize=8192)
+def is_user_file(file: str) -> bool:
+    """Whether code in this file belongs to no library and not to us; the demo is the user's."""
+    if file.startswith("<frozen") or _package_path(file) is not None:
+        return False
+    return not (_STANDARD and file.startswith(_STANDARD)) and not is_our_file(file)
+
+
+@functools.lru_cache(maxsize=8192)
+def is_our_file(file: str) -> bool:
+    """Whether code in this file belongs to this package; the demo does not count."""
+    return file.startswith(f"{_OURS}/") and not file.startswith(f"{_OURS}/app/")
+
+
+@functools.lru_cache(maxsize=8192)
+def _library_path(file: str) -> str | None:
+    """Returns the short path of a library's file; None if it tells users nothing."""
+    path = None if is_our_file(file) else _package_path(file)
+    if path is None or path.split("/")[0] in _FRAMEWORKS or path in _WRAPPERS:
+        return None
+    return path
+
+
+def find_location() -> Location:
+    """Returns the user's innermost line, and the innermost line of a library that it called.
+
+    torch, Lightning, the wrappers of torchmetrics, the standard library and this package are no
+    such libraries.
+    """
+    library = ""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if is_user_file(file):
+            return Location(f"{file}:{frame.f_lineno}", library)
+        if not library and (path := _library_path(file)) is not None:
+            library = f"{path}:{frame.f_lineno}"
+        frame = frame.f_back
+    return Location(UNKNOWN, library)
