@@ -163,7 +163,9 @@ class CUDAGraphCallback(Callback):
             self._say_once(rank_zero_info, _NO_CUDA)
             return
         self._installation = Installation(
-            pl_module, Session(pl_module, backend, self._settings, self.stats)
+            trainer.strategy,
+            pl_module,
+            Session(pl_module, backend, self._settings, self.stats),
         )
 
     @override

@@ -11,7 +11,8 @@ from lightning.pytorch import Callback, LightningModule
 from torch import nn
 
 from cg_lightning import CUDAGraphCallback
-from cg_lightning.modules.compiled import CompiledCallInterception, is_graphed_by_compiler
+from cg_lightning.modules.compiled import is_graphed_by_compiler
+from cg_lightning.modules.interception import Interception, ModuleHandler
 from tests.conftest import modules_with_a_trace
 from tests.harness import Harness, assert_same, features
 from tests.models import Body, Predictor
@@ -238,6 +239,11 @@ def test_a_lightning_module_that_is_compiled_as_a_whole(harness, in_place):
     assert callback.stats.eager == 8
 
 
+class SeesCalls(ModuleHandler):
+    def on_call(self, original, args, kwargs):
+        return original(*args, **kwargs)
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize(
     "mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -250,7 +256,7 @@ def test_whether_the_compiler_graphs_a_module(in_place, mode):
         net = torch.compile(net, mode=mode)
     assert is_graphed_by_compiler(net) == (mode in ("reduce-overhead", "max-autotune"))
     if in_place:
-        interception = CompiledCallInterception(net, net._compiled_call_impl)
+        interception = Interception(net, SeesCalls())
         assert modules_with_a_trace() == ["Sequential"]
         assert is_graphed_by_compiler(net) == (mode in ("reduce-overhead", "max-autotune"))
         interception.remove()

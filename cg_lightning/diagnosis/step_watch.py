@@ -22,10 +22,10 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.core.equality import same_leaf
 from cg_lightning.core.tree import flatten
 from cg_lightning.diagnosis.detectors.global_reads import GlobalReads
-from cg_lightning.diagnosis.location import is_of_user, users_location
+from cg_lightning.diagnosis.location import users_location
 from cg_lightning.diagnosis.watched_step import Call, Finding
 from cg_lightning.guards.values import addresses_of
-from cg_lightning.modules.interception import plain_class
+from cg_lightning.modules.kinds import is_user_file
 
 
 def _addresses_in(values: Any) -> set[int]:
@@ -202,7 +202,7 @@ def other_metrics_noticed(known: list[nn.Module], watch: Watch) -> Iterator[None
 
     def write(metric: Metric, name: str, value: Any) -> None:
         if name == "_update_count" and threading.get_ident() == thread and id(metric) not in ids:
-            watch.add(Cause.METRIC_UPDATED, f"{plain_class(metric).__name__} is no submodule")
+            watch.add(Cause.METRIC_UPDATED, f"{type(metric).__name__} is no submodule")
         original(metric, name, value)
 
     with patch.object(Metric, "__setattr__", write):
@@ -220,7 +220,7 @@ def printing_noticed(watch: Watch) -> Iterator[None]:
         original(*args, **kwargs)
 
     def noticed_record(logger: logging.Logger, record: logging.LogRecord) -> None:
-        if threading.get_ident() == thread and is_of_user(record.pathname):
+        if threading.get_ident() == thread and is_user_file(record.pathname):
             watch.add(Cause.PRINTED, "logging")
         handle(logger, record)
 

@@ -19,31 +19,32 @@ from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.tree import flatten
 from cg_lightning.diagnosis.detectors.metric_updates import MetricWatch
 from cg_lightning.diagnosis.detectors.rebound_state import ReboundState
-from cg_lightning.diagnosis.location import is_of_user
 from cg_lightning.diagnosis.step_watch import Copies, Watch, other_metrics_noticed, printing_noticed
 from cg_lightning.diagnosis.watched_step import Call, Finding, Observation
 from cg_lightning.diagnosis.written_tensors import LastingTensors
 from cg_lightning.effects.host_randomness import HostRandomState
 from cg_lightning.effects.step_metrics import StepMetrics
-from cg_lightning.metrics.members import is_metric, metrics_of, states_of
+from cg_lightning.metrics.members import metrics_of, states_of
 from cg_lightning.modules.attributes import (
     global_hooks,
     hooks_of,
     is_plain_attribute,
-    is_user_written,
     plain_attributes,
     values_of_classes,
 )
 from cg_lightning.modules.compiled import (
-    CallInterception,
-    CompiledCallInterception,
     is_compiled,
-    is_compiled_in_place,
     is_graphed_by_compiler,
     modules_inside,
     modules_that_run,
 )
-from cg_lightning.modules.interception import Interception, can_intercept
+from cg_lightning.modules.interception import (
+    Interception,
+    ModuleHandler,
+    can_intercept,
+    replaced_method,
+)
+from cg_lightning.modules.kinds import is_metric, is_user_file, is_user_module
 from cg_lightning.runtime.call_key import describe_call, is_inside_transform
 
 _AT_THE_END = "between the start and end of the step"
@@ -180,19 +181,19 @@ class Observer:
         watch: Watch,
         may_log: bool,
     ) -> Iterator[None]:
-        interceptions: list[CallInterception] = []
-        try:
+        with contextlib.ExitStack() as stack:
             for path, module in modules:
                 if can_intercept(module):
-                    interceptions.append(self._intercept(path, module, metrics, watch, may_log))
+                    handler = self._handler(path, module, metrics, watch, may_log)
+                    stack.callback(Interception(module, handler).remove)
+            for name, cause in self._effects.items():
+                effect = self._effect(name, cause, watch, may_log)
+                stack.enter_context(replaced_method(self._root, name, effect))
             yield
-        finally:
-            for interception in reversed(interceptions):
-                interception.remove()
 
-    def _intercept(
+    def _handler(
         self, path: str, module: nn.Module, metrics: list[Metric], watch: Watch, may_log: bool
-    ) -> CallInterception:
+    ) -> ModuleHandler:
         graphed_already = is_graphed_by_compiler(module)
         inside = (
             [module, *[child for _, child in modules_inside(path, module)]]
@@ -203,7 +204,9 @@ class Observer:
             (child, name) for child in inside for name in plain_attributes(child)
         ] + values_of_classes(inside or [module])
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(
+            original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> Any:
             leaves = [] if is_inside_transform() else flatten((args, kwargs))[0]
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             frame = Call(path, module, tensors, _key_of_call(module, args, kwargs))
@@ -221,9 +224,9 @@ class Observer:
                 if any(global_hooks()) or any(any(hooks_of(child)) for child in inside or [module]):
                     watch.add(Cause.FORWARD_HOOK, type(module).__name__)
                 if not inside:
-                    return interception.call_original(*args, **kwargs)
+                    return original(*args, **kwargs)
                 with watch.globals.paused(), watch.left():
-                    return interception.call_original(*args, **kwargs)
+                    return original(*args, **kwargs)
             finally:
                 with watch.paused():
                     drawn = host.was_drawn(self._device_type)
@@ -232,18 +235,12 @@ class Observer:
                 if drawn:
                     watch.add(Cause.HOST_RANDOMNESS, "random state moved")
                 if _updates(metrics) != updates:
-                    add = watch.add_for_submodules if may_log else watch.add
+                    # nobody sees what compiled code does to them
+                    add = watch.add_for_submodules if may_log and not inside else watch.add
                     add(Cause.METRIC_UPDATED, "update")
                 if own_state is not None and (names := own_state.changed()):
                     watch.add(Cause.STATE_REBOUND, ", ".join(names))
                 watch.stack.pop()
-
-        methods: dict[str, Callable[..., Any]] = {}
-        if module is self._root:
-            methods = {
-                name: self._effect(name, cause, watch, may_log)
-                for name, cause in self._effects.items()
-            }
 
         def read(name: str) -> None:
             if watch.is_in_framework:
@@ -253,27 +250,19 @@ class Observer:
             if module is self._root and name in ("trainer", "current_epoch", "global_step"):
                 watch.add(Cause.TRAINER_READ, f"self.{name}")
             names = [name] if is_plain_attribute(module, name) else []
-            if name == "__dict__" and is_of_user(
-                sys._getframe(2).f_code.co_filename
+            if name == "__dict__" and is_user_file(
+                sys._getframe(3).f_code.co_filename
             ):  # ``vars(self)["name"]``
                 names = plain_attributes(module)
             for each in names:
                 watch.add_read((module, each))
 
-        interception: CallInterception
-        if is_compiled_in_place(module):
-            interception = CompiledCallInterception(module, call)
-        else:
-            on_read = (
-                read if (is_user_written(module) and not inside) or module is self._root else None
-            )
-            interception = Interception(module, call=call, methods=methods, on_read=on_read)
-        return interception
+        if (is_user_module(module) and not inside) or module is self._root:
+            return _SeesCallsAndReads(call, read)
+        return _SeesCalls(call)
 
     def _effect(self, name: str, cause: Cause, watch: Watch, may_log: bool) -> Callable[..., Any]:
-        original = getattr(self._root, name)
-
-        def method(*args: Any, **kwargs: Any) -> Any:
+        def method(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             spares = cause is Cause.LOGGED and may_log
             (watch.add_for_submodules if spares else watch.add)(cause, f"self.{name}")
             if not self._run_effects:
@@ -301,3 +290,22 @@ class Observer:
                 inside = not call.path or path == call.path or path.startswith(f"{call.path}.")
                 if inside and path:  # the root's own state was compared around each of its calls
                     call.findings.append(finding)
+
+
+class _SeesCalls(ModuleHandler):
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def on_call(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        return self._call(original, args, kwargs)
+
+
+class _SeesCallsAndReads(_SeesCalls):
+    def __init__(self, call: Callable[..., Any], read: Callable[[str], None]) -> None:
+        super().__init__(call)
+        self._read = read
+
+    def on_read(self, name: str) -> None:
+        self._read(name)

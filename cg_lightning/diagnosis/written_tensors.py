@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from cg_lightning.guards.values import FrozenValues, addresses_of
-from cg_lightning.metrics.members import is_metric
 from cg_lightning.modules.attributes import names_of_frameworks
+from cg_lightning.modules.kinds import is_metric
 
 
 class WrittenTensors:
@@ -50,7 +50,7 @@ class LastingTensors:
         self._attributes: list[tuple[nn.Module, str, FrozenValues]] = []
         for module in root.modules():
             for name, value in vars(module).items():
-                if name not in names_of_frameworks() and not is_metric(module):
+                if name not in names_of_frameworks(module) and not is_metric(module):
                     self._attributes.append((module, name, FrozenValues([value])))
         self._hidden = [module for _, _, values in self._attributes for module in values.modules]
 

@@ -28,7 +28,7 @@ from cg_lightning.metrics.members import (
 from cg_lightning.metrics.states import FixedStates, Slot
 from cg_lightning.metrics.sync_free import sync_free
 from cg_lightning.modules.attributes import is_same_value
-from cg_lightning.modules.interception import Interception, plain_class
+from cg_lightning.modules.interception import Interception, ModuleHandler
 from cg_lightning.trainer.log_calls import Calls, CapturedLogCalls, LogCalls
 from cg_lightning.trainer.logged_results import LoggedResults
 
@@ -48,9 +48,9 @@ def unsupported_write(metric: nn.Module, name: str, value: Any) -> str:
 def unsupported_read(metric: nn.Module, name: str, written: set[str]) -> str:
     """Why a replay could not do what a step that reads an attribute does; empty where it can."""
     if name == "update_count":  # the property; torchmetrics itself reads ``_update_count``
-        return f"{plain_class(metric).__name__}.update_count is read"
+        return f"{type(metric).__name__}.update_count is read"
     if name == "_computed" and name not in written and vars(metric).get(name) is not None:
-        return f"{plain_class(metric).__name__} gives the result of an earlier step"
+        return f"{type(metric).__name__} gives the result of an earlier step"
     return ""
 
 
@@ -160,12 +160,7 @@ class Recording:
         self._before = {id(metric): dict(vars(metric)) for metric in self._metrics}
         with contextlib.ExitStack() as stack:
             for metric in self._metrics:
-                interception = Interception(
-                    metric,
-                    get_missing=functools.partial(self._read, metric),
-                    on_read=functools.partial(self._look, metric),
-                    on_write=functools.partial(self._write, metric),
-                )
+                interception = Interception(metric, _RecordedMetric(self, metric))
                 stack.callback(interception.remove)
                 if isinstance(metric, Metric):
                     stack.callback(vars(metric).__setitem__, "update", vars(metric)["update"])
@@ -184,7 +179,8 @@ class Recording:
 
         return update
 
-    def _read(self, metric: nn.Module, name: str) -> Any:
+    def read(self, metric: nn.Module, name: str) -> Any:
+        """Gives the fixed tensor of a state that the captured step reads."""
         slot = self._slots.get((id(metric), name))
         if slot is None:
             raise AttributeError(name)
@@ -192,11 +188,13 @@ class Recording:
         slot.attributes[name] = slot.fixed
         return slot.fixed
 
-    def _look(self, metric: nn.Module, name: str) -> None:
+    def check_read(self, metric: nn.Module, name: str) -> None:
+        """Raises where a replay could not do what reads this attribute."""
         if reason := unsupported_read(metric, name, self._writes.get(id(metric), set())):
             raise CaptureError(reason)
 
-    def _write(self, metric: nn.Module, name: str, value: Any) -> None:
+    def write(self, metric: nn.Module, name: str, value: Any) -> None:
+        """Notes what the captured step sets."""
         if reason := unsupported_write(metric, name, value):
             raise CaptureError(reason)
         self._writes.setdefault(id(metric), set()).add(name)
@@ -286,3 +284,18 @@ class Recording:
             effects.tensors.extend(tensors)
             template = rebuild(value, iter([None] * len(leaves))) if tensors else value
             effects.values.append((vars(metric), name, template, len(tensors)))
+
+
+class _RecordedMetric(ModuleHandler):
+    def __init__(self, recording: Recording, metric: nn.Module) -> None:
+        self._recording = recording
+        self._metric = metric
+
+    def get_missing(self, name: str) -> Any:
+        return self._recording.read(self._metric, name)
+
+    def on_read(self, name: str) -> None:
+        self._recording.check_read(self._metric, name)
+
+    def on_write(self, name: str, value: Any) -> None:
+        self._recording.write(self._metric, name, value)

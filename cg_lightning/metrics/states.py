@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cg_lightning.metrics.members import states_of
-from cg_lightning.modules.interception import Interception
+from cg_lightning.modules.interception import Interception, ModuleHandler
 
 
 class Slot:
@@ -77,9 +76,7 @@ class FixedStates:
         for metric in metrics:
             if id(metric) not in self._interceptions:
                 self._interceptions[id(metric)] = Interception(
-                    metric,
-                    get_missing=functools.partial(self._read, metric),
-                    before_copy=functools.partial(self._give_out_all, metric),
+                    metric, _GivesOutStates(self, metric)
                 )
 
     def give_out(self, home: Tensor) -> None:
@@ -123,7 +120,8 @@ class FixedStates:
         """Where each state is."""
         return [(slot, slot.home) for slot in self._slots.values()]
 
-    def _read(self, metric: nn.Module, name: str) -> Any:
+    def read(self, metric: nn.Module, name: str) -> Any:
+        """Gives out one state of ``metric``."""
         slot = self._slots.get((id(metric), name))
         if slot is None or slot.home is None:
             raise AttributeError(name)
@@ -132,7 +130,20 @@ class FixedStates:
             self.give_out(slot.home)
         return slot.attributes[name]
 
-    def _give_out_all(self, metric: nn.Module) -> None:
+    def give_out_all(self, metric: nn.Module) -> None:
+        """Gives out all states of ``metric``."""
         for (owner, _), slot in list(self._slots.items()):
             if owner == id(metric) and slot.home is not None:
                 self.give_out(slot.home)
+
+
+class _GivesOutStates(ModuleHandler):
+    def __init__(self, states: FixedStates, metric: nn.Module) -> None:
+        self._states = states
+        self._metric = metric
+
+    def get_missing(self, name: str) -> Any:
+        return self._states.read(self._metric, name)
+
+    def before_copy(self) -> None:
+        self._states.give_out_all(self._metric)

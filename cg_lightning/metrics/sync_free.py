@@ -35,7 +35,6 @@ from torch import Tensor, nn
 from torchmetrics import MaxMetric, MeanMetric, MinMetric, SumMetric
 
 from cg_lightning.metrics.deferred_checks import CheckedCalls
-from cg_lightning.modules.interception import plain_class
 
 
 def _always(*_: Any, **__: Any) -> bool:
@@ -145,9 +144,7 @@ def has_one_value(metric: nn.Module, x: Any, weight: Any = None) -> bool:
     if not isinstance(x, Tensor) or not (weight is None or isinstance(weight, Tensor)):
         return False
     left_out = (
-        metric.nan_strategy in ("warn", "ignore")
-        and plain_class(metric) in _NEUTRAL
-        and x.numel() == 1
+        metric.nan_strategy in ("warn", "ignore") and type(metric) in _NEUTRAL and x.numel() == 1
     )
     return metric.nan_strategy == "error" or left_out
 
@@ -165,7 +162,7 @@ def without_nan(
         if metric.nan_strategy == "warn":
             checked.repeat_if(nans.any())
         weight = weight.masked_fill(nans, 0)
-        x = x.masked_fill(nans, _NEUTRAL[plain_class(metric)]) if x.is_floating_point() else x
+        x = x.masked_fill(nans, _NEUTRAL[type(metric)]) if x.is_floating_point() else x
     return x.to(metric.dtype), weight.to(metric.dtype)
 
 

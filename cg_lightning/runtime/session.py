@@ -109,7 +109,7 @@ class Session:
 
     def _forget(self) -> None:
         for target in self._piecewise.values():
-            target.close()
+            target.remove()
         self._piecewise = {}
         self._dispatcher = CUDAGraphDispatcher()
         self.known: KnownDescriptors = {}

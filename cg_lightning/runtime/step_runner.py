@@ -15,11 +15,19 @@ from cg_lightning.core.descriptor import BatchDescriptor, describe
 from cg_lightning.core.errors import CaptureError, UnkeyableBatchError, VerificationError
 from cg_lightning.core.forward_context import ForwardContext, override_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
+from cg_lightning.core.stages import STEPS
 from cg_lightning.runtime.graphed_call import GraphedCall
 from cg_lightning.runtime.session import WARM_UP, Session
 from cg_lightning.runtime.verifier import report_difference
 
 Step = Callable[..., Any]
+
+
+def _first_parameter(step: Step) -> str:
+    try:
+        return next(iter(inspect.signature(step).parameters), "")
+    except (TypeError, ValueError):  # a callable that does not tell its signature
+        return ""
 
 
 class StepRunner:
@@ -31,29 +39,17 @@ class StepRunner:
     Args:
         session: What is known of the module.
         stage: ``validate``, ``test`` or ``predict``.
-        step: The step method.
+        step: The LightningModule's own step; any callable.
     """
 
     def __init__(self, session: Session, stage: str, step: Step) -> None:
         self._session = session
         self._stage = stage
         self._step = step
-        names = list(inspect.signature(step).parameters)
-        self._batch_name = names[0] if names else ""
+        self._batch_name = _first_parameter(step)
         self._full = GraphedCall(
-            step.__name__, self._invoke, session.module, CUDAGraphMode.FULL, session.graph_settings
+            STEPS[stage], self._invoke, session.module, CUDAGraphMode.FULL, session.graph_settings
         )
-
-    def as_method(self) -> Step:
-        """A function with the signature of the step: Lightning looks at it to know which arguments to pass."""
-
-        @functools.wraps(self._step)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            return self._run(args, kwargs)
-
-        # Lightning looks behind one decorator, and there it must find what it finds without us (``@torch.no_grad()``)
-        vars(step)["__wrapped__"] = getattr(self._step, "__wrapped__", self._step)
-        return step
 
     def graphs(self) -> list[CapturedGraph]:
         """The graphs of the whole step."""
@@ -62,7 +58,8 @@ class StepRunner:
     def _invoke(self, batch: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._step(batch, *rest, **kwargs)
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the step with these arguments, and gives what it returns."""
         if self._batch_name == "dataloader_iter":
             return self._eager(
                 args,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,18 +15,13 @@ from cg_lightning.core.errors import CaptureError, UnkeyableBatchError, Verifica
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.guards.module_guard import ModuleState
-from cg_lightning.modules.compiled import (
-    CallInterception,
-    CompiledCallInterception,
-    is_compiled_in_place,
-)
-from cg_lightning.modules.interception import Interception
+from cg_lightning.modules.interception import Interception, ModuleHandler
 from cg_lightning.runtime.call_key import describe_call
 from cg_lightning.runtime.graphed_call import GraphedCall, GraphSettings
 from cg_lightning.runtime.verifier import report_difference
 
 
-class PiecewiseTarget:
+class PiecewiseTarget(ModuleHandler):
     """Intercepts one submodule, and runs its calls from graphs.
 
     It does so in steps whose key it was allowed for: where a watched step called it, and found nothing that a graph would
@@ -55,7 +50,8 @@ class PiecewiseTarget:
         self._graphed = GraphedCall(
             path or "forward", self._invoke, module, CUDAGraphMode.PIECEWISE, settings
         )
-        self._interception: CallInterception | None = None
+        self._interception: Interception | None = None
+        self._original: Callable[..., Any] = module
         self._state = ModuleState(module)
         self._known: KnownDescriptors = {}
 
@@ -81,31 +77,30 @@ class PiecewiseTarget:
 
     def install(self) -> None:
         """Intercepts the submodule from now on; idempotent."""
-        if self._interception is None or not self._interception.resume():
-            self.close()
-            make = CompiledCallInterception if is_compiled_in_place(self.module) else Interception
-            self._interception = make(self.module, call=self._call)
+        if self._interception is None:
+            self._interception = Interception(self.module, self)
 
     def remove(self) -> None:
         """Leaves no trace in the submodule; its graphs are kept for the next stage."""
         if self._interception is not None:
-            self._interception.suspend()
-
-    def close(self) -> None:
-        """As :meth:`remove`, for good."""
-        if self._interception is not None:
             self._interception.remove()
             self._interception = None
-
-    def _original(self, *args: Any, **kwargs: Any) -> Any:
-        assert self._interception is not None
-        return self._interception.call_original(*args, **kwargs)
 
     def _invoke(self, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
         args, kwargs = arguments
         return self._original(*args, **kwargs)
 
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
+    def on_call(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Runs a call from a graph where it may, else as it is."""
+        outer, self._original = self._original, original  # a module may call itself
+        try:
+            return self._call(args, kwargs)
+        finally:
+            self._original = outer
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         context = current_forward_context()
         if (
             context is None

@@ -17,7 +17,7 @@ from cg_lightning.core.tree import flatten, leaf_paths
 from cg_lightning.effects.attributes import AttributesSnapshot
 from cg_lightning.effects.host_randomness import HostRandomState
 from cg_lightning.effects.step_metrics import MetricsSnapshot, StepMetrics
-from cg_lightning.metrics.members import is_metric
+from cg_lightning.modules.kinds import is_metric
 
 TOLERANCES = ("exact", "close")
 _LIKELY_CAUSE = (

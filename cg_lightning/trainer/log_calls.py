@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.errors import CaptureError
 from cg_lightning.core.tree import flatten, rebuild
-from cg_lightning.modules.interception import Interception
+from cg_lightning.modules.interception import base_method, replaced_method
 
 _UNKNOWN = (
     "CUDAGraphCallback: this version of Lightning keeps logged values in a way that is not known here, so self.log is called "
@@ -75,13 +75,12 @@ class LogCalls:
             self._said = True
             rank_zero_warn(_UNKNOWN)
         calls: Calls = []
-        interception = Interception(
-            self._module, methods={"log": lambda *args, **kwargs: calls.append((args, kwargs))}
-        )
-        try:
+
+        def collect(_: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+            calls.append((args, kwargs))
+
+        with replaced_method(self._module, "log", collect):
             yield calls
-        finally:
-            interception.remove()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -96,6 +95,6 @@ class LogCalls:
         """Makes the calls, unless they are held."""
         if self._is_held:
             return
-        log: Any = self._module.log
+        log = base_method(self._module, "log")  # overrides of the user have run already
         for args, kwargs in calls:
             log(*args, **kwargs)

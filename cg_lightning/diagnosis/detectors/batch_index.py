@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dis
+import functools
 import inspect
 import textwrap
 from collections.abc import Callable
@@ -11,8 +12,6 @@ from types import CodeType
 from typing import Any
 
 from torch import nn
-
-from cg_lightning.modules.interception import plain_class
 
 
 def _definition(function: Callable[..., Any]) -> ast.FunctionDef | None:
@@ -31,13 +30,13 @@ def _called_step(
         return None
     name, target = call.func.attr, call.func.value
     if isinstance(target, ast.Name) and target.id == "self":
-        order = plain_class(module).__mro__
+        order = type(module).__mro__
     elif (
         isinstance(target, ast.Call)
         and isinstance(target.func, ast.Name)
         and target.func.id == "super"
     ):
-        order = plain_class(module).__mro__
+        order = type(module).__mro__
         order = order[order.index(owner) + 1 :]
     else:
         return None
@@ -82,6 +81,8 @@ def _uses(
 ) -> bool:
     if isinstance(function, staticmethod):
         return True
+    if isinstance(function, functools.partialmethod):
+        return _uses(function.func, owner, module, position + len(function.args), depth + 1)
     while (inner := getattr(function, "__wrapped__", None)) is not None:
         code = getattr(function, "__code__", None)
         if (
@@ -132,7 +133,7 @@ def uses_batch_index(module: nn.Module, step_name: str) -> bool:
     """
     if step_name in vars(module):  # a step of the instance, compiled for instance
         return True
-    for cls in plain_class(module).__mro__:
+    for cls in type(module).__mro__:
         if step_name in vars(cls):
             return _uses(vars(cls)[step_name], cls, module, 2)
     return False

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any
 
-from cg_lightning.diagnosis.location import is_of_user
 from cg_lightning.guards.values import FrozenValues
 from cg_lightning.modules.attributes import is_same_value
+from cg_lightning.modules.kinds import is_user_file
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, classmethod, staticmethod, property)
 Read = tuple[Any, str]
@@ -25,7 +25,7 @@ def _is_users_namespace(value: Any) -> bool:
         value = sys.modules.get(value.__module__)
     file = getattr(value, "__file__", None)
     return isinstance(value, types.ModuleType) and (
-        value.__name__ == "__main__" if file is None else is_of_user(file)
+        value.__name__ == "__main__" if file is None else is_user_file(file)
     )
 
 
@@ -49,7 +49,7 @@ def _reads_of(frame: FrameType) -> list[Read]:
     """What a function of the user's may read: the globals that it names, and attributes of modules and classes."""
     found: list[Read] = []
     code, namespace = frame.f_code, frame.f_globals
-    if not is_of_user(code.co_filename):
+    if not is_user_file(code.co_filename):
         return []
     for name in {
         step.argval for step in dis.get_instructions(code) if step.opname.endswith("_GLOBAL")

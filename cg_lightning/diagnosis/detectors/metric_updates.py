@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,7 +14,7 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.effects.recorder import unsupported_read, unsupported_update, unsupported_write
 from cg_lightning.metrics.members import states_of
 from cg_lightning.metrics.sync_free import SyncFree, replacing
-from cg_lightning.modules.interception import Interception
+from cg_lightning.modules.interception import Interception, ModuleHandler
 
 
 def _shapes(metric: nn.Module) -> dict[str, Any]:
@@ -85,11 +84,7 @@ class MetricWatch:
 
         with contextlib.ExitStack() as stack:
             for metric in self._metrics:
-                interception = Interception(
-                    metric,
-                    on_write=functools.partial(self._write, metric),
-                    on_read=functools.partial(self._read, metric),
-                )
+                interception = Interception(metric, _WatchedMetric(self, metric))
                 stack.callback(interception.remove)
             if self._sync_free:
                 stack.enter_context(replacing(make))
@@ -117,10 +112,12 @@ class MetricWatch:
             for metric, values in states
         ]
 
-    def _read(self, metric: nn.Module, name: str) -> None:
+    def read(self, metric: nn.Module, name: str) -> None:
+        """Says why a replay could not do what reads this attribute."""
         self._say(unsupported_read(metric, name, self._written.get(id(metric), set())))
 
-    def _write(self, metric: nn.Module, name: str, value: Any) -> None:
+    def write(self, metric: nn.Module, name: str, value: Any) -> None:
+        """Notes what the step sets."""
         self._written.setdefault(id(metric), set()).add(name)
         self._say(unsupported_write(metric, name, value))
 
@@ -128,3 +125,15 @@ class MetricWatch:
         if reason and reason not in self._said:
             self._said.add(reason)
             self._add(Cause.METRIC_UPDATED, reason)
+
+
+class _WatchedMetric(ModuleHandler):
+    def __init__(self, watch: MetricWatch, metric: nn.Module) -> None:
+        self._watch = watch
+        self._metric = metric
+
+    def on_read(self, name: str) -> None:
+        self._watch.read(self._metric, name)
+
+    def on_write(self, name: str, value: Any) -> None:
+        self._watch.write(self._metric, name, value)

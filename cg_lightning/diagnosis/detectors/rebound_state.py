@@ -40,7 +40,7 @@ class ReboundState:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._values = _values(module)
-        users = set(self._values) - names_of_frameworks()
+        users = set(self._values) - names_of_frameworks(module)
         self._contents = {name: FrozenValues([self._values[name]]) for name in users}
 
     def changed(self) -> list[str]:
