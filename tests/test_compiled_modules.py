@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import nn
+from torchmetrics import MeanMetric
 
 from cg_lightning import CUDAGraphCallback
 from cg_lightning.modules.compiled import is_graphed_by_compiler
@@ -185,6 +186,53 @@ def test_nothing_is_compiled_anew_in_each_epoch(harness, kind, waits):
         return harness.callback(warmup_steps=1)
 
     assert compiled(8, settings()) == compiled(2, settings()) <= compiled(2) + 2
+
+
+class WithMetric(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.mean = Body(), MeanMetric()
+
+    def forward(self, x):
+        y = self.net(x)
+        self.mean.update(y.mean())
+        return y
+
+
+class MetricInside(Predictor):
+    """Compiles a method or a submodule that updates a metric."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(WithMetric())
+        self.mean = self.net.mean
+        self.run = self.net.forward
+        if how == "method":
+            self.run = torch.compile(self.run, backend="eager")
+        elif how == "in place":
+            self.net.compile(backend="eager")
+            self.run = self.net
+        else:
+            self.run = self.net = torch.compile(self.net, backend="eager")
+
+    def validation_step(self, batch, batch_idx):
+        self.log("output", self.run(batch[0]).mean())
+
+    def on_validation_epoch_end(self):
+        self.log("mean", self.mean.compute())
+        self.mean.reset()
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*Dynamo")  # about torchmetrics
+@pytest.mark.parametrize("how", ["method", "in place", "wrapped"])
+def test_metrics_that_compiled_code_updates(harness, how):
+    """Their states may be elsewhere, where compiled code would not find them."""
+    callback, seen = harness.callback(mode="FULL", warmup_steps=1), []
+    for extra in ([callback], []):
+        torch.manual_seed(3)
+        torch.compiler.reset()
+        trainer, module = harness.trainer(*extra), MetricInside(how)
+        seen.append([trainer.validate(module, features(32), verbose=False) for _ in range(2)])
+    assert_same(*seen)
 
 
 @pytest.mark.parametrize("kind", [CompiledMethods, CompiledNet, NetCompiledInPlace])
