@@ -167,7 +167,7 @@ class CUDAGraphCallback(Callback):
             logged=LoggedResults(pl_module),
         )
         session = Session(pl_module, backend, self._settings, self.stats, effects)
-        self._installation = Installation(pl_module, session)
+        self._installation = Installation(trainer.strategy, pl_module, session)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
-import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import Strategy
 from torch import nn
+from torchmetrics import Metric, MetricCollection
 
 from cg_lightning import is_forward_context_available
 from cg_lightning.backends import cuda
+from cg_lightning.modules import interception
 from tests.harness import Harness
 
 BACKENDS = [
@@ -42,30 +45,36 @@ def harness(backend: str, tmp_path) -> Harness:
     return Harness(backend, tmp_path)
 
 
-def classes_with_a_trace() -> list[type]:
-    """Classes of ours that a module may have; there are none where nothing is intercepted, and looking takes no time."""
-    found: set[type] = set()
-    pending: list[type] = [nn.Module]
-    while pending:
-        cls = pending.pop()
-        if cls not in found:
-            found.add(cls)
-            pending += type.__subclasses__(cls)
-    return [cls for cls in found if "_cg_lightning_interception" in cls.__dict__]
+PATCHABLE = ("__call__", "__getattribute__", "__setattr__", "__getattr__", "__reduce_ex__", "__getstate__", "__deepcopy__",
+             "__copy__", "log", "log_dict", "print", "validation_step", "test_step", "predict_step")  # fmt: skip
+CLASSES = (nn.Module, nn.Linear, nn.Sequential, LightningModule, Strategy, Metric, MetricCollection)
+
+
+def attributes_of_classes() -> dict[str, object]:
+    return {
+        f"{cls.__name__}.{name}": vars(cls).get(name, "absent")
+        for cls in CLASSES
+        for name in PATCHABLE
+    }
+
+
+ORIGINALS = attributes_of_classes()
+
+
+def classes_with_a_trace() -> list[str]:
+    """Methods of classes that are others than before the tests, or in whose place a function of ours stands."""
+    changed = [name for name, now in attributes_of_classes().items() if now is not ORIGINALS[name]]
+    ours = [
+        f"{cls.__name__}.{name}"
+        for (cls, name), patch in interception._patches.items()
+        if vars(cls).get(name) is patch._function
+    ]
+    return list(dict.fromkeys([*changed, *ours]))
 
 
 def modules_with_a_trace() -> list[str]:
-    """Living modules that still carry something of ours."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some objects warn when their type is asked for
-        living = [obj for obj in gc.get_objects() if issubclass(type(obj), nn.Module)]
-    return [
-        type(module).__name__
-        for module in living
-        if any("_cg_lightning_interception" in cls.__dict__ for cls in type(module).__mro__)
-        or "CompiledCallInterception"
-        in getattr(vars(module).get("_compiled_call_impl"), "__qualname__", "")
-    ]
+    """Modules that are still intercepted."""
+    return [type(module).__name__ for module in interception.intercepted_modules()]
 
 
 @pytest.fixture(autouse=True)
@@ -78,4 +87,5 @@ def leaves_no_trace() -> Iterator[None]:
     assert not torch.is_inference_mode_enabled(), "inference mode is changed"
     assert torch.is_autocast_cache_enabled(), "the autocast cache is off"
     assert gc.isenabled(), "the garbage collector is off"
-    assert not (classes_with_a_trace() and modules_with_a_trace()), "a module is still intercepted"
+    assert modules_with_a_trace() == [], "a module is still intercepted"
+    assert classes_with_a_trace() == [], "a class is still patched"

@@ -9,9 +9,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import nn
+from torchmetrics import MeanMetric
 
 from cg_lightning import CUDAGraphCallback
-from cg_lightning.modules.compiled import CompiledCallInterception, is_graphed_by_compiler
+from cg_lightning.modules.compiled import is_graphed_by_compiler
+from cg_lightning.modules.interception import Interception, ModuleHandler
 from tests.conftest import modules_with_a_trace
 from tests.harness import Harness, assert_same, features
 from tests.models import Body, Predictor
@@ -186,6 +188,53 @@ def test_nothing_is_compiled_anew_in_each_epoch(harness, kind, waits):
     assert compiled(8, settings()) == compiled(2, settings()) <= compiled(2) + 2
 
 
+class WithMetric(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.mean = Body(), MeanMetric()
+
+    def forward(self, x):
+        y = self.net(x)
+        self.mean.update(y.mean())
+        return y
+
+
+class MetricInside(Predictor):
+    """Compiles a method or a submodule that updates a metric."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(WithMetric())
+        self.mean = self.net.mean
+        self.run = self.net.forward
+        if how == "method":
+            self.run = torch.compile(self.run, backend="eager")
+        elif how == "in place":
+            self.net.compile(backend="eager")
+            self.run = self.net
+        else:
+            self.run = self.net = torch.compile(self.net, backend="eager")
+
+    def validation_step(self, batch, batch_idx):
+        self.log("output", self.run(batch[0]).mean())
+
+    def on_validation_epoch_end(self):
+        self.log("mean", self.mean.compute())
+        self.mean.reset()
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*Dynamo")  # about torchmetrics
+@pytest.mark.parametrize("how", ["method", "in place", "wrapped"])
+def test_metrics_that_compiled_code_updates(harness, how):
+    """Their states may be elsewhere, where compiled code would not find them."""
+    callback, seen = harness.callback(mode="FULL", warmup_steps=1), []
+    for extra in ([callback], []):
+        torch.manual_seed(3)
+        torch.compiler.reset()
+        trainer, module = harness.trainer(*extra), MetricInside(how)
+        seen.append([trainer.validate(module, features(32), verbose=False) for _ in range(2)])
+    assert_same(*seen)
+
+
 @pytest.mark.parametrize("kind", [CompiledMethods, CompiledNet, NetCompiledInPlace])
 def test_what_is_compiled_is_compiled_before_the_capture(harness, kind):
     """The compiler may wait for the device or compute something in advance, which a capture would only note down."""
@@ -238,6 +287,11 @@ def test_a_lightning_module_that_is_compiled_as_a_whole(harness, in_place):
     assert callback.stats.eager == 8
 
 
+class SeesCalls(ModuleHandler):
+    def on_call(self, original, args, kwargs):
+        return original(*args, **kwargs)
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize(
     "mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -250,7 +304,7 @@ def test_whether_the_compiler_graphs_a_module(in_place, mode):
         net = torch.compile(net, mode=mode)
     assert is_graphed_by_compiler(net) == (mode in ("reduce-overhead", "max-autotune"))
     if in_place:
-        interception = CompiledCallInterception(net, net._compiled_call_impl)
+        interception = Interception(net, SeesCalls())
         assert modules_with_a_trace() == ["Sequential"]
         assert is_graphed_by_compiler(net) == (mode in ("reduce-overhead", "max-autotune"))
         interception.remove()

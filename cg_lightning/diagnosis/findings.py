@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.reasons import Reason
+from cg_lightning.modules.kinds import is_user_file
 
 AT_THE_END = "between the start and end of the step"
 """The location of what only a comparison after the step shows."""
@@ -20,7 +21,6 @@ UNKNOWN = "unknown"
 
 _OURS = Path(__file__).resolve().parent.parent
 _PACKAGES = [Path(path) for key in ("purelib", "platlib") if (path := sysconfig.get_path(key))]
-_STANDARD = sysconfig.get_path("stdlib")
 _FRAMEWORKS = ("torch", "functorch", "lightning", "pytorch_lightning", "lightning_fabric")
 _WRAPPERS = ("torchmetrics/metric.py", "torchmetrics/collections.py")
 """Files of torchmetrics that only wrap what a metric does."""
@@ -79,14 +79,6 @@ def _package_path(file: str) -> str | None:
         if file.startswith(f"{packages}/"):
             return Path(file).relative_to(packages).as_posix()
     return None
-
-
-@functools.lru_cache(maxsize=8192)
-def is_user_file(file: str) -> bool:
-    """Whether code in this file belongs to no library and not to us; the demo is the user's."""
-    if file.startswith("<frozen") or _package_path(file) is not None:
-        return False
-    return not (_STANDARD and file.startswith(_STANDARD)) and not is_our_file(file)
 
 
 @functools.lru_cache(maxsize=8192)

@@ -24,8 +24,9 @@ from cg_lightning.diagnosis.findings import Finding, Location, find_location
 from cg_lightning.diagnosis.watched_step import ModuleCall, WatchedStep, WrittenTensors
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues
-from cg_lightning.metrics.members import is_metric, metrics_of
+from cg_lightning.metrics.members import metrics_of
 from cg_lightning.modules.compiled import is_compiled, modules_inside, modules_that_run
+from cg_lightning.modules.kinds import is_metric
 
 _LIGHTNING = ("lightning", "pytorch_lightning")
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from cg_lightning.backends import GraphBackend
 from cg_lightning.core.tree import flatten
-from cg_lightning.metrics.members import is_metric, states_of
+from cg_lightning.metrics.members import states_of
+from cg_lightning.modules.kinds import is_metric
 
 if TYPE_CHECKING:
     from cg_lightning.effects.module_effects import ModuleEffects

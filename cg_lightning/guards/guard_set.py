@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from cg_lightning.guards.module_guard import ModuleGuard
-from cg_lightning.guards.sources import MISSING, Source
-from cg_lightning.guards.values import FrozenValues, describe_change
+from cg_lightning.guards.sources import MISSING, Source, describe_change
+from cg_lightning.guards.values import FrozenValues
 from cg_lightning.modules.attributes import holding_class, is_same_value
 
 
@@ -105,9 +105,9 @@ class GuardSet:
                 return describe_change(guard.source.path, value, guard.expected)
         if changed := self._contents.explain():
             return changed
-        for guard, flags in zip(self._hidden, self._hidden_flags, strict=True):
-            if not guard.check():
-                return guard.failure().text
-            if guard.training_flags() != flags:
+        for hidden, flags in zip(self._hidden, self._hidden_flags, strict=True):
+            if not hidden.check():
+                return hidden.failure().text
+            if hidden.training_flags() != flags:
                 return "a module that is no submodule: another training flag"
         return "a value that changed and changed back"

@@ -6,13 +6,10 @@ import functools
 from collections.abc import Mapping
 
 from torch import nn
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_mean
 
-
-def is_metric(module: nn.Module) -> bool:
-    """Whether ``module`` is a metric or a collection of them."""
-    return isinstance(module, (Metric, MetricCollection))
+from cg_lightning.modules.kinds import is_metric
 
 
 def metrics_of(module: nn.Module) -> list[nn.Module]:

@@ -4,5 +4,7 @@
   still the same.
 - ``compiled.py``: submodules that ``torch.compile`` runs: what is inside them runs from compiled
   code, which nobody can watch.
-- ``interception.py``: intercepts calls of one module object without leaving a trace in it.
+- ``interception.py``: intercepts what happens at one module object, without a trace in the object
+  or its class.
+- ``kinds.py``: what something is: a metric, the user's or a framework's, a part of Lightning.
 """

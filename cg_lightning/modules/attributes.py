@@ -8,17 +8,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.tree import flatten
-from cg_lightning.metrics.members import is_metric
 from cg_lightning.modules.compiled import is_compiled_in_place
-from cg_lightning.modules.interception import plain_class
+from cg_lightning.modules.kinds import is_metric, is_user_class, is_user_module, lightning_class
 
-_FRAMEWORKS = ("builtins", "functools", "torch", "lightning", "torchmetrics")
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.device, torch.dtype, types.MethodType)
 
 
@@ -47,9 +44,10 @@ def slots_of(cls: type) -> tuple[str, ...]:
 
 def is_plain_object(value: Any) -> bool:
     """Whether ``value`` is an object of the user's that holds attributes: a configuration, say."""
-    if isinstance(value, (nn.Module, Tensor, type, types.ModuleType, Trainer)) or (
-        callable(value) and not is_users(type(value))
-    ):
+    cls = type(value)
+    if isinstance(value, (nn.Module, Tensor, type, types.ModuleType)):
+        return False
+    if lightning_class(cls, "Trainer") or (callable(value) and not is_user_class(cls)):
         return False
     return hasattr(value, "__dict__") or bool(slots_of(type(value)))
 
@@ -63,7 +61,7 @@ def attributes_of(value: Any) -> dict[str, Any]:
 def scripted_attributes(module: nn.Module) -> dict[str, Any]:
     """Gives what a module of ``torch.jit`` holds beside parameters and buffers; it does so where Python sees no change."""
     kind = vars(module).get("_concrete_type")  # private: there is no other way to their names
-    names = set(kind.get_attributes()) - names_of_frameworks() if kind is not None else ()
+    names = set(kind.get_attributes()) - names_of_frameworks(module) if kind is not None else ()
     values = {name: getattr(module, name) for name in names}
     return {
         name: value if isinstance(value, Tensor) else repr(value) for name, value in values.items()
@@ -84,20 +82,17 @@ def is_configuration(value: Any, within: frozenset[int] = frozenset()) -> bool:
     )
 
 
-def is_user_written(module: nn.Module) -> bool:
-    """Whether the class of ``module`` is none of torch, Lightning or torchmetrics."""
-    return is_users(plain_class(module))
+def names_of_frameworks(module: nn.Module) -> frozenset[str]:
+    """Return the names that torch, and Lightning if it is a LightningModule, keep in ``module``.
 
-
-def is_users(cls: type) -> bool:
-    """Whether a class is none of Python, torch, Lightning or torchmetrics."""
-    return cls.__module__.split(".")[0] not in _FRAMEWORKS
+    ``training``, one of them, is part of the key.
+    """
+    return _names_in(lightning_class(type(module), "LightningModule") or nn.Module)
 
 
 @functools.cache
-def names_of_frameworks() -> frozenset[str]:
-    """Attributes that torch and Lightning keep on every module; ``training``, one of them, is part of the key."""
-    return frozenset({*vars(nn.Module()), *vars(LightningModule()), "__dict__", "__class__"})
+def _names_in(cls: type) -> frozenset[str]:
+    return frozenset({*vars(cls()), "__dict__", "__class__"})
 
 
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
@@ -114,13 +109,13 @@ def holding_class(module: nn.Module, name: str) -> type | None:
     """Gives the class that an attribute is found in, if the module itself does not have it."""
     if name in vars(module):
         return None
-    return next((cls for cls in plain_class(module).__mro__ if name in vars(cls)), None)
+    return next((cls for cls in type(module).__mro__ if name in vars(cls)), None)
 
 
 def class_values(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Gives names and values of what user-written classes of ``module`` hold beside methods and descriptors."""
-    for cls in plain_class(module).__mro__:
-        if is_users(cls):
+    for cls in type(module).__mro__:
+        if is_user_class(cls):
             for name, value in vars(cls).items():
                 if not (
                     name.startswith("__") or callable(value) or hasattr(type(value), "__get__")
@@ -131,7 +126,7 @@ def class_values(module: nn.Module) -> Iterator[tuple[str, Any]]:
 def values_of_classes(modules: list[nn.Module]) -> list[tuple[type, str]]:
     """Gives the plain values of user-written classes, which nobody sees being read (``type(self).name``), by class and name."""
     classes = {
-        cls: None for module in modules for cls in plain_class(module).__mro__ if is_users(cls)
+        cls: None for module in modules for cls in type(module).__mro__ if is_user_class(cls)
     }
     named = [
         (cls, name, value)
@@ -144,14 +139,14 @@ def values_of_classes(modules: list[nn.Module]) -> list[tuple[type, str]]:
 
 def is_plain_attribute(module: nn.Module, name: str) -> bool:
     """Whether ``name`` is an attribute of the user's, and no method."""
-    return name not in names_of_frameworks() and not callable(
-        getattr(plain_class(module), name, None)
+    return name not in names_of_frameworks(module) and not callable(
+        getattr(type(module), name, None)
     )
 
 
 def plain_attributes(module: nn.Module) -> list[str]:
     """Names of all attributes that a call may read, where nobody can see which ones it does."""
-    if not is_user_written(module):
+    if not is_user_module(module):
         return []
     attributes: dict[str, Any] = object.__getattribute__(
         module, "__dict__"
@@ -166,23 +161,25 @@ def settings(module: nn.Module) -> dict[str, Any]:
     Of a module that torch wrote these are all its attributes (``eps``, ``p``), of a metric the plain ones (``threshold``), of
     any other module its class and what stands in the place of a method (``module.forward = ...``).
     """
-    cls, attributes = plain_class(module), vars(module)
+    cls, attributes = type(module), vars(module)
     if is_metric(module):
         found = {
             name: value
             for name, value in attributes.items()
             if is_plain_value(value) and not name.startswith("_")
         }
-    elif is_user_written(module):
+    elif is_user_module(module):
         found = {
             name: value for name, value in attributes.items() if callable(getattr(cls, name, None))
         }
     else:
         found = {
-            name: value for name, value in attributes.items() if name not in names_of_frameworks()
+            name: value
+            for name, value in attributes.items()
+            if name not in names_of_frameworks(module)
         }
     found.update(class_values(module))
-    found.pop("_compiled_call_impl", None)  # while we intercept it, it is ours
+    found.pop("_compiled_call_impl", None)  # compared as "is compiled"
     return {
         **found,
         "training": None,

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-import torch
 from torch import nn
 
-from cg_lightning.metrics.members import is_metric
-from cg_lightning.modules.interception import Interception
+from cg_lightning.modules.kinds import is_metric
 
 _IN_PLACE = (
     "_compiled_call_impl"  # private: where ``module.compile()`` keeps what ``module(...)`` calls
@@ -69,41 +66,3 @@ def modules_that_run(root: nn.Module, path: str = "") -> Iterator[tuple[str, nn.
             (f"{path}.{name}" if path else name, child) for name, child in module.named_children()
         ]
         pending.extend(reversed(children))
-
-
-class CompiledCallInterception:
-    """Intercepts the calls of a module that was compiled in place, as ``Interception`` does those of others.
-
-    It leaves the class alone, for which compiled code checks: another class would compile it anew. Several are removed in the
-    opposite order.
-    """
-
-    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
-        def ours(*args: Any, **kwargs: Any) -> Any:
-            return (original if torch.compiler.is_compiling() else call)(*args, **kwargs)
-
-        self._module = module
-        self._original = original = getattr(module, _IN_PLACE)
-        ours.get_compiler_config = original.get_compiler_config  # type: ignore[attr-defined]
-        self._ours = ours
-        self.resume()
-
-    def call_original(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the module as if it were not intercepted here."""
-        return self._original(*args, **kwargs)
-
-    def suspend(self) -> None:
-        """Puts back what was there; idempotent. What the user has compiled since then stays."""
-        if getattr(self._module, _IN_PLACE) is self._ours:
-            setattr(self._module, _IN_PLACE, self._original)
-
-    remove = suspend
-
-    def resume(self) -> bool:
-        """Intercepts again after :meth:`suspend`; False where the module was compiled again since."""
-        if getattr(self._module, _IN_PLACE) is self._original:
-            setattr(self._module, _IN_PLACE, self._ours)
-        return getattr(self._module, _IN_PLACE) is self._ours
-
-
-CallInterception = Interception | CompiledCallInterception

@@ -1,34 +1,338 @@
-"""Intercepts calls of one module object without leaving a trace in it."""
+"""Intercepts what happens at one module object, without a trace in the object or its class.
+
+What is hard here: Python looks up special methods (``__call__``, ``__getattribute__``, ...) on
+the class of an object, so nothing that is stored in the object itself can intercept them.
+
+What was tried: an intercepted module got another class, a subclass made on the spot. Then
+``type(net) is nn.Linear`` is false, registries and strict metaclasses see a class that their
+author never wrote, classes whose first base is ``ABC`` or ``Generic`` or that have ``__slots__``
+raise (``object layout differs``), and Dynamo, which guards on classes, compiles anew.
+
+What is done instead: while any module is intercepted, a function of ours stands in the class that
+*defines* the method: ``nn.Module.__call__``, for example. It looks up ``id(self)`` in a table and
+calls the original for every module that is not in it. The last interception to go restores what
+was there. Each class has its own table, because a method may call that of its base class
+(``super().__call__``), where the same module must not be found again.
+
+What must not be changed:
+
+- ``torch._dynamo`` is imported before the first function is put in place. At its import it keeps
+  ``nn.Module.__call__`` and ``__getattr__``, and later compares what it finds with them.
+- The functions ask ``is_compiling()`` before they touch a table. Dynamo knows the answer while it
+  traces, so it never guards on a table. ``__getattr__`` does not: it says where state is.
+- There is one function for each class and method, however often it is put in place, because code
+  that Dynamo compiled may guard on it.
+- After a graph break Dynamo compiles the frames that are called. It is told to skip ours
+  (``skip_code``), because a compiled ``__getattribute__`` calls itself without end. They ask whether
+  it would compile what they call, and then go to the original: no handler is compiled.
+- Attributes of classes are set through ``type.__setattr__``: a metaclass of the user may forbid it.
+- ``__call__`` stays in the class that defines it, because Dynamo compares ``type(m).__call__`` with
+  ``nn.Module.__call__``. All others go to the most derived class of torch, Lightning or
+  torchmetrics, where they slow down the fewest modules.
+- On Python 3.13 a class that was changed about 1000 times is no longer cached by the interpreter.
+  So patches are put in place once a stage and once a watched step, not once a call.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import copy
+import functools
+import threading
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import jit, nn
+from torch.compiler import is_compiling
 
-Handler = Callable[..., Any]
+from cg_lightning.modules.compiled import is_compiled
+from cg_lightning.modules.kinds import is_user_class
+
+_get_thread = threading.get_ident
+# private; returns the compiler of the frames that are called, or None or False outside compiled code
+_compiler: Callable[[], Any] = getattr(
+    torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None
+)
+_lock = threading.RLock()
 
 
-class _InterceptedMethod:
-    """Gives the handler in place of a method, also where the instance has an attribute of that name (compiled steps)."""
+class ModuleHandler:
+    """What happens at one intercepted module; a subclass overrides what it wants to see.
 
-    def __init__(self, name: str, handler: Handler) -> None:
+    A method that is not overridden costs nothing. Handlers may be called for the thread that made
+    the interception only, except :meth:`get_missing` and :meth:`before_copy`, which say where state
+    is and so answer every thread.
+    """
+
+    def on_call(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Stands in for ``module(*args, **kwargs)``, with its hooks and compiled code.
+
+        Args:
+            original: Goes on to the next inner handler, and at last to the module.
+            args: Positional arguments of the call.
+            kwargs: Keyword arguments of the call.
+        """
+        return original(*args, **kwargs)
+
+    def on_read(self, name: str) -> None:
+        """Called before an attribute, other than a parameter, buffer or child, is read."""
+
+    def on_write(self, name: str, value: Any) -> None:
+        """Called before an attribute is set."""
+
+    def get_missing(self, name: str) -> Any:
+        """Return an attribute that is found neither in the module nor in its class.
+
+        It is asked before the module's own ``__getattr__``.
+
+        Raises:
+            AttributeError: The handler does not have the attribute either.
+        """
+        raise AttributeError(name)
+
+    def before_copy(self) -> None:
+        """Called before the module is pickled or copied, possibly more than once."""
+
+
+class _Entry(NamedTuple):
+    module: nn.Module  # keeps the module alive, and with it its id
+    thread: int
+    handler: Any
+
+    def is_of_this_thread(self) -> bool:
+        return self.thread == _get_thread()
+
+
+_Table = dict[int, tuple[_Entry, ...]]
+_Function = Callable[..., Any]
+
+
+def _handlers(entries: tuple[_Entry, ...]) -> tuple[Any, ...]:
+    """Return the handlers of this thread, the outermost last."""
+    return tuple([entry.handler for entry in entries if entry.is_of_this_thread()])
+
+
+def _call_module(
+    original: _Function,
+    module: nn.Module,
+    handlers: tuple[ModuleHandler, ...],
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if handlers:
+        inner = functools.partial(_call_module, original, module, handlers[:-1])
+        return handlers[-1].on_call(inner, args, kwargs)
+    if is_compiled(module):
+        with suspended():
+            return original(module, *args, **kwargs)
+    return original(module, *args, **kwargs)
+
+
+def _call_replacements(
+    original: _Function,
+    module: nn.Module,
+    replacements: tuple[_Function, ...],
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if not replacements:
+        return original(module, *args, **kwargs)
+    inner = functools.partial(_call_replacements, original, module, replacements[:-1])
+    return replacements[-1](inner, *args, **kwargs)
+
+
+def _is_member(module: nn.Module, name: str) -> bool:
+    attributes = object.__getattribute__(module, "__dict__")
+    return any(
+        name in attributes.get(table, ()) for table in ("_parameters", "_buffers", "_modules")
+    )
+
+
+def _call_function(original: _Function, table: _Table) -> _Function:
+    def __call__(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        if is_compiling() or (entries := table.get(id(self))) is None or callable(_compiler()):
+            return original(self, *args, **kwargs)
+        return _call_module(original, self, _handlers(entries), *args, **kwargs)
+
+    return __call__
+
+
+def _read_function(original: _Function, table: _Table) -> _Function:
+    def __getattribute__(self: nn.Module, name: str) -> Any:  # noqa: N807
+        if is_compiling() or (entries := table.get(id(self))) is None or callable(_compiler()):
+            return original(self, name)
+        if not _is_member(self, name):
+            for handler in reversed(_handlers(entries)):
+                handler.on_read(name)  # called from here: handlers look at the frames above
+        return original(self, name)
+
+    return __getattribute__
+
+
+def _write_function(original: _Function, table: _Table) -> _Function:
+    def __setattr__(self: nn.Module, name: str, value: Any) -> None:  # noqa: N807
+        if not is_compiling() and (entries := table.get(id(self))) and not callable(_compiler()):
+            for handler in reversed(_handlers(entries)):
+                handler.on_write(name, value)
+        original(self, name, value)
+
+    return __setattr__
+
+
+def _missing_function(original: _Function, table: _Table) -> _Function:
+    def __getattr__(self: nn.Module, name: str) -> Any:  # noqa: N807
+        for entry in reversed(table.get(id(self), ())):
+            with contextlib.suppress(AttributeError):
+                return entry.handler.get_missing(name)
+        return original(self, name)
+
+    return __getattr__
+
+
+def _copy_function(original: _Function, table: _Table) -> _Function:
+    def copy(self: nn.Module, /, *args: Any) -> Any:
+        for entry in reversed(table.get(id(self), ())):
+            entry.handler.before_copy()
+        return original(self, *args)
+
+    return copy
+
+
+def _method_function(original: _Function, table: _Table) -> _Function:
+    def method(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling() or (entries := table.get(id(self))) is None or callable(_compiler()):
+            return original(self, *args, **kwargs)
+        return _call_replacements(original, self, _handlers(entries), *args, **kwargs)
+
+    return method
+
+
+_MAKERS: dict[str, Callable[[_Function, _Table], _Function]] = {
+    "__call__": _call_function,
+    "__getattribute__": _read_function,
+    "__setattr__": _write_function,
+    "__getattr__": _missing_function,
+    "__reduce_ex__": _copy_function,
+    "__getstate__": _copy_function,
+    "__deepcopy__": _copy_function,
+    "__copy__": _copy_function,
+}
+_SPECIAL_METHODS = {
+    "on_call": ("__call__",),
+    "on_read": ("__getattribute__",),
+    "on_write": ("__setattr__",),
+    "get_missing": ("__getattr__",),
+    "before_copy": ("__reduce_ex__", "__getstate__", "__deepcopy__", "__copy__"),
+}
+"""What is patched for each method of a handler; the last two only where a class defines them."""
+_ABSENT = object()
+
+
+class _Patch:
+    """A function of ours in place of one method of one class, while its table has modules."""
+
+    def __init__(self, cls: type, name: str) -> None:
+        self._cls = cls
         self._name = name
-        self._handler = handler
+        self._before: Any = _ABSENT
+        self._function: _Function | None = None
+        self._is_put = False
+        self.table: _Table = {}
 
-    def __get__(self, module: nn.Module | None, _: type | None = None) -> Any:
-        return self if module is None else self._handler
+    def add(self, entry: _Entry) -> None:
+        """Add an entry, outside those that the module has already."""
+        with _lock:
+            self.table[id(entry.module)] = (*self.table.get(id(entry.module), ()), entry)
+            self.update()
 
-    def __set__(self, module: nn.Module, value: Any) -> None:
-        raise AttributeError(
-            f"{self._name} cannot be replaced while CUDAGraphCallback runs it from graphs; replace it before the stage, "
-            f"or leave the stage out of CUDAGraphCallback(stages=...)."
-        )
+    def discard(self, entry: _Entry) -> None:
+        """Remove an entry; idempotent."""
+        with _lock:
+            entries = self.table.get(id(entry.module), ())
+            left = tuple([other for other in entries if other is not entry])
+            if left:
+                self.table[id(entry.module)] = left
+            else:
+                self.table.pop(id(entry.module), None)
+            self.update()
+
+    def update(self) -> None:
+        """Put the function in place or take it off, whatever is right now."""
+        current = vars(self._cls).get(self._name, _ABSENT)
+        is_in_place = self._function is not None and current is self._function
+        is_wanted = bool(self.table) and not _suspensions
+        if is_wanted and not (is_in_place or self._is_wrapped(current)):
+            if self._function is None or current is not self._before:
+                self._before = current
+                self._function = self._make(current)
+            type.__setattr__(self._cls, self._name, self._function)
+            self._is_put = True
+        elif is_in_place and not is_wanted:
+            self._is_put = False
+            if self._before is _ABSENT:
+                type.__delattr__(self._cls, self._name)
+            else:
+                type.__setattr__(self._cls, self._name, self._before)
+
+    def _is_wrapped(self, current: Any) -> bool:
+        """Whether somebody else has put a function around ours in the meantime."""
+        return self._is_put and current is not self._before
+
+    def _make(self, before: Any) -> _Function:
+        original = self._original(before)
+        if original is not before:
+            _keep_from_compiler(original)
+        function = _MAKERS.get(self._name, _method_function)(original, self.table)
+        _keep_from_compiler(function)
+        return functools.update_wrapper(function, original) if original is before else function
+
+    def _original(self, before: Any) -> _Function:
+        cls, name = self._cls, self._name
+        if isinstance(before, types.FunctionType):
+            return before
+        if before is _ABSENT:
+
+            def inherited(self: nn.Module, /, *args: Any) -> Any:
+                return getattr(super(cls, self), name)(*args)
+
+            return inherited
+
+        def bound(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+            function = before.__get__(self, type(self)) if hasattr(before, "__get__") else before
+            return function(*args, **kwargs)
+
+        return bound
+
+
+_patches: dict[tuple[type, str], _Patch] = {}
+_suspensions = 0
+
+
+def _keep_from_compiler(function: _Function) -> None:
+    """Let Dynamo not compile the frames of a function of ours, which it may meet after a graph break."""
+    from torch._dynamo import eval_frame  # imports all of it (see the top of this file)
+
+    eval_frame.skip_code(function.__code__)
+
+
+def _patch(cls: type, name: str) -> _Patch:
+    return _patches.setdefault((cls, name), _Patch(cls, name))
+
+
+def _class_to_patch(module: nn.Module, name: str) -> type | None:
+    """Return where to put a function that all lookups of a special method meet."""
+    order = type(module).__mro__
+    definer = next((cls for cls in order if name in vars(cls)), None)
+    if definer is None or (definer is nn.Module and name == "__call__"):
+        return definer
+    if definer in (object, nn.Module):
+        return next(cls for cls in order if issubclass(cls, nn.Module) and not is_user_class(cls))
+    return definer
 
 
 def can_intercept(module: nn.Module) -> bool:
@@ -36,225 +340,111 @@ def can_intercept(module: nn.Module) -> bool:
     return not isinstance(module, jit.ScriptModule)
 
 
-_set_class: Callable[[nn.Module, type], None] = object.__dict__["__class__"].__set__
-
-
-def plain_class(module: nn.Module) -> type:
-    """The class that ``module`` has without us."""
-    return next(
-        cls for cls in type(module).__mro__ if "_cg_lightning_interception" not in cls.__dict__
-    )
-
-
-@contextlib.contextmanager
-def _as_plain(module: nn.Module) -> Iterator[None]:
-    ours = type(module)
-    for cls in ours.__mro__:
-        if (interception := cls.__dict__.get("_cg_lightning_interception")) is not None:
-            interception.before_copy()
-    _set_class(module, plain_class(module))
-    try:
-        yield
-    finally:
-        _set_class(module, ours)
-
-
-def _reduce_ex(module: nn.Module, protocol: Any) -> Any:
-    with _as_plain(module):
-        return module.__reduce_ex__(protocol)
-
-
-def _deepcopy(module: nn.Module, memo: dict[int, Any]) -> Any:
-    with _as_plain(module):
-        return copy.deepcopy(module, memo)
-
-
-def _forwarding_metaclass(plain: type) -> type:
-    """A metaclass for a class that passes on what is assigned to it: ``type(self).counter += 1`` in a step is meant for
-    the user's class.
-    """
-
-    def assign(_: type, name: str, value: Any) -> None:
-        setattr(plain, name, value)
-
-    return type("InterceptedType", (type(plain),), {"__setattr__": assign})
-
-
-class ModuleHandler:
-    """What happens at one module while it is intercepted; each method may be left as it is."""
-
-    def on_call(self, original: Handler, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs in place of a call of the module."""
-        return original(*args, **kwargs)
-
-    def on_read(self, name: str) -> None:
-        """Called before an attribute is read."""
-
-    def on_write(self, name: str, value: Any) -> None:
-        """Called before an attribute is set."""
-
-    def get_missing(self, name: str) -> Any:
-        """Gives an attribute that the module does not have."""
-        raise AttributeError(name)
-
-    def before_copy(self) -> None:
-        """Called before the module is pickled or copied."""
-
-
-def _overridden(handler: ModuleHandler, name: str) -> Any:
-    own = getattr(type(handler), name) is not getattr(ModuleHandler, name)
-    return getattr(handler, name) if own else None
+def intercepted_modules() -> list[nn.Module]:
+    """Return all modules that are intercepted now, by any thread."""
+    entries = [entry for patch in _patches.values() for found in patch.table.values() for entry in found]  # fmt: skip
+    return list({id(entry.module): entry.module for entry in entries}.values())
 
 
 class Interception:
-    """Swaps the class of one module object for a subclass whose methods are handlers.
+    """Lets a handler see what happens at one module object, from now on.
 
-    Parametrizations and FSDP2 of PyTorch do the same. The module keeps its ``__dict__``, its children and its
-    ``isinstance``; pickles and deep copies are made as of the plain class, so they run their own weights. Interceptions of
-    one module nest, and are removed in any order.
+    Several interceptions of one module nest: the latest is the outermost. They are removed in any
+    order. ``type(module)``, ``vars(module)``, copies and pickles are as without it. A call that
+    Dynamo traces does not meet the handler. A compiled module runs with all interceptions
+    :func:`suspended`.
 
     Args:
         module: The module.
-        call: Takes the arguments of ``module(...)``, hooks and compiled calls included.
-        methods: Handlers by method name.
-        on_read: Called with the name of each attribute, other than parameters, buffers and children, that is read.
-        on_write: Called with name and new value of each attribute that is set, before it is.
-        get_missing: Gives attributes that the module does not have, or raises AttributeError.
-        before_copy: Called before the module is pickled or copied.
+        handler: What happens at it.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        handler: ModuleHandler | None = None,
-        *,
-        call: Handler | None = None,
-        methods: dict[str, Handler] | None = None,
-        on_read: Callable[[str], None] | None = None,
-        on_write: Callable[[str, Any], None] | None = None,
-        get_missing: Callable[[str], Any] | None = None,
-        before_copy: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, module: nn.Module, handler: ModuleHandler) -> None:
         assert can_intercept(module)
-        if handler is not None:  # shim
-            on_call = _overridden(handler, "on_call")
-            if on_call is not None:
-                call = lambda *args, **kwargs: on_call(self.call_original, args, kwargs)  # noqa: E731
-            on_read = _overridden(handler, "on_read")
-            on_write = _overridden(handler, "on_write")
-            get_missing = _overridden(handler, "get_missing")
-            before_copy = handler.before_copy
-        self.before_copy = before_copy
-        self._module = module
-        self._original = original = type(module)
-        plain = plain_class(module)
-        namespace: dict[str, Any] = {
-            "__module__": plain.__module__,
-            "__qualname__": plain.__qualname__,
-            "__doc__": plain.__doc__,
-            "__class__": property(
-                lambda _: plain, _set_class
-            ),  # pickle compares it with the class it writes
-            "__reduce_ex__": _reduce_ex,
-            "_cg_lightning_interception": self,
-        }
-        if hasattr(plain, "__deepcopy__"):
-            namespace["__deepcopy__"] = _deepcopy
-        if call is not None:
+        self._entry = _Entry(module, _get_thread(), handler)
+        self._patches: list[_Patch] = []
+        try:
+            for method, names in _SPECIAL_METHODS.items():
+                if getattr(type(handler), method) is not getattr(ModuleHandler, method):
+                    self._add(names)
+        except BaseException:
+            self.remove()
+            raise
 
-            def call_module(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-                if (
-                    torch.compiler.is_compiling()
-                ):  # code of the user's that calls the module is compiled, and we are not
-                    return original.__call__(self, *args, **kwargs)
-                return call(*args, **kwargs)
-
-            namespace["__call__"] = call_module
-        if on_read is not None:
-
-            def read(self: nn.Module, name: str) -> Any:
-                on_read(name)
-                return original.__getattribute__(self, name)
-
-            namespace["__getattribute__"] = read
-        if on_write is not None:
-
-            def write(self: nn.Module, name: str, value: Any) -> None:
-                on_write(name, value)
-                original.__setattr__(self, name, value)
-
-            namespace["__setattr__"] = write
-        if get_missing is not None:
-
-            def missing(self: nn.Module, name: str) -> Any:
-                try:
-                    return get_missing(name)
-                except AttributeError:
-                    return original.__getattr__(self, name)
-
-            namespace["__getattr__"] = missing
-        for name, method in (methods or {}).items():
-            namespace[name] = _InterceptedMethod(name, method)
-        # a class made as a direct subclass would run the user's __init_subclass__, which may register it
-        ours = types.new_class(
-            plain.__name__,
-            (nn.Module,),
-            {"metaclass": _forwarding_metaclass(plain)},
-            lambda ns: ns.update(namespace),
-        )
-        type.__setattr__(ours, "__bases__", (original,))
-        self._ours = ours
-        self._put_there = set(namespace) - {"__module__", "__qualname__", "__doc__", "__class__"}
-        _set_class(module, ours)
-
-    def call_original(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the module as if it were not intercepted here."""
-        return self._original.__call__(self._module, *args, **kwargs)
-
-    def suspend(self) -> None:
-        """Puts back the class; idempotent. A class that somebody else has since put in its place stays."""
-        current = type(self._module)
-        if current is self._ours:
-            _set_class(self._module, self._original)
-            return
-        while (above := current.__dict__.get("_cg_lightning_interception")) is not None:
-            if above._original is self._ours:
-                above._original = self._original
-                type.__setattr__(current, "__bases__", (self._original,))
-                return
-            current = above._original
-
-    def resume(self) -> bool:
-        """Intercepts again after :meth:`suspend`; False where the module has another class by now.
-
-        Code that ``torch.compile`` has made checks for the class of the modules that it uses: with one that is new at each
-        validation it would be compiled anew each time.
-        """
-        if type(self._module) is self._original:
-            _set_class(self._module, self._ours)
-        return type(self._module) is self._ours
+    def _add(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            cls = _class_to_patch(self._entry.module, name)
+            if cls is not None:
+                patch = _patch(cls, name)
+                self._patches.append(patch)
+                patch.add(self._entry)
 
     def remove(self) -> None:
-        """As :meth:`suspend`, for good. A class is part of a cycle of references: what its methods refer to would live until
-        garbage is collected.
-        """
-        self.suspend()
-        for name in self._put_there:
-            type.__delattr__(self._ours, name)
-        self._put_there = set()
+        """Leave no trace; idempotent."""
+        for patch in self._patches:
+            patch.discard(self._entry)
+        self._patches.clear()
+
+
+def defining_class(module: nn.Module, name: str) -> type:
+    """Return the class at which all calls of ``module.name(...)`` arrive, if overrides call it.
+
+    It is the base-most subclass of ``nn.Module`` that defines the method. A mixin that is no
+    module and comes after it in the order of classes would be reached only through ``super()``.
+    """
+    definers = [cls for cls in type(module).__mro__ if name in vars(cls)]
+    return ([cls for cls in definers if issubclass(cls, nn.Module)] or definers)[-1]
+
+
+def base_method(module: nn.Module, name: str) -> Callable[..., Any]:
+    """Return the method that :func:`replaced_method` replaces, without the user's overrides."""
+    method: Callable[..., Any] = vars(defining_class(module, name))[name].__get__(
+        module, type(module)
+    )
+    return method
 
 
 @contextlib.contextmanager
 def replaced_method(
     module: nn.Module, name: str, replacement: Callable[..., Any]
 ) -> Iterator[None]:
-    """While this is entered, ``module.name(...)`` runs ``replacement(original, ...)``."""
-    original = getattr(module, name)
-    interception = Interception(
-        module,
-        methods={name: lambda *args, **kwargs: replacement(original, *args, **kwargs)},
-    )
+    """While this is entered, ``replacement(original, *args, **kwargs)`` stands in for a method.
+
+    It does so for one module object and the current thread, also for calls through ``super()``. It
+    is placed in the base-most class that defines the method, so overrides of the user run as they
+    are. An attribute of that name in the object itself is left alone. The latest replacement of
+    several is the outermost.
+
+    Args:
+        module: The module.
+        name: Name of the method, such as ``log``.
+        replacement: Called with the original, bound to the module, and the arguments of the call.
+    """
+    entry = _Entry(module, _get_thread(), replacement)
+    patch = _patch(defining_class(module, name), name)
+    try:
+        patch.add(entry)
+        yield
+    finally:
+        patch.discard(entry)
+
+
+@contextlib.contextmanager
+def suspended() -> Iterator[None]:
+    """While this is entered, no class has a function of ours: compiled code is traced and run as without us.
+
+    That holds for the whole process. Handlers of other threads see nothing in the meantime.
+    """
+    _suspend(1)
     try:
         yield
     finally:
-        interception.remove()
+        _suspend(-1)
+
+
+def _suspend(change: int) -> None:
+    global _suspensions
+    with _lock:
+        _suspensions += change
+        for patch in _patches.values():
+            patch.update()

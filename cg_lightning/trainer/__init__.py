@@ -1,7 +1,6 @@
 """Everything that knows Lightning.
 
-- ``installation.py``: puts step runners on a LightningModule for the time of a stage, and takes
-  them off again.
+- ``installation.py``: takes over the steps of a stage at the strategy, and gives them back.
 - ``log_calls.py``: ``self.log`` called after a replay: for a Lightning that keeps logged values
   in a way that we do not know.
 - ``logged_results.py``: the one place that knows the collection in which Lightning keeps what

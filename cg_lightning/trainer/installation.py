@@ -1,60 +1,119 @@
-"""Puts step runners on a LightningModule for the time of a stage, and takes them off again."""
+"""Takes over the steps of a stage at the strategy, and gives them back."""
 
 from __future__ import annotations
 
-from lightning.pytorch import LightningModule
+import functools
+from typing import Any
 
-from cg_lightning.backends import CapturedGraph
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import Strategy
+
 from cg_lightning.core.stages import STEP_METHODS
-from cg_lightning.modules.interception import Interception
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner
 
+_CONTEXTS = {
+    "validate": "val_step_context",
+    "test": "test_step_context",
+    "predict": "predict_step_context",
+}
+"""What Lightning's own strategies enter around a step, by stage."""
+
 
 class Installation:
-    """What one callback has put on one LightningModule."""
+    """Runs the steps of one LightningModule under one strategy.
 
-    def __init__(self, module: LightningModule, session: Session) -> None:
+    Lightning's loops call ``strategy.validation_step(...)`` and its siblings. For the time of a
+    stage the strategy *object* has an attribute of that name. It does what the method of Lightning
+    does, except that a :class:`StepRunner` runs in place of the LightningModule's step. So nothing
+    of ours is on the module or its class.
+
+    Args:
+        strategy: The strategy of the Trainer.
+        module: The LightningModule.
+        session: What is known of the module.
+    """
+
+    def __init__(self, strategy: Strategy, module: LightningModule, session: Session) -> None:
         self.module = module
         self.session = session
+        self._strategy = strategy
         self._runners: dict[str, StepRunner] = {}
-        self._steps: dict[str, Interception] = {}
-        self._step: Interception | None = None
+        self._definitions: dict[str, Any] = {}
+        self._stage: str | None = None
 
     def install(self, stage: str) -> None:
-        if self._step is not None:
+        """Take over the step of ``stage``; idempotent."""
+        if self._stage is not None:
             return
-        import functools
-
-        name = STEP_METHODS[stage]
-        if stage not in self._runners:
-            self.session.note_step(stage, name)
-            self._runners[stage] = StepRunner(self.session, stage, name, getattr(self.module, name))
+        self._prepare(stage)
         self.session.install()
-        runner = self._runners[stage]
-        original = getattr(self.module, name)
-
-        @functools.wraps(original)
-        def step(*args, **kwargs):
-            return runner.run(args, kwargs)
-
-        vars(step)["__wrapped__"] = getattr(original, "__wrapped__", original)
-        vars(self.module)[name] = step
-        self._step = name
-
-    def graphs_of_steps(self) -> list[CapturedGraph]:
-        """The graphs of whole steps."""
-        return [graph for runner in self._runners.values() for graph in runner.graphs()]
+        self._stage = stage
+        vars(self._strategy)[STEP_METHODS[stage]] = functools.partial(self._run_step, stage)
 
     def remove(self, check: bool = True) -> None:
-        """Leaves no trace on the module; idempotent. ``check`` is as in :meth:`Session.remove`."""
-        if self._step is not None:
-            vars(self.module).pop(self._step)
-            self._step = None
+        """Give the step back; idempotent. ``check`` is as in :meth:`Session.remove`."""
+        if self._stage is not None:
+            vars(self._strategy).pop(STEP_METHODS[self._stage], None)
+            self._stage = None
             self.session.remove(check)
 
     def close(self) -> None:
-        """Removes everything, and drops the graphs."""
+        """Remove everything, and drop the graphs."""
         self.remove(check=False)
         self.session.close()
         self._runners.clear()
+        self._definitions.clear()
+
+    def _prepare(self, stage: str) -> None:
+        """Make the runner of a stage, unless it is there from an earlier validation inside fit."""
+        name = STEP_METHODS[stage]
+        definition = _definition(self.module, name)
+        if stage in self._runners and self._definitions[stage] is definition:
+            return
+        if stage in self._runners:  # the user has put another step in its place
+            self.session.close()
+            self._runners.clear()
+            self._definitions.clear()
+        self._runners[stage] = StepRunner(self.session, stage, name, getattr(self.module, name))
+        self._definitions[stage] = definition
+
+    def _run_step(self, stage: str, *args: Any, **kwargs: Any) -> Any:
+        """Do what ``Strategy.validation_step`` does."""
+        name, strategy = STEP_METHODS[stage], self._strategy
+        if _definition(self.module, name) is not self._definitions[stage]:
+            self._prepare(stage)
+            self.session.install()
+        runner = self._runners[stage]
+        with getattr(strategy.precision_plugin, _CONTEXTS[stage])():
+            wrapper = strategy.model
+            if wrapper is None or wrapper is strategy.lightning_module:
+                return runner.run(args, kwargs)
+            # DDP broadcasts buffers in its forward, where all ranks must meet
+            stand_in: Any = _StandIn(self.module, name, runner)
+            return strategy._forward_redirection(wrapper, stand_in, name, *args, **kwargs)
+
+
+class _StandIn:
+    """A LightningModule with another step, for Lightning's redirection through the wrapper's forward.
+
+    The redirection sets ``forward``, which the wrapper calls, so that is set on the module itself.
+    """
+
+    def __init__(self, module: LightningModule, name: str, runner: StepRunner) -> None:
+        attributes = vars(self)
+        attributes["_module"] = module
+        attributes[name] = lambda *args, **kwargs: runner.run(args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_module"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(vars(self)["_module"], name, value)
+
+
+def _definition(module: LightningModule, name: str) -> Any:
+    """Return what stands behind a method: bound methods and partials are new at each access."""
+    if name in vars(module):
+        return vars(module)[name]
+    return next((vars(cls)[name] for cls in type(module).__mro__ if name in vars(cls)), None)

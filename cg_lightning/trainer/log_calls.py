@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
-from unittest.mock import patch
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from cg_lightning.effects.logged_values import Calls
+from cg_lightning.modules.interception import base_method, replaced_method
 
 _UNKNOWN = (
     "CUDAGraphCallback: this version of Lightning keeps logged values in a way that is not known "
@@ -43,17 +42,11 @@ class HeldLogCalls:
             self._has_warned = True
             rank_zero_warn(_UNKNOWN)
         calls: Calls = []
-        owner = self._lightning_class
-        original = owner.log
 
-        @functools.wraps(original)
-        def log(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if module is not self._module:
-                return original(module, *args, **kwargs)
+        def collect(_: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
             calls.append((args, kwargs))
-            return None
 
-        with patch.object(owner, "log", log):
+        with replaced_method(self._module, "log", collect):
             yield calls
 
     @contextlib.contextmanager
@@ -69,10 +62,6 @@ class HeldLogCalls:
         """Make the calls, unless they are held."""
         if self._is_held:
             return
+        log = base_method(self._module, "log")  # overrides of the user have run already
         for args, kwargs in calls:
-            self._lightning_class.log(self._module, *args, **kwargs)
-
-    @property
-    def _lightning_class(self) -> Any:
-        """The class that defines ``log``, below those of the user that override it."""
-        return [cls for cls in type(self._module).__mro__ if "log" in vars(cls)][-1]
+            log(*args, **kwargs)

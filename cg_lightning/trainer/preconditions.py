@@ -5,24 +5,46 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import Strategy
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from cg_lightning.core.stages import STEP_METHODS
 from cg_lightning.modules.compiled import is_compiled_as_a_whole, is_graphed_by_compiler
+from cg_lightning.modules.kinds import lightning_class
 
-_RESHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+_RESHARDING = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 
 def why_inert(trainer: Trainer, module: nn.Module) -> str:
     """Gives the reason why nothing of this module can run from graphs under this Trainer; empty where it can."""
-    if isinstance(trainer.strategy, _RESHARDING):
-        return f"{type(trainer.strategy).__name__} moves parameters between steps, so graphs would read stale memory"
+    strategy = trainer.strategy
+    if lightning_class(type(strategy), *_RESHARDING):
+        return f"{type(strategy).__name__} moves parameters between steps, so graphs would read stale memory"
+    if reason := _why_no_steps(strategy):
+        return reason
     if is_compiled_as_a_whole(module):
         return "the LightningModule was compiled as a whole; compile its submodules instead: self.net = torch.compile(self.net)"
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if is_traceable_wrapper_subclass(tensor):
             return f"{name} is a {type(tensor).__name__}, whose memory cannot be watched"
+    return ""
+
+
+def _why_no_steps(strategy: Strategy) -> str:
+    """Return why the steps cannot be taken over at this strategy; empty if they can."""
+    cls = type(strategy)
+    for name in STEP_METHODS.values():
+        definer = next((base for base in cls.__mro__ if name in vars(base)), None)
+        is_lightnings = (
+            definer is not None and lightning_class(definer, definer.__name__) is definer
+        )
+        if name in vars(strategy) or not is_lightnings:
+            return (
+                f"{cls.__name__}.{name} is not Lightning's own, so it may do more than run the step"
+            )
+    if not hasattr(strategy, "_forward_redirection"):  # private, in Lightning since 2.1
+        return f"{cls.__name__} calls a wrapped module in a way that is not known here"
     return ""
 
 

@@ -12,19 +12,18 @@ from torch import nn
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.diagnosis.detector import Detector
-from cg_lightning.diagnosis.findings import is_our_file, is_user_file
+from cg_lightning.diagnosis.findings import is_our_file
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.sources import Source
 from cg_lightning.modules.attributes import (
     holding_class,
     is_plain_attribute,
-    is_user_written,
-    is_users,
     plain_attributes,
     values_of_classes,
 )
 from cg_lightning.modules.interception import Interception, ModuleHandler, can_intercept
+from cg_lightning.modules.kinds import is_user_class, is_user_file, is_user_module
 
 
 class AttributeReads(Detector):
@@ -51,7 +50,7 @@ class AttributeReads(Detector):
             watch.read(source)
         with contextlib.ExitStack() as stack:
             for _, module in watch.modules:
-                is_read = is_user_written(module) or module is watch.root
+                is_read = is_user_module(module) or module is watch.root
                 if is_read and id(module) not in watch.hidden and can_intercept(module):
                     handler = _ReadHandler(watch, self._attributes[id(module)])
                     stack.callback(Interception(module, handler).remove)
@@ -100,7 +99,7 @@ class _Attributes:
         if not is_plain_attribute(module, name) or any(name in table for table in members):
             return []
         cls = holding_class(module, name)
-        if cls is not None and not is_users(cls):  # a property of a framework's
+        if cls is not None and not is_user_class(cls):  # a property of a framework's
             return []
         path = f"{self._prefix}{name}"
         value = vars(module).get(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dis
+import functools
 import inspect
 import textwrap
 from collections.abc import Callable
@@ -116,6 +117,8 @@ def _find_use(
     function: Callable[..., Any], owner: type, module: nn.Module, position: int, depth: int = 0
 ) -> str | None:
     """Returns the line that uses the argument at ``position``, or else that of the function."""
+    if isinstance(function, functools.partialmethod):
+        return _find_use(function.func, owner, module, position + len(function.args), depth + 1)
     code = getattr(function, "__code__", None)
     if isinstance(function, staticmethod):
         return _line_of(getattr(function.__func__, "__code__", None))

@@ -12,11 +12,12 @@ from typing import Any
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
-from cg_lightning.diagnosis.findings import AT_THE_END, is_user_file
+from cg_lightning.diagnosis.findings import AT_THE_END
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues
 from cg_lightning.modules.attributes import is_same_value
+from cg_lightning.modules.kinds import is_user_file
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, classmethod, staticmethod, property)
 

@@ -19,8 +19,9 @@ from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall, WrittenTensors
 from cg_lightning.guards.values import FrozenValues, addresses_of
-from cg_lightning.metrics.members import is_metric, states_of
+from cg_lightning.metrics.members import states_of
 from cg_lightning.modules.attributes import names_of_frameworks
+from cg_lightning.modules.kinds import is_metric
 
 
 class Mutations(Detector):
@@ -157,7 +158,7 @@ class _PersistentTensors:
             for module in root.modules()
             if not is_metric(module)
             for name, value in vars(module).items()
-            if name not in names_of_frameworks() and not is_plain_value(value)
+            if name not in names_of_frameworks(module) and not is_plain_value(value)
             if (contents := _contents(value)) is not None
         ]
         self._hidden = [module for _, _, values in self._attributes for module in values.modules]

@@ -13,8 +13,8 @@ from unittest.mock import patch
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.detectors.trainer_reads import ReadNames
-from cg_lightning.diagnosis.findings import is_user_file
 from cg_lightning.modules.interception import Interception, replaced_method
+from cg_lightning.modules.kinds import is_user_file
 
 
 class Printing(Detector):

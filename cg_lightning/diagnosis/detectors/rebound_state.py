@@ -18,11 +18,11 @@ from cg_lightning.guards.values import FrozenValues
 from cg_lightning.modules.attributes import (
     class_values,
     is_same_value,
-    is_user_written,
     names_of_frameworks,
     scripted_attributes,
 )
 from cg_lightning.modules.interception import Interception, ModuleHandler, can_intercept
+from cg_lightning.modules.kinds import is_user_module
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 
@@ -89,7 +89,7 @@ class ReboundState(Detector):
     def _noticing_writes(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for _, module in self.watch.modules:
-                is_written = is_user_written(module) and id(module) not in self.watch.hidden
+                is_written = is_user_module(module) and id(module) not in self.watch.hidden
                 if is_written and can_intercept(module):
                     handler = _WriteHandler(module, self._locations)
                     stack.callback(Interception(module, handler).remove)
@@ -121,7 +121,7 @@ class _State:
         self._values = _values(module)
         self._contents = {
             name: contents
-            for name in self._values.keys() - names_of_frameworks()
+            for name in self._values.keys() - names_of_frameworks(module)
             if (contents := _contents(self._values[name])) is not None
         }
 
