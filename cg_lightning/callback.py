@@ -9,9 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from cg_lightning.backends import resolve_backend
+from cg_lightning.backends import CapturedGraph, resolve_backend
 from cg_lightning.core.modes import CUDAGraphMode
-from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.core.settings import CUDAGraphOptions, Settings
 from cg_lightning.core.stages import STEP_METHODS
 from cg_lightning.effects.module_effects import ModuleEffects
@@ -19,7 +18,7 @@ from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.summary import render_summary
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.targets import check_targets
-from cg_lightning.trainer.installation import Installation
+from cg_lightning.trainer.installation import InertInstallation, Installation
 from cg_lightning.trainer.logged_results import LoggedResults
 from cg_lightning.trainer.preconditions import check_not_graphed_already, why_inert
 
@@ -111,8 +110,7 @@ class CUDAGraphCallback(Callback):
         )
         self.stats = CUDAGraphStats()
         """What happened so far, over all Trainers that this callback was in."""
-        self._installation: Installation | None = None
-        self._inert_reason: Reason | None = None
+        self._installation: Installation | InertInstallation | None = None
         self._stages_run: list[str] = []
         self._reported: set[str] = set()
 
@@ -132,33 +130,43 @@ class CUDAGraphCallback(Callback):
         """Gives the counts as a table: graphs by stage, target and shape; eager steps with their reasons."""
         return render_summary(self.stats, self._settings.backend, tuple(STEP_METHODS))
 
+    def graphs(self, mode: CUDAGraphMode | str) -> list[CapturedGraph]:
+        """Return the graphs that are kept at the moment, to measure or to inspect them.
+
+        Args:
+            mode: ``FULL``: those of whole steps; ``PIECEWISE``: those of submodules.
+
+        Returns:
+            Objects with ``replay()`` and ``num_bytes``; empty between two runs of a Trainer. A replay writes the outputs
+            and the metric states of its graph.
+        """
+        name = CUDAGraphMode.parse(mode).name
+        return [] if self._installation is None else self._installation.graphs(name)
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
         self._stages_run = []
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         first = next(callback for callback in callbacks if isinstance(callback, CUDAGraphCallback))
-        why = why_inert(trainer, pl_module)
         if first is not self:
-            why = "another CUDAGraphCallback comes first in this Trainer"
+            self._report_inert("another CUDAGraphCallback comes first in this Trainer")
+            return
         if self._settings.runtime_policy is CUDAGraphMode.NONE:
-            self._inert_reason = Reason(Status.INERT, "mode=NONE")
+            self._installation = InertInstallation(trainer.strategy, self.stats, "mode=NONE")
             return
         check_not_graphed_already(pl_module)
-        self._inert_reason = Reason(Status.INERT, why) if why else None
-        if why:
-            self._report_once(
-                rank_zero_warn, f"CUDAGraphCallback is inert: {why}. Steps run as without it."
-            )
+        if why := why_inert(trainer, pl_module):
+            self._report_inert(why)
+            self._installation = InertInstallation(trainer.strategy, self.stats, why)
             return
-        device = trainer.strategy.root_device
-        backend = resolve_backend(self._settings.backend, device)
+        backend = resolve_backend(self._settings.backend, trainer.strategy.root_device)
         if self._settings.targets is not None:
             check_targets(pl_module, tuple(self._settings.targets))
         if backend is None:
             why = "no CUDA device: backend='auto' runs eagerly"
-            self._inert_reason = Reason(Status.INERT, why)
             self._report_once(rank_zero_info, _NO_CUDA)
+            self._installation = InertInstallation(trainer.strategy, self.stats, why)
             return
         effects = ModuleEffects(
             pl_module,
@@ -195,19 +203,6 @@ class CUDAGraphCallback(Callback):
         self._remove()
 
     @override
-    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if not trainer.sanity_checking:
-            self._count_inert("validate")
-
-    @override
-    def on_test_batch_end(self, *_: Any) -> None:
-        self._count_inert("test")
-
-    @override
-    def on_predict_batch_end(self, *_: Any) -> None:
-        self._count_inert("predict")
-
-    @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
@@ -219,6 +214,10 @@ class CUDAGraphCallback(Callback):
         if self._settings.report and self._stages_run and trainer.is_global_zero:
             print(render_summary(self.stats, self._settings.backend, self._stages_run))
         self._stages_run = []
+
+    def _report_inert(self, why: str) -> None:
+        message = f"CUDAGraphCallback is inert: {why}. Steps run as without it."
+        self._report_once(rank_zero_warn, message)
 
     def _report_once(self, say: Callable[[str], object], message: str) -> None:
         if message not in self._reported:
@@ -241,7 +240,3 @@ class CUDAGraphCallback(Callback):
         if self._installation is not None:
             self._installation.close()
             self._installation = None
-
-    def _count_inert(self, stage: str) -> None:
-        if self._inert_reason and stage in self._stages_run:
-            self.stats.ran_eagerly(stage, "-", self._inert_reason)

@@ -68,8 +68,7 @@ class BatchTimer(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the graph alone. All results were returned, so more replays do no harm."""
-        installation = None if self._graphs is None else self._graphs._installation
-        graphs = [] if installation is None else installation.graphs_of_steps()
+        graphs = [] if self._graphs is None else self._graphs.graphs("FULL")
         if len(graphs) == 1:
             self._backend.synchronize()
             began = time.perf_counter()
@@ -146,7 +145,7 @@ def run_once(
     if timer.replay is not None:
         measurement.replays.append(timer.replay)
     if graphs is not None:
-        steps = graphs.stats.graphed_steps(stage)
+        steps = graphs.stats.steps_of(stage)
         measurement.mode = max(("NONE", *steps), key=lambda mode: steps.get(mode, 0))
         captures = max(1, graphs.stats.captures)
         measurement.capture_milliseconds = graphs.stats.capture_seconds / captures * 1e3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from cg_lightning.backends import GraphBackend
+from cg_lightning.backends import CapturedGraph, GraphBackend
 from cg_lightning.capture.cache import GraphCache
 from cg_lightning.capture.capture import Capturer
 from cg_lightning.capture.entry import GraphEntry
@@ -212,6 +212,10 @@ class Session:
                 self._submodules[id(module)] = SubmoduleRunner(path, target, self.backend)
             if self._is_installed:
                 self._submodules[id(module)].install()
+
+    def graphs(self, mode: str) -> list[CapturedGraph]:
+        """Return the graphs of one mode that are kept."""
+        return [entry.graph for entry in self.cache.entries() if entry.record.mode == mode]
 
     def diagnosis(self, variant: Variant | None) -> Diagnosis | None:
         """Return what the watched step of a variant showed; None if none was watched."""

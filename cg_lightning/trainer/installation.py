@@ -8,7 +8,10 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy
 
+from cg_lightning.backends import CapturedGraph
+from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.core.stages import STEP_METHODS
+from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner
 
@@ -51,6 +54,10 @@ class Installation:
         self._stage = stage
         vars(self._strategy)[STEP_METHODS[stage]] = functools.partial(self._run_step, stage)
 
+    def graphs(self, mode: str) -> list[CapturedGraph]:
+        """Return the graphs of one mode that are kept."""
+        return self.session.graphs(mode)
+
     def remove(self, check: bool = True) -> None:
         """Give the step back; idempotent. ``check`` is as in :meth:`Session.remove`."""
         if self._stage is not None:
@@ -92,6 +99,47 @@ class Installation:
             # DDP broadcasts buffers in its forward, where all ranks must meet
             stand_in: Any = _StandIn(self.module, name, runner)
             return strategy._forward_redirection(wrapper, stand_in, name, *args, **kwargs)
+
+
+class InertInstallation:
+    """Counts the steps of a Trainer under which nothing can run from graphs. Steps run as without us.
+
+    Args:
+        strategy: The strategy of the Trainer.
+        stats: Counts.
+        why: Why nothing can run from graphs.
+    """
+
+    def __init__(self, strategy: Strategy, stats: CUDAGraphStats, why: str) -> None:
+        self._strategy = strategy
+        self._stats = stats
+        self._reason = Reason(Status.INERT, why)
+        self._stage: str | None = None
+
+    def install(self, stage: str) -> None:
+        """Count the steps of ``stage`` from now on; idempotent. An attribute of the user's own stays."""
+        name = STEP_METHODS[stage]
+        if self._stage is None and name not in vars(self._strategy):
+            self._stage = stage
+            vars(self._strategy)[name] = functools.partial(self._run_step, stage)
+
+    def graphs(self, mode: str) -> list[CapturedGraph]:
+        """Return nothing: there are no graphs."""
+        return []
+
+    def remove(self) -> None:
+        """Give the step back; idempotent."""
+        if self._stage is not None:
+            vars(self._strategy).pop(STEP_METHODS[self._stage], None)
+            self._stage = None
+
+    close = remove
+
+    def _run_step(self, stage: str, *args: Any, **kwargs: Any) -> Any:
+        step = getattr(type(self._strategy), STEP_METHODS[stage])
+        output = step(self._strategy, *args, **kwargs)
+        self._stats.ran_eagerly(stage, "-", self._reason)
+        return output
 
 
 class _StandIn:
