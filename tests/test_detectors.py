@@ -23,7 +23,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from cg_lightning import BatchDescriptor, CUDAGraphMode, ForwardContext, diagnose
 from cg_lightning.backends import resolve_backend
 from cg_lightning.core.causes import Cause
-from cg_lightning.core.forward_context import override_forward_context
+from cg_lightning.core.forward_context import StepInProgress, override_forward_context
 from cg_lightning.core.reasons import Reason
 from cg_lightning.diagnosis import detectors as package
 from cg_lightning.diagnosis.detector import Detector
@@ -99,7 +99,7 @@ def watch(kinds: tuple[type[Detector], ...], module: LightningModule, *args: Any
     watcher = StepWatcher(module, backend, effects=None, run_logging=False, detectors=kinds)
     x = torch.randn(4, 8)
     key = BatchDescriptor.from_batch(x, stage="predict")
-    context = ForwardContext(CUDAGraphMode.NONE, key, calls={})
+    context = ForwardContext(CUDAGraphMode.NONE, key, step=StepInProgress())
     with torch.no_grad(), override_forward_context(context):
         return watcher.watch(lambda: module.predict_step(x, *args), x)[1]
 

@@ -12,6 +12,7 @@ from cg_lightning import (
     override_forward_context,
     set_forward_context,
 )
+from cg_lightning.core.forward_context import StepInProgress
 
 
 def test_none_is_set():
@@ -64,7 +65,7 @@ def test_each_thread_has_its_own():
 
 
 def test_calls_are_numbered_within_a_step_only():
-    step = ForwardContext(calls={})
+    step = ForwardContext(step=StepInProgress())
     caller = object()
     assert [step.next_call(caller), step.next_call(caller), step.next_call(object())] == [0, 1, 0]
     by_hand = ForwardContext()

@@ -115,7 +115,8 @@ def test_globals_that_change_between_two_batches(harness: Harness, name):
     """Hazards 7 and 8."""
     callback = harness.callback(warmup_steps=1, verify_replays=0)
     harness.compare(ReadsThem(Body()), predict(features(32)), callback, lambda: [Changes(name)])
-    assert callback.stats.steps["FULL"] == 7, callback.summary()
+    # the step is watched once, and once more after the change
+    assert callback.stats.steps["FULL"] == 6, callback.summary()
     assert callback.stats.captures == 2
 
 

@@ -432,7 +432,7 @@ def test_out_of_memory_evicts_the_least_recently_used_once(harness):
 
         def predict_step(self, batch: Any) -> Any:
             if harness_captures() and (
-                len(callback._installation.session.budget._places) > 0 or batch.shape[1] == 9
+                len(callback._installation.session.cache.entries()) > 0 or batch.shape[1] == 9
             ):
                 raise torch.OutOfMemoryError("out of memory")
             return self.net(batch)

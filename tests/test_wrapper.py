@@ -21,6 +21,7 @@ from cg_lightning import (
     set_forward_context,
     validate_cudagraph_capturing_enabled,
 )
+from cg_lightning.core.forward_context import StepInProgress
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 KEY = BatchDescriptor(batch_size=4)
@@ -130,7 +131,7 @@ def test_calls_of_one_step_have_entries_of_their_own(net, device, backend):
     a, b = torch.ones(2, device=device), torch.full((2,), 5.0, device=device)
     for step in range(3):
         a.fill_(step)
-        with override_forward_context(ForwardContext(FULL, KEY, calls={})):
+        with override_forward_context(ForwardContext(FULL, KEY, step=StepInProgress())):
             first, second = wrapper(a), wrapper(b)
             assert (first[0].item(), second[0].item()) == (2 * step, 10)
     assert [key.call for key in wrapper.concrete_cudagraph_entries] == [0, 1]

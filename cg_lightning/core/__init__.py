@@ -2,7 +2,6 @@
 
 It imports torch, and nothing of this package outside ``core``.
 
-- ``call_key.py``: the key of one call of a submodule.
 - ``causes.py``: why a step cannot run from a graph, and what its author can do about it.
 - ``descriptor.py``: the key of a graph: everything that must be equal for it to be replayable.
 - ``equality.py``: bitwise comparison of two leaves of an output.

@@ -229,3 +229,45 @@ def describe_fields(
     flags = kernel_flags()
     fields = (batch_size, structure, tuple(keys), stage, dataloader_idx, training, flags, call)
     return fields, leaves
+
+
+# private: whether ``torch.vmap`` or another transform runs, whose tensors have no memory of their own
+_innermost_transform = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
+
+
+def is_inside_transform() -> bool:
+    """Whether a transform of ``torch.func`` runs."""
+    return _innermost_transform() is not None
+
+
+def describe_call(
+    training: tuple[bool, ...],
+    number: int,
+    step: BatchDescriptor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], list[Any]]:
+    """Return the fields of the descriptor of a call, and the leaves of its arguments.
+
+    Calls have keys of their own: with equal batches, arguments inside the step may differ in shape or value.
+
+    Args:
+        training: The ``training`` flags of the submodule that is called, and of all modules in it.
+        number: How many calls of it the step has made before.
+        step: The key of the step.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+
+    Raises:
+        UnkeyableBatchError: An argument cannot be part of a key.
+    """
+    if is_inside_transform():
+        raise UnkeyableBatchError("the call", "is made inside a transform of torch.func")
+    return describe_fields(
+        (args, kwargs),
+        stage=step.stage,
+        dataloader_idx=step.dataloader_idx,
+        training=training,
+        call=number,
+        repeats=True,
+    )

@@ -11,6 +11,8 @@ from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason
 
+_RUNTIME_MODES = frozenset(mode for mode in CUDAGraphMode if mode.is_valid_runtime_mode())
+
 
 class StepInProgress:
     """Counts what submodules do within one step."""
@@ -53,7 +55,7 @@ class ForwardContext:
 
     def __post_init__(self) -> None:
         mode = self.cudagraph_runtime_mode
-        if not isinstance(mode, CUDAGraphMode) or not mode.is_valid_runtime_mode():
+        if mode not in _RUNTIME_MODES:
             raise ValueError(
                 f"cudagraph_runtime_mode={mode!r} is not a runtime mode; "
                 "choose NONE, PIECEWISE or FULL."

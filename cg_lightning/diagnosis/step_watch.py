@@ -13,9 +13,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from cg_lightning.backends import GraphBackend
 from cg_lightning.backends.dispatch_mode import EagerDispatchMode
-from cg_lightning.core.call_key import describe_call, is_inside_transform
 from cg_lightning.core.causes import Cause
-from cg_lightning.core.descriptor import BatchDescriptor
+from cg_lightning.core.descriptor import BatchDescriptor, describe_call, is_inside_transform
 from cg_lightning.core.errors import UnkeyableBatchError
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.tree import flatten

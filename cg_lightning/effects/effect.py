@@ -15,7 +15,7 @@ from torch import Tensor
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.errors import CaptureError
 from cg_lightning.core.tree import flatten, rebuild
-from cg_lightning.effects.logged_values import Calls, LogCalls
+from cg_lightning.effects.logged_values import Calls, LogCalls, LoggedValues
 from cg_lightning.metrics.deferred_checks import DeferredCheck
 from cg_lightning.metrics.states import MetricState, MetricStates
 
@@ -241,6 +241,54 @@ class SetAttributes(Effect):
             attributes.update(values)
         for attributes, name, template, leaves, number in self._computed:
             attributes[name] = rebuild(template, tensors if number else iter(leaves))
+
+
+class RestoreLogResults(Effect):
+    """What ``self.log`` does at each step beside updating metrics.
+
+    Args:
+        logged: The logged values; their step has just run.
+        results: The collection that has them.
+        attributes: Namespace, name and value of each attribute that ``self.log`` sets. The first
+            one says for which hook values are logged.
+    """
+
+    def __init__(
+        self,
+        logged: LoggedValues,
+        results: dict[str, Any],
+        attributes: Sequence[tuple[dict[str, Any], str, Any]],
+    ) -> None:
+        self._logged = logged
+        self._results = results
+        self._items = list(results.items())
+        self._attributes = list(attributes)
+        self._stage_number = -1
+
+    def is_valid(self) -> bool:
+        """Return False if other metrics stand behind the logged values than when captured.
+
+        Lightning replaces them between stages only, so it is looked at once a stage.
+        """
+        if self._stage_number == self._logged.stage_number:
+            return True
+        return self._logged.collection is self._results and all(
+            self._results.get(key) is metric for key, metric in self._items
+        )
+
+    def before_replay(self) -> None:
+        """Reset logged values, if this is the first step of an epoch."""
+        attributes, name, value = self._attributes[0]
+        if attributes[name] != value:
+            self._logged.begin()
+
+    def after_replay(self, tensors: Iterator[Tensor]) -> None:
+        """Leave what ``self.log`` leaves."""
+        if self._stage_number != self._logged.stage_number:
+            self._stage_number = self._logged.stage_number
+            self._logged.begin_stage()
+        for attributes, name, value in self._attributes:
+            attributes[name] = value
 
 
 class RepeatLogCalls(Effect):

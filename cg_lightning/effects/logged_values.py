@@ -44,6 +44,17 @@ class LoggedValues(Protocol):
     def metrics(self) -> list[nn.Module]:
         """Return the metric behind each logged value."""
 
+    @property
+    def stage_number(self) -> int:
+        """Number of stages that have ended."""
+
+    @property
+    def collection(self) -> Any:
+        """What has the values that are logged now; None if nothing can be logged."""
+
+    def begin_stage(self) -> None:
+        """Called after the first replay of a stage that logs."""
+
     def begin(self) -> None:
         """Do what the first ``self.log`` of an epoch does before all else; else nothing."""
 
@@ -79,6 +90,9 @@ class NoLogCalls:
 class NothingLogged:
     """The logged values of a module that runs without a Trainer: none."""
 
+    collection: Any = None
+    stage_number = 0
+
     def __init__(self) -> None:
         self.calls = NoLogCalls()
 
@@ -89,6 +103,9 @@ class NothingLogged:
     def metrics(self) -> list[nn.Module]:
         """Return no metrics."""
         return []
+
+    def begin_stage(self) -> None:
+        """Do nothing."""
 
     def begin(self) -> None:
         """Do nothing."""

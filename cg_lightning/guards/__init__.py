@@ -1,7 +1,8 @@
 """What a graph has frozen, compared before each replay.
 
-- ``module_guard.py``: notices when the tensors that graphs read have moved or were replaced.
+- ``guard_set.py``: what one graph has frozen of what its step read in Python.
+- ``module_guard.py``: what a graph has frozen of a module itself: members, addresses, hooks,
+  settings.
 - ``sources.py``: where a value comes from that a step reads in Python.
-- ``values.py``: what attributes hold that a graph has frozen, however deep, and whether they
-  still hold it.
+- ``values.py``: what is inside frozen values: containers, objects, arrays and tensors.
 """

@@ -137,6 +137,12 @@ class ModuleGuard:
 
     def failure(self) -> GuardFailure:
         """Return what has changed. Call it only after :meth:`check` has failed, and before :meth:`refresh`."""
+        now = map(scripted_attributes, self._scripted)
+        for attributes, before in zip(now, self._scripted_values, strict=True):
+            for name, value in attributes.items():
+                if not is_same_value(before.get(name), value):
+                    text = describe_change(name, value, before.get(name))
+                    return GuardFailure(Change.SETTINGS, f"{Change.SETTINGS.value}: {text}")
         members = self._current_members()
         if len(members) == len(self._members) and not any(self._empty_tables):
             pairs = list(zip(self._members, members, strict=True))

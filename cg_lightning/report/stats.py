@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 from cg_lightning.core.descriptor import BatchDescriptor
@@ -50,16 +49,18 @@ class EntryRecord:
 
 @dataclasses.dataclass
 class StepsRecord:
-    """Steps of one stage and shape that ran in a lower mode than asked, for one reason."""
+    """Steps of one stage and shape that did not run FULL, for one reason."""
 
     stage: str
     mode: str
     shapes: str
-    reason: Reason
+    reason: Reason | None
+    """Why they ran in a lower mode than asked; None if they did not."""
     steps: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain values."""
+        assert self.reason is not None, "only records with a reason are shown"
         return {
             "stage": self.stage,
             "mode": self.mode,
@@ -78,9 +79,8 @@ class CUDAGraphStats:
     def __init__(self) -> None:
         self.entries: list[EntryRecord] = []
         """A record for each key of each target that was captured."""
-        self._piecewise_steps: Counter[str] = Counter()
-        self._records: dict[tuple[str, str, str, Reason], StepsRecord] = {}
-        self._num_shapes: Counter[tuple[str, str, Reason]] = Counter()
+        self._records: dict[tuple[str, str, str, Reason | None], StepsRecord] = {}
+        self._num_shapes: Counter[tuple[str, str, Reason | None]] = Counter()
         self._index: dict[tuple[str, str, BatchDescriptor], EntryRecord] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,27 +95,31 @@ class CUDAGraphStats:
             self.entries.append(made)
         return self._index[key]
 
-    def ran_piecewise(self, stage: str, shapes: str, reason: Reason | None) -> None:
-        """Count a step some of whose submodules ran from graphs; ``reason``: why not FULL, None if that was not asked."""
-        self._piecewise_steps[stage] += 1
-        if reason is not None:
-            self._ran_lower(stage, "PIECEWISE", shapes, reason)
+    def ran(self, stage: str, mode: str, shapes: str, reason: Reason | None) -> StepsRecord:
+        """Count a step that ran in a lower mode than FULL.
 
-    def ran_eagerly(self, stage: str, shapes: str, reason: Reason) -> None:
-        """Count a step that ran no graph."""
-        self._ran_lower(stage, "NONE", shapes, reason)
+        Args:
+            stage: The stage.
+            mode: ``PIECEWISE`` or ``NONE``.
+            shapes: The shapes of its batch.
+            reason: Why it did not run in the mode that was asked for; None if it did.
 
-    def _ran_lower(self, stage: str, mode: str, shapes: str, reason: Reason) -> None:
+        Returns:
+            The record in which it is counted, for a caller that counts more steps of the same kind.
+        """
         key = (stage, mode, shapes, reason)
         if key not in self._records:
-            if len(self._num_shapes) >= MOST_REASONS:  # a value that changes with each batch, say
+            if reason is not None and len(self._num_shapes) >= MOST_REASONS:
+                # a value that changes with each batch, for example
                 reason = Reason(reason.kind, f"{reason.kind.value}, for one of many reasons")
                 key = (stage, mode, shapes, reason)
             if self._num_shapes[stage, mode, reason] >= MOST_SHAPES:
                 key = (stage, mode, OTHER_SHAPES, reason)
             self._num_shapes[stage, mode, reason] += 1
             self._records.setdefault(key, StepsRecord(*key))
-        self._records[key].steps += 1
+        record = self._records[key]
+        record.steps += 1
+        return record
 
     @property
     def captures(self) -> int:
@@ -132,27 +136,27 @@ class CUDAGraphStats:
         """Number of steps by the mode in which they ran."""
         return {
             "NONE": self.eager,
-            "PIECEWISE": self._piecewise_steps.total(),
+            "PIECEWISE": self._count("PIECEWISE"),
             "FULL": sum(entry.replays for entry in self.entries if entry.mode == "FULL"),
         }
 
     @property
     def eager(self) -> int:
         """Number of steps that ran no graph."""
-        return sum(record.steps for record in self._eager())
+        return self._count("NONE")
 
     @property
     def eager_reasons(self) -> dict[str, int]:
         """Number of steps that ran no graph, by the sentence that says why."""
         counts: Counter[str] = Counter()
-        for record in self._eager():
+        for record in self._of("NONE"):
             counts[str(record.reason)] += record.steps
         return dict(counts)
 
     @property
     def reasons(self) -> list[StepsRecord]:
         """Why steps ran in a lower mode than asked: records by stage, mode, shapes and reason."""
-        return list(self._records.values())
+        return [record for record in self._records.values() if record.reason is not None]
 
     @property
     def capture_seconds(self) -> float:
@@ -169,8 +173,8 @@ class CUDAGraphStats:
         entries = [entry for entry in self.entries if entry.stage == stage]
         counts = {
             "FULL": sum(entry.replays for entry in entries if entry.mode == "FULL"),
-            "PIECEWISE": self._piecewise_steps[stage],
-            "NONE": sum(record.steps for record in self._eager() if record.stage == stage),
+            "PIECEWISE": self._count("PIECEWISE", stage),
+            "NONE": self._count("NONE", stage),
         }
         return {mode: number for mode, number in counts.items() if number}
 
@@ -188,5 +192,9 @@ class CUDAGraphStats:
             "entries": [dataclasses.asdict(entry) for entry in self.entries],
         }
 
-    def _eager(self) -> Iterable[StepsRecord]:
-        return [record for record in self._records.values() if record.mode == "NONE"]
+    def _of(self, mode: str) -> list[StepsRecord]:
+        return [record for record in self._records.values() if record.mode == mode]
+
+    def _count(self, mode: str, stage: str | None = None) -> int:
+        records = [record for record in self._of(mode) if stage in (None, record.stage)]
+        return sum(record.steps for record in records)

@@ -67,6 +67,7 @@ def _graph_rows(entries: Sequence[EntryRecord]) -> list[tuple[str, ...]]:
 def _reason_lines(records: Sequence[StepsRecord]) -> list[str]:
     groups: dict[tuple[str, Reason], list[StepsRecord]] = defaultdict(list)
     for record in records:
+        assert record.reason is not None, "only records with a reason are shown"
         groups[record.mode, record.reason].append(record)
     ordered = sorted(groups.items(), key=lambda item: -sum(record.steps for record in item[1]))
     lines: list[str] = []

@@ -146,6 +146,8 @@ class Variant:
     """Whether the watched step did something that is done once, so that one more eager step has to follow."""
     watched: Any = None
     """What the watched step showed, for messages."""
+    record: Any = None
+    """The row of its PIECEWISE steps in the statistics."""
     entry: Entry | None = None
     verify_at: int = -1
     """The number of replays after which the next one is compared with eager; -1: never."""
@@ -262,6 +264,8 @@ class CUDAGraphDispatcher:
     def plan(self, state: KeyState) -> Plan:
         """Decide what to do with the step under way. Call it once for each step."""
         state.sights += 1
+        if state.sights == 2:
+            self._unrepeated.discard(state.descriptor.fields)
         variant = self._current_variant(state)
         if variant is None:
             return self._plan_without_variant(state)
@@ -294,9 +298,7 @@ class CUDAGraphDispatcher:
         if not self._watches:
             reason = Reason(Status.CHANGED, changed) if changed else WARM_UP
             return Plan(Action.WARM_UP, state, None, reason)
-        if state.sights > 1:
-            self._unrepeated.discard(state.descriptor.fields)
-        elif len(self._unrepeated) >= MOST_UNREPEATED:
+        if state.sights == 1 and len(self._unrepeated) >= MOST_UNREPEATED:
             return Plan(Action.WARM_UP, state, None, WARM_UP)
         if not state.ledger.may_spend():
             return self._unprofitable(state, None)

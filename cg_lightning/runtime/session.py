@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from cg_lightning.backends import CapturedGraph, GraphBackend
@@ -133,7 +135,7 @@ class Session:
         if change is Change.MOVED:
             # submodules have guards of their own
             self.target.dispatcher.changed(text)
-            self._drop(self.target)
+            self._drop(self.target.dispatcher.entries())
             return
         self.cache.drop_all()
         self.target.dispatcher.reset(text)
@@ -145,13 +147,12 @@ class Session:
             self.install()
 
     def _begin_epoch(self) -> None:
-        for target in [self.target, *[runner.target for runner in self._submodules.values()]]:
-            for entry in target.dispatcher.begin_epoch():
-                assert isinstance(entry, GraphEntry)
-                self.cache.drop(entry)
+        self._drop(self.target.dispatcher.begin_epoch())
+        for runner in self._submodules.values():
+            runner.begin_epoch()
 
-    def _drop(self, target: GraphTarget) -> None:
-        for entry in target.dispatcher.entries():
+    def _drop(self, entries: Iterable[object]) -> None:
+        for entry in entries:
             assert isinstance(entry, GraphEntry)
             self.cache.drop(entry)
 
@@ -172,9 +173,7 @@ class Session:
             watched.did_one_time_work,
             watched,
         )
-        for entry in dispatcher.watched(plan.state, variant, plan.variant):
-            assert isinstance(entry, GraphEntry)
-            self.cache.drop(entry)
+        self._drop(dispatcher.watched(plan.state, variant, plan.variant))
         self._written.update(watched.written)
         if not is_full:
             self.find_submodules(plan.state.descriptor, variant, plan.state.warmup_runs)

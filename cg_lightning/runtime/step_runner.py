@@ -20,6 +20,7 @@ from cg_lightning.core.forward_context import (
 )
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import WARM_UP, Reason, Status
+from cg_lightning.report.stats import StepsRecord
 from cg_lightning.runtime.dispatcher import Action, KeyState, Plan, Variant
 from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.session import Session
@@ -188,14 +189,27 @@ class StepRunner:
     ) -> Any:
         """Count the step, and with ``strict=True`` refuse one that ran in a lower mode than asked."""
         session = self._session
-        shapes = "-" if descriptor is None else descriptor.shapes()
-        if outcome.mode is PIECEWISE:
-            session.stats.ran_piecewise(self._stage, shapes, outcome.reason)
-        elif outcome.mode is NONE:
-            session.stats.ran_eagerly(self._stage, shapes, outcome.reason or WARM_UP)
+        if outcome.mode is not FULL:
+            self._count(outcome, descriptor, variant)
         if session.settings.strict and outcome.reason is not None:
             self._refuse(outcome, outcome.reason, variant)
         return outcome.output
+
+    def _count(
+        self, outcome: Outcome, descriptor: BatchDescriptor | None, variant: Variant | None
+    ) -> None:
+        record = None if variant is None else variant.record
+        is_counted = isinstance(record, StepsRecord) and record.reason is outcome.reason
+        if is_counted and outcome.mode is PIECEWISE:
+            record.steps += 1
+            return
+        shapes = "-" if descriptor is None else descriptor.shapes()
+        reason = outcome.reason
+        if outcome.mode is NONE:
+            reason = reason or WARM_UP
+        record = self._session.stats.ran(self._stage, outcome.mode.name, shapes, reason)
+        if variant is not None and outcome.mode is PIECEWISE:
+            variant.record = record
 
     def _refuse(self, outcome: Outcome, reason: Reason, variant: Variant | None) -> None:
         policy = self._session.settings.runtime_policy

@@ -12,8 +12,7 @@ from torch import nn
 from cg_lightning.backends import GraphBackend
 from cg_lightning.capture.capture import GraphCall
 from cg_lightning.capture.entry import GraphEntry
-from cg_lightning.core.call_key import describe_call
-from cg_lightning.core.descriptor import BatchDescriptor
+from cg_lightning.core.descriptor import BatchDescriptor, describe_call
 from cg_lightning.core.errors import UnkeyableBatchError
 from cg_lightning.core.forward_context import StepInProgress, current_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
@@ -45,6 +44,7 @@ class SubmoduleRunner(ModuleHandler):
         self.name = path or "forward"
         self._backend = backend
         self._guards: dict[BatchDescriptor, list[GuardSet]] = defaultdict(list)
+        self._changed: dict[BatchDescriptor, str] = {}
         self._refusals: dict[BatchDescriptor, Reason] = {}
         self._interception: Interception | None = None
 
@@ -73,6 +73,15 @@ class SubmoduleRunner(ModuleHandler):
     def refuse(self, step: BatchDescriptor, reason: Reason) -> None:
         """Run eagerly in steps with this key, unless another watched step allows it."""
         self._refusals[step] = reason
+
+    def begin_epoch(self) -> None:
+        """Forget what was allowed for large containers that have changed since."""
+        self._drop(self.target.dispatcher.begin_epoch())
+        for key, known in self._guards.items():
+            stale = [guards for guards in known if not guards.check_epoch()]
+            if stale:
+                self._changed[key] = stale[0].explain()
+                self._guards[key] = [guards for guards in known if guards not in stale]
 
     def install(self) -> None:
         """Intercept the submodule from now on; idempotent."""
@@ -127,7 +136,8 @@ class SubmoduleRunner(ModuleHandler):
             return plan
         guards = next((guards for guards in self._guards[key] if guards.check()), None)
         if guards is None:
-            changed = self._guards[key][0].explain() if self._guards[key] else "the submodule"
+            known = self._guards[key]
+            changed = known[0].explain() if known else self._changed.get(key, self.name)
             step.changed = changed
             reason = Reason(Status.CHANGED, f"{self.name}: {changed}")
             return Plan(Action.EAGER, state, None, reason)

@@ -138,7 +138,7 @@ class InertInstallation:
     def _run_step(self, stage: str, *args: Any, **kwargs: Any) -> Any:
         step = getattr(type(self._strategy), STEP_METHODS[stage])
         output = step(self._strategy, *args, **kwargs)
-        self._stats.ran_eagerly(stage, "-", self._reason)
+        self._stats.ran(stage, "NONE", "-", self._reason)
         return output
 
 

@@ -8,13 +8,12 @@ is used.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics import Metric
 
-from cg_lightning.effects.effect import Effect
+from cg_lightning.effects.effect import Effect, RestoreLogResults
 from cg_lightning.trainer.log_calls import HeldLogCalls
 
 
@@ -96,7 +95,7 @@ class LoggedResults:
             self.collection.reset(metrics=False, fx=fx)
             self.connector._current_fx = fx
 
-    def skip_values_of_steps(self) -> None:
+    def begin_stage(self) -> None:
         """Skip Lightning's per-step scan of logged values if none has ``on_step=True``."""
         results = self.collection
         if results is not None and not any(result.meta.on_step for result in results.values()):
@@ -112,7 +111,15 @@ class LoggedResults:
 
     def effect(self) -> Effect:
         """Return what the step that has just logged did beside updating metrics."""
-        return RestoreLogResults(self)
+        results, connector = self.collection, self.connector
+        return RestoreLogResults(
+            self,
+            results,
+            [
+                (vars(connector), "_current_fx", connector._current_fx),
+                (vars(results), "batch_size", results.batch_size),
+            ],
+        )
 
     @property
     def _any_collection(self) -> Any:
@@ -140,44 +147,3 @@ class _MetricsOfEpochs:
         ):
             return {"callback": {}, "log": {}, "pbar": {}}
         return type(results).metrics(results, on_step)
-
-
-class RestoreLogResults(Effect):
-    """What ``self.log`` does at each step beside updating metrics.
-
-    Args:
-        logged: The logged values; their step has just run.
-    """
-
-    def __init__(self, logged: LoggedResults) -> None:
-        self._logged = logged
-        self._results = logged.collection
-        self._items = list(self._results.items())
-        self._batch_size = self._results.batch_size
-        self._connector = logged.connector
-        self._fx = self._connector._current_fx
-        self._stage_number = -1
-
-    def is_valid(self) -> bool:
-        """Return False if other metrics stand behind the logged values than when captured.
-
-        Lightning replaces them between stages only, so it is looked at once a stage.
-        """
-        if self._stage_number == self._logged.stage_number:
-            return True
-        return self._logged.collection is self._results and all(
-            self._results.get(key) is metric for key, metric in self._items
-        )
-
-    def before_replay(self) -> None:
-        """Reset logged values, if this is the first step of an epoch."""
-        if self._connector._current_fx != self._fx:
-            self._logged.begin()
-
-    def after_replay(self, tensors: Iterator[Tensor]) -> None:
-        """Leave what ``self.log`` leaves."""
-        if self._stage_number != self._logged.stage_number:
-            self._stage_number = self._logged.stage_number
-            self._logged.skip_values_of_steps()
-        self._connector._current_fx = self._fx
-        self._results.batch_size = self._batch_size

@@ -38,7 +38,8 @@ class Logging(Detector):
             if not self.watch.run_logging:
                 return None
             effects = self.watch.effects
-            is_made_later = effects is not None and not effects.logs_in_graph()
+            with self.watch.paused():
+                is_made_later = effects is not None and not effects.logs_in_graph()
             with self.watch.in_framework(), self._held_by_a_step_if(is_made_later):
                 return original(*args, **kwargs)
 
