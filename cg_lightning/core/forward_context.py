@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.modes import CUDAGraphMode
@@ -17,14 +18,14 @@ _RUNTIME_MODES = frozenset(mode for mode in CUDAGraphMode if mode.is_valid_runti
 class StepInProgress:
     """Counts what submodules do within one step."""
 
-    __slots__ = ("_calls", "changed", "graphs", "reasons")
+    __slots__ = ("_calls", "graphs", "misses", "reasons")
 
     def __init__(self) -> None:
         self._calls: dict[int, int] = {}
         self.graphs = 0
         """Graphs of submodules that were replayed."""
-        self.changed = ""
-        """What a submodule reads that is not what it was when the step was watched."""
+        self.misses: list[Any] = []
+        """Submodules that no watched step allows with what they read now; the runners know what they are."""
         self.reasons: dict[str, Reason] = {}
         """Why a submodule ran eagerly, by its path."""
 

@@ -6,13 +6,14 @@ import dataclasses
 from collections import Counter
 from typing import Any
 
+from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
-from cg_lightning.core.reasons import Reason
+from cg_lightning.core.reasons import Reason, Status
 
 MOST_SHAPES = 64
 """Shapes that are told apart for one stage, mode and reason; further ones are counted together."""
-MOST_REASONS = 256
-"""Sentences that are told apart; further ones are counted by their kind."""
+MOST_REASONS = 64
+"""Sentences of one kind that are told apart; further ones are counted by their kind."""
 OTHER_SHAPES = "other shapes"
 
 
@@ -81,6 +82,7 @@ class CUDAGraphStats:
         """A record for each key of each target that was captured."""
         self._records: dict[tuple[str, str, str, Reason | None], StepsRecord] = {}
         self._num_shapes: Counter[tuple[str, str, Reason | None]] = Counter()
+        self._num_reasons: Counter[tuple[str, str, Cause | Status]] = Counter()
         self._index: dict[tuple[str, str, BatchDescriptor], EntryRecord] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -109,10 +111,12 @@ class CUDAGraphStats:
         """
         key = (stage, mode, shapes, reason)
         if key not in self._records:
-            if reason is not None and len(self._num_shapes) >= MOST_REASONS:
-                # a value that changes with each batch, for example
-                reason = Reason(reason.kind, f"{reason.kind.value}, for one of many reasons")
-                key = (stage, mode, shapes, reason)
+            if reason is not None and (stage, mode, reason) not in self._num_shapes:
+                self._num_reasons[stage, mode, reason.kind] += 1
+                if self._num_reasons[stage, mode, reason.kind] > MOST_REASONS:
+                    # a value that changes with each batch, for example
+                    reason = Reason(reason.kind, f"{reason.kind.value}, for one of many reasons")
+                    key = (stage, mode, shapes, reason)
             if self._num_shapes[stage, mode, reason] >= MOST_SHAPES:
                 key = (stage, mode, OTHER_SHAPES, reason)
             self._num_shapes[stage, mode, reason] += 1

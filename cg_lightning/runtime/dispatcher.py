@@ -131,6 +131,19 @@ class Dispatch(NamedTuple):
     reason: Reason | None
 
 
+class Miss(NamedTuple):
+    """A submodule that no watched step allows with the values that it reads now."""
+
+    changed: str
+    """What has changed, with both values."""
+    known: list[Guards]
+    """The values with which it is allowed."""
+
+    def is_met(self) -> bool:
+        """Return whether a step that is watched now would meet such values."""
+        return not any(guards.check() for guards in self.known)
+
+
 @dataclasses.dataclass(eq=False)
 class Variant:
     """One way that the steps of a key take: what they read, what a watched one showed, and its graph."""
@@ -168,8 +181,8 @@ class KeyState:
     """Steps with this key so far."""
     warmup_runs: int = 0
     variants: list[Variant] = dataclasses.field(default_factory=list)
-    watch_again: str = ""
-    """What has changed, if somebody asked for another watched step."""
+    miss: Miss | None = None
+    """Why another step has to be watched, if a submodule asked for it."""
 
 
 class Plan(NamedTuple):
@@ -269,8 +282,8 @@ class CUDAGraphDispatcher:
         variant = self._current_variant(state)
         if variant is None:
             return self._plan_without_variant(state)
-        if state.watch_again:
-            return self._plan_another_look(state, variant)
+        if state.miss is not None and state.miss.is_met():
+            return self._plan_another_look(state, variant, state.miss)
         if not self._is_warm(state, variant):
             looks_again = self._watches and variant.needs_second_look
             return Plan(Action.WATCH if looks_again else Action.WARM_UP, state, variant, WARM_UP)
@@ -305,12 +318,12 @@ class CUDAGraphDispatcher:
         reason = Reason(Status.CHANGED, f"changed: {changed}") if changed else WARM_UP
         return Plan(Action.WATCH, state, None, reason)
 
-    def _plan_another_look(self, state: KeyState, variant: Variant) -> Plan:
-        state.ledger.note(Status.UNPROFITABLE, state.watch_again)
+    def _plan_another_look(self, state: KeyState, variant: Variant, miss: Miss) -> Plan:
+        state.ledger.note(Status.UNPROFITABLE, miss.changed)
         if not state.ledger.may_spend():
             return self._plan_warm(state, variant)
-        reason = Reason(Status.CHANGED, f"changed: {state.watch_again}")
-        state.watch_again = ""
+        reason = Reason(Status.CHANGED, f"changed: {miss.changed}")
+        state.miss = None
         return Plan(Action.WATCH, state, None, reason)
 
     def _unprofitable(self, state: KeyState, variant: Variant | None) -> Plan:

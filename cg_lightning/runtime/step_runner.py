@@ -159,8 +159,8 @@ class StepRunner:
         context = ForwardContext(PIECEWISE, plan.state.descriptor, progress)
         with override_forward_context(context):
             output = self._step(*args, **kwargs)
-        if progress.changed:
-            plan.state.watch_again = progress.changed
+        if progress.misses:
+            plan.state.miss = progress.misses[0]
         if progress.graphs:
             return Outcome(output, PIECEWISE, plan.variant.reason)
         reasons = list(dict.fromkeys(progress.reasons.values()))

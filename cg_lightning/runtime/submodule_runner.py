@@ -20,7 +20,7 @@ from cg_lightning.core.reasons import WARM_UP, Reason, Status
 from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import Change
 from cg_lightning.modules.interception import Interception, ModuleHandler
-from cg_lightning.runtime.dispatcher import Action, KeyState, Plan, Variant
+from cg_lightning.runtime.dispatcher import Action, KeyState, Miss, Plan, Variant
 from cg_lightning.runtime.target import GraphTarget, reason_of
 
 
@@ -138,7 +138,7 @@ class SubmoduleRunner(ModuleHandler):
         if guards is None:
             known = self._guards[key]
             changed = known[0].explain() if known else self._changed.get(key, self.name)
-            step.changed = changed
+            step.misses.append(Miss(changed, list(known)))
             reason = Reason(Status.CHANGED, f"{self.name}: {changed}")
             return Plan(Action.EAGER, state, None, reason)
         self._drop(
