@@ -199,8 +199,11 @@ class StepRunner:
         self, outcome: Outcome, descriptor: BatchDescriptor | None, variant: Variant | None
     ) -> None:
         record = None if variant is None else variant.record
-        is_counted = isinstance(record, StepsRecord) and record.reason is outcome.reason
-        if is_counted and outcome.mode is PIECEWISE:
+        if (
+            isinstance(record, StepsRecord)
+            and outcome.mode is PIECEWISE
+            and record.reason is outcome.reason
+        ):
             record.steps += 1
             return
         shapes = "-" if descriptor is None else descriptor.shapes()
