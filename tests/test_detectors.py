@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import logging
 import pkgutil
 import random
 import types
+from collections.abc import Iterator
 from random import random as draw_unseen
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, MetricCollection
 
 from cg_lightning import BatchDescriptor, CUDAGraphMode, ForwardContext, diagnose
-from cg_lightning.backends import resolve_backend
+from cg_lightning.backends import RecorderBackend, resolve_backend
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.forward_context import StepInProgress, override_forward_context
 from cg_lightning.core.reasons import Reason
@@ -44,6 +47,7 @@ from cg_lightning.diagnosis.detectors.trainer_reads import TrainerReads
 from cg_lightning.diagnosis.findings import AT_THE_END, Finding
 from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.diagnosis.watcher import DETECTORS, StepWatcher
+from cg_lightning.effects.module_effects import ModuleEffects
 from tests import models
 from tests.harness import Harness, features, validate
 from tests.models import Body, ConvNetClassifier, Predictor
@@ -475,3 +479,57 @@ def test_an_attribute_that_cannot_be_looked_into_keeps_a_step_out_of_graphs(tmp_
     callback = harness.callback(mode="FULL", warmup_steps=1)
     harness.trainer(callback).predict(Reads(), features(16))
     assert any("self.table cannot be looked into" in r for r in callback.stats.eager_reasons)
+
+
+class WaitsAsAGPU(RecorderBackend):
+    """Reports all reads of tensors in Python, as PyTorch does for those of a GPU."""
+
+    @contextlib.contextmanager
+    def noticing_host_syncs(self, on_call: Any) -> Iterator[None]:
+        def noticed(original: Any) -> Any:
+            def read(*args: Any) -> Any:
+                on_call(Cause.HOST_SYNC, "synchronizing CUDA operation")
+                return original(*args)
+
+            return read
+
+        with contextlib.ExitStack() as stack:
+            for owner, name in (
+                (torch.Tensor, "__bool__"),
+                (torch.Tensor, "item"),
+                (torch, "equal"),
+            ):
+                patched = patch.object(owner, name, noticed(getattr(owner, name)))
+                stack.enter_context(patched)
+            yield
+
+
+class Busy(ConvNetClassifier):
+    """Updates a metric, logs, changes a tensor and a list: all that we compare afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.total, self.seen = torch.zeros(1), [torch.zeros(1)]
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.total += 1
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_what_we_compare_ourselves_is_no_wait_of_the_steps(is_compiled):
+    """On a GPU each comparison of ours waits for the device, and is none of the step's."""
+    model = Busy()
+    if is_compiled:
+        model.net = torch.compile(model.net, backend="eager")
+    effects = ModuleEffects(model, torch.device("cpu"))
+    backend = WaitsAsAGPU(torch.device("cpu"))
+    watcher = StepWatcher(model, backend, effects=effects, run_logging=False)
+    batch = (torch.randn(4, 1, 8, 8), torch.randint(0, 10, (4,)))
+    with torch.no_grad():
+        for _ in range(3):
+            watched = watcher.watch(lambda: model.validation_step(batch, 0), batch)[1]
+        assert [str(finding) for finding in watched.findings] == []
+        reads = lambda: model.net(batch[0]).sum().item()
+        waits = watcher.watch(reads, batch)[1]
+    assert Cause.HOST_SYNC in {finding.cause for finding in waits.findings}

@@ -40,9 +40,9 @@ DETECTORS: tuple[type[Detector], ...] = (
     Printing,
     RandomNumbers,
     ForwardHooks,
-    HostReads,
     Mutations,
     Operations,
+    HostReads,  # after all that compare tensors: on a GPU a comparison waits for the device
     GlobalReads,  # stays last: its profiler is called for each function, ours included
 )
 
