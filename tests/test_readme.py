@@ -1,4 +1,4 @@
-"""That README and docs say what is there."""
+"""README and docs agree with the code."""
 
 import ast
 import re
@@ -7,6 +7,15 @@ from pathlib import Path
 import pytest
 
 from cg_lightning.core.causes import Cause
+from cg_lightning.core.reasons import WARM_UP, Status
+from cg_lightning.report.stats import StepsRecord
+from cg_lightning.runtime.dispatcher import (
+    CAPTURE_COST,
+    CREDIT,
+    FIRST_WAIT,
+    MOST_UNREPEATED,
+    WATCH_COST,
+)
 from tests.test_imports import PACKAGE
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +46,27 @@ def test_the_map_names_each_folder():
 def test_causes_and_remedies():
     for cause in Cause:
         assert f"| {cause.value} | {cause.remedy} |" in README
+
+
+def test_statuses_and_remedies():
+    rows = {row.split(" | ")[0]: row for row in re.findall(r"^\| (.* \|)$", README, re.MULTILINE)}
+    for status in Status:
+        assert rows[status.value].endswith(f"| {status.remedy} |" if status.remedy else " |")
+
+
+def test_the_fields_of_a_reason():
+    fields = ", ".join(StepsRecord("", "", "", WARM_UP).to_dict())
+    for document in ("docs/diagnosis.md", "CHANGELOG.md"):
+        assert f"{{{fields}}}" in (ROOT / document).read_text()
+
+
+def test_the_numbers_of_the_ledger():
+    waits = f"{FIRST_WAIT} steps, then may spend once; the next waits are {2 * FIRST_WAIT}"
+    assert waits in ARCHITECTURE
+    assert f"| watched step | -{WATCH_COST} |" in ARCHITECTURE
+    assert f"| capture | -{CAPTURE_COST}, " in ARCHITECTURE
+    assert f"| start | {CREDIT} |" in ARCHITECTURE
+    assert f"After {MOST_UNREPEATED} watched keys" in ARCHITECTURE
 
 
 def test_every_argument_of_the_callback():

@@ -1,0 +1,63 @@
+"""The examples in docstrings of public names run, and each public name says what it does."""
+
+import doctest
+import inspect
+
+import pytest
+
+import cg_lightning
+
+NAMES = cg_lightning.__all__
+WITH_EXAMPLE = [
+    "BatchDescriptor",
+    "CUDAGraphCallback",
+    "CUDAGraphDispatcher",
+    "CUDAGraphMode",
+    "CUDAGraphWrapper",
+    "UnkeyableBatchError",
+    "diagnose",
+    "is_forward_context_available",
+    "set_cudagraph_capturing_enabled",
+    "set_forward_context",
+    "weak_ref_tensors",
+]
+
+
+def examples(name: str) -> list[doctest.DocTest]:
+    public = getattr(cg_lightning, name)
+    if not callable(public):
+        return []
+    finder = doctest.DocTestFinder(recurse=inspect.isclass(public), exclude_empty=True)
+    return [test for test in finder.find(public, name, globs={}) if test.examples]
+
+
+def run(test: doctest.DocTest) -> str:
+    output: list[str] = []
+    doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=output.append)
+    return "".join(output)
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLE)
+def test_examples_run(name):
+    found = examples(name)
+    assert found
+    assert [run(test) for test in found] == [""] * len(found)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in WITH_EXAMPLE])
+def test_an_example_that_is_not_listed_here_is_noticed(name):
+    assert examples(name) == []
+
+
+def test_that_a_wrong_example_is_noticed():
+    test = doctest.DocTestParser().get_doctest(">>> 1 + 1\n3\n", {}, "wrong", None, None)
+    assert "Expected:" in run(test)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_public_name_says_what_it_does(name):
+    public = getattr(cg_lightning, name)
+    # ``compilation_counter`` is an object: its class says what it counts
+    described = public if callable(public) else type(public)
+    assert inspect.getdoc(described)
+    assert not (inspect.getdoc(described) or "").startswith(("Gives", "Raises"))
