@@ -1,4 +1,4 @@
-"""Fixtures: every behaviour test runs on every backend that the machine has."""
+"""Fixtures: every behaviour test runs on every backend of the machine."""
 
 from __future__ import annotations
 
@@ -45,8 +45,11 @@ def harness(backend: str, tmp_path) -> Harness:
     return Harness(backend, tmp_path)
 
 
-PATCHABLE = ("__call__", "__getattribute__", "__setattr__", "__getattr__", "__reduce_ex__", "__getstate__", "__deepcopy__",
-             "__copy__", "log", "log_dict", "print", "validation_step", "test_step", "predict_step")  # fmt: skip
+PATCHABLE = (
+    *("__call__", "__getattribute__", "__setattr__", "__getattr__"),
+    *("__reduce_ex__", "__getstate__", "__deepcopy__", "__copy__"),
+    *("log", "log_dict", "print", "validation_step", "test_step", "predict_step"),
+)
 CLASSES = (nn.Module, nn.Linear, nn.Sequential, LightningModule, Strategy, Metric, MetricCollection)
 
 
@@ -62,7 +65,7 @@ ORIGINALS = attributes_of_classes()
 
 
 def classes_with_a_trace() -> list[str]:
-    """Methods of classes that are others than before the tests, or in whose place a function of ours stands."""
+    """Return methods of classes that have changed since the start, or are functions of ours."""
     changed = [name for name, now in attributes_of_classes().items() if now is not ORIGINALS[name]]
     ours = [
         f"{cls.__name__}.{name}"
@@ -73,7 +76,7 @@ def classes_with_a_trace() -> list[str]:
 
 
 def modules_with_a_trace() -> list[str]:
-    """Modules that are still intercepted."""
+    """Return modules that are still intercepted."""
     return [type(module).__name__ for module in interception.intercepted_modules()]
 
 

@@ -1,4 +1,4 @@
-"""The metrics that the whole step is tried with: how each is made and updated, and whether it runs in mode FULL."""
+"""Metrics for tests of whole steps: constructor, update, and if mode FULL is expected."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ class Case:
     make: Callable[[], nn.Module]
     call: Update
     reason: Cause | tuple[Cause, ...] | None = None
-    """Why a step that calls ``update`` is not FULL; None: it is."""
+    """Why a step that calls ``update`` is not FULL. None if it is."""
     forward_reason: Cause | tuple[Cause, ...] | None = None
-    """The same of a step that calls the metric, for its value of the batch."""
+    """The same for a step that calls the metric to get the value of the batch."""
 
 
 CASES: dict[str, Case] = {
@@ -159,7 +159,7 @@ CASES: dict[str, Case] = {
         Cause.TENSOR_FROM_PYTHON,
         Cause.TENSOR_FROM_PYTHON,
     ),
-    # how often each row is drawn is random: sometimes one shape is met first, sometimes the other
+    # the number of draws of each row is random, so the first shape is random as well
     "BootStrapper": Case(lambda: BootStrapper(tm.MeanSquaredError(), 3), _regression, ANY, ANY),
     "MetricCollection": Case(
         lambda: tm.MetricCollection([c.MulticlassPrecision(CLASSES), c.MulticlassRecall(CLASSES)]),

@@ -1,4 +1,4 @@
-"""What the callback puts on a module, when it takes it off, and what it tells."""
+"""The callback: its interceptions, their removal, and its reports."""
 
 import contextlib
 import copy
@@ -28,7 +28,7 @@ GRAPHS = {"recorder": RecordedGraph, "cuda": CUDACapturedGraph}
 
 
 class Looks(Callback):
-    """Looks at the module from another callback, at every batch."""
+    """Inspects the module from another callback, at every batch."""
 
     def __init__(self, look: Any) -> None:
         self.look = look
@@ -41,7 +41,7 @@ class Looks(Callback):
 
 
 def test_counts_add_up(harness):
-    """Hazard 21: that it engaged is a fact that one can assert."""
+    """Hazard 21: a test can assert that graphs were used."""
     callback = harness.callback(mode="PIECEWISE", warmup_steps=2)
     harness.compare(Predictor(Body()), predict(features(26)), callback)
     stats = callback.stats
@@ -92,7 +92,7 @@ def test_targets_are_patterns_of_names(harness):
 
 @pytest.mark.parametrize("settings", [{}, {"targets": ["net.block"]}])
 def test_a_named_target_that_changes_its_input_is_refused(harness, settings):
-    """A second run of an in-place ReLU gives the same output, so comparing outputs would not show it."""
+    """A second run of an in-place ReLU has the same output, so a comparison cannot show it."""
 
     class Residual(nn.Module):
         def __init__(self) -> None:
@@ -520,7 +520,7 @@ def test_more_shapes_than_graphs_do_not_capture_in_every_step(harness, mode):
 
 
 class Named(Predictor):
-    """Gives back the name that came with the features."""
+    """Returns the name that came with the features."""
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         return {"output": self.net(batch["features"]), "name": batch["name"]}
@@ -536,7 +536,7 @@ def named(names: list[str]) -> DataLoader:
 
 @pytest.mark.parametrize("mode", ["FULL", "FULL_AND_PIECEWISE"])
 def test_a_name_that_is_another_one_in_each_batch(harness, mode):
-    """Hazard 21: no key would ever come again, so that all would be warm-up, and each step watched."""
+    """Hazard 21: keys never repeat, so without care each step would be a watched warm-up."""
     callback = harness.callback(mode=mode, warmup_steps=2)
     twice = lambda trainer, module: [
         trainer.predict(module, named([f"{i}.png" for i in range(40)])) for _ in range(2)
@@ -564,7 +564,7 @@ def test_one_step_that_needs_more_graphs_than_there_may_be(harness):
         mode="PIECEWISE", max_graphs=3, warmup_steps=1, targets=["net.cell"]
     )
     harness.compare(Predictor(CellLoop()), predict(sequences()), callback)
-    assert callback.stats.captures == 3  # not anew in every step
+    assert callback.stats.captures == 3  # not in every step
     assert callback.stats.replays == 3 * 4
 
 
@@ -640,7 +640,7 @@ def test_the_summary_is_printed_once_when_the_trainer_is_done(harness, capsys, r
 
 
 def test_nothing_of_ours_waits_for_the_garbage_collector(harness):
-    """Hazard 34: states at fixed addresses, static inputs and graphs are gone when the Trainer is done."""
+    """Hazard 34: static states, static inputs and graphs are freed when the Trainer is done."""
     from cg_lightning.capture.static_inputs import StaticInputs
     from cg_lightning.effects.recorder import EffectRecorder
     from cg_lightning.metrics.states import MetricState

@@ -1,4 +1,4 @@
-"""Modules, methods and functions that ``torch.compile`` runs: nobody can watch what is inside them."""
+"""Modules, methods and functions under ``torch.compile``, whose code cannot be watched."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def layer_of(module: LightningModule) -> Layer:
 
 
 class Residual(LightningModule):
-    """Uses what it has given to a layer again."""
+    """Uses the input of a layer again."""
 
     def __init__(self, layer: Layer, how: str) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class Changes(Callback):
 @pytest.mark.parametrize("how", ["wrapped", "in place"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_what_nobody_can_watch_is_compared(harness, kind, how, mode):
-    """Hazards 4, 6, 7 and 20, where no operation and no read of an attribute can be seen."""
+    """Hazards 4, 6, 7 and 20, in code whose operations and reads cannot be observed."""
     callback = harness.callback(mode=mode, warmup_steps=1, verify_replays=0)
     seen = []
     for extra in ([callback], []):
@@ -129,7 +129,7 @@ def test_what_nobody_can_watch_is_compared(harness, kind, how, mode):
 
 
 class CompiledMethods(Predictor):
-    """Compiles what it calls, and waits for the device or not."""
+    """Compiles a callee, and optionally waits for the device."""
 
     def __init__(self, backend: Any, waits: bool) -> None:
         super().__init__(Body())
@@ -168,7 +168,7 @@ class NetCompiledInPlace(CompiledMethods):
 @pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("kind", [CompiledMethods, CompiledNet, NetCompiledInPlace])
 def test_nothing_is_compiled_anew_in_each_epoch(harness, kind, waits):
-    """Compiled code checks for the classes of the modules that it uses: those that stand in for them stay the same ones."""
+    """Compiled code guards on the classes of its modules, which must stay the same."""
 
     def compiled(epochs: int, *callbacks: Callback) -> int:
         compilations = []
@@ -225,7 +225,7 @@ class MetricInside(Predictor):
 @pytest.mark.filterwarnings("ignore:(?s).*Dynamo")  # about torchmetrics
 @pytest.mark.parametrize("how", ["method", "in place", "wrapped"])
 def test_metrics_that_compiled_code_updates(harness, how):
-    """Their states may be elsewhere, where compiled code would not find them."""
+    """States may be in static tensors, where compiled code does not find them."""
     callback, seen = harness.callback(mode="FULL", warmup_steps=1), []
     for extra in ([callback], []):
         torch.manual_seed(3)
@@ -237,11 +237,11 @@ def test_metrics_that_compiled_code_updates(harness, how):
 
 @pytest.mark.parametrize("kind", [CompiledMethods, CompiledNet, NetCompiledInPlace])
 def test_what_is_compiled_is_compiled_before_the_capture(harness, kind):
-    """The compiler may wait for the device or compute something in advance, which a capture would only note down."""
+    """The compiler may wait for the device or compute a value, which a capture cannot do."""
 
     def backend(graph: Any, inputs: Any) -> Any:
         device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
-        constant = torch.tensor([1.0], device=device)  # no capture can hold this
+        constant = torch.tensor([1.0], device=device)  # no graph can contain this
         return lambda *args: tuple(constant * output for output in graph(*args))
 
     callback, seen = harness.callback(mode="FULL", warmup_steps=1), []
@@ -270,7 +270,7 @@ def test_a_module_that_is_also_called_uncompiled(harness):
 @pytest.mark.filterwarnings("ignore:CUDAGraphCallback is inert")
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_lightning_module_that_is_compiled_as_a_whole(harness, in_place):
-    """Its steps are compiled code, in which nothing of ours may be."""
+    """Its steps are compiled code, which must not contain functions of ours."""
     callback, seen = harness.callback(), []
     for extra in ([callback], []):
         torch.manual_seed(3)
@@ -327,11 +327,13 @@ def test_a_module_compiled_in_place_has_no_trace_of_us(harness):
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:(?s).*TensorFloat32 tensor cores")  # PyTorch, when it compiles
+@pytest.mark.filterwarnings(
+    "ignore:(?s).*TensorFloat32 tensor cores"
+)  # PyTorch warns when it compiles
 @pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
 @pytest.mark.parametrize("kind", [CompiledNet, NetCompiledInPlace])
 def test_inductor(tmp_path, kind, mode):
-    """Every batch is what the compiled module gives without graphs, the watched ones too."""
+    """Every batch, watched or not, equals that of the compiled module without graphs."""
     harness = Harness("cuda", tmp_path)
     callback, seen = harness.callback(mode=mode, warmup_steps=1), []
     for extra in ([callback], []):

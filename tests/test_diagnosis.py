@@ -1,4 +1,4 @@
-"""What stands in the way of a graph, found before any capture."""
+"""Obstacles to a graph, found before any capture."""
 
 import contextlib
 import copy
@@ -24,7 +24,7 @@ from tests.models import Body, ConvNetClassifier, Predictor
 
 
 class Runs(nn.Module):
-    """A clean trunk, then any function."""
+    """A clean submodule, then any function."""
 
     def __init__(self, function: Any) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ def test_uses_of_batch_idx():
 
 
 def test_a_generator_of_its_own():
-    """No graph draws from it, and no verification puts it back."""
+    """No graph draws from it, and verification does not restore it."""
 
     class Draws(Predictor):
         def predict_step(self, batch: Any, batch_idx: int) -> Any:
@@ -276,7 +276,7 @@ def test_bad_input():
 
 
 def test_what_was_found_is_what_the_recorder_refuses():
-    """The table of the diagnosis and that of the recorder are one; what only Python sees is found by both."""
+    """Diagnosis and recorder use one table. Both find what only Python code shows."""
     from tests.test_recorder import SYNCS
 
     for name, function in SYNCS.items():
@@ -287,7 +287,7 @@ def test_what_was_found_is_what_the_recorder_refuses():
 
 
 def test_our_own_comparisons_are_no_findings():
-    """What a step on a GPU is watched for besides: the CPU's generator is compared around each call."""
+    """On a GPU, the CPU's generator is also compared around each call."""
     model = Body()
     backend: Any = types.SimpleNamespace(
         device=torch.device("cuda"), noticing_host_syncs=lambda on_call: contextlib.nullcontext()
@@ -306,7 +306,7 @@ class Meter:
 
 
 class KeepsElsewhere(Predictor):
-    """What it changes is neither a buffer nor an attribute of its own."""
+    """Changes a value that is neither a buffer nor its own attribute."""
 
     def __init__(self, how: str) -> None:
         super().__init__(Body())
@@ -354,7 +354,7 @@ def test_what_is_kept_elsewhere_is_noticed(tmp_path, how):
 
 
 def test_what_compiling_does_is_done_once(harness):
-    """The first watched step compiles the network, which may wait for the device: the next one is looked at as well."""
+    """The first watched step compiles and may wait for the device, so the next is watched too."""
 
     def compiler(graph: Any, inputs: Any) -> Any:
         torch.ones(1, device=inputs[0].device).tolist()

@@ -1,4 +1,4 @@
-"""The one decider, as a table: no Trainer, no GPU, no graph."""
+"""The dispatcher as a table: no Trainer, no GPU, no graph."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Graph:
 
 
 class Runner:
-    """Does what a plan says, as the runners do, with no step to run."""
+    """Follows plans as the runners do, without a real step."""
 
     def __init__(self, policy: CUDAGraphMode = FULL, **settings) -> None:
         self.world = {"value": 1}
@@ -248,7 +248,7 @@ def test_keys_that_never_come_again_stop_being_watched():
     actions = [runner.step(key) for key in keys]
     assert actions[:MOST_UNREPEATED] == [WATCH] * MOST_UNREPEATED
     assert set(actions[MOST_UNREPEATED:]) == {WARM_UP}
-    assert runner.step(keys[-1]) is WATCH  # it has come again
+    assert runner.step(keys[-1]) is WATCH  # its second sight
     assert runner.step(keys[-1]) is CAPTURE
 
 

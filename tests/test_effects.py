@@ -45,7 +45,7 @@ class Measured(nn.Module):
 
 
 class Collects(Metric):
-    """A list state; ``replaces`` makes a new list of it."""
+    """A list state. With ``replaces``, update assigns a new list."""
 
     def __init__(self, replaces: bool) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Collects(Metric):
 
 
 class Captured:
-    """What a loop of one's own does with a recorder: captures a step, and replays it."""
+    """Captures a step with a recorder and replays it, as a custom loop does."""
 
     def __init__(self, module: nn.Module, step: Step, example: Tensor, **settings: Any) -> None:
         self.backend = resolve_backend("recorder", example.device)
@@ -98,7 +98,7 @@ class Captured:
         tensors = iter([tensor.clone() for tensor in self.tensors])
         for effect in self.kinds:
             effect.after_replay(tensors)
-        assert next(tensors, None) is None  # each effect took what belongs to it
+        assert next(tensors, None) is None  # each effect took its own tensors
         return self.output.clone() if isinstance(self.output, Tensor) else self.output
 
     def has(self, kind: type[Effect]) -> bool:
@@ -106,7 +106,7 @@ class Captured:
 
 
 def shown(module: nn.Module) -> list[Any]:
-    """All that a user can see of the metrics, without changing it."""
+    """Return everything that a user can read from the metrics, without a change."""
     metrics = [child for child in module.modules() if isinstance(child, Metric)]
     names = ("_update_count", "_forward_cache", "_computed", "_dtype")
     return [
@@ -251,7 +251,7 @@ def test_a_state_of_another_shape_makes_the_graph_invalid():
 
 
 def test_a_graph_of_before_another_shape_stays_invalid():
-    """A new graph took other static tensors: what the old one writes would be read by nobody."""
+    """A new graph uses other static tensors, so the old one would write to unused tensors."""
     module, (first, *_) = Measured(metric=MulticlassAccuracy(4)), batches()
     with torch.inference_mode():
         captured = Captured(module, update, first)
@@ -317,11 +317,11 @@ def test_checks_are_read_later_and_raise_what_eager_raises(step):
     with torch.inference_mode():
         captured.replay(bad)
     for effect in captured.kinds:
-        effect.drop()  # what it has found is still read
+        effect.drop()  # its result is still read
     with pytest.raises(RuntimeError) as caught:
         captured.effects.release(check=True)
     assert str(caught.value) == str(expected.value)
-    captured.effects.release(check=True)  # it is said once
+    captured.effects.release(check=True)  # one warning only
 
 
 def test_a_step_that_checks_nothing_is_captured_once():
@@ -368,7 +368,7 @@ def test_what_a_replay_cannot_do_is_refused():
 
 
 class OwnLog(nn.Module):
-    """A module with a ``log`` of another framework, whose logged values we do not know."""
+    """A module with the ``log`` of another framework, whose logged values are unknown."""
 
     def __init__(self) -> None:
         super().__init__()

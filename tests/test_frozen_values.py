@@ -1,4 +1,4 @@
-"""What a step reads from attributes, however it is kept, and what others change in it between two batches."""
+"""Values that a step reads from attributes of any kind, changed between two batches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Plain:
 
 
 class Scales:
-    """Called like a function, and keeps what a function does not."""
+    """A callable object with state."""
 
     def __init__(self) -> None:
         self.factor = 1.0
@@ -56,7 +56,7 @@ def move(tensor: Tensor) -> None:
 
 
 Case = tuple[Function[[], Any], Function[[Tensor, Any], Tensor], Function[[Any], None]]
-"""Makes what the module keeps; uses it; changes it."""
+"""Functions to make, use and change a value that the module stores."""
 CASES: dict[str, Case] = {
     "slots": (Slotted, lambda x, kept: x * kept.factor, set_to("factor", 3.0)),
     "tensor in slots": (
@@ -120,7 +120,7 @@ CASES: dict[str, Case] = {
 
 
 def on(kept: Any, device: torch.device) -> Any:
-    """What no LightningModule moves, moved."""
+    """Moves values that a LightningModule does not move."""
     if isinstance(kept, Tensor):
         return kept.to(device)
     if isinstance(kept, list):
@@ -151,7 +151,7 @@ class Keeps(Predictor):
 
 @pytest.mark.parametrize("name", CASES)
 def test_changed_between_two_batches(harness: Harness, device, name):
-    """Hazards 4 and 7: no verification finds it, it is looked for before each replay."""
+    """Hazards 4 and 7: guards find it before each replay, verification is off."""
     torch.manual_seed(2)
     callback = harness.callback(warmup_steps=1, verify_replays=0)
     harness.compare(Keeps(CASES[name], device, 4), predict(features(32)), callback)
@@ -198,7 +198,7 @@ CHANGED_BY_THE_STEP: dict[str, tuple[Function[[], Any], Function[[Any], float]]]
 @pytest.mark.parametrize("verify_replays", [0, 2])
 @pytest.mark.parametrize("name", CHANGED_BY_THE_STEP)
 def test_changed_by_the_step_itself(harness: Harness, name, verify_replays):
-    """Hazards 6 and 9: the step is no graph, and nothing is counted or drawn twice."""
+    """Hazards 6 and 9: the step is not captured, and nothing is counted or drawn twice."""
     make, change = CHANGED_BY_THE_STEP[name]
 
     class Changes(Predictor):
@@ -266,7 +266,7 @@ class ChangesScript(Callback):
 @pytest.mark.parametrize("verify_replays", [0, 2])
 @pytest.mark.parametrize("kind", [Scripted, CountsInScript])
 def test_attributes_of_scripted_modules(harness: Harness, kind, verify_replays):
-    """Hazards 6 and 7, in a module whose attributes Python does not hold."""
+    """Hazards 6 and 7, in a module that stores its attributes outside Python."""
     torch.manual_seed(2)
     net = kind()
     seen = []
@@ -315,7 +315,7 @@ def test_attributes_that_nobody_sees_being_read(harness: Harness, kind):
 
 
 class Ensemble(Predictor):
-    """Runs three networks at once, by ``torch.func``."""
+    """Runs three networks at once with ``torch.func``."""
 
     def __init__(self) -> None:
         super().__init__(Body())
@@ -344,7 +344,7 @@ class Derives(Predictor):
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
 @pytest.mark.parametrize("kind", [Ensemble, lambda: Derives(Body())])
 def test_transforms_of_torch_func(harness: Harness, kind, mode):
-    """Their tensors have no memory of their own: a submodule that is called with them is no graph, the whole step may be."""
+    """Batched tensors have no own memory, so only the whole step can be a graph."""
     callback = harness.callback(mode=mode, warmup_steps=1)
     harness.compare(kind(), predict(features(32)), callback)
     if kind is Ensemble and mode == "PIECEWISE":

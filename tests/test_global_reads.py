@@ -1,4 +1,4 @@
-"""Globals: a graph freezes them like attributes."""
+"""A graph freezes globals like attributes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Inherits(Config):
 
 
 class Refuses(dict):
-    """A mapping that cannot be read, as that of a closed file."""
+    """A mapping that cannot be read, such as that of a closed file."""
 
     def __iter__(self):
         raise OSError("closed")
@@ -130,7 +130,7 @@ def test_globals_of_functions_that_a_submodule_calls(harness: Harness, mode):
 
 
 def test_that_they_are_frozen_where_nobody_looks(harness: Harness):
-    """Another profiler has the thread: what is said not to be seen then is not seen."""
+    """If another profiler is active on the thread, reads of globals are not seen, as documented."""
 
     class Profiles(Callback):
         def on_predict_start(self, *_: Any) -> None:

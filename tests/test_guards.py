@@ -1,4 +1,4 @@
-"""What a graph has frozen, and what a guard says when it has changed: no Trainer, no graph."""
+"""Guards of frozen values, and their explanation after a change: no Trainer, no graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interception of one module object: what is seen, and that nothing else changes."""
+"""Interception of one module object: the handler sees the events, and nothing else changes."""
 
 import copy
 import functools
@@ -236,7 +236,7 @@ class Final(Forwards, nn.Module, metaclass=Strict):
 
 
 class HasEverything(Forwards, nn.Module):
-    """Has special methods of its own, each of which calls that of its base class."""
+    """Overrides special methods. Each one calls that of its base class."""
 
     def __call__(self, *args, **kwargs):
         return super().__call__(*args, **kwargs)
@@ -261,14 +261,17 @@ class PartialCall(Forwards, nn.Module):
     __call__ = functools.partialmethod(_run, factor=1)
 
 
-KINDS = [AbstractFirst, InterfaceFirst, GenericFirst, WithSlots, Registered, Final, HasEverything, PartialCall]  # fmt: skip
+KINDS = [
+    *(AbstractFirst, InterfaceFirst, GenericFirst, WithSlots),
+    *(Registered, Final, HasEverything, PartialCall),
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_classes_of_all_kinds(kind):
     known, attributes = list(Registers.known), dict(vars(kind))
     net, other, handler = kind(), kind(), Everything()
-    neighbour = Interception(nn.Identity(), Everything())  # puts functions on nn.Module too
+    neighbour = Interception(nn.Identity(), Everything())  # also patches nn.Module
     signature = inspect.signature(net)
     interception = Interception(net, handler)
     if kind is not PartialCall:
@@ -417,7 +420,7 @@ def test_other_threads_meet_no_handler():
     def use() -> None:
         net(X)
         net.scale = net.in_features
-        seen.append(net.far_away)  # where state is, everybody has to know
+        seen.append(net.far_away)  # every thread must find the state
 
     interception = Interception(net, handler)
     thread = threading.Thread(target=use)

@@ -1,4 +1,4 @@
-"""Whole steps that log: what Lightning shows, keeps, logs and decides is what it is without the callback."""
+"""Whole steps that log: Lightning shows, stores, logs and decides as without the callback."""
 
 import copy
 import pickle
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 class Logs(LightningModule):
-    """Logs a loss and metrics in all the ways there are."""
+    """Logs a loss and metrics in all supported ways."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Logs(LightningModule):
 
 
 class Listens(Logger):
-    """Keeps every call."""
+    """Stores every call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,14 +81,14 @@ class Listens(Logger):
     version = 0
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to keep."""
+        """Does nothing."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.calls.append((step, dict(metrics)))
 
 
 class Reads(Callback):
-    """Keeps what a Trainer shows after each batch and epoch."""
+    """Stores what a Trainer shows after each batch and epoch."""
 
     def __init__(self) -> None:
         self.seen: list[Any] = []
@@ -145,7 +145,7 @@ def test_three_epochs_of_fit(harness, tmp_path, settings):
 
 
 def test_the_first_log_of_a_value_is_no_obstacle(harness):
-    """It makes a place for the value, on the CPU, and moves it: the second step is looked at once more."""
+    """The first ``self.log`` creates a value on the CPU and moves it: step two is watched too."""
     callback = harness.callback(mode="FULL", warmup_steps=1)
     harness.compare(Logs(), validate(images(20)), callback)
     assert callback.stats.eager_reasons == {"warm-up": 2}
@@ -161,7 +161,7 @@ class LogsEpochs(Logs):
 
 
 class LogsInAHook(Callback):
-    """From the sixth batch on, for each step as well."""
+    """From the sixth batch on, also log for each step."""
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         results = trainer._results
@@ -177,7 +177,7 @@ class LogsInAHook(Callback):
 
 
 def test_values_of_epochs_beside_one_of_steps(harness):
-    """Lightning is kept from going through values of epochs at each batch, as long as there are no others."""
+    """Lightning skips its scan at each batch as long as no value is logged for each step."""
     hooks: list[LogsInAHook] = []
 
     def others():
@@ -208,7 +208,7 @@ def test_several_dataloaders_twice(harness, mode):
 
 
 class Peeks(Callback):
-    """Looks into the metrics in mid-epoch, as users do; keeps what it gets without copying."""
+    """Reads metrics in mid-epoch, as users do, and stores the values without a copy."""
 
     def __init__(self) -> None:
         self.seen: list[Any] = []
@@ -251,7 +251,7 @@ def test_metrics_are_read_reset_and_loaded_in_mid_epoch(harness):
 
 
 def test_a_value_that_somebody_keeps_is_not_overwritten(harness):
-    """The check can fail: states do move from batch to batch."""
+    """The check can fail, because states change from batch to batch."""
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     class Keeps(Callback):
@@ -375,7 +375,7 @@ def test_a_metric_on_another_device_goes_lower(harness):
 
 @pytest.mark.parametrize("verify_replays", [0, 2])
 def test_results_that_are_kept_in_another_way(harness, monkeypatch, verify_replays):
-    """The private collection is looked at before it is used; here it is as we know it, and then as if it were not."""
+    """The structure of the private collection is checked first: once known, once unknown."""
     known = []
 
     class Asks(Callback):
@@ -429,7 +429,7 @@ class ResetsAndComputes(Logs):
 
 
 class Disturbs(Callback):
-    """Does what a count, or a result that is remembered, must follow."""
+    """Uses a metric in ways that change its count or its cached result."""
 
     def __init__(self) -> None:
         self.seen: list[Any] = []
@@ -461,7 +461,7 @@ def test_metrics_that_are_reset_and_computed_in_the_step(harness, how, runs_full
 
 
 class LogsAMetric(LightningModule):
-    """The first ``self.log`` of a stage moves the metric, which sets its dtype to the default one."""
+    """The first ``self.log`` of a stage moves the metric, which sets its dtype to the default."""
 
     def __init__(self, reads_dtype: bool) -> None:
         super().__init__()
@@ -473,7 +473,7 @@ class LogsAMetric(LightningModule):
         logits = self.net(batch[0].to(self.net.weight.dtype))
         self.accuracy.update(logits, batch[1])
         loss = cross_entropy(logits, batch[1])
-        if self.mean is not None:  # casts to its dtype, which is another one at the first step
+        if self.mean is not None:  # casts to its dtype, which differs at the first step
             self.mean.update(logits.float().exp().mean())
             self.log("mean", self.mean)
         self.log("accuracy", self.accuracy)

@@ -1,4 +1,4 @@
-"""The user's mistakes: said before the first batch, with what was given and what there is to choose."""
+"""The user's mistakes are reported before the first batch, with the given value and choices."""
 
 import pytest
 import torch

@@ -38,7 +38,7 @@ class Measured(LightningModule):
 
 
 class Computes(Callback):
-    """Reads metrics in mid-epoch, and keeps what it read, without copying."""
+    """Reads metrics in mid-epoch, and stores the values without a copy."""
 
     def __init__(self) -> None:
         self.seen: list[Any] = []
@@ -72,7 +72,7 @@ def test_metrics_are_eagers_over_two_epochs(harness, name, how):
         assert callback.stats.steps["FULL"] >= 15, callback.summary()
     else:
         assert callback.stats.steps["FULL"] == 0
-        # on a GPU the same step may be stopped by something earlier, a copy from the host for instance
+        # on a GPU another obstacle may come first, such as a copy from the host
         expected = (
             Cause
             if harness.backend == "cuda"

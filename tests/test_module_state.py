@@ -1,4 +1,4 @@
-"""What changes on a module under its graphs, from outside: sampling is off, so that nothing but the guards sees it."""
+"""Changes of a module from outside. Sampling is off, so only guards can notice them."""
 
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ MODES = ("FULL", "PIECEWISE")
 
 
 class Scaled(nn.Module):
-    """Its scale is an attribute of the class, or of an object that shadows it."""
+    """The scale is an attribute of the class, or of the object that shadows it."""
 
     scale = 1.0
 
@@ -182,7 +182,7 @@ class MovesAWeight(Callback):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_changes_with_each_step_is_not_captured_in_each_step(harness: Harness, mode):
-    """Hazard 21: it is not called a warm-up either, and the reason names the tensor."""
+    """Hazard 21: the reason is not a warm-up, and it names the tensor."""
     callback = harness.callback(mode=mode, warmup_steps=1)
     harness.compare(
         Predictor(Scaled()), validate(features(160)), callback, others=lambda: [MovesAWeight()]
@@ -212,14 +212,14 @@ def test_a_buffer_that_the_step_rebinds_does_not_concern_its_submodules(harness:
 
 @pytest.mark.filterwarnings(
     "ignore:.*is not a leaf Tensor"
-)  # PyTorch, where a Trainer moves such a module
+)  # PyTorch warns if a Trainer moves such a module
 @pytest.mark.parametrize(
     "make",
     [torch.jit.script, lambda net: torch.jit.trace(net, torch.randn(4, 8))],
     ids=["script", "trace"],
 )
 def test_modules_of_torch_jit(harness: Harness, make):
-    """Their members are no dictionaries, and calls of their children do not go through Python."""
+    """Their members are not dictionaries, and calls of children bypass Python."""
     net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
     callback = harness.callback(mode="FULL_AND_PIECEWISE", warmup_steps=1)
     harness.compare(Predictor(make(net)), predict(features(32)), callback)
@@ -310,7 +310,7 @@ class ChangesBetweenEpochs(Callback):
         if trainer.current_epoch == 1:
             pl_module.accuracy.threshold = 0.6
             weight = pl_module.net.linear.weight
-            weight.data = weight.data.t()  # lies where it lay
+            weight.data = weight.data.t()  # has the same address
 
 
 def test_settings_of_metrics_and_the_layout_of_weights(harness: Harness):
@@ -330,7 +330,7 @@ def test_settings_of_metrics_and_the_layout_of_weights(harness: Harness):
 
 
 class SetsAFlagInItsStep(Predictor):
-    """As one does to keep something of the first batch of an epoch only."""
+    """Stores a value of the first batch of each epoch."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
         self.net.scale = 3.0 if batch_idx == 0 else 1.0
@@ -340,7 +340,7 @@ class SetsAFlagInItsStep(Predictor):
 
 
 class SwapsWeightsInItsStep(Predictor):
-    """As a moving average may, with tensors that lie elsewhere each time."""
+    """Swaps tensors for others at new addresses, as a moving average may."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
         weight = self.net.linear.weight
@@ -353,7 +353,7 @@ class SwapsWeightsInItsStep(Predictor):
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
 @pytest.mark.parametrize("model", [SetsAFlagInItsStep, SwapsWeightsInItsStep])
 def test_what_a_step_changes_before_it_calls_a_submodule(harness: Harness, mode, model):
-    """Hazards 4 and 7: at the start of the step nothing has changed yet."""
+    """Hazards 4 and 7: the change comes after the start of the step."""
 
     def fit(trainer, module):
         trainer.fit(module, features(8), features(40))

@@ -87,7 +87,7 @@ def test_loss_accuracy_and_predictions_are_eagers(name, make, mode, tmp_path):
         trainer.validate(module, data, verbose=False),
         trainer.predict(module, data),
     )
-    # deterministic kernels: without them cuDNN may differ from itself, and then nothing could be compared to the last bit
+    # without deterministic kernels, two runs of cuDNN may differ in the last bit
     assert_same(*[harness.trainer().predict(copy.deepcopy(model), data) for _ in range(2)])
     callback = harness.compare(model, job, harness.callback(mode=mode))
     assert callback.stats.replays >= 2 * (BATCHES - 1 - 3), callback.summary()

@@ -1,4 +1,4 @@
-"""Why a step ran in a lower mode than asked: told in every mode, for each stage and shape, in the default mode too."""
+"""Reasons for a lower mode: reported in every mode, for each stage and shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each function that stands in for one of torchmetrics in captures, against its original."""
+"""Compares each replacement of a torchmetrics function with its original."""
 
 import copy
 import importlib
@@ -28,10 +28,10 @@ def outcome(function: Any, *args: Any, **kwargs: Any) -> tuple[Any, str]:
 
 
 def deferred(path: str, *args: Any, **kwargs: Any) -> tuple[Any, str]:
-    """What the replacement gives, and what is raised when its checks are read."""
+    """Return the result of the replacement, and the error of its deferred checks."""
     function = original(path)
     checks: list[DeferredCheck] | None = None
-    for _ in range(2):  # as in two captures, which both leave the arguments as they were
+    for _ in range(2):  # as in two captures, neither of which changes the arguments
         checked = CheckedCalls(checks)
         copies = tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
         with checked.during(function, copies, kwargs):
@@ -50,7 +50,7 @@ CURVE = "precision_recall_curve"
 
 
 def both(device: torch.device, path: str, *args: Any, **kwargs: Any) -> str:
-    """Asserts that both give the same, or raise the same; gives what is raised."""
+    """Assert that both return or raise the same. Return the error."""
     args = tuple(arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in args)
     expected, error = outcome(original(path), *args, **kwargs)
     result, deferred_error = deferred(path, *args, **kwargs)
@@ -139,7 +139,7 @@ def test_the_functions_are_replaced_everywhere_and_put_back():
 
 
 def test_every_function_of_the_table_exists_in_this_torchmetrics():
-    """It shouts when torchmetrics changes; until somebody looks, metrics that need them run eagerly."""
+    """This fails if torchmetrics changes. Metrics that need the functions then run eagerly."""
     for path in SYNC_FREE:
         assert callable(original(path)), path
 
@@ -180,7 +180,7 @@ def test_aggregators_of_one_value(device, kind, strategy):
         assert [str(w.message) for w in warned] == [str(w.message) for w in expected_warned]
         assert bool(error or warned) is (value != value and strategy != "ignore")
         if error:
-            return  # eager's state is what it was; ours is never read
+            return  # eager's state is unchanged; ours is never read
         assert_same(found.metric_state, expected.metric_state)
 
 

@@ -1,4 +1,4 @@
-"""That nothing of ours is on the user's module or its class, whatever they are."""
+"""The user's module and its class stay untouched, whatever their kind."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_lightning_modules_of_such_classes(harness, mode):
 
 
 class ExactTypes(Predictor):
-    """Does something else where a class is not the one that was written."""
+    """Returns another value if a class is not the original one."""
 
     def __init__(self) -> None:
         super().__init__(nn.Linear(8, 8))
@@ -144,7 +144,7 @@ class LooksAtTypes(Callback):
 
 @pytest.mark.parametrize("mode", [*MODES, "FULL_AND_PIECEWISE"])
 def test_types_hold_in_every_kind_of_step(harness, mode):
-    """In watched, warm-up, captured, replayed and verified ones, from inside and outside."""
+    """Watched, warm-up, captured, replayed and verified steps, from inside and outside."""
     callback, seen = harness.callback(mode=mode, warmup_steps=2), []
     for extra in ([callback], []):
         torch.manual_seed(3)
@@ -186,7 +186,7 @@ class Decorated(Predictor):
 
 
 class Step:
-    """A callable object, as class-based decorators make them. Lightning looks at ``__wrapped__``."""
+    """A callable object, as class-based decorators return. Lightning reads ``__wrapped__``."""
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net
@@ -245,7 +245,7 @@ def test_the_summary_names_the_step(harness):
 
 
 class ReplacesItsStep(Callback):
-    """Gives the module another step, in the middle of a stage."""
+    """Replaces the step of the module in the middle of a stage."""
 
     def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         if batch_idx == 4:
@@ -312,7 +312,7 @@ def test_whose_a_name_a_class_or_a_file_is(tmp_path, monkeypatch):
     assert is_user_file(__file__)
     assert is_user_file(str(tmp_path / "torch_of_mine.py"))
     assert not is_user_file(torch.__file__)
-    elsewhere = tmp_path / "src" / "torch"  # torch in a folder that is none of Python's
+    elsewhere = tmp_path / "src" / "torch"  # torch outside Python's folders
     monkeypatch.setattr(torch, "__file__", str(elsewhere / "__init__.py"))
     assert not is_user_file(str(elsewhere / "nn" / "modules" / "linear.py"))
     assert CUDAGraphCallback.__module__.startswith("cg_lightning")

@@ -1,4 +1,4 @@
-"""That a replay which differs is noticed, and never what a user reads."""
+"""A replay that differs is noticed, and its result never reaches the user."""
 
 import itertools
 from types import SimpleNamespace
@@ -94,19 +94,19 @@ class Moving(nn.Module):
     "settings", [{"verify_replays": 0}, {"verify_replays": 2}, {"verify_every": 1}]
 )
 def test_a_user_sees_one_step(harness, mode, settings):
-    """Hazards 9 and 10: buffers and random numbers move as in eager, however often a step is compared."""
+    """Hazards 9 and 10: buffers and random numbers are eager's after any number of comparisons."""
     callback = harness.callback(mode=mode, warmup_steps=1, **settings)
     harness.compare(Predictor(Moving()), predict(features(40)), callback)
     assert (
         callback.stats.replays == 8
-    )  # its first step turns training on, which makes another key of the second
+    )  # the first step turns training on, so the second step has another key
 
 
 TOTAL: dict[torch.device, torch.Tensor] = {}
 
 
 class Totals(Predictor):
-    """Adds up in tensors that are no buffers: in an attribute, a container, a parameter, a hidden module, and a global."""
+    """Adds to an attribute, a container, a parameter, a hidden module and a global."""
 
     def __init__(self) -> None:
         super().__init__(Body())
@@ -140,7 +140,7 @@ class Totals(Predictor):
     "settings", [{"verify_replays": 0}, {"verify_replays": 2}, {"verify_every": 1}]
 )
 def test_what_a_step_writes_to_is_written_to_once(harness, mode, settings):
-    """Hazard 10: a step that is compared runs twice, and its sums are those of one."""
+    """Hazard 10: a compared step runs twice, but its sums are those of one run."""
     callback = harness.callback(mode=mode, warmup_steps=1, **settings)
     twice = lambda trainer, module: [trainer.predict(module, features(40)) for _ in range(2)]
     harness.compare(Totals(), twice, callback)
@@ -149,7 +149,7 @@ def test_what_a_step_writes_to_is_written_to_once(harness, mode, settings):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_ran_eagerly_for_a_capture_that_failed_is_the_step(harness, mode):
-    """It is not run once more for its result: what it counts where nobody sees it would count again."""
+    """A compared step does not run again for its result: hidden counters would count twice."""
 
     class Waits(nn.Module):
         def __init__(self) -> None:
@@ -175,7 +175,7 @@ def test_what_ran_eagerly_for_a_capture_that_failed_is_the_step(harness, mode):
 
 
 class Noisy(nn.Module):
-    """Differs from itself in the last bits, as atomic additions do."""
+    """Two runs differ in the last bits, as with atomic additions."""
 
     noise = itertools.cycle([0.0, 1.0, 2.0])
 
@@ -191,7 +191,7 @@ IN_PLACE = itertools.count(0)
 
 
 class Rectifies(nn.Module):
-    """Overwrites its input, but not the first time; what it returns is the same."""
+    """Overwrites its input from the second call on. The result stays the same."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class Rectifies(nn.Module):
 @pytest.mark.filterwarnings("ignore:CUDAGraphCallback. a replay differed")
 @pytest.mark.parametrize("mode", MODES)
 def test_an_input_that_is_overwritten_unseen(harness, mode):
-    """As a kernel of the user's own does, of which nobody knows what it writes to."""
+    """A custom kernel whose writes are unknown."""
     global IN_PLACE
 
     class Residual(Predictor):
@@ -268,7 +268,7 @@ class Tempered(nn.Module):
 
 @pytest.mark.parametrize("settings", [*[{"mode": mode} for mode in MODES], {"targets": ["net"]}])
 def test_attributes_that_a_graph_has_frozen_are_watched(harness, settings):
-    """Hazard 7: changed in mid-epoch, by the module and from outside; sampling is off."""
+    """Hazard 7: changes in mid-epoch, by the module and from outside, without sampling."""
 
     class Changes(Predictor):
         def on_predict_batch_start(
@@ -341,7 +341,7 @@ def test_equal_meanssame_leaf():
 
 
 class Configured(nn.Module):
-    """Keeps its settings as many do: in a private attribute, in containers, and in an object."""
+    """Stores settings in a private attribute, in containers, and in an object."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -358,7 +358,7 @@ class Configured(nn.Module):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_private_attributes_and_containers_are_watched_too(harness, mode):
-    """Hazard 7: hyperparameters of the LightningModule among them."""
+    """Hazard 7, including hyperparameters of the LightningModule."""
 
     class Changes(Predictor):
         def __init__(self, net: nn.Module, factor: float = 1.0) -> None:

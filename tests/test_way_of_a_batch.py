@@ -1,4 +1,4 @@
-"""How many of our files a batch passes through once it is warm (docs/architecture.md, 'The way of a batch')."""
+"""Number of our files that a warm batch passes through (docs/architecture.md)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.test_imports import PACKAGE
 
 
 class Traces(Callback):
-    """Notes the files of ours that are entered between the start and the end of a batch."""
+    """Records which of our files are entered between start and end of a batch."""
 
     def __init__(self, batch_idx: int) -> None:
         self._batch_idx = batch_idx

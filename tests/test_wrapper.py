@@ -113,7 +113,7 @@ def test_one_entry_per_key_in_any_order(net, device, backend):
 
 
 def test_full_around_piecewise(x, backend, device):
-    """Nested wrappers: each engages in its own mode, and an inner one stays out of a running capture."""
+    """Nested wrappers: each runs in its own mode, and an inner one ignores a running capture."""
     inner_net, head = Double().to(device), Double().to(device)
     inner = wrap(inner_net, backend, PIECEWISE)
     outer = wrap(lambda x: head(inner(x)), backend, FULL)
