@@ -23,55 +23,79 @@ from cg_lightning.trainer.logged_results import LoggedResults
 from cg_lightning.trainer.preconditions import check_not_graphed_already, why_inert
 
 _NO_CUDA = (
-    "CUDAGraphCallback: there is no CUDA device and backend='auto', so every step runs eagerly, as without the callback. "
-    "To try graphs on this machine, at a cost in speed, ask for backend='recorder'."
+    "CUDAGraphCallback: there is no CUDA device and backend='auto', so every step runs eagerly, as "
+    "without the callback. To try graphs on this machine, at a cost in speed, ask for "
+    "backend='recorder'."
 )
 
 
 class CUDAGraphCallback(Callback):
     """Runs ``validate``, ``test``, ``predict`` and the validation inside ``fit`` from CUDA graphs.
 
-    The first ``warmup_steps`` batches of each shape run as they would without it. Then the whole step (FULL), or where it does
-    not allow that the submodules that it calls (PIECEWISE), are captured once a shape and replayed. What is logged, returned
-    and predicted is what eager gives; what cannot be captured runs eagerly, and :attr:`stats` and :meth:`summary` say why.
-    Between stages, in training and after an exception nothing of it is left on the module. It does *not* graph training, and
-    it saves nothing in checkpoints.
+    The first ``warmup_steps`` batches of each shape run as without the callback. Then the whole
+    step is captured once for each input shape (FULL), and replayed. If the step does not allow
+    that, the submodules that it calls are captured instead (PIECEWISE). Logged, returned and
+    predicted values are those of eager. If a step cannot be captured, it runs eagerly, and
+    :attr:`stats` and :meth:`summary` say why. Between stages, in training and after an exception,
+    nothing of the callback is on the module. It does *not* graph training, and it does *not* save
+    anything in checkpoints. The modes are vLLM's (``vllm/config/compilation.py``).
 
     Args:
-        mode: A :class:`CUDAGraphMode` or its name. NONE graphs nothing, PIECEWISE submodules, FULL whole steps, with the
-            metrics that they update and what they log, FULL_AND_PIECEWISE whole steps where possible and else submodules.
-        stages: Any of ``validate`` (also inside ``fit``; the sanity check is always eager), ``test`` and ``predict``.
-        targets: For PIECEWISE, patterns as in :mod:`fnmatch` for names in ``named_modules()``. None: the largest submodules
-            with parameters that the step calls and that can be captured. A step that is one graph has no targets: with
-            FULL_AND_PIECEWISE they count for the others.
-        warmup_steps: Eager runs of a key before its capture. The first one is watched for what a graph could not hold or
-            would freeze, so 0 means 1.
-        verify_replays: How many first replays of each graph are compared with the eager step on the same batch. A graph that
-            differs is dropped, eager's result is used, and a warning names the values.
-        verify_every: Compare every so-manieth later replay as well; 0: none.
-        verify_tolerance: ``exact``: bit for bit, or within what eager differs from itself; ``close``: the defaults of
+        mode: A :class:`CUDAGraphMode` or its name. NONE: no graphs. PIECEWISE: submodules. FULL:
+            whole steps, including their metrics and logged values. FULL_AND_PIECEWISE: whole steps
+            if possible, otherwise submodules.
+        stages: Any of ``validate`` (also inside ``fit``), ``test`` and ``predict``. The sanity
+            check is always eager.
+        targets: Submodules for PIECEWISE: patterns of :mod:`fnmatch` for the names in
+            ``named_modules()``. None: the largest submodules with parameters that the step calls
+            and that can be captured. With FULL_AND_PIECEWISE, targets apply only to steps that are
+            not one graph.
+        warmup_steps: Number of eager runs of a key before its capture. The first run is watched for
+            operations that a graph cannot contain and values that it would freeze, so 0 means 1.
+        verify_replays: Number of first replays of each graph to compare with the eager step on the
+            same batch. If a replay differs, the graph is dropped, eager's result is used, and a
+            warning names the value.
+        verify_every: After that, compare every n-th replay (0 = never).
+        verify_tolerance: ``exact``: bitwise equal; if eager itself is not deterministic, within the
+            difference between two eager runs. ``close``: the defaults of
             ``torch.testing.assert_close``.
-        sync_free_metrics: In captures of whole steps, replace functions of torchmetrics that wait for the device by equal ones
-            that do not (:mod:`cg_lightning.metrics.sync_free`). What a metric refuses is then raised when its state is read, at
-            the end of the epoch at the latest. False: such metrics keep their step out of mode FULL.
-        copy_outputs: Copy outputs out of graph memory. False: a step's output lives until the next replay of its graph.
-        max_graphs: The most graphs kept at a time; the least recently used goes first.
-        strict: Raise where a step past its warm-up runs in a lower mode than asked: with FULL in any lower one, with the
-            other modes where it runs no graph at all.
-        backend: ``cuda``, ``recorder`` (any device; for tests and laptops, no speed-up), or ``auto`` (``cuda`` where the
-            Trainer runs on it, else everything is eager).
+        sync_free_metrics: In captures of whole steps, replace functions of torchmetrics that wait
+            for the device by equal ones that do not (:mod:`cg_lightning.metrics.sync_free`). If a
+            metric refuses its input, the error is raised when its state is read, at the end of the
+            epoch at the latest. False: such metrics keep their step out of mode FULL.
+        copy_outputs: Copy outputs out of graph memory. False: an output is valid until the next
+            replay of its graph.
+        max_graphs: Maximum number of graphs. The least recently used graph is dropped first.
+        strict: Raise if a step runs in a lower mode than asked after its warm-up. With FULL, any
+            lower mode raises. With the other modes, only a step without any graph raises.
+        backend: ``cuda``; ``recorder`` (any device, for tests and laptops, no speed-up); or
+            ``auto`` (``cuda`` if the Trainer runs on CUDA, otherwise every step is eager).
         report: Print the summary when the Trainer is done.
         options: How graphs are captured.
 
     Raises:
-        ValueError: An argument is out of its range; the message names it and the choices. ``setup`` raises it for what only
-            the Trainer shows: a target that matches nothing, ``cuda`` without CUDA, a module that is graphed already.
+        ValueError: An argument is out of its range. The message names the argument and the choices.
+            ``setup`` raises it if a target matches nothing, if ``cuda`` is asked for without CUDA,
+            and if the module was compiled with its own CUDA graphs.
+        CaptureError: With ``strict=True``, a step ran in a lower mode than asked.
+        VerificationError: With ``strict=True``, a replay differed from eager.
 
     Example::
 
         >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> from cg_lightning import CUDAGraphCallback
-        >>> trainer = Trainer(callbacks=[CUDAGraphCallback()], logger=False)
+        >>> callback = CUDAGraphCallback(backend="recorder", report=False)  # on a GPU: no backend
+        >>> trainer = Trainer(
+        ...     callbacks=[callback],
+        ...     accelerator="cpu",
+        ...     limit_predict_batches=10,
+        ...     logger=False,
+        ...     enable_progress_bar=False,
+        ... )
+        >>> predictions = trainer.predict(BoringModel())
+        >>> len(predictions), callback.stats.steps
+        (10, {'NONE': 3, 'PIECEWISE': 0, 'FULL': 7})
     """
 
     def __init__(
@@ -109,7 +133,7 @@ class CUDAGraphCallback(Callback):
             options=options,
         )
         self.stats = CUDAGraphStats()
-        """What happened so far, over all Trainers that this callback was in."""
+        """Counts of captures, replays and steps over all Trainers that used this callback."""
         self._installation: Installation | InertInstallation | None = None
         self._stages_run: list[str] = []
         self._reported: set[str] = set()
@@ -127,18 +151,25 @@ class CUDAGraphCallback(Callback):
         )
 
     def summary(self) -> str:
-        """Gives the counts as a table: graphs by stage, target and shape; eager steps with their reasons."""
+        """Return a table for each stage: its graphs, and the reasons for lower modes with remedies.
+
+        It has at most 20 lines for each stage. :attr:`stats` has all counts.
+        """
         return render_summary(self.stats, self._settings.backend, tuple(STEP_METHODS))
 
     def graphs(self, mode: CUDAGraphMode | str) -> list[CapturedGraph]:
-        """Return the graphs that are kept at the moment, to measure or to inspect them.
+        """Return the stored graphs, to measure or inspect them.
 
         Args:
-            mode: ``FULL``: those of whole steps; ``PIECEWISE``: those of submodules.
+            mode: ``FULL`` for graphs of whole steps, ``PIECEWISE`` for those of submodules.
 
         Returns:
-            Objects with ``replay()`` and ``num_bytes``; empty between two runs of a Trainer. A replay writes the outputs
-            and the metric states of its graph.
+            Objects with ``replay()`` and ``num_bytes``, the memory in bytes. The list is empty
+            between two runs of a Trainer. A replay writes the outputs and metric states of its
+            graph.
+
+        Raises:
+            ValueError: ``mode`` is unknown.
         """
         name = CUDAGraphMode.parse(mode).name
         return [] if self._installation is None else self._installation.graphs(name)
