@@ -1,4 +1,4 @@
-"""What a graph has frozen of a module itself: its members, their addresses, hooks, settings and layout."""
+"""The parts of a module that a graph freezes: members, addresses, hooks, settings and layout."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Addresses:
         self._indices = list(range(len(tensors)))
 
     def check(self) -> bool:
-        """Return whether no tensor has another address."""
+        """Return True if all addresses are unchanged."""
         if not self._tensors:
             return True
         if _native_compare is not None:
@@ -42,40 +42,42 @@ class Addresses:
         return list(map(Tensor.data_ptr, self._tensors)) == self._addresses
 
     def moved(self) -> list[int]:
-        """Return the indices of the tensors that have another address."""
+        """Return the indices of the tensors whose address has changed."""
         pairs = zip(self._tensors, self._addresses, strict=True)
         return [i for i, (tensor, address) in enumerate(pairs) if tensor.data_ptr() != address]
 
 
 class Change(enum.Enum):
-    """What kind of change a guard of a module found, by what has to be done."""
+    """Kind of change that the guard of a module found. It decides what happens next."""
 
-    MOVED = "parameters or buffers lie at new addresses"
-    """Graphs are captured again; the step takes the same way."""
+    MOVED = "parameters or buffers are at new addresses"
+    """Graphs are captured again. The step takes the same path."""
     STRUCTURE = "submodules, parameters, buffers or forward hooks were replaced"
-    """The step may take another way: it is watched again."""
+    """The step may take another path, so it is watched again."""
     SETTINGS = "a setting of a submodule has changed"
     """As for :attr:`STRUCTURE`."""
 
 
 class GuardFailure(NamedTuple):
-    """What changed."""
+    """A change that a guard found."""
 
     change: Change
     text: str
-    """The kind of change and its subject, for people."""
+    """The kind of change and its subject, for messages."""
 
 
 _training = operator.itemgetter("training")
 
 
 class ModuleGuard:
-    """Compares a module and all its submodules with what they were.
+    """Compares a module and all its submodules with their state at the last :meth:`refresh`.
 
-    It sees rebound ``.data``, a replaced parameter, buffer or child, a hook that came or went, a move to another device, and
-    attributes of scripted modules, with each :meth:`check`; settings of layers and metrics and the layout of tensors with
-    each :meth:`check_epoch`. A tensor that is changed in place is no change: graphs read it as it is. What the step reads of
-    attributes is not compared here: see :class:`~cg_lightning.guards.guard_set.GuardSet`.
+    :meth:`check` finds rebound ``.data``, a replaced parameter, buffer or child, added or removed
+    hooks, a move to another device, and changed attributes of scripted modules.
+    :meth:`check_epoch` finds changed settings of layers and metrics, and another layout of tensors.
+    A tensor that is changed in place is not a change, because graphs read its current value. It
+    does *not* compare other attributes that the step reads; see
+    :class:`~cg_lightning.guards.guard_set.GuardSet`.
 
     Args:
         root: The module.
@@ -105,7 +107,7 @@ class ModuleGuard:
         ]
         self._members = self._current_members()
         members = [member for member in self._members if isinstance(member, Tensor)]
-        # lazy ones have no address before their first step
+        # lazy parameters have no address before their first step
         self._lazy = [member for member in members if is_lazy(member)]
         self.tensors = [member for member in members if not is_lazy(member)]
         self._addresses = Addresses(self.tensors)
@@ -132,11 +134,11 @@ class ModuleGuard:
         return all(map(same_attributes, now, self._scripted_values))
 
     def check(self) -> bool:
-        """Return whether members, their addresses and hooks are unchanged."""
+        """Return True if members, their addresses and hooks are unchanged."""
         return self._members_hold() and self._addresses.check() and self._scripted_hold()
 
     def failure(self) -> GuardFailure:
-        """Return what has changed. Call it only after :meth:`check` has failed, and before :meth:`refresh`."""
+        """Return the change. Call it only after :meth:`check` has failed, before :meth:`refresh`."""
         now = map(scripted_attributes, self._scripted)
         for attributes, before in zip(now, self._scripted_values, strict=True):
             for name, value in attributes.items():
@@ -157,10 +159,12 @@ class ModuleGuard:
         return self._failure(Change.STRUCTURE, "")
 
     def check_epoch(self) -> GuardFailure | None:
-        """Compare settings and the layout of tensors with the last time, at the start of a stage or epoch.
+        """Compare settings and the layout of tensors with those of the last call.
+
+        Call it at the start of a stage or epoch.
 
         Returns:
-            What has changed; None if nothing has, or the first time.
+            The change. None if there is none, and at the first call.
         """
         before, self._settings = self._settings, self._current_settings()
         layout = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in self.tensors]
@@ -201,7 +205,7 @@ class ModuleGuard:
         return ".".join(["self", *filter(None, [paths.get(module_id, "?"), name])])
 
     def _name_of(self, member: Any) -> str:
-        """Return where a member is, or was, found."""
+        """Return the path of a member, or its type if it was removed."""
         for path, module in self._root.named_modules():
             for table in (module._parameters, module._buffers, module._modules):
                 for name, value in table.items():
@@ -218,7 +222,7 @@ class ModuleGuard:
 
 
 def _is_another_address(before: Any, now: Any) -> bool:
-    """Whether a member is the same but for the memory that it has."""
+    """Return True if two members differ only in their memory."""
     if before is now:
         return True
     return (
