@@ -65,7 +65,7 @@ CHANGES: dict[str, tuple[Any, Any, str]] = {
     "hidden module": (
         [nn.Linear(1, 1)],
         lambda m: setattr(m.scale[0], "bias", nn.Parameter(torch.ones(1))),
-        "parameters or buffers lie at new addresses",
+        "parameters or buffers are at new addresses",
     ),
     "mode of a hidden module": ([nn.Dropout()], lambda m: m.scale[0].eval(), "training flag"),
     "attribute that hides that of the class": (

@@ -188,7 +188,7 @@ def test_what_changes_with_each_step_is_not_captured_in_each_step(harness: Harne
         Predictor(Scaled()), validate(features(160)), callback, others=lambda: [MovesAWeight()]
     )
     assert callback.stats.captures <= 8  # of 39
-    reason = "would not pay: parameters or buffers lie at new addresses"
+    reason = "would not pay: parameters or buffers are at new addresses"
     weight = "net.linear.weight" if mode == "FULL" else "linear.weight"
     assert any(f"{reason}: {weight}" in said for said in callback.stats.eager_reasons), (
         callback.summary()
