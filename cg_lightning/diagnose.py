@@ -32,8 +32,8 @@ _LOOKS = 3
 """The callback's default warm-up. It watches at most this many steps."""
 _STOPPED = object()
 _NO_TRAINER = (
-    "The step stopped where it read self.trainer, because there is no Trainer: what comes after "
-    "that line was not seen."
+    "The step stopped where it read self.trainer, because there is no Trainer. The rest of the "
+    "step was not watched."
 )
 
 

@@ -278,7 +278,8 @@ class StepRecording:
                     isinstance(item, Tensor) for item in items
                 ):
                     raise CaptureError(
-                        f"the state {type(recorded.metric).__name__}.{name} is no list of tensors"
+                        f"the state {type(recorded.metric).__name__}.{name} is not a list of "
+                        "tensors"
                     )
                 if items:
                     appended.append(Appended(recorded.attributes, name, len(items), items is empty))
@@ -331,8 +332,8 @@ def _tensors_of_graph(recorded: _RecordedMetric, name: str, leaves: list[Any]) -
         or leaf is recorded.before.get(name)
         for leaf in leaves
     ):
-        raise CaptureError(f"{what} is set to what a replay cannot make")
+        raise CaptureError(f"{what} is set to a value that a replay cannot make")
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if tensors and len(tensors) != len(leaves):
-        raise CaptureError(f"{what} is made of tensors and other values")
+        raise CaptureError(f"{what} contains both tensors and other values")
     return tensors

@@ -30,7 +30,7 @@ def unsupported_read(metric: nn.Module, name: str, written: set[str]) -> str:
     if name == "update_count":  # the property; torchmetrics itself reads ``_update_count``
         return f"{type(metric).__name__}.update_count is read"
     if name == "_computed" and name not in written and vars(metric).get(name) is not None:
-        return f"{type(metric).__name__} gives the result of an earlier step"
+        return f"{type(metric).__name__} returns the result of an earlier step"
     return ""
 
 

@@ -59,7 +59,7 @@ class CaptureLedger:
     def __init__(self) -> None:
         self.balance = CREDIT
         self._status = Status.UNPROFITABLE
-        self._why = "its keys do not come again"
+        self._why = "its keys do not repeat"
         self._waiting = 0
         self._next_wait = FIRST_WAIT
 
