@@ -16,9 +16,9 @@ from cg_lightning.modules.attributes import (
     global_hooks,
     hooks_of,
     is_same_value,
+    layer_settings,
     same_attributes,
     scripted_attributes,
-    settings,
 )
 
 # private, and in CUDA builds only: compares 300 addresses in about 20 us
@@ -194,7 +194,7 @@ class ModuleGuard:
         return {
             (id(module), name): value
             for module in self._root.modules()
-            for name, value in settings(module).items()
+            for name, value in layer_settings(module).items()
         }
 
     def _failure(self, change: Change, subject: str) -> GuardFailure:

@@ -164,7 +164,7 @@ def plain_attributes(module: nn.Module) -> list[str]:
     return [name for name in names if is_plain_attribute(module, name)]
 
 
-def settings(module: nn.Module) -> dict[str, Any]:
+def layer_settings(module: nn.Module) -> dict[str, Any]:
     """Return settings that influence a graph although no attribute read was observed.
 
     For a module of torch these are all its attributes (``eps``, ``p``). For a metric they are its
