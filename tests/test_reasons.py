@@ -15,6 +15,7 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.report.stats import MOST_REASONS, MOST_SHAPES, OTHER_SHAPES, CUDAGraphStats
 from cg_lightning.report.summary import render_summary
+from cg_lightning.runtime.dispatcher import NEW_KEY
 from tests.harness import features, predict, validate
 from tests.models import Body, Predictor
 
@@ -151,6 +152,7 @@ def test_batches_that_never_repeat_a_shape_are_left_alone(harness, monkeypatch):
     callback = harness.callback()
     harness.compare(Predictor(Body()), predict(ragged(range(1, 121))), callback)
     assert len(watched) <= 4
+    assert callback.stats.eager_reasons == {"warm-up": 4, str(NEW_KEY): 116}
     assert callback.stats.captures == 0
     assert len(callback.summary().splitlines()) <= 22
 

@@ -27,6 +27,10 @@ from cg_lightning.core.reasons import WARM_UP, Reason, Status
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 UNKNOWN_KEY = Reason(Status.WARM_UP, "unknown key")
+NEW_KEY = Reason(
+    Status.WARM_UP,
+    "warm-up: shapes so far did not come again, so a new one is watched only if it does",
+)
 CAPTURE_COST = 4
 """Approximate cost of one capture, in eager steps."""
 WATCH_COST = 2
@@ -312,7 +316,7 @@ class CUDAGraphDispatcher:
             reason = Reason(Status.CHANGED, changed) if changed else WARM_UP
             return Plan(Action.WARM_UP, state, None, reason)
         if state.sights == 1 and len(self._unrepeated) >= MOST_UNREPEATED:
-            return Plan(Action.WARM_UP, state, None, WARM_UP)
+            return Plan(Action.WARM_UP, state, None, NEW_KEY)
         if not state.ledger.may_spend():
             return self._unprofitable(state, None)
         reason = Reason(Status.CHANGED, f"changed: {changed}") if changed else WARM_UP

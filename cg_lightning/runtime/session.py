@@ -140,6 +140,7 @@ class Session:
         self.cache.drop_all()
         self.target.dispatcher.reset(text)
         self.changing_values = ChangingValues()
+        self._written.clear()
         for runner in self._submodules.values():
             runner.remove()
         self._submodules.clear()
