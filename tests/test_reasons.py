@@ -111,6 +111,25 @@ def test_an_attribute_that_toggles_has_two_graphs(harness, mode):
     assert Reason(Status.CHANGED, "changed: self.scale: now 2.0, before 1.0") in changed
 
 
+class MovesAWeight(Callback):
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_: Any) -> None:
+        if batch_idx == 6:
+            weight = pl_module.net[0].weight
+            weight.data = weight.data * 2
+
+
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
+def test_a_graph_that_is_captured_again_says_why(harness, mode):
+    callback = harness.callback(mode=mode)
+    others = lambda: [MovesAWeight()]
+    harness.compare(Predictor(Body()), predict(features(40)), callback, others=others)
+    (entry,) = callback.stats.entries
+    assert entry.captures == 2
+    weight = "net.0.weight" if mode == "FULL" else "0.weight"
+    assert entry.why_again == f"parameters or buffers lie at new addresses: {weight}"
+    assert f"captured again: {entry.why_again}" in callback.summary()
+
+
 def test_a_submodule_whose_attribute_toggles_has_two_graphs(harness):
     class Inner(torch.nn.Module):
         def __init__(self) -> None:

@@ -12,6 +12,8 @@ MOST_GRAPHS = 6
 """Rows of graphs that are shown for one stage."""
 MOST_REASONS = 4
 """Reasons that are shown for one stage; each takes one or two lines."""
+MOST_AGAIN = 2
+"""Changes for which graphs were captured again that are shown for one stage."""
 _MOST_SHAPES = 3
 _WORDS = {"NONE": "eager", "PIECEWISE": "PIECEWISE", "FULL": "FULL"}
 _HEADERS = ("mode", "target", "shapes", "captures", "replays", "capture ms", "MiB")
@@ -64,6 +66,19 @@ def _graph_rows(entries: Sequence[EntryRecord]) -> list[tuple[str, ...]]:
     return [*(_row(group) for group in shown), _row([entry for group in rest for entry in group])]
 
 
+def _again_lines(entries: Sequence[EntryRecord]) -> list[str]:
+    """Return what had changed for graphs that were captured again, each sentence once."""
+    groups: dict[str, list[EntryRecord]] = defaultdict(list)
+    for entry in entries:
+        if entry.why_again:
+            groups[entry.why_again].append(entry)
+    lines = [
+        f"  {_join([entry.target for entry in group], 'targets')} captured again: {why}"
+        for why, group in groups.items()
+    ]
+    return lines[:MOST_AGAIN]
+
+
 def _reason_lines(records: Sequence[StepsRecord]) -> list[str]:
     groups: dict[tuple[str, Reason], list[StepsRecord]] = defaultdict(list)
     for record in records:
@@ -97,6 +112,7 @@ def render_summary(stats: CUDAGraphStats, backend: str, stages: Sequence[str]) -
         entries = [entry for entry in stats.entries if entry.stage == stage]
         if entries:
             lines += _table(_HEADERS, _graph_rows(entries))
+        lines += _again_lines(entries)
         if any(entry.within_spread for entry in entries):
             lines.append("  replays match eager within the difference between two eager runs")
         lines += _reason_lines([record for record in stats.reasons if record.stage == stage])

@@ -57,8 +57,9 @@ class CaptureLedger:
 
     def __init__(self) -> None:
         self.balance = CREDIT
+        self.why = ""
+        """What varies, or that a graph was evicted: why the family had to spend last."""
         self._status = Status.UNPROFITABLE
-        self._why = "its keys do not come again"
         self._waiting = 0
         self._next_wait = FIRST_WAIT
 
@@ -86,11 +87,12 @@ class CaptureLedger:
     def note(self, status: Status, why: str) -> None:
         """Store for what the family has to spend: what varies, or that a graph was evicted."""
         if why:
-            self._status, self._why = status, why
+            self._status, self.why = status, why
 
     def reason(self) -> Reason:
         """Return why the family may not spend now."""
-        return Reason(self._status, f"not captured, since it would not pay: {self._why}")
+        why = self.why or "its keys do not come again"
+        return Reason(self._status, f"not captured, since it would not pay: {why}")
 
 
 class Guards(Protocol):

@@ -76,16 +76,7 @@ class Session:
     def _make_target(
         self, module: nn.Module, mode: CUDAGraphMode, effects: ModuleEffects | None
     ) -> GraphTarget:
-        return GraphTarget(
-            module,
-            mode,
-            self.settings,
-            self._capturer,
-            self._verifier,
-            self.cache,
-            self.stats,
-            effects,
-        )
+        return GraphTarget(module, mode, self._capturer, self._verifier, self.stats, effects)
 
     def install(self) -> None:
         """Intercept the submodules that run from graphs, as far as they are known."""
