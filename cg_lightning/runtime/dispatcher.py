@@ -290,22 +290,26 @@ class CUDAGraphDispatcher:
             return self._plan_without_variant(state)
         if state.miss is not None and state.miss.is_met():
             return self._plan_another_look(state, variant, state.miss)
+        entry = variant.entry
+        if entry is not None and entry.is_valid():  # only what is warm was captured
+            return self._plan_replay(state, variant, entry)
         if not self._is_warm(state, variant):
             looks_again = self._watches and variant.needs_second_look
             return Plan(Action.WATCH if looks_again else Action.WARM_UP, state, variant, WARM_UP)
         return self._plan_warm(state, variant)
 
+    def _plan_replay(self, state: KeyState, variant: Variant, entry: Entry) -> Plan:
+        state.ledger.earn()
+        action = Action.REPLAY
+        if entry.replays == variant.verify_at:
+            variant.verify_at = self._next_verification(entry.replays + 1)
+            action = Action.VERIFY
+        return Plan(action, state, variant, variant.reason)
+
     def _plan_warm(self, state: KeyState, variant: Variant) -> Plan:
         if variant.mode is not self._graph_mode:
             action = Action.PIECEWISE if variant.mode is PIECEWISE else Action.EAGER
             return Plan(action, state, variant, variant.reason)
-        entry = variant.entry
-        if entry is not None and entry.is_valid():
-            state.ledger.earn()
-            if entry.replays == variant.verify_at:
-                variant.verify_at = self._next_verification(entry.replays + 1)
-                return Plan(Action.VERIFY, state, variant, variant.reason)
-            return Plan(Action.REPLAY, state, variant, variant.reason)
         if state.ledger.may_spend():
             return Plan(Action.CAPTURE, state, variant, variant.reason)
         return self._unprofitable(state, variant)
