@@ -27,6 +27,7 @@ from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.settings import CUDAGraphOptions
 from cg_lightning.diagnose import diagnose
 from cg_lightning.diagnosis.report import Diagnosis
+from cg_lightning.graphed import Graphed, graphed
 from cg_lightning.runtime.dispatcher import CUDAGraphDispatcher
 
 __all__ = [
@@ -41,12 +42,14 @@ __all__ = [
     "CaptureError",
     "Diagnosis",
     "ForwardContext",
+    "Graphed",
     "IllegalOperationError",
     "UnkeyableBatchError",
     "VerificationError",
     "compilation_counter",
     "diagnose",
     "get_forward_context",
+    "graphed",
     "is_forward_context_available",
     "override_forward_context",
     "set_cudagraph_capturing_enabled",
