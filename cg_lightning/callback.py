@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
@@ -174,7 +175,10 @@ class CUDAGraphCallback(Callback):
             sync_free=self._settings.sync_free_metrics,
             logged=LoggedResults(pl_module),
         )
-        session = Session(pl_module, backend, self._settings, self.stats, effects)
+        profiler: Any = trainer.profiler  # type: ignore[attr-defined]
+        if isinstance(profiler, PassThroughProfiler):
+            profiler = None
+        session = Session(pl_module, backend, self._settings, self.stats, effects, profiler)
         self._installation = Installation(trainer.strategy, pl_module, session)
 
     @override

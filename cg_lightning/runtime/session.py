@@ -23,6 +23,7 @@ from cg_lightning.guards.module_guard import Change
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.changing_values import ChangingValues
 from cg_lightning.runtime.dispatcher import Plan, Unguarded, Variant
+from cg_lightning.runtime.profiling import Profiler, Ranges
 from cg_lightning.runtime.submodule_runner import SubmoduleRunner
 from cg_lightning.runtime.target import GraphTarget
 from cg_lightning.runtime.targets import match_targets
@@ -46,6 +47,7 @@ class Session:
         settings: The options.
         stats: Counts.
         effects: What the steps leave behind beside their output.
+        profiler: The profiler of the Trainer, if it has one.
     """
 
     def __init__(
@@ -55,7 +57,9 @@ class Session:
         settings: Settings,
         stats: CUDAGraphStats,
         effects: ModuleEffects,
+        profiler: Profiler | None = None,
     ) -> None:
+        self.ranges = Ranges(backend, profiler)
         self.module = module
         self.backend = backend
         self.settings = settings
@@ -200,7 +204,9 @@ class Session:
         for path, module in submodules.items():
             if id(module) not in self._submodules:
                 target = self._make_target(module, CUDAGraphMode.PIECEWISE, None)
-                self._submodules[id(module)] = SubmoduleRunner(path, target, self.backend)
+                self._submodules[id(module)] = SubmoduleRunner(
+                    path, target, self.backend, self.ranges
+                )
             if self._is_installed:
                 self._submodules[id(module)].install()
 

@@ -103,7 +103,11 @@ class StepRunner:
         plan = self._dispatcher.plan(self._state(fields, args[0]))
         if plan.action is Action.REPLAY:
             assert plan.variant is not None and isinstance(plan.variant.entry, GraphEntry)  # noqa: PT018
-            output = plan.variant.entry.replay(leaves, session.cache.step)
+            if session.ranges.is_on:
+                with session.ranges.range("replay"):
+                    output = plan.variant.entry.replay(leaves, session.cache.step)
+            else:
+                output = plan.variant.entry.replay(leaves, session.cache.step)
             plan.variant.entry.count()
             return output
         return self._run(plan, args, kwargs, leaves)
@@ -124,7 +128,8 @@ class StepRunner:
         descriptor, variant = plan.state.descriptor, plan.variant
         if plan.action in (Action.CAPTURE, Action.VERIFY):
             call = GraphCall(descriptor, self._invoke, args[0], leaves, args[1:], kwargs)
-            outcome = self._session.target.run(self._name, plan, call)
+            with self._session.ranges.range(plan.action.name.lower()):
+                outcome = self._session.target.run(self._name, plan, call)
             assert variant is not None
             if variant.mode is not FULL:
                 self._session.find_submodules(descriptor, variant, plan.state.warmup_runs)
@@ -148,7 +153,7 @@ class StepRunner:
     def _watch(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
         step = functools.partial(self._step, *args, **kwargs)
         context = ForwardContext(NONE, plan.state.descriptor, StepInProgress())
-        with override_forward_context(context):
+        with override_forward_context(context), self._session.ranges.range("watch"):
             output, watched = self._session.watcher.watch(step, args[0])
         self._session.watched(plan, watched)
         return Outcome(output, NONE, plan.reason)
