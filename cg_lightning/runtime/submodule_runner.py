@@ -1,4 +1,4 @@
-"""Stands in for the calls of one submodule, in steps that run PIECEWISE."""
+"""Replace the calls of one submodule in steps that run PIECEWISE."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ from cg_lightning.runtime.target import GraphTarget, reason_of
 
 
 class SubmoduleRunner(ModuleHandler):
-    """Intercepts one submodule, and runs its calls from graphs.
+    """Intercepts one submodule and runs its calls from graphs.
 
-    It does so in steps whose key allows it: if a watched step called the submodule and found nothing that a graph would
-    freeze. A call has a key of its own, made of its arguments: in steps with equal batches they may differ. Like a step, a
-    call runs eagerly until its key is warm. Outside a step, in mode NONE, under gradients and inside a capture it is eager;
-    so it is if the step has changed what the submodule reads before it calls it.
+    Graphs are used only in steps whose watched run called this submodule without findings. A call
+    has its own key, which is made from its arguments, because arguments may differ in steps with
+    equal batches. Like a step, a call runs eagerly until its key is warm. A call is also eager
+    outside a step, in mode NONE, under gradients, inside a capture, and if the step has changed a
+    value that the submodule reads.
 
     Args:
         path: Dotted path of the submodule; empty for the LightningModule itself.
@@ -65,9 +66,9 @@ class SubmoduleRunner(ModuleHandler):
 
         Args:
             step: The key of the step.
-            guards: What the submodule read in the watched step.
-            calls: The keys of its calls there.
-            runs: How often steps with this key have run.
+            guards: The values that the submodule read in the watched step.
+            calls: The keys of its calls in that step.
+            runs: Number of steps with this key so far.
         """
         if not any(known.check() for known in self._guards[step]):
             self._guards[step].insert(0, guards)
@@ -80,7 +81,7 @@ class SubmoduleRunner(ModuleHandler):
         self._refusals[step] = reason
 
     def begin_epoch(self) -> None:
-        """Forget what was allowed for large containers that have changed since."""
+        """Forget permissions whose large containers have changed."""
         self._drop(self.target.dispatcher.begin_epoch())
         for key, known in self._guards.items():
             stale = [guards for guards in known if not guards.check_epoch()]
@@ -102,7 +103,7 @@ class SubmoduleRunner(ModuleHandler):
     def on_call(
         self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run one call: from a graph if it may."""
+        """Run one call, from a graph if that is allowed."""
         context = current_forward_context()
         if context is None or context.step is None or context.batch_descriptor is None:
             return original(*args, **kwargs)
