@@ -11,7 +11,14 @@ from typing_extensions import override
 
 from cg_lightning.backends import CapturedGraph, resolve_backend
 from cg_lightning.core.modes import CUDAGraphMode
-from cg_lightning.core.settings import CUDAGraphOptions, Settings
+from cg_lightning.core.settings import (
+    BackendName,
+    CUDAGraphOptions,
+    ModeName,
+    Settings,
+    StageName,
+    Tolerance,
+)
 from cg_lightning.core.stages import STEP_METHODS
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.report.stats import CUDAGraphStats
@@ -77,18 +84,18 @@ class CUDAGraphCallback(Callback):
     def __init__(
         self,
         *,
-        mode: CUDAGraphMode | str = "FULL_AND_PIECEWISE",
-        stages: Sequence[str] = ("validate", "test", "predict"),
+        mode: CUDAGraphMode | ModeName = "FULL_AND_PIECEWISE",
+        stages: Sequence[StageName] = ("validate", "test", "predict"),
         targets: Sequence[str] | None = None,
         warmup_steps: int = 3,
         verify_replays: int = 2,
         verify_every: int = 0,
-        verify_tolerance: str = "exact",
+        verify_tolerance: Tolerance = "exact",
         sync_free_metrics: bool = True,
         copy_outputs: bool = True,
         max_graphs: int = 64,
         strict: bool = False,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         report: bool = True,
         options: CUDAGraphOptions | None = None,
     ) -> None:
