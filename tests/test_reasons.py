@@ -134,6 +134,39 @@ def test_a_submodule_whose_attribute_toggles_has_two_graphs(harness):
     assert any("self.net.scale: now 2.0, before 1.0" in text for text in texts), texts
 
 
+def test_the_hooks_of_a_profiler_are_named(harness, tmp_path):
+    from lightning.pytorch.profilers import PyTorchProfiler
+
+    callback = harness.callback()
+    profiler = PyTorchProfiler(dirpath=tmp_path, filename="with", export_to_chrome=False)
+    harness.trainer(callback, profiler=profiler).predict(Predictor(Body()), features(40))
+    assert callback.stats.steps["FULL"] == 0
+    kinds = {record.reason.kind for record in callback.stats.reasons}
+    assert kinds == {Status.WARM_UP, Cause.PROFILER_HOOK}, callback.summary()
+    text = callback.summary()
+    assert "hooks of a profiler: PyTorchProfiler in net" in text
+    assert "PyTorchProfiler(record_module_names=False)" in text
+    assert "test_reasons.py" not in text
+    callback = harness.callback()
+    profiler = PyTorchProfiler(
+        dirpath=tmp_path, filename="without", export_to_chrome=False, record_module_names=False
+    )
+    harness.trainer(callback, profiler=profiler).predict(Predictor(Body()), features(40))
+    assert callback.stats.steps["FULL"] == 7, callback.summary()
+
+
+def test_hooks_of_the_users_own_beside_those_of_a_profiler():
+    from lightning.pytorch.profilers.pytorch import RegisterRecordFunction
+
+    from cg_lightning import diagnose
+
+    net = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    net[0].register_forward_hook(lambda *_: None)
+    with RegisterRecordFunction(net):
+        causes = {finding.cause for finding in diagnose(net, torch.randn(2, 8)).findings}
+    assert causes == {Cause.PROFILER_HOOK, Cause.FORWARD_HOOK}
+
+
 def ragged(lengths: range) -> DataLoader:
     generator = torch.Generator().manual_seed(0)
     return DataLoader(
