@@ -18,12 +18,14 @@ _RUNTIME_MODES = frozenset(mode for mode in CUDAGraphMode if mode.is_valid_runti
 class StepInProgress:
     """Counts what submodules do within one step."""
 
-    __slots__ = ("_calls", "graphs", "misses", "reasons")
+    __slots__ = ("_calls", "graphs", "is_warm", "misses", "reasons")
 
     def __init__(self) -> None:
         self._calls: dict[int, int] = {}
         self.graphs = 0
         """Graphs of submodules that were replayed."""
+        self.is_warm = True
+        """Whether no submodule was captured or compared with eager, so that the time of the step is a usual one."""
         self.misses: list[Any] = []
         """Submodules that no watched step allows with what they read now; the runners know what they are."""
         self.reasons: dict[str, Reason] = {}

@@ -161,6 +161,8 @@ class Variant:
     """What the watched step showed, for messages."""
     record: Any = None
     """The row of its PIECEWISE steps in the statistics."""
+    time: Any = None
+    """Where the time of its PIECEWISE steps is added."""
     entry: Entry | None = None
     verify_at: int = -1
     """The number of replays after which the next one is compared with eager; -1: never."""
