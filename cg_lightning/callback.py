@@ -12,7 +12,14 @@ from typing_extensions import override
 
 from cg_lightning.backends import CapturedGraph, resolve_backend
 from cg_lightning.core.modes import CUDAGraphMode
-from cg_lightning.core.settings import CUDAGraphOptions, Settings
+from cg_lightning.core.settings import (
+    BackendName,
+    CUDAGraphOptions,
+    ModeName,
+    Settings,
+    StageName,
+    Tolerance,
+)
 from cg_lightning.core.stages import STEP_METHODS
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.report.stats import CUDAGraphStats
@@ -61,7 +68,8 @@ class CUDAGraphCallback(Callback):
             other modes where it runs no graph at all.
         backend: ``cuda``, ``recorder`` (any device; for tests and laptops, no speed-up), or ``auto`` (``cuda`` where the
             Trainer runs on it, else everything is eager).
-        report: Print the summary when the Trainer is done.
+        report: Print the summary of each run when the Trainer is done with it. Each call of ``fit``, ``validate``, ``test``
+            or ``predict`` is a run, which warms up and captures anew.
         options: How graphs are captured.
 
     Raises:
@@ -78,18 +86,18 @@ class CUDAGraphCallback(Callback):
     def __init__(
         self,
         *,
-        mode: CUDAGraphMode | str = "FULL_AND_PIECEWISE",
-        stages: Sequence[str] = ("validate", "test", "predict"),
+        mode: CUDAGraphMode | ModeName = "FULL_AND_PIECEWISE",
+        stages: Sequence[StageName] = ("validate", "test", "predict"),
         targets: Sequence[str] | None = None,
         warmup_steps: int = 3,
         verify_replays: int = 2,
         verify_every: int = 0,
-        verify_tolerance: str = "exact",
+        verify_tolerance: Tolerance = "exact",
         sync_free_metrics: bool = True,
         copy_outputs: bool = True,
         max_graphs: int = 64,
         strict: bool = False,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         report: bool = True,
         options: CUDAGraphOptions | None = None,
     ) -> None:
@@ -110,9 +118,11 @@ class CUDAGraphCallback(Callback):
             options=options,
         )
         self.stats = CUDAGraphStats()
-        """What happened so far, over all Trainers that this callback was in."""
+        """What happened so far, over all runs and Trainers that this callback was in."""
         self._installation: Installation | InertInstallation | None = None
         self._stages_run: list[str] = []
+        self._runs = 0
+        self._before_run = CUDAGraphStats()
         self._reported: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -128,8 +138,9 @@ class CUDAGraphCallback(Callback):
         )
 
     def summary(self) -> str:
-        """Gives the counts as a table: graphs by stage, target and shape; eager steps with their reasons."""
-        return render_summary(self.stats, self._settings.backend, tuple(STEP_METHODS))
+        """Return the counts of all runs so far as a table: graphs by stage, target and shape; eager steps with their reasons."""
+        scope = f"all {self._runs} runs" if self._runs > 1 else ""
+        return render_summary(self.stats, self._settings.backend, tuple(STEP_METHODS), scope)
 
     def graphs(self, mode: CUDAGraphMode | str) -> list[CapturedGraph]:
         """Return the graphs that are kept at the moment, to measure or to inspect them.
@@ -148,6 +159,8 @@ class CUDAGraphCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
         self._stages_run = []
+        self._runs += 1
+        self._before_run = self.stats.copy()
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         first = next(callback for callback in callbacks if isinstance(callback, CUDAGraphCallback))
         if first is not self:
@@ -216,7 +229,9 @@ class CUDAGraphCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
         if self._settings.report and self._stages_run and trainer.is_global_zero:
-            print(render_summary(self.stats, self._settings.backend, self._stages_run))
+            run = self.stats.since(self._before_run)
+            scope = f"run {self._runs} only" if self._runs > 1 else ""
+            print(render_summary(run, self._settings.backend, self._stages_run, scope))
         self._stages_run = []
 
     def _report_inert(self, why: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cg_lightning.backends.host_reads import OnCall
+from cg_lightning.core.settings import BackendName
 
 
 class CapturedGraph(Protocol):
@@ -25,7 +26,7 @@ class CapturedGraph(Protocol):
 class GraphBackend(Protocol):
     """Captures and replays work on one device."""
 
-    name: str
+    name: BackendName
     device: torch.device
 
     def is_capturing(self) -> bool:

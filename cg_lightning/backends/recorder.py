@@ -55,6 +55,7 @@ from cg_lightning.backends.host_reads import OnCall, invisible_calls
 from cg_lightning.backends.illegal_operations import find_illegal
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.errors import IllegalOperationError
+from cg_lightning.core.settings import BackendName
 
 _Autocast = tuple[bool, torch.dtype | None]
 
@@ -235,7 +236,7 @@ class RecorderBackend:
     It is stricter than CUDA, so a test that passes here should pass on a GPU. It is no speed-up.
     """
 
-    name = "recorder"
+    name: BackendName = "recorder"
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -181,6 +181,8 @@ class Variant:
     """The watched step, for messages."""
     record: Any = None
     """The row of its PIECEWISE steps in the statistics."""
+    time: Any = None
+    """Where the time of its PIECEWISE steps is added."""
     entry: Entry | None = None
     """The graph; None before the capture and after the graph was dropped."""
     verify_at: int = -1

@@ -166,6 +166,7 @@ class SubmoduleRunner(ModuleHandler):
         step: StepInProgress,
     ) -> Any:
         if plan.action in (Action.CAPTURE, Action.VERIFY):
+            step.is_warm = False
 
             def call_original(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
                 return original(*arguments[0], **arguments[1])
