@@ -1,33 +1,44 @@
-"""CUDA graphs for the evaluation loops of PyTorch Lightning."""
+"""CUDA graphs for the evaluation loops of PyTorch Lightning.
 
-from cg_lightning.callback import CUDAGraphCallback
-from cg_lightning.capture.graph import (
-    compilation_counter,
-    set_cudagraph_capturing_enabled,
-    validate_cudagraph_capturing_enabled,
-    weak_ref_tensors,
-)
-from cg_lightning.capture.wrapper import CUDAGraphEntry, CUDAGraphWrapper
-from cg_lightning.core.descriptor import BatchDescriptor
-from cg_lightning.core.errors import (
-    CaptureError,
-    CUDAGraphError,
-    IllegalOperationError,
-    UnkeyableBatchError,
-    VerificationError,
-)
-from cg_lightning.core.forward_context import (
-    ForwardContext,
-    get_forward_context,
-    is_forward_context_available,
-    override_forward_context,
-    set_forward_context,
-)
-from cg_lightning.core.modes import CUDAGraphMode
-from cg_lightning.core.settings import CUDAGraphOptions
-from cg_lightning.diagnose import diagnose
-from cg_lightning.diagnosis.report import Diagnosis
-from cg_lightning.runtime.dispatcher import CUDAGraphDispatcher
+Names are imported when they are first used: torch and Lightning take seconds, and the command's help and shell
+completion need neither.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cg_lightning.callback import CUDAGraphCallback
+    from cg_lightning.capture.graph import (
+        compilation_counter,
+        set_cudagraph_capturing_enabled,
+        validate_cudagraph_capturing_enabled,
+        weak_ref_tensors,
+    )
+    from cg_lightning.capture.wrapper import CUDAGraphEntry, CUDAGraphWrapper
+    from cg_lightning.core.descriptor import BatchDescriptor
+    from cg_lightning.core.errors import (
+        CaptureError,
+        CUDAGraphError,
+        IllegalOperationError,
+        UnkeyableBatchError,
+        VerificationError,
+    )
+    from cg_lightning.core.forward_context import (
+        ForwardContext,
+        get_forward_context,
+        is_forward_context_available,
+        override_forward_context,
+        set_forward_context,
+    )
+    from cg_lightning.core.modes import CUDAGraphMode
+    from cg_lightning.core.settings import CUDAGraphOptions
+    from cg_lightning.diagnosis.report import Diagnosis
+    from cg_lightning.offline import diagnose
+    from cg_lightning.plain_loop import Graphed, graphed
+    from cg_lightning.runtime.dispatcher import CUDAGraphDispatcher
 
 __all__ = [
     "BatchDescriptor",
@@ -41,12 +52,14 @@ __all__ = [
     "CaptureError",
     "Diagnosis",
     "ForwardContext",
+    "Graphed",
     "IllegalOperationError",
     "UnkeyableBatchError",
     "VerificationError",
     "compilation_counter",
     "diagnose",
     "get_forward_context",
+    "graphed",
     "is_forward_context_available",
     "override_forward_context",
     "set_cudagraph_capturing_enabled",
@@ -54,3 +67,49 @@ __all__ = [
     "validate_cudagraph_capturing_enabled",
     "weak_ref_tensors",
 ]
+
+_NAMES = {
+    "callback": ("CUDAGraphCallback",),
+    "capture.graph": (
+        "compilation_counter",
+        "set_cudagraph_capturing_enabled",
+        "validate_cudagraph_capturing_enabled",
+        "weak_ref_tensors",
+    ),
+    "capture.wrapper": ("CUDAGraphEntry", "CUDAGraphWrapper"),
+    "core.descriptor": ("BatchDescriptor",),
+    "core.errors": (
+        "CaptureError",
+        "CUDAGraphError",
+        "IllegalOperationError",
+        "UnkeyableBatchError",
+        "VerificationError",
+    ),
+    "core.forward_context": (
+        "ForwardContext",
+        "get_forward_context",
+        "is_forward_context_available",
+        "override_forward_context",
+        "set_forward_context",
+    ),
+    "core.modes": ("CUDAGraphMode",),
+    "core.settings": ("CUDAGraphOptions",),
+    "diagnosis.report": ("Diagnosis",),
+    "offline": ("diagnose",),
+    "plain_loop": ("Graphed", "graphed"),
+    "runtime.dispatcher": ("CUDAGraphDispatcher",),
+}
+_MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
+"""Where each public name is. No module may have the name of what it defines, or importing it would hide that."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,12 +6,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from cg_lightning.backends import CapturedGraph, resolve_backend
 from cg_lightning.core.modes import CUDAGraphMode
-from cg_lightning.core.settings import CUDAGraphOptions, Settings
+from cg_lightning.core.settings import (
+    BackendName,
+    CUDAGraphOptions,
+    ModeName,
+    Settings,
+    StageName,
+    Tolerance,
+)
 from cg_lightning.core.stages import STEP_METHODS
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.report.stats import CUDAGraphStats
@@ -70,7 +78,8 @@ class CUDAGraphCallback(Callback):
             lower mode raises. With the other modes, only a step without any graph raises.
         backend: ``cuda``; ``recorder`` (any device, for tests and laptops, no speed-up); or
             ``auto`` (``cuda`` if the Trainer runs on CUDA, otherwise every step is eager).
-        report: Print the summary when the Trainer is done.
+        report: Print the summary of each run when the Trainer is done. Each call of ``fit``,
+            ``validate``, ``test`` or ``predict`` is a run, with its own warm-up and captures.
         options: How graphs are captured.
 
     Raises:
@@ -101,18 +110,18 @@ class CUDAGraphCallback(Callback):
     def __init__(
         self,
         *,
-        mode: CUDAGraphMode | str = "FULL_AND_PIECEWISE",
-        stages: Sequence[str] = ("validate", "test", "predict"),
+        mode: CUDAGraphMode | ModeName = "FULL_AND_PIECEWISE",
+        stages: Sequence[StageName] = ("validate", "test", "predict"),
         targets: Sequence[str] | None = None,
         warmup_steps: int = 3,
         verify_replays: int = 2,
         verify_every: int = 0,
-        verify_tolerance: str = "exact",
+        verify_tolerance: Tolerance = "exact",
         sync_free_metrics: bool = True,
         copy_outputs: bool = True,
         max_graphs: int = 64,
         strict: bool = False,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         report: bool = True,
         options: CUDAGraphOptions | None = None,
     ) -> None:
@@ -133,9 +142,11 @@ class CUDAGraphCallback(Callback):
             options=options,
         )
         self.stats = CUDAGraphStats()
-        """Counts of captures, replays and steps over all Trainers that used this callback."""
+        """Counts of captures, replays and steps over all runs and Trainers of this callback."""
         self._installation: Installation | InertInstallation | None = None
         self._stages_run: list[str] = []
+        self._runs = 0
+        self._before_run = CUDAGraphStats()
         self._reported: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -151,11 +162,12 @@ class CUDAGraphCallback(Callback):
         )
 
     def summary(self) -> str:
-        """Return a table for each stage: its graphs, and the reasons for lower modes with remedies.
+        """Return the counts of all runs: for each stage its graphs, and reasons with remedies.
 
         It has at most 20 lines for each stage. :attr:`stats` has all counts.
         """
-        return render_summary(self.stats, self._settings.backend, tuple(STEP_METHODS))
+        scope = f"all {self._runs} runs" if self._runs > 1 else ""
+        return render_summary(self.stats, self._settings.backend, tuple(STEP_METHODS), scope)
 
     def graphs(self, mode: CUDAGraphMode | str) -> list[CapturedGraph]:
         """Return the stored graphs, to measure or inspect them.
@@ -178,6 +190,8 @@ class CUDAGraphCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
         self._stages_run = []
+        self._runs += 1
+        self._before_run = self.stats.copy()
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         first = next(callback for callback in callbacks if isinstance(callback, CUDAGraphCallback))
         if first is not self:
@@ -205,7 +219,10 @@ class CUDAGraphCallback(Callback):
             sync_free=self._settings.sync_free_metrics,
             logged=LoggedResults(pl_module),
         )
-        session = Session(pl_module, backend, self._settings, self.stats, effects)
+        profiler: Any = trainer.profiler  # type: ignore[attr-defined]
+        if isinstance(profiler, PassThroughProfiler):
+            profiler = None
+        session = Session(pl_module, backend, self._settings, self.stats, effects, profiler)
         self._installation = Installation(trainer.strategy, pl_module, session)
 
     @override
@@ -243,7 +260,9 @@ class CUDAGraphCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
         if self._settings.report and self._stages_run and trainer.is_global_zero:
-            print(render_summary(self.stats, self._settings.backend, self._stages_run))
+            run = self.stats.since(self._before_run)
+            scope = f"run {self._runs} only" if self._runs > 1 else ""
+            print(render_summary(run, self._settings.backend, self._stages_run, scope))
         self._stages_run = []
 
     def _report_inert(self, why: str) -> None:

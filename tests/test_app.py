@@ -8,6 +8,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.test_config import run_project
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -97,6 +100,91 @@ def test_any_model_and_data(tmp_path):
     assert f"The same test {IDENTICAL}" in run(tmp_path, *arguments, "task=test")
 
 
+MINE = """
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch.utils.data import DataLoader
+
+class Model(LightningModule):
+    def __init__(self, width=8):
+        super().__init__()
+        self.net = torch.nn.Linear(8, width)
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.net(batch).square().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+class DataModule(LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(torch.randn(40, 8, generator=torch.Generator().manual_seed(0)), batch_size=4)
+
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
+"""
+"""A user's file, with a model that can only be fitted and validated."""
+
+
+def test_a_model_from_the_users_folder_without_predict_step(tmp_path):
+    (tmp_path / "my.py").write_text(MINE)
+    # like the installed script, whose first path is its own folder
+    as_script = "import sys; sys.path.pop(0); from cg_lightning.app.main import main; main()"
+    arguments = (
+        "model._target_=my.Model",
+        "+model.width=4",
+        "data=custom",
+        "data._target_=my.DataModule",
+    )
+    printed = run(tmp_path, *arguments, command=[sys.executable, "-c", as_script])
+    assert printed.count("No test after fit: Model has no test_step.") == 1
+    assert printed.count("No predict after fit: Model has neither predict_step nor forward.") == 1
+    assert f"The same fit {IDENTICAL}: 1 metrics and 0 predicted batches" in printed
+
+
+def test_what_may_follow_fit():
+    from lightning.pytorch import LightningDataModule, LightningModule
+    from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+
+    from cg_lightning.app.run import why_skipped
+
+    class OnlySteps(LightningModule):
+        def predict_step(self, batch, batch_idx):
+            return batch
+
+    data = BoringDataModule()
+    assert why_skipped("test", BoringModel(), data) == ""
+    assert why_skipped("predict", BoringModel(), data) == ""  # by its forward
+    assert why_skipped("predict", OnlySteps(), data) == ""
+    assert why_skipped("test", OnlySteps(), data) == "OnlySteps has no test_step"
+    assert why_skipped("predict", OnlySteps(), LightningDataModule()) == (
+        "LightningDataModule has no predict_dataloader"
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_benchmark_without_a_gpu_names_the_key(tmp_path):
+    printed = run(tmp_path, "task=bench", fails=True)
+    assert "bench.backend=recorder" in printed
+    assert "Traceback" not in printed
+    assert len(printed.strip().splitlines()) == 1
+
+
+def test_no_report(tmp_path):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra demo)")
+    printed = run(tmp_path, "task=predict", "cuda_graph.report=false")
+    assert "CUDA graphs (backend" not in printed
+    assert IDENTICAL in printed
+
+
+def test_the_reports_of_a_fit_are_one(tmp_path):
+    (tmp_path / "my.py").write_text(MINE)
+    arguments = ("model._target_=my.Model", "data=custom", "data._target_=my.DataModule")
+    assert run(tmp_path, *arguments, "compare=false").count("CUDA graphs (backend") == 1
+
+
 def test_a_misspelt_key_is_named(tmp_path):
     assert "Key 'warmup' not in 'CUDAGraphConfig'" in run(
         tmp_path, "cuda_graph.warmup=1", fails=True
@@ -104,8 +192,6 @@ def test_a_misspelt_key_is_named(tmp_path):
 
 
 def test_a_difference_fails_the_run():
-    import torch
-
     from cg_lightning.app.compare import describe_difference
     from cg_lightning.app.run import Results
 
@@ -151,4 +237,13 @@ def test_a_wheel_carries_the_configuration(tmp_path):
         check=False,
     )
     assert IDENTICAL in done.stdout, done.stdout + done.stderr
-    assert (installed / "cg_lightning/conf/config.yaml").exists()
+    assert (installed / "cg_lightning/app/conf/config.yaml").exists()
+    project = tmp_path / "project"
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    done = run_project(
+        project,
+        "callbacks.cuda_graph.mode=FULL",
+        search_path="pkg://cg_lightning.conf",
+        environment=environment,
+    )
+    assert "CUDAGraphCallback(mode='FULL'" in done.stdout, done.stderr

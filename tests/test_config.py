@@ -3,6 +3,9 @@
 import dataclasses
 import inspect
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +15,20 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from cg_lightning import CUDAGraphCallback, CUDAGraphMode, CUDAGraphOptions
-from cg_lightning.app.config import CUDAGraphConfig, OptionsConfig, config_dir, register_configs
+from cg_lightning.app.config import (
+    CUDAGraphConfig,
+    OptionsConfig,
+    config_dir,
+    library_config_dir,
+    register_configs,
+)
+from cg_lightning.core.settings import Settings
 
-CONF = Path(__file__).parent.parent / "conf"
-OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml"))
+ROOT = Path(__file__).parent.parent
+CONF = ROOT / "conf"
+APP_CONF = ROOT / "cg_lightning" / "app" / "conf"
+FILES = [*CONF.rglob("*.yaml"), *APP_CONF.rglob("*.yaml")]
+OPTIONS = sorted({f"{path.parent.name}={path.stem}" for path in FILES if path.stem != "config"})
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +38,9 @@ def hydra():
         yield
 
 
-def test_the_folder_is_found():
-    assert Path(config_dir()) == CONF
+def test_the_folders_are_found():
+    assert Path(config_dir()) == APP_CONF
+    assert Path(library_config_dir()) == CONF
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -76,28 +90,54 @@ def test_a_misspelt_key_or_wrong_type_fails_at_compose_time(override, parts):
         assert part in message
 
 
-@pytest.mark.parametrize(
-    ("schema", "constructor"),
-    [(CUDAGraphConfig, CUDAGraphCallback), (OptionsConfig, CUDAGraphOptions)],
-)
-def test_the_schema_says_what_the_constructor_says(schema, constructor):
-    fields = {
-        field.name: field for field in dataclasses.fields(schema) if not field.name.startswith("_")
+def plain(value):
+    """A default as YAML and README write it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def defaults_of_yaml(path: Path) -> dict:
+    config = OmegaConf.to_container(OmegaConf.load(path))
+    return {
+        name: value
+        for name, value in config.items()
+        if name not in ("defaults", "_target_", "_convert_")
     }
+
+
+def defaults_of_schema(schema: type) -> dict:
+    config = OmegaConf.to_container(OmegaConf.structured(schema))
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(
+    ("constructor", "dataclass", "schema"),
+    [
+        (CUDAGraphCallback, Settings, CUDAGraphConfig),
+        (CUDAGraphOptions, CUDAGraphOptions, OptionsConfig),
+    ],
+)
+def test_constructor_settings_and_schema_agree(constructor, dataclass, schema):
     parameters = inspect.signature(constructor).parameters
-    assert list(fields) == list(parameters)
+    fields = {field.name: field for field in dataclasses.fields(dataclass)}
+    assert list(parameters) == list(fields) == list(defaults_of_schema(schema))
     for name, parameter in parameters.items():
-        default = getattr(schema(), name)
-        if name == "options":
-            assert instantiate(default) == CUDAGraphOptions()
-        else:
-            assert (
-                tuple(default) if isinstance(default, list) else default
-            ) == parameter.default, name
+        assert parameter.default == fields[name].default, name
+        assert parameter.annotation == fields[name].type, name
+        if name != "options":
+            assert plain(parameter.default) == defaults_of_schema(schema)[name], name
+
+
+def test_the_yaml_says_what_the_schema_says():
+    written = defaults_of_yaml(CONF / "cuda_graph" / "full_and_piecewise.yaml")
+    written["options"].pop("_target_")
+    schema = defaults_of_schema(CUDAGraphConfig)
+    schema["options"] = defaults_of_schema(OptionsConfig)
+    assert written == schema
+    assert list(written) == list(schema)
 
 
 def test_every_key_is_commented():
-    for path in CONF.rglob("*.yaml"):
+    for path in FILES:
         lines = path.read_text().splitlines()
         assert lines[0].startswith("#"), path
         for before, line in itertools.pairwise(lines):
@@ -111,23 +151,98 @@ def test_every_key_is_commented():
 
 
 def test_there_are_few_files():
-    assert len(list(CONF.rglob("*.yaml"))) <= 20
+    assert len(FILES) <= 20
 
 
+PROJECT = {
+    "train.py": """
+import hydra
+from hydra.utils import instantiate
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(config):
+    callbacks = [instantiate(node, _convert_="all") for node in config.callbacks.values()]
+    print([type(callback).__name__ for callback in callbacks], callbacks[-1])
+    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator=config.trainer.accelerator, callbacks=callbacks, **settings)
+    trainer.predict(BoringModel(), BoringDataModule())
+
+main()
+""",
+    "conf/train.yaml": """
+defaults:
+  - callbacks: [default, cuda_graph]
+  - trainer: default
+  - _self_
+hydra:
+  searchpath: ['SEARCHPATH']
+""",
+    "conf/callbacks/default.yaml": "mine:\n  _target_: lightning.pytorch.callbacks.Timer\n",
+    "conf/trainer/default.yaml": "accelerator: cpu\n",
+}
+"""An application of the lightning-hydra-template kind."""
+
+
+def run_project(
+    folder: Path,
+    *overrides: str,
+    search_path: str = f"file://{CONF}",
+    environment: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    for name, text in PROJECT.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text.replace("SEARCHPATH", search_path))
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, "train.py", *overrides],
+        cwd=folder,
+        env=environment or {**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
 def test_another_project_selects_the_callback_from_its_search_path(tmp_path):
-    from hydra.core.global_hydra import GlobalHydra
+    done = run_project(
+        tmp_path,
+        "callbacks.cuda_graph.mode=FULL",
+        "callbacks.cuda_graph.backend=recorder",
+        "callbacks.cuda_graph.options.gc_disable=true",
+    )
+    assert "['Timer', 'CUDAGraphCallback'] CUDAGraphCallback(mode='FULL'" in done.stdout, (
+        done.stderr
+    )
+    assert "predict: " in done.stdout
+    assert "CUDA graphs (backend: recorder)" in done.stdout
 
-    GlobalHydra.instance().clear()
-    (tmp_path / "callbacks").mkdir()
-    (tmp_path / "callbacks/default.yaml").write_text(
-        "mine:\n  _target_: lightning.pytorch.callbacks.Timer\n"
-    )
-    (tmp_path / "main.yaml").write_text(
-        f"defaults:\n  - callbacks: [default, cuda_graph]\n  - _self_\nhydra:\n  searchpath: ['file://{CONF}']\n"
-    )
-    with initialize_config_dir(str(tmp_path), version_base="1.3"):
-        config = compose("main", ["cuda_graph=full", "cuda_graph.max_graphs=5"])
-    assert list(config.callbacks) == ["mine", "cuda_graph"]
-    callback = instantiate(config.callbacks.cuda_graph, _convert_="all")
-    assert callback._settings.mode is CUDAGraphMode.FULL
-    assert callback._settings.max_graphs == 5
+
+@pytest.mark.slow
+def test_another_project_without_a_report_prints_nothing_of_ours(tmp_path):
+    overrides = ["cuda_graph=piecewise", "callbacks.cuda_graph.report=false"]
+    done = run_project(tmp_path, *overrides, "callbacks.cuda_graph.backend=recorder")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert "mode='PIECEWISE'" in line
+    assert "CUDA graph" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("callbacks.cuda_graph.warmup=1", ["callbacks.cuda_graph.warmup", "not in struct"]),
+        ("callbacks.cuda_graph.mode=fast", ["mode='fast'", "FULL_AND_PIECEWISE"]),
+        ("cuda_graph=quick", ["cuda_graph/quick", "full_and_piecewise"]),
+        ("trainer=gpu", ["Could not find 'trainer/gpu'"]),
+        ("callbacks=none", ["Could not find 'callbacks/none'"]),
+    ],
+)
+def test_mistakes_and_groups_of_the_command_in_another_project(tmp_path, override, parts):
+    done = run_project(tmp_path, override)
+    assert done.returncode != 0, done.stdout
+    for part in parts:
+        assert part in done.stderr

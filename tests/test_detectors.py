@@ -19,6 +19,7 @@ import pytest
 import torch
 import torchmetrics
 from lightning.pytorch import LightningModule
+from lightning.pytorch.profilers.pytorch import RegisterRecordFunction
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, MetricCollection
@@ -44,7 +45,7 @@ from cg_lightning.diagnosis.detectors.printing import Printing
 from cg_lightning.diagnosis.detectors.random_numbers import RandomNumbers
 from cg_lightning.diagnosis.detectors.rebound_state import ReboundState
 from cg_lightning.diagnosis.detectors.trainer_reads import TrainerReads
-from cg_lightning.diagnosis.findings import AT_THE_END, Finding
+from cg_lightning.diagnosis.findings import AT_THE_END, NOT_YOURS, Finding
 from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.diagnosis.watcher import DETECTORS, StepWatcher
 from cg_lightning.effects.module_effects import ModuleEffects
@@ -128,6 +129,12 @@ def hooked() -> Runs:
     return module
 
 
+def profiled() -> Runs:
+    module = Runs(lambda m, x: m.inner(x))
+    RegisterRecordFunction(module.inner).__enter__()
+    return module
+
+
 def rebinds(m: Runs, x: torch.Tensor) -> torch.Tensor:
     y = m.inner(x)
     m.cache = y  # here
@@ -176,6 +183,7 @@ CASES: dict[str, Case] = {
         None,
     ),
     "hook": (ForwardHooks, hooked, Cause.FORWARD_HOOK, "Inner", None),
+    "profiler": (ForwardHooks, profiled, Cause.PROFILER_HOOK, "PyTorchProfiler", NOT_YOURS),
     "attribute": (ReboundState, rebinds, Cause.STATE_REBOUND, "cache", None),
     "container": (
         ReboundState,

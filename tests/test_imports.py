@@ -1,6 +1,7 @@
 """That importing stays cheap, and that the core knows neither Lightning nor Hydra."""
 
 import ast
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,25 +11,90 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cg_lightning"
 
 
-def imports(statement: str) -> str:
-    """What importing leaves behind: which of the watched modules were loaded, and whether CUDA was initialised."""
-    code = (
-        f"{statement}\nimport sys, torch\n"
-        "print([m for m in ('hydra', 'omegaconf') if m in sys.modules], torch.cuda.is_initialized(), sep='|')"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.strip()
+HEAVY = ("torch", "lightning", "torchmetrics", "numpy")
+
+
+def imported(statement: str, *watched: str) -> list[str]:
+    """Which of the packages a statement has loaded in a process of its own."""
+    code = f"{statement}\nimport sys\nprint([m for m in {watched} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return ast.literal_eval(done.stdout.strip().splitlines()[-1])
+
+
+HELP = """
+import contextlib, sys
+sys.argv = ["cg-lightning", {!r}]
+from cg_lightning.app.main import main
+with contextlib.suppress(SystemExit):
+    main()
+"""
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import cg_lightning; dir(cg_lightning); cg_lightning.CUDAGraphOptions(); cg_lightning.CUDAGraphMode.FULL",
+        "import cg_lightning.app.config as config; config.register_configs()",
+        HELP.format("--help"),
+        HELP.format("--shell-completion=query=bash"),
+    ],
+    ids=["package", "schema", "help", "completion"],
+)
+def test_help_and_completion_load_no_torch(statement):
+    assert imported(statement, *HEAVY) == []
 
 
 @pytest.mark.slow
 def test_importing_loads_no_hydra_and_initialises_no_cuda():
-    assert imports("import cg_lightning") == "[]|False"
+    statement = (
+        "import torch, cg_lightning\nfor name in cg_lightning.__all__: getattr(cg_lightning, name)\n"
+        "assert not torch.cuda.is_initialized()"
+    )
+    assert imported(statement, "hydra", "omegaconf") == []
 
 
 @pytest.mark.slow
 def test_that_this_check_can_fail():
-    assert imports("import cg_lightning.app.config") == "['hydra', 'omegaconf']|False"
+    assert imported("import cg_lightning.app.config", "hydra", "omegaconf") == [
+        "hydra",
+        "omegaconf",
+    ]
+    assert imported("from cg_lightning import diagnose", "torch") == ["torch"]
+
+
+def test_every_public_name_is_there():
+    import cg_lightning
+
+    assert set(cg_lightning._MODULES) == set(cg_lightning.__all__) <= set(dir(cg_lightning))
+    typed = {
+        alias.name
+        for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cg_lightning.")
+        for alias in node.names
+    }
+    assert typed == set(cg_lightning.__all__)
+    modules = {file.stem for file in PACKAGE.glob("*.py")} | {
+        file.name for file in PACKAGE.iterdir() if file.is_dir()
+    }
+    assert not modules & set(cg_lightning.__all__), "importing the module would hide the name"
+    with pytest.raises(AttributeError, match="no attribute 'CudaGraphCallback'"):
+        cg_lightning.CudaGraphCallback  # noqa: B018
+
+
+def test_the_function_diagnose_stays_the_function():
+    code = "import cg_lightning.offline, cg_lightning; from cg_lightning import diagnose; assert callable(diagnose)"
+    assert imported(f"{code}; assert callable(cg_lightning.diagnose)") == []
+
+
+def test_public_names_can_be_pickled():
+    import cg_lightning
+
+    for name in cg_lightning.__all__:
+        value = getattr(cg_lightning, name)
+        if name != "compilation_counter":
+            assert pickle.loads(pickle.dumps(value)) is value
+    callback = pickle.loads(pickle.dumps(cg_lightning.CUDAGraphCallback(mode="FULL")))
+    assert callback._settings.mode is cg_lightning.CUDAGraphMode.FULL
 
 
 def test_every_package_is_shipped():
@@ -43,11 +109,11 @@ def test_every_package_is_shipped():
     assert set(setuptools["packages"]) == there | {"cg_lightning.conf"}
 
 
-LAYERS = ("app", "bench", "callback", "diagnose", "trainer", "runtime", "diagnosis", "capture", "effects", "metrics",
+LAYERS = ("app", "bench", "callback", "offline", "plain_loop", "trainer", "runtime", "diagnosis", "capture", "effects", "metrics",
           "guards", "modules", "backends", "report", "core")  # fmt: skip
 """From top to bottom: each imports only from those below it."""
 MAY_IMPORT = {
-    "lightning": {"app", "bench", "callback", "diagnose", "trainer"},
+    "lightning": {"app", "bench", "callback", "trainer"},
     "hydra": {"app"},
     "omegaconf": {"app"},
     "torchmetrics": {"app", "bench", "trainer", "diagnosis", "effects", "metrics", "modules"},

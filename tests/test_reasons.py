@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 from torchmetrics.text import Perplexity
 
+from cg_lightning import BatchDescriptor
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.report.stats import MOST_REASONS, MOST_SHAPES, OTHER_SHAPES, CUDAGraphStats
 from cg_lightning.report.summary import render_summary
+from cg_lightning.runtime.dispatcher import NEW_KEY
 from tests.harness import features, predict, validate
 from tests.models import Body, Predictor
 
@@ -47,7 +50,8 @@ def test_a_step_in_pieces_says_why_it_is_not_one_graph(harness):
     assert record["text"].startswith("host sync: aten::")
     json.dumps(callback.stats.to_dict())
     summary = callback.summary()
-    assert f"7 PIECEWISE (4x8): {record['text']}" in summary
+    shown = record["text"].replace(f"{Path.cwd()}/", "")
+    assert f"7 PIECEWISE (4x8): {shown}" in " ".join(summary.split())
     assert f"remedy: {Cause.HOST_SYNC.remedy}" in summary
 
 
@@ -110,6 +114,25 @@ def test_an_attribute_that_toggles_has_two_graphs(harness, mode):
     assert Reason(Status.CHANGED, "changed: self.scale: now 2.0, before 1.0") in changed
 
 
+class MovesAWeight(Callback):
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_: Any) -> None:
+        if batch_idx == 6:
+            weight = pl_module.net[0].weight
+            weight.data = weight.data * 2
+
+
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
+def test_a_graph_that_is_captured_again_says_why(harness, mode):
+    callback = harness.callback(mode=mode)
+    others = lambda: [MovesAWeight()]
+    harness.compare(Predictor(Body()), predict(features(40)), callback, others=others)
+    (entry,) = callback.stats.entries
+    assert entry.captures == 2
+    weight = "net.0.weight" if mode == "FULL" else "0.weight"
+    assert entry.why_again == f"parameters or buffers lie at new addresses: {weight}"
+    assert f"captured again: {entry.why_again}" in callback.summary()
+
+
 def test_a_submodule_whose_attribute_toggles_has_two_graphs(harness):
     class Inner(torch.nn.Module):
         def __init__(self) -> None:
@@ -134,6 +157,39 @@ def test_a_submodule_whose_attribute_toggles_has_two_graphs(harness):
     assert any("self.net.scale: now 2.0, before 1.0" in text for text in texts), texts
 
 
+def test_the_hooks_of_a_profiler_are_named(harness, tmp_path):
+    from lightning.pytorch.profilers import PyTorchProfiler
+
+    callback = harness.callback()
+    profiler = PyTorchProfiler(dirpath=tmp_path, filename="with", export_to_chrome=False)
+    harness.trainer(callback, profiler=profiler).predict(Predictor(Body()), features(40))
+    assert callback.stats.steps["FULL"] == 0
+    kinds = {record.reason.kind for record in callback.stats.reasons}
+    assert kinds == {Status.WARM_UP, Cause.PROFILER_HOOK}, callback.summary()
+    text = callback.summary()
+    assert "hooks of a profiler: PyTorchProfiler in net" in text
+    assert "PyTorchProfiler(record_module_names=False)" in text
+    assert "test_reasons.py" not in text
+    callback = harness.callback()
+    profiler = PyTorchProfiler(
+        dirpath=tmp_path, filename="without", export_to_chrome=False, record_module_names=False
+    )
+    harness.trainer(callback, profiler=profiler).predict(Predictor(Body()), features(40))
+    assert callback.stats.steps["FULL"] == 7, callback.summary()
+
+
+def test_hooks_of_the_users_own_beside_those_of_a_profiler():
+    from lightning.pytorch.profilers.pytorch import RegisterRecordFunction
+
+    from cg_lightning import diagnose
+
+    net = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    net[0].register_forward_hook(lambda *_: None)
+    with RegisterRecordFunction(net):
+        causes = {finding.cause for finding in diagnose(net, torch.randn(2, 8)).findings}
+    assert causes == {Cause.PROFILER_HOOK, Cause.FORWARD_HOOK}
+
+
 def ragged(lengths: range) -> DataLoader:
     generator = torch.Generator().manual_seed(0)
     return DataLoader(
@@ -151,6 +207,7 @@ def test_batches_that_never_repeat_a_shape_are_left_alone(harness, monkeypatch):
     callback = harness.callback()
     harness.compare(Predictor(Body()), predict(ragged(range(1, 121))), callback)
     assert len(watched) <= 4
+    assert callback.stats.eager_reasons == {"warm-up": 4, str(NEW_KEY): 116}
     assert callback.stats.captures == 0
     assert len(callback.summary().splitlines()) <= 22
 
@@ -178,3 +235,98 @@ def test_many_reasons_and_shapes_stay_a_short_summary():
     lines = render_summary(stats, "recorder", ["validate"]).splitlines()
     assert len(lines) <= 22
     assert "5000 PIECEWISE" in "\n".join(lines)
+
+
+def steps_record(stats: CUDAGraphStats, kind: Cause | Status, text: str, steps: int = 1) -> None:
+    for _ in range(steps):
+        stats.ran("validate", "NONE", "4x8", Reason(kind, text))
+
+
+def test_the_summary_fits_80_columns(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    stats = CUDAGraphStats()
+    for number in range(12):
+        text = (
+            f"host sync {number}: aten::item in encoder.layers.{number} ({tmp_path}/models/net.py:{number}), "
+            + "and " * 60
+        )
+        steps_record(stats, Cause.HOST_SYNC, text, 12 - number)
+    key = BatchDescriptor.from_batch(
+        [torch.empty(1, 2, 3, 4, 5) for _ in range(9)], stage="validate"
+    )
+    entry = stats.entry("PIECEWISE", "encoder.layers.11.attention.self.projection", key)
+    entry.captured(0.5, 2**31)
+    entry.replays = 123456
+    lines = render_summary(stats, "cuda", ["validate"]).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 22
+    text = "\n".join(lines)
+    assert "models/net.py:0" in text
+    assert str(tmp_path) not in text
+    assert "other reasons: see stats.reasons" in lines[-1]
+    assert "encoder." in text
+    assert "..." in lines[4]
+    assert "123456" in text
+
+
+def test_many_shapes_in_few_batches_get_a_hint(harness):
+    callback = harness.callback()
+    shapes = [*range(1, 51), *range(1, 41)]  # 90 batches
+    data = DataLoader(
+        [(torch.randn(length, 8),) for length in shapes], batch_size=None, shuffle=False
+    )
+    harness.trainer(callback).predict(Predictor(Body()), data)
+    hint = "50 shapes in 90 batches, so most steps are warm-ups: pad batches to fewer shapes, or set warmup_steps=1"
+    assert hint in " ".join(callback.summary().split())
+    callback = harness.callback()
+    harness.trainer(callback).predict(Predictor(Body()), features(10))
+    assert "warm-ups" not in callback.summary()  # few batches of two shapes
+
+
+def test_counts_of_a_run_and_of_all_runs(harness, capsys):
+    callback = harness.callback(report=True)
+    trainer = harness.trainer(callback)
+    module = Predictor(Body())
+    trainer.predict(module, features(40))
+    first = capsys.readouterr().out
+    trainer.predict(module, features(32))
+    second = capsys.readouterr().out
+    assert "predict: 7 steps FULL, 3 steps eager" in first
+    assert ", run " not in first
+    assert "CUDA graphs (backend: recorder), run 2 only" in second
+    assert "predict: 5 steps FULL, 3 steps eager" in second
+    assert "  3 eager (4x8): warm-up" in second
+    assert callback.stats.steps == {"NONE": 6, "PIECEWISE": 0, "FULL": 12}
+    assert "CUDA graphs (backend: recorder), all 2 runs" in callback.summary()
+    assert "predict: 12 steps FULL, 6 steps eager" in callback.summary()
+    (entry,) = callback.stats.since(callback.stats.copy()).entries
+    assert (entry.captures, entry.replays, entry.timed) == (0, 0, 0)
+    assert callback.stats.since(CUDAGraphStats()).to_dict() == callback.stats.to_dict()
+
+
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
+def test_host_time_of_eager_and_of_graphs(harness, mode):
+    callback = harness.callback(mode=mode, warmup_steps=4)
+    harness.trainer(callback).predict(Predictor(Body()), features(80))
+    times = callback.stats.comparison("predict", mode)
+    assert times is not None
+    assert 0 < times.graph < 1
+    assert 0 < times.eager < 1
+    assert f"{mode} {times.graph * 1e3:.3f} ms (no speed-up)" in callback.summary()
+    assert (
+        callback.stats.comparison("predict", "FULL" if mode == "PIECEWISE" else "PIECEWISE") is None
+    )
+    assert f"(factor {times.eager / times.graph:.1f})" in render_summary(
+        callback.stats, "cuda", ["predict"]
+    )
+    # what was watched, captured or compared with eager is left out
+    if mode == "FULL":
+        (entry,) = callback.stats.entries
+        assert entry.timed == entry.replays - 2 == 14
+
+
+def test_too_few_eager_steps_are_not_compared(harness):
+    callback = harness.callback(warmup_steps=2)
+    harness.trainer(callback).predict(Predictor(Body()), features(40))
+    assert callback.stats.comparison("predict", "FULL") is None
+    assert "host time" not in callback.summary()

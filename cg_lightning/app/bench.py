@@ -21,7 +21,7 @@ from cg_lightning.bench.report import (
     table,
     write_lines,
 )
-from cg_lightning.bench.run import measure
+from cg_lightning.bench.run import backend_to_measure, measure
 
 
 def bench(config: DictConfig) -> None:
@@ -31,7 +31,14 @@ def bench(config: DictConfig) -> None:
 
     Args:
         config: A config of the schema :class:`~cg_lightning.app.config.BenchConfig`.
+
+    Raises:
+        SystemExit: There is no CUDA device, and ``bench.backend`` is not ``recorder``.
     """
+    try:
+        backend_to_measure(config.backend)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     torch.set_float32_matmul_precision(config.matmul_precision)

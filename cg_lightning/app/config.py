@@ -1,14 +1,21 @@
-"""Schemas for Hydra, and the folder of the YAML files."""
+"""Schemas for Hydra, and the folders of the YAML files. It imports neither torch nor Lightning."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import MISSING
+
+from cg_lightning.core.modes import CUDAGraphMode
+from cg_lightning.core.settings import CUDAGraphOptions, ModeName, Settings
 
 
 class Task(Enum):
@@ -21,43 +28,57 @@ class Task(Enum):
     bench = "bench"
 
 
-@dataclasses.dataclass
-class OptionsConfig:
-    """Schema of :class:`cg_lightning.CUDAGraphOptions`."""
+def _type_for_hydra(hint: Any) -> Any:
+    """Return the type that OmegaConf checks in place of a type of ours; it knows no Literal and no Sequence."""
+    if hint is CUDAGraphOptions or hint == CUDAGraphOptions | None:
+        return OptionsConfig
+    if hint == CUDAGraphMode | ModeName or get_origin(hint) is Literal:
+        return str  # the constructor checks it
+    if get_origin(hint) is Sequence:
+        return list[_type_for_hydra(get_args(hint)[0])]  # type: ignore[misc]
+    if type(None) in get_args(hint):
+        (inner,) = [_type_for_hydra(arm) for arm in get_args(hint) if arm is not type(None)]
+        return inner | None
+    return hint
 
-    _target_: str = "cg_lightning.CUDAGraphOptions"
-    debug_log_enable: bool = True
-    gc_disable: bool = False
-    weak_ref_output: bool = True
-    check_addresses: bool | None = None
-    capture_error_mode: str = "thread_local"
+
+def _default_for_hydra(field: dataclasses.Field[Any], hint: Any) -> Any:
+    default = field.default
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return dataclasses.field(default_factory=hint)
+    if isinstance(default, tuple):
+        return dataclasses.field(default_factory=lambda: list(default))
+    return default
 
 
-@dataclasses.dataclass
-class CUDAGraphConfig:
-    """Schema of :class:`cg_lightning.CUDAGraphCallback`."""
+def _schema(name: str, target: str, options: type, **keywords: str) -> type:
+    """Make a schema for Hydra of a dataclass of options: the same names, types and defaults.
 
-    _target_: str = "cg_lightning.CUDAGraphCallback"
-    _convert_: str = "all"
-    mode: str = "FULL_AND_PIECEWISE"
-    stages: list[str] = dataclasses.field(default_factory=lambda: ["validate", "test", "predict"])
-    targets: list[str] | None = None
-    warmup_steps: int = 3
-    verify_replays: int = 2
-    verify_every: int = 0
-    verify_tolerance: str = "exact"
-    sync_free_metrics: bool = True
-    copy_outputs: bool = True
-    max_graphs: int = 64
-    strict: bool = False
-    backend: str = "auto"
-    report: bool = True
-    options: OptionsConfig = dataclasses.field(default_factory=OptionsConfig)
+    Args:
+        name: What error messages call it.
+        target: What is built of it.
+        options: The dataclass.
+        **keywords: Further keys for ``hydra.utils.instantiate``.
+    """
+    keys = {"_target_": f"cg_lightning.{target}", **keywords}
+    hints = get_type_hints(options)
+    fields: list[tuple[str, Any, Any]] = [(key, str, value) for key, value in keys.items()]
+    for field in dataclasses.fields(options):
+        hint = _type_for_hydra(hints[field.name])
+        fields.append((field.name, hint, _default_for_hydra(field, hint)))
+    docstring = f"Schema of :class:`cg_lightning.{target}`."
+    return dataclasses.make_dataclass(
+        name, fields, namespace={"__doc__": docstring, "__module__": __name__}
+    )
+
+
+OptionsConfig = _schema("OptionsConfig", "CUDAGraphOptions", CUDAGraphOptions)
+CUDAGraphConfig = _schema("CUDAGraphConfig", "CUDAGraphCallback", Settings, _convert_="all")
 
 
 @dataclasses.dataclass
 class BenchConfig:
-    """Schema of ``conf/bench``, with the arguments of :func:`cg_lightning.bench.run.measure`."""
+    """Schema of the group ``bench``, with the arguments of :func:`cg_lightning.bench.run.measure`."""
 
     cases: list[str] = MISSING
     contestants: list[str] = MISSING
@@ -87,6 +108,15 @@ class AppConfig:
     ckpt_path: str | None = None
 
 
+class _LibraryConfigs(SearchPathPlugin):
+    """Lets the command, and no other application in this process, find the groups that other projects use as well."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """See :class:`hydra.plugins.search_path_plugin.SearchPathPlugin`."""
+        if any(element.path == config_dir() for element in search_path.get_path()):
+            search_path.append("cg_lightning", library_config_dir())
+
+
 def register_configs() -> None:
     """Register the schemas with Hydra. It may be called several times."""
     store = ConfigStore.instance()
@@ -94,10 +124,16 @@ def register_configs() -> None:
     store.store(
         group="cuda_graph_schema", name="base", node=CUDAGraphConfig, provider="cg_lightning"
     )
+    Plugins.instance().register(_LibraryConfigs)
 
 
 def config_dir() -> str:
-    """Return the absolute path of ``conf/``.
+    """Return the absolute path of the command's own groups: task, model, data, trainer, benchmark."""
+    return str(Path(__file__).resolve().parent / "conf")
+
+
+def library_config_dir() -> str:
+    """Return the absolute path of ``conf/``: the groups that other projects find at ``pkg://cg_lightning.conf``.
 
     It is the packaged copy if there is one, otherwise the folder next to the package in a checkout.
     Hydra resolves relative paths through the package and does not find a folder outside of it

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 import hydra
+from hydra.utils import get_original_cwd
 from omegaconf import DictConfig
 
 from cg_lightning.app.config import Task, config_dir, register_configs
@@ -13,9 +16,12 @@ register_configs()
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")
 def main(config: DictConfig) -> None:
     """Run a task with any model, data and Trainer, with and without graphs."""
+    folder = get_original_cwd()
+    if folder not in sys.path:  # a script's path has the script's folder instead
+        sys.path.insert(0, folder)
     # imported here, because torch takes seconds and --help should not
     from cg_lightning.app.compare import describe_difference
-    from cg_lightning.app.run import choose_backend, run
+    from cg_lightning.app.run import choose_backend, report_at_the_end, run
 
     task: Task = config.task
     if task is Task.bench:
@@ -24,10 +30,12 @@ def main(config: DictConfig) -> None:
         bench(config.bench)
         return
     choose_backend(config)
+    reports = report_at_the_end(config)
     with_graphs, callback = run(config)
     if callback is None:
         return
-    print(callback.summary())
+    if reports:
+        print(callback.summary())
     if not config.compare:
         return
     without, _ = run(config, graphs=False)

@@ -14,6 +14,7 @@ from lightning.pytorch import (
     Trainer,
     seed_everything,
 )
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig
 
 from cg_lightning.app.config import Task
@@ -48,6 +49,35 @@ def choose_backend(config: DictConfig) -> None:
         )
 
 
+def report_at_the_end(config: DictConfig) -> bool:
+    """Keep the callback from printing a summary after each stage, and return whether one is to be printed at the end."""
+    graphs = config.get("cuda_graph")
+    if graphs is None:
+        return True
+    reports = bool(graphs.report)
+    graphs.report = False
+    return reports
+
+
+def why_skipped(task: str, model: LightningModule, data: LightningDataModule) -> str:
+    """Return why ``test`` or ``predict`` cannot follow ``fit``; empty if it can.
+
+    Args:
+        task: ``test`` or ``predict``.
+        model: The model.
+        data: The data.
+    """
+    step, loader = f"{task}_step", f"{task}_dataloader"
+    if not is_overridden(loader, data, LightningDataModule) and not is_overridden(loader, model):
+        return f"{type(data).__name__} has no {loader}"
+    has_forward = type(model).forward is not LightningModule.forward
+    if task == "predict" and not (has_forward or is_overridden(step, model)):
+        return f"{type(model).__name__} has neither {step} nor forward"
+    if task == "test" and not is_overridden(step, model):
+        return f"{type(model).__name__} has no {step}"
+    return ""
+
+
 def _callbacks(config: DictConfig, graphs: bool) -> list[Callback]:
     made = [
         instantiate(node, _convert_="all")
@@ -78,10 +108,16 @@ def run(config: DictConfig, *, graphs: bool = True) -> tuple[Results, CUDAGraphC
     if task is Task.validate:
         trainer.validate(model, datamodule=data, ckpt_path=config.ckpt_path)
         metrics.update(trainer.callback_metrics)
-    if task in (Task.fit, Task.test):
-        trainer.test(model, datamodule=data, ckpt_path=config.ckpt_path)
-        metrics.update(trainer.callback_metrics)
-    if task in (Task.fit, Task.predict):
-        predictions = trainer.predict(model, datamodule=data, ckpt_path=config.ckpt_path)
+    for follower in (Task.test, Task.predict):
+        why = why_skipped(follower.value, model, data) if task is Task.fit else ""
+        if why and graphs:
+            print(f"No {follower.value} after fit: {why}.")
+        if why or task not in (Task.fit, follower):
+            continue
+        if follower is Task.test:
+            trainer.test(model, datamodule=data, ckpt_path=config.ckpt_path)
+            metrics.update(trainer.callback_metrics)
+        else:
+            predictions = trainer.predict(model, datamodule=data, ckpt_path=config.ckpt_path)
     graph_callback = next((c for c in callbacks if isinstance(c, CUDAGraphCallback)), None)
     return Results(metrics, predictions), graph_callback

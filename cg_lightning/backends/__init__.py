@@ -16,6 +16,7 @@ import torch
 from cg_lightning.backends import cuda
 from cg_lightning.backends.base import CapturedGraph, GraphBackend
 from cg_lightning.backends.recorder import RecorderBackend
+from cg_lightning.core.settings import BACKENDS
 
 __all__ = [
     "BACKENDS",
@@ -25,8 +26,6 @@ __all__ = [
     "check_backend",
     "resolve_backend",
 ]
-
-BACKENDS = ("auto", "cuda", "recorder")
 
 
 def check_backend(backend: str) -> str:

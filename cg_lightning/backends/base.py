@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cg_lightning.backends.host_reads import OnCall
+from cg_lightning.core.settings import BackendName
 
 
 class CapturedGraph(Protocol):
@@ -25,7 +26,7 @@ class CapturedGraph(Protocol):
 class GraphBackend(Protocol):
     """Captures and replays work on one device."""
 
-    name: str
+    name: BackendName
     device: torch.device
 
     def is_capturing(self) -> bool:
@@ -57,6 +58,9 @@ class GraphBackend(Protocol):
 
     def set_random_state(self, state: Tensor) -> None:
         """Set the state of the device's default random generator."""
+
+    def range(self, name: str) -> AbstractContextManager[None]:
+        """Mark what runs inside, for traces of the device."""
 
     def synchronize(self) -> None:
         """Wait for all work on the device; needed before a graph that may run is dropped."""

@@ -51,6 +51,7 @@ from cg_lightning.backends.capture_scope import (
 )
 from cg_lightning.backends.host_reads import OnCall
 from cg_lightning.core.causes import Cause
+from cg_lightning.core.settings import BackendName
 
 _SYNC_WARNING = "called a synchronizing CUDA operation"
 
@@ -77,7 +78,7 @@ class CUDABackend:
     An anchor graph keeps the pool in use. After a failed capture, the pool is replaced.
     """
 
-    name = "cuda"
+    name: BackendName = "cuda"
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -145,6 +146,15 @@ class CUDABackend:
     def set_random_state(self, state: Tensor) -> None:
         """Set the state of the default CUDA generator."""
         torch.cuda.set_rng_state(state, self.device)
+
+    @contextlib.contextmanager
+    def range(self, name: str) -> Iterator[None]:
+        """Mark an NVTX range."""
+        torch.cuda.nvtx.range_push(name)
+        try:
+            yield
+        finally:
+            torch.cuda.nvtx.range_pop()
 
     def synchronize(self) -> None:
         """Wait for the device."""

@@ -30,6 +30,7 @@ It knows no streams, no allocator, and no work that bypasses the dispatcher.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import weakref
@@ -54,6 +55,7 @@ from cg_lightning.backends.host_reads import OnCall, invisible_calls
 from cg_lightning.backends.illegal_operations import find_illegal
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.errors import IllegalOperationError
+from cg_lightning.core.settings import BackendName
 
 _Autocast = tuple[bool, torch.dtype | None]
 
@@ -234,7 +236,7 @@ class RecorderBackend:
     It is stricter than CUDA, so a test that passes here should pass on a GPU. It is no speed-up.
     """
 
-    name = "recorder"
+    name: BackendName = "recorder"
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -287,6 +289,10 @@ class RecorderBackend:
     def set_random_state(self, state: Tensor) -> None:
         """Set the state of the CPU generator."""
         torch.set_rng_state(state)
+
+    def range(self, name: str) -> AbstractContextManager[None]:
+        """Do nothing: there is no trace of a device."""
+        return contextlib.nullcontext()
 
     def synchronize(self) -> None:
         """Do nothing, because a replay is complete when it returns."""

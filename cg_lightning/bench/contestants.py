@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from cg_lightning.backends.cuda import make_graphed_callable
 from cg_lightning.bench.cases import CLASSES
 from cg_lightning.callback import CUDAGraphCallback
+from cg_lightning.core.settings import BackendName, ModeName
 
 
 class BenchmarkStep(LightningModule):
@@ -68,21 +69,21 @@ Contestant = tuple[LightningModule, list[Callback]]
 """The module to evaluate and the callbacks that it needs."""
 
 
-def _graphs(mode: str) -> Callable[[nn.Module, Tensor, str], Contestant]:
-    def make(net: nn.Module, _: Tensor, backend: str) -> Contestant:
+def _graphs(mode: ModeName) -> Callable[[nn.Module, Tensor, BackendName], Contestant]:
+    def make(net: nn.Module, _: Tensor, backend: BackendName) -> Contestant:
         return BenchmarkStep(net), [CUDAGraphCallback(mode=mode, backend=backend, report=False)]
 
     return make
 
 
-def _compiled(mode: str | None) -> Callable[[nn.Module, Tensor, str], Contestant]:
-    def make(net: nn.Module, _: Tensor, backend: str) -> Contestant:
+def _compiled(mode: str | None) -> Callable[[nn.Module, Tensor, BackendName], Contestant]:
+    def make(net: nn.Module, _: Tensor, backend: BackendName) -> Contestant:
         return BenchmarkStep(torch.compile(net, mode=mode)), []  # type: ignore[arg-type]
 
     return make
 
 
-def _compiled_in_a_graph(net: nn.Module, sample: Tensor, backend: str) -> Contestant:
+def _compiled_in_a_graph(net: nn.Module, sample: Tensor, backend: BackendName) -> Contestant:
     compiled: Any = torch.compile(net)
     return _graphs("FULL_AND_PIECEWISE")(compiled, sample, backend)
 
@@ -110,11 +111,11 @@ class _MakeGraphedCallables(Callback):
     on_predict_start, on_predict_end = on_validation_start, on_validation_end
 
 
-def _graphed_callable(net: nn.Module, sample: Tensor, backend: str) -> Contestant:
+def _graphed_callable(net: nn.Module, sample: Tensor, backend: BackendName) -> Contestant:
     return BenchmarkStep(net), [_MakeGraphedCallables(sample)]
 
 
-CONTESTANTS: dict[str, Callable[[nn.Module, Tensor, str], Contestant]] = {
+CONTESTANTS: dict[str, Callable[[nn.Module, Tensor, BackendName], Contestant]] = {
     "loop": lambda net, _, backend: (EmptyStep(nn.Identity()), []),
     "eager": lambda net, _, backend: (BenchmarkStep(net), []),
     "piecewise": _graphs("PIECEWISE"),
@@ -131,6 +132,6 @@ OTHER_ORDER = (*PEERS, "compiled_full")
 """Contestants that may compute in another order, so that their last bits may differ."""
 
 
-def make(name: str, net: nn.Module, sample: Tensor, backend: str) -> Contestant:
+def make(name: str, net: nn.Module, sample: Tensor, backend: BackendName) -> Contestant:
     """Return the module to evaluate, with its own copy of the weights, and its callbacks."""
     return CONTESTANTS[name](copy.deepcopy(net), sample, backend)

@@ -87,6 +87,7 @@ class CaptureTarget:
             effects is not captured.
         storage_addresses: The addresses of the storages of parameters and buffers.
         record: The row in the statistics.
+        changed: What has changed since an earlier capture; empty if nothing has.
     """
 
     mode: CUDAGraphMode
@@ -94,6 +95,7 @@ class CaptureTarget:
     effects: ModuleEffects | None
     storage_addresses: set[int]
     record: EntryRecord
+    changed: str = ""
 
 
 class Capturer:
@@ -114,8 +116,8 @@ class Capturer:
         written: WrittenTensors,
     ) -> None:
         self._backend = backend
-        self._settings = settings
-        self._cache = cache
+        self.settings = settings
+        self.cache = cache
         self._written = written
 
     def capture(self, target: CaptureTarget, call: GraphCall) -> GraphEntry:
@@ -129,7 +131,7 @@ class Capturer:
                 were dropped, because the device got a new random generator that they do not use.
             UnkeyableBatchError: A tensor is on another device, or overlaps itself.
         """
-        if not self._settings.capture_options.gc_disable:
+        if not self.settings.capture_options.gc_disable:
             _collect_once()
         began = time.perf_counter()
         if any(map(is_compiled, target.module.modules())):
@@ -137,7 +139,7 @@ class Capturer:
         try:
             entry = self._attempt(target, call)
         except CaptureError as error:
-            had_others = self._cache.drop_all()
+            had_others = self.cache.drop_all()
             if isinstance(error, RecompileNeededError):
                 self._compile_ahead(target, call)
             elif isinstance(error, OutOfGraphMemoryError) and had_others:
@@ -146,11 +148,11 @@ class Capturer:
                 raise
             entry = self._attempt(target, call)
         seconds = time.perf_counter() - began
-        target.record.captured(seconds, entry.num_bytes)
+        target.record.captured(seconds, entry.num_bytes, target.changed)
         return entry
 
     def _attempt(self, target: CaptureTarget, call: GraphCall) -> GraphEntry:
-        settings, options = self._settings, self._settings.capture_options
+        settings, options = self.settings, self.settings.capture_options
         inputs = self._static_inputs(call)
         effects = target.effects
         recorder: Recorder = NoEffects() if effects is None else effects.recorder()

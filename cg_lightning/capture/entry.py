@@ -136,6 +136,12 @@ class GraphEntry:
         self.replays += 1
         self.record.replays += 1
 
+    def took(self, seconds: float) -> None:
+        """Note the time on the host of a step that was one replay, in seconds."""
+        record = self.record
+        record.timed += 1
+        record.host_seconds += seconds
+
     def drop(self) -> None:
         """Free the graph and its tensors. Only the cache may call it, after a synchronization."""
         for effect in self._effects:

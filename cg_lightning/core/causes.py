@@ -16,6 +16,7 @@ class Cause(enum.Enum):
     COLLECTIVE = "collective"
     INPUT_MUTATED = "input mutated in place"
     FORWARD_HOOK = "forward hook"
+    PROFILER_HOOK = "hooks of a profiler"
     METRIC_UPDATED = "metric updated"
     LOGGED = "self.log called"
     STATE_REBOUND = "module state rebound"
@@ -47,6 +48,7 @@ _REMEDIES = {
     Cause.FORWARD_HOOK: (
         "remove the hook for evaluation, or accept that this submodule runs eagerly"
     ),
+    Cause.PROFILER_HOOK: "profile without module names: PyTorchProfiler(record_module_names=False)",
     Cause.METRIC_UPDATED: (
         "update it in the step, not in a submodule; "
         "use a metric that keeps tensors and nothing in Python"

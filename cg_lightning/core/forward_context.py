@@ -18,12 +18,14 @@ _RUNTIME_MODES = frozenset(mode for mode in CUDAGraphMode if mode.is_valid_runti
 class StepInProgress:
     """Counts the calls and graphs of submodules within one step."""
 
-    __slots__ = ("_calls", "graphs", "misses", "reasons")
+    __slots__ = ("_calls", "graphs", "is_warm", "misses", "reasons")
 
     def __init__(self) -> None:
         self._calls: dict[int, int] = {}
         self.graphs = 0
         """Number of replayed graphs of submodules."""
+        self.is_warm = True
+        """Whether no submodule was captured or compared with eager, so that the time of the step is a usual one."""
         self.misses: list[Any] = []
         """Submodules whose guarded values no watched step has seen. Only the runners read them."""
         self.reasons: dict[str, Reason] = {}

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.stages import STEP_METHODS
 
-BACKENDS = ("auto", "cuda", "recorder")
-CAPTURE_ERROR_MODES = ("global", "thread_local", "relaxed")
-TOLERANCES = ("exact", "close")
+ModeName = Literal["NONE", "PIECEWISE", "FULL", "FULL_AND_PIECEWISE"]
+StageName = Literal["validate", "test", "predict"]
+BackendName = Literal["auto", "cuda", "recorder"]
+CaptureErrorMode = Literal["global", "thread_local", "relaxed"]
+Tolerance = Literal["exact", "close"]
+
+BACKENDS: tuple[str, ...] = get_args(BackendName)
+CAPTURE_ERROR_MODES: tuple[str, ...] = get_args(CaptureErrorMode)
+TOLERANCES: tuple[str, ...] = get_args(Tolerance)
 
 
 def check_names(
@@ -51,14 +57,25 @@ def check_at_least(argument: str, value: int, least: int) -> int:
     return value
 
 
-def check_bool(argument: str, value: bool) -> bool:
+def check_bool(argument: str, value: bool, expected: str = "True or False") -> bool:
     """Return the value.
 
     Raises:
         ValueError: The value is neither True nor False.
     """
     if not isinstance(value, bool):
-        raise ValueError(f"{argument}={value!r} must be True or False.")
+        raise ValueError(f"{argument}={value!r} must be {expected}.")
+    return value
+
+
+def check_name(argument: str, value: str, choices: Sequence[str]) -> str:
+    """Return the value.
+
+    Raises:
+        ValueError: The value is not among ``choices``.
+    """
+    if value not in choices:
+        raise ValueError(f"{argument}={value!r} is unknown; choose from {', '.join(choices)}.")
     return value
 
 
@@ -67,7 +84,7 @@ class CUDAGraphOptions:
     """How graphs are captured; the first three options are vLLM's.
 
     Raises:
-        ValueError: ``capture_error_mode`` is unknown.
+        ValueError: A value has another type, or ``capture_error_mode`` is unknown. The message names the option.
     """
 
     debug_log_enable: bool = True
@@ -78,11 +95,19 @@ class CUDAGraphOptions:
     """Hold outputs weakly, so that later captures may use their memory: read or copy them before the next replay."""
     check_addresses: bool | None = None
     """Compare input addresses before each replay. None: if the ``cg_lightning`` logger is at level DEBUG."""
-    capture_error_mode: str = "thread_local"
+    capture_error_mode: CaptureErrorMode = "thread_local"
     """``global``, ``thread_local`` or ``relaxed``, as in ``torch.cuda.graph``."""
 
     def __post_init__(self) -> None:
-        check_names("capture_error_mode", self.capture_error_mode, CAPTURE_ERROR_MODES)
+        for name in ("debug_log_enable", "gc_disable", "weak_ref_output"):
+            check_bool(f"CUDAGraphOptions.{name}", getattr(self, name))
+        if self.check_addresses is not None:
+            check_bool(
+                "CUDAGraphOptions.check_addresses", self.check_addresses, "True, False or None"
+            )
+        check_name(
+            "CUDAGraphOptions.capture_error_mode", self.capture_error_mode, CAPTURE_ERROR_MODES
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,9 +118,9 @@ class Settings:
         ValueError: A value is out of its range. The message names the option, the value and the choices.
     """
 
-    mode: CUDAGraphMode | str = "FULL_AND_PIECEWISE"
+    mode: CUDAGraphMode | ModeName = "FULL_AND_PIECEWISE"
     """NONE, PIECEWISE, FULL or FULL_AND_PIECEWISE."""
-    stages: Sequence[str] = tuple(STEP_METHODS)
+    stages: Sequence[StageName] = ("validate", "test", "predict")
     """The stages that run from graphs."""
     targets: Sequence[str] | None = None
     """Name patterns of submodules for PIECEWISE. None: diagnosis finds them."""
@@ -105,7 +130,7 @@ class Settings:
     """Number of first replays of each graph that are compared with eager."""
     verify_every: int = 0
     """After those, compare every n-th replay; 0: none."""
-    verify_tolerance: str = "exact"
+    verify_tolerance: Tolerance = "exact"
     """``exact`` or ``close``."""
     sync_free_metrics: bool = True
     """Replace functions of torchmetrics that wait for the device, in captures of whole steps."""
@@ -115,7 +140,7 @@ class Settings:
     """The most graphs that are kept; the least recently used one goes first."""
     strict: bool = False
     """Raise if a step past its warm-up runs in a lower mode than asked."""
-    backend: str = "auto"
+    backend: BackendName = "auto"
     """``cuda``, ``recorder`` or ``auto``."""
     report: bool = True
     """Print the summary when the Trainer is done."""
@@ -126,19 +151,18 @@ class Settings:
         options = CUDAGraphOptions() if self.options is None else self.options
         if not isinstance(options, CUDAGraphOptions):
             raise ValueError(
-                f"options={options!r} must be CUDAGraphOptions(...), not a {type(options).__name__}."
+                f"options={options!r} must be CUDAGraphOptions(...), not a {type(options).__name__}; "
+                "for example options=CUDAGraphOptions(check_addresses=True)."
             )
         targets = None if self.targets is None else check_names("targets", self.targets, None)
         checked: dict[str, Any] = {
             "mode": CUDAGraphMode.parse(self.mode),
             "stages": check_names("stages", self.stages, tuple(STEP_METHODS)),
             "targets": targets,
-            "verify_tolerance": check_names("verify_tolerance", self.verify_tolerance, TOLERANCES)[
-                0
-            ],
-            "backend": check_names("backend", self.backend, BACKENDS)[0],
             "options": options,
         }
+        check_name("verify_tolerance", self.verify_tolerance, TOLERANCES)
+        check_name("backend", self.backend, BACKENDS)
         for name, least in (("warmup_steps", 0), ("verify_replays", 0), ("verify_every", 0)):
             check_at_least(name, getattr(self, name), least)
         check_at_least("max_graphs", self.max_graphs, 1)

@@ -16,6 +16,8 @@ from cg_lightning.modules.kinds import is_user_file
 
 AT_THE_END = "between the start and end of the step"
 """The location of what only a comparison after the step shows."""
+NOT_YOURS = "not in your code"
+"""The location of what a tool does around the user's code."""
 UNKNOWN = "unknown"
 """The location if no frame of the user's is on the stack."""
 
@@ -57,7 +59,7 @@ class Finding:
     def reason(self, path: str = "") -> Reason:
         """Returns the reason of a step or, if ``path`` is given, of that submodule."""
         text = f"{path}: {self}" if path else str(self)
-        is_line = self.location not in (AT_THE_END, UNKNOWN)
+        is_line = self.location not in (AT_THE_END, NOT_YOURS, UNKNOWN)
         return Reason(self.cause, text, self.location if is_line else "")
 
     def __str__(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -109,6 +109,22 @@ def hooks_of(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
 def global_hooks() -> tuple[dict[int, Any], dict[int, Any]]:
     """Return the global forward hooks and forward pre-hooks, which run for all modules."""
     return _torch_module._global_forward_hooks, _torch_module._global_forward_pre_hooks
+
+
+_PROFILERS = {
+    "lightning.pytorch.profilers": "PyTorchProfiler",
+    "pytorch_lightning.profilers": "PyTorchProfiler",
+    "torch.profiler": "torch.profiler",
+    "torch.autograd.profiler": "torch.autograd.profiler",
+}
+
+
+def profiler_of(hook: Callable[..., Any]) -> str:
+    """Return the name of the profiler that added a hook; empty if it is no hook of a known profiler."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    module = f"{getattr(hook, '__module__', '')}."
+    return next((name for path, name in _PROFILERS.items() if module.startswith(f"{path}.")), "")
 
 
 def holding_class(module: nn.Module, name: str) -> type | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
@@ -14,6 +14,10 @@ MOST_SHAPES = 64
 """Shapes that are told apart for one stage, mode and reason; further ones are counted together."""
 MOST_REASONS = 64
 """Sentences of one kind that are told apart; further ones are counted by their kind."""
+MOST_TIMES = 1024
+"""Stages, modes and shapes whose time on the host is kept."""
+LEAST_EAGER_STEPS = 2
+"""Eager steps of a shape for a comparison of times: the first one may still do what is done once."""
 OTHER_SHAPES = "other shapes"
 
 
@@ -33,19 +37,55 @@ class EntryRecord:
     """Time spent on captures, in seconds."""
     bytes: int = 0
     """Graph memory of the latest capture and its static inputs, in bytes."""
+    why_again: str = ""
+    """What had changed when it was captured again the last time; empty if it was captured once."""
+    timed: int = 0
+    """Replays whose time was taken: those that were neither captures nor compared with eager."""
+    host_seconds: float = 0.0
+    """Time of those on the host, for the whole step, in seconds."""
     within_spread: bool = False
     """Whether a verified replay differed from eager, by no more than two eager runs differ from each other."""
 
-    def captured(self, seconds: float, num_bytes: int) -> None:
+    def captured(self, seconds: float, num_bytes: int, why_again: str) -> None:
         """Count a capture.
 
         Args:
             seconds: The time that it took, in seconds.
             num_bytes: Graph memory and static inputs, in bytes.
+            why_again: What has changed since an earlier capture.
         """
+        if self.captures:
+            self.why_again = why_again
         self.captures += 1
         self.seconds += seconds
         self.bytes = num_bytes
+
+
+@dataclasses.dataclass
+class HostTime:
+    """The time that steps of one mode and shape took on the host, without those that were watched, captured or compared."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    fastest: float = float("inf")
+    """The shortest eager one, in seconds."""
+
+    def add(self, seconds: float) -> None:
+        """Count an eager step."""
+        self.steps += 1
+        self.seconds += seconds
+        self.fastest = min(self.fastest, seconds)
+
+
+class Comparison(NamedTuple):
+    """What one step takes on the host, on average over the shapes that ran in both ways."""
+
+    mode: str
+    """``FULL`` or ``PIECEWISE``."""
+    eager: float
+    """The fastest eager warm-up step that was not watched, in seconds."""
+    graph: float
+    """The mean of the steps in this mode, without those that captured or compared, in seconds."""
 
 
 @dataclasses.dataclass
@@ -84,6 +124,7 @@ class CUDAGraphStats:
         self._num_shapes: Counter[tuple[str, str, Reason | None]] = Counter()
         self._num_reasons: Counter[tuple[str, str, Cause | Status]] = Counter()
         self._index: dict[tuple[str, str, BatchDescriptor], EntryRecord] = {}
+        self._times: dict[tuple[str, str, str], HostTime] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_index": {}}  # keys may name types that cannot be pickled
@@ -124,6 +165,75 @@ class CUDAGraphStats:
         record = self._records[key]
         record.steps += 1
         return record
+
+    def host_time(self, stage: str, mode: str, shapes: str) -> HostTime:
+        """Return where to add the time of an eager warm-up step, or of a warm step in PIECEWISE.
+
+        Args:
+            stage: The stage.
+            mode: ``NONE`` or ``PIECEWISE``. In FULL the record of the graph has the times.
+            shapes: The shapes of its batch.
+        """
+        key = (stage, mode, shapes)
+        if key not in self._times and len(self._times) >= MOST_TIMES:
+            return HostTime()
+        return self._times.setdefault(key, HostTime())
+
+    def comparison(self, stage: str, mode: str) -> Comparison | None:
+        """Compare the host's time of graphs with that of eager steps of the same shapes.
+
+        Args:
+            stage: The stage.
+            mode: ``FULL`` or ``PIECEWISE``.
+
+        Returns:
+            Both times; None if no shape ran in both ways. On a GPU, work may go on after the host is done.
+        """
+        graphs: dict[str, HostTime] = {}
+        for entry in self.entries:
+            if (entry.stage, entry.mode, mode) == (stage, "FULL", "FULL") and entry.timed:
+                time = graphs.setdefault(entry.shapes, HostTime())
+                time.steps += entry.timed
+                time.seconds += entry.host_seconds
+        for (of_stage, of_mode, shapes), time in self._times.items():
+            if (of_stage, of_mode) == (stage, mode):
+                graphs[shapes] = time
+        both = [
+            (time, self._times[stage, "NONE", shapes])
+            for shapes, time in graphs.items()
+            if self._times.get((stage, "NONE", shapes), HostTime()).steps >= LEAST_EAGER_STEPS
+        ]
+        steps = sum(graph.steps for graph, _ in both)
+        if not steps:
+            return None
+        eager_seconds = sum(graph.steps * eager.fastest for graph, eager in both)
+        graph_seconds = sum(graph.seconds for graph, _ in both)
+        return Comparison(mode, eager_seconds / steps, graph_seconds / steps)
+
+    def copy(self) -> CUDAGraphStats:
+        """Return the counts as they are now, for :meth:`since`."""
+        return self.since(CUDAGraphStats())
+
+    def since(self, earlier: CUDAGraphStats) -> CUDAGraphStats:
+        """Return what was counted since a :meth:`copy` was taken."""
+        new = CUDAGraphStats()
+        for index, entry in enumerate(self.entries):
+            record = dataclasses.replace(entry)
+            if index < len(earlier.entries):
+                before = earlier.entries[index]
+                for name in ("captures", "replays", "seconds", "timed", "host_seconds"):
+                    setattr(record, name, getattr(entry, name) - getattr(before, name))
+            new.entries.append(record)
+        for key, steps in self._records.items():
+            seen = earlier._records.get(key)
+            number = steps.steps - (0 if seen is None else seen.steps)
+            if number:
+                new._records[key] = dataclasses.replace(steps, steps=number)
+        for times_key, time in self._times.items():
+            known = earlier._times.get(times_key, HostTime())
+            if number := time.steps - known.steps:
+                new._times[times_key] = HostTime(number, time.seconds - known.seconds, time.fastest)
+        return new
 
     @property
     def captures(self) -> int:

@@ -3,6 +3,7 @@
 - ``changing_values.py``: plain values that differ in every batch, such as file names.
 - ``dispatcher.py``: the only place that decides in which mode a step or a call runs.
 - ``outcome.py``: the result of a step or a call, with its mode and its reason.
+- ``profiling.py``: ranges that profilers and traces show.
 - ``session.py``: one module in one run: builds, starts and stops the parts.
 - ``step_runner.py``: replaces one step method of a module.
 - ``submodule_runner.py``: replaces the calls of one submodule in steps that run PIECEWISE.

@@ -28,6 +28,10 @@ from cg_lightning.core.reasons import WARM_UP, Reason, Status
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 UNKNOWN_KEY = Reason(Status.WARM_UP, "unknown key")
+NEW_KEY = Reason(
+    Status.WARM_UP,
+    "warm-up: shapes so far did not come again, so a new one is watched only if it does",
+)
 CAPTURE_COST = 4
 """Approximate cost of one capture, in eager steps."""
 WATCH_COST = 2
@@ -58,8 +62,9 @@ class CaptureLedger:
 
     def __init__(self) -> None:
         self.balance = CREDIT
+        self.why = ""
+        """What varies, or that a graph was evicted: why the family had to spend last."""
         self._status = Status.UNPROFITABLE
-        self._why = "its keys do not repeat"
         self._waiting = 0
         self._next_wait = FIRST_WAIT
 
@@ -90,11 +95,12 @@ class CaptureLedger:
     def note(self, status: Status, why: str) -> None:
         """Store what the family spends on: the value that varies, or an eviction."""
         if why:
-            self._status, self._why = status, why
+            self._status, self.why = status, why
 
     def reason(self) -> Reason:
         """Return why the family may not spend now."""
-        return Reason(self._status, f"not captured, since it would not pay: {self._why}")
+        why = self.why or "its keys do not come again"
+        return Reason(self._status, f"not captured, since it would not pay: {why}")
 
 
 class Guards(Protocol):
@@ -175,6 +181,8 @@ class Variant:
     """The watched step, for messages."""
     record: Any = None
     """The row of its PIECEWISE steps in the statistics."""
+    time: Any = None
+    """Where the time of its PIECEWISE steps is added."""
     entry: Entry | None = None
     """The graph; None before the capture and after the graph was dropped."""
     verify_at: int = -1
@@ -330,22 +338,26 @@ class CUDAGraphDispatcher:
             return self._plan_without_variant(state)
         if state.miss is not None and state.miss.is_met():
             return self._plan_another_look(state, variant, state.miss)
+        entry = variant.entry
+        if entry is not None and entry.is_valid():  # only what is warm was captured
+            return self._plan_replay(state, variant, entry)
         if not self._is_warm(state, variant):
             looks_again = self._watches and variant.needs_second_look
             return Plan(Action.WATCH if looks_again else Action.WARM_UP, state, variant, WARM_UP)
         return self._plan_warm(state, variant)
 
+    def _plan_replay(self, state: KeyState, variant: Variant, entry: Entry) -> Plan:
+        state.ledger.earn()
+        action = Action.REPLAY
+        if entry.replays == variant.verify_at:
+            variant.verify_at = self._next_verification(entry.replays + 1)
+            action = Action.VERIFY
+        return Plan(action, state, variant, variant.reason)
+
     def _plan_warm(self, state: KeyState, variant: Variant) -> Plan:
         if variant.mode is not self._graph_mode:
             action = Action.PIECEWISE if variant.mode is PIECEWISE else Action.EAGER
             return Plan(action, state, variant, variant.reason)
-        entry = variant.entry
-        if entry is not None and entry.is_valid():
-            state.ledger.earn()
-            if entry.replays == variant.verify_at:
-                variant.verify_at = self._next_verification(entry.replays + 1)
-                return Plan(Action.VERIFY, state, variant, variant.reason)
-            return Plan(Action.REPLAY, state, variant, variant.reason)
         if state.ledger.may_spend():
             return Plan(Action.CAPTURE, state, variant, variant.reason)
         return self._unprofitable(state, variant)
@@ -358,7 +370,7 @@ class CUDAGraphDispatcher:
             reason = Reason(Status.CHANGED, changed) if changed else WARM_UP
             return Plan(Action.WARM_UP, state, None, reason)
         if state.sights == 1 and len(self._unrepeated) >= MOST_UNREPEATED:
-            return Plan(Action.WARM_UP, state, None, WARM_UP)
+            return Plan(Action.WARM_UP, state, None, NEW_KEY)
         if not state.ledger.may_spend():
             return self._unprofitable(state, None)
         reason = Reason(Status.CHANGED, f"changed: {changed}") if changed else WARM_UP

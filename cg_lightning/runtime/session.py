@@ -23,6 +23,7 @@ from cg_lightning.guards.module_guard import Change
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.changing_values import ChangingValues
 from cg_lightning.runtime.dispatcher import Plan, Unguarded, Variant
+from cg_lightning.runtime.profiling import Profiler, Ranges
 from cg_lightning.runtime.submodule_runner import SubmoduleRunner
 from cg_lightning.runtime.target import GraphTarget
 from cg_lightning.runtime.targets import match_targets
@@ -47,6 +48,7 @@ class Session:
         settings: The options.
         stats: Counts.
         effects: The side effects of the steps.
+        profiler: The profiler of the Trainer, if it has one.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class Session:
         settings: Settings,
         stats: CUDAGraphStats,
         effects: ModuleEffects,
+        profiler: Profiler | None = None,
     ) -> None:
+        self.ranges = Ranges(backend, profiler)
         self.module = module
         self.backend = backend
         self.settings = settings
@@ -77,16 +81,7 @@ class Session:
     def _make_target(
         self, module: nn.Module, mode: CUDAGraphMode, effects: ModuleEffects | None
     ) -> GraphTarget:
-        return GraphTarget(
-            module,
-            mode,
-            self.settings,
-            self._capturer,
-            self._verifier,
-            self.cache,
-            self.stats,
-            effects,
-        )
+        return GraphTarget(module, mode, self._capturer, self._verifier, self.stats, effects)
 
     def install(self) -> None:
         """Intercept all submodules that are known to run from graphs."""
@@ -145,6 +140,7 @@ class Session:
         self.cache.drop_all()
         self.target.dispatcher.reset(text)
         self.changing_values = ChangingValues()
+        self._written.clear()
         for runner in self._submodules.values():
             runner.remove()
         self._submodules.clear()
@@ -213,7 +209,9 @@ class Session:
         for path, module in submodules.items():
             if id(module) not in self._submodules:
                 target = self._make_target(module, CUDAGraphMode.PIECEWISE, None)
-                self._submodules[id(module)] = SubmoduleRunner(path, target, self.backend)
+                self._submodules[id(module)] = SubmoduleRunner(
+                    path, target, self.backend, self.ranges
+                )
             if self._is_installed:
                 self._submodules[id(module)].install()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from cg_lightning.core.forward_context import (
 )
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import WARM_UP, Reason, Status
-from cg_lightning.report.stats import StepsRecord
+from cg_lightning.report.stats import HostTime, StepsRecord
 from cg_lightning.runtime.dispatcher import Action, KeyState, Plan, Variant
 from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.session import Session
@@ -85,6 +86,7 @@ class StepRunner:
             return self._eager(args, kwargs, _LOADER_ITERATOR)
         if torch.is_grad_enabled():
             return self._eager(args, kwargs, _GRADIENTS)
+        start = perf_counter()
         session = self._session
         session.cache.step += 1
         if session.is_first_step or not session.target.guard.check():
@@ -104,8 +106,13 @@ class StepRunner:
         plan = self._dispatcher.plan(self._state(fields, args[0]))
         if plan.action is Action.REPLAY:
             assert plan.variant is not None and isinstance(plan.variant.entry, GraphEntry)  # noqa: PT018
-            output = plan.variant.entry.replay(leaves, session.cache.step)
+            if session.ranges.is_on:
+                with session.ranges.range("replay"):
+                    output = plan.variant.entry.replay(leaves, session.cache.step)
+            else:
+                output = plan.variant.entry.replay(leaves, session.cache.step)
             plan.variant.entry.count()
+            plan.variant.entry.took(perf_counter() - start)
             return output
         return self._run(plan, args, kwargs, leaves)
 
@@ -125,7 +132,8 @@ class StepRunner:
         descriptor, variant = plan.state.descriptor, plan.variant
         if plan.action in (Action.CAPTURE, Action.VERIFY):
             call = GraphCall(descriptor, self._invoke, args[0], leaves, args[1:], kwargs)
-            outcome = self._session.target.run(self._name, plan, call)
+            with self._session.ranges.range(plan.action.name.lower()):
+                outcome = self._session.target.run(self._name, plan, call)
             assert variant is not None
             if variant.mode is not FULL:
                 self._session.find_submodules(descriptor, variant, plan.state.warmup_runs)
@@ -140,7 +148,10 @@ class StepRunner:
         else:
             if plan.action is Action.WARM_UP:
                 self._dispatcher.ran_eagerly(plan.state)
+            start = perf_counter()
             outcome = self._run_eagerly(descriptor, args, kwargs, plan.reason)
+            if plan.action is Action.WARM_UP:
+                self._host_time(NONE, descriptor).add(perf_counter() - start)
         return self._finish(outcome, descriptor, variant)
 
     def _invoke(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -149,7 +160,7 @@ class StepRunner:
     def _watch(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
         step = functools.partial(self._step, *args, **kwargs)
         context = ForwardContext(NONE, plan.state.descriptor, StepInProgress())
-        with override_forward_context(context):
+        with override_forward_context(context), self._session.ranges.range("watch"):
             output, watched = self._session.watcher.watch(step, args[0])
         self._session.watched(plan, watched)
         return Outcome(output, NONE, plan.reason)
@@ -158,11 +169,18 @@ class StepRunner:
         assert plan.variant is not None
         progress = StepInProgress()
         context = ForwardContext(PIECEWISE, plan.state.descriptor, progress)
+        start = perf_counter()
         with override_forward_context(context):
             output = self._step(*args, **kwargs)
         if progress.misses:
             plan.state.miss = progress.misses[0]
         if progress.graphs:
+            if progress.is_warm:
+                time = plan.variant.time
+                if time is None:
+                    time = plan.variant.time = self._host_time(PIECEWISE, plan.state.descriptor)
+                time.steps += 1
+                time.seconds += perf_counter() - start
             return Outcome(output, PIECEWISE, plan.variant.reason)
         reasons = list(dict.fromkeys(progress.reasons.values()))
         if not reasons:
@@ -181,6 +199,9 @@ class StepRunner:
     ) -> Outcome:
         with override_forward_context(ForwardContext(NONE, descriptor, StepInProgress())):
             return Outcome(self._step(*args, **kwargs), NONE, reason)
+
+    def _host_time(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> HostTime:
+        return self._session.stats.host_time(self._stage, mode.name, descriptor.shapes())
 
     def _eager(self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: Reason) -> Any:
         return self._finish(self._run_eagerly(None, args, kwargs, reason), None, None)

@@ -21,6 +21,7 @@ from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import Change
 from cg_lightning.modules.interception import Interception, ModuleHandler
 from cg_lightning.runtime.dispatcher import Action, KeyState, Miss, Plan, Variant
+from cg_lightning.runtime.profiling import Ranges
 from cg_lightning.runtime.target import GraphTarget, reason_of
 
 
@@ -37,13 +38,17 @@ class SubmoduleRunner(ModuleHandler):
         path: Dotted path of the submodule; empty for the LightningModule itself.
         target: Captures and verifies.
         backend: Captures and replays.
+        ranges: Marks replays and captures for profilers.
     """
 
-    def __init__(self, path: str, target: GraphTarget, backend: GraphBackend) -> None:
+    def __init__(
+        self, path: str, target: GraphTarget, backend: GraphBackend, ranges: Ranges
+    ) -> None:
         self.path = path
         self.target = target
         self.name = path or "forward"
         self._backend = backend
+        self._ranges = ranges
         self._guards: dict[BatchDescriptor, list[GuardSet]] = defaultdict(list)
         self._changed: dict[BatchDescriptor, str] = {}
         self._refusals: dict[BatchDescriptor, Reason] = {}
@@ -123,7 +128,11 @@ class SubmoduleRunner(ModuleHandler):
         plan = self._plan(state, key, step)
         if plan.action is Action.REPLAY:
             assert plan.variant is not None and isinstance(plan.variant.entry, GraphEntry)  # noqa: PT018
-            output = plan.variant.entry.replay(leaves, self.target.cache.step)
+            if self._ranges.is_on:
+                with self._ranges.range("replay"):
+                    output = plan.variant.entry.replay(leaves, self.target.cache.step)
+            else:
+                output = plan.variant.entry.replay(leaves, self.target.cache.step)
             plan.variant.entry.count()
             step.graphs += 1
             return output
@@ -157,12 +166,14 @@ class SubmoduleRunner(ModuleHandler):
         step: StepInProgress,
     ) -> Any:
         if plan.action in (Action.CAPTURE, Action.VERIFY):
+            step.is_warm = False
 
             def call_original(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
                 return original(*arguments[0], **arguments[1])
 
             call = GraphCall(plan.state.descriptor, call_original, (args, kwargs), leaves)
-            outcome = self.target.run(self.name, plan, call)
+            with self._ranges.range(plan.action.name.lower()):
+                outcome = self.target.run(self.name, plan, call)
             if outcome is not None:
                 if outcome.reason is None:
                     step.graphs += 1

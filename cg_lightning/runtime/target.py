@@ -7,13 +7,11 @@ import warnings
 
 from torch import nn
 
-from cg_lightning.capture.cache import GraphCache
 from cg_lightning.capture.capture import Capturer, CaptureTarget, GraphCall
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.core.errors import CaptureError, UnkeyableBatchError
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason, Status
-from cg_lightning.core.settings import Settings
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.report.stats import CUDAGraphStats
@@ -38,10 +36,8 @@ class GraphTarget:
     Args:
         module: The module whose state a call may change.
         mode: PIECEWISE or FULL.
-        settings: The options.
-        capturer: Captures.
+        capturer: Captures; it has the options and the cache.
         verifier: Compares with eager.
-        cache: All graphs of the session.
         stats: Counts.
         effects: The side effects of whole steps; None for a submodule.
     """
@@ -50,16 +46,15 @@ class GraphTarget:
         self,
         module: nn.Module,
         mode: CUDAGraphMode,
-        settings: Settings,
         capturer: Capturer,
         verifier: Verifier,
-        cache: GraphCache,
         stats: CUDAGraphStats,
         effects: ModuleEffects | None,
     ) -> None:
+        settings = capturer.settings
         self.module = module
         self.mode = mode
-        self.cache = cache
+        self.cache = capturer.cache
         self.guard = ModuleGuard(module)
         self.dispatcher = CUDAGraphDispatcher(
             settings.runtime_policy if mode is CUDAGraphMode.FULL else mode,
@@ -92,6 +87,7 @@ class GraphTarget:
             self._effects,
             self.guard.storage_addresses(),
             self._stats.entry(self.mode.name, name, call.descriptor),
+            plan.state.ledger.why,
         )
         get_entry = functools.partial(self._get_entry, target, plan, call)
         prefix = f"{name}: " if self.mode is CUDAGraphMode.PIECEWISE else ""

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import nn
 
 from cg_lightning.backends import GraphBackend, check_backend, resolve_backend
@@ -27,6 +26,7 @@ from cg_lightning.diagnosis.report import Diagnosis
 from cg_lightning.diagnosis.watcher import StepWatcher
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.effects.step_state import HostRandomState
+from cg_lightning.modules.kinds import lightning_class
 
 _LOOKS = 3
 """The callback's default warm-up. It watches at most this many steps."""
@@ -43,15 +43,22 @@ def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
 
 
-def _lacks_a_trainer(error: BaseException) -> bool:
+def _lacks_a_trainer(module: nn.Module, error: BaseException) -> bool:
     """Return True if the exception comes from ``self.trainer`` of a module without a Trainer."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return frames[-1].f_code is LightningModule.trainer.fget.__code__  # type: ignore[attr-defined]
+    cls = lightning_class(type(module), "LightningModule")
+    trainer: property | None = vars(cls).get("trainer")
+    return trainer is not None and frames[-1].f_code is trainer.fget.__code__  # type: ignore[union-attr]
+
+
+def _is_lightning(module: nn.Module) -> bool:
+    """Whether it is a LightningModule, of ``lightning`` or of ``pytorch_lightning``."""
+    return lightning_class(type(module), "LightningModule") is not None
 
 
 def _runner(module: nn.Module, batch: Any, stage: str) -> Callable[[], Any]:
     """Return a callable that runs the step. It returns ``_STOPPED`` if the step needs a Trainer."""
-    if not isinstance(module, LightningModule):
+    if not _is_lightning(module):
         args, kwargs = _arguments(batch)
         return lambda: module(*args, **kwargs)
     step = getattr(module, STEP_METHODS[stage])
@@ -61,7 +68,7 @@ def _runner(module: nn.Module, batch: Any, stage: str) -> Callable[[], Any]:
         try:
             return step(batch, 0) if takes_index else step(batch)
         except RuntimeError as error:
-            if _lacks_a_trainer(error):
+            if _lacks_a_trainer(module, error):
                 return _STOPPED
             raise
 
@@ -102,9 +109,9 @@ def diagnose(
         True
 
     Args:
-        module: A LightningModule runs the step of ``stage``, with or without a Trainer. Any other
-            module is called on the batch: a tuple or list becomes positional arguments, a mapping
-            becomes keyword arguments.
+        module: A LightningModule, also one of ``pytorch_lightning``, runs the step of ``stage``,
+            with or without a Trainer. Any other module is called on the batch: a tuple or list
+            becomes positional arguments, a mapping becomes keyword arguments.
         batch: One batch, on the device of the module, with tensors of any shape.
         stage: ``validate``, ``test`` or ``predict``.
         backend: As in :class:`~cg_lightning.CUDAGraphCallback`. The rules are those of CUDA graphs
@@ -123,7 +130,7 @@ def diagnose(
         raise ValueError(f"stage={stage!r} is unknown; choose one of {', '.join(STEP_METHODS)}.")
     module = copy.deepcopy(module)
     module.eval()
-    is_lightning = isinstance(module, LightningModule)
+    is_lightning = _is_lightning(module)
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     watching = resolve_backend("auto" if device.type == "cuda" else "recorder", device)
     assert watching is not None
