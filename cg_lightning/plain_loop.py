@@ -1,4 +1,4 @@
-"""Graphs without a Trainer: for a loop of one's own, or Lightning Fabric."""
+"""Graphs without a Trainer: for a plain loop, or for Lightning Fabric."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ _NO_CUDA = Reason(Status.INERT, "no CUDA device: backend='auto' runs eagerly")
 
 
 class Graphed:
-    """Runs calls of a module, or of a function that uses one, from graphs. :func:`graphed` makes it.
+    """Runs calls of a module, or of a function that uses one, from graphs.
 
-    The first call installs what intercepts submodules; :meth:`close`, or the end of the ``with`` block, takes it away and
-    drops the graphs. While it is open, nobody else may replace the module's step by a graph.
+    :func:`graphed` makes it. The first call intercepts submodules. :meth:`close`, or the end of the
+    ``with`` block, restores them and drops the graphs. While it is open, do *not* run the same
+    module under another :class:`Graphed` or a callback.
 
     Attributes:
-        stats: Counts, as those of :class:`~cg_lightning.CUDAGraphCallback`; the stage is ``call``.
+        stats: Counts, as in :class:`~cg_lightning.CUDAGraphCallback`. The stage is ``call``.
     """
 
     def __init__(self, function: Callable[..., Any], module: nn.Module, settings: Settings) -> None:
@@ -92,10 +93,10 @@ class Graphed:
         """Leave no trace in the module, and drop the graphs. The next call starts again.
 
         Args:
-            check: Raise what metrics would have refused in the meantime.
+            check: Raise the errors of deferred checks of metrics.
 
         Raises:
-            Exception: What a metric's ``validate_args`` would have raised in eager.
+            Exception: The error that eager would have raised for a metric's ``validate_args``.
         """
         session, self._session, self._runner = self._session, None, None
         if session is not None:
@@ -119,23 +120,27 @@ class Graphed:
 def graphed(
     function: Callable[..., Any], *, module: nn.Module | None = None, **options: Any
 ) -> Graphed:
-    """Run calls of a module or function from graphs, without a Trainer: for a plain loop or Lightning Fabric.
+    """Run calls of a module or function from graphs, in a plain loop or with Lightning Fabric.
 
-    What it does, and what keeps a call out of graphs, is the same as in :class:`~cg_lightning.CUDAGraphCallback`: the first
-    calls of each shape run eagerly and are watched, graphs are verified and guarded, and what cannot be captured runs eagerly
-    with a reason. Calls under gradients run eagerly. It does *not* move anything to a device, and it does not train.
+    It works as :class:`~cg_lightning.CUDAGraphCallback` does: the first calls of each shape run
+    eagerly and the first one is watched, graphs are verified and guarded, and a call that cannot be
+    captured runs eagerly with a reason. Calls under gradients run eagerly. It does *not* move
+    anything to a device, and it does *not* graph training.
 
     Args:
-        function: A module, a method of a module, or a function that uses ``module``. Tensors among its arguments, nested ones
-            too, are inputs of the graph; other arguments belong to its key.
+        function: A module, a method of a module, or a function that uses ``module``. Tensors in its
+            arguments, including nested ones, are inputs of the graph. Other arguments are part of
+            its key.
         module: The module whose parameters and submodules a plain function uses.
-        **options: As the arguments of :class:`~cg_lightning.CUDAGraphCallback`, without ``stages`` and ``report``.
+        **options: The arguments of :class:`~cg_lightning.CUDAGraphCallback`, except ``stages`` and
+            ``report``.
 
     Returns:
-        A callable that is a context manager as well; at its end nothing is left on the module.
+        A callable that is also a context manager. At its end nothing is left on the module.
 
     Raises:
-        ValueError: A plain function is given without ``module``, or an option is unknown or out of its range.
+        ValueError: A plain function is given without ``module``, or an option is unknown or out of
+            its range.
 
     Example::
 

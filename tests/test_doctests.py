@@ -16,6 +16,7 @@ WITH_EXAMPLE = [
     "CUDAGraphWrapper",
     "UnkeyableBatchError",
     "diagnose",
+    "graphed",
     "is_forward_context_available",
     "set_cudagraph_capturing_enabled",
     "set_forward_context",

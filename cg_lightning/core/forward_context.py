@@ -25,7 +25,7 @@ class StepInProgress:
         self.graphs = 0
         """Number of replayed graphs of submodules."""
         self.is_warm = True
-        """Whether no submodule was captured or compared with eager, so that the time of the step is a usual one."""
+        """False if a submodule was captured or verified, so the step took longer than usual."""
         self.misses: list[Any] = []
         """Submodules whose guarded values no watched step has seen. Only the runners read them."""
         self.reasons: dict[str, Reason] = {}

@@ -138,7 +138,7 @@ class ModuleGuard:
         return self._members_hold() and self._addresses.check() and self._scripted_hold()
 
     def failure(self) -> GuardFailure:
-        """Return the change. Call it only after :meth:`check` has failed, before :meth:`refresh`."""
+        """Return the change. Call it after :meth:`check` has failed and before :meth:`refresh`."""
         now = map(scripted_attributes, self._scripted)
         for attributes, before in zip(now, self._scripted_values, strict=True):
             for name, value in attributes.items():

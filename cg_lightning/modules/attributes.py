@@ -120,7 +120,7 @@ _PROFILERS = {
 
 
 def profiler_of(hook: Callable[..., Any]) -> str:
-    """Return the name of the profiler that added a hook; empty if it is no hook of a known profiler."""
+    """Return the name of the profiler that added a hook. Empty if no known profiler did."""
     while isinstance(hook, functools.partial):
         hook = hook.func
     module = f"{getattr(hook, '__module__', '')}."

@@ -99,7 +99,7 @@ class CaptureLedger:
 
     def reason(self) -> Reason:
         """Return why the family may not spend now."""
-        why = self.why or "its keys do not come again"
+        why = self.why or "its keys do not repeat"
         return Reason(self._status, f"not captured, since it would not pay: {why}")
 
 

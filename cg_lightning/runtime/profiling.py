@@ -1,4 +1,4 @@
-"""Ranges that profilers and traces show: ``cuda_graph/watch``, ``/capture``, ``/verify`` and ``/replay``."""
+"""Ranges for profilers and traces: ``cuda_graph/watch``, ``/capture``, ``/verify``, ``/replay``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Ranges:
         self._backend = backend
         self._profiler = profiler
         self.is_on = profiler is not None
-        """Whether anything is marked. A replay asks this instead of entering a range for nothing."""
+        """Whether ranges are marked. A replay reads it, because an unused range still costs time."""
 
     @contextlib.contextmanager
     def range(self, name: str) -> Iterator[None]:
