@@ -55,9 +55,10 @@ class CUDAGraphWrapper:
     Within one step of a step runner each call gets an entry of its own (``BatchDescriptor.call``); in a context opened by
     hand a second call replays the entry of the first.
 
-    It owns no buffers and copies no inputs: whoever calls it puts new values where the captured arguments lie, and reads
-    or copies the outputs before the next replay. It does not look whether the descriptor fits the arguments. With address
-    checks on it compares where the arguments lie with where they lay.
+    It owns no buffers and copies no inputs: whoever calls it copies new values into the tensors of the capture, and reads
+    or copies the outputs before the next replay. A call with *other* tensors is not refused: the graph reads the old ones,
+    and returns a stale result without a word. ``CUDAGraphOptions(check_addresses=True)`` raises instead; switch it on while
+    a loop is written. It does not look whether the descriptor fits the arguments.
 
     Args:
         runnable: What to capture.
@@ -67,6 +68,27 @@ class CUDAGraphWrapper:
 
     Raises:
         ValueError: ``runtime_mode`` is NONE or a policy, or the backend is unknown or not to be had.
+
+    Example::
+
+        >>> import torch
+        >>> from cg_lightning import BatchDescriptor, CUDAGraphMode, CUDAGraphOptions, CUDAGraphWrapper
+        >>> from cg_lightning import set_forward_context
+        >>> options = CUDAGraphOptions(check_addresses=True)
+        >>> double = CUDAGraphWrapper(lambda x: x * 2, CUDAGraphMode.FULL, options, backend="recorder")
+        >>> static = torch.tensor([1.0, 2.0])  # every batch is copied into it
+        >>> key = BatchDescriptor(batch_size=2)
+        >>> with torch.no_grad(), set_forward_context(CUDAGraphMode.FULL, key):
+        ...     print(double(static).tolist())  # captured, then replayed
+        ...     for batch in (torch.tensor([3.0, 4.0]), torch.tensor([5.0, 6.0])):
+        ...         print(double(static.copy_(batch)).tolist())  # replayed
+        [2.0, 4.0]
+        [6.0, 8.0]
+        [10.0, 12.0]
+        >>> with torch.no_grad(), set_forward_context(CUDAGraphMode.FULL, key):
+        ...     double(torch.tensor([7.0, 8.0]))  # without check_addresses: [10.0, 12.0] once more
+        Traceback (most recent call last):
+        cg_lightning.core.errors.CUDAGraphError: Input args[0] lies at ...
     """
 
     def __init__(
@@ -177,5 +199,5 @@ class CUDAGraphWrapper:
             if tensor.data_ptr() != expected:
                 raise CUDAGraphError(
                     f"Input {path} lies at {tensor.data_ptr():#x}, but the graph reads {expected:#x}: expected the "
-                    f"address of the capture. Copy new values into the captured tensor."
+                    f"address of the capture. Copy new values into the captured tensor: captured.copy_(new)."
                 )
