@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from cg_lightning.core.settings import CUDAGraphOptions
     from cg_lightning.diagnosis.report import Diagnosis
     from cg_lightning.offline import diagnose
+    from cg_lightning.plain_loop import Graphed, graphed
     from cg_lightning.runtime.dispatcher import CUDAGraphDispatcher
 
 __all__ = [
@@ -51,12 +52,14 @@ __all__ = [
     "CaptureError",
     "Diagnosis",
     "ForwardContext",
+    "Graphed",
     "IllegalOperationError",
     "UnkeyableBatchError",
     "VerificationError",
     "compilation_counter",
     "diagnose",
     "get_forward_context",
+    "graphed",
     "is_forward_context_available",
     "override_forward_context",
     "set_cudagraph_capturing_enabled",
@@ -93,6 +96,7 @@ _NAMES = {
     "core.settings": ("CUDAGraphOptions",),
     "diagnosis.report": ("Diagnosis",),
     "offline": ("diagnose",),
+    "plain_loop": ("Graphed", "graphed"),
     "runtime.dispatcher": ("CUDAGraphDispatcher",),
 }
 _MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}

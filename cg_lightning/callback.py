@@ -21,6 +21,7 @@ from cg_lightning.core.settings import (
 )
 from cg_lightning.core.stages import STEP_METHODS
 from cg_lightning.effects.module_effects import ModuleEffects
+from cg_lightning.modules.kinds import lightning_class
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.summary import render_summary
 from cg_lightning.runtime.session import Session
@@ -187,7 +188,10 @@ class CUDAGraphCallback(Callback):
             sync_free=self._settings.sync_free_metrics,
             logged=LoggedResults(pl_module),
         )
-        session = Session(pl_module, backend, self._settings, self.stats, effects)
+        profiler: Any = trainer.profiler  # type: ignore[attr-defined]
+        if lightning_class(type(profiler), "PassThroughProfiler"):
+            profiler = None
+        session = Session(pl_module, backend, self._settings, self.stats, effects, profiler)
         self._installation = Installation(trainer.strategy, pl_module, session)
 
     @override

@@ -1,4 +1,4 @@
-"""Says offline what could run from graphs, and what stands in the way."""
+"""Find offline what can run from graphs, and what prevents it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from cg_lightning.effects.step_state import HostRandomState
 from cg_lightning.modules.kinds import lightning_class
 
 _LOOKS = 3
-"""The callback's default warm-up: it watches as many steps while they still do one-time work."""
+"""The callback's default warm-up. It watches at most this many steps."""
 _STOPPED = object()
 _NO_TRAINER = (
     "The step stopped where it read self.trainer, because there is no Trainer: what comes after "
@@ -44,7 +44,7 @@ def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _lacks_a_trainer(module: nn.Module, error: BaseException) -> bool:
-    """Whether an exception comes from ``self.trainer`` of a module that has none."""
+    """Return True if the exception comes from ``self.trainer`` of a module without a Trainer."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     cls = lightning_class(type(module), "LightningModule")
     trainer: property | None = vars(cls).get("trainer")
@@ -57,7 +57,7 @@ def _is_lightning(module: nn.Module) -> bool:
 
 
 def _runner(module: nn.Module, batch: Any, stage: str) -> Callable[[], Any]:
-    """Returns what runs the step, and returns ``_STOPPED`` if that needs a missing Trainer."""
+    """Return a callable that runs the step. It returns ``_STOPPED`` if the step needs a Trainer."""
     if not _is_lightning(module):
         args, kwargs = _arguments(batch)
         return lambda: module(*args, **kwargs)
@@ -88,26 +88,42 @@ def _random_state_kept(backend: GraphBackend) -> Iterator[None]:
 def diagnose(
     module: nn.Module, batch: Any, *, stage: str = "predict", backend: str = "auto"
 ) -> Diagnosis:
-    """Runs a copy of ``module`` on ``batch``, and says what of it could run from graphs.
+    """Run a copy of ``module`` on ``batch``, and return what prevents graphs.
 
-    It needs no GPU. The copy runs once, and up to twice more while a run does what may be done only
-    once, such as filling a cache; the callback watches its warm-up steps in the same way. Nothing
-    is logged or printed by ``self.log`` and ``self.print``, and no random number is consumed.
+    It needs no GPU and no Trainer. The copy runs once. If the run did one-time work, such as
+    filling a cache, the copy runs up to twice more, as the callback does in its warm-up.
+    ``self.log`` and ``self.print`` have no effect, and no random number is consumed. It does *not*
+    capture anything, does *not* change ``module``, and does *not* see other batches.
+
+    Example::
+
+        >>> import torch
+        >>> from cg_lightning import diagnose
+        >>> class Net(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return x * 2 if x.sum().item() > 0 else x
+        >>> found = diagnose(Net(), torch.ones(4, 3))
+        >>> [(finding.cause.value, finding.remedy) for finding in found.findings]
+        [('host sync', 'keep the value on the device; read it after the epoch')]
+        >>> diagnose(torch.nn.Linear(3, 2), torch.ones(4, 3)).capturable()
+        True
 
     Args:
-        module: A LightningModule (also one of ``pytorch_lightning``) runs the step of ``stage``, with or without a
-            Trainer. Any other
-            module is called on the batch: a tuple or list spreads into positional arguments, a
-            mapping into keyword arguments.
-        batch: One batch, on the device of the module.
+        module: A LightningModule, also one of ``pytorch_lightning``, runs the step of ``stage``,
+            with or without a Trainer. Any other module is called on the batch: a tuple or list
+            becomes positional arguments, a mapping becomes keyword arguments.
+        batch: One batch, on the device of the module, with tensors of any shape.
         stage: ``validate``, ``test`` or ``predict``.
-        backend: As in :class:`~cg_lightning.CUDAGraphCallback`; the rules are those of CUDA graphs
-            for each backend.
+        backend: As in :class:`~cg_lightning.CUDAGraphCallback`. The rules are those of CUDA graphs
+            for every backend.
+
+    Returns:
+        The findings, as a :class:`~cg_lightning.Diagnosis`.
 
     Raises:
-        ValueError: ``stage`` or ``backend`` is unknown. What the module itself raises comes through
-            unchanged, except that a step may read ``self.trainer`` without a Trainer: that is a
-            finding.
+        ValueError: ``stage`` or ``backend`` is unknown. An exception of the module itself is raised
+            unchanged, with one exception: a step that reads ``self.trainer`` without a Trainer
+            stops there, and :attr:`Diagnosis.stopped <cg_lightning.Diagnosis>` says so.
     """
     check_backend(backend)
     if stage not in STEP_METHODS:

@@ -109,7 +109,7 @@ def test_every_package_is_shipped():
     assert set(setuptools["packages"]) == there | {"cg_lightning.conf"}
 
 
-LAYERS = ("app", "bench", "callback", "offline", "trainer", "runtime", "diagnosis", "capture", "effects", "metrics",
+LAYERS = ("app", "bench", "callback", "offline", "plain_loop", "trainer", "runtime", "diagnosis", "capture", "effects", "metrics",
           "guards", "modules", "backends", "report", "core")  # fmt: skip
 """From top to bottom: each imports only from those below it."""
 TO_COME: set[tuple[str, str]] = set()

@@ -17,6 +17,7 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.report.stats import MOST_REASONS, MOST_SHAPES, OTHER_SHAPES, CUDAGraphStats
 from cg_lightning.report.summary import render_summary
+from cg_lightning.runtime.dispatcher import NEW_KEY
 from tests.harness import features, predict, validate
 from tests.models import Body, Predictor
 
@@ -113,6 +114,25 @@ def test_an_attribute_that_toggles_has_two_graphs(harness, mode):
     assert Reason(Status.CHANGED, "changed: self.scale: now 2.0, before 1.0") in changed
 
 
+class MovesAWeight(Callback):
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_: Any) -> None:
+        if batch_idx == 6:
+            weight = pl_module.net[0].weight
+            weight.data = weight.data * 2
+
+
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
+def test_a_graph_that_is_captured_again_says_why(harness, mode):
+    callback = harness.callback(mode=mode)
+    others = lambda: [MovesAWeight()]
+    harness.compare(Predictor(Body()), predict(features(40)), callback, others=others)
+    (entry,) = callback.stats.entries
+    assert entry.captures == 2
+    weight = "net.0.weight" if mode == "FULL" else "0.weight"
+    assert entry.why_again == f"parameters or buffers lie at new addresses: {weight}"
+    assert f"captured again: {entry.why_again}" in " ".join(callback.summary().split())
+
+
 def test_a_submodule_whose_attribute_toggles_has_two_graphs(harness):
     class Inner(torch.nn.Module):
         def __init__(self) -> None:
@@ -187,6 +207,7 @@ def test_batches_that_never_repeat_a_shape_are_left_alone(harness, monkeypatch):
     callback = harness.callback()
     harness.compare(Predictor(Body()), predict(ragged(range(1, 121))), callback)
     assert len(watched) <= 4
+    assert callback.stats.eager_reasons == {"warm-up": 4, str(NEW_KEY): 116}
     assert callback.stats.captures == 0
     assert len(callback.summary().splitlines()) <= 22
 
@@ -234,7 +255,7 @@ def test_the_summary_fits_80_columns(monkeypatch, tmp_path):
         [torch.empty(1, 2, 3, 4, 5) for _ in range(9)], stage="validate"
     )
     entry = stats.entry("PIECEWISE", "encoder.layers.11.attention.self.projection", key)
-    entry.captured(0.5, 2**31)
+    entry.captured(0.5, 2**31, "")
     entry.replays = 123456
     lines = render_summary(stats, "cuda", ["validate"]).splitlines()
     assert max(map(len, lines)) <= 80

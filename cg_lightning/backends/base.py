@@ -59,6 +59,9 @@ class GraphBackend(Protocol):
     def set_random_state(self, state: Tensor) -> None:
         """Set the state of the device's default random generator."""
 
+    def range(self, name: str) -> AbstractContextManager[None]:
+        """Mark what runs inside, for traces of the device."""
+
     def synchronize(self) -> None:
         """Wait for all work on the device; needed before a graph that may run is dropped."""
 

@@ -147,6 +147,15 @@ class CUDABackend:
         """Set the state of the default CUDA generator."""
         torch.cuda.set_rng_state(state, self.device)
 
+    @contextlib.contextmanager
+    def range(self, name: str) -> Iterator[None]:
+        """Mark an NVTX range."""
+        torch.cuda.nvtx.range_push(name)
+        try:
+            yield
+        finally:
+            torch.cuda.nvtx.range_pop()
+
     def synchronize(self) -> None:
         """Wait for the device."""
         torch.cuda.synchronize(self.device)

@@ -30,6 +30,7 @@ It knows no streams, no allocator, and no work that bypasses the dispatcher.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import weakref
@@ -288,6 +289,10 @@ class RecorderBackend:
     def set_random_state(self, state: Tensor) -> None:
         """Set the state of the CPU generator."""
         torch.set_rng_state(state)
+
+    def range(self, name: str) -> AbstractContextManager[None]:
+        """Do nothing: there is no trace of a device."""
+        return contextlib.nullcontext()
 
     def synchronize(self) -> None:
         """Do nothing, because a replay is complete when it returns."""

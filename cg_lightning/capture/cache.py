@@ -1,4 +1,4 @@
-"""All graphs of one session: how many there may be, and which goes first."""
+"""All graphs of one session: the budget, and which graph is dropped first."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from cg_lightning.core.errors import CaptureError
 
 
 class GraphCache:
-    """Owns the order of use of all graphs, and drops them.
+    """Stores the order of use of all graphs, and drops graphs. Nothing else may drop one.
 
-    It alone drops a graph: an entry that was dropped says so (:meth:`GraphEntry.is_valid`), and its owner finds out at the
-    next look-up. It does not know keys.
+    The owner of a dropped entry is not told. :meth:`GraphEntry.is_valid` returns False from then
+    on, and the owner asks before each replay. The cache does not know keys.
 
     Args:
-        max_graphs: The most graphs that are kept.
-        synchronize: Waits for the device: a graph must not be destroyed while it runs.
+        max_graphs: The maximum number of graphs.
+        synchronize: Waits for the device, because a graph must not be destroyed while it runs.
     """
 
     def __init__(self, max_graphs: int, synchronize: Callable[[], None]) -> None:
@@ -25,22 +25,22 @@ class GraphCache:
         self._synchronize = synchronize
         self._owners: dict[GraphEntry, Any] = {}
         self.step = 0
-        """The number of the step under way; an entry stores that of its latest use."""
+        """The number of the current step. Each entry stores the step of its last use."""
 
     @property
     def why_evicted(self) -> str:
-        """Why a graph had to go."""
+        """The reason why a graph was dropped to make room."""
         return f"evicted: more graphs than max_graphs={self._max_graphs}"
 
     def make_room(self) -> Any:
-        """Drop the least recently used graph if there are as many as there may be.
+        """Drop the least recently used graph if the budget is used up.
 
         Returns:
-            The owner of the graph that was dropped; None if none was.
+            The owner of the dropped graph; None if no graph was dropped.
 
         Raises:
-            CaptureError: The step under way has used that graph itself. To drop it would mean to capture every graph in
-                every step.
+            CaptureError: The current step has used that graph itself. If it were dropped, every
+                step would capture every graph again.
         """
         if len(self._owners) < self._max_graphs:
             return None
@@ -54,7 +54,12 @@ class GraphCache:
         return owner
 
     def add(self, entry: GraphEntry, owner: Any) -> None:
-        """Take a new graph; ``owner`` is what :meth:`make_room` returns when the graph has to go."""
+        """Store a new graph.
+
+        Args:
+            entry: The graph.
+            owner: The object that :meth:`make_room` returns when this graph is dropped.
+        """
         entry.last_step = self.step
         self._owners[entry] = owner
 
@@ -65,7 +70,7 @@ class GraphCache:
             entry.drop()
 
     def drop_all(self) -> bool:
-        """Drop every graph; return whether there was any."""
+        """Drop every graph. Return True if there was one."""
         if not self._owners:
             return False
         self._synchronize()
@@ -75,5 +80,5 @@ class GraphCache:
         return True
 
     def entries(self) -> list[GraphEntry]:
-        """Return all graphs that are kept."""
+        """Return all stored graphs."""
         return list(self._owners)

@@ -1,4 +1,4 @@
-"""Captures one call of a step or of a submodule."""
+"""Capture one call of a step or of a submodule."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from cg_lightning.effects.step_state import StepState
 from cg_lightning.modules.compiled import is_compiled
 from cg_lightning.report.stats import EntryRecord
 
-# before the first capture of a process only: it takes longer than ten captures
+# only before the first capture of a process, because it takes longer than ten captures
 _collect_once = functools.cache(gc.collect)
 
 
@@ -38,7 +38,7 @@ class WrittenTensors(Protocol):
     """Tensors, other than buffers, that steps were seen to write to."""
 
     def now(self) -> list[Tensor]:
-        """Return them as they are now."""
+        """Return the current tensors."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -47,8 +47,8 @@ class GraphCall:
 
     Attributes:
         descriptor: The key of the call.
-        function: What is called: ``function(tree, *frozen_args, **frozen_kwargs)``.
-        tree: The nest whose tensors a graph reads as inputs.
+        function: The callable: ``function(tree, *frozen_args, **frozen_kwargs)``.
+        tree: The nested containers whose tensors are the inputs of the graph.
         leaves: The leaves of ``tree``, in order.
         frozen_args: Further positional arguments; a graph freezes them.
         frozen_kwargs: Further keyword arguments; a graph freezes them.
@@ -62,11 +62,11 @@ class GraphCall:
     frozen_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def run(self) -> Any:
-        """Call the function as it was called."""
+        """Call the function with the original arguments."""
         return self.function(self.tree, *self.frozen_args, **self.frozen_kwargs)
 
     def run_with(self, leaves: list[Any]) -> Any:
-        """Call the function with other leaves in the nest."""
+        """Call the function with other leaves in the same containers."""
         tree = rebuild(self.tree, iter(leaves))
         return self.function(tree, *self.frozen_args, **self.frozen_kwargs)
 
@@ -78,15 +78,16 @@ class GraphCall:
 
 @dataclasses.dataclass(frozen=True)
 class CaptureTarget:
-    """What is captured.
+    """The step or submodule to capture.
 
     Attributes:
         mode: PIECEWISE or FULL.
         module: The module whose state a call may change.
-        effects: What whole steps leave behind beside their output; None for a submodule: a call that leaves something
-            behind is not captured.
+        effects: The side effects of whole steps. None for a submodule, because a call with side
+            effects is not captured.
         storage_addresses: The addresses of the storages of parameters and buffers.
         record: The row in the statistics.
+        changed: What has changed since an earlier capture; empty if nothing has.
     """
 
     mode: CUDAGraphMode
@@ -94,6 +95,7 @@ class CaptureTarget:
     effects: ModuleEffects | None
     storage_addresses: set[int]
     record: EntryRecord
+    changed: str = ""
 
 
 class Capturer:
@@ -103,7 +105,7 @@ class Capturer:
         backend: Captures and replays.
         settings: The options.
         cache: All graphs of the session.
-        written: What steps were seen to write to.
+        written: Tensors, other than buffers, that steps write to.
     """
 
     def __init__(
@@ -114,21 +116,22 @@ class Capturer:
         written: WrittenTensors,
     ) -> None:
         self._backend = backend
-        self._settings = settings
-        self._cache = cache
+        self.settings = settings
+        self.cache = cache
         self._written = written
 
     def capture(self, target: CaptureTarget, call: GraphCall) -> GraphEntry:
-        """Capture ``call``; only a replay of the entry computes.
+        """Capture ``call``. The capture computes nothing; only a replay of the entry does.
 
-        If the first attempt fails for a cause that has a remedy, the remedy is applied and there is one more attempt.
+        If the first attempt fails and the cause has a remedy, the remedy is applied and the call is
+        captured once more.
 
         Raises:
-            CaptureError: The call could not be captured. Everything is as before, but that all other graphs are gone:
-                recovery gives the device another random generator, which they would not draw from.
+            CaptureError: The call could not be captured. State is as before, but all other graphs
+                were dropped, because the device got a new random generator that they do not use.
             UnkeyableBatchError: A tensor is on another device, or overlaps itself.
         """
-        if not self._settings.capture_options.gc_disable:
+        if not self.settings.capture_options.gc_disable:
             _collect_once()
         began = time.perf_counter()
         if any(map(is_compiled, target.module.modules())):
@@ -136,7 +139,7 @@ class Capturer:
         try:
             entry = self._attempt(target, call)
         except CaptureError as error:
-            had_others = self._cache.drop_all()
+            had_others = self.cache.drop_all()
             if isinstance(error, RecompileNeededError):
                 self._compile_ahead(target, call)
             elif isinstance(error, OutOfGraphMemoryError) and had_others:
@@ -145,11 +148,11 @@ class Capturer:
                 raise
             entry = self._attempt(target, call)
         seconds = time.perf_counter() - began
-        target.record.captured(seconds, entry.num_bytes)
+        target.record.captured(seconds, entry.num_bytes, target.changed)
         return entry
 
     def _attempt(self, target: CaptureTarget, call: GraphCall) -> GraphEntry:
-        settings, options = self._settings, self._settings.capture_options
+        settings, options = self.settings, self.settings.capture_options
         inputs = self._static_inputs(call)
         effects = target.effects
         recorder: Recorder = NoEffects() if effects is None else effects.recorder()
@@ -174,7 +177,7 @@ class Capturer:
         with override_forward_context(context), recorder.prepared():
             captured = capture()
             if recorder.has_unreserved_checks:
-                # a check needs memory from outside the capture, which shows what checks there are
+                # checks need memory from outside the capture, and only a capture shows the checks
                 del captured
                 recorder.reserve_checks()
                 captured = capture()
@@ -184,9 +187,11 @@ class Capturer:
         )
 
     def _compile_ahead(self, target: CaptureTarget, call: GraphCall) -> None:
-        """Run the call with static inputs, and take it all back: ``torch.compile`` compiles for them before a capture.
+        """Run the call once with static inputs, so that ``torch.compile`` compiles before it.
 
-        They are other inputs to it if those of the loader are inference tensors, or if autocast's cache is on.
+        All state is restored afterwards. The run is necessary because ``torch.compile`` may compile
+        again for static inputs: those of the loader can be inference tensors, and autocast's cache
+        can be on.
         """
         inputs = self._static_inputs(call)
         before = StepState(target.module, self._backend, target.effects, self._written.now())

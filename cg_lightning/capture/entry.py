@@ -1,18 +1,20 @@
-"""A captured graph with all that a replay needs: the fast path.
+"""A captured graph with everything that its replay needs: the fast path.
 
 What is hard here:
 
-- Between two batches nothing may be left of the first one. Inputs are copied in, outputs and everything that effects give
-  away are copied out, because the next replay writes the same memory. With ``copy_outputs=False`` the user takes that upon
-  themselves.
-- The order in :meth:`GraphEntry.replay` must not change. Effects bring metric states to where the graph reads them
-  *before* the replay. Tensors of effects are cloned *after* it and before anything else can run on this stream, and
-  before ``after_replay``, which may call code of the user's (``self.log``).
-- A replay has no way back: what may make a graph unusable (a metric state with another shape, other metrics behind the
-  logged values) is asked in :meth:`GraphEntry.is_valid`, together with the guards, by the dispatcher.
-- It runs between two batches with cold caches, where each function call and each allocation counts: no context is
-  entered, no key is hashed, nothing is looked up. A part that an entry does not have costs nothing.
-- An output that *is* a tensor of the batch, a parameter or a buffer is returned as that very object
+- All replays write the same memory. So inputs are copied in, and outputs and the tensors of effects
+  are copied out. With ``copy_outputs=False`` the user is responsible for the outputs.
+- The order in :meth:`GraphEntry.replay` must not change. *Before* the replay, effects copy metric
+  states to the tensors that the graph reads. *After* it, the tensors of effects are cloned before
+  anything else can run on this stream. ``after_replay`` comes last, because it may call the user's
+  code (``self.log``).
+- A replay cannot turn into a capture. The dispatcher calls :meth:`GraphEntry.is_valid` before it,
+  together with the guards. That method checks everything that could make the graph unusable, such
+  as a metric state with another shape or other metrics behind the logged values.
+- It runs between two batches with cold caches, so each function call and each allocation counts. It
+  enters no context, hashes no key and looks nothing up. A part that an entry does not have costs
+  nothing.
+- If an output *is* a tensor of the batch, a parameter or a buffer, that very object is returned
   (:mod:`cg_lightning.capture.outputs`).
 """
 
@@ -30,17 +32,19 @@ from cg_lightning.report.stats import EntryRecord
 
 
 class GraphEntry:
-    """One graph of one variant of one key. :func:`~cg_lightning.capture.capture.capture` makes it.
+    """One graph of one variant of one key.
+
+    :meth:`Capturer.capture <cg_lightning.capture.capture.Capturer.capture>` makes it.
 
     Args:
         graph: The graph.
-        inputs: The tensors that it reads.
-        outputs: How an output is put together.
-        computed: What it computes for the output.
-        effects: What a replay has to do again in Python.
-        effect_tensors: What it computes for the effects, in their order.
-        copies_outputs: Whether outputs are copied out of graph memory.
-        record: Its row in the statistics.
+        inputs: The tensors that the graph reads.
+        outputs: Where each part of the output comes from.
+        computed: The tensors that the graph computes for the output.
+        effects: The side effects to do again after a replay.
+        effect_tensors: The tensors that the graph computes for the effects, in their order.
+        copies_outputs: True if outputs are copied out of graph memory.
+        record: The row in the statistics.
     """
 
     __slots__ = (
@@ -74,16 +78,16 @@ class GraphEntry:
         self._copies_outputs = copies_outputs
         self.record = record
         self.replays = 0
-        """Replays that made a step's result."""
+        """Number of replays whose result was returned to the user."""
         self.last_step = 0
-        """The number of the step that used it last."""
+        """The number of the step that last used this entry."""
 
     @property
     def graph(self) -> CapturedGraph:
         """The graph.
 
         Raises:
-            AssertionError: It was dropped.
+            AssertionError: The graph was dropped.
         """
         assert self._graph is not None, "a graph that was dropped is not used"
         return self._graph
@@ -95,7 +99,7 @@ class GraphEntry:
         return self.graph.num_bytes + self._inputs.num_bytes
 
     def is_valid(self) -> bool:
-        """Return whether the graph was not dropped, and its effects can be done again."""
+        """Return True if the graph exists and all its side effects can be done again."""
         if self._graph is None:
             return False
         for check in self._validity_checks:  # noqa: SIM110  # a generator costs more than the calls
@@ -104,11 +108,11 @@ class GraphEntry:
         return True
 
     def replay(self, leaves: list[Any], step: int) -> Any:
-        """Run the step from its graph, and leave behind what the step would have left.
+        """Run the step from its graph, with all its side effects, and return the output.
 
         Args:
-            leaves: The leaves of the batch; tensors have the shapes of the capture.
-            step: The number of the step under way.
+            leaves: The leaves of the batch. Tensors must have the shapes of the capture.
+            step: The number of the current step.
         """
         assert self._graph is not None and self._inputs is not None  # noqa: PT018
         self.last_step = step
@@ -128,7 +132,7 @@ class GraphEntry:
         return computed[0] if computed else self._value
 
     def count(self) -> None:
-        """Count a replay that made a step's result."""
+        """Count a replay whose result is returned to the user."""
         self.replays += 1
         self.record.replays += 1
 
@@ -139,7 +143,7 @@ class GraphEntry:
         record.host_seconds += seconds
 
     def drop(self) -> None:
-        """Free the graph and its tensors. Only the cache calls it, after the device is done."""
+        """Free the graph and its tensors. Only the cache may call it, after a synchronization."""
         for effect in self._effects:
             effect.drop()
         self._graph = self._inputs = None

@@ -1,4 +1,7 @@
-"""One capture: the gate, the counter, and outputs that do not keep their memory (vLLM: ``monitor.py``, ``counter.py``)."""
+"""One capture: the switch, the counter, and weak references to outputs.
+
+The public names are vLLM's (``vllm/compilation/monitor.py``, ``counter.py``).
+"""
 
 from __future__ import annotations
 
@@ -21,41 +24,80 @@ logger = logging.getLogger("cg_lightning")
 
 @dataclasses.dataclass
 class CompilationCounter:
-    """Counts over the life of the process."""
+    """Counts since the start of the process (vLLM: ``vllm/compilation/counter.py``)."""
 
     num_cudagraph_captured: int = 0
+    """Number of successful captures by any wrapper and any callback."""
 
 
 compilation_counter = CompilationCounter()
+"""The counter of this process. Nothing resets it: compare two readings."""
 
 _capturing_enabled = True
 
 
 def set_cudagraph_capturing_enabled(enabled: bool) -> None:
-    """Open or close the gate. While it is closed, every capture raises; replays go on."""
+    """Allow or forbid captures in this process (vLLM: ``vllm/compilation/monitor.py``).
+
+    While captures are forbidden, every attempt raises :class:`CUDAGraphError`. It does *not* affect
+    graphs that exist: they are still replayed.
+
+    Example::
+
+        >>> from cg_lightning import (
+        ...     CUDAGraphError,
+        ...     set_cudagraph_capturing_enabled,
+        ...     validate_cudagraph_capturing_enabled,
+        ... )
+        >>> set_cudagraph_capturing_enabled(False)
+        >>> try:
+        ...     validate_cudagraph_capturing_enabled()
+        ... except CUDAGraphError:
+        ...     print("forbidden")
+        ... finally:
+        ...     set_cudagraph_capturing_enabled(True)
+        forbidden
+
+    Args:
+        enabled: True to allow captures, which is the initial state.
+    """
     global _capturing_enabled
     _capturing_enabled = enabled
 
 
 def validate_cudagraph_capturing_enabled() -> None:
-    """Raises:
-    CUDAGraphError: The gate is closed.
+    """Check that captures are allowed (vLLM: ``vllm/compilation/monitor.py``).
+
+    Raises:
+        CUDAGraphError: ``set_cudagraph_capturing_enabled(False)`` forbids captures.
     """
     if not _capturing_enabled:
         raise CUDAGraphError(
-            "A CUDA graph was about to be captured, but set_cudagraph_capturing_enabled(False) forbids it."
+            "A CUDA graph was about to be captured, but set_cudagraph_capturing_enabled(False) "
+            "forbids it."
         )
 
 
 def weak_ref_tensors(output: Any, backend: GraphBackend | None = None) -> Any:
-    """Return ``output`` with each tensor replaced by one on the same memory that does not keep the memory alive.
+    """Return ``output`` with each tensor replaced by a weak reference to the same memory.
 
-    Dtype, shape and strides are kept; other leaves stay as they are. A CUDA tensor made in this way must not be read after
-    its memory was freed, and PyTorch cannot notice that. On other devices the new tensor does keep the memory.
+    A weak reference has the same shape, dtype and strides, but does not keep the memory alive. It
+    does *not* copy, and other leaves are returned as they are. Do not read a weak CUDA tensor after
+    its memory was freed: PyTorch cannot detect that. On other devices, the new tensor keeps the
+    memory alive. vLLM's function of this name (``vllm/utils``) takes lists and tuples only.
+
+    Example::
+
+        >>> import torch
+        >>> from cg_lightning import weak_ref_tensors
+        >>> output = {"logits": torch.ones(2, 3), "count": 7}
+        >>> weak = weak_ref_tensors(output)
+        >>> weak["logits"].data_ptr() == output["logits"].data_ptr(), weak["count"]
+        (True, 7)
 
     Args:
-        output: Any nest of containers and tensors (vLLM's function of this name takes lists and tuples).
-        backend: The backend that the memory belongs to; None: the one of each tensor's device.
+        output: A tensor, or any nested containers of tensors and other values.
+        backend: The backend that owns the memory. None: the backend of each tensor's device.
     """
     leaves, _ = flatten(output)
     weak = [_weak(leaf, backend) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -76,7 +118,9 @@ def capture_graph(
     *,
     collect_garbage: bool,
 ) -> tuple[CapturedGraph, Any]:
-    """Capture ``run`` once; return the graph and what ``run`` returned, whose values only a replay computes.
+    """Capture ``run`` once, and return the graph with the output of ``run``.
+
+    The output has no valid values before the first replay.
 
     Raises:
         CaptureError: The capture failed; the backend is as usable as before.

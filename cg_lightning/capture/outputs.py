@@ -1,4 +1,4 @@
-"""How an output is put together after each replay."""
+"""Where each part of an output comes from after a replay."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from cg_lightning.core.tree import flatten, leaf_paths, rebuild
 class _Source(enum.Enum):
     INPUT = "the input tensor itself"
     HELD = "a parameter, a buffer, a view of one, or a plain value"
-    COMPUTED = "what the graph computes"
+    COMPUTED = "a tensor that the graph computes"
 
 
 @dataclasses.dataclass(frozen=True)
 class OutputPlan:
-    """Where each leaf of a captured output comes from. It keeps no computed tensor alive."""
+    """Where each leaf of a captured output comes from. It does not keep computed tensors alive."""
 
     template: Any
     is_nested: bool
@@ -31,15 +31,15 @@ class OutputPlan:
     def make(
         cls, output: Any, inputs: list[Any], module_storages: set[int]
     ) -> tuple[OutputPlan, list[Tensor]]:
-        """Gives the plan, and the computed tensors, each once.
+        """Return the plan and the computed tensors, without duplicates.
 
         Args:
-            output: What was returned during capture.
-            inputs: The leaves that the captured call was given.
-            module_storages: Where the storages of parameters and buffers begin.
+            output: The output of the captured call.
+            inputs: The leaves of the arguments of the captured call.
+            module_storages: The addresses of the storages of parameters and buffers.
 
         Raises:
-            CaptureError: A leaf is neither a tensor nor a plain value, so nobody knows how to make it anew.
+            CaptureError: A leaf is neither a tensor nor a plain value, so a replay cannot make it.
         """
         leaves, structure = flatten(output)
         positions = {
@@ -53,7 +53,7 @@ class OutputPlan:
                 if not is_plain_value(leaf):
                     path = leaf_paths(output, "output")[index]
                     raise CaptureError(
-                        f"{path} is a {type(leaf).__qualname__}, which a replay cannot make anew."
+                        f"{path} is a {type(leaf).__qualname__}, which a replay cannot make."
                     )
                 sources.append((_Source.HELD, leaf))
             elif id(leaf) in positions:
@@ -76,7 +76,7 @@ class OutputPlan:
 
     @property
     def is_one_value(self) -> bool:
-        """Whether the output is a single value that is the same after each replay: None, or a parameter."""
+        """Whether the output is one leaf that no replay changes, such as None or a parameter."""
         return not self.is_nested and self.sources[0][0] is _Source.HELD
 
     @property
@@ -85,7 +85,12 @@ class OutputPlan:
         return self.sources[0][1]
 
     def build(self, inputs: list[Any], computed: list[Tensor]) -> Any:
-        """Return the output of one replay, made of the leaves of its own batch and of what was computed."""
+        """Return the output of one replay.
+
+        Args:
+            inputs: The leaves of the current batch.
+            computed: The tensors that the graph has computed.
+        """
         leaves = [
             value
             if source is _Source.HELD

@@ -1,4 +1,4 @@
-"""Input tensors at fixed addresses, which the graphs of one key read."""
+"""Input tensors at fixed addresses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from cg_lightning.core.tree import leaf_paths
 
 
 def _without_repeats(tensor: Tensor) -> Tensor:
-    """The part of an expanded tensor that is really stored: ``(batch, 1, time)`` of a ``(batch, heads, time)`` view."""
+    """Return the part of an expanded tensor that is stored in memory.
+
+    For an expanded ``(batch, heads, time)`` view this is ``(batch, 1, time)``.
+    """
     for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         if stride == 0 and size > 1:
             tensor = tensor.narrow(dim, 0, 1)
@@ -30,26 +33,27 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 
 
 class StaticInputs:
-    """Holds a tensor for each tensor of a batch, of the same shape, dtype, strides and device.
+    """Stores one static tensor for each tensor of a batch: same shape, dtype, strides and device.
 
-    They are made with inference mode off, so that steps under ``no_grad`` and under inference mode can both write them.
-    It does *not* check keys: the leaves given to :meth:`copy_from` must have the shapes of those it was made of.
+    The tensors are made with inference mode off, so that steps under ``no_grad`` and steps in
+    inference mode can both write to them. The class does *not* check keys: the leaves passed to
+    :meth:`copy_from` must have the shapes of the leaves passed to the constructor.
 
     Args:
-        leaves: The leaves of the batch; what is no tensor is kept as it is.
-        tree: The batch, for messages.
-        device: Where the graphs run.
+        leaves: The leaves of the batch. Leaves that are not tensors are stored as they are.
+        batch: The batch, for messages.
+        device: The device of the graphs.
 
     Raises:
-        UnkeyableBatchError: A tensor lies on another device, or overlaps itself.
+        UnkeyableBatchError: A tensor is on another device, or overlaps itself.
     """
 
-    def __init__(self, leaves: list[Any], tree: Any, device: torch.device) -> None:
+    def __init__(self, leaves: list[Any], batch: Any, device: torch.device) -> None:
         self.leaves: list[Any] = list(leaves)
         self._tensors: list[
             tuple[int, Tensor, int, bool]
         ] = []  # index, stored part, address, whether expanded
-        made: dict[int, Tensor] = {}  # one tensor given twice stays one tensor
+        made: dict[int, Tensor] = {}  # a tensor that occurs twice gets one static tensor
         for index, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor):
                 continue
@@ -58,11 +62,11 @@ class StaticInputs:
                 continue
             if leaf.device != device:
                 raise UnkeyableBatchError(
-                    leaf_paths(tree)[index], f"is on {leaf.device}, the graphs run on {device}"
+                    leaf_paths(batch)[index], f"is on {leaf.device}, the graphs run on {device}"
                 )
             stored = _without_repeats(leaf)
             if _overlaps_itself(stored):
-                raise UnkeyableBatchError(leaf_paths(tree)[index], "overlaps itself in memory")
+                raise UnkeyableBatchError(leaf_paths(batch)[index], "overlaps itself in memory")
             with torch.inference_mode(False):
                 static = torch.empty_strided(
                     stored.shape, stored.stride(), dtype=leaf.dtype, device=device
@@ -74,11 +78,14 @@ class StaticInputs:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held."""
+        """Memory of the static tensors, in bytes."""
         return sum(static.untyped_storage().nbytes() for _, static, _, _ in self._tensors)
 
     def copy_from(self, leaves: list[Any]) -> None:
-        """Writes the tensors of ``leaves``, in one grouped copy; those that already lie here are left alone."""
+        """Copy the tensors of ``leaves`` with one grouped copy.
+
+        A tensor that is at the static address already is skipped.
+        """
         sources: list[Tensor] = []
         targets: list[Tensor] = []
         for index, static, address, expanded in self._tensors:

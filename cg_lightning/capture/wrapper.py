@@ -1,4 +1,4 @@
-"""The wrapper that captures and replays what it wraps."""
+"""The public, vLLM-shaped wrapper that captures and replays a callable."""
 
 from __future__ import annotations
 
@@ -22,14 +22,19 @@ from cg_lightning.core.tree import flatten, leaf_paths
 
 @dataclasses.dataclass
 class CUDAGraphEntry:
-    """One captured graph."""
+    """One captured graph of a :class:`CUDAGraphWrapper` (vLLM: ``compilation/cuda_graph.py``).
+
+    The wrapper makes and stores it; do not make one yourself.
+    """
 
     batch_descriptor: BatchDescriptor
+    """The key of the graph."""
     cudagraph: CapturedGraph
+    """The graph, with ``replay()`` and ``num_bytes``, its memory in bytes."""
     output: Any
-    """What the runnable returned during capture: every replay writes it anew."""
+    """The output of the captured call. Every replay overwrites its tensors."""
     input_addresses: list[int]
-    """``data_ptr()`` of each tensor among the arguments of the capture, nested ones too."""
+    """``data_ptr()`` of each tensor in the arguments of the capture, including nested ones."""
 
 
 def _named_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Tensor]]:
@@ -45,50 +50,63 @@ def _input_addresses(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]
 
 
 class CUDAGraphWrapper:
-    """Gives a runnable the ability to be captured and replayed (vLLM: ``compilation/cuda_graph.py``).
+    """Captures a callable and replays it (vLLM: ``vllm/compilation/cuda_graph.py``).
 
-    1. It is made for one runtime mode, PIECEWISE or FULL.
-    2. When called, it reads runtime mode and batch descriptor from the forward context, and blindly trusts them.
-    3. Without a context, in mode NONE, in a mode not its own, or inside a running capture, it calls the runnable.
-    4. Else a new descriptor is captured, and then replayed so that the call returns real values; a known one is replayed.
+    1. A wrapper is made for one runtime mode, PIECEWISE or FULL.
+    2. A call reads runtime mode and batch descriptor from the forward context, and trusts them.
+    3. The call goes to the runnable if there is no context, if the mode is NONE or the mode of
+       another wrapper, or inside a running capture.
+    4. Otherwise a new descriptor is captured, then replayed, so that the call returns real values.
+       A known descriptor is replayed.
 
-    Within one step of a step runner each call gets an entry of its own (``BatchDescriptor.call``); in a context opened by
-    hand a second call replays the entry of the first.
+    In a step of the callback, each call of the wrapper has its own entry
+    (``BatchDescriptor.call``). In a context that you open yourself, a second call replays the entry
+    of the first.
 
-    It owns no buffers and copies no inputs: whoever calls it copies new values into the tensors of the capture, and reads
-    or copies the outputs before the next replay. A call with *other* tensors is not refused: the graph reads the old ones,
-    and returns a stale result without a word. ``CUDAGraphOptions(check_addresses=True)`` raises instead; switch it on while
-    a loop is written. It does not look whether the descriptor fits the arguments.
-
-    Args:
-        runnable: What to capture.
-        runtime_mode: PIECEWISE or FULL.
-        options: How to capture.
-        backend: ``cuda``, ``recorder`` or ``auto`` (``cuda`` where there is a CUDA device; else the runnable is called).
-
-    Raises:
-        ValueError: ``runtime_mode`` is NONE or a policy, or the backend is unknown or not to be had.
+    The wrapper does *not* own buffers, and it does *not* copy inputs or outputs. Copy new values
+    into the tensors that were captured, and read or copy the output before the next replay. If a
+    call passes *other* tensors, the graph still reads the old ones and returns a stale result, and
+    nothing is raised. With ``CUDAGraphOptions(check_addresses=True)`` such a call raises. Use it
+    while you write a loop. The wrapper does *not* check that the descriptor fits the arguments.
 
     Example::
 
         >>> import torch
-        >>> from cg_lightning import BatchDescriptor, CUDAGraphMode, CUDAGraphOptions, CUDAGraphWrapper
-        >>> from cg_lightning import set_forward_context
+        >>> from cg_lightning import (
+        ...     BatchDescriptor,
+        ...     CUDAGraphMode,
+        ...     CUDAGraphOptions,
+        ...     CUDAGraphWrapper,
+        ...     set_forward_context,
+        ... )
+        >>> FULL, key = CUDAGraphMode.FULL, BatchDescriptor(batch_size=2)
         >>> options = CUDAGraphOptions(check_addresses=True)
-        >>> double = CUDAGraphWrapper(lambda x: x * 2, CUDAGraphMode.FULL, options, backend="recorder")
-        >>> static = torch.tensor([1.0, 2.0])  # every batch is copied into it
-        >>> key = BatchDescriptor(batch_size=2)
-        >>> with torch.no_grad(), set_forward_context(CUDAGraphMode.FULL, key):
+        >>> double = CUDAGraphWrapper(lambda x: x * 2, FULL, options, backend="recorder")
+        >>> static = torch.tensor([1.0, 2.0])  # each batch is copied into it
+        >>> with torch.no_grad(), set_forward_context(FULL, key):
         ...     print(double(static).tolist())  # captured, then replayed
         ...     for batch in (torch.tensor([3.0, 4.0]), torch.tensor([5.0, 6.0])):
         ...         print(double(static.copy_(batch)).tolist())  # replayed
         [2.0, 4.0]
         [6.0, 8.0]
         [10.0, 12.0]
-        >>> with torch.no_grad(), set_forward_context(CUDAGraphMode.FULL, key):
-        ...     double(torch.tensor([7.0, 8.0]))  # without check_addresses: [10.0, 12.0] once more
+        >>> with torch.no_grad(), set_forward_context(FULL, key):
+        ...     double(torch.tensor([7.0, 8.0]))  # without check_addresses: [10.0, 12.0] again
         Traceback (most recent call last):
-        cg_lightning.core.errors.CUDAGraphError: Input args[0] lies at ...
+        cg_lightning.core.errors.CUDAGraphError: Input args[0] is at ...
+
+    Args:
+        runnable: The callable.
+        runtime_mode: PIECEWISE or FULL.
+        options: How to capture. None: the defaults of :class:`CUDAGraphOptions`.
+        backend: ``cuda``, ``recorder`` or ``auto``. ``auto`` is ``cuda`` if there is a CUDA device;
+            otherwise each call goes to the runnable.
+
+    Attributes:
+        concrete_cudagraph_entries: The graphs by descriptor.
+
+    Raises:
+        ValueError: ``runtime_mode`` is NONE or a policy, or the backend is unknown or unavailable.
     """
 
     def __init__(
@@ -110,11 +128,12 @@ class CUDAGraphWrapper:
         self._backend = resolve_backend(backend) if isinstance(backend, str) else backend
 
     def __getattr__(self, name: str) -> Any:
-        runnable = self.__dict__.get("runnable")  # not yet there while a copy is being made
+        runnable = self.__dict__.get("runnable")  # missing while a copy is being made
         if runnable is not None and hasattr(runnable, name):
             return getattr(runnable, name)
         raise AttributeError(
-            f"Neither {type(self).__name__} nor its runnable {runnable!r} has an attribute {name!r}."
+            f"Neither {type(self).__name__} nor its runnable {runnable!r} has an attribute "
+            f"{name!r}."
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -125,15 +144,16 @@ class CUDAGraphWrapper:
         )  # graphs stay: a copy runs its own weights
 
     def unwrap(self) -> Callable[..., Any]:
-        """Gives the runnable."""
+        """Return the runnable."""
         return self.runnable
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls, captures or replays the runnable, as the forward context says.
+        """Call, capture or replay the runnable, as the forward context says.
 
         Raises:
-            CaptureError: The capture failed; no entry is left.
-            CUDAGraphError: The context has no batch descriptor, capturing is disabled, or an input lies elsewhere.
+            CaptureError: The capture failed. No entry is stored.
+            CUDAGraphError: The context has no batch descriptor, captures are disabled, or an input
+                has another address than in the capture.
         """
         context = current_forward_context()
         if context is None or context.cudagraph_runtime_mode is not self.runtime_mode:
@@ -143,7 +163,8 @@ class CUDAGraphWrapper:
         descriptor = context.batch_descriptor
         if descriptor is None:
             raise CUDAGraphError(
-                f"The forward context is in mode {self.runtime_mode.name} but has no batch_descriptor."
+                f"The forward context is in mode {self.runtime_mode.name} but has no "
+                "batch_descriptor."
             )
         if call := context.next_call(self):
             descriptor = dataclasses.replace(descriptor, call=call)
@@ -191,13 +212,15 @@ class CUDAGraphWrapper:
             return
         if len(addresses) != len(entry.input_addresses):
             raise CUDAGraphError(
-                f"Captured with {len(entry.input_addresses)} input tensors, called with {len(addresses)}."
+                f"Captured with {len(entry.input_addresses)} input tensors, called with "
+                f"{len(addresses)}."
             )
         for (path, tensor), expected in zip(
             _named_tensors(args, kwargs), entry.input_addresses, strict=True
         ):
             if tensor.data_ptr() != expected:
                 raise CUDAGraphError(
-                    f"Input {path} lies at {tensor.data_ptr():#x}, but the graph reads {expected:#x}: expected the "
-                    f"address of the capture. Copy new values into the captured tensor: captured.copy_(new)."
+                    f"Input {path} is at {tensor.data_ptr():#x}, but the graph reads "
+                    f"{expected:#x}: expected the address of the capture. Copy new values into the "
+                    "captured tensor: captured.copy_(new)."
                 )

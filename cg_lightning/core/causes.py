@@ -1,4 +1,4 @@
-"""Why a step cannot run from a graph, and what its author can do about it."""
+"""Why a step cannot run from a graph, and what the user can do about it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import enum
 
 
 class Cause(enum.Enum):
-    """Why something cannot run from a graph; the values are the words that users read."""
+    """Why a step or a submodule cannot run from a graph. Users read the values."""
 
     HOST_SYNC = "host sync"
     CROSS_DEVICE_COPY = "copy across devices"
@@ -29,7 +29,7 @@ class Cause(enum.Enum):
 
     @property
     def remedy(self) -> str:
-        """What a user can do about it."""
+        """What the user can do about it."""
         return _REMEDIES[self]
 
 

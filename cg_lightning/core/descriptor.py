@@ -21,13 +21,24 @@ class BatchDescriptor:
 
     :meth:`from_batch` makes it from a real batch. ``BatchDescriptor(batch_size=8)``, made by hand,
     is a key as well. It stores no tensor. It does *not* depend on the values of tensors or on the
-    addresses of parameters.
+    addresses of parameters. The name and ``batch_size`` follow vLLM (``vllm/forward_context.py``).
+
+    Example::
+
+        >>> import torch
+        >>> from cg_lightning import BatchDescriptor
+        >>> batch = {"image": torch.zeros(8, 1, 28, 28), "scale": 2.0}
+        >>> key = BatchDescriptor.from_batch(batch, stage="validate")
+        >>> key.batch_size, key.shapes()
+        (8, '8x1x28x28')
+        >>> key == BatchDescriptor.from_batch({**batch, "scale": 3.0}, stage="validate")
+        False
     """
 
     batch_size: int | None = None
     """First dimension of the first tensor of the batch, if that tensor has dimensions."""
     structure: Hashable = None
-    """Types and keys of the nested containers."""
+    """Types and keys of the containers."""
     leaves: tuple[Hashable, ...] = ()
     """For a tensor: shape, dtype, strides, device and requires_grad; otherwise type and value."""
     stage: str | None = None
@@ -39,12 +50,12 @@ class BatchDescriptor:
     flags: tuple[Hashable, ...] = ()
     """The switches of :func:`~cg_lightning.core.kernel_flags.kernel_flags`."""
     call: int = 0
-    """The number of the call of one wrapper within one step."""
+    """The number of the call of one wrapper within one step, from 0."""
 
     def __post_init__(self) -> None:
         key = tuple([getattr(self, name) for name in _FIELDS])
         object.__setattr__(self, "_key", key)
-        object.__setattr__(self, "_hash", hash(key))  # used several times in each step
+        object.__setattr__(self, "_hash", hash(key))  # each step uses it several times
 
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined, no-any-return]
@@ -64,7 +75,7 @@ class BatchDescriptor:
 
     @property
     def family(self) -> tuple[Any, ...]:
-        """What is equal for all keys of the same tensors, whatever the other leaves are."""
+        """The fields without plain values: equal for all keys whose tensors are described alike."""
         tensors = tuple([leaf if is_tensor_key(leaf) else None for leaf in self.leaves])
         return (*self._key[:2], tensors, *self._key[3:])  # type: ignore[attr-defined]
 
@@ -77,7 +88,7 @@ class BatchDescriptor:
         dataloader_idx: int = 0,
         modules: Iterable[nn.Module] = (),
     ) -> BatchDescriptor:
-        """Describe a batch of nested containers, tensors and plain values.
+        """Return the descriptor of a batch of containers, tensors and plain values.
 
         Args:
             batch: Tuples, lists, named tuples, mappings (such as a Hugging Face ``BatchEncoding``)
@@ -199,7 +210,7 @@ def describe_fields(
 ) -> tuple[tuple[Any, ...], list[Any]]:
     """Return the fields of the descriptor of a batch together with its leaves, flattened once.
 
-    The fields can be looked up in a dictionary without making a descriptor, which takes longer.
+    A lookup of the fields in a dictionary is faster than a lookup of a new descriptor.
 
     Args:
         batch: As in :meth:`BatchDescriptor.from_batch`.
@@ -207,7 +218,8 @@ def describe_fields(
         dataloader_idx: Index of the dataloader.
         training: The ``training`` flags.
         call: The number of the call within one step.
-        repeats: Whether one tensor may occur several times, as in ``attention(x, x, x)``: the places belong to the key.
+        repeats: True if one tensor may occur several times, as in ``attention(x, x, x)``. Its
+            positions are then part of the key.
 
     Raises:
         UnkeyableBatchError: As in :meth:`BatchDescriptor.from_batch`.
@@ -231,12 +243,12 @@ def describe_fields(
     return fields, leaves
 
 
-# private: whether ``torch.vmap`` or another transform runs, whose tensors have no memory of their own
+# private: None unless ``torch.vmap`` or another transform runs, whose tensors have no own memory
 _innermost_transform = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
 
 
 def is_inside_transform() -> bool:
-    """Whether a transform of ``torch.func`` runs."""
+    """Return True inside a transform of ``torch.func``."""
     return _innermost_transform() is not None
 
 
@@ -249,11 +261,11 @@ def describe_call(
 ) -> tuple[tuple[Any, ...], list[Any]]:
     """Return the fields of the descriptor of a call, and the leaves of its arguments.
 
-    Calls have keys of their own: with equal batches, arguments inside the step may differ in shape or value.
+    A call has its own key, because arguments inside a step may differ although batches are equal.
 
     Args:
-        training: The ``training`` flags of the submodule that is called, and of all modules in it.
-        number: How many calls of it the step has made before.
+        training: The ``training`` flags of the submodule and of all modules in it.
+        number: Number of earlier calls of the submodule in this step.
         step: The key of the step.
         args: Positional arguments.
         kwargs: Keyword arguments.

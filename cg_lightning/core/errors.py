@@ -4,11 +4,23 @@ from __future__ import annotations
 
 
 class CUDAGraphError(RuntimeError):
-    """Base class of the errors of this package."""
+    """Base class of the errors of this package. A wrong argument raises ``ValueError`` instead."""
 
 
 class UnkeyableBatchError(CUDAGraphError):
-    """A batch has no :class:`~cg_lightning.BatchDescriptor`, so its step has to run eagerly.
+    """A batch has no :class:`~cg_lightning.BatchDescriptor`, so its step must run eagerly.
+
+    :meth:`BatchDescriptor.from_batch <cg_lightning.BatchDescriptor.from_batch>` raises it. The
+    callback catches it and counts the step with this reason; it raises only with ``strict=True``.
+
+    Example::
+
+        >>> from cg_lightning import BatchDescriptor, UnkeyableBatchError
+        >>> try:
+        ...     BatchDescriptor.from_batch({"image": object()})
+        ... except UnkeyableBatchError as error:
+        ...     print(error.path)
+        batch['image']
 
     Attributes:
         path: The leaf that cannot be part of a key, such as ``batch['image']``.
@@ -22,11 +34,12 @@ class UnkeyableBatchError(CUDAGraphError):
 class CaptureError(CUDAGraphError):
     """A graph could not be captured, or (``strict=True``) a step ran in a lower mode than asked.
 
-    If an exception stopped the capture, it is the ``__cause__``.
+    If an exception stopped the capture, it is the ``__cause__``. The callback raises this error
+    only with ``strict=True``. Otherwise it runs the step in a lower mode and counts the reason.
 
     Attributes:
-        diagnosis: With ``strict=True``, the :class:`~cg_lightning.Diagnosis` of the step if it was
-            watched.
+        diagnosis: With ``strict=True``, the :class:`~cg_lightning.Diagnosis` of the watched step.
+            None if no step was watched.
     """
 
     def __init__(self, message: str, diagnosis: object = None) -> None:
@@ -35,15 +48,17 @@ class CaptureError(CUDAGraphError):
 
 
 class RecompileNeededError(CaptureError):
-    """A capture stopped because ``torch.compile`` would have had to compile; backends do not allow that in a capture."""
+    """A capture stopped because ``torch.compile`` had to compile, which no capture allows."""
 
 
 class OutOfGraphMemoryError(CaptureError):
-    """A capture stopped because the device had no memory left."""
+    """A capture stopped because the device was out of memory."""
 
 
 class VerificationError(CUDAGraphError):
-    """A replay differed from eager. Its entry was dropped.
+    """A replay differed from eager, and its graph was dropped.
+
+    The callback raises it only with ``strict=True``. Otherwise it warns and returns eager's output.
 
     Attributes:
         output: The output of the eager run.
@@ -55,4 +70,8 @@ class VerificationError(CUDAGraphError):
 
 
 class IllegalOperationError(CUDAGraphError):
-    """A capture on the recorder ran an operation that a CUDA graph cannot contain."""
+    """A capture on the recorder ran an operation that a CUDA graph cannot contain.
+
+    It is the ``__cause__`` of a :class:`CaptureError`. The message names the operation. On a GPU,
+    the cause is an error of CUDA instead.
+    """

@@ -16,18 +16,18 @@ _RUNTIME_MODES = frozenset(mode for mode in CUDAGraphMode if mode.is_valid_runti
 
 
 class StepInProgress:
-    """Counts what submodules do within one step."""
+    """Counts the calls and graphs of submodules within one step."""
 
     __slots__ = ("_calls", "graphs", "is_warm", "misses", "reasons")
 
     def __init__(self) -> None:
         self._calls: dict[int, int] = {}
         self.graphs = 0
-        """Graphs of submodules that were replayed."""
+        """Number of replayed graphs of submodules."""
         self.is_warm = True
         """Whether no submodule was captured or compared with eager, so that the time of the step is a usual one."""
         self.misses: list[Any] = []
-        """Submodules that no watched step allows with what they read now; the runners know what they are."""
+        """Submodules whose guarded values no watched step has seen. Only the runners read them."""
         self.reasons: dict[str, Reason] = {}
         """Why a submodule ran eagerly, by its path."""
 
@@ -40,7 +40,9 @@ class StepInProgress:
 
 @dataclasses.dataclass(frozen=True)
 class ForwardContext:
-    """The facts that a wrapper needs about the current step.
+    """The facts that a wrapper needs about the current step (vLLM: ``vllm/forward_context.py``).
+
+    Open it with :func:`set_forward_context`. It does *not* store a batch or a module.
 
     Raises:
         ValueError: ``cudagraph_runtime_mode`` is a policy, or not a mode.
@@ -53,7 +55,7 @@ class ForwardContext:
     step: StepInProgress | None = dataclasses.field(default=None, repr=False, compare=False)
     """What has happened in the step so far.
 
-    Only a step runner sets it, because a context opened by hand is not a step.
+    Only a step runner sets it, because a context that a user opens is not a step.
     """
 
     def __post_init__(self) -> None:
@@ -79,15 +81,25 @@ current_forward_context = _current.get
 
 
 def is_forward_context_available() -> bool:
-    """Return True if this thread has a forward context."""
+    """Return True if this thread has a forward context (vLLM: ``vllm/forward_context.py``).
+
+    Example::
+
+        >>> from cg_lightning import is_forward_context_available, set_forward_context
+        >>> is_forward_context_available()
+        False
+        >>> with set_forward_context():
+        ...     is_forward_context_available()
+        True
+    """
     return _current.get() is not None
 
 
 def get_forward_context() -> ForwardContext:
-    """Return the current forward context.
+    """Return the current forward context of this thread (vLLM: ``vllm/forward_context.py``).
 
     Raises:
-        RuntimeError: There is none.
+        RuntimeError: There is no context.
     """
     context = _current.get()
     if context is None:
@@ -114,9 +126,13 @@ class _Override:  # a class, because every step enters it and a generator takes 
 def override_forward_context(
     forward_context: ForwardContext | None,
 ) -> contextlib.AbstractContextManager[ForwardContext | None]:
-    """Make ``forward_context`` the current one, and restore the earlier one at exit.
+    """While this is entered, ``forward_context`` is the current one of this thread.
 
-    None means no context.
+    At exit the earlier context is restored. vLLM has the same function
+    (``vllm/forward_context.py``).
+
+    Args:
+        forward_context: The context. None means no context, so that wrappers call their runnables.
     """
     return _Override(forward_context)
 
@@ -126,7 +142,23 @@ def set_forward_context(
     cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE,
     batch_descriptor: BatchDescriptor | None = None,
 ) -> Iterator[ForwardContext]:
-    """Open a forward context by hand.
+    """While this is entered, wrappers of this thread run in the given mode, with the given key.
+
+    Use it in a loop of your own. The callback opens its contexts itself. It does *not* affect other
+    threads, and it does *not* check that the key fits the batch. The name follows vLLM
+    (``vllm/forward_context.py``).
+
+    Example::
+
+        >>> from cg_lightning import BatchDescriptor, CUDAGraphMode, get_forward_context
+        >>> from cg_lightning import set_forward_context
+        >>> with set_forward_context(CUDAGraphMode.FULL, BatchDescriptor(batch_size=8)):
+        ...     get_forward_context().cudagraph_runtime_mode.name
+        'FULL'
+
+    Args:
+        cudagraph_runtime_mode: NONE, PIECEWISE or FULL.
+        batch_descriptor: The key of the step. It may be None in mode NONE.
 
     Raises:
         ValueError: The mode is not a runtime mode.

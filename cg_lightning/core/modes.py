@@ -9,7 +9,16 @@ class CUDAGraphMode(enum.Enum):
     """How graphs are used. The words are vLLM's (``vllm/config/compilation.py``).
 
     ``NONE``, ``PIECEWISE`` and ``FULL`` are *runtime modes*: one step runs in one of them.
-    ``FULL_AND_PIECEWISE`` is a policy: FULL if the step allows it, otherwise PIECEWISE.
+    ``FULL_AND_PIECEWISE`` is a policy: FULL if the step allows it, otherwise PIECEWISE. vLLM's
+    ``FULL_DECODE_ONLY`` does not exist, because evaluation steps have no decode phase.
+
+    Example::
+
+        >>> from cg_lightning import CUDAGraphMode
+        >>> CUDAGraphMode.parse("full_and_piecewise").has_piecewise_cudagraphs()
+        True
+        >>> CUDAGraphMode.FULL_AND_PIECEWISE.is_valid_runtime_mode()
+        False
     """
 
     NONE = 0

@@ -1,4 +1,4 @@
-"""Why a step runs in a lower mode than asked: one record, from where it is found to where it is shown."""
+"""Why a step runs in a lower mode than asked: one record for detectors, counters and messages."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from cg_lightning.core.causes import Cause
 
 
 class Status(enum.Enum):
-    """Why a step runs in a lower mode, if nothing in its code is the cause.
+    """Why a step runs in a lower mode although nothing in its code is the cause.
 
-    The values are the words that users read and the names that loggers get.
+    Users and loggers read the values.
     """
 
     WARM_UP = "warm-up"
@@ -28,7 +28,7 @@ class Status(enum.Enum):
 
     @property
     def remedy(self) -> str:
-        """What a user can do about it; empty if there is nothing to do."""
+        """What the user can do about it. Empty if there is nothing to do."""
         return _REMEDIES.get(self, "")
 
 
@@ -49,18 +49,20 @@ _REMEDIES = {
 class Reason:
     """Why a step, or a call of a submodule, ran in a lower mode than asked.
 
-    ``str(reason)`` is the sentence that users read. Reasons are compared and counted by ``kind``, never by their text.
+    ``str(reason)`` is the sentence that users read. Compare and count reasons by ``kind``, never by
+    text.
     """
 
     kind: Cause | Status
+    """The cause in the code of the step, or the status if the code is not the cause."""
     text: str
-    """The whole sentence: the cause, the operation, the submodule and the place."""
+    """The whole sentence: the cause, the operation, the submodule and the location."""
     location: str = ""
-    """The user's own line as ``file:line``; empty if there is none."""
+    """The user's own line as ``file:line``. Empty if there is none."""
 
     @property
     def remedy(self) -> str:
-        """What a user can do about it; empty if there is nothing to do."""
+        """What the user can do about it. Empty if there is nothing to do."""
         return self.kind.remedy
 
     def __str__(self) -> str:

@@ -129,7 +129,7 @@ def rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
 
 
 def structure_paths(structure: Any, root: str) -> list[str]:
-    """Return a readable path for each leaf, like :func:`leaf_paths`, from the structure of a nest that may be gone."""
+    """Return a readable path for each leaf, like :func:`leaf_paths`, from a stored structure."""
     if structure is None:
         return [root]
     kind, keys, children = structure

@@ -65,6 +65,11 @@ class WrittenTensors:
         self._attributes.update(other._attributes)
         self._tensors.update(other._tensors)
 
+    def clear(self) -> None:
+        """Forgets all of them."""
+        self._attributes.clear()
+        self._tensors.clear()
+
     def now(self) -> list[Tensor]:
         """Returns the tensors as they are now."""
         held = [vars(module).get(name) for (_, name), module in self._attributes.items()]

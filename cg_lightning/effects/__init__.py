@@ -1,9 +1,9 @@
-"""What a step does in Python, done again after a replay.
+"""Side effects of a step in Python, and how to do them again after a replay.
 
-- ``effect.py``: Effect and its kinds: one side effect of a captured step, and how to do it again.
-- ``logged_values.py``: what effects need to know of ``self.log``; ``trainer/`` implements it.
-- ``module_effects.py``: everything that the steps of one module leave behind beside their output.
+- ``effect.py``: Effect and its kinds: one side effect of a captured step.
+- ``logged_values.py``: the interface to ``self.log``, which ``trainer/`` implements.
+- ``module_effects.py``: all side effects of the steps of one module.
 - ``recorder.py``: EffectRecorder: the order in which captures of a step are recorded.
-- ``recording.py``: StepRecording: one captured step, and the effects that follow from it.
-- ``step_state.py``: StepState: everything that a step may change, and how to put it back.
+- ``recording.py``: StepRecording: one captured step, and its effects.
+- ``step_state.py``: StepState: everything that a step may change; it can be restored.
 """

@@ -1,8 +1,8 @@
-"""The side effects of a captured step, and how a replay has them again.
+"""The side effects of a captured step, and how to do them again after a replay.
 
-A graph holds what a step computed on the device. What the step did in Python beside that is a list
-of effects. One effect of each kind is enough for all metrics of a step: copies of states are made
-with one call, and a replay of a small step takes a few microseconds in all.
+A graph contains the work of a step on the device. The work of the step in Python is stored as a
+list of effects. There is one effect of each kind for all metrics of a step, because a replay of a
+small step takes only a few microseconds: states are copied with one call.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cg_lightning.metrics.deferred_checks import DeferredCheck
 from cg_lightning.metrics.states import MetricState, MetricStates
 
 Attributes = dict[str, Any]
-"""The ``__dict__`` of a metric; it stays the same one."""
+"""The ``__dict__`` of a metric. It is never replaced by another dictionary."""
 
 
 class Effect:
@@ -31,45 +31,45 @@ class Effect:
     """
 
     def is_valid(self) -> bool:
-        """Return False if the graph can no longer be used, and has to be captured again."""
+        """Return False if the graph is no longer usable and must be captured again."""
         return True
 
     def before_replay(self) -> None:
-        """Prepare what the graph reads."""
+        """Prepare the tensors that the graph reads."""
 
     def after_replay(self, tensors: Iterator[Tensor]) -> None:
-        """Leave what the step would have left.
+        """Do the side effect.
 
         Args:
-            tensors: What the graph computed for all effects, in the order of the effects. Each
-                effect takes as many as it needs, always the same number. They are copies that
-                nothing overwrites.
+            tensors: The tensors that the graph computed for all effects, in the order of the
+                effects. Each effect takes as many as it needs, always the same number. They are
+                copies that nothing overwrites.
         """
 
     def drop(self) -> None:
-        """Called once, when the graph is dropped."""
+        """Release resources. It is called once, when the graph is dropped."""
 
 
 def methods(effects: Iterable[Effect], name: str) -> list[Callable[..., Any]]:
-    """Return the method ``name`` of those effects that have one of their own.
+    """Return the method ``name`` of all effects that override it.
 
-    Most effects leave one or two methods as they are; in each replay of a small step, calling them
-    for nothing takes a fourth of the time of all effects.
+    Most effects override only one or two methods. In a replay of a small step, calls of the other
+    methods would take a fourth of the time of all effects.
     """
     bound = [(getattr(effect, name), getattr(type(effect), name)) for effect in effects]
     return [method for method, own in bound if own is not getattr(Effect, name)]
 
 
 class MoveMetricStates(Effect):
-    """Metric states: the graph reads and writes them in static tensors.
+    """Moves metric states to the static tensors in which the graph reads and writes them.
 
-    If nothing has touched the states since the last replay of the same graph, which is the usual
-    case, there is nothing to move; this is found with one look at each metric.
+    Usually nothing has used the states since the last replay of the same graph. Then nothing has to
+    move, and one dictionary lookup for each state shows it.
 
     Args:
         states: All metric states of the run.
         read: States that the graph reads from their ``graph_tensor``.
-        written: States that the step has set, and the static tensor in which each is stored after
+        written: States that the step sets, each with the static tensor in which it is stored after
             the step. Metrics that share a state share the tensor.
     """
 
@@ -87,13 +87,13 @@ class MoveMetricStates(Effect):
         self._places = [(state.name, state.attributes) for state in self._used]
         stored = {id(state): tensor for state, tensor in written}
         self._returns = all(stored.get(id(state)) is state.graph_tensor for state in read)
-        """Whether each state that is read is written to where the next replay reads it."""
+        """True if every state is written to the tensor from which the next replay reads it."""
         self._needs_move = True
         self._moves = -1
         self._stage_number = -1
 
     def _is_in_place(self) -> bool:
-        """Return True if the states are still stored where the last replay left them."""
+        """Return True if all states are still stored in the tensors that the last replay wrote."""
         if self._moves != self._states.moves:
             return False
         for name, attributes in self._places:  # noqa: SIM110  # a generator takes longer
@@ -102,11 +102,11 @@ class MoveMetricStates(Effect):
         return True
 
     def is_valid(self) -> bool:
-        """Return False if a state has another shape or dtype by now, or had one since."""
+        """Return False if the shape or dtype of a state has changed since the capture."""
         return self._is_in_place() or all(map(self._states.fits, self._used))
 
     def before_replay(self) -> None:
-        """Copy states that are stored elsewhere, after a reset for instance, to the graph's."""
+        """Copy states that are stored elsewhere, for example after a reset, to the graph."""
         self._needs_move = not self._is_in_place()
         if not self._needs_move:
             return
@@ -119,7 +119,7 @@ class MoveMetricStates(Effect):
             self._states.copy_in(moved)
 
     def after_replay(self, tensors: Iterator[Tensor]) -> None:
-        """Say that the states are stored where the graph has written them."""
+        """Mark the states as stored in the tensors that the graph has written."""
         if not self._needs_move:
             return
         if self._stage_number != self._states.stage_number:
@@ -131,7 +131,7 @@ class MoveMetricStates(Effect):
 
 
 class ExpectedAttribute(NamedTuple):
-    """An attribute that the step has read before it set it."""
+    """An attribute that the step reads before it sets it."""
 
     attributes: Attributes
     name: str
@@ -139,13 +139,13 @@ class ExpectedAttribute(NamedTuple):
 
 
 class ExpectAttributes(Effect):
-    """Attributes that a graph has frozen, and that no other guard compares."""
+    """Checks attributes that the graph has frozen and that no other guard compares."""
 
     def __init__(self, expected: Sequence[ExpectedAttribute]) -> None:
         self._expected = list(expected)
 
     def is_valid(self) -> bool:
-        """Return False if an attribute has another value by now."""
+        """Return False if an attribute has another value than in the capture."""
         return all(attributes.get(name) == value for attributes, name, value in self._expected)
 
 
@@ -162,7 +162,7 @@ class Counter(NamedTuple):
 
 
 class AddToCounters(Effect):
-    """Counts updates, where the step has done so."""
+    """Increments the update counters that the step increments."""
 
     def __init__(self, counters: Sequence[Counter]) -> None:
         self._copied = [counter for counter in counters if counter.source is not counter.attributes]
@@ -173,31 +173,31 @@ class AddToCounters(Effect):
         ]
 
     def after_replay(self, tensors: Iterator[Tensor]) -> None:
-        """Count."""
+        """Increment the counters."""
         for attributes, name, source, increment in self._copied:
-            attributes[name] = source[name] + increment  # of what it was: sources come later
+            attributes[name] = source[name] + increment  # before the sources are incremented
         for attributes, name, increment in self._own:
             attributes[name] += increment
 
 
 class Appended(NamedTuple):
-    """What comes to one list."""
+    """Tensors that are appended to one list."""
 
     attributes: Attributes
     name: str
     number: int
     keeps_list: bool
-    """Whether the list stays the same object; else a new one is made of both."""
+    """True if the list is extended in place. False if it is replaced by a longer list."""
 
 
 class AppendToLists(Effect):
-    """Tensors that the step has appended to list states."""
+    """Appends tensors to list states, as the step does."""
 
     def __init__(self, appended: Sequence[Appended]) -> None:
         self._appended = list(appended)
 
     def after_replay(self, tensors: Iterator[Tensor]) -> None:
-        """Append what the graph has computed."""
+        """Append the tensors that the graph has computed."""
         for attributes, name, number, keeps_list in self._appended:
             items = [next(tensors) for _ in range(number)]
             if keeps_list:
@@ -212,19 +212,19 @@ class ComputedAttribute(NamedTuple):
     attributes: Attributes
     name: str
     template: Any
-    """The value with None in the place of each tensor."""
+    """The value with None in place of each leaf."""
     leaves: list[Any]
-    """Leaves of the value; None if they are tensors of the graph."""
+    """The leaves of the value; empty if they are tensors of the graph."""
     number: int
-    """Number of tensors."""
+    """Number of tensors of the graph in the value."""
 
 
 class SetAttributes(Effect):
-    """Attributes that the step has set.
+    """Sets attributes of metrics, as the step does.
 
     Args:
-        constants: For each metric its attributes, and what some of them are set to.
-        computed: Attributes that are made anew after each replay.
+        constants: For each metric, its ``__dict__`` and the values to set.
+        computed: Attributes whose value is built after each replay.
     """
 
     def __init__(
@@ -244,13 +244,13 @@ class SetAttributes(Effect):
 
 
 class RestoreLogResults(Effect):
-    """What ``self.log`` does at each step beside updating metrics.
+    """Restores the attributes that ``self.log`` sets at each step.
 
     Args:
-        logged: The logged values; their step has just run.
-        results: The collection that has them.
+        logged: The logged values of the step that was just captured.
+        results: The collection that stores them.
         attributes: Namespace, name and value of each attribute that ``self.log`` sets. The first
-            one says for which hook values are logged.
+            one is the hook for which values are logged.
     """
 
     def __init__(
@@ -266,9 +266,9 @@ class RestoreLogResults(Effect):
         self._stage_number = -1
 
     def is_valid(self) -> bool:
-        """Return False if other metrics stand behind the logged values than when captured.
+        """Return False if the metrics behind the logged values were replaced since the capture.
 
-        Lightning replaces them between stages only, so it is looked at once a stage.
+        Lightning replaces them only between stages, so this is checked once per stage.
         """
         if self._stage_number == self._logged.stage_number:
             return True
@@ -277,13 +277,13 @@ class RestoreLogResults(Effect):
         )
 
     def before_replay(self) -> None:
-        """Reset logged values, if this is the first step of an epoch."""
+        """Reset logged values if this is the first step of an epoch."""
         attributes, name, value = self._attributes[0]
         if attributes[name] != value:
             self._logged.begin()
 
     def after_replay(self, tensors: Iterator[Tensor]) -> None:
-        """Leave what ``self.log`` leaves."""
+        """Set the attributes that ``self.log`` sets."""
         if self._stage_number != self._logged.stage_number:
             self._stage_number = self._logged.stage_number
             self._logged.begin_stage()
@@ -292,14 +292,14 @@ class RestoreLogResults(Effect):
 
 
 class RepeatLogCalls(Effect):
-    """Calls of ``self.log``: made again after each replay, with the tensors of the replay.
+    """Repeats the calls of ``self.log`` after each replay, with the tensors of the replay.
 
     Args:
         log_calls: Makes the calls.
         calls: The calls of the captured step.
 
     Raises:
-        CaptureError: An argument is nothing that can be given again.
+        CaptureError: An argument cannot be passed again.
     """
 
     def __init__(self, log_calls: LogCalls, calls: Calls) -> None:
@@ -322,12 +322,12 @@ class RepeatLogCalls(Effect):
 
 
 class ReadChecksLater(Effect):
-    """Checks that the graph makes on the device. Something else reads them later."""
+    """Deferred checks that the graph makes on the device. Other code reads them later."""
 
     def __init__(self, checks: Sequence[DeferredCheck]) -> None:
         self._checks = list(checks)
 
     def drop(self) -> None:
-        """Mark the graph as dropped; what its checks have found is still read."""
+        """Mark the graph as dropped. Its pending checks are still read later."""
         for check in self._checks:
             check.dropped = True

@@ -1,6 +1,6 @@
-"""What effects need to know of ``self.log``.
+"""The interface between effects and ``self.log``.
 
-``trainer/logged_results.py`` implements this for Lightning; nothing here imports it.
+``trainer/logged_results.py`` implements it for Lightning. Nothing here imports that module.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 class LogCalls(Protocol):
-    """Calls of ``self.log``, for logged values whose metrics we do not know."""
+    """Calls of ``self.log``, for a Lightning version whose result metrics are unknown."""
 
     def collected(self) -> AbstractContextManager[Calls]:
-        """While this is entered, ``self.log`` only notes what it is given."""
+        """While this is entered, ``self.log`` only stores its arguments."""
 
     def held(self) -> AbstractContextManager[None]:
         """While this is entered, :meth:`make` does nothing."""
 
     def make(self, calls: Calls) -> None:
-        """Make the calls, unless they are held."""
+        """Make the calls, unless :meth:`held` is entered."""
 
 
 class LoggedValues(Protocol):
@@ -36,10 +36,10 @@ class LoggedValues(Protocol):
 
     @property
     def calls(self) -> LogCalls:
-        """Calls of ``self.log``: used if :meth:`is_supported` is False."""
+        """Calls of ``self.log``, used if :meth:`is_supported` returns False."""
 
     def is_supported(self) -> bool:
-        """Return True if a graph can update what is logged, so that no call must be made again."""
+        """Return True if a graph can update the logged values, so no call has to be repeated."""
 
     def metrics(self) -> list[nn.Module]:
         """Return the metric behind each logged value."""
@@ -50,22 +50,22 @@ class LoggedValues(Protocol):
 
     @property
     def collection(self) -> Any:
-        """What has the values that are logged now; None if nothing can be logged."""
+        """The collection that stores the current values; None if nothing can be logged."""
 
     def begin_stage(self) -> None:
-        """Called after the first replay of a stage that logs."""
+        """Prepare a stage. It is called after the first replay of a stage that logs."""
 
     def begin(self) -> None:
-        """Do what the first ``self.log`` of an epoch does before all else; else nothing."""
+        """Reset values as the first ``self.log`` of an epoch does. Otherwise do nothing."""
 
     def effect(self) -> Effect:
-        """Return what the step that has just logged did beside updating metrics."""
+        """Return the side effects of ``self.log`` in the last step, except metric updates."""
 
     def snapshot(self) -> Any:
-        """Return what a step may change, for :meth:`restore`."""
+        """Return the state that a step may change, for :meth:`restore`."""
 
     def restore(self, snapshot: Any) -> None:
-        """Put back what a step has changed."""
+        """Restore the state of a snapshot."""
 
     def release(self) -> None:
         """Leave no trace, at the end of a stage."""
@@ -75,7 +75,7 @@ class NoLogCalls:
     """No calls, because there is no ``self.log``."""
 
     def collected(self) -> AbstractContextManager[Calls]:
-        """Return a context in which nothing is noted."""
+        """Return a context in which nothing is collected."""
         return contextlib.nullcontext([])
 
     def held(self) -> AbstractContextManager[None]:
@@ -83,7 +83,7 @@ class NoLogCalls:
         return contextlib.nullcontext()
 
     def make(self, calls: Calls) -> None:
-        """Do nothing; there can be no calls."""
+        """Do nothing, because there are no calls."""
         assert not calls
 
 
@@ -97,7 +97,7 @@ class NothingLogged:
         self.calls = NoLogCalls()
 
     def is_supported(self) -> bool:
-        """Return True: there is nothing to log."""
+        """Return True, because there is nothing to log."""
         return True
 
     def metrics(self) -> list[nn.Module]:
@@ -111,7 +111,7 @@ class NothingLogged:
         """Do nothing."""
 
     def effect(self) -> Effect:
-        """Do not call this: it is asked for metrics behind logged values only."""
+        """Raise an error, because only steps that log have such an effect."""
         raise AssertionError("nothing is logged")
 
     def snapshot(self) -> Any:

@@ -1,4 +1,4 @@
-"""Everything that the steps of one module leave behind beside their output."""
+"""All side effects of the steps of one module."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cg_lightning.metrics.states import MetricStates
 
 
 class Comparison:
-    """Eager runs of one step, made in order to compare them with a replay.
+    """Eager runs of one step that are compared with a replay.
 
     Made by :meth:`ModuleEffects.comparing`.
     """
@@ -27,7 +27,7 @@ class Comparison:
         self._runs: list[Calls] = []
 
     def run(self, step: Callable[[], Any]) -> Any:
-        """Run ``step`` eagerly; if logging cannot be taken back, its log calls are held."""
+        """Run ``step`` eagerly. If logging cannot be undone, only collect its log calls."""
         if self._logged.is_supported():
             return step()
         with self._logged.calls.collected() as calls:
@@ -35,23 +35,24 @@ class Comparison:
             return step()
 
     def log_calls(self) -> Calls:
-        """Return the calls that the first run made, and that were held."""
+        """Return the log calls that were collected in the first run."""
         return self._runs[0] if self._runs else []
 
 
 class ModuleEffects:
-    """What the steps of one module leave behind: metric states, logged values, deferred checks.
+    """All side effects of the steps of one module: metric states, logged values, deferred checks.
 
     Args:
         module: The module whose steps are run.
-        device: Where the graphs run.
-        sync_free: Whether captures replace functions of torchmetrics that wait for the device.
-        logged: What the module logs; None if it runs without a Trainer, so that it logs nothing.
+        device: The device of the graphs.
+        sync_free: True if captures replace functions of torchmetrics that wait for the device.
+        logged: The logged values. None if the module runs without a Trainer and logs nothing.
 
     Attributes:
         sync_free: As given.
         logged: As given.
-        checks: Checks of all graphs, read before metrics are and at the end of a stage.
+        checks: Deferred checks of all graphs. They are read before a metric state is read, and at
+            the end of a stage.
         states: Metric states at fixed addresses.
     """
 
@@ -70,15 +71,15 @@ class ModuleEffects:
         self._module = module
 
     def metrics(self) -> list[nn.Module]:
-        """Return all metrics of the module, and those behind what it logs."""
+        """Return all metrics of the module, and the metrics behind its logged values."""
         return [*metrics_of(self._module), *self.logged.metrics()]
 
     def logged_metrics(self) -> list[nn.Module]:
-        """Return the metrics behind what the module logs."""
+        """Return the metrics behind the logged values."""
         return self.logged.metrics()
 
     def logs_in_graph(self) -> bool:
-        """Return True if graphs update what is logged; else log calls are made after a replay."""
+        """Return True if graphs update logged values. If not, log calls follow each replay."""
         return self.logged.is_supported()
 
     def recorder(self) -> EffectRecorder:
@@ -87,10 +88,10 @@ class ModuleEffects:
 
     @contextlib.contextmanager
     def comparing(self) -> Iterator[Comparison]:
-        """While this is entered, a step is run several times, of which a user sees one.
+        """While this is entered, a step runs several times, but the user sees only one run.
 
-        If logging cannot be taken back, no log call is made inside, neither by eager runs nor by
-        effects. The calls of the first eager run are made at the end, also if that is an exception.
+        If logging cannot be undone, neither eager runs nor effects call ``self.log`` inside. The
+        calls of the first eager run are made at the end, even after an exception.
         """
         comparison = Comparison(self.logged)
         try:
@@ -100,18 +101,18 @@ class ModuleEffects:
             self.logged.calls.make(comparison.log_calls())
 
     def rehearse(self, step: Callable[[], Any]) -> Any:
-        """Run ``step`` eagerly without logging anything that could not be taken back.
+        """Run ``step`` eagerly, without log calls that cannot be undone.
 
-        Everything else is taken back by the caller (:class:`StepState`).
+        The caller restores everything else (:class:`StepState`).
         """
         return Comparison(self.logged).run(step)
 
     def release(self, check: bool) -> None:
-        """Leave no trace, at the end of a stage. ``check``: see :meth:`MetricStates.release`."""
+        """Leave no trace, at the end of a stage. See :meth:`MetricStates.release` for ``check``."""
         self.logged.release()
         self.states.release(check)
 
     def close(self) -> None:
-        """Free all tensors, after :meth:`release` and when the graphs are gone."""
+        """Free all tensors. Call it after :meth:`release`, when all graphs are dropped."""
         self.states.close()
         self.checks.close()

@@ -1,24 +1,23 @@
-"""Finds the effects of a step while it is captured.
+"""Find the side effects of a step while it is captured.
 
 What is hard here:
 
-- A metric *rebinds* its states: ``update`` sets ``self.tp = self.tp + ...``. So during a capture
-  the states are taken out of the attributes; a read that misses gets the static tensor
-  (``MetricState.graph_tensor``), and what the attribute is at the end is copied to the static
-  tensor by the graph itself. Therefore :meth:`StepRecording.finish` must run *inside* the capture.
-- All of that happens with the user's metrics, which must be untouched afterwards, also if the
-  capture fails. So everything is put back by the contexts that changed it, in reverse order:
-  interceptions, attributes of metrics (after each capture), where states are stored, and the logged
-  values (after all captures).
-- A check that was deferred (``metrics/deferred_checks.py``) writes to memory from outside the
-  graph, and which checks there are is known after a capture only. So a step that checks something
-  is captured twice; the graph of the first capture is dropped. See :class:`Recorder` for the order.
-- ``LoggedValues.begin`` comes before anything is remembered: it does what the first ``self.log``
-  of an epoch would do, outside the graph. Else the reset that it makes would be captured.
-- A step may set a counter of updates to what it was plus one, or to a number of its own
-  (``reset``). The two are told apart by ``CapturedCount`` (``recording.py``).
-- Nothing may wait for the garbage collector: no attribute of a recorder refers to what refers to
-  the recorder, once its contexts are left.
+- A metric *rebinds* its states: ``update`` sets ``self.tp = self.tp + ...``. So the states are
+  removed from the attributes during a capture. The first read of a state returns the static tensor
+  (``MetricState.graph_tensor``). At the end, the graph itself copies the final attribute to the
+  static tensor. Therefore :meth:`StepRecording.finish` must run *inside* the capture.
+- The user's own metrics are used, and must be unchanged afterwards, even if the capture fails. So
+  each context restores what it has changed, in reverse order: interceptions, attributes of metrics
+  (after each capture), locations of states, and logged values (after all captures).
+- A deferred check (``metrics/deferred_checks.py``) writes to memory from outside the graph, but
+  only a capture shows which checks exist. So a step with checks is captured twice, and the first
+  graph is dropped. See :class:`Recorder` for the order.
+- ``LoggedValues.begin`` must come before all snapshots. It does the reset of the first ``self.log``
+  of an epoch outside the graph. Otherwise the graph would contain that reset.
+- A step may increment a counter of updates, or set it to another number (``reset``).
+  ``CapturedCount`` (``recording.py``) distinguishes the two.
+- Nothing may depend on the garbage collector: after its contexts are left, no recorder is part of a
+  reference cycle.
 """
 
 from __future__ import annotations
@@ -47,10 +46,10 @@ class Recording(Protocol):
     def finish(self) -> tuple[list[Effect], list[Tensor]]:
         """Return the effects of the step, and the tensors that the graph computes for them.
 
-        Call it once, inside the capture and after the step: it writes metric states.
+        Call it once, inside the capture and after the step, because it writes metric states.
 
         Raises:
-            CaptureError: The step did what a replay cannot do again.
+            CaptureError: The step has a side effect that a replay cannot do again.
         """
 
 
@@ -61,12 +60,12 @@ class Recorder(Protocol):
     2. Capture the step, with :meth:`step` around it.
     3. If :attr:`has_unreserved_checks`: drop the graph and the effects, call
        :meth:`reserve_checks`, and capture once more, as in 2.
-    4. Leave :meth:`prepared`: metrics and logged values are what they were.
+    4. Leave :meth:`prepared`. Metrics and logged values are then as they were before.
     """
 
     @property
     def has_unreserved_checks(self) -> bool:
-        """Whether the latest captured step made checks for which no memory was reserved."""
+        """Whether the last captured step made checks without reserved memory."""
 
     def prepared(self) -> AbstractContextManager[None]:
         """While this is entered, metrics have states at fixed addresses."""
@@ -75,7 +74,7 @@ class Recorder(Protocol):
         """While this is entered, one captured step is recorded."""
 
     def reserve_checks(self) -> None:
-        """Reserve memory for the checks that the latest captured step made."""
+        """Reserve memory for the checks of the last captured step."""
 
 
 class _NoRecording:
@@ -84,7 +83,7 @@ class _NoRecording:
 
 
 class NoEffects:
-    """The recorder for a submodule: a call that has effects is not captured, so there are none."""
+    """The recorder for a submodule, whose calls have no effects: others are not captured."""
 
     has_unreserved_checks = False
 
@@ -106,8 +105,8 @@ class EffectRecorder:
     Args:
         module: The module.
         states: The states of its metrics.
-        logged: What it logs.
-        checks: Takes the checks of the graph that is kept.
+        logged: Its logged values.
+        checks: Receives the checks of the final graph.
         sync_free: Replace functions of torchmetrics that wait for the device.
     """
 
@@ -131,18 +130,18 @@ class EffectRecorder:
 
     @property
     def has_unreserved_checks(self) -> bool:
-        """Whether the latest captured step made checks for which no memory was reserved."""
+        """Whether the last captured step made checks without reserved memory."""
         return len(self._checked.seen) > len(self._reserved)
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
         """While this is entered, metrics have states at fixed addresses.
 
-        At the end everything is put back. If no exception is raised, the checks of the latest
+        At the end everything is restored. If no exception was raised, the checks of the last
         captured step are read from then on.
 
         Raises:
-            CaptureError: That step made checks, and was not captured again: they would be lost.
+            CaptureError: That step made checks and was not captured again, so they would be lost.
         """
         self._logged.begin()
         self._metrics = _without_repetition([*metrics_of(self._module), *self._logged.metrics()])
@@ -161,7 +160,7 @@ class EffectRecorder:
     def step(self) -> Iterator[Recording]:
         """While this is entered, one captured step is recorded.
 
-        At the end attributes of metrics are put back: each capture starts from the same ones.
+        At the end the attributes of metrics are restored, so each capture starts from the same.
         """
         self._checked = CheckedCalls(self._reserved or None)
         effects = [ReadChecksLater(self._reserved)] if self._reserved else []
@@ -178,7 +177,7 @@ class EffectRecorder:
             yield recording
 
     def reserve_checks(self) -> None:
-        """Reserve memory for the checks that the latest captured step made."""
+        """Reserve memory for the checks of the last captured step."""
         self._reserved = [DeferredCheck.of(*seen) for seen in self._checked.seen]
 
 

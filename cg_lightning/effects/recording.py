@@ -1,6 +1,6 @@
-"""One step while it is captured: what it reads and sets, and the effects that follow from it.
+"""One step while it is captured: its reads, its writes, and the effects that follow.
 
-The order in which captures are made, and what must not be reordered, is in ``recorder.py``.
+``recorder.py`` describes the order of captures, and what must not be reordered.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from cg_lightning.modules.interception import Interception, ModuleHandler
 
 _COUNTER = "_update_count"
 _READ_BEFORE_SET = frozenset({"_dtype"})
-"""Bookkeeping that a step may read before it sets it: its value is frozen then."""
+"""Bookkeeping that a step may read before it sets it. The graph then freezes the value."""
 
 
 class CapturedCount(int):
     """The counter of updates of a metric while its step is captured.
 
-    What is added to it gives such a number again, so at the end of the step it says whose counter
-    it was and by how much that went up. If the counter is a plain number at the end, the step has
-    set it anew, as ``reset`` does. It is at least 1: whether a step is the first one since a reset
-    is not to be frozen.
+    An addition returns the same type. So at the end of the step, the counter shows from which
+    metric it comes and how much was added. If it is a plain number at the end, the step has set it,
+    as ``reset`` does. It starts at 1 or more, so that the graph does not freeze whether the step is
+    the first one after a reset.
     """
 
     source: dict[str, Any]
@@ -69,7 +69,7 @@ class CapturedCount(int):
 
     @property
     def increment(self) -> int:
-        """By how much it went up."""
+        """The number that the step has added."""
         return int(self) - self.start
 
     def __add__(self, other: int) -> CapturedCount:
@@ -78,7 +78,7 @@ class CapturedCount(int):
     __radd__ = __add__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedCount:
-        return self  # not a copy of the metric that counts
+        return self  # a copy of the metric does not count
 
 
 def _update_of_a_copy(metric: Metric) -> Callable[..., None]:
@@ -98,9 +98,9 @@ def _checked_update(metric: Metric, original: Any, checked: CheckedCalls) -> Any
 
 
 class _RecordedMetric(ModuleHandler):
-    """One metric in one captured step: gives states from static tensors, and notes what is set.
+    """One metric in one captured step: reads states from static tensors, and records writes.
 
-    It is made when the step begins, and takes the states out of the attributes of the metric.
+    It is made when the step begins, and removes the states from the attributes of the metric.
     """
 
     def __init__(self, metric: nn.Module, states: list[MetricState]) -> None:
@@ -111,7 +111,7 @@ class _RecordedMetric(ModuleHandler):
         self.written: set[str] = set()
         self.expected: dict[str, Any] = {}
         self.lists: dict[str, list[Any]] = {}
-        """List states. They are empty when the step begins, so that what it appends is seen."""
+        """List states. They are empty when the step begins, so that appended items are visible."""
         for name, default in states_of(metric).items():
             self.attributes.pop(name, None)
             if not isinstance(default, Tensor):
@@ -146,8 +146,8 @@ class StepRecording:
     Args:
         metrics: All metrics that the step may use.
         metric_states: Their tensor states.
-        states: Those of the whole run.
-        logged: What is logged.
+        states: The metric states of the whole run.
+        logged: The logged values.
         effects: Effects that are known already.
     """
 
@@ -168,7 +168,7 @@ class StepRecording:
             for metric in metrics
         ]
         self.log_calls: Calls = []
-        """Calls of ``self.log`` that the step made, if they have to be made again."""
+        """The calls of ``self.log`` in the step, if a replay has to repeat them."""
 
     @contextlib.contextmanager
     def watching(self, checked: CheckedCalls) -> Iterator[None]:
@@ -190,7 +190,7 @@ class StepRecording:
             The effects, and the tensors that the graph computes for them, in order.
 
         Raises:
-            CaptureError: The step did what a replay cannot do again.
+            CaptureError: The step has a side effect that a replay cannot do again.
         """
         tensors: list[Tensor] = []
         for recorded in self._metrics:
@@ -237,7 +237,7 @@ class StepRecording:
         tensors: dict[int, Tensor] = {
             id(value): value for state, value in final if value is state.graph_tensor
         }
-        """For each final value the static tensor that has it after a replay."""
+        """For each final value, the static tensor that stores it after a replay."""
         copies: list[tuple[Tensor, Tensor]] = []
         for state, value in final:
             static = state.graph_tensor
@@ -323,7 +323,7 @@ class StepRecording:
 
 
 def _tensors_of_graph(recorded: _RecordedMetric, name: str, leaves: list[Any]) -> list[Tensor]:
-    """Return the tensors of an attribute's new value; it consists of them, or has none."""
+    """Return the tensors of an attribute's new value. The value has only tensors, or none."""
     what = f"{type(recorded.metric).__name__}.{name}"
     if not all(
         isinstance(leaf, Tensor)

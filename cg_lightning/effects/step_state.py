@@ -1,4 +1,4 @@
-"""Everything that a step may change, and how to put it back."""
+"""Everything that a step may change, and how to restore it."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 
 
 class AttributesSnapshot:
-    """What the attributes of objects refer to; that itself is *not* copied.
+    """Stores which objects the attributes refer to. It does *not* copy these objects.
 
     Args:
-        objects: Objects with a ``__dict__``, which stays the same one.
+        objects: Objects with a ``__dict__`` that is never replaced.
     """
 
     def __init__(self, objects: Iterable[object]) -> None:
         self._attributes = [(vars(obj), dict(vars(obj))) for obj in objects]
 
     def restore(self) -> None:
-        """Put all attributes back, and remove those that are new."""
+        """Restore all attributes, and remove new ones."""
         for attributes, before in self._attributes:
             attributes.clear()
             attributes.update(before)
 
 
 class HostRandomState:
-    """The states of the generators of Python, of NumPy if it is loaded, and of PyTorch's CPU."""
+    """Stores the state of the random generators of Python, of NumPy if loaded, and of the CPU."""
 
     def __init__(self) -> None:
         self._python = random.getstate()
@@ -46,17 +46,17 @@ class HostRandomState:
         self._numpy = self._module.random.get_state() if self._module is not None else None
 
     def restore(self) -> None:
-        """Put the states back."""
+        """Restore the states."""
         random.setstate(self._python)
         torch.set_rng_state(self._torch)
         if self._module is not None:
             self._module.random.set_state(self._numpy)
 
     def was_drawn(self, device_type: str) -> bool:
-        """Return True if a generator has moved since.
+        """Return True if a number was drawn since this object was made.
 
         Args:
-            device_type: Where steps run. On the CPU a graph follows PyTorch's own generator.
+            device_type: The device type of steps. On the CPU, PyTorch's own generator may be used.
         """
         now = HostRandomState()
         if now._python != self._python or now._comparable_numpy() != self._comparable_numpy():
@@ -71,15 +71,15 @@ class HostRandomState:
 
 
 class StepState:
-    """What a step may change beside what it returns.
+    """Stores everything that a step may change, except its output.
 
-    These are buffers, attributes of submodules, the states of random generators, and if ``effects``
-    are given, metrics and logged values.
+    These are buffers, attributes of submodules, and the states of random generators. If ``effects``
+    are given, metrics and logged values are stored as well.
 
     Args:
         module: The module.
-        backend: Where it runs.
-        effects: The effects of its steps; None if the module is run as a submodule.
+        backend: The backend on which it runs.
+        effects: The effects of its steps. None if the module runs as a submodule.
         written: Other tensors that steps write to.
     """
 
@@ -103,7 +103,7 @@ class StepState:
         self._device_random_state = backend.get_random_state()
 
     def restore(self) -> None:
-        """Put everything back in place: tensors keep their addresses."""
+        """Restore everything in place. Tensors keep their addresses."""
         with torch.no_grad():
             for _, buffer, value in self._buffers:
                 buffer.copy_(value)
@@ -114,13 +114,13 @@ class StepState:
         self._backend.set_random_state(self._device_random_state)
 
     def values(self) -> list[tuple[str, Any]]:
-        """Return names and copies of the buffers, and of what metrics hold, as they are now."""
+        """Return names and copies of the current buffers and metric values."""
         buffers = [(f"buffer {name}", buffer.clone()) for name, buffer, _ in self._buffers]
         return buffers if self._metrics is None else [*buffers, *self._metrics.values()]
 
 
 class MetricsSnapshot:
-    """What a step may change in metrics and logged values.
+    """Stores everything that a step may change in metrics and logged values.
 
     Args:
         effects: The effects of the steps of a module.
@@ -143,10 +143,10 @@ class MetricsSnapshot:
         self._logged = effects.logged.snapshot()
 
     def restore(self) -> None:
-        """Put everything back in place."""
+        """Restore everything in place."""
         for tensor, value in self._tensors:
             if torch.is_inference_mode_enabled() or not tensor.is_inference():
-                tensor.copy_(value)  # nothing can have written to an inference tensor elsewhere
+                tensor.copy_(value)  # outside inference mode, no inference tensor was written to
         self._attributes.restore()
         for items, before in self._lists:
             items[:] = before
@@ -154,7 +154,7 @@ class MetricsSnapshot:
         self._effects.logged.restore(self._logged)
 
     def values(self) -> list[tuple[str, Any]]:
-        """Return names and values of states, of what the latest step gave, and of counters."""
+        """Return names and values of states, of results of the last step, and of counters."""
         return [
             (f"{type(metric).__name__}.{name}", leaf.clone() if isinstance(leaf, Tensor) else leaf)
             for metric in self._effects.metrics()

@@ -1,4 +1,4 @@
-"""Checks of values that a graph computes on the device, and that are read later."""
+"""Checks that a graph makes on the device and that are read later."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ from cg_lightning.core.tree import flatten, rebuild
 
 @dataclasses.dataclass
 class DeferredCheck:
-    """One call that graphs check: whether eager would have refused it, and the arguments of the first such call."""
+    """One checked call: a flag that is set if eager would raise, and the arguments of that call."""
 
     call: Callable[..., Any]
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
-    """Their tensors are copies, which graphs write together with the flag."""
+    """The arguments of the first call that failed. Graphs write the tensors with the flag."""
     leaves: list[Any]
+    """The leaves of the arguments."""
     flag: Tensor
+    """A tensor of one bool on the device. True if eager would have raised or warned."""
     may_pass: bool = False
-    """Whether eager may only warn."""
+    """True if eager may only warn."""
     dropped: bool = False
-    """Whether its graph is gone."""
+    """True if the graph was dropped."""
 
     @classmethod
     def of(
         cls, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> DeferredCheck:
-        """Makes room for a call with arguments like these."""
+        """Return a check with memory for arguments like these."""
         with torch.inference_mode(False):
             given = flatten((args, kwargs))[0]
             device = next(leaf.device for leaf in given if isinstance(leaf, Tensor))
@@ -43,7 +45,10 @@ class DeferredCheck:
         return cls(call, rebuild((args, kwargs), iter(leaves)), leaves, flag)
 
     def write(self, condition: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Sets the flag and keeps the arguments where ``condition`` holds for the first time; nothing waits for it."""
+        """Set the flag if ``condition`` is True, and store the arguments of the first such call.
+
+        Nothing waits for the device.
+        """
         first = condition & ~self.flag
         for kept, given in zip(self.leaves, flatten((args, kwargs))[0], strict=True):
             if isinstance(given, Tensor):
@@ -55,12 +60,13 @@ _Seen = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 class CheckedCalls:
-    """The calls of one capture that are checked, in order.
+    """The checked calls of one capture, in order.
 
-    A check needs memory from outside the capture. So a step is captured twice: the first time shows which calls there are.
+    A check needs memory from outside the capture, and only a capture shows the checked calls. So a
+    step with checks is captured twice.
 
     Args:
-        checks: What the first capture showed; None in the first one.
+        checks: The checks that the first capture showed. None in the first capture.
     """
 
     def __init__(self, checks: list[DeferredCheck] | None = None) -> None:
@@ -73,7 +79,7 @@ class CheckedCalls:
     def during(
         self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Iterator[None]:
-        """Conditions noted inside belong to this call; where calls nest, to the outermost."""
+        """Assign the conditions inside to this call. Nested calls belong to the outermost call."""
         if self._call is not None:
             yield
             return
@@ -86,10 +92,14 @@ class CheckedCalls:
             self._call = None
 
     def refuse_if(self, condition: Tensor, *values: Tensor) -> None:
-        """Notes a condition, a tensor of one bool, under which eager would raise.
+        """Record a condition under which eager would raise.
 
-        Where it is met, ``values`` are set to 0: eager does not get to what comes next, and a value that is out of bounds
-        there would end the process.
+        If the condition is True, ``values`` are set to 0, because later code would read a value out
+        of bounds, which ends the process. Eager does not reach that code.
+
+        Args:
+            condition: A tensor of one bool.
+            values: Tensors of any shape.
         """
         assert self._call is not None
         self._is_refused = True
@@ -100,7 +110,7 @@ class CheckedCalls:
             tensor.masked_fill_(condition, 0)
 
     def repeat_if(self, condition: Tensor) -> None:
-        """Notes a condition under which eager would warn, so that it does when the call is made once more."""
+        """Record a condition under which eager would warn. The repeated call then warns."""
         self.refuse_if(condition)
         if self._checks is not None:
             self._checks[len(self.seen)].may_pass = True
@@ -109,26 +119,27 @@ class CheckedCalls:
 class DeferredChecks:
     """All checks of one run.
 
-    Where a condition was met in a graph, the call is made once more, eagerly, with the arguments that met it: so the error
-    that is raised is eager's own.
+    If a check has failed in a graph, the call is repeated eagerly with the stored arguments. So the
+    error is eager's own.
     """
 
     def __init__(self) -> None:
         self._checks: list[DeferredCheck] = []
 
     def add(self, checks: list[DeferredCheck]) -> None:
-        """Takes the checks of a new graph."""
+        """Add the checks of a new graph."""
         self._checks.extend(checks)
 
     def close(self) -> None:
-        """Lets go of all checks, met or not."""
+        """Drop all checks without reading them."""
         self._checks.clear()
 
     def raise_if_met(self) -> None:
-        """Waits for the device.
+        """Wait for the device, and raise if a check has failed.
 
         Raises:
-            Exception: What eager would have raised since the last time, of its type and with its text.
+            Exception: The error that eager would have raised since the last call of this method,
+                with the same type and text.
         """
         if not self._checks or not bool(torch.stack([check.flag for check in self._checks]).any()):
             self._checks = [check for check in self._checks if not check.dropped]

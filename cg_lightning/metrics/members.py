@@ -1,4 +1,4 @@
-"""The metrics of a module, and which of their attributes a replay can bring up to date."""
+"""The metrics of a module, their states and their bookkeeping."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from cg_lightning.modules.kinds import is_metric
 
 
 def metrics_of(module: nn.Module) -> list[nn.Module]:
-    """Gives all metrics and collections in ``module``, inner ones too."""
+    """Return all metrics and collections in ``module``, including nested ones."""
     return [child for child in module.modules() if is_metric(child)]
 
 
 @functools.cache
 def bookkeeping() -> frozenset[str]:
-    """Attributes that torchmetrics and Lightning keep for each metric.
+    """Return the names of the attributes that torchmetrics and Lightning store for each metric.
 
-    What a step sets them to does not depend on what they were, except for ``_update_count``, which
-    it counts up. ``_dtype`` is set when a metric is moved to a device, which ``self.log`` does, to
-    torch's default dtype at that time.
+    A step sets them to values that do not depend on the values before, except for
+    ``_update_count``, which it increments. ``self.log`` moves a metric to a device, which sets
+    ``_dtype`` to torch's default dtype at that time.
     """
     return frozenset(
         {
@@ -42,12 +42,15 @@ def bookkeeping() -> frozenset[str]:
 
 
 def state_names(module: nn.Module) -> set[str]:
-    """Gives the names of the states that ``module`` answers for; a collection has none."""
+    """Return the names of the states of a metric. A collection has none."""
     return set(module._defaults) if isinstance(module, Metric) else set()
 
 
 def states_of(module: nn.Module) -> Mapping[str, object]:
-    """Gives the default of each state that ``module`` itself holds; a wrapper may only pass on those of its metric."""
+    """Return the default of each state that ``module`` itself stores.
+
+    A wrapper stores none if it only refers to the states of its metric.
+    """
     if not isinstance(module, Metric):
         return {}
     passes_on = any(
@@ -58,7 +61,10 @@ def states_of(module: nn.Module) -> Mapping[str, object]:
 
 
 def averages_by_count(module: nn.Module) -> bool:
-    """Whether ``forward`` divides a state by the number of updates, which is a Python number (``Metric._reduce_states``)."""
+    """Return True if ``forward`` divides a state by the number of updates.
+
+    That number is a Python number (``Metric._reduce_states``), so a graph would freeze it.
+    """
     if (
         not isinstance(module, Metric)
         or module.full_state_update is not False

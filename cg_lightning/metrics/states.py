@@ -37,25 +37,25 @@ class MetricState:
         """
 
     def value(self) -> Tensor:
-        """Return the state, wherever it is stored."""
+        """Return the value of the state from its current location."""
         value = self.attributes.get(self.name, self.location)
         assert isinstance(value, Tensor)
         return value
 
     def fits(self) -> bool:
-        """Return True if the state still has the shape and dtype that graphs were captured with."""
+        """Return True if the state still has the shape and dtype of the captured graphs."""
         value = self.attributes.get(self.name)
         return value is None or (
             value.shape == self.graph_tensor.shape and value.dtype == self.graph_tensor.dtype
         )
 
     def move_to_graph(self, tensor: Tensor) -> None:
-        """Store the state in ``tensor``, which a graph has written, instead of an attribute."""
+        """Mark the state as stored in ``tensor``, which a graph has written."""
         self.attributes.pop(self.name, None)
         self.location = tensor
 
     def give_back(self, value: Tensor) -> None:
-        """Store the state as an attribute again: ``value``, if nobody has set another one since."""
+        """Store the state as an attribute again. If an attribute was set in between, it stays."""
         self.attributes.setdefault(self.name, value)
         self.location = None
 
@@ -65,7 +65,7 @@ Locations = list[tuple[MetricState, Tensor | None]]
 
 
 class _StateReader(ModuleHandler):
-    """Gives a state that is stored in a static tensor to whoever reads it."""
+    """Returns a copy of a state in a static tensor when the attribute is read."""
 
     def __init__(self, states: MetricStates, metric: nn.Module) -> None:
         self._states = states
@@ -81,14 +81,14 @@ class _StateReader(ModuleHandler):
 class MetricStates:
     """The states of all metrics of one run that graphs read or write.
 
-    After a replay, a state is *not* among the attributes of its metric. If something reads it, it
-    gets a copy, which then is an attribute again: a value that somebody keeps is not changed by
-    later replays. The next replay copies it into the graph's tensor. Metrics that share a state, as
-    those of a compute group do, get the same copy.
+    After a replay, a state is *not* among the attributes of its metric. A read makes a copy, which
+    becomes the attribute. So later replays do not change a value that the user keeps. The next
+    replay copies the attribute into the graph's tensor. Metrics that share a state, such as those
+    of a compute group, share the copy.
 
     Args:
-        device: Where the graphs run.
-        before_read: Called before a state is read.
+        device: The device of the graphs.
+        before_read: A function that is called before a state is read.
     """
 
     def __init__(self, device: torch.device, before_read: Callable[[], None]) -> None:
@@ -97,12 +97,12 @@ class MetricStates:
         self._states: dict[tuple[int, str], MetricState] = {}
         self._interceptions: dict[int, Interception] = {}
         self.stage_number = 0
-        """Number of stages that have ended; metrics are left alone at the end of each."""
+        """Number of stages that have ended. At the end of each, all metrics are restored."""
         self.moves = 0
-        """Number of moves of any state. If it is unchanged, no state has moved since."""
+        """Number of moves of all states. If it is unchanged, no state has moved."""
 
     def of(self, metrics: Iterable[nn.Module]) -> list[MetricState]:
-        """Return the tensor states of ``metrics``: the same objects as long as they fit."""
+        """Return the tensor states of ``metrics``. The objects are reused as long as they fit."""
         return [
             self._state(metric, name)
             for metric in metrics
@@ -117,20 +117,23 @@ class MetricStates:
         return state
 
     def fits(self, state: MetricState) -> bool:
-        """Return True if graphs that use ``state`` are still right: it fits, and always did."""
+        """Return True if graphs that use ``state`` are still correct.
+
+        The state must fit now, and must have fitted at every earlier look-up.
+        """
         return self._states.get((id(state.metric), state.name)) is state and state.fits()
 
     def intercept(self, metrics: Iterable[nn.Module]) -> None:
-        """Give states of ``metrics`` to whoever reads them, until the end of the stage."""
+        """Intercept reads of the states of ``metrics`` until the end of the stage."""
         for metric in metrics:
             if id(metric) not in self._interceptions:
                 self._interceptions[id(metric)] = Interception(metric, _StateReader(self, metric))
 
     def read(self, metric: nn.Module, name: str) -> Tensor:
-        """Return a state that is stored in a static tensor, and make it an attribute.
+        """Copy a state from its static tensor to the attribute, and return it.
 
         Raises:
-            AttributeError: There is no such state.
+            AttributeError: No state of that name is stored in a static tensor.
         """
         state = self._states.get((id(metric), name))
         if state is None or state.location is None:
@@ -141,7 +144,7 @@ class MetricStates:
         return state.value()
 
     def move_to_graph(self, moved: Iterable[tuple[MetricState, Tensor]]) -> None:
-        """Store states in tensors that a graph has written."""
+        """Mark states as stored in tensors that a graph has written."""
         self.moves += 1
         for state, tensor in moved:
             state.move_to_graph(tensor)
@@ -156,7 +159,7 @@ class MetricStates:
                 state.give_back(value)
 
     def materialize_all_of(self, metric: nn.Module) -> None:
-        """Make all states of one metric attributes."""
+        """Copy all states of one metric back into its attributes."""
         for state in list(self._states.values()):
             if state.metric is metric and state.location is not None:
                 self.materialize(state.location)
@@ -165,7 +168,7 @@ class MetricStates:
         """Copy states that are stored elsewhere into the tensors that graphs read."""
         used = {id(state.location) for state in self._states.values()}
         for state in moved:
-            if id(state.graph_tensor) in used:  # a metric whose state is stored there keeps it
+            if id(state.graph_tensor) in used:  # another metric's state is stored there
                 self.materialize(state.graph_tensor)
         torch._foreach_copy_(
             [state.graph_tensor for state in moved], [state.value() for state in moved]
@@ -175,8 +178,8 @@ class MetricStates:
     def held_for_capture(self, metrics: Iterable[nn.Module]) -> Iterator[list[MetricState]]:
         """While this is entered, graph tensors have the values of the states, and no state moves.
 
-        States are neither attributes nor stored in a static tensor then, as far as
-        :meth:`read` is concerned. The caller takes them out of the attributes, and puts those back.
+        :meth:`read` raises ``AttributeError`` for all states in the meantime. The caller removes
+        the states from the attributes, and restores the attributes.
         """
         states = self.of(metrics)
         for state in states:
@@ -194,11 +197,11 @@ class MetricStates:
             self.restore(before)
 
     def locations(self) -> Locations:
-        """Return where each state is stored, for :meth:`restore`."""
+        """Return the location of each state, for :meth:`restore`."""
         return [(state, state.location) for state in self._states.values()]
 
     def restore(self, locations: Locations) -> None:
-        """Say where states are stored again; attributes are restored by the caller."""
+        """Restore the locations of states. The caller restores the attributes."""
         self.moves += 1
         for state, location in locations:
             state.location = location
@@ -211,7 +214,8 @@ class MetricStates:
         """Leave no trace in any metric.
 
         Args:
-            check: Raise what ``before_read`` raises; the metrics are left alone all the same.
+            check: Call ``before_read``. If it raises, the metrics are restored before the exception
+                leaves this method.
         """
         try:
             if check:
@@ -227,7 +231,7 @@ class MetricStates:
             self.moves += 1
 
     def close(self) -> None:
-        """Free the static tensors, after :meth:`release`, without the garbage collector."""
+        """Free the static tensors without the garbage collector. Call it after :meth:`release`."""
         for state in self._states.values():
             del state.graph_tensor
         self._states.clear()

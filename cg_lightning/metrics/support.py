@@ -1,4 +1,4 @@
-"""What a step may do to a metric so that a replay can bring the metric up to date."""
+"""The changes of a metric that a replay can reproduce."""
 
 from __future__ import annotations
 

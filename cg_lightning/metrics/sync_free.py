@@ -1,19 +1,20 @@
-"""Functions of torchmetrics that wait for the device, and equal ones that do not: used in captures only.
+"""Replacements for functions of torchmetrics that wait for the device. Only captures use them.
 
-===============================================  =============================================================
+===============================================  =================================================
 function of torchmetrics                         in a capture
-===============================================  =============================================================
-``_bincount`` with a known ``minlength``         adds ones at the indices; refuses negative and too large ones
-``_cast_and_nan_check_input`` of aggregators     refuses NaN; leaves it out where there is one value
-``normalize_logits_if_needed`` (on the CPU)      chooses on the device
+===============================================  =================================================
+``_bincount`` with a known ``minlength``         adds ones at the indices; refuses other indices
+``_cast_and_nan_check_input`` of aggregators     refuses NaN, or skips it if there is one value
+``normalize_logits_if_needed`` (on the CPU)      selects on the device
 ``_*_stat_scores_tensor_validation``             counts or compares values on the device
 ``_*_confusion_matrix_tensor_validation``        likewise
 ``_*_precision_recall_curve_tensor_validation``  likewise
-===============================================  =============================================================
+===============================================  =================================================
 
-To refuse means: what eager would have raised is raised later (:mod:`~cg_lightning.metrics.deferred_checks`). What else the
-validations look at, shapes and dtypes, is part of the key, and was looked at in the eager steps before.
-``tests/test_sync_free.py`` compares each with its original.
+"Refuses" means that eager's error is raised later (:mod:`~cg_lightning.metrics.deferred_checks`).
+The validations also check shapes and dtypes. These are part of the key, and the eager steps before
+the capture have checked them. ``tests/test_sync_free.py`` compares each replacement with its
+original.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ class SyncFree:
     """One replacement."""
 
     run: Callable[..., Any]
-    """Takes the checked calls, the original, and the arguments of the original."""
+    """The replacement: ``run(checked, original, *args, **kwargs)``."""
     applies: Callable[..., bool] = _always
-    """Whether it waits for nothing and gives the same, with these arguments of the original."""
+    """Returns True if the replacement can be used for these arguments of the original."""
 
 
 def _is_other_than(values: Tensor, *allowed: int | None) -> Tensor:
@@ -67,9 +68,9 @@ def _has_more_values_than(values: Tensor, limit: int) -> Tensor:
 def bincount(
     checked: CheckedCalls, original: Any, x: Tensor, minlength: int | None = None
 ) -> Tensor:
-    """Counts equal integers of shape ``(values,)``, into shape ``(minlength,)``.
+    """Count equal integers of shape ``(values,)``; return counts of shape ``(minlength,)``.
 
-    With deterministic algorithms the original waits for nothing, and is taken.
+    With deterministic algorithms the original does not wait for the device, so it is called.
     """
     if minlength is None or torch.are_deterministic_algorithms_enabled():
         counted: Tensor = original(x, minlength)
@@ -84,7 +85,7 @@ def bincount(
 def normalize_logits_if_needed(
     checked: CheckedCalls, original: Any, tensor: Tensor, normalization: str | None
 ) -> Tensor:
-    """Applies sigmoid or softmax where any value is no probability."""
+    """Apply sigmoid or softmax, unless all values are between 0 and 1."""
     del checked
     if not normalization or tensor.device.type != "cpu":
         chosen: Tensor = original(tensor, normalization)
@@ -102,7 +103,7 @@ def _named(
 
 
 def two_values(checked: CheckedCalls, original: Any, *args: Any, **kwargs: Any) -> None:
-    """Targets, and predictions that are labels, are 0 or 1, or targets to be ignored."""
+    """Check that targets and label predictions are 0 or 1. A target may be ``ignore_index``."""
     given = _named(original, args, kwargs)
     checked.refuse_if(_is_other_than(given["target"], 0, 1, given["ignore_index"]), given["target"])
     if not given["preds"].is_floating_point():
@@ -112,7 +113,7 @@ def two_values(checked: CheckedCalls, original: Any, *args: Any, **kwargs: Any) 
 def as_many_values_as_classes(
     checked: CheckedCalls, original: Any, *args: Any, **kwargs: Any
 ) -> None:
-    """Where predictions are labels, neither they nor targets take more values than there are classes."""
+    """Check that label predictions and targets have no more distinct values than classes."""
     given = _named(original, args, kwargs)
     if given["num_classes"] is None or given["preds"].is_floating_point():
         return
@@ -124,7 +125,7 @@ def as_many_values_as_classes(
 def as_many_targets_as_classes(
     checked: CheckedCalls, original: Any, *args: Any, **kwargs: Any
 ) -> None:
-    """Targets take no more values than there are classes."""
+    """Check that targets have no more distinct values than classes."""
     given = _named(original, args, kwargs)
     limit = given["num_classes"] + (given["ignore_index"] is not None)
     checked.refuse_if(_has_more_values_than(given["target"], limit), given["target"])
@@ -136,11 +137,11 @@ _NEUTRAL: dict[type, float] = {
     MaxMetric: -math.inf,
     MinMetric: math.inf,
 }
-"""What changes nothing when it is aggregated."""
+"""The neutral value of each aggregation."""
 
 
 def has_one_value(metric: nn.Module, x: Any, weight: Any = None) -> bool:
-    """Whether a NaN can be left out without changing the shape of what is aggregated."""
+    """Return True if NaN is refused, or can be skipped without a change of shape."""
     if not isinstance(x, Tensor) or not (weight is None or isinstance(weight, Tensor)):
         return False
     left_out = (
@@ -154,7 +155,10 @@ def has_one_value(metric: nn.Module, x: Any, weight: Any = None) -> bool:
 def without_nan(
     checked: CheckedCalls, original: Any, metric: Any, x: Tensor, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Refuses NaN (``error``), or takes what changes nothing in its place; ``warn`` says so when the state is read."""
+    """Refuse NaN (``error``), or replace it by the neutral value.
+
+    With ``warn``, eager's warning is given when the state is read.
+    """
     del original
     nans = torch.isnan(x) if weight is None else torch.isnan(x) | torch.isnan(weight)
     weight = torch.ones_like(x) if weight is None else weight
@@ -218,7 +222,10 @@ _places: dict[str, tuple[int, list[tuple[Any, str]]]] = {}
 
 
 def _where_it_is_called(path: str) -> list[tuple[Any, str]]:
-    """Modules of torchmetrics that imported the function, or its class, and the name that it has there."""
+    """Return the modules of torchmetrics that use the function, with its name in each.
+
+    For a method, return its class and its name.
+    """
     original = _original(path)
     owner, _, name = path.rpartition(".")
     if original is not None and isinstance(pkgutil.resolve_name(owner), type):
@@ -242,10 +249,10 @@ def _where_it_is_called(path: str) -> list[tuple[Any, str]]:
 
 @contextlib.contextmanager
 def replacing(make: Callable[[Callable[..., Any], SyncFree], Callable[..., Any]]) -> Iterator[None]:
-    """Puts ``make(original, sync_free)`` in the place of each function of the table, for this thread.
+    """Replace each function of the table by ``make(original, sync_free)``, for this thread.
 
-    A function that this version of torchmetrics does not have is left out: what calls something else in its place waits for
-    the device, and then is found by the diagnosis.
+    A function that this version of torchmetrics does not have is skipped. If its successor waits
+    for the device, the diagnosis finds it.
     """
     thread = threading.get_ident()
 
@@ -270,7 +277,11 @@ def replacing(make: Callable[[Callable[..., Any], SyncFree], Callable[..., Any]]
 
 
 def sync_free(checked: CheckedCalls) -> contextlib.AbstractContextManager[None]:
-    """While this is entered, functions of the table do not wait for the device; what they refuse is noted in ``checked``."""
+    """While this is entered, functions of the table do not wait for the device.
+
+    Args:
+        checked: Receives the calls that eager would refuse.
+    """
 
     def make(original: Callable[..., Any], replacement: SyncFree) -> Callable[..., Any]:
         def function(*args: Any, **kwargs: Any) -> Any:

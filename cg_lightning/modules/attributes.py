@@ -1,4 +1,4 @@
-"""Which attributes of modules a graph may have frozen, and whether they are still the same."""
+"""Attributes of modules that a graph may freeze, and their comparison."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _PLAIN = (bool, int, float, str, bytes, type(None), torch.device, torch.dtype, t
 
 
 def is_same_value(before: Any, after: Any) -> bool:
-    """Whether an attribute still refers to the same object, or to an equal plain value."""
+    """Return True if both are the same object, or equal plain values of the same type."""
     if before is after:
         return True
     return type(before) is type(after) and isinstance(before, _PLAIN) and bool(before == after)
 
 
 def same_attributes(attributes: dict[str, Any], before: dict[str, Any]) -> bool:
-    """Return whether all attributes are the same objects, or equal plain values."""
+    """Return True if all attributes are the same objects, or equal plain values."""
     return attributes.keys() == before.keys() and all(
         map(is_same_value, before.values(), attributes.values())
     )
 
 
 def slots_of(cls: type) -> tuple[str, ...]:
-    """Gives the attributes that instances of ``cls`` keep in slots."""
+    """Return the attributes that instances of ``cls`` store in slots."""
     declared = [vars(base).get("__slots__", ()) for base in cls.__mro__]
     names = [name for slots in declared for name in ((slots,) if isinstance(slots, str) else slots)]
     return tuple(
@@ -43,7 +43,7 @@ def slots_of(cls: type) -> tuple[str, ...]:
 
 
 def is_plain_object(value: Any) -> bool:
-    """Whether ``value`` is an object of the user's that holds attributes: a configuration, say."""
+    """Return True if ``value`` is a user's object with attributes, such as a configuration."""
     cls = type(value)
     if isinstance(value, (nn.Module, Tensor, type, types.ModuleType)):
         return False
@@ -53,14 +53,17 @@ def is_plain_object(value: Any) -> bool:
 
 
 def attributes_of(value: Any) -> dict[str, Any]:
-    """Gives what a plain object holds, also in slots."""
+    """Return the attributes of a plain object, including slots."""
     kept = {name: getattr(value, name) for name in slots_of(type(value)) if hasattr(value, name)}
     return {**getattr(value, "__dict__", {}), **kept}
 
 
 def scripted_attributes(module: nn.Module) -> dict[str, Any]:
-    """Gives what a module of ``torch.jit`` holds beside parameters and buffers; it does so where Python sees no change."""
-    kind = vars(module).get("_concrete_type")  # private: there is no other way to their names
+    """Return the attributes of a module of ``torch.jit``, except parameters and buffers.
+
+    They are stored outside Python, so a change cannot be intercepted.
+    """
+    kind = vars(module).get("_concrete_type")  # private: the only way to get their names
     names = set(kind.get_attributes()) - names_of_frameworks(module) if kind is not None else ()
     values = {name: getattr(module, name) for name in names}
     return {
@@ -69,7 +72,7 @@ def scripted_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def is_configuration(value: Any, within: frozenset[int] = frozenset()) -> bool:
-    """Whether an object of the user's holds nothing but plain values, tensors, containers of them, and objects like itself."""
+    """Return True if a user's object stores only plain values, tensors and such objects, nested."""
     if id(value) in within:
         return True
     leaves = flatten(list(attributes_of(value).values()))[0]
@@ -83,9 +86,9 @@ def is_configuration(value: Any, within: frozenset[int] = frozenset()) -> bool:
 
 
 def names_of_frameworks(module: nn.Module) -> frozenset[str]:
-    """Return the names that torch, and Lightning if it is a LightningModule, keep in ``module``.
+    """Return the names of the attributes that torch and Lightning store in ``module``.
 
-    ``training``, one of them, is part of the key.
+    ``training`` is one of them. It is part of the key.
     """
     return _names_in(lightning_class(type(module), "LightningModule") or nn.Module)
 
@@ -96,12 +99,15 @@ def _names_in(cls: type) -> frozenset[str]:
 
 
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
-    """Gives the forward hooks of ``module`` and those that come before it; each dictionary stays the same one."""
+    """Return the forward hooks and forward pre-hooks of ``module``.
+
+    The dictionaries are never replaced.
+    """
     return module._forward_hooks, module._forward_pre_hooks
 
 
 def global_hooks() -> tuple[dict[int, Any], dict[int, Any]]:
-    """Likewise for the forward hooks of all modules."""
+    """Return the global forward hooks and forward pre-hooks, which run for all modules."""
     return _torch_module._global_forward_hooks, _torch_module._global_forward_pre_hooks
 
 
@@ -122,14 +128,14 @@ def profiler_of(hook: Callable[..., Any]) -> str:
 
 
 def holding_class(module: nn.Module, name: str) -> type | None:
-    """Gives the class that an attribute is found in, if the module itself does not have it."""
+    """Return the class in which an attribute is found. None if the module itself stores it."""
     if name in vars(module):
         return None
     return next((cls for cls in type(module).__mro__ if name in vars(cls)), None)
 
 
 def class_values(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Gives names and values of what user-written classes of ``module`` hold beside methods and descriptors."""
+    """Yield names and values of user classes of ``module``, except methods and descriptors."""
     for cls in type(module).__mro__:
         if is_user_class(cls):
             for name, value in vars(cls).items():
@@ -140,7 +146,10 @@ def class_values(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def values_of_classes(modules: list[nn.Module]) -> list[tuple[type, str]]:
-    """Gives the plain values of user-written classes, which nobody sees being read (``type(self).name``), by class and name."""
+    """Return class and name of each plain value that is defined on user classes.
+
+    Reads through ``type(self)`` cannot be observed, so all of them are guarded.
+    """
     classes = {
         cls: None for module in modules for cls in type(module).__mro__ if is_user_class(cls)
     }
@@ -154,14 +163,14 @@ def values_of_classes(modules: list[nn.Module]) -> list[tuple[type, str]]:
 
 
 def is_plain_attribute(module: nn.Module, name: str) -> bool:
-    """Whether ``name`` is an attribute of the user's, and no method."""
+    """Return True if ``name`` is a user's attribute and not a method."""
     return name not in names_of_frameworks(module) and not callable(
         getattr(type(module), name, None)
     )
 
 
 def plain_attributes(module: nn.Module) -> list[str]:
-    """Names of all attributes that a call may read, where nobody can see which ones it does."""
+    """Return all attributes that a call may read, for modules whose reads cannot be observed."""
     if not is_user_module(module):
         return []
     attributes: dict[str, Any] = object.__getattribute__(
@@ -172,10 +181,11 @@ def plain_attributes(module: nn.Module) -> list[str]:
 
 
 def settings(module: nn.Module) -> dict[str, Any]:
-    """Gives what is no attribute that a step was seen to read, and still decides what a graph holds.
+    """Return settings that influence a graph although no attribute read was observed.
 
-    Of a module that torch wrote these are all its attributes (``eps``, ``p``), of a metric the plain ones (``threshold``), of
-    any other module its class and what stands in the place of a method (``module.forward = ...``).
+    For a module of torch these are all its attributes (``eps``, ``p``). For a metric they are its
+    plain attributes (``threshold``). For any other module they are its class, its class values and
+    replaced methods (``module.forward = ...``).
     """
     cls, attributes = type(module), vars(module)
     if is_metric(module):
@@ -198,7 +208,7 @@ def settings(module: nn.Module) -> dict[str, Any]:
     found.pop("_compiled_call_impl", None)  # compared as "is compiled"
     return {
         **found,
-        "training": None,
+        "training": None,  # part of the key
         "__class__": cls,
         "is compiled": is_compiled_in_place(module),
-    }  # training: in the key
+    }

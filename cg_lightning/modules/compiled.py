@@ -1,4 +1,4 @@
-"""Submodules that ``torch.compile`` runs: what is inside them runs from compiled code, which nobody can watch."""
+"""Submodules that run under ``torch.compile``. Compiled code cannot be watched."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from torch import nn
 
 from cg_lightning.modules.kinds import is_metric
 
-_IN_PLACE = (
-    "_compiled_call_impl"  # private: where ``module.compile()`` keeps what ``module(...)`` calls
-)
-"""A pickle or a copy of a module leaves it out."""
+_IN_PLACE = "_compiled_call_impl"
+"""Private attribute in which ``module.compile()`` stores the compiled call.
+
+Pickles and copies of a module do not contain it.
+"""
 
 
 def is_compiled_in_place(module: nn.Module) -> bool:
-    """Whether ``module.compile()`` was called."""
+    """Return True if ``module.compile()`` was called."""
     return getattr(module, _IN_PLACE, None) is not None
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether ``torch.compile`` runs this module."""
-    dynamo = sys.modules.get(
-        "torch._dynamo"
-    )  # importing it takes a second, and what is not imported compiled nothing
+    """Return True if this module runs under ``torch.compile``."""
+    # an import takes a second, and without an import nothing is compiled
+    dynamo = sys.modules.get("torch._dynamo")
     return is_compiled_in_place(module) or (
         dynamo is not None and isinstance(module, dynamo.OptimizedModule)
     )
 
 
 def is_graphed_by_compiler(module: nn.Module) -> bool:
-    """Whether ``torch.compile`` runs this module from CUDA graphs of its own."""
+    """Return True if ``torch.compile`` runs this module from its own CUDA graphs."""
     if is_compiled_in_place(module):
         config = getattr(module, _IN_PLACE).get_compiler_config()
     else:
@@ -40,19 +40,22 @@ def is_graphed_by_compiler(module: nn.Module) -> bool:
 
 
 def is_compiled_as_a_whole(module: nn.Module) -> bool:
-    """Whether a LightningModule itself was given to ``torch.compile``, or its ``compile()`` was called."""
+    """Return True if the LightningModule itself was compiled."""
     return getattr(module, "_compiler_ctx", None) is not None or is_compiled_in_place(module)
 
 
 def modules_inside(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Gives dotted paths and modules inside a compiled one."""
+    """Yield the dotted paths and modules inside a compiled module."""
     for name, child in module.named_modules(prefix=path):
         if child is not module:
             yield name, child
 
 
 def modules_that_run(root: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Gives paths and modules as ``named_modules()``, but goes neither into metrics nor into compiled modules."""
+    """Yield paths and modules as ``named_modules()`` does, but skip metrics and compiled code.
+
+    A compiled module itself is included, the modules inside it are not.
+    """
     compiled = [module for module in root.modules() if module is not root and is_compiled(module)]
     seen = {id(child) for module in compiled for _, child in modules_inside("", module)}
     pending = [(path, root)]

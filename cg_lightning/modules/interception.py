@@ -1,36 +1,37 @@
-"""Intercepts what happens at one module object, without a trace in the object or its class.
+"""Intercept calls and attributes of one module object, and change neither the object nor its type.
 
-What is hard here: Python looks up special methods (``__call__``, ``__getattribute__``, ...) on
-the class of an object, so nothing that is stored in the object itself can intercept them.
+What is hard here: Python looks up special methods (``__call__``, ``__getattribute__``, ...) in
+the class of an object, so an attribute of the object itself cannot intercept them.
 
-What was tried: an intercepted module got another class, a subclass made on the spot. Then
-``type(net) is nn.Linear`` is false, registries and strict metaclasses see a class that their
-author never wrote, classes whose first base is ``ABC`` or ``Generic`` or that have ``__slots__``
-raise (``object layout differs``), and Dynamo, which guards on classes, compiles anew.
+What was tried: an intercepted module got another class, a new subclass. Then
+``type(net) is nn.Linear`` is False, and registries and strict metaclasses see an unknown class.
+Classes with ``__slots__``, or with ``ABC`` or ``Generic`` as first base, raise an error
+(``object layout differs``). Dynamo guards on classes, so it compiles again.
 
-What is done instead: while any module is intercepted, a function of ours stands in the class that
-*defines* the method: ``nn.Module.__call__``, for example. It looks up ``id(self)`` in a table and
-calls the original for every module that is not in it. The last interception to go restores what
-was there. Each class has its own table, because a method may call that of its base class
-(``super().__call__``), where the same module must not be found again.
+What is done instead: while any module is intercepted, the class that *defines* the method (for
+example ``nn.Module`` for ``__call__``) has a function of ours in its place. The function looks up
+``id(self)`` in a table, and calls the original for every other module. When the last interception
+is removed, the original is restored. Each class has its own table, because a method may call that
+of its base class (``super().__call__``), which must not find the same module again.
 
 What must not be changed:
 
-- ``torch._dynamo`` is imported before the first function is put in place. At its import it keeps
-  ``nn.Module.__call__`` and ``__getattr__``, and later compares what it finds with them.
-- The functions ask ``is_compiling()`` before they touch a table. Dynamo knows the answer while it
-  traces, so it never guards on a table. ``__getattr__`` does not: it says where state is.
-- There is one function for each class and method, however often it is put in place, because code
-  that Dynamo compiled may guard on it.
-- After a graph break Dynamo compiles the frames that are called. It is told to skip ours
-  (``skip_code``), because a compiled ``__getattribute__`` calls itself without end. They ask whether
-  it would compile what they call, and then go to the original: no handler is compiled.
-- Attributes of classes are set through ``type.__setattr__``: a metaclass of the user may forbid it.
-- ``__call__`` stays in the class that defines it, because Dynamo compares ``type(m).__call__`` with
-  ``nn.Module.__call__``. All others go to the most derived class of torch, Lightning or
-  torchmetrics, where they slow down the fewest modules.
-- On Python 3.13 a class that was changed about 1000 times is no longer cached by the interpreter.
-  So patches are put in place once a stage and once a watched step, not once a call.
+- ``torch._dynamo`` must be imported before the first function is placed. At its import it stores
+  ``nn.Module.__call__`` and ``__getattr__``, and later compares the current functions with them.
+- The functions must call ``is_compiling()`` before they read a table. Dynamo knows the answer while
+  it traces, so it never guards on a table. ``__getattr__`` is an exception, because it must return
+  state even then.
+- There is one function for each class and method, which is reused, because code that Dynamo has
+  compiled may guard on it.
+- After a graph break, Dynamo compiles each called frame. It is told to skip ours (``skip_code``),
+  because a compiled ``__getattribute__`` calls itself without end. If Dynamo would compile the
+  callee, our function calls the original, so that no handler is compiled.
+- Class attributes are set with ``type.__setattr__``, because a user's metaclass may forbid it.
+- ``__call__`` is placed in the class that defines it, because Dynamo compares ``type(m).__call__``
+  with ``nn.Module.__call__``. All other methods are placed in the most derived class of torch,
+  Lightning or torchmetrics, where they slow down the fewest modules.
+- On Python 3.13, the interpreter no longer caches a class after about 1000 changes. So functions
+  are placed once for each stage and once for each watched step, not once for each call.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from cg_lightning.modules.compiled import is_compiled
 from cg_lightning.modules.kinds import is_user_class
 
 _get_thread = threading.get_ident
-# private; returns the compiler of the frames that are called, or None or False outside compiled code
+# private; returns the compiler of called frames; None or False outside compiled code
 _compiler: Callable[[], Any] = getattr(
     torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None
 )
@@ -58,20 +59,20 @@ _lock = threading.RLock()
 
 
 class ModuleHandler:
-    """What happens at one intercepted module; a subclass overrides what it wants to see.
+    """Handles the events of one intercepted module. A subclass overrides the methods it needs.
 
-    A method that is not overridden costs nothing. Handlers may be called for the thread that made
-    the interception only, except :meth:`get_missing` and :meth:`before_copy`, which say where state
-    is and so answer every thread.
+    A method that is not overridden costs nothing. Only the thread that made the interception calls
+    a handler. The exceptions are :meth:`get_missing` and :meth:`before_copy`, which every thread
+    calls, because they return or move state.
     """
 
     def on_call(
         self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Stands in for ``module(*args, **kwargs)``, with its hooks and compiled code.
+        """Replace ``module(*args, **kwargs)``, including its hooks and compiled code.
 
         Args:
-            original: Goes on to the next inner handler, and at last to the module.
+            original: Calls the next inner handler, and finally the module.
             args: Positional arguments of the call.
             kwargs: Keyword arguments of the call.
         """
@@ -84,9 +85,9 @@ class ModuleHandler:
         """Called before an attribute is set."""
 
     def get_missing(self, name: str) -> Any:
-        """Return an attribute that is found neither in the module nor in its class.
+        """Return an attribute that neither the module nor its class has.
 
-        It is asked before the module's own ``__getattr__``.
+        It is called before the module's own ``__getattr__``.
 
         Raises:
             AttributeError: The handler does not have the attribute either.
@@ -168,7 +169,7 @@ def _read_function(original: _Function, table: _Table) -> _Function:
             return original(self, name)
         if not _is_member(self, name):
             for handler in reversed(_handlers(entries)):
-                handler.on_read(name)  # called from here: handlers look at the frames above
+                handler.on_read(name)  # no wrapper around this call: handlers read caller frames
         return original(self, name)
 
     return __getattribute__
@@ -229,12 +230,12 @@ _SPECIAL_METHODS = {
     "get_missing": ("__getattr__",),
     "before_copy": ("__reduce_ex__", "__getstate__", "__deepcopy__", "__copy__"),
 }
-"""What is patched for each method of a handler; the last two only where a class defines them."""
+"""The special methods for each method of a handler; the last two only if a class defines them."""
 _ABSENT = object()
 
 
 class _Patch:
-    """A function of ours in place of one method of one class, while its table has modules."""
+    """Replaces one method of one class by a function of ours while its table has modules."""
 
     def __init__(self, cls: type, name: str) -> None:
         self._cls = cls
@@ -245,7 +246,7 @@ class _Patch:
         self.table: _Table = {}
 
     def add(self, entry: _Entry) -> None:
-        """Add an entry, outside those that the module has already."""
+        """Add an entry. It becomes the outermost one of its module."""
         with _lock:
             self.table[id(entry.module)] = (*self.table.get(id(entry.module), ()), entry)
             self.update()
@@ -262,7 +263,7 @@ class _Patch:
             self.update()
 
     def update(self) -> None:
-        """Put the function in place or take it off, whatever is right now."""
+        """Place or remove the function, depending on the table and on suspensions."""
         current = vars(self._cls).get(self._name, _ABSENT)
         is_in_place = self._function is not None and current is self._function
         is_wanted = bool(self.table) and not _suspensions
@@ -280,7 +281,7 @@ class _Patch:
                 type.__setattr__(self._cls, self._name, self._before)
 
     def _is_wrapped(self, current: Any) -> bool:
-        """Whether somebody else has put a function around ours in the meantime."""
+        """Return True if other code has wrapped our function in the meantime."""
         return self._is_put and current is not self._before
 
     def _make(self, before: Any) -> _Function:
@@ -314,7 +315,7 @@ _suspensions = 0
 
 
 def _keep_from_compiler(function: _Function) -> None:
-    """Let Dynamo not compile the frames of a function of ours, which it may meet after a graph break."""
+    """Tell Dynamo not to compile a function of ours, which it may reach after a graph break."""
     from torch._dynamo import eval_frame  # imports all of it (see the top of this file)
 
     eval_frame.skip_code(function.__code__)
@@ -325,7 +326,7 @@ def _patch(cls: type, name: str) -> _Patch:
 
 
 def _class_to_patch(module: nn.Module, name: str) -> type | None:
-    """Return where to put a function that all lookups of a special method meet."""
+    """Return the class in which a function is found by all lookups of a special method."""
     order = type(module).__mro__
     definer = next((cls for cls in order if name in vars(cls)), None)
     if definer is None or (definer is nn.Module and name == "__call__"):
@@ -336,27 +337,28 @@ def _class_to_patch(module: nn.Module, name: str) -> type | None:
 
 
 def can_intercept(module: nn.Module) -> bool:
-    """Whether calls of ``module`` go through Python; those of a ScriptModule's children do not."""
+    """Return True if calls of ``module`` go through Python. A ScriptModule's calls do not."""
     return not isinstance(module, jit.ScriptModule)
 
 
 def intercepted_modules() -> list[nn.Module]:
-    """Return all modules that are intercepted now, by any thread."""
-    entries = [entry for patch in _patches.values() for found in patch.table.values() for entry in found]  # fmt: skip
+    """Return all modules that any thread intercepts now."""
+    tables = [patch.table for patch in _patches.values()]
+    entries = [entry for table in tables for found in table.values() for entry in found]
     return list({id(entry.module): entry.module for entry in entries}.values())
 
 
 class Interception:
-    """Lets a handler see what happens at one module object, from now on.
+    """Calls a handler for the events of one module object, from now on.
 
-    Several interceptions of one module nest: the latest is the outermost. They are removed in any
-    order. ``type(module)``, ``vars(module)``, copies and pickles are as without it. A call that
-    Dynamo traces does not meet the handler. A compiled module runs with all interceptions
+    Interceptions of the same module nest: the last one is the outermost. They can be removed in any
+    order. ``type(module)``, ``vars(module)``, copies and pickles are not affected. A call that
+    Dynamo traces does not reach the handler. A compiled module runs with all interceptions
     :func:`suspended`.
 
     Args:
         module: The module.
-        handler: What happens at it.
+        handler: Handles the events.
     """
 
     def __init__(self, module: nn.Module, handler: ModuleHandler) -> None:
@@ -387,17 +389,17 @@ class Interception:
 
 
 def defining_class(module: nn.Module, name: str) -> type:
-    """Return the class at which all calls of ``module.name(...)`` arrive, if overrides call it.
+    """Return the class whose method receives all calls of ``module.name(...)``.
 
-    It is the base-most subclass of ``nn.Module`` that defines the method. A mixin that is no
-    module and comes after it in the order of classes would be reached only through ``super()``.
+    Overrides must call ``super()``. It is the base-most subclass of ``nn.Module`` that defines the
+    method. Mixins that are not modules are skipped, because only ``super()`` reaches them.
     """
     definers = [cls for cls in type(module).__mro__ if name in vars(cls)]
     return ([cls for cls in definers if issubclass(cls, nn.Module)] or definers)[-1]
 
 
 def base_method(module: nn.Module, name: str) -> Callable[..., Any]:
-    """Return the method that :func:`replaced_method` replaces, without the user's overrides."""
+    """Return the method that :func:`replaced_method` replaces, bypassing the user's overrides."""
     method: Callable[..., Any] = vars(defining_class(module, name))[name].__get__(
         module, type(module)
     )
@@ -408,12 +410,12 @@ def base_method(module: nn.Module, name: str) -> Callable[..., Any]:
 def replaced_method(
     module: nn.Module, name: str, replacement: Callable[..., Any]
 ) -> Iterator[None]:
-    """While this is entered, ``replacement(original, *args, **kwargs)`` stands in for a method.
+    """While this is entered, ``replacement(original, *args, **kwargs)`` replaces a method.
 
-    It does so for one module object and the current thread, also for calls through ``super()``. It
-    is placed in the base-most class that defines the method, so overrides of the user run as they
-    are. An attribute of that name in the object itself is left alone. The latest replacement of
-    several is the outermost.
+    It applies to one module object and the current thread, and to calls through ``super()`` as
+    well. It is placed in the base-most class that defines the method, so the user's overrides still
+    run. An attribute of that name in the object itself is not changed. The last of several
+    replacements is the outermost.
 
     Args:
         module: The module.
@@ -431,9 +433,9 @@ def replaced_method(
 
 @contextlib.contextmanager
 def suspended() -> Iterator[None]:
-    """While this is entered, no class has a function of ours: compiled code is traced and run as without us.
+    """While this is entered, no class has a function of ours, so compiled code runs as without us.
 
-    That holds for the whole process. Handlers of other threads see nothing in the meantime.
+    It applies to the whole process. Handlers of other threads are not called in the meantime.
     """
     _suspend(1)
     try:

@@ -1,4 +1,4 @@
-"""What something is: a metric, the user's or a framework's, a part of Lightning."""
+"""Kinds of modules, classes and files: metric, user, framework, Lightning."""
 
 from __future__ import annotations
 
@@ -16,25 +16,24 @@ _OURS = str(Path(__file__).resolve().parent.parent)
 
 
 def is_metric(module: nn.Module) -> bool:
-    """Whether ``module`` is a metric or a collection of them."""
+    """Return True if ``module`` is a metric or a collection of metrics."""
     return isinstance(module, (Metric, MetricCollection))
 
 
 def is_user_class(cls: type) -> bool:
-    """Whether a class is none of Python, torch, Lightning or torchmetrics."""
+    """Return True if a class is not from Python, torch, Lightning or torchmetrics."""
     return cls.__module__.split(".")[0] not in ("builtins", "functools", *_FRAMEWORKS)
 
 
 def is_user_module(module: nn.Module) -> bool:
-    """Whether the class of ``module`` is none of torch, Lightning or torchmetrics."""
+    """Return True if the class of ``module`` is not from torch, Lightning or torchmetrics."""
     return is_user_class(type(module))
 
 
 def lightning_class(cls: type, *names: str) -> type | None:
     """Return the first base of ``cls`` that Lightning defines by one of these names, if any.
 
-    There are two packages that define them, ``lightning`` and ``pytorch_lightning``. Neither is
-    imported for the question.
+    Two packages define them, ``lightning`` and ``pytorch_lightning``. Neither is imported here.
     """
     return next(
         (
@@ -52,7 +51,7 @@ def _folder(package: str) -> str | None:
 
 
 def _is_library(file: str) -> bool:
-    """Whether a file is in a folder for libraries, or in that of a framework, wherever it is installed."""
+    """Return True if a file is in a folder of installed libraries or of a framework."""
     installed = [sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")]
     folders = [*installed, *map(_folder, _FRAMEWORKS)]
     return file.startswith(("<frozen", *[folder for folder in folders if folder]))
@@ -60,6 +59,6 @@ def _is_library(file: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def is_user_file(file: str) -> bool:
-    """Whether code in this file is none of a library or of this package; the demo counts as the user's."""
+    """Return True if a file is not from a library or this package. The demo is a user's file."""
     is_ours = file.startswith(_OURS) and not file.startswith(f"{_OURS}/app")
     return not is_ours and not _is_library(file)

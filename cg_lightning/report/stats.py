@@ -37,6 +37,8 @@ class EntryRecord:
     """Time spent on captures, in seconds."""
     bytes: int = 0
     """Graph memory of the latest capture and its static inputs, in bytes."""
+    why_again: str = ""
+    """What had changed when it was captured again the last time; empty if it was captured once."""
     timed: int = 0
     """Replays whose time was taken: those that were neither captures nor compared with eager."""
     host_seconds: float = 0.0
@@ -44,13 +46,16 @@ class EntryRecord:
     within_spread: bool = False
     """Whether a verified replay differed from eager, by no more than two eager runs differ from each other."""
 
-    def captured(self, seconds: float, num_bytes: int) -> None:
+    def captured(self, seconds: float, num_bytes: int, why_again: str) -> None:
         """Count a capture.
 
         Args:
             seconds: The time that it took, in seconds.
             num_bytes: Graph memory and static inputs, in bytes.
+            why_again: What has changed since an earlier capture.
         """
+        if self.captures:
+            self.why_again = why_again
         self.captures += 1
         self.seconds += seconds
         self.bytes = num_bytes
@@ -218,6 +223,8 @@ class CUDAGraphStats:
                 before = earlier.entries[index]
                 for name in ("captures", "replays", "seconds", "timed", "host_seconds"):
                     setattr(record, name, getattr(entry, name) - getattr(before, name))
+            if record.captures < 2:
+                record.why_again = ""  # that was in an earlier run
             new.entries.append(record)
         for key, steps in self._records.items():
             seen = earlier._records.get(key)

@@ -14,6 +14,8 @@ MOST_GRAPHS = 6
 """Rows of graphs that are shown for one stage."""
 MOST_REASONS = 4
 """Reasons that are shown for one stage, as long as there is room for them."""
+MOST_AGAIN = 2
+"""Changes for which graphs were captured again that are shown for one stage."""
 WIDTH = 80
 """Columns. A word that is longer, such as a path, is not broken."""
 _MOST_LINES = 20  # of one stage
@@ -90,6 +92,19 @@ def _graph_rows(entries: Sequence[EntryRecord]) -> list[tuple[str, ...]]:
         return [_row(group) for group in targets]
     shown, rest = targets[: MOST_GRAPHS - 1], targets[MOST_GRAPHS - 1 :]
     return [*(_row(group) for group in shown), _row([entry for group in rest for entry in group])]
+
+
+def _again_lines(entries: Sequence[EntryRecord]) -> list[str]:
+    """Return what had changed for graphs that were captured again, each sentence once."""
+    groups: dict[str, list[EntryRecord]] = defaultdict(list)
+    for entry in entries:
+        if entry.why_again:
+            groups[entry.why_again].append(entry)
+    lines: list[str] = []
+    for why, group in list(groups.items())[:MOST_AGAIN]:
+        targets = _join([entry.target for entry in group], "targets")
+        lines += _wrapped(f"{targets} captured again: {why}")
+    return lines
 
 
 def _reason_lines(records: Sequence[StepsRecord], room: int) -> list[str]:
@@ -178,6 +193,7 @@ def render_summary(
         if entries:
             shown += _table(_HEADERS, _graph_rows(entries))
             shown += _time_lines(stats, backend, stage)
+        shown += _again_lines(entries)
         if any(entry.within_spread for entry in entries):
             shown.append("  replays match eager within the difference between two eager runs")
         shown += _hint_lines(stats, stage)

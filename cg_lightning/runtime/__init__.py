@@ -1,12 +1,13 @@
 """Who runs a step, and how that is decided.
 
-- ``changing_values.py``: values that are another one in each batch, such as names of files.
-- ``dispatcher.py``: the one place that decides in which mode a step or a call runs.
-- ``outcome.py``: what a step or a call gave, and in which mode it ran.
-- ``session.py``: one module in one run: builds the parts, starts and stops them.
-- ``step_runner.py``: stands in for one step method of a module.
-- ``submodule_runner.py``: stands in for the calls of one submodule, in steps that run PIECEWISE.
-- ``target.py``: a step, or a submodule, whose calls may run from graphs.
-- ``targets.py``: which submodules the user named.
+- ``changing_values.py``: plain values that differ in every batch, such as file names.
+- ``dispatcher.py``: the only place that decides in which mode a step or a call runs.
+- ``outcome.py``: the result of a step or a call, with its mode and its reason.
+- ``profiling.py``: ranges that profilers and traces show.
+- ``session.py``: one module in one run: builds, starts and stops the parts.
+- ``step_runner.py``: replaces one step method of a module.
+- ``submodule_runner.py``: replaces the calls of one submodule in steps that run PIECEWISE.
+- ``target.py``: a step or a submodule that may run from graphs.
+- ``targets.py``: the submodules that the user named.
 - ``verifier.py``: compares replays with eager, on the user's own batches.
 """

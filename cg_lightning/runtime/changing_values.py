@@ -1,4 +1,7 @@
-"""Values that are another one in each batch, such as names of files: no graph of the whole step would be replayed."""
+"""Plain values that differ in every batch, such as file names.
+
+A graph of the whole step would freeze such a value, so it would never be replayed.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.core.tree import leaf_paths
 
 MOST_VALUES = 16
-"""Batches of the same shapes, no two of them with the same values, after which values count as changing."""
+"""Number of batches of equal shapes, all with different values, before values count as changing."""
 
 
 @dataclasses.dataclass
 class KeyFamily:
-    """Keys that differ in nothing but plain values."""
+    """The keys that differ only in plain values."""
 
     first: tuple[Hashable, ...]
     keys: int = 0
@@ -25,10 +28,10 @@ class KeyFamily:
 
 
 class ChangingValues:
-    """Leaves values that change with each batch out of the key of a step.
+    """Removes values that differ in every batch from the key of a step.
 
-    Such a step is no graph as a whole, because a graph would freeze the values. Its submodules may be: their calls have
-    keys of their own, made of what they are given.
+    Such a step cannot be one graph, because the graph would freeze the values. Its submodules can
+    be captured: each call has its own key, which is made from the arguments of the call.
     """
 
     def __init__(self) -> None:
@@ -38,12 +41,12 @@ class ChangingValues:
     def without_changing_values(
         self, key: BatchDescriptor, batch: Any, was_seen: bool
     ) -> BatchDescriptor:
-        """Return the key of a step: the same one, or one without the values that change.
+        """Return the key of a step, without the values that change.
 
         Args:
-            key: The key of the batch.
+            key: The key of the batch. It is returned as it is if no value is known to change.
             batch: The batch.
-            was_seen: Whether a step with this very key has run before.
+            was_seen: True if a step with exactly this key has run before.
         """
         family = self._families.setdefault(key.family, KeyFamily(key.leaves))
         if not family.changing:
@@ -71,5 +74,5 @@ class ChangingValues:
         return general
 
     def reason(self, key: BatchDescriptor) -> Reason | None:
-        """Return why the steps of a key cannot be one graph; None if no value was left out of it."""
+        """Return why the steps of a key cannot be one graph. None if no value was removed."""
         return self._reasons.get(key)

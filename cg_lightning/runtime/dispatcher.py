@@ -1,17 +1,18 @@
 """The one place that decides in which mode a step or a call runs.
 
-It is told facts (a step was watched, a capture failed, a replay differed) and knows keys, phases, counts and reasons. It
-knows no tensor, no module and no Trainer: guards and entries are objects that it asks whether they still hold.
+The dispatcher receives facts (a step was watched, a capture failed, a replay differed). It knows
+keys, phases, counts and reasons. It knows no tensor, no module and no Trainer: it only asks guards
+and entries if they are still valid.
 
 The life of a key::
 
     seen first -> WATCH -> WARM_UP ... -> CAPTURE -> VERIFY ... -> REPLAY ...
                     ^                        |          |
-                    |  guards do not hold    v          v
+                    |  a guard failed        v          v
                     +----------------      refused in FULL: PIECEWISE, or EAGER for good
 
-If the guards of no variant of a key hold, the step is watched once more: with other values it may take another way. The
-ledger of the key's family ends that if it never pays.
+If every variant of a key has a failed guard, the step is watched once more, because it may take
+another path with other values. If that never pays, the ledger of the key's family stops it.
 """
 
 from __future__ import annotations
@@ -27,39 +28,51 @@ from cg_lightning.core.reasons import WARM_UP, Reason, Status
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 UNKNOWN_KEY = Reason(Status.WARM_UP, "unknown key")
+NEW_KEY = Reason(
+    Status.WARM_UP,
+    "warm-up: shapes so far did not come again, so a new one is watched only if it does",
+)
 CAPTURE_COST = 4
 """Approximate cost of one capture, in eager steps."""
 WATCH_COST = 2
-"""Approximate cost of watching one step, in eager steps, once what it costs at first is paid."""
+"""Approximate cost of one watched step, in eager steps, without the one-time cost of the first."""
 CREDIT = 16
-"""What a family of keys may spend before its graphs have saved anything, in eager steps."""
+"""Number of eager steps that a family may spend before its graphs have saved anything."""
 FIRST_WAIT = 10
-"""Steps that an overdrawn family runs eagerly before it may spend once more; doubled each time."""
+"""Number of eager steps before an overdrawn family may spend once more. It doubles each time."""
 MOST_UNREPEATED = 4
-"""Watched keys that have not come again: with so many, the next new key is watched only if it comes a second time."""
+"""Maximum number of watched keys that were seen only once.
+
+Beyond it, a new key is watched when it is seen for the second time.
+"""
 MOST_VARIANTS = 8
-"""Variants of one key; the oldest goes first."""
+"""Maximum number of variants of one key. The oldest one is dropped first."""
 MOST_KEYS = 2048
-"""Keys without a graph that are remembered; the oldest go first."""
+"""Maximum number of stored keys. Beyond it, the oldest keys without a graph are dropped."""
 
 
 class CaptureLedger:
-    """Keeps the account of one family of keys: equal shapes, any plain values, any guarded values.
+    """The account of one family of keys: equal shapes, any plain values, any guarded values.
 
-    A capture costs 4 steps, a watched step 2, and each step that runs from a graph earns 1. A family that has spent its credit
-    of 16 without earning it back runs eagerly for 10 steps, may then spend once more, waits for 20, 40, ... So keys that never
-    come again, a module that changes with each step, and more shapes than there may be graphs cost little in the long run.
+    A capture costs 4 steps and a watched step costs 2. Each step that runs from a graph earns 1.
+    After a family has spent its credit of 16, it runs eagerly for 10 steps and may then spend once
+    more. The next waits are 20, 40, ... steps. So the long-run cost is small if keys never repeat,
+    if the module changes at every step, or if there are more shapes than graphs are allowed.
     """
 
     def __init__(self) -> None:
         self.balance = CREDIT
+        self.why = ""
+        """What varies, or that a graph was evicted: why the family had to spend last."""
         self._status = Status.UNPROFITABLE
-        self._why = "its keys do not come again"
         self._waiting = 0
         self._next_wait = FIRST_WAIT
 
     def may_spend(self) -> bool:
-        """Return whether the family may watch or capture in this step. While it may not, each call is one step of waiting."""
+        """Return True if the family may watch or capture in this step.
+
+        Call it once for each step, because a call that returns False counts as one step of waiting.
+        """
         if self.balance > 0:
             return True
         if self._waiting == 0:
@@ -73,46 +86,47 @@ class CaptureLedger:
         self.balance -= steps
 
     def earn(self) -> None:
-        """Take what one step from a graph saves."""
+        """Add the gain of one step that runs from a graph."""
         if self.balance < CREDIT:
             self.balance += 1
             if self.balance == CREDIT:
                 self._next_wait = FIRST_WAIT
 
     def note(self, status: Status, why: str) -> None:
-        """Store for what the family has to spend: what varies, or that a graph was evicted."""
+        """Store what the family spends on: the value that varies, or an eviction."""
         if why:
-            self._status, self._why = status, why
+            self._status, self.why = status, why
 
     def reason(self) -> Reason:
         """Return why the family may not spend now."""
-        return Reason(self._status, f"not captured, since it would not pay: {self._why}")
+        why = self.why or "its keys do not come again"
+        return Reason(self._status, f"not captured, since it would not pay: {why}")
 
 
 class Guards(Protocol):
-    """What the dispatcher asks of the guards of a variant."""
+    """The guards of a variant, as the dispatcher sees them."""
 
     def check(self) -> bool:
-        """Return whether they hold."""
+        """Return True if all guarded values are unchanged."""
 
     def check_epoch(self) -> bool:
-        """Return whether what is compared once an epoch holds."""
+        """Return True if the values that are compared once per epoch are unchanged."""
 
     def explain(self) -> str:
-        """Return which one does not hold, with both values."""
+        """Return the guard that failed, with both values."""
 
 
 class Entry(Protocol):
-    """What the dispatcher asks of a graph."""
+    """A graph, as the dispatcher sees it."""
 
     replays: int
 
     def is_valid(self) -> bool:
-        """Return whether the graph was not dropped and may be replayed."""
+        """Return True if the graph exists and may be replayed."""
 
 
 class Action(enum.Enum):
-    """What to do with a step or a call."""
+    """The decision for one step or call."""
 
     WATCH = "run it eagerly under watch"
     WARM_UP = "run it eagerly"
@@ -124,7 +138,13 @@ class Action(enum.Enum):
 
 
 class Dispatch(NamedTuple):
-    """The mode that a step is to run in, and why not in a higher one (None if it runs as asked)."""
+    """The mode of a step, and the reason if it is lower than asked (None if it is not).
+
+    Attributes:
+        runtime_mode: NONE, PIECEWISE or FULL.
+        batch_descriptor: The key of the step.
+        reason: Why the step runs in a lower mode than asked.
+    """
 
     runtime_mode: CUDAGraphMode
     batch_descriptor: BatchDescriptor
@@ -132,63 +152,66 @@ class Dispatch(NamedTuple):
 
 
 class Miss(NamedTuple):
-    """A submodule that no watched step allows with the values that it reads now."""
+    """A submodule that may not run from a graph, because no watched step has seen its values."""
 
     changed: str
-    """What has changed, with both values."""
+    """The value that has changed, now and before."""
     known: list[Guards]
-    """The values with which it is allowed."""
+    """Guards with the values that watched steps have seen."""
 
     def is_met(self) -> bool:
-        """Return whether a step that is watched now would meet such values."""
+        """Return True if a step that is watched now would see such new values."""
         return not any(guards.check() for guards in self.known)
 
 
 @dataclasses.dataclass(eq=False)
 class Variant:
-    """One way that the steps of a key take: what they read, what a watched one showed, and its graph."""
+    """One path through the step of a key: the guarded values, the watched step, and the graph."""
 
     guards: Guards
     modes: list[CUDAGraphMode]
-    """The modes that it may run in, the highest first; empty: eager."""
+    """The allowed modes, highest first. If empty, the steps run eagerly."""
     reason: Reason | None = None
-    """Why it does not run in the mode that was asked for."""
+    """Why the steps run in a lower mode than asked."""
     needs_second_look: bool = False
-    """Whether another watched step may find less."""
+    """True if watching a second step may find less."""
     did_one_time_work: bool = False
-    """Whether the watched step did something that is done once, so that one more eager step has to follow."""
+    """True if the watched step did one-time work, so one more eager step must follow."""
     watched: Any = None
-    """What the watched step showed, for messages."""
+    """The watched step, for messages."""
     record: Any = None
     """The row of its PIECEWISE steps in the statistics."""
     time: Any = None
     """Where the time of its PIECEWISE steps is added."""
     entry: Entry | None = None
+    """The graph; None before the capture and after the graph was dropped."""
     verify_at: int = -1
-    """The number of replays after which the next one is compared with eager; -1: never."""
+    """The number of replays after which the next one is compared with eager; -1 = never."""
 
     @property
     def mode(self) -> CUDAGraphMode:
-        """The highest mode that is left."""
+        """The highest allowed mode."""
         return self.modes[0] if self.modes else NONE
 
 
 @dataclasses.dataclass(eq=False)
 class KeyState:
-    """All that is known of one key of one target."""
+    """Everything that is known about one key of one target."""
 
     descriptor: BatchDescriptor
     ledger: CaptureLedger
     sights: int = 0
-    """Steps with this key so far."""
+    """Number of steps with this key so far."""
     warmup_runs: int = 0
+    """Number of eager runs that count as warm-up."""
     variants: list[Variant] = dataclasses.field(default_factory=list)
+    """The variants, the last one used first."""
     miss: Miss | None = None
-    """Why another step has to be watched, if a submodule asked for it."""
+    """Set if a submodule asked for another watched step."""
 
 
 class Plan(NamedTuple):
-    """A decision: what to do with the step under way."""
+    """The decision for the current step."""
 
     action: Action
     state: KeyState
@@ -199,15 +222,29 @@ class Plan(NamedTuple):
 class CUDAGraphDispatcher:
     """Decides in which mode a step runs: FULL before PIECEWISE before NONE.
 
-    By hand: :meth:`add_cudagraph_key` makes a key valid in a mode, and :meth:`dispatch` returns the highest mode that is
-    valid. The callback uses :meth:`plan` and tells facts. It neither captures nor runs anything, and it never sees a batch.
+    In a loop of your own, call :meth:`add_cudagraph_key` to allow a key in a mode, and
+    :meth:`dispatch` to get the highest allowed mode. The callback calls :meth:`plan` and reports
+    facts instead. The dispatcher does *not* capture or run anything, and it never sees a batch. The
+    class and its two methods follow vLLM (``vllm/v1/cudagraph_dispatcher.py``).
+
+    Example::
+
+        >>> from cg_lightning import BatchDescriptor, CUDAGraphDispatcher, CUDAGraphMode
+        >>> dispatcher = CUDAGraphDispatcher()
+        >>> dispatcher.add_cudagraph_key(CUDAGraphMode.FULL, BatchDescriptor(batch_size=8))
+        >>> dispatcher.dispatch(BatchDescriptor(batch_size=8)).runtime_mode.name
+        'FULL'
+        >>> dispatch = dispatcher.dispatch(BatchDescriptor(batch_size=9))
+        >>> dispatch.runtime_mode.name, str(dispatch.reason)
+        ('NONE', 'unknown key')
 
     Args:
         policy: The mode that the user asked for.
-        warmup_steps: Eager runs of a key before its capture.
-        next_verification: Returns the number of replays after which the next one is compared with eager, given the
-            replays so far; -1: never.
-        watches: Whether steps are watched before a capture. Calls of submodules are not: the step around them is.
+        warmup_steps: Number of eager runs of a key before its capture.
+        next_verification: A function from the number of replays so far to the number of replays
+            after which the next one is compared with eager (-1 = never).
+        watches: True if steps are watched before a capture. False for calls of submodules, because
+            the step around them is watched.
     """
 
     def __init__(
@@ -232,7 +269,12 @@ class CUDAGraphDispatcher:
     def add_cudagraph_key(
         self, mode: CUDAGraphMode, descriptor: BatchDescriptor, reason: Reason | None = None
     ) -> None:
-        """Make ``descriptor`` valid in ``mode``; ``reason`` says why not in a higher one.
+        """Allow ``descriptor`` to run in ``mode``.
+
+        Args:
+            mode: PIECEWISE or FULL. A key may be allowed in both.
+            descriptor: The key.
+            reason: Why the key may not run in a higher mode.
 
         Raises:
             ValueError: ``mode`` is neither PIECEWISE nor FULL.
@@ -249,9 +291,10 @@ class CUDAGraphDispatcher:
         variant.reason = None if FULL in variant.modes else reason
 
     def dispatch(self, descriptor: BatchDescriptor) -> Dispatch:
-        """Return the highest mode that ``descriptor`` is valid in, and why not a higher one.
+        """Return the highest allowed mode of ``descriptor``, with the reason if it is not FULL.
 
-        The descriptor in the result is equal to the one given, but the object that was added.
+        For an unknown key the mode is NONE. The descriptor in the result is the object that was
+        added; it is equal to the given one.
         """
         state = self._states.get(descriptor.fields)
         variant = None if state is None else self._current_variant(state)
@@ -262,11 +305,20 @@ class CUDAGraphDispatcher:
     # what the runners ask
 
     def known(self, fields: tuple[Any, ...]) -> KeyState | None:
-        """Return the state of a key, given by the fields of its descriptor; None if it was never seen."""
+        """Return the state of a key, or None if the key is new.
+
+        Args:
+            fields: The fields of its descriptor.
+        """
         return self._states.get(fields)
 
     def state(self, fields: tuple[Any, ...], descriptor: BatchDescriptor | None = None) -> KeyState:
-        """Return the state of a key, given by the fields of its descriptor; a new one if it was never seen."""
+        """Return the state of a key. A new key gets a new state.
+
+        Args:
+            fields: The fields of its descriptor.
+            descriptor: The descriptor, if the caller has one.
+        """
         state = self._states.get(fields)
         if state is None:
             made = descriptor or BatchDescriptor(*fields)
@@ -277,7 +329,7 @@ class CUDAGraphDispatcher:
         return state
 
     def plan(self, state: KeyState) -> Plan:
-        """Decide what to do with the step under way. Call it once for each step."""
+        """Decide what to do with the current step. Call it exactly once for each step."""
         state.sights += 1
         if state.sights == 2:
             self._unrepeated.discard(state.descriptor.fields)
@@ -286,22 +338,26 @@ class CUDAGraphDispatcher:
             return self._plan_without_variant(state)
         if state.miss is not None and state.miss.is_met():
             return self._plan_another_look(state, variant, state.miss)
+        entry = variant.entry
+        if entry is not None and entry.is_valid():  # only what is warm was captured
+            return self._plan_replay(state, variant, entry)
         if not self._is_warm(state, variant):
             looks_again = self._watches and variant.needs_second_look
             return Plan(Action.WATCH if looks_again else Action.WARM_UP, state, variant, WARM_UP)
         return self._plan_warm(state, variant)
 
+    def _plan_replay(self, state: KeyState, variant: Variant, entry: Entry) -> Plan:
+        state.ledger.earn()
+        action = Action.REPLAY
+        if entry.replays == variant.verify_at:
+            variant.verify_at = self._next_verification(entry.replays + 1)
+            action = Action.VERIFY
+        return Plan(action, state, variant, variant.reason)
+
     def _plan_warm(self, state: KeyState, variant: Variant) -> Plan:
         if variant.mode is not self._graph_mode:
             action = Action.PIECEWISE if variant.mode is PIECEWISE else Action.EAGER
             return Plan(action, state, variant, variant.reason)
-        entry = variant.entry
-        if entry is not None and entry.is_valid():
-            state.ledger.earn()
-            if entry.replays == variant.verify_at:
-                variant.verify_at = self._next_verification(entry.replays + 1)
-                return Plan(Action.VERIFY, state, variant, variant.reason)
-            return Plan(Action.REPLAY, state, variant, variant.reason)
         if state.ledger.may_spend():
             return Plan(Action.CAPTURE, state, variant, variant.reason)
         return self._unprofitable(state, variant)
@@ -314,7 +370,7 @@ class CUDAGraphDispatcher:
             reason = Reason(Status.CHANGED, changed) if changed else WARM_UP
             return Plan(Action.WARM_UP, state, None, reason)
         if state.sights == 1 and len(self._unrepeated) >= MOST_UNREPEATED:
-            return Plan(Action.WARM_UP, state, None, WARM_UP)
+            return Plan(Action.WARM_UP, state, None, NEW_KEY)
         if not state.ledger.may_spend():
             return self._unprofitable(state, None)
         reason = Reason(Status.CHANGED, f"changed: {changed}") if changed else WARM_UP
@@ -334,7 +390,7 @@ class CUDAGraphDispatcher:
     def _current_variant(self, state: KeyState) -> Variant | None:
         for index, variant in enumerate(state.variants):
             if variant.guards.check():
-                if index:  # the latest one is asked first, and goes last
+                if index:  # the last one used is asked first and dropped last
                     state.variants.insert(0, state.variants.pop(index))
                 return variant
         return None
@@ -349,11 +405,11 @@ class CUDAGraphDispatcher:
     def judge(
         self, full: Reason | None, piecewise: Reason | None
     ) -> tuple[list[CUDAGraphMode], Reason | None]:
-        """Return the modes that a step may run in, and why not in the one that was asked for.
+        """Return the allowed modes of a step, and the reason if the mode asked for is not allowed.
 
         Args:
-            full: Why it cannot be one graph; None if it can.
-            piecewise: Why no submodule of it can run from a graph; None if one can.
+            full: Why the step cannot be one graph; None if it can.
+            piecewise: Why no submodule can run from a graph; None if one can.
         """
         modes, reasons = [], []
         for mode, reason, is_asked in (
@@ -369,15 +425,15 @@ class CUDAGraphDispatcher:
     def watched(
         self, state: KeyState, variant: Variant, replacing: Variant | None = None
     ) -> list[Entry]:
-        """A step ran under watch.
+        """Record that a step ran under watch.
 
         Args:
             state: The key of the step.
-            variant: What the step showed.
-            replacing: The variant of the same values that an earlier look gave.
+            variant: The result of watching.
+            replacing: The variant of an earlier watched step with the same guarded values.
 
         Returns:
-            Graphs that have to be dropped.
+            Graphs that the caller must drop.
         """
         state.ledger.spend(WATCH_COST)
         if replacing is not None and replacing in state.variants:
@@ -388,39 +444,42 @@ class CUDAGraphDispatcher:
         return self.add_variant(state, variant)
 
     def add_variant(self, state: KeyState, variant: Variant) -> list[Entry]:
-        """Another way that steps of this key take is known. Returns graphs that have to be dropped."""
+        """Add a variant of a key. Return the graphs that the caller must drop."""
         state.variants.insert(0, variant)
         gone = state.variants[MOST_VARIANTS:]
         del state.variants[MOST_VARIANTS:]
         return [each.entry for each in gone if each.entry is not None]
 
     def ran_eagerly(self, state: KeyState) -> None:
-        """A step that is not warm yet ran eagerly."""
+        """Record that a step ran eagerly as a warm-up."""
         state.warmup_runs += 1
 
     def ran_before(self, state: KeyState, runs: int) -> None:
-        """Calls with this key ran so often before anybody counted."""
+        """Record ``runs`` eager calls with this key that were made before it was known."""
         state.warmup_runs = max(state.warmup_runs, runs)
 
     def captured(self, state: KeyState, variant: Variant, entry: Entry) -> None:
-        """A graph was captured."""
+        """Record that a graph was captured."""
         state.ledger.spend(CAPTURE_COST - 1)  # the step itself ran from it
         variant.entry = entry
         variant.verify_at = self._next_verification(1)
 
     def evicted(self, state: KeyState, why: str) -> None:
-        """A graph of this key had to make room for another one."""
+        """Record that a graph of this key was dropped to make room for another one."""
         state.ledger.spend(CAPTURE_COST)
         state.ledger.note(Status.EVICTED, why)
 
     def refused(self, variant: Variant, reason: Reason) -> None:
-        """A capture failed, or a replay differed: the variant runs in the next lower mode from now on."""
+        """Record that a capture failed or a replay differed.
+
+        From now on the variant runs in the next lower mode.
+        """
         variant.entry = None
         variant.reason = reason
         variant.modes = [mode for mode in variant.modes if mode is not self._graph_mode]
 
     def entries(self) -> list[Entry]:
-        """Return the graphs of all keys, and forget them: the caller drops them."""
+        """Return the graphs of all keys and forget them. The caller must drop them."""
         found: list[Entry] = []
         for state in self._states.values():
             for variant in state.variants:
@@ -430,18 +489,25 @@ class CUDAGraphDispatcher:
         return found
 
     def changed(self, why: str) -> None:
-        """The module has changed, so that graphs have to be captured again."""
+        """Record that the module has changed, so graphs must be captured again."""
         for state in self._states.values():
             state.ledger.note(Status.UNPROFITABLE, why)
 
     def reset(self, why: str = "") -> None:
-        """The module has changed so that its steps may take another way: forget every key, but not what was spent."""
+        """Forget every key, because the module has changed and steps may take another path.
+
+        The ledgers stay, so a module that changes at every step still runs out of credit.
+        """
         self.changed(why)
         self._states.clear()
         self._unrepeated.clear()
 
     def begin_epoch(self) -> list[Entry]:
-        """Forget the variants whose large containers have changed. Returns graphs that have to be dropped."""
+        """Forget variants whose large containers have changed.
+
+        Returns:
+            Graphs that the caller must drop.
+        """
         dropped: list[Entry] = []
         for state in self._states.values():
             for variant in [each for each in state.variants if not each.guards.check_epoch()]:
@@ -464,7 +530,7 @@ class CUDAGraphDispatcher:
 
 
 class Unguarded:
-    """The guards of a key that was added by hand, and of one that runs no graph: they always hold."""
+    """Guards that never fail: for keys added by hand, and for keys without a whole-step graph."""
 
     def check(self) -> bool:
         """Return True."""
@@ -475,5 +541,5 @@ class Unguarded:
         return True
 
     def explain(self) -> str:
-        """Return nothing."""
+        """Return an empty string."""
         return ""

@@ -1,4 +1,4 @@
-"""What a step or a call gave, and in which mode it ran."""
+"""The result of a step or a call, with its mode and its reason."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from cg_lightning.core.reasons import Reason
 
 
 class Outcome(NamedTuple):
-    """The result of a step or of a call."""
+    """The result of a step or a call."""
 
     output: Any
     mode: CUDAGraphMode
     """The mode in which it ran."""
     reason: Reason | None = None
-    """Why it did not run in the mode that was asked for; None if it did."""
+    """Why it ran in a lower mode than asked; None if it did not."""

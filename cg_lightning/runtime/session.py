@@ -1,4 +1,4 @@
-"""One module in one run: builds the parts that run its steps, starts and stops them. It has no policy."""
+"""One module in one run: build, start and stop the parts that run its steps. No policy is here."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from cg_lightning.guards.module_guard import Change
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.changing_values import ChangingValues
 from cg_lightning.runtime.dispatcher import Plan, Unguarded, Variant
+from cg_lightning.runtime.profiling import Profiler, Ranges
 from cg_lightning.runtime.submodule_runner import SubmoduleRunner
 from cg_lightning.runtime.target import GraphTarget
 from cg_lightning.runtime.targets import match_targets
@@ -35,17 +36,19 @@ NO_TARGET = Reason(
 
 
 class Session:
-    """Runs the steps of one module from graphs, from its installation to its end.
+    """Runtime state for one module: the dispatcher, the graphs, the submodules, and counters.
 
-    A key is decided once it is warm (:class:`~cg_lightning.runtime.dispatcher.CUDAGraphDispatcher`). If submodules or hooks
-    were replaced, all keys start again; if parameters only have other addresses, graphs are captured again.
+    The dispatcher decides (:class:`~cg_lightning.runtime.dispatcher.CUDAGraphDispatcher`). If
+    submodules or hooks were replaced, all keys start again. If only the addresses of parameters
+    have changed, graphs are captured again.
 
     Args:
         module: The LightningModule, or any module.
         backend: Captures and replays.
         settings: The options.
         stats: Counts.
-        effects: What the steps leave behind beside their output.
+        effects: The side effects of the steps.
+        profiler: The profiler of the Trainer, if it has one.
     """
 
     def __init__(
@@ -55,7 +58,9 @@ class Session:
         settings: Settings,
         stats: CUDAGraphStats,
         effects: ModuleEffects,
+        profiler: Profiler | None = None,
     ) -> None:
+        self.ranges = Ranges(backend, profiler)
         self.module = module
         self.backend = backend
         self.settings = settings
@@ -71,24 +76,15 @@ class Session:
         self._submodules: dict[int, SubmoduleRunner] = {}
         self._is_installed = False
         self.is_first_step = True
-        """Whether no step has run since the module was installed."""
+        """True until the first step after :meth:`install`."""
 
     def _make_target(
         self, module: nn.Module, mode: CUDAGraphMode, effects: ModuleEffects | None
     ) -> GraphTarget:
-        return GraphTarget(
-            module,
-            mode,
-            self.settings,
-            self._capturer,
-            self._verifier,
-            self.cache,
-            self.stats,
-            effects,
-        )
+        return GraphTarget(module, mode, self._capturer, self._verifier, self.stats, effects)
 
     def install(self) -> None:
-        """Intercept the submodules that run from graphs, as far as they are known."""
+        """Intercept all submodules that are known to run from graphs."""
         if not self._is_installed:
             self.is_first_step = True
         self._is_installed = True
@@ -102,7 +98,8 @@ class Session:
         """Leave no trace in any submodule. Graphs are kept for the next stage.
 
         Args:
-            check: Raise what metrics would have refused in the meantime. Not on the way out of another exception.
+            check: Raise the errors of deferred checks of metrics. Pass False while another
+                exception is handled.
         """
         self._is_installed = False
         for runner in self._submodules.values():
@@ -118,7 +115,10 @@ class Session:
         self._submodules.clear()
 
     def check_module(self) -> None:
-        """Find out how the module has changed: at the first step of a stage, and if its guard has failed."""
+        """Find out how the module has changed.
+
+        Call it at the first step of a stage, and after the module's guard has failed.
+        """
         guard = self.target.guard
         if not guard.check():
             failure = guard.failure()
@@ -140,6 +140,7 @@ class Session:
         self.cache.drop_all()
         self.target.dispatcher.reset(text)
         self.changing_values = ChangingValues()
+        self._written.clear()
         for runner in self._submodules.values():
             runner.remove()
         self._submodules.clear()
@@ -157,7 +158,7 @@ class Session:
             self.cache.drop(entry)
 
     def watched(self, plan: Plan, watched: WatchedStep) -> None:
-        """Tell the dispatcher what a watched step showed, and find its submodules."""
+        """Report a watched step to the dispatcher, and find the submodules to capture."""
         full = self._full_reason(plan.state.descriptor, watched)
         piecewise = None
         if self.settings.targets is None and not watched.largest_capturable():
@@ -184,12 +185,12 @@ class Session:
         return self.changing_values.reason(descriptor)
 
     def find_submodules(self, step: BatchDescriptor, variant: Variant, runs: int) -> None:
-        """Intercept the submodules that a watched step showed, and tell each what was found in it.
+        """Intercept the submodules of a watched step, and pass each one its findings.
 
         Args:
             step: The key of the step.
-            variant: What the step showed.
-            runs: How often steps with this key have run.
+            variant: The result of watching.
+            runs: Number of steps with this key so far.
         """
         watched = variant.watched
         if CUDAGraphMode.PIECEWISE not in variant.modes or not isinstance(watched, WatchedStep):
@@ -208,16 +209,18 @@ class Session:
         for path, module in submodules.items():
             if id(module) not in self._submodules:
                 target = self._make_target(module, CUDAGraphMode.PIECEWISE, None)
-                self._submodules[id(module)] = SubmoduleRunner(path, target, self.backend)
+                self._submodules[id(module)] = SubmoduleRunner(
+                    path, target, self.backend, self.ranges
+                )
             if self._is_installed:
                 self._submodules[id(module)].install()
 
     def graphs(self, mode: str) -> list[CapturedGraph]:
-        """Return the graphs of one mode that are kept."""
+        """Return the stored graphs of one mode."""
         return [entry.graph for entry in self.cache.entries() if entry.record.mode == mode]
 
     def diagnosis(self, variant: Variant | None) -> Diagnosis | None:
-        """Return what the watched step of a variant showed; None if none was watched."""
+        """Return the diagnosis of a variant's watched step; None if no step was watched."""
         if variant is None or not isinstance(variant.watched, WatchedStep):
             return None
         return Diagnosis(list(variant.watched.findings), "", variant.watched)

@@ -1,4 +1,4 @@
-"""Stands in for one step method of a module: describe, ask for a decision, run, count."""
+"""Replace one step method of a module: describe the batch, ask for a decision, run, count."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ _NO_WARM_TARGET = Reason(
     Status.NO_TARGET, "no target was called with a warm key; calls from compiled code do not count"
 )
 _MAY_BE_STRICT_ABOUT = {Status.WARM_UP, Status.CHANGED}
-"""Reasons for which ``strict`` does not raise: the step is run so that later ones can be captured."""
+"""``strict`` does not raise for these reasons, because such steps prepare a capture."""
 
 
 def first_parameter(step: Step) -> str:
-    """Return the name of the parameter that takes the batch; empty if the signature cannot be read."""
+    """Return the name of the batch parameter. Empty if the signature cannot be read."""
     try:
         names = list(inspect.signature(step).parameters)
     except (TypeError, ValueError):  # built in, for example
@@ -52,13 +52,13 @@ def first_parameter(step: Step) -> str:
 class StepRunner:
     """Runs each step of one stage in the mode that its batch allows.
 
-    In NONE and PIECEWISE the step runs as it is, in a forward context; in FULL from one graph. Whatever stops that runs
-    the step as it is, and is counted with its reason.
+    In FULL the step is one graph. In NONE and PIECEWISE the step runs as it is, in a forward
+    context. If a step cannot run from graphs, it runs as it is and is counted with its reason.
 
     Args:
-        session: What the steps of the module share.
+        session: The runtime state of the module.
         stage: ``validate``, ``test`` or ``predict``.
-        name: What the step is called in the statistics.
+        name: The name of the step in the statistics.
         step: The step method.
     """
 
@@ -74,7 +74,8 @@ class StepRunner:
         """Run one step.
 
         Args:
-            args: The positional arguments; the batch comes first, then ``batch_idx`` and ``dataloader_idx`` if given.
+            args: The positional arguments: the batch, then ``batch_idx`` and ``dataloader_idx`` if
+                Lightning passes them.
             kwargs: The keyword arguments.
 
         Raises:
@@ -105,7 +106,11 @@ class StepRunner:
         plan = self._dispatcher.plan(self._state(fields, args[0]))
         if plan.action is Action.REPLAY:
             assert plan.variant is not None and isinstance(plan.variant.entry, GraphEntry)  # noqa: PT018
-            output = plan.variant.entry.replay(leaves, session.cache.step)
+            if session.ranges.is_on:
+                with session.ranges.range("replay"):
+                    output = plan.variant.entry.replay(leaves, session.cache.step)
+            else:
+                output = plan.variant.entry.replay(leaves, session.cache.step)
             plan.variant.entry.count()
             plan.variant.entry.took(perf_counter() - start)
             return output
@@ -127,7 +132,8 @@ class StepRunner:
         descriptor, variant = plan.state.descriptor, plan.variant
         if plan.action in (Action.CAPTURE, Action.VERIFY):
             call = GraphCall(descriptor, self._invoke, args[0], leaves, args[1:], kwargs)
-            outcome = self._session.target.run(self._name, plan, call)
+            with self._session.ranges.range(plan.action.name.lower()):
+                outcome = self._session.target.run(self._name, plan, call)
             assert variant is not None
             if variant.mode is not FULL:
                 self._session.find_submodules(descriptor, variant, plan.state.warmup_runs)
@@ -154,7 +160,7 @@ class StepRunner:
     def _watch(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
         step = functools.partial(self._step, *args, **kwargs)
         context = ForwardContext(NONE, plan.state.descriptor, StepInProgress())
-        with override_forward_context(context):
+        with override_forward_context(context), self._session.ranges.range("watch"):
             output, watched = self._session.watcher.watch(step, args[0])
         self._session.watched(plan, watched)
         return Outcome(output, NONE, plan.reason)
@@ -203,7 +209,7 @@ class StepRunner:
     def _finish(
         self, outcome: Outcome, descriptor: BatchDescriptor | None, variant: Variant | None
     ) -> Any:
-        """Count the step, and with ``strict=True`` refuse one that ran in a lower mode than asked."""
+        """Count the step. With ``strict=True``, raise if it ran in a lower mode than asked."""
         session = self._session
         if outcome.mode is not FULL:
             self._count(outcome, descriptor, variant)

@@ -1,4 +1,4 @@
-"""Stands in for the calls of one submodule, in steps that run PIECEWISE."""
+"""Replace the calls of one submodule in steps that run PIECEWISE."""
 
 from __future__ import annotations
 
@@ -21,28 +21,34 @@ from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import Change
 from cg_lightning.modules.interception import Interception, ModuleHandler
 from cg_lightning.runtime.dispatcher import Action, KeyState, Miss, Plan, Variant
+from cg_lightning.runtime.profiling import Ranges
 from cg_lightning.runtime.target import GraphTarget, reason_of
 
 
 class SubmoduleRunner(ModuleHandler):
-    """Intercepts one submodule, and runs its calls from graphs.
+    """Intercepts one submodule and runs its calls from graphs.
 
-    It does so in steps whose key allows it: if a watched step called the submodule and found nothing that a graph would
-    freeze. A call has a key of its own, made of its arguments: in steps with equal batches they may differ. Like a step, a
-    call runs eagerly until its key is warm. Outside a step, in mode NONE, under gradients and inside a capture it is eager;
-    so it is if the step has changed what the submodule reads before it calls it.
+    Graphs are used only in steps whose watched run called this submodule without findings. A call
+    has its own key, which is made from its arguments, because arguments may differ in steps with
+    equal batches. Like a step, a call runs eagerly until its key is warm. A call is also eager
+    outside a step, in mode NONE, under gradients, inside a capture, and if the step has changed a
+    value that the submodule reads.
 
     Args:
         path: Dotted path of the submodule; empty for the LightningModule itself.
         target: Captures and verifies.
         backend: Captures and replays.
+        ranges: Marks replays and captures for profilers.
     """
 
-    def __init__(self, path: str, target: GraphTarget, backend: GraphBackend) -> None:
+    def __init__(
+        self, path: str, target: GraphTarget, backend: GraphBackend, ranges: Ranges
+    ) -> None:
         self.path = path
         self.target = target
         self.name = path or "forward"
         self._backend = backend
+        self._ranges = ranges
         self._guards: dict[BatchDescriptor, list[GuardSet]] = defaultdict(list)
         self._changed: dict[BatchDescriptor, str] = {}
         self._refusals: dict[BatchDescriptor, Reason] = {}
@@ -60,9 +66,9 @@ class SubmoduleRunner(ModuleHandler):
 
         Args:
             step: The key of the step.
-            guards: What the submodule read in the watched step.
-            calls: The keys of its calls there.
-            runs: How often steps with this key have run.
+            guards: The values that the submodule read in the watched step.
+            calls: The keys of its calls in that step.
+            runs: Number of steps with this key so far.
         """
         if not any(known.check() for known in self._guards[step]):
             self._guards[step].insert(0, guards)
@@ -75,7 +81,7 @@ class SubmoduleRunner(ModuleHandler):
         self._refusals[step] = reason
 
     def begin_epoch(self) -> None:
-        """Forget what was allowed for large containers that have changed since."""
+        """Forget permissions whose large containers have changed."""
         self._drop(self.target.dispatcher.begin_epoch())
         for key, known in self._guards.items():
             stale = [guards for guards in known if not guards.check_epoch()]
@@ -97,7 +103,7 @@ class SubmoduleRunner(ModuleHandler):
     def on_call(
         self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run one call: from a graph if it may."""
+        """Run one call, from a graph if that is allowed."""
         context = current_forward_context()
         if context is None or context.step is None or context.batch_descriptor is None:
             return original(*args, **kwargs)
@@ -122,7 +128,11 @@ class SubmoduleRunner(ModuleHandler):
         plan = self._plan(state, key, step)
         if plan.action is Action.REPLAY:
             assert plan.variant is not None and isinstance(plan.variant.entry, GraphEntry)  # noqa: PT018
-            output = plan.variant.entry.replay(leaves, self.target.cache.step)
+            if self._ranges.is_on:
+                with self._ranges.range("replay"):
+                    output = plan.variant.entry.replay(leaves, self.target.cache.step)
+            else:
+                output = plan.variant.entry.replay(leaves, self.target.cache.step)
             plan.variant.entry.count()
             step.graphs += 1
             return output
@@ -162,7 +172,8 @@ class SubmoduleRunner(ModuleHandler):
                 return original(*arguments[0], **arguments[1])
 
             call = GraphCall(plan.state.descriptor, call_original, (args, kwargs), leaves)
-            outcome = self.target.run(self.name, plan, call)
+            with self._ranges.range(plan.action.name.lower()):
+                outcome = self.target.run(self.name, plan, call)
             if outcome is not None:
                 if outcome.reason is None:
                     step.graphs += 1

@@ -1,4 +1,4 @@
-"""A step, or a submodule, whose calls may run from graphs."""
+"""A step or a submodule that may run from graphs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import warnings
 
 from torch import nn
 
-from cg_lightning.capture.cache import GraphCache
 from cg_lightning.capture.capture import Capturer, CaptureTarget, GraphCall
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.core.errors import CaptureError, UnkeyableBatchError
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason, Status
-from cg_lightning.core.settings import Settings
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.report.stats import CUDAGraphStats
@@ -23,43 +21,40 @@ from cg_lightning.runtime.verifier import Verdict, Verifier
 
 
 def reason_of(error: Exception, prefix: str = "") -> Reason:
-    """Return the reason that an error of a capture, or of a key, is."""
+    """Return the reason for an error that a capture or a key has raised."""
     kind = Status.NO_KEY if isinstance(error, UnkeyableBatchError) else Status.CAPTURE_FAILED
     return Reason(kind, f"{prefix}{error}")
 
 
 class GraphTarget:
-    """Captures and verifies calls of one step or submodule, and tells its dispatcher what happened.
+    """Captures and verifies calls of one step or submodule, and reports to its dispatcher.
 
-    Both runners share it: a :class:`~cg_lightning.runtime.step_runner.StepRunner` and a
-    :class:`~cg_lightning.runtime.submodule_runner.SubmoduleRunner` only adapt arguments and context to it. A plain replay
-    does not pass through here: the runner replays the entry that the plan names.
+    Both runners use it: :class:`~cg_lightning.runtime.step_runner.StepRunner` and
+    :class:`~cg_lightning.runtime.submodule_runner.SubmoduleRunner` only adapt arguments and
+    context. A plain replay does not pass through this class: the runner replays the entry itself.
 
     Args:
         module: The module whose state a call may change.
         mode: PIECEWISE or FULL.
-        settings: The options.
-        capturer: Captures.
+        capturer: Captures; it has the options and the cache.
         verifier: Compares with eager.
-        cache: All graphs of the session.
         stats: Counts.
-        effects: What whole steps leave behind; None for a submodule.
+        effects: The side effects of whole steps; None for a submodule.
     """
 
     def __init__(
         self,
         module: nn.Module,
         mode: CUDAGraphMode,
-        settings: Settings,
         capturer: Capturer,
         verifier: Verifier,
-        cache: GraphCache,
         stats: CUDAGraphStats,
         effects: ModuleEffects | None,
     ) -> None:
+        settings = capturer.settings
         self.module = module
         self.mode = mode
-        self.cache = cache
+        self.cache = capturer.cache
         self.guard = ModuleGuard(module)
         self.dispatcher = CUDAGraphDispatcher(
             settings.runtime_policy if mode is CUDAGraphMode.FULL else mode,
@@ -77,12 +72,12 @@ class GraphTarget:
         """Capture the call, or compare a replay of it with eager, as the plan says.
 
         Args:
-            name: What the target is called in the statistics.
+            name: The name of the target in the statistics.
             plan: The decision.
             call: The call.
 
         Returns:
-            The outcome; None if there is no graph and the call has not run yet.
+            The outcome. None if the capture failed and the call has not run yet.
         """
         variant = plan.variant
         assert variant is not None
@@ -92,6 +87,7 @@ class GraphTarget:
             self._effects,
             self.guard.storage_addresses(),
             self._stats.entry(self.mode.name, name, call.descriptor),
+            plan.state.ledger.why,
         )
         get_entry = functools.partial(self._get_entry, target, plan, call)
         prefix = f"{name}: " if self.mode is CUDAGraphMode.PIECEWISE else ""
@@ -114,7 +110,7 @@ class GraphTarget:
         return Outcome(verdict.output, self.mode)
 
     def _report(self, name: str, call: GraphCall, verdict: Verdict) -> Reason:
-        """Warn of a replay that differs from eager; return the reason why its key runs lower from now on."""
+        """Warn about a replay that differs from eager, and return the reason for the lower mode."""
         where = f"stage {call.descriptor.stage!r}, {name}, shapes {call.descriptor.shapes()}"
         text = f"{where}: {verdict.difference}"
         if not self._settings.strict:

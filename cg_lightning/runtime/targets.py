@@ -1,4 +1,4 @@
-"""Which submodules the user named."""
+"""The submodules that the user named."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from cg_lightning.modules.interception import can_intercept
 def match_targets(
     module: nn.Module, patterns: tuple[str, ...]
 ) -> tuple[dict[str, nn.Module], list[str]]:
-    """Gives the submodules whose dotted path matches a pattern of :mod:`fnmatch`, and the patterns that match none."""
+    """Return the submodules whose dotted path matches, and the patterns without a match.
+
+    Args:
+        module: The module.
+        patterns: Patterns of :mod:`fnmatch`.
+    """
     paths = {
         path: child for path, child in modules_that_run(module) if path and can_intercept(child)
     }
@@ -26,13 +31,16 @@ def match_targets(
 
 
 def check_targets(module: nn.Module, patterns: tuple[str, ...]) -> None:
-    """Raises:
-    ValueError: A pattern matches nothing; the message lists some paths that there are.
+    """Check that each pattern matches a submodule.
+
+    Raises:
+        ValueError: A pattern matches nothing. The message lists some existing paths.
     """
     _, unmatched = match_targets(module, patterns)
     if unmatched:
         some = ", ".join([path for path, _ in modules_that_run(module) if path][:10]) or "none"
         raise ValueError(
-            f"targets={list(patterns)!r}: {unmatched[0]!r} matches no submodule of {type(module).__name__}. Patterns are "
-            f"matched against named_modules(); its first names are: {some}."
+            f"targets={list(patterns)!r}: {unmatched[0]!r} matches no submodule of "
+            f"{type(module).__name__}. Patterns are matched against named_modules(); its first "
+            f"names are: {some}."
         )

@@ -1,4 +1,4 @@
-"""Compares replays with eager, on the user's own batches."""
+"""Compare replays with eager, on the user's own batches."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _LIKELY_CAUSE = (
 
 
 class Verdict(NamedTuple):
-    """What a comparison showed. The state is that after the run whose output it has."""
+    """The result of a comparison. All state is that of the run whose output is returned."""
 
     output: Any
-    """The output of the replay if it gave what eager gives, else that of eager."""
+    """The output of the replay if it equals eager's, otherwise the output of eager."""
     difference: str = ""
-    """What differs; empty if nothing does."""
+    """The first value that differs; empty if replay and eager are equal."""
     error: Exception | None = None
-    """Why there is no graph to compare with; None if there is one."""
+    """The error of the capture; None if there is a graph."""
 
 
 def _leaves(output: Any, values: list[tuple[str, Any]]) -> list[Any]:
@@ -60,15 +60,16 @@ def _show(value: Any) -> str:
 
 
 class Verifier:
-    """Runs calls eagerly and from their graphs, from the same state, so that a user sees one call.
+    """Runs a call eagerly and from its graph, both from the same state. The user sees one call.
 
-    If both agree, output and state are those of the replay; if they differ, those of eager. If a bit differs, eager is run
-    once more: what it differs from itself (atomic additions, for instance) is let pass.
+    If both are equal, output and state are those of the replay, otherwise those of eager. If a bit
+    differs, eager runs once more. If two eager runs differ from each other (atomic additions, for
+    example), the replay may differ by as much.
 
     Args:
         backend: Captures and replays.
         tolerance: ``exact`` or ``close``.
-        written: What steps were seen to write to.
+        written: Tensors, other than buffers, that steps write to.
     """
 
     def __init__(self, backend: GraphBackend, tolerance: str, written: WrittenTensors) -> None:
@@ -86,10 +87,11 @@ class Verifier:
         """Run the call both ways.
 
         Args:
-            target: What is captured.
+            target: The step or submodule.
             call: The call.
-            get_entry: Returns the graph; captures it if there is none. It is called after the eager run.
-            step: The number of the step under way.
+            get_entry: Returns the graph, and captures it first if there is none. It is called after
+                the eager run.
+            step: The number of the current step.
         """
         comparing = (
             contextlib.nullcontext() if target.effects is None else target.effects.comparing()

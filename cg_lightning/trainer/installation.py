@@ -1,4 +1,4 @@
-"""Takes over the steps of a stage at the strategy, and gives them back."""
+"""Intercept the steps of a stage at the strategy, and restore them."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _CONTEXTS = {
     "test": "test_step_context",
     "predict": "predict_step_context",
 }
-"""What Lightning's own strategies enter around a step, by stage."""
+"""The context of the precision plugin that Lightning's strategies enter around a step."""
 
 
 class Installation:
     """Runs the steps of one LightningModule under one strategy.
 
-    Lightning's loops call ``strategy.validation_step(...)`` and its siblings. For the time of a
-    stage the strategy *object* has an attribute of that name. It does what the method of Lightning
-    does, except that a :class:`StepRunner` runs in place of the LightningModule's step. So nothing
-    of ours is on the module or its class.
+    Lightning's loops call ``strategy.validation_step(...)`` and its siblings. During a stage, the
+    strategy *object* has an attribute of that name. It does the same as Lightning's method, but
+    runs a :class:`StepRunner` instead of the LightningModule's step. So neither the module nor its
+    class is changed.
 
     Args:
         strategy: The strategy of the Trainer.
         module: The LightningModule.
-        session: What is known of the module.
+        session: The runtime state of the module.
     """
 
     def __init__(self, strategy: Strategy, module: LightningModule, session: Session) -> None:
@@ -46,7 +46,7 @@ class Installation:
         self._stage: str | None = None
 
     def install(self, stage: str) -> None:
-        """Take over the step of ``stage``; idempotent."""
+        """Intercept the step of ``stage``; idempotent."""
         if self._stage is not None:
             return
         self._prepare(stage)
@@ -55,30 +55,30 @@ class Installation:
         vars(self._strategy)[STEP_METHODS[stage]] = functools.partial(self._run_step, stage)
 
     def graphs(self, mode: str) -> list[CapturedGraph]:
-        """Return the graphs of one mode that are kept."""
+        """Return the stored graphs of one mode."""
         return self.session.graphs(mode)
 
     def remove(self, check: bool = True) -> None:
-        """Give the step back; idempotent. ``check`` is as in :meth:`Session.remove`."""
+        """Restore the step; idempotent. ``check`` is as in :meth:`Session.remove`."""
         if self._stage is not None:
             vars(self._strategy).pop(STEP_METHODS[self._stage], None)
             self._stage = None
             self.session.remove(check)
 
     def close(self) -> None:
-        """Remove everything, and drop the graphs."""
+        """Restore the step, and drop all graphs."""
         self.remove(check=False)
         self.session.close()
         self._runners.clear()
         self._definitions.clear()
 
     def _prepare(self, stage: str) -> None:
-        """Make the runner of a stage, unless it is there from an earlier validation inside fit."""
+        """Make the runner of a stage, unless an earlier validation inside fit has made it."""
         name = STEP_METHODS[stage]
         definition = _definition(self.module, name)
         if stage in self._runners and self._definitions[stage] is definition:
             return
-        if stage in self._runners:  # the user has put another step in its place
+        if stage in self._runners:  # the user has replaced the step
             self.session.close()
             self._runners.clear()
             self._definitions.clear()
@@ -102,7 +102,7 @@ class Installation:
 
 
 class InertInstallation:
-    """Counts the steps of a Trainer under which nothing can run from graphs. Steps run as without us.
+    """Counts the steps of a Trainer that allows no graphs. All steps run as without the callback.
 
     Args:
         strategy: The strategy of the Trainer.
@@ -117,18 +117,21 @@ class InertInstallation:
         self._stage: str | None = None
 
     def install(self, stage: str) -> None:
-        """Count the steps of ``stage`` from now on; idempotent. An attribute of the user's own stays."""
+        """Count the steps of ``stage`` from now on; idempotent.
+
+        If the user has set an attribute of that name, it stays and nothing is counted.
+        """
         name = STEP_METHODS[stage]
         if self._stage is None and name not in vars(self._strategy):
             self._stage = stage
             vars(self._strategy)[name] = functools.partial(self._run_step, stage)
 
     def graphs(self, mode: str) -> list[CapturedGraph]:
-        """Return nothing: there are no graphs."""
+        """Return an empty list, because there are no graphs."""
         return []
 
     def remove(self) -> None:
-        """Give the step back; idempotent."""
+        """Restore the step; idempotent."""
         if self._stage is not None:
             vars(self._strategy).pop(STEP_METHODS[self._stage], None)
             self._stage = None
@@ -143,9 +146,9 @@ class InertInstallation:
 
 
 class _StandIn:
-    """A LightningModule with another step, for Lightning's redirection through the wrapper's forward.
+    """A LightningModule with another step, for Lightning's redirection through DDP's forward.
 
-    The redirection sets ``forward``, which the wrapper calls, so that is set on the module itself.
+    The redirection sets ``forward``, which DDP calls, so this attribute goes to the module itself.
     """
 
     def __init__(self, module: LightningModule, name: str, runner: StepRunner) -> None:
@@ -161,7 +164,7 @@ class _StandIn:
 
 
 def _definition(module: LightningModule, name: str) -> Any:
-    """Return what stands behind a method: bound methods and partials are new at each access."""
+    """Return the definition of a method, because bound methods are new objects at each access."""
     if name in vars(module):
         return vars(module)[name]
     return next((vars(cls)[name] for cls in type(module).__mro__ if name in vars(cls)), None)

@@ -1,4 +1,4 @@
-"""``self.log`` called after a replay, if Lightning keeps logged values in a way we do not know."""
+"""Repeat ``self.log`` after a replay, if Lightning stores logged values in an unknown way."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ _UNKNOWN = (
 
 
 class HeldLogCalls:
-    """Keeps calls of ``self.log`` back, and makes them; a
-    :class:`~cg_lightning.effects.logged_values.LogCalls`.
+    """Collects calls of ``self.log``, and repeats them after a replay.
+
+    It implements :class:`~cg_lightning.effects.logged_values.LogCalls`.
 
     Args:
         module: The LightningModule.
@@ -33,10 +34,10 @@ class HeldLogCalls:
 
     @contextlib.contextmanager
     def collected(self) -> Iterator[Calls]:
-        """While this is entered, ``self.log`` only notes what it is given.
+        """While this is entered, ``self.log`` only stores its arguments.
 
-        Lightning's own ``log`` is replaced, which ``self.log_dict`` calls as well. A ``log`` of the
-        user's that calls it runs, so that a step gets what it returns.
+        Lightning's own ``log`` is replaced, which ``self.log_dict`` calls as well. If the user
+        overrides ``log``, the override still runs, so that the step gets its return value.
         """
         if not self._has_warned:
             self._has_warned = True
@@ -51,7 +52,7 @@ class HeldLogCalls:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """While this is entered, :meth:`make` does nothing: a step that is compared logs once."""
+        """While this is entered, :meth:`make` does nothing, so that a verified step logs once."""
         self._is_held = True
         try:
             yield
@@ -59,9 +60,9 @@ class HeldLogCalls:
             self._is_held = False
 
     def make(self, calls: Calls) -> None:
-        """Make the calls, unless they are held."""
+        """Make the calls, unless :meth:`held` is entered."""
         if self._is_held:
             return
-        log = base_method(self._module, "log")  # overrides of the user have run already
+        log = base_method(self._module, "log")  # the user's overrides have run already
         for args, kwargs in calls:
             log(*args, **kwargs)

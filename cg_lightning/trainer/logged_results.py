@@ -1,8 +1,8 @@
 """Adapter for Lightning's private results collection, which stores values passed to ``self.log``.
 
 All access goes through this module. The collection is private (Lightning 2.6,
-``lightning/pytorch/trainer/connectors/logger_connector/result.py``), so it is looked at before it
-is used.
+``lightning/pytorch/trainer/connectors/logger_connector/result.py``), so its attributes are checked
+before it is used.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from cg_lightning.trainer.log_calls import HeldLogCalls
 
 
 class LoggedResults:
-    """The results of the loop that runs a module; a
-    :class:`~cg_lightning.effects.logged_values.LoggedValues`.
+    """The results of the loop that runs a module.
+
+    It implements :class:`~cg_lightning.effects.logged_values.LoggedValues`.
 
     Args:
         module: The LightningModule.
@@ -34,20 +35,20 @@ class LoggedResults:
 
     @property
     def collection(self) -> Any:
-        """The results of the loop that runs now.
+        """The results of the current loop.
 
-        None if there is no loop, or it keeps no results, or not as we know them.
+        None if there is no loop, if it stores no results, or if their structure is unknown.
         """
         results = self._any_collection
         return results if results is not None and self.is_known(results) else None
 
     def is_supported(self) -> bool:
-        """Return True if Lightning keeps what is logged now as we know it, or nothing is logged."""
+        """Return True if the structure of the results is known, or if there are no results."""
         results = self._any_collection
         return results is None or self.is_known(results)
 
     def is_known(self, results: Any) -> bool:
-        """Return True if these are results as we know them."""
+        """Return True if the structure of these results is known."""
         return (
             isinstance(results, dict)
             and all(
@@ -68,14 +69,14 @@ class LoggedResults:
         return list((self.collection or {}).values())
 
     def snapshot(self) -> tuple[Any, dict[str, Any], dict[str, Any], Any]:
-        """Return what a step may change, for :meth:`restore`."""
+        """Return the state that a step may change, for :meth:`restore`."""
         results = self.collection
         if results is None:
             return None, {}, {}, None
         return results, dict(results), dict(vars(results)), self.connector._current_fx
 
     def restore(self, snapshot: tuple[Any, dict[str, Any], dict[str, Any], Any]) -> None:
-        """Put back what a step has changed."""
+        """Restore the state of a snapshot."""
         results, items, attributes, current_fx = snapshot
         if results is None:
             return
@@ -85,7 +86,7 @@ class LoggedResults:
         self.connector._current_fx = current_fx
 
     def begin(self) -> None:
-        """Do what the first ``self.log`` of an epoch does before all else; else nothing."""
+        """Reset values as the first ``self.log`` of an epoch does. Otherwise do nothing."""
         fx = getattr(self._module, "_current_fx_name", None)
         if (
             self.collection is not None
@@ -110,7 +111,7 @@ class LoggedResults:
         self._skipping.clear()
 
     def effect(self) -> Effect:
-        """Return what the step that has just logged did beside updating metrics."""
+        """Return the side effects of ``self.log`` in the last step, except metric updates."""
         results, connector = self.collection, self.connector
         return RestoreLogResults(
             self,
@@ -127,12 +128,12 @@ class LoggedResults:
 
     @property
     def connector(self) -> Any:
-        """Lightning's object that knows for which hook values are logged."""
+        """Lightning's object that stores the hook for which values are logged."""
         return self._module.__dict__["_trainer"]._logger_connector
 
 
 class _MetricsOfEpochs:
-    """Stands in for ``metrics`` of results if none of them has a value for each step."""
+    """Replaces ``metrics`` of the results if no value is logged with ``on_step=True``."""
 
     def __init__(self, results: Any) -> None:
         self._results = results

@@ -1,4 +1,4 @@
-"""What has to hold before the first batch."""
+"""Conditions that are checked before the first batch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,20 @@ _RESHARDING = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 
 def why_inert(trainer: Trainer, module: nn.Module) -> str:
-    """Gives the reason why nothing of this module can run from graphs under this Trainer; empty where it can."""
+    """Return why this Trainer cannot run this module from graphs. Empty if it can."""
     strategy = trainer.strategy
     if lightning_class(type(strategy), *_RESHARDING):
-        return f"{type(strategy).__name__} moves parameters between steps, so graphs would read stale memory"
+        return (
+            f"{type(strategy).__name__} moves parameters between steps, so graphs would read stale "
+            "memory"
+        )
     if reason := _why_no_steps(strategy):
         return reason
     if is_compiled_as_a_whole(module):
-        return "the LightningModule was compiled as a whole; compile its submodules instead: self.net = torch.compile(self.net)"
+        return (
+            "the LightningModule was compiled as a whole; compile its submodules instead: "
+            "self.net = torch.compile(self.net)"
+        )
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if is_traceable_wrapper_subclass(tensor):
             return f"{name} is a {type(tensor).__name__}, whose memory cannot be watched"
@@ -32,7 +38,7 @@ def why_inert(trainer: Trainer, module: nn.Module) -> str:
 
 
 def _why_no_steps(strategy: Strategy) -> str:
-    """Return why the steps cannot be taken over at this strategy; empty if they can."""
+    """Return why the steps of this strategy cannot be intercepted. Empty if they can."""
     cls = type(strategy)
     for name in STEP_METHODS.values():
         definer = next((base for base in cls.__mro__ if name in vars(base)), None)
@@ -49,13 +55,16 @@ def _why_no_steps(strategy: Strategy) -> str:
 
 
 def check_not_graphed_already(module: LightningModule) -> None:
-    """Raises:
-    ValueError: The LightningModule was compiled with a mode that uses CUDA graphs itself.
+    """Check that the module does not use CUDA graphs already.
+
+    Raises:
+        ValueError: The LightningModule was compiled with a mode that uses CUDA graphs.
     """
     context: dict[str, Any] = getattr(module, "_compiler_ctx", None) or {}
     config = getattr(context.get("dynamo_ctx"), "compiler_config", None) or {}
     if config.get("triton.cudagraphs") or is_graphed_by_compiler(module):
         raise ValueError(
-            f"{type(module).__name__} was compiled by torch.compile with CUDA graphs of its own (mode='reduce-overhead' or "
-            f"'max-autotune'). Compile it with mode='default' or 'max-autotune-no-cudagraphs', or remove CUDAGraphCallback."
+            f"{type(module).__name__} was compiled by torch.compile with CUDA graphs of its own "
+            "(mode='reduce-overhead' or 'max-autotune'). Compile it with mode='default' or "
+            "'max-autotune-no-cudagraphs', or remove CUDAGraphCallback."
         )

@@ -1,0 +1,164 @@
+"""Graphs without a Trainer: for a loop of one's own, or Lightning Fabric."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from typing_extensions import Self
+
+from cg_lightning.backends import resolve_backend
+from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.core.settings import Settings
+from cg_lightning.effects.module_effects import ModuleEffects
+from cg_lightning.report.stats import CUDAGraphStats
+from cg_lightning.report.summary import render_summary
+from cg_lightning.runtime.session import Session
+from cg_lightning.runtime.step_runner import StepRunner
+from cg_lightning.runtime.targets import check_targets
+
+_STAGE = "call"
+_NOT_HERE = ("stages", "report")
+"""Options of the callback that mean nothing without a Trainer."""
+_NO_CUDA = Reason(Status.INERT, "no CUDA device: backend='auto' runs eagerly")
+
+
+class Graphed:
+    """Runs calls of a module, or of a function that uses one, from graphs. :func:`graphed` makes it.
+
+    The first call installs what intercepts submodules; :meth:`close`, or the end of the ``with`` block, takes it away and
+    drops the graphs. While it is open, nobody else may replace the module's step by a graph.
+
+    Attributes:
+        stats: Counts, as those of :class:`~cg_lightning.CUDAGraphCallback`; the stage is ``call``.
+    """
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module, settings: Settings) -> None:
+        self.stats = CUDAGraphStats()
+        self._function = function
+        self._module = module
+        self._settings = settings
+        self._runner: StepRunner | None = None
+        self._session: Session | None = None
+        self._is_eager = False
+        self._name = getattr(function, "__name__", type(function).__name__)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function: eagerly while its arguments are new, then from a graph."""
+        if self._runner is None and not self._is_eager:
+            self._open()
+        if self._runner is None:
+            output = self._function(*args, **kwargs)
+            self.stats.ran(_STAGE, "NONE", "-", _NO_CUDA)
+            return output
+        return self._runner.run(((args, kwargs),), {})
+
+    def _open(self) -> None:
+        device = next((p.device for p in self._module.parameters()), None)
+        if device is None:
+            device = next((b.device for b in self._module.buffers()), torch.device("cpu"))
+        backend = resolve_backend(self._settings.backend, device)
+        if self._settings.targets is not None:
+            check_targets(self._module, tuple(self._settings.targets))
+        if backend is None:
+            self._is_eager = True
+            warnings.warn(
+                "graphed: the module is not on a CUDA device and backend='auto', so every call "
+                "runs eagerly. To try graphs on this machine, at a cost in speed, ask for "
+                "backend='recorder'.",
+                stacklevel=3,
+            )
+            return
+        effects = ModuleEffects(
+            self._module, backend.device, sync_free=self._settings.sync_free_metrics
+        )
+        self._session = Session(self._module, backend, self._settings, self.stats, effects)
+        self._runner = StepRunner(self._session, _STAGE, self._name, self._run)
+        self._session.install()
+
+    def _run(self, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+        args, kwargs = arguments
+        return self._function(*args, **kwargs)
+
+    def summary(self) -> str:
+        """Return the counts as a table."""
+        return render_summary(self.stats, self._settings.backend, [_STAGE])
+
+    def close(self, check: bool = True) -> None:
+        """Leave no trace in the module, and drop the graphs. The next call starts again.
+
+        Args:
+            check: Raise what metrics would have refused in the meantime.
+
+        Raises:
+            Exception: What a metric's ``validate_args`` would have raised in eager.
+        """
+        session, self._session, self._runner = self._session, None, None
+        if session is not None:
+            try:
+                session.remove(check)
+            finally:
+                session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close(check=kind is None)
+
+
+def graphed(
+    function: Callable[..., Any], *, module: nn.Module | None = None, **options: Any
+) -> Graphed:
+    """Run calls of a module or function from graphs, without a Trainer: for a plain loop or Lightning Fabric.
+
+    What it does, and what keeps a call out of graphs, is the same as in :class:`~cg_lightning.CUDAGraphCallback`: the first
+    calls of each shape run eagerly and are watched, graphs are verified and guarded, and what cannot be captured runs eagerly
+    with a reason. Calls under gradients run eagerly. It does *not* move anything to a device, and it does not train.
+
+    Args:
+        function: A module, a method of a module, or a function that uses ``module``. Tensors among its arguments, nested ones
+            too, are inputs of the graph; other arguments belong to its key.
+        module: The module whose parameters and submodules a plain function uses.
+        **options: As the arguments of :class:`~cg_lightning.CUDAGraphCallback`, without ``stages`` and ``report``.
+
+    Returns:
+        A callable that is a context manager as well; at its end nothing is left on the module.
+
+    Raises:
+        ValueError: A plain function is given without ``module``, or an option is unknown or out of its range.
+
+    Example::
+
+        >>> import torch
+        >>> from cg_lightning import graphed
+        >>> net = torch.nn.Linear(8, 4).eval()
+        >>> with torch.inference_mode(), graphed(net, backend="recorder") as run:
+        ...     outputs = [run(torch.randn(2, 8)) for _ in range(8)]
+        >>> run.stats.steps
+        {'NONE': 3, 'PIECEWISE': 0, 'FULL': 5}
+    """
+    known = set(Settings.__dataclass_fields__) - set(_NOT_HERE)
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ValueError(
+            f"graphed has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}."
+        )
+    if module is None:
+        owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+        if not isinstance(owner, nn.Module):
+            raise ValueError(
+                f"graphed({getattr(function, '__name__', function)!r}) is given a function that is "
+                "no method of a module; expected module=..., the module that it uses."
+            )
+        module = owner
+    return Graphed(function, module, Settings(**options))

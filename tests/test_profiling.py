@@ -1,0 +1,49 @@
+"""What profilers show of us."""
+
+from __future__ import annotations
+
+import pytest
+from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
+
+from tests.harness import features, predict
+from tests.models import Body, Predictor
+
+
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
+def test_the_simple_profiler_shows_what_we_do(harness, mode, tmp_path):
+    profiler = SimpleProfiler(dirpath=tmp_path, filename="profile")
+    callback = harness.callback(mode=mode)
+    harness.trainer(callback, profiler=profiler).predict(Predictor(Body()), features(40))
+    counts = {name: len(times) for name, times in profiler.recorded_durations.items()}
+    shown = {name: number for name, number in counts.items() if name.startswith("cuda_graph/")}
+    expected = {"watch": 1, "capture": 1, "verify": 1, "replay": 5}
+    assert shown == {f"cuda_graph/{name}": number for name, number in expected.items()}
+
+
+def test_the_advanced_profiler_shows_what_we_do(harness, tmp_path):
+    profiler = AdvancedProfiler(dirpath=tmp_path, filename="profile")
+    trainer = harness.trainer(harness.callback(), profiler=profiler)
+    trainer.predict(Predictor(Body()), features(40))
+    written = "".join(file.read_text() for file in tmp_path.glob("*.txt"))
+    assert "Profile stats for: cuda_graph/replay" in written
+
+
+def test_the_pytorch_profiler_shows_what_we_do(harness, tmp_path):
+    profiler = PyTorchProfiler(dirpath=tmp_path, filename="profile", record_module_names=False)
+    trainer = harness.trainer(harness.callback(), profiler=profiler)
+    trainer.predict(Predictor(Body()), features(40))
+    names = {event.key for event in profiler.function_events.key_averages()}
+    # of ten steps it records the third to the fifth
+    assert any("cuda_graph/capture" in name for name in names), names
+
+
+def test_without_a_profiler_nothing_is_entered(harness, monkeypatch):
+    from cg_lightning.runtime.profiling import Ranges
+
+    entered: list[str] = []
+    original = Ranges.range
+    monkeypatch.setattr(
+        Ranges, "range", lambda self, name: entered.append(name) or original(self, name)
+    )
+    harness.compare(Predictor(Body()), predict(features(40)), harness.callback())
+    assert "replay" not in entered
