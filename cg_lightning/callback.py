@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
@@ -22,6 +21,7 @@ from cg_lightning.core.settings import (
 )
 from cg_lightning.core.stages import STEP_METHODS
 from cg_lightning.effects.module_effects import ModuleEffects
+from cg_lightning.modules.kinds import lightning_class
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.summary import render_summary
 from cg_lightning.runtime.session import Session
@@ -220,7 +220,7 @@ class CUDAGraphCallback(Callback):
             logged=LoggedResults(pl_module),
         )
         profiler: Any = trainer.profiler  # type: ignore[attr-defined]
-        if isinstance(profiler, PassThroughProfiler):
+        if lightning_class(type(profiler), "PassThroughProfiler"):
             profiler = None
         session = Session(pl_module, backend, self._settings, self.stats, effects, profiler)
         self._installation = Installation(trainer.strategy, pl_module, session)

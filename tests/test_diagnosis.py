@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics import MeanSquaredError
 
-from cg_lightning import diagnose
+from cg_lightning import CaptureError, CUDAGraphCallback, diagnose
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detectors.batch_index import uses_batch_index
 from cg_lightning.diagnosis.watcher import StepWatcher
-from tests.harness import Harness, assert_same, features
+from tests.harness import Harness, assert_same, features, images
 from tests.models import Body, ConvNetClassifier, Predictor
 
 
@@ -146,6 +146,62 @@ def test_the_step_of_a_lightning_module_without_a_trainer():
     assert model.training
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_diagnosis_and_callback_decide_alike(harness, stage):
+    """Issue 17: what diagnose() calls one graph, mode FULL with strict=True runs as one; else it names the same cause."""
+
+    class Reads(ConvNetClassifier):
+        def on_step(self, batch: Any) -> Any:
+            return self.net(batch[0]).mean().item()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("loss", self.on_step(batch))
+
+        def test_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("loss", self.on_step(batch))
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.on_step(batch)
+
+    data = images(40)
+    batch = next(iter(data))
+    settings = {} if stage == "predict" else {"verbose": False}
+
+    def run(model: Any) -> CUDAGraphCallback:
+        callback = harness.callback(mode="FULL", strict=True)
+        getattr(harness.trainer(callback), stage)(model, data, **settings)
+        return callback
+
+    assert diagnose(ConvNetClassifier(4), batch, stage=stage).capturable()
+    assert run(ConvNetClassifier(4)).stats.steps == {"NONE": 3, "PIECEWISE": 0, "FULL": 7}
+    found = diagnose(Reads(4), batch, stage=stage)
+    assert not found.capturable()
+    with pytest.raises(CaptureError) as caught:
+        run(Reads(4))
+    assert caught.value.diagnosis.findings[0] == found.findings[0]
+    assert str(found.findings[0]) in str(caught.value)
+
+
+def test_a_module_of_the_package_pytorch_lightning():
+    """Both packages define LightningModule; the callback and diagnose() take either."""
+    pl = pytest.importorskip("pytorch_lightning", reason="pytorch_lightning is not installed")
+
+    class Mine(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Body()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("mean", self.net(batch[0]).mean())
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch[0]) * (1 + self.trainer.world_size)
+
+    batch = (torch.randn(2, 8),)
+    assert diagnose(Mine(), batch, stage="validate").capturable()
+    assert "no Trainer" in diagnose(Mine(), batch).stopped
 
 
 def test_uses_of_batch_idx():

@@ -69,10 +69,26 @@ def test_the_numbers_of_the_ledger():
     assert f"After {MOST_UNREPEATED} watched keys" in ARCHITECTURE
 
 
-def test_every_argument_of_the_callback():
+def test_every_argument_of_the_callback_with_its_default():
     import inspect
 
     from cg_lightning import CUDAGraphCallback
 
-    for name in inspect.signature(CUDAGraphCallback).parameters:
-        assert f"| `{name}` |" in README
+    parameters = inspect.signature(CUDAGraphCallback).parameters
+    table = README.split("| argument | default | meaning |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", table, re.MULTILINE)
+    assert [name for name, _ in rows] == list(parameters)
+    in_words = {"stages": "all three"}
+    for name, written in rows:
+        default = parameters[name].default
+        shown = f'`"{default}"`' if isinstance(default, str) else f"`{default}`"
+        assert written == in_words.get(name, shown), name
+
+
+def test_the_summary_of_the_readme_is_what_is_printed_today():
+    from cg_lightning.report.summary import _HEADERS
+
+    shown = README.split("<!-- output: summary -->")[1].split("```")[1]
+    assert "  ".join(_HEADERS) in re.sub(r" {2,}", "  ", shown)
+    assert "CUDA graphs (backend: recorder)\n\nvalidate: " in shown
+    assert max(map(len, shown.splitlines())) <= 80

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
 
@@ -11,11 +12,12 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from torch import nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, MeanSquaredError
 
 from cg_lightning import CUDAGraphCallback
 from cg_lightning.modules.attributes import names_of_frameworks
 from cg_lightning.modules.kinds import is_user_class, is_user_file, lightning_class
+from cg_lightning.trainer.preconditions import why_inert
 from tests.harness import assert_same, features, predict, validate
 from tests.models import Body, Predictor
 
@@ -301,6 +303,47 @@ def test_strategies_of_both_packages_are_known_by_name():
     assert lightning_class(type("Mine", (other,), {}), "FSDPStrategy") is other
     assert lightning_class(mine, "FSDPStrategy") is None
     assert lightning_class(derived, "FSDPStrategy") is FSDPStrategy
+
+
+def test_a_trainer_of_the_package_pytorch_lightning(harness):
+    """Our callback is one of ``lightning.pytorch``, and runs in Trainers of both packages."""
+    pl = pytest.importorskip("pytorch_lightning", reason="pytorch_lightning is not installed")
+
+    class Mine(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Body()
+            self.seen = MeanSquaredError()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            output = self.net(batch[0])
+            self.seen.update(output, batch[0])
+            self.log("seen", self.seen)
+            self.log("square", output.square().mean())
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch[0])
+
+    seen, callback, module = [], harness.callback(), Mine()
+    accelerator = "gpu" if harness.backend == "cuda" else "cpu"
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    for extra in ([callback], []):
+        trainer = pl.Trainer(
+            callbacks=extra, accelerator=accelerator, devices=1, **dict.fromkeys(quiet, False)
+        )
+        metrics = trainer.validate(module, features(40), verbose=False)
+        seen.append((metrics, trainer.predict(module, features(40))))
+    assert_same(*seen)
+    assert callback.stats.steps["FULL"] == 14, callback.summary()
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_strategies_that_move_parameters_are_refused_in_both_packages(package, name):
+    strategies = pytest.importorskip(f"{package}.strategies", reason=f"{package} is not installed")
+    strategy = object.__new__(getattr(strategies, name))
+    trainer = types.SimpleNamespace(strategy=strategy)
+    assert why_inert(trainer, Body()).startswith(f"{name} moves parameters between steps")
 
 
 def test_whose_a_name_a_class_or_a_file_is(tmp_path, monkeypatch):

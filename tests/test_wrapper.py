@@ -1,4 +1,5 @@
 import copy
+import doctest
 import logging
 import pickle
 
@@ -144,6 +145,26 @@ def test_by_hand_a_second_call_replays(net, x, backend):
         wrapper(x)
     assert net.calls == 1
     assert len(wrapper.concrete_cudagraph_entries) == 1
+
+
+def test_other_tensors_give_a_stale_result_unless_addresses_are_checked(net, x, backend):
+    """Issue 17: documented, with an example that runs."""
+    silent, checking = wrap(net, backend), wrap(net, backend, check_addresses=True)
+    with set_forward_context(FULL, KEY):
+        first = silent(x).clone()
+        assert torch.equal(silent(x + 1), first)
+        assert torch.equal(silent(x.copy_(x + 1)), first + 2)
+        checking(x)
+        with pytest.raises(CUDAGraphError, match=r"captured\.copy_\(new\)"):
+            checking(x + 1)
+
+
+def test_the_example_of_the_docstring_runs():
+    (example,) = doctest.DocTestFinder(recurse=False).find(CUDAGraphWrapper, "CUDAGraphWrapper")
+    with torch.enable_grad():
+        results = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example)
+    assert results.attempted == 8
+    assert results.failed == 0
 
 
 def test_address_check_names_the_leaf(net, x, backend, device):

@@ -63,10 +63,11 @@ class CUDAGraphWrapper:
     (``BatchDescriptor.call``). In a context that you open yourself, a second call replays the entry
     of the first.
 
-    The wrapper does *not* own buffers, and it does *not* copy inputs or outputs. Write new values
-    into the tensors that were captured, and read or copy the output before the next replay. The
-    wrapper does *not* check that the descriptor fits the arguments. If address checks are on, it
-    compares the addresses of the arguments with those of the capture.
+    The wrapper does *not* own buffers, and it does *not* copy inputs or outputs. Copy new values
+    into the tensors that were captured, and read or copy the output before the next replay. If a
+    call passes *other* tensors, the graph still reads the old ones and returns a stale result, and
+    nothing is raised. With ``CUDAGraphOptions(check_addresses=True)`` such a call raises. Use it
+    while you write a loop. The wrapper does *not* check that the descriptor fits the arguments.
 
     Example::
 
@@ -74,18 +75,25 @@ class CUDAGraphWrapper:
         >>> from cg_lightning import (
         ...     BatchDescriptor,
         ...     CUDAGraphMode,
+        ...     CUDAGraphOptions,
         ...     CUDAGraphWrapper,
         ...     set_forward_context,
         ... )
-        >>> FULL = CUDAGraphMode.FULL
-        >>> double = CUDAGraphWrapper(lambda x: x * 2, FULL, backend="recorder")
-        >>> x = torch.ones(2)
-        >>> with torch.no_grad(), set_forward_context(FULL, BatchDescriptor(batch_size=2)):
-        ...     first = double(x).tolist()  # captured, then replayed
-        ...     _ = x.fill_(5)
-        ...     second = double(x).tolist()  # replayed
-        >>> first, second, len(double.concrete_cudagraph_entries)
-        ([2.0, 2.0], [10.0, 10.0], 1)
+        >>> FULL, key = CUDAGraphMode.FULL, BatchDescriptor(batch_size=2)
+        >>> options = CUDAGraphOptions(check_addresses=True)
+        >>> double = CUDAGraphWrapper(lambda x: x * 2, FULL, options, backend="recorder")
+        >>> static = torch.tensor([1.0, 2.0])  # each batch is copied into it
+        >>> with torch.no_grad(), set_forward_context(FULL, key):
+        ...     print(double(static).tolist())  # captured, then replayed
+        ...     for batch in (torch.tensor([3.0, 4.0]), torch.tensor([5.0, 6.0])):
+        ...         print(double(static.copy_(batch)).tolist())  # replayed
+        [2.0, 4.0]
+        [6.0, 8.0]
+        [10.0, 12.0]
+        >>> with torch.no_grad(), set_forward_context(FULL, key):
+        ...     double(torch.tensor([7.0, 8.0]))  # without check_addresses: [10.0, 12.0] again
+        Traceback (most recent call last):
+        cg_lightning.core.errors.CUDAGraphError: Input args[0] is at ...
 
     Args:
         runnable: The callable.
@@ -214,5 +222,5 @@ class CUDAGraphWrapper:
                 raise CUDAGraphError(
                     f"Input {path} is at {tensor.data_ptr():#x}, but the graph reads "
                     f"{expected:#x}: expected the address of the capture. Copy new values into the "
-                    "captured tensor."
+                    "captured tensor: captured.copy_(new)."
                 )

@@ -223,6 +223,8 @@ class CUDAGraphStats:
                 before = earlier.entries[index]
                 for name in ("captures", "replays", "seconds", "timed", "host_seconds"):
                     setattr(record, name, getattr(entry, name) - getattr(before, name))
+            if record.captures < 2:
+                record.why_again = ""  # that was in an earlier run
             new.entries.append(record)
         for key, steps in self._records.items():
             seen = earlier._records.get(key)
