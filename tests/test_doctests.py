@@ -34,7 +34,9 @@ def examples(name: str) -> list[doctest.DocTest]:
 
 def run(test: doctest.DocTest) -> str:
     output: list[str] = []
-    doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=output.append)
+    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).run(
+        test, out=output.append
+    )
     return "".join(output)
 
 
