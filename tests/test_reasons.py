@@ -129,7 +129,7 @@ def test_a_graph_that_is_captured_again_says_why(harness, mode):
     (entry,) = callback.stats.entries
     assert entry.captures == 2
     weight = "net.0.weight" if mode == "FULL" else "0.weight"
-    assert entry.why_again == f"parameters or buffers lie at new addresses: {weight}"
+    assert entry.why_again == f"parameters or buffers are at new addresses: {weight}"
     assert f"captured again: {entry.why_again}" in " ".join(callback.summary().split())
 
 
