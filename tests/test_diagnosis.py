@@ -150,7 +150,7 @@ def test_the_step_of_a_lightning_module_without_a_trainer():
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_diagnosis_and_callback_decide_alike(harness, stage):
-    """Issue 17: what diagnose() calls one graph, mode FULL with strict=True runs as one; else it names the same cause."""
+    """Issue 17: diagnose() and mode FULL with strict=True agree, and name the same cause."""
 
     class Reads(ConvNetClassifier):
         def on_step(self, batch: Any) -> Any:

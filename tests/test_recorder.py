@@ -70,7 +70,7 @@ class Embed(nn.Module):
 
 
 def skip_where_eager_fails(eager, autocast):
-    """Some CPUs have no bfloat16 for some layers (oneDNN's LSTM): that is PyTorch's, and no failure of a graph."""
+    """Some CPUs have no bfloat16 for some layers (oneDNN's LSTM), which is not our failure."""
     try:
         eager()
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""The parts that run and decide, made without a Trainer: session, runners, target, verifier, cache, entry."""
+"""Session, runners, target, verifier, cache and entry, made without a Trainer."""
 
 from __future__ import annotations
 

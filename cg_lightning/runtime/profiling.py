@@ -11,29 +11,29 @@ from cg_lightning.backends import GraphBackend
 
 
 class Profiler(Protocol):
-    """What is used of Lightning's profilers."""
+    """The part of Lightning's profilers that is used here."""
 
     def profile(self, action_name: str) -> AbstractContextManager[object]:
         """Return a context whose time is counted for ``action_name``."""
 
 
 class Ranges:
-    """Marks what we do, for the profiler of the Trainer and as NVTX ranges.
+    """Marks ranges for the profiler of the Trainer, and as NVTX ranges.
 
     Args:
         backend: Marks ranges for traces of its device.
-        profiler: The profiler; None: nobody looks, so nothing is marked.
+        profiler: The profiler. None: nothing is marked.
     """
 
     def __init__(self, backend: GraphBackend, profiler: Profiler | None) -> None:
         self._backend = backend
         self._profiler = profiler
         self.is_on = profiler is not None
-        """Whether ranges are marked. A replay reads it, because an unused range still costs time."""
+        """Whether ranges are marked. A replay reads it, because an unused range costs time."""
 
     @contextlib.contextmanager
     def range(self, name: str) -> Iterator[None]:
-        """Mark what is run inside as ``cuda_graph/<name>``."""
+        """While this is entered, the range ``cuda_graph/<name>`` is marked."""
         if self._profiler is None:
             yield
             return
