@@ -52,7 +52,7 @@ def _lacks_a_trainer(module: nn.Module, error: BaseException) -> bool:
 
 
 def _is_lightning(module: nn.Module) -> bool:
-    """Whether it is a LightningModule, of ``lightning`` or of ``pytorch_lightning``."""
+    """Return True for a LightningModule of ``lightning`` or ``pytorch_lightning``."""
     return lightning_class(type(module), "LightningModule") is not None
 
 

@@ -137,7 +137,7 @@ class GraphEntry:
         self.record.replays += 1
 
     def took(self, seconds: float) -> None:
-        """Note the time on the host of a step that was one replay, in seconds."""
+        """Add the host time of a step that was one replay, in seconds."""
         record = self.record
         record.timed += 1
         record.host_seconds += seconds

@@ -63,7 +63,7 @@ class CaptureLedger:
     def __init__(self) -> None:
         self.balance = CREDIT
         self.why = ""
-        """What varies, or that a graph was evicted: why the family had to spend last."""
+        """Why the family spent last: the value that varies, or an eviction. Empty at first."""
         self._status = Status.UNPROFITABLE
         self._waiting = 0
         self._next_wait = FIRST_WAIT
