@@ -278,14 +278,14 @@ class UnreadableError(Exception):
     """Nobody can look into a value; the message says why."""
 
 
-def look_into(value: Any) -> FrozenValues:
-    """Remembers what is in a value.
+def look_into(value: Any, path: str = "") -> FrozenValues:
+    """Remembers what is in a value, whose name is ``path``.
 
     Raises:
         UnreadableError: The value raises something itself: a file that is closed, say.
     """
     try:
-        return FrozenValues([value])
+        return FrozenValues([value], [path])
     except Exception as error:
         words = f"cannot be looked into: {type(error).__name__}: {error}"
         raise UnreadableError(words) from error

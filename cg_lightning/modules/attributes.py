@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 
 from cg_lightning.core.descriptor import is_plain_value
-from cg_lightning.core.tree import flatten
 from cg_lightning.modules.compiled import is_compiled_in_place
 from cg_lightning.modules.kinds import is_metric, is_user_class, is_user_module, lightning_class
 
@@ -33,23 +32,18 @@ def same_attributes(attributes: dict[str, Any], before: dict[str, Any]) -> bool:
     )
 
 
+@functools.lru_cache(maxsize=4096)
 def slots_of(cls: type) -> tuple[str, ...]:
-    """Gives the attributes that instances of ``cls`` keep in slots."""
-    declared = [vars(base).get("__slots__", ()) for base in cls.__mro__]
-    names = [name for slots in declared for name in ((slots,) if isinstance(slots, str) else slots)]
-    return tuple(
-        [name for name in names if isinstance(getattr(cls, name, None), types.MemberDescriptorType)]
-    )
-
-
-def is_plain_object(value: Any) -> bool:
-    """Whether ``value`` is an object of the user's that holds attributes: a configuration, say."""
-    cls = type(value)
-    if isinstance(value, (nn.Module, Tensor, type, types.ModuleType)):
-        return False
-    if lightning_class(cls, "Trainer") or (callable(value) and not is_user_class(cls)):
-        return False
-    return hasattr(value, "__dict__") or bool(slots_of(type(value)))
+    """Gives the attributes that instances of ``cls`` keep in slots, as ``getattr`` wants them."""
+    found: dict[str, None] = {}
+    for base in cls.__mro__:
+        slots = vars(base).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            is_private = name.startswith("__") and not name.endswith("__")
+            mangled = f"_{base.__name__.lstrip('_')}{name}" if is_private else name
+            if isinstance(vars(base).get(mangled), types.MemberDescriptorType):
+                found[mangled] = None
+    return tuple(found)
 
 
 def attributes_of(value: Any) -> dict[str, Any]:
@@ -66,20 +60,6 @@ def scripted_attributes(module: nn.Module) -> dict[str, Any]:
     return {
         name: value if isinstance(value, Tensor) else repr(value) for name, value in values.items()
     }
-
-
-def is_configuration(value: Any, within: frozenset[int] = frozenset()) -> bool:
-    """Whether an object of the user's holds nothing but plain values, tensors, containers of them, and objects like itself."""
-    if id(value) in within:
-        return True
-    leaves = flatten(list(attributes_of(value).values()))[0]
-    within |= {id(value)}
-    return all(
-        is_plain_value(leaf)
-        or isinstance(leaf, Tensor)
-        or (is_plain_object(leaf) and is_configuration(leaf, within))
-        for leaf in leaves
-    )
 
 
 def names_of_frameworks(module: nn.Module) -> frozenset[str]:

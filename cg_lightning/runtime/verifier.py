@@ -18,7 +18,7 @@ from cg_lightning.core.tree import flatten, leaf_paths
 from cg_lightning.effects.step_state import StepState
 
 _LIKELY_CAUSE = (
-    "The graph has most likely frozen a Python value, one that a function has closed over for "
+    "The graph has most likely frozen a Python value, one that a library keeps for "
     "instance, or reads memory that has moved"
 )
 

@@ -161,7 +161,13 @@ class _PersistentTensors:
             if name not in names_of_frameworks(module) and not is_plain_value(value)
             if (contents := _contents(value)) is not None
         ]
-        self._hidden = [module for _, _, values in self._attributes for module in values.modules]
+        known = {id(module) for module in root.modules()}
+        self._hidden = [
+            module
+            for _, _, values in self._attributes
+            for module in values.modules
+            if id(module) not in known
+        ]
 
     def of_attributes(self, modules: Iterable[nn.Module]) -> list[Tensor]:
         """Returns the tensors that attributes of some modules hold."""
