@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import pickle
+import sys
 from typing import Any
 
 import pytest
@@ -67,11 +68,12 @@ def test_counts_add_up(harness):
 @pytest.mark.parametrize("warmup_steps", [0, 1, 3, 5])
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL", "FULL_AND_PIECEWISE"])
 def test_warm_up_is_the_first_batches_and_nothing_runs_twice(harness, mode, warmup_steps):
-    ran = []  # of what belongs to no module, a step may change what it likes
+    ran: list[int] = []
+    setattr(sys, "ran", ran)  # noqa: B010  # where nobody looks
 
     class Counts(Predictor):
         def predict_step(self, batch: Any, batch_idx: int) -> Any:
-            ran.append(1)
+            sys.ran.append(1)  # type: ignore[attr-defined]
             return self.net(batch[0])
 
     callback = harness.callback(mode=mode, warmup_steps=warmup_steps, verify_replays=0)

@@ -1,5 +1,6 @@
 """What a step does in Python, done again after a replay.
 
+- ``containers.py``: ContainersSnapshot: containers and objects as they were, compared and put back.
 - ``effect.py``: Effect and its kinds: one side effect of a captured step, and how to do it again.
 - ``logged_values.py``: what effects need to know of ``self.log``; ``trainer/`` implements it.
 - ``module_effects.py``: everything that the steps of one module leave behind beside their output.

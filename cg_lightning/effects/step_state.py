@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from cg_lightning.backends import GraphBackend
 from cg_lightning.core.tree import flatten
+from cg_lightning.effects.containers import ContainersSnapshot
 from cg_lightning.metrics.members import states_of
+from cg_lightning.modules.attributes import names_of_frameworks
 from cg_lightning.modules.kinds import is_metric
 
 if TYPE_CHECKING:
@@ -81,6 +83,7 @@ class StepState:
         backend: Where it runs.
         effects: The effects of its steps; None if the module is run as a submodule.
         written: Other tensors that steps write to.
+        given: What the step is given: its containers are put back as well.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class StepState:
         backend: GraphBackend,
         effects: ModuleEffects | None = None,
         written: Iterable[Tensor] = (),
+        given: Any = None,
     ) -> None:
         self._backend = backend
         self._metrics = None if effects is None else MetricsSnapshot(effects)
@@ -96,8 +100,15 @@ class StepState:
         self._buffers = [
             (name, tensor, tensor.clone()) for name, tensor in [*module.named_buffers(), *others]
         ]
-        self._attributes = AttributesSnapshot(
-            child for child in module.modules() if effects is None or not is_metric(child)
+        modules = [child for child in module.modules() if effects is None or not is_metric(child)]
+        self._attributes = AttributesSnapshot(modules)
+        self.containers = ContainersSnapshot([("batch", given)])
+        """The containers of what the step is given."""
+        self._containers = ContainersSnapshot(
+            (name, value)
+            for child in modules
+            for name, value in vars(child).items()
+            if name not in names_of_frameworks(child)
         )
         self._host_random_state = HostRandomState()
         self._device_random_state = backend.get_random_state()
@@ -108,6 +119,8 @@ class StepState:
             for _, buffer, value in self._buffers:
                 buffer.copy_(value)
         self._attributes.restore()
+        self.containers.restore()
+        self._containers.restore()
         if self._metrics is not None:
             self._metrics.restore()
         self._host_random_state.restore()

@@ -81,6 +81,8 @@ _FUNCTIONS = (
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType),
     functools.partial,
 )
+_FRAMEWORKS = ("lightning", "pytorch_lightning", "lightning_fabric", "cg_lightning")
+"""Their objects know the Trainer; what a step reads of that is watched by a detector."""
 _OPAQUE = (io.IOBase, random.Random, torch.Generator)
 
 
@@ -129,6 +131,8 @@ def _root(cls: type) -> str:
 def _is_harmless_class(cls: type) -> bool:
     if issubclass(cls, _HARMLESS) or lightning_class(cls, "Trainer") or hasattr(cls, "__members__"):
         return True
+    if _root(cls) in _FRAMEWORKS and not has_hidden_state(cls):
+        return True
     numpy = sys.modules.get("numpy")
     if numpy is not None and issubclass(cls, (numpy.generic, numpy.dtype, numpy.ufunc)):
         return True
@@ -168,7 +172,8 @@ def kind_of(value: Any) -> ValueKind:
         return ValueKind.HARMLESS
     if contents_of(value) is not None:
         return ValueKind.CONTENTS
-    kind = _kind_of_class(type(value))
+    cls: type = type(value)
+    kind = _kind_of_class(cls)
     if kind is not ValueKind.OBJECT or _root(type(value)) not in sys.stdlib_module_names:
         return kind
     return ValueKind.OPAQUE if _is_around_opaque(value, 2) else kind
@@ -177,7 +182,8 @@ def kind_of(value: Any) -> ValueKind:
 def _is_around_opaque(value: Any, depth: int) -> bool:
     """Whether an object is Python around something opaque: a queue, an event, a pool."""
     for held in attributes_of(value).values():
-        kind = _kind_of_class(type(held))
+        cls: type = type(held)
+        kind = _kind_of_class(cls)
         if kind is ValueKind.OPAQUE and contents_of(held) is None:
             return True
         is_object = kind is ValueKind.OBJECT and _root(type(held)) in sys.stdlib_module_names

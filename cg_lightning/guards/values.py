@@ -166,7 +166,7 @@ class FrozenValues:
         return [*found, *[(leaf, (path, i, structure)) for i, leaf in enumerate(leaves)]]
 
     def _store_object(self, value: Any, path: _Path, seen: set[int]) -> Iterable[tuple[Any, _Path]]:
-        cls = type(value)
+        cls: type = type(value)
         held = attributes_of(value)
         if slots_of(cls):
             self._slotted.append((value, held, path))

@@ -48,7 +48,8 @@ def slots_of(cls: type) -> tuple[str, ...]:
 
 def attributes_of(value: Any) -> dict[str, Any]:
     """Gives what a plain object holds, also in slots."""
-    kept = {name: getattr(value, name) for name in slots_of(type(value)) if hasattr(value, name)}
+    cls: type = type(value)
+    kept = {name: getattr(value, name) for name in slots_of(cls) if hasattr(value, name)}
     return {**getattr(value, "__dict__", {}), **kept}
 
 

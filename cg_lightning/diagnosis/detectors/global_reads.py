@@ -108,7 +108,8 @@ class GlobalReads(Detector):
         code = frame.f_code
         if not is_user_file(code.co_filename) or self.watch.is_paused:
             return _Code(code, "", [], [])
-        functions, caches = [], []
+        functions: list[FunctionType] = []
+        caches: list[Any] = []
         if code.co_filename != _GENERATED:
             functions, caches = find_functions(frame, id(code) in self._made_here)
         self._made_here.update(map(id, codes_inside(code)))
