@@ -29,7 +29,7 @@ class BatchDescriptor:
     structure: Hashable = None
     """Types and keys of the nested containers."""
     leaves: tuple[Hashable, ...] = ()
-    """For a tensor: shape, dtype, strides, device and requires_grad; otherwise type and value."""
+    """For a tensor: shape, dtype, strides, device, requires_grad and alignment; otherwise type and value."""
     stage: str | None = None
     """``validate``, ``test`` or ``predict``."""
     dataloader_idx: int = 0
@@ -106,6 +106,8 @@ class BatchDescriptor:
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(BatchDescriptor))
+ALIGNMENT = 16
+"""Kernels take wider loads at addresses that are multiples of it, and may sum in another order."""
 _KINDS_OF_TENSOR = (Tensor, nn.Parameter)
 
 
@@ -151,6 +153,7 @@ def _tensor_key(tensor: Tensor, index: int, tree: Any) -> Hashable:
         tensor.stride(),
         tensor.device,
         tensor.requires_grad,
+        tensor.data_ptr() & (ALIGNMENT - 1),
     )
 
 

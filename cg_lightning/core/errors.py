@@ -38,6 +38,10 @@ class RecompileNeededError(CaptureError):
     """A capture stopped because ``torch.compile`` would have had to compile; backends do not allow that in a capture."""
 
 
+class StateLeftError(CaptureError):
+    """A capture left tensors of graph memory in an attribute, where only eager's may be."""
+
+
 class OutOfGraphMemoryError(CaptureError):
     """A capture stopped because the device had no memory left."""
 

@@ -38,6 +38,48 @@ class AttributesSnapshot:
             attributes.update(before)
 
 
+class HeldByModules:
+    """What modules hold, to see what a capture leaves there: it lies in graph memory.
+
+    Args:
+        module: The module.
+        effects: The effects of its steps, which know its metrics; None: metrics are modules like others.
+    """
+
+    def __init__(self, module: nn.Module, effects: ModuleEffects | None) -> None:
+        self._modules = [
+            (path, child)
+            for path, child in module.named_modules(prefix="self")
+            if effects is None or not is_metric(child)
+        ]
+        self._attributes = AttributesSnapshot(child for _, child in self._modules)
+        self._before = [dict(vars(child)) for _, child in self._modules]
+        self._containers = ContainersSnapshot(
+            (f"{path}.{name}", value)
+            for path, child in self._modules
+            for name, value in vars(child).items()
+            if name in _TENSOR_TABLES or name not in names_of_frameworks(child)
+        )
+
+    def left(self) -> str:
+        """Return where a tensor is that was not there before; empty if nowhere."""
+        for (path, child), before in zip(self._modules, self._before, strict=True):
+            for name, value in vars(child).items():
+                if value is not before.get(name) and any(
+                    isinstance(leaf, Tensor) for leaf in flatten(value)[0]
+                ):
+                    return f"{path}.{name}"
+        return self._containers.changed()
+
+    def restore(self) -> None:
+        """Put everything back."""
+        self._attributes.restore()
+        self._containers.restore()
+
+
+_TENSOR_TABLES = ("_buffers", "_parameters")
+
+
 class HostRandomState:
     """The states of the generators of Python, of NumPy if it is loaded, and of PyTorch's CPU."""
 
