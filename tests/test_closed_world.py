@@ -682,3 +682,287 @@ def test_containers_that_the_step_makes_itself(harness: Harness) -> None:
         loader=lambda: DataLoader(Dictionaries(dictionary), batch_size=None),
     )
     assert callback.stats.steps["FULL"] == 7, callback.summary()
+
+
+class Data:
+    """A batch of its own kind, as those of graph networks."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Data:
+        return Data(self.x.to(device, non_blocking=non_blocking))
+
+
+class Marked(Tensor):
+    """A subclass of tensors."""
+
+
+class ReadsData(Predictor):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        x = batch.x if isinstance(batch, Data) else batch["x"]
+        return self.net(x.as_subclass(Tensor))
+
+
+def views(x: Tensor) -> Any:
+    return {"x": x[:, :8], "same": x}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("make", [Data, lambda x: {"x": x.as_subclass(Marked)}, views])
+def test_batches_without_a_key_run_in_pieces(harness: Harness, make, settings) -> None:
+    callback = compare(
+        harness,
+        lambda: ReadsData(Body()),
+        loader=lambda: DataLoader(Dictionaries(make), batch_size=None),
+        **settings,
+    )
+    assert callback.stats.steps["PIECEWISE"] == 7, callback.summary()
+    assert callback.stats.captures == 1
+
+
+# what code asks about itself
+
+
+class Asks(nn.Module):
+    """Computes something else while it is captured, as attention of transformers does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answers = (
+            torch.cuda.is_current_stream_capturing(),
+            torch.cuda.graphs.is_current_stream_capturing(),
+            imported_before(),
+        )
+        return self.linear(x) + any(answers)
+
+
+imported_before = torch.cuda.is_current_stream_capturing
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_code_that_asks_whether_it_is_captured(
+    harness: Harness, monkeypatch, settings: Any
+) -> None:
+    """Hazard 40: it hears in a capture what it hears in eager."""
+    if harness.backend == "recorder":  # no stream captures: the truth is that of the recorder
+        from cg_lightning.backends import capture_scope, recorder
+
+        truth = lambda: getattr(recorder._recording, "recorder", None) is not None
+        monkeypatch.setattr(capture_scope, "is_stream_capturing", truth)
+        for module in (torch.cuda, torch.cuda.graphs, sys.modules[__name__]):
+            name = "imported_before" if module.__name__ == __name__ else capture_scope._QUESTION
+            monkeypatch.setattr(module, name, truth)
+        monkeypatch.setattr(sys.modules[__name__], capture_scope._QUESTION, truth, raising=False)
+        monkeypatch.setattr(
+            sys.modules[__name__],
+            "imported_before",
+            lambda: is_current_stream_capturing(),  # type: ignore[name-defined]  # noqa: F821
+        )
+    callback = compare(harness, lambda: Predictor(Asks()), **settings)
+    assert callback.stats.replays == 7, callback.summary()
+
+
+def test_pytorch_hears_the_truth(monkeypatch) -> None:
+    from cg_lightning.backends import capture_scope
+
+    monkeypatch.setattr(capture_scope, "is_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, capture_scope._QUESTION, capture_scope.is_stream_capturing)
+    with capture_scope.capture_looks_eager():
+        ask = torch.cuda.is_current_stream_capturing
+        heard = {
+            name: eval("ask()", {"ask": ask, "__name__": name})
+            for name in (
+                "torch.nn.modules._functions",
+                "triton.runtime",
+                "transformers.utils",
+                "mine",
+            )
+        }
+    assert heard == {
+        "torch.nn.modules._functions": True,
+        "triton.runtime": True,
+        "transformers.utils": False,
+        "mine": False,
+    }
+    assert torch.cuda.is_current_stream_capturing is capture_scope.is_stream_capturing
+
+
+# without verification
+
+
+class Caches(nn.Module):
+    """Keeps a table until the mode changes."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.kind = kind
+        self.cache: Any = None
+        self.tables: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> Caches:
+        self.cache = None
+        getattr(self, "tables", {}).clear()
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "attribute":
+            if self.cache is None:
+                self.cache = self.linear.weight.sum(0) * 2
+            return self.linear(x) + self.cache
+        if "a" not in self.tables:
+            self.tables["a"] = self.linear.weight.sum(0) * 2
+        return self.linear(x) + self.tables["a"]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("kind", ["attribute", "container"])
+def test_caches_that_train_and_eval_clear(harness: Harness, kind: str, settings: Any) -> None:
+    """Hazard 46: no attribute is left with graph memory."""
+    callback = harness.callback(warmup_steps=2, **settings)
+
+    def job(trainer: Any, module: Any) -> Any:
+        kept = []
+        for _ in range(3):
+            kept.append(trainer.predict(module, features(32)))
+            module.train()
+            module.eval()
+            kept.append((module.net.cache, dict(module.net.tables)))
+            kept.append(trainer.predict(module, features(32)))
+            kept.append([module.net.cache, *module.net.tables.values()])
+            kept.append([each.clone() for each in kept[-1] if each is not None])
+        return kept
+
+    harness.compare(Predictor(Caches(kind)), job, callback)
+
+
+class KeepsWhereNobodyLooks(nn.Module):
+    """A cache whose state at the start of a step is no guard: the capture fills it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.kept: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        sys.calls += 1  # type: ignore[attr-defined]
+        if sys.calls > 3:  # type: ignore[attr-defined]
+            self.kept = y + 1
+        return y
+
+
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE", "FULL_AND_PIECEWISE"])
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_what_a_capture_leaves_in_attributes(
+    harness: Harness, mode: str, verify_replays: int
+) -> None:
+    """Hazard 46: the graph is refused, and the attribute is eager's."""
+    module: list[Any] = []
+
+    def make() -> Any:
+        sys.calls = 0  # type: ignore[attr-defined]
+        module[:] = [Predictor(KeepsWhereNobodyLooks())]
+        return module[0]
+
+    callback = harness.callback(warmup_steps=3, mode=mode, verify_replays=verify_replays)
+    seen = [(run(harness, make, each), module[0].net.kept.clone()) for each in (callback, None)]
+    assert_same(*seen)
+    if not verify_replays:
+        assert "module state rebound: self" in reasons(callback), callback.summary()
+
+
+SEEDS: dict[str, Callable[[], Any]] = {
+    "manual_seed": lambda: torch.manual_seed(5),
+    "set_rng_state": lambda: torch.set_rng_state(torch.get_rng_state()),
+    "fork_rng": lambda: torch.random.fork_rng(devices=[]).__enter__(),
+    "seed_everything": lambda: __import__("lightning").seed_everything(5, verbose=False),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", SEEDS)
+def test_seeds_in_a_step(harness: Harness, name: str, settings: Any) -> None:
+    """Hazard 9: a replay draws on from where the generator is."""
+
+    class Seeds(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            SEEDS[name]()
+            return self.net(batch[0]) * torch.rand(8, device=self.device)
+
+    callback = compare(harness, lambda: Seeds(Body()), **settings)
+    assert callback.stats.steps["PIECEWISE"] == 7, callback.summary()
+    if "mode" not in settings:
+        assert "randomness drawn on the host" in reasons(callback)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_unaligned_slices_as_arguments(harness: Harness, settings: Any) -> None:
+    """Hazard 14: kernels take other loads at other addresses, so the last bit may differ."""
+    addresses: list[int] = []
+
+    class Notes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(7, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            addresses.append(x.data_ptr() % 16)
+            return self.linear(x)
+
+    class Slices(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch[0][:, 1:]) + self.net(batch[0][:, :7])
+
+    addresses.clear()
+    callback = compare(harness, lambda: Slices(Notes()), **settings)
+    assert set(addresses) == {0, 4}
+    assert addresses.count(0) == addresses.count(4)  # in captures as well
+    assert callback.stats.replays >= 7
+
+
+# exceptions
+
+
+class Sixth(Predictor):
+    def __init__(self) -> None:
+        super().__init__(Body())
+        self.count = counts()
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.count() == 6:
+            raise KeyError("sixth")
+        return self.net(batch[0])
+
+
+class PopsTwice(Predictor):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        batch.pop("label")
+        return self.net(batch["x"])
+
+
+@pytest.mark.parametrize("settings", [*SETTINGS, {"verify_every": 1}], ids=str)
+def test_exceptions_that_depend_on_how_often_a_step_ran(harness: Harness, settings: Any) -> None:
+    """Hazard 29: raised at the same batch, as the user raised it, and never as our failure."""
+    numbers = []
+    for callback in (harness.callback(warmup_steps=1, **settings), None):
+        extra = [] if callback is None else [callback]
+        kept = KeepOutputs()
+        with pytest.raises(KeyError, match="sixth") as caught:
+            harness.trainer(*extra, kept).predict(Sixth(), features(32))
+        numbers.append(len(kept.kept))
+        assert caught.value.__cause__ is None
+        if callback is not None:
+            assert "capture failed" not in callback.summary()
+    assert numbers == [5, 5]
+    callback = compare(
+        harness,
+        lambda: PopsTwice(Body()),
+        loader=lambda: DataLoader(Dictionaries(dictionary), batch_size=None),
+        **settings,
+    )
+    assert "capture failed" not in callback.summary()

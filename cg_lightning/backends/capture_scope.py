@@ -7,11 +7,12 @@ import gc
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.cuda import is_current_stream_capturing
 
 from cg_lightning.core.errors import CaptureError, OutOfGraphMemoryError, RecompileNeededError
 
@@ -49,9 +50,9 @@ def autocast_cache_off() -> Iterator[None]:
         torch.set_autocast_cache_enabled(was_enabled)
 
 
-_QUESTION = "is_current_stream_capturing"
-is_stream_capturing: Callable[[], bool] = getattr(torch.cuda, _QUESTION)
+is_stream_capturing = is_current_stream_capturing
 """The question as PyTorch answers it: others hear another answer while we capture."""
+_QUESTION = "is_current_stream_capturing"
 _TOLD = ("torch", "triton", "cg_lightning")
 """Packages that have to know: SyncBatchNorm, for instance, would wait for the device otherwise."""
 
@@ -62,7 +63,7 @@ def capture_looks_eager() -> Iterator[None]:
 
     Libraries compute something else if it is: another mask, and with it another kernel. The watched
     step heard *no*, so *no* is what makes the captured way the watched one. PyTorch's code in C++
-    asks otherwise.
+    asks otherwise, and so do we: by the function that was imported before.
     """
     thread = threading.get_ident()
 

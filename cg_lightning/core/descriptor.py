@@ -234,6 +234,19 @@ def describe_fields(
     return fields, leaves
 
 
+_WITHOUT_KEY = "a batch without a key"
+
+
+def describe_without_batch(
+    stage: str, dataloader_idx: int, training: tuple[bool, ...]
+) -> tuple[Any, ...]:
+    """Return the fields of the key of all steps whose batches cannot be part of one.
+
+    Such a step is no graph. Its submodules may be: their calls have keys of their own.
+    """
+    return (None, _WITHOUT_KEY, (), stage, dataloader_idx, training, kernel_flags(), 0)
+
+
 # private: whether ``torch.vmap`` or another transform runs, whose tensors have no memory of their own
 _innermost_transform = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
 

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.cuda import random as device_random
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.tree import flatten
@@ -120,7 +121,7 @@ class RandomNumbers(Detector):
 
             return seed
 
-        owners = (torch.random, torch.cuda)
+        owners = (torch.random, device_random)
         functions = [getattr(owner, name, None) for owner in owners for name in _SEEDING]
         seeding = {id(function): noticed(function) for function in functions if function}
         with contextlib.ExitStack() as stack:
