@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import pickle
+import sys
 from typing import Any
 
 import pytest
@@ -67,11 +68,12 @@ def test_counts_add_up(harness):
 @pytest.mark.parametrize("warmup_steps", [0, 1, 3, 5])
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL", "FULL_AND_PIECEWISE"])
 def test_warm_up_is_the_first_batches_and_nothing_runs_twice(harness, mode, warmup_steps):
-    ran = []  # of what belongs to no module, a step may change what it likes
+    ran: list[int] = []
+    setattr(sys, "ran", ran)  # noqa: B010  # where nobody looks
 
     class Counts(Predictor):
         def predict_step(self, batch: Any, batch_idx: int) -> Any:
-            ran.append(1)
+            sys.ran.append(1)  # type: ignore[attr-defined]
             return self.net(batch[0])
 
     callback = harness.callback(mode=mode, warmup_steps=warmup_steps, verify_replays=0)
@@ -468,19 +470,21 @@ def test_dataloader_iter_is_eager_with_that_reason(harness):
     assert "dataloader_iter" in reason
 
 
-def test_a_batch_that_cannot_be_keyed_is_eager_with_the_leafs_path(harness):
+@pytest.mark.parametrize("mode", ["FULL", "FULL_AND_PIECEWISE", "PIECEWISE"])
+def test_a_batch_that_cannot_be_keyed_runs_in_pieces_with_the_leafs_path(harness, mode):
     class Odd(Predictor):
         def predict_step(self, batch: Any, batch_idx: int) -> Any:
             return self.net(batch["x"])
 
     batches = [{"x": torch.randn(2, 8), "ids": {1, 2}} for _ in range(4)]
-    callback = harness.callback()
+    callback = harness.callback(mode=mode, warmup_steps=1)
     harness.compare(
         Odd(Body()), predict(torch.utils.data.DataLoader(batches, batch_size=None)), callback
     )
-    assert callback.stats.eager_reasons == {
-        "batch['ids'] is a value of type builtins.set, which cannot be part of a key": 4
-    }
+    assert callback.stats.steps["PIECEWISE"] == (0 if mode == "FULL" else 3), callback.summary()
+    reason = "batch['ids'] is a value of type builtins.set, which cannot be part of a key"
+    reasons = {str(record.reason) for record in callback.stats.reasons}
+    assert mode == "PIECEWISE" or reason in reasons, reasons
 
 
 def test_gradients_in_an_evaluation_step_are_kept(harness):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import random
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,7 +50,6 @@ CHANGES: dict[str, tuple[Any, Any, str]] = {
     "a leaf": ({"x": 1.0}, lambda m: m.scale.update(x=5.0), "self.scale['x']: now 5.0, before 1.0"),
     "deque": (collections.deque([1.0]), lambda m: m.scale.append(2.0), "self.scale"),
     "array": (np.zeros(2), lambda m: m.scale.__setitem__(0, 1), "the contents of the ndarray"),
-    "generator": (random.Random(1), lambda m: m.scale.random(), "the contents of the Random"),
     "moved tensor": (
         [torch.ones(2)],
         lambda m: setattr(m.scale[0], "data", torch.ones(2)),

@@ -1,6 +1,7 @@
 """A replay that differs is noticed, and its result never reaches the user."""
 
 import itertools
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,24 +16,20 @@ from tests.models import Body, Predictor
 MODES = ["PIECEWISE", "FULL", "FULL_AND_PIECEWISE"]
 
 
-def closed_over(value: Any) -> tuple[Any, Any]:
-    """Gives what reads and what writes a value that nobody else can see."""
-
-    def get() -> Any:
-        return value
-
-    def put(new: Any) -> None:
-        nonlocal value
-        value = new
-
-    return get, put
+def unseen(value: Any) -> tuple[Any, Any]:
+    """Gives what reads and what writes a value that nobody sees: a module of Python's has it."""
+    name = f"unseen_{next(NUMBERS)}"
+    put = lambda new: setattr(sys, name, new)
+    put(value)
+    return lambda: getattr(sys, name), put
 
 
-get_scale, put_scale = closed_over(1.0)
+NUMBERS = itertools.count()
+get_scale, put_scale = unseen(1.0)
 
 
-class ReadsClosure(nn.Module):
-    """A graph freezes the global, and nothing guards it."""
+class ReadsUnseen(nn.Module):
+    """A graph freezes the value, and nothing guards it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +39,7 @@ class ReadsClosure(nn.Module):
         return self.linear(x) * get_scale()
 
 
-class ChangesClosure(Predictor):
+class ChangesUnseen(Predictor):
     def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         put_scale(1.0 if batch_idx < 4 else 2.0)
 
@@ -51,11 +48,11 @@ class ChangesClosure(Predictor):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_frozen_closure_is_caught_by_sampling(harness, mode):
+def test_a_value_that_nobody_sees_is_caught_by_sampling(harness, mode):
     """Hazard 8, and the stated limit: without sampling it is not seen."""
     callback = harness.callback(mode=mode, warmup_steps=1, verify_every=1)
     with pytest.warns(UserWarning, match="a replay differed from eager") as caught:
-        harness.compare(ChangesClosure(ReadsClosure()), predict(features(32)), callback)
+        harness.compare(ChangesUnseen(ReadsUnseen()), predict(features(32)), callback)
     (message,) = {str(w.message) for w in caught if "differed from eager" in str(w.message)}
     for part in ("stage 'predict'", "shapes 4x8", "from the graph", "from eager", "output"):
         assert part in message
@@ -65,14 +62,14 @@ def test_a_frozen_closure_is_caught_by_sampling(harness, mode):
     )
     without = harness.callback(mode=mode, warmup_steps=1)
     with pytest.raises(AssertionError):
-        harness.compare(ChangesClosure(ReadsClosure()), predict(features(32)), without)
+        harness.compare(ChangesUnseen(ReadsUnseen()), predict(features(32)), without)
 
 
 def test_strict_raises(harness):
     callback = harness.callback(warmup_steps=1, verify_every=1, strict=True)
     with pytest.raises(VerificationError, match="from the graph"):
-        harness.trainer(callback).predict(ChangesClosure(ReadsClosure()), features(32))
-    ChangesClosure.on_predict_end(None)
+        harness.trainer(callback).predict(ChangesUnseen(ReadsUnseen()), features(32))
+    ChangesUnseen.on_predict_end(None)
 
 
 class Moving(nn.Module):
@@ -164,7 +161,7 @@ def test_what_ran_eagerly_for_a_capture_that_failed_is_the_step(harness, mode):
 
     callback, seen = harness.callback(mode=mode, warmup_steps=1), []
     for extra in ([callback], []):
-        count, count_up = closed_over(0)
+        count, count_up = unseen(0)
         torch.manual_seed(3)
         seen.append(harness.trainer(*extra).predict(Predictor(Waits()), features(8)))
     assert_same(*seen)
@@ -177,17 +174,17 @@ def test_what_ran_eagerly_for_a_capture_that_failed_is_the_step(harness, mode):
 class Noisy(nn.Module):
     """Two runs differ in the last bits, as with atomic additions."""
 
-    noise = itertools.cycle([0.0, 1.0, 2.0])
-
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(8, 8)
 
     def forward(self, x):
-        return self.linear(x) * 0 + next(Noisy.noise)
+        put_noise((noise() + 1) % 3)
+        return self.linear(x) * 0 + noise()
 
 
-IN_PLACE = itertools.count(0)
+noise, put_noise = unseen(2.0)
+in_place, put_in_place = unseen(0)
 
 
 class Rectifies(nn.Module):
@@ -198,14 +195,14 @@ class Rectifies(nn.Module):
         self.scale = nn.Parameter(torch.ones(8))
 
     def forward(self, x):
-        return nn.functional.relu(x, inplace=next(IN_PLACE) > 0) * self.scale
+        put_in_place(in_place() + 1)
+        return nn.functional.relu(x, inplace=in_place() > 1) * self.scale
 
 
 @pytest.mark.filterwarnings("ignore:CUDAGraphCallback. a replay differed")
 @pytest.mark.parametrize("mode", MODES)
 def test_an_input_that_is_overwritten_unseen(harness, mode):
     """A custom kernel whose writes are unknown."""
-    global IN_PLACE
 
     class Residual(Predictor):
         def predict_step(self, batch, batch_idx):
@@ -213,7 +210,7 @@ def test_an_input_that_is_overwritten_unseen(harness, mode):
 
     callback, seen = harness.callback(mode=mode, warmup_steps=1), []
     for extra in ([callback], []):
-        IN_PLACE = itertools.count(0)
+        put_in_place(0)
         seen.append(harness.trainer(*extra).predict(Residual(Rectifies()), features(32)))
     assert_same(*seen)
     assert any(
@@ -231,14 +228,14 @@ def test_what_eager_differs_from_itself_is_let_pass_and_said(harness):
 
 
 def test_close_lets_small_differences_pass(harness):
-    class Slightly(ChangesClosure):
+    class Slightly(ChangesUnseen):
         def on_predict_batch_start(
             self, batch: Any, batch_idx: int, dataloader_idx: int = 0
         ) -> None:
             put_scale(1.0 if batch_idx < 4 else 1.0 + 1e-7)
 
     callback = harness.callback(warmup_steps=1, verify_every=1, verify_tolerance="close")
-    one = harness.trainer(callback).predict(Slightly(ReadsClosure()), features(32))
+    one = harness.trainer(callback).predict(Slightly(ReadsUnseen()), features(32))
     assert callback.stats.replays == 7
     assert len(one) == 8
 
@@ -313,12 +310,12 @@ def test_an_exception_of_the_compared_step_comes_through(harness):
                 raise KeyError("mine")
             return self.net(batch[0])
 
-    model = type("Both", (ChangesClosure, Fails), {})(Body())
+    model = type("Both", (ChangesUnseen, Fails), {})(Body())
     with pytest.raises(KeyError, match="mine"):
         harness.trainer(harness.callback(mode="FULL", warmup_steps=1, verify_every=1)).predict(
             model, features(32)
         )
-    ChangesClosure.on_predict_end(None)
+    ChangesUnseen.on_predict_end(None)
 
 
 def test_equal_meanssame_leaf():

@@ -38,8 +38,8 @@ class GraphBackend(Protocol):
         """Capture ``function``. Return the graph and the return value of ``function``.
 
         The tensors in the return value are undefined until the first replay. Only one capture runs
-        at a time in a process. During a capture, Python's garbage collector is paused and the
-        autocast cache is off.
+        at a time in a process. During a capture, Python's garbage collector is paused, the autocast
+        cache is off, and code of others that asks whether a capture is under way hears *no*.
 
         Args:
             function: Called once, with no arguments.

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import threading
 import traceback
 from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch.cuda import is_current_stream_capturing
 
 from cg_lightning.core.errors import CaptureError, OutOfGraphMemoryError, RecompileNeededError
 
@@ -44,6 +48,39 @@ def autocast_cache_off() -> Iterator[None]:
     finally:
         torch.clear_autocast_cache()
         torch.set_autocast_cache_enabled(was_enabled)
+
+
+is_stream_capturing = is_current_stream_capturing
+"""The question as PyTorch answers it: others hear another answer while we capture."""
+_QUESTION = "is_current_stream_capturing"
+_TOLD = ("torch", "triton", "cg_lightning")
+"""Packages that have to know: SyncBatchNorm, for instance, would wait for the device otherwise."""
+
+
+@contextlib.contextmanager
+def capture_looks_eager() -> Iterator[None]:
+    """Answer *no* to others who ask whether a capture is under way, in this thread.
+
+    Libraries compute something else if it is: another mask, and with it another kernel. The watched
+    step heard *no*, so *no* is what makes the captured way the watched one. PyTorch's code in C++
+    asks otherwise, and so do we: by the function that was imported before.
+    """
+    thread = threading.get_ident()
+
+    def answer() -> bool:
+        if threading.get_ident() != thread:
+            return is_stream_capturing()
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return caller.split(".")[0] in _TOLD and is_stream_capturing()
+
+    with contextlib.ExitStack() as stack:
+        # also ``from torch.cuda import is_current_stream_capturing``
+        for name, module in list(sys.modules.items()):
+            names: dict[str, Any] = getattr(module, "__dict__", {})
+            is_ours = name.split(".")[0] == _TOLD[-1]
+            if names.get(_QUESTION) is is_stream_capturing and not is_ours:
+                stack.enter_context(patch.object(module, _QUESTION, answer))
+        yield
 
 
 def as_capture_error(error: Exception) -> CaptureError:

@@ -46,7 +46,9 @@ from cg_lightning.backends.capture_scope import (
     CAPTURE_LOCK,
     as_capture_error,
     autocast_cache_off,
+    capture_looks_eager,
     garbage_collection_paused,
+    is_stream_capturing,
     release_frames,
 )
 from cg_lightning.backends.host_reads import OnCall
@@ -88,7 +90,7 @@ class CUDABackend:
 
     def is_capturing(self) -> bool:
         """Return True if the current stream is capturing."""
-        return torch.cuda.is_current_stream_capturing()
+        return is_stream_capturing()
 
     def capture(
         self, function: Callable[[], Any], *, collect_garbage: bool, capture_error_mode: str
@@ -99,6 +101,7 @@ class CUDABackend:
             with (
                 garbage_collection_paused(collect_garbage),
                 autocast_cache_off(),
+                capture_looks_eager(),
                 torch.compiler.set_stance("fail_on_recompile"),
             ):
                 if self._anchor is None:
@@ -220,7 +223,7 @@ class CUDABackend:
     ) -> None:
         """Repair the state of the process after a failed capture. It never raises."""
         pool, self._pool = self._pool, None
-        if began and torch.cuda.is_current_stream_capturing():
+        if began and is_stream_capturing():
             # it reports the error that is already being raised
             with contextlib.suppress(Exception):
                 graph.capture_end()

@@ -47,6 +47,7 @@ from cg_lightning.backends.capture_scope import (
     CAPTURE_LOCK,
     as_capture_error,
     autocast_cache_off,
+    capture_looks_eager,
     garbage_collection_paused,
     release_frames,
 )
@@ -260,6 +261,7 @@ class RecorderBackend:
             CAPTURE_LOCK,
             garbage_collection_paused(collect_garbage),
             autocast_cache_off(),
+            capture_looks_eager(),
             invisible_calls(_refuse),
             # compiled code does not dispatch operations, so the original code is recorded
             torch.compiler.set_stance("force_eager"),

@@ -18,15 +18,21 @@ from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.capture.graph import capture_graph, weak_ref_tensors
 from cg_lightning.capture.outputs import OutputPlan
 from cg_lightning.capture.static_inputs import StaticInputs
+from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
-from cg_lightning.core.errors import CaptureError, OutOfGraphMemoryError, RecompileNeededError
+from cg_lightning.core.errors import (
+    CaptureError,
+    OutOfGraphMemoryError,
+    RecompileNeededError,
+    StateLeftError,
+)
 from cg_lightning.core.forward_context import ForwardContext, override_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.settings import Settings
 from cg_lightning.core.tree import rebuild
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.effects.recorder import NoEffects, Recorder
-from cg_lightning.effects.step_state import StepState
+from cg_lightning.effects.step_state import HeldByModules, StepState
 from cg_lightning.modules.compiled import is_compiled
 from cg_lightning.report.stats import EntryRecord
 
@@ -129,6 +135,7 @@ class Capturer:
         Raises:
             CaptureError: The call could not be captured. State is as before, but all other graphs
                 were dropped, because the device got a new random generator that they do not use.
+            StateLeftError: The capture left graph memory in an attribute. State is as before.
             UnkeyableBatchError: A tensor is on another device, or overlaps itself.
         """
         if not self.settings.capture_options.gc_disable:
@@ -136,6 +143,7 @@ class Capturer:
         began = time.perf_counter()
         if any(map(is_compiled, target.module.modules())):
             self._compile_ahead(target, call)
+        held = HeldByModules(target.module, target.effects)
         try:
             entry = self._attempt(target, call)
         except CaptureError as error:
@@ -147,6 +155,11 @@ class Capturer:
             else:
                 raise
             entry = self._attempt(target, call)
+        if left := held.left():
+            held.restore()
+            self._backend.synchronize()
+            entry.drop()
+            raise StateLeftError(f"{Cause.STATE_REBOUND.value}: {left}, in the capture of a graph")
         seconds = time.perf_counter() - began
         target.record.captured(seconds, entry.num_bytes, target.changed)
         return entry

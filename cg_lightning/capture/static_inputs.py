@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cg_lightning.core.descriptor import ALIGNMENT
 from cg_lightning.core.errors import UnkeyableBatchError
 from cg_lightning.core.tree import leaf_paths
 
@@ -32,8 +33,21 @@ def _overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
+def _empty_like(tensor: Tensor, address: int, device: torch.device) -> Tensor:
+    """An uninitialised tensor with the same layout, whose address has the same alignment as ``address``."""
+    shape, strides, dtype = tensor.shape, tensor.stride(), tensor.dtype
+    offset = address % ALIGNMENT // tensor.element_size()
+    if not offset:
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    pairs = zip(shape, strides, strict=True)
+    reach = 1 + sum((size - 1) * stride for size, stride in pairs) if tensor.numel() else 0
+    whole = torch.empty(offset + reach, dtype=dtype, device=device)
+    return whole.as_strided(shape, strides, offset)
+
+
 class StaticInputs:
-    """Stores one static tensor for each tensor of a batch: same shape, dtype, strides and device.
+    """Stores one static tensor for each tensor of a batch: same shape, dtype, strides, alignment
+    and device.
 
     The tensors are made with inference mode off, so that steps under ``no_grad`` and steps in
     inference mode can both write to them. The class does *not* check keys: the leaves passed to
@@ -68,9 +82,7 @@ class StaticInputs:
             if _overlaps_itself(stored):
                 raise UnkeyableBatchError(leaf_paths(batch)[index], "overlaps itself in memory")
             with torch.inference_mode(False):
-                static = torch.empty_strided(
-                    stored.shape, stored.stride(), dtype=leaf.dtype, device=device
-                )
+                static = _empty_like(stored, leaf.data_ptr(), device)
             self._tensors.append((index, static, static.data_ptr(), stored is not leaf))
             made[id(leaf)] = self.leaves[index] = (
                 static.expand(leaf.shape) if stored is not leaf else static

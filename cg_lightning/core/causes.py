@@ -20,9 +20,11 @@ class Cause(enum.Enum):
     METRIC_UPDATED = "metric updated"
     LOGGED = "self.log called"
     STATE_REBOUND = "module state rebound"
+    OPAQUE = "opaque object used"
     BATCH_INDEX_USED = "batch_idx used"
     TRAINER_READ = "Trainer read"
     PRINTED = "logger or print used"
+    WORLD = "files, processes or sockets used"
     HOST_RANDOMNESS = "randomness drawn on the host"
     GRADIENTS = "gradients enabled"
     GRAPHED_ALREADY = "compiled with CUDA graphs of its own"
@@ -55,11 +57,13 @@ _REMEDIES = {
     ),
     Cause.LOGGED: "log in the step, not in a submodule",
     Cause.STATE_REBOUND: "write buffers in place, and keep Python state out of the forward pass",
+    Cause.OPAQUE: "use it in a hook, and give the step the value: in an attribute or in the batch",
     Cause.BATCH_INDEX_USED: "put what depends on the batch's number into the batch",
     Cause.TRAINER_READ: (
         "in a hook, set an attribute of the module to what the step needs, and read that"
     ),
     Cause.PRINTED: "print and log in a hook",
+    Cause.WORLD: "read and write in a hook",
     Cause.HOST_RANDOMNESS: "draw on the device: torch.rand(..., device=x.device)",
     Cause.GRADIENTS: "compute gradients outside what should be graphed",
     Cause.GRAPHED_ALREADY: "compile with mode='default' or 'max-autotune-no-cudagraphs'",

@@ -40,7 +40,7 @@ class BatchDescriptor:
     structure: Hashable = None
     """Types and keys of the containers."""
     leaves: tuple[Hashable, ...] = ()
-    """For a tensor: shape, dtype, strides, device and requires_grad; otherwise type and value."""
+    """For a tensor: shape, dtype, strides, device, requires_grad and alignment; otherwise type and value."""
     stage: str | None = None
     """``validate``, ``test`` or ``predict``."""
     dataloader_idx: int = 0
@@ -117,6 +117,8 @@ class BatchDescriptor:
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(BatchDescriptor))
+ALIGNMENT = 16
+"""Kernels take wider loads at addresses that are multiples of it, and may sum in another order."""
 _KINDS_OF_TENSOR = (Tensor, nn.Parameter)
 
 
@@ -162,6 +164,7 @@ def _tensor_key(tensor: Tensor, index: int, tree: Any) -> Hashable:
         tensor.stride(),
         tensor.device,
         tensor.requires_grad,
+        tensor.data_ptr() & (ALIGNMENT - 1),
     )
 
 
@@ -241,6 +244,19 @@ def describe_fields(
     flags = kernel_flags()
     fields = (batch_size, structure, tuple(keys), stage, dataloader_idx, training, flags, call)
     return fields, leaves
+
+
+_WITHOUT_KEY = "a batch without a key"
+
+
+def describe_without_batch(
+    stage: str, dataloader_idx: int, training: tuple[bool, ...]
+) -> tuple[Any, ...]:
+    """Return the fields of the key of all steps whose batches cannot be part of one.
+
+    Such a step is no graph. Its submodules may be: their calls have keys of their own.
+    """
+    return (None, _WITHOUT_KEY, (), stage, dataloader_idx, training, kernel_flags(), 0)
 
 
 # private: None unless ``torch.vmap`` or another transform runs, whose tensors have no own memory

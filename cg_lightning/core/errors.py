@@ -51,6 +51,10 @@ class RecompileNeededError(CaptureError):
     """A capture stopped because ``torch.compile`` had to compile, which no capture allows."""
 
 
+class StateLeftError(CaptureError):
+    """A capture left tensors of graph memory in an attribute, where only eager's may be."""
+
+
 class OutOfGraphMemoryError(CaptureError):
     """A capture stopped because the device was out of memory."""
 

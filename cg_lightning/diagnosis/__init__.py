@@ -2,6 +2,7 @@
 
 - ``detector.py``: what all detectors have in common.
 - ``findings.py``: findings, and where in the user's code something happened.
+- ``functions.py``: the function objects behind the frames that a profiler is shown.
 - ``report.py``: what stands in the way of graphs, as an object and as a table.
 - ``step_watch.py``: the step that is watched: the stack of calls under way, and what detectors
   report.

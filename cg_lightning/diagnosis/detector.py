@@ -39,6 +39,9 @@ class Detector:
         """Is entered before a call of a module and left after it; ``call`` is on the stack."""
         return contextlib.nullcontext()
 
+    def returned(self, call: ModuleCall, output: Any) -> None:
+        """Is called with what a call has returned, or the step: ``call`` is the last on the stack."""
+
     def before_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:

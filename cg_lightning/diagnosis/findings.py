@@ -114,3 +114,33 @@ def find_location() -> Location:
             library = f"{path}:{frame.f_lineno}"
         frame = frame.f_back
     return Location(UNKNOWN, library)
+
+
+_AT_WORK = ("torch/serialization.py", "torch/hub.py", "torch/utils/tensorboard/")
+"""Files of PyTorch in which it opens what the user asks for."""
+_BESIDES = ("linecache.py", "warnings.py", "logging/__init__.py", "inspect.py", "traceback.py")
+"""Files of Python: sources for messages, and what other detectors watch."""
+
+
+def is_called_by_step(detector: str) -> bool:
+    """Whether the user's code, or a library that it calls, does what a detector has just noticed.
+
+    Otherwise it is PyTorch, Lightning, an import or this package that does it for itself.
+
+    Args:
+        detector: The file of the detector, whose own frames come first.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename == detector:
+        frame = frame.f_back
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if is_user_file(file):
+            return True
+        if is_our_file(file) or file.startswith("<frozen importlib") or file.endswith(_BESIDES):
+            return False
+        path = _package_path(file)
+        if path is not None:  # otherwise the standard library: whoever calls it
+            return path.split("/")[0] not in _FRAMEWORKS or path.startswith(_AT_WORK)
+        frame = frame.f_back
+    return False

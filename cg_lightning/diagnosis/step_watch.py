@@ -89,6 +89,8 @@ class StepWatch:
             if is_compiled(module)
         }
         """Paths and modules inside each compiled module, by its id: nobody sees their calls."""
+        self.batch = batch
+        """What the step is given."""
         self.step = ModuleCall("", None, tensors_in(batch))
         self.stack: list[ModuleCall] = [self.step]
         """The step, and the calls of modules that are under way."""
@@ -221,6 +223,7 @@ class StepWatch:
         finally:
             self.stack.pop()
             call.inputs.clear()
+            call.given.clear()
 
     @contextlib.contextmanager
     def running(self, detectors: Sequence[Detector]) -> Iterator[None]:
@@ -266,7 +269,9 @@ class StepWatch:
         inside = self.hidden.get(id(module))
         hidden = () if inside is None else (module, *[child for _, child in inside])
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        return ModuleCall(path, module, tensors, descriptor, hidden)
+        arguments = [*args, *kwargs.values()]
+        given = [value for value in arguments if not isinstance(value, Tensor)]
+        return ModuleCall(path, module, tensors, descriptor, hidden, given)
 
     def result(self) -> WatchedStep:
         """Returns what the step showed; it holds no tensor that a call was given."""
@@ -278,14 +283,14 @@ class UnreadableError(Exception):
     """Nobody can look into a value; the message says why."""
 
 
-def look_into(value: Any) -> FrozenValues:
-    """Remembers what is in a value.
+def look_into(value: Any, path: str = "") -> FrozenValues:
+    """Remembers what is in a value, whose name is ``path``.
 
     Raises:
         UnreadableError: The value raises something itself: a file that is closed, say.
     """
     try:
-        return FrozenValues([value])
+        return FrozenValues([value], [path])
     except Exception as error:
         words = f"cannot be looked into: {type(error).__name__}: {error}"
         raise UnreadableError(words) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,6 +27,8 @@ class ModuleCall:
     """The key of the call; None if it has none."""
     hidden: tuple[nn.Module, ...] = ()
     """All modules that compiled code runs in this call; empty if the module is not compiled."""
+    given: list[Any] = dataclasses.field(default_factory=list, repr=False)
+    """The other arguments; empty once the call has returned."""
     findings: list[Finding] = dataclasses.field(default_factory=list)
     calls: list[ModuleCall] = dataclasses.field(default_factory=list, repr=False)
     sources: dict[tuple[int, str], Source] = dataclasses.field(default_factory=dict, repr=False)
@@ -99,7 +102,7 @@ class WatchedStep:
     def needs_second_look(self) -> bool:
         """Whether watching a second step may find less, for example after a cache was filled."""
         return self.did_one_time_work or any(
-            finding.cause is Cause.STATE_REBOUND for finding in self.findings
+            finding.cause in (Cause.STATE_REBOUND, Cause.WORLD) for finding in self.findings
         )
 
     def called(self) -> list[str]:

@@ -24,6 +24,7 @@ from cg_lightning.diagnosis.detectors.printing import Printing
 from cg_lightning.diagnosis.detectors.random_numbers import RandomNumbers
 from cg_lightning.diagnosis.detectors.rebound_state import ReboundState
 from cg_lightning.diagnosis.detectors.trainer_reads import TrainerReads
+from cg_lightning.diagnosis.detectors.world import World
 from cg_lightning.diagnosis.step_watch import Effects, StepWatch
 from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.modules.interception import Interception, ModuleHandler, can_intercept
@@ -38,6 +39,7 @@ DETECTORS: tuple[type[Detector], ...] = (
     MetricUpdates,
     Logging,
     Printing,
+    World,
     RandomNumbers,
     ForwardHooks,
     Mutations,
@@ -98,6 +100,8 @@ class StepWatcher:
                 stack.enter_context(detector.around_step())
             with watch.running(detectors):
                 output = step()
+                for detector in detectors:
+                    detector.returned(watch.step, output)
         return output, watch.result()
 
 
@@ -111,6 +115,9 @@ class _CallHandler(ModuleHandler):
         self._path = path
         self._module = module
         self._detectors = detectors
+        self._told = [
+            detector for detector in detectors if type(detector).returned is not Detector.returned
+        ]
 
     def on_call(
         self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -120,7 +127,10 @@ class _CallHandler(ModuleHandler):
         with self._watch.calling(call), contextlib.ExitStack() as stack:
             for detector in self._detectors:
                 stack.enter_context(detector.around_call(call))
-            return original(*args, **kwargs)
+            output = original(*args, **kwargs)
+            for detector in self._told:
+                detector.returned(call, output)
+            return output
 
 
 @contextlib.contextmanager

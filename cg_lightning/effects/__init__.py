@@ -1,5 +1,6 @@
 """Side effects of a step in Python, and how to do them again after a replay.
 
+- ``containers.py``: ContainersSnapshot: containers and objects, compared and restored.
 - ``effect.py``: Effect and its kinds: one side effect of a captured step.
 - ``logged_values.py``: the interface to ``self.log``, which ``trainer/`` implements.
 - ``module_effects.py``: all side effects of the steps of one module.

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from cg_lightning.backends import GraphBackend
 from cg_lightning.core.tree import flatten
+from cg_lightning.effects.containers import ContainersSnapshot
 from cg_lightning.metrics.members import states_of
+from cg_lightning.modules.attributes import names_of_frameworks
 from cg_lightning.modules.kinds import is_metric
 
 if TYPE_CHECKING:
@@ -34,6 +36,48 @@ class AttributesSnapshot:
         for attributes, before in self._attributes:
             attributes.clear()
             attributes.update(before)
+
+
+class HeldByModules:
+    """What modules hold, to see what a capture leaves there: it lies in graph memory.
+
+    Args:
+        module: The module.
+        effects: The effects of its steps, which know its metrics; None: metrics are modules like others.
+    """
+
+    def __init__(self, module: nn.Module, effects: ModuleEffects | None) -> None:
+        self._modules = [
+            (path, child)
+            for path, child in module.named_modules(prefix="self")
+            if effects is None or not is_metric(child)
+        ]
+        self._attributes = AttributesSnapshot(child for _, child in self._modules)
+        self._before = [dict(vars(child)) for _, child in self._modules]
+        self._containers = ContainersSnapshot(
+            (f"{path}.{name}", value)
+            for path, child in self._modules
+            for name, value in vars(child).items()
+            if name in _TENSOR_TABLES or name not in names_of_frameworks(child)
+        )
+
+    def left(self) -> str:
+        """Return where a tensor is that was not there before; empty if nowhere."""
+        for (path, child), before in zip(self._modules, self._before, strict=True):
+            for name, value in vars(child).items():
+                if value is not before.get(name) and any(
+                    isinstance(leaf, Tensor) for leaf in flatten(value)[0]
+                ):
+                    return f"{path}.{name}"
+        return self._containers.changed()
+
+    def restore(self) -> None:
+        """Put everything back."""
+        self._attributes.restore()
+        self._containers.restore()
+
+
+_TENSOR_TABLES = ("_buffers", "_parameters")
 
 
 class HostRandomState:
@@ -81,6 +125,7 @@ class StepState:
         backend: The backend on which it runs.
         effects: The effects of its steps. None if the module runs as a submodule.
         written: Other tensors that steps write to.
+        given: What the step is given: its containers are put back as well.
     """
 
     def __init__(
@@ -89,6 +134,7 @@ class StepState:
         backend: GraphBackend,
         effects: ModuleEffects | None = None,
         written: Iterable[Tensor] = (),
+        given: Any = None,
     ) -> None:
         self._backend = backend
         self._metrics = None if effects is None else MetricsSnapshot(effects)
@@ -96,8 +142,15 @@ class StepState:
         self._buffers = [
             (name, tensor, tensor.clone()) for name, tensor in [*module.named_buffers(), *others]
         ]
-        self._attributes = AttributesSnapshot(
-            child for child in module.modules() if effects is None or not is_metric(child)
+        modules = [child for child in module.modules() if effects is None or not is_metric(child)]
+        self._attributes = AttributesSnapshot(modules)
+        self.containers = ContainersSnapshot([("batch", given)])
+        """The containers of what the step is given."""
+        self._containers = ContainersSnapshot(
+            (name, value)
+            for child in modules
+            for name, value in vars(child).items()
+            if name not in names_of_frameworks(child)
         )
         self._host_random_state = HostRandomState()
         self._device_random_state = backend.get_random_state()
@@ -108,6 +161,8 @@ class StepState:
             for _, buffer, value in self._buffers:
                 buffer.copy_(value)
         self._attributes.restore()
+        self.containers.restore()
+        self._containers.restore()
         if self._metrics is not None:
             self._metrics.restore()
         self._host_random_state.restore()

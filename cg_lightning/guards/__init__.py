@@ -5,4 +5,5 @@
   settings.
 - ``sources.py``: where a value comes from that a step reads in Python.
 - ``values.py``: what is inside frozen values: containers, objects, arrays and tensors.
+- ``value_kinds.py``: what a value is to a graph: harmless, compared, or opaque.
 """

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import types
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -13,16 +16,63 @@ MISSING: Any = type("Missing", (), {"__repr__": lambda _: "not there"})()
 """The value of a source whose holder has no such name."""
 
 
+class _Cell:
+    """What a function has closed over, as a namespace of one name."""
+
+    def __init__(self, cell: types.CellType) -> None:
+        self._cell = cell
+
+    def get(self, _: str, default: Any) -> Any:
+        """Return the value; ``default`` if there is none yet."""
+        try:
+            return self._cell.cell_contents
+        except ValueError:  # empty
+            return default
+
+
+class _Function:
+    """What a function holds: ``__defaults__``, ``__kwdefaults__``, and ``__dict__``."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def get(self, name: str, default: Any) -> Any:
+        """Return what it holds under a name."""
+        return getattr(self._function, name, default)
+
+
+class _Cache:
+    """How often a function with ``functools.cache`` was computed, as a namespace of one name."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    def get(self, _: str, __: Any) -> Any:
+        """Return how often it was computed."""
+        return self._function.cache_info().misses
+
+
+CacheWrapper = type(functools.lru_cache(len))
+_VIEWS: dict[type, Callable[[Any], Any]] = {
+    types.CellType: _Cell,
+    types.FunctionType: _Function,
+    CacheWrapper: _Cache,
+}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """A name in a namespace: an attribute of a module, of a class, or a global.
+    """A name in a namespace: an attribute of a module, of a class, a global, or what a function holds.
 
     Two sources are the same if their :attr:`key` is. It holds the namespace, not the value: what the name refers to is
     looked up each time.
     """
 
     holder: Any
-    """The module, class or object whose ``vars()`` have the name, or the dictionary of a module's globals."""
+    """The module, class or object whose ``vars()`` have the name, or the dictionary of a module's globals.
+
+    Or a cell of a closure, a function for what it holds, or one with a cache.
+    """
     name: str
     path: str
     """As the user would write it: ``self.net.scale``, ``Config.scale``, ``FACTOR``."""
@@ -35,7 +85,15 @@ class Source:
     @property
     def namespace(self) -> Any:
         """The mapping that has the name; the same object each time."""
-        return self.holder if isinstance(self.holder, dict) else vars(self.holder)
+        if isinstance(self.holder, dict):
+            return self.holder
+        view = _VIEWS.get(type(self.holder))
+        return vars(self.holder) if view is None else view(self.holder)
+
+    @property
+    def belongs_to_function(self) -> bool:
+        """Whether a function holds the value, and no namespace that a user sees."""
+        return type(self.holder) in _VIEWS
 
     def value(self) -> Any:
         """What the name refers to now; :data:`MISSING` if there is no such name."""

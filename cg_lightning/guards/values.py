@@ -5,10 +5,8 @@ Values stay the same objects when something in them changes, so identity is not 
 
 from __future__ import annotations
 
-import array
 import collections
-import random
-import sys
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,10 +17,17 @@ from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.tree import flatten, structure_paths
 from cg_lightning.guards.module_guard import Addresses
 from cg_lightning.guards.sources import describe_change, shorten
+from cg_lightning.guards.value_kinds import (
+    ValueKind,
+    bound_to,
+    class_values_of,
+    contents_of,
+    has_attributes,
+    kind_of,
+    name_of_class,
+)
 from cg_lightning.modules.attributes import (
     attributes_of,
-    is_configuration,
-    is_plain_object,
     is_same_value,
     same_attributes,
     slots_of,
@@ -30,12 +35,8 @@ from cg_lightning.modules.attributes import (
 
 LARGE = 256
 """Containers and arrays with more items, such as a vocabulary, are compared once an epoch."""
-_CONTENTS: dict[type, Callable[[Any], Any]] = {
-    set: frozenset,
-    bytearray: bytes,
-    array.array: array.array.tobytes,
-    random.Random: random.Random.getstate,
-}
+MOST_VALUES = 50_000
+"""What holds more values than that is no longer looked into: it is opaque."""
 _Path = tuple[Any, ...]
 """A value's parent and how to get from there: formatted only if something has changed."""
 
@@ -50,25 +51,10 @@ def _has_memory(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor._is_zerotensor()
 
 
-def _array_contents(value: Any) -> Any:
-    return value.shape, value.dtype, value.tobytes()
-
-
-def _generator_contents(value: Any) -> str:
-    return repr(value.bit_generator.state)
-
-
-def _contents_of(value: Any) -> Callable[[Any], Any] | None:
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, numpy.ndarray):
-        return _array_contents
-    if numpy is not None and isinstance(value, numpy.random.Generator):
-        return _generator_contents
-    return _CONTENTS.get(type(value))
-
-
 def _flatten(value: Any) -> tuple[list[Any], Any]:
-    return flatten(list(value) if isinstance(value, collections.deque) else value)
+    if isinstance(value, collections.deque):
+        return flatten(list(value))
+    return flatten(dict(value) if isinstance(value, types.MappingProxyType) else value)
 
 
 def _format(path: _Path) -> str:
@@ -84,9 +70,8 @@ def _format(path: _Path) -> str:
 class FrozenValues:
     """Stores what is inside some values, and compares it later.
 
-    Containers are compared by their leaves, plain objects by their attributes and (if they hold nothing else than values,
-    containers and objects like themselves) by what is inside those, and tensors by their addresses. A value that has
-    nothing inside is for the caller to compare.
+    Containers are compared by their leaves, objects by their attributes, both as deep as they go, and tensors by their
+    addresses. A value that has nothing inside is for the caller to compare, and what nobody can look into is in ``opaque``.
 
     Args:
         values: The values.
@@ -102,6 +87,9 @@ class FrozenValues:
         self._large_containers: list[tuple[Any, list[Any], Any, _Path]] = []
         self._objects: list[tuple[dict[str, Any], dict[str, Any], _Path]] = []
         self._slotted: list[tuple[Any, dict[str, Any], _Path]] = []
+        self._classes: list[tuple[type, dict[str, Any], _Path]] = []
+        self._class_values: list[tuple[Any, str, Any]] = []
+        self._opaque: list[tuple[_Path, str]] = []
         self._copies: list[tuple[Any, Callable[[Any], Any], Any, _Path]] = []
         self._large_copies: list[tuple[Any, Callable[[Any], Any], Any, _Path]] = []
         roots = list(values)
@@ -115,49 +103,87 @@ class FrozenValues:
             if is_plain_value(value) or id(value) in seen:
                 continue
             seen.add(id(value))
-            pending += self._store(value, path)
+            if len(seen) > MOST_VALUES:
+                self._opaque.append((path, "more values than anybody compares"))
+                break
+            pending += self._store(value, path, seen)
         self._addresses = Addresses(self.tensors)
         self.is_empty = not any(
-            (self.tensors, self._containers, self._objects, self._slotted, self._copies)
+            (
+                *(self.tensors, self._containers, self._objects),
+                *(self._slotted, self._classes, self._copies),
+            )
         )
         """Whether :meth:`hold` has nothing to compare."""
 
-    def _store(self, value: Any, path: _Path) -> Iterable[tuple[Any, _Path]]:
+    def opaque(self) -> list[str]:
+        """Return what nobody can look into: ``self.rng: numpy.random.Generator``."""
+        return [f"{_format(path)}: {name}" for path, name in self._opaque]
+
+    def _store(self, value: Any, path: _Path, seen: set[int]) -> Iterable[tuple[Any, _Path]]:
         """Store one value; return what is to be looked into next."""
-        if type(value) in (Tensor, nn.Parameter):
-            if value.layout is torch.strided:
+        kind = kind_of(value)
+        if kind is ValueKind.TENSOR:
+            if type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided:
                 self.tensors.append(value)
                 self._tensor_paths.append(path)
-        elif isinstance(value, nn.Module):
+        elif kind is ValueKind.MODULE:
             self.modules.append(value)
-        elif (contents := _contents_of(value)) is not None:
-            items = 1
-            if contents is _array_contents:
-                items = value.size
-            elif hasattr(value, "__len__"):
-                items = len(value)
-            copies = self._large_copies if items > LARGE else self._copies
-            copies.append((value, contents, contents(value), path))
-        elif (flat := _flatten(value))[1] is not None:
-            leaves, structure = flat
-            if len(leaves) > LARGE:
-                self._large_containers.append((value, leaves, structure, path))
-                return []
-            self._containers.append((value, leaves, structure, path))
-            return [(leaf, (path, index, structure)) for index, leaf in enumerate(leaves)]
-        elif is_plain_object(value):
-            held = attributes_of(value)
-            if slots_of(type(value)):
-                self._slotted.append((value, held, path))
-            else:
-                self._objects.append((vars(value), held, path))
-            inside = is_configuration(value)
-            return [
-                (item, (path, name, None))
-                for name, item in held.items()
-                if inside or isinstance(item, Tensor)
-            ]
+        elif kind is ValueKind.CONTENTS:
+            self._store_contents(value, path)
+        elif kind is ValueKind.CONTAINER:
+            return self._store_container(value, path)
+        elif kind is ValueKind.FUNCTION:
+            return [(held, (path, name, None)) for name, held in bound_to(value).items()]
+        elif kind is ValueKind.OBJECT:
+            return self._store_object(value, path, seen)
+        elif kind is ValueKind.OPAQUE:
+            self._opaque.append((path, name_of_class(value)))
         return []
+
+    def _store_contents(self, value: Any, path: _Path) -> None:
+        contents = contents_of(value)
+        assert contents is not None
+        items = 1
+        if hasattr(value, "nbytes"):
+            items = value.nbytes // value.itemsize
+        elif hasattr(value, "__len__"):
+            items = len(value)
+        copies = self._large_copies if items > LARGE else self._copies
+        copies.append((value, contents, contents(value), path))
+
+    def _store_container(self, value: Any, path: _Path) -> Iterable[tuple[Any, _Path]]:
+        leaves, structure = _flatten(value)
+        found: list[tuple[Any, _Path]] = []
+        if has_attributes(value):
+            held = dict(vars(value))
+            self._objects.append((vars(value), held, path))
+            found += [(item, (path, name, None)) for name, item in held.items()]
+        if len(leaves) > LARGE:
+            self._large_containers.append((value, leaves, structure, path))
+            return found
+        self._containers.append((value, leaves, structure, path))
+        return [*found, *[(leaf, (path, i, structure)) for i, leaf in enumerate(leaves)]]
+
+    def _store_object(self, value: Any, path: _Path, seen: set[int]) -> Iterable[tuple[Any, _Path]]:
+        cls: type = type(value)
+        held = attributes_of(value)
+        if slots_of(cls):
+            self._slotted.append((value, held, path))
+        elif held or hasattr(value, "__dict__"):
+            self._objects.append((vars(value), held, path))
+        found = [(item, (path, name, None)) for name, item in held.items()]
+        if id(cls) not in seen and (of_class := class_values_of(cls)):
+            seen.add(id(cls))
+            self._classes.append((cls, of_class, path))
+            self._class_values += [
+                (vars(base), name, vars(base)[name])
+                for base in cls.__mro__
+                for name in vars(base)
+                if f"{base.__name__}.{name}" in of_class
+            ]
+            found += [(item, (path, name, None)) for name, item in of_class.items()]
+        return found
 
     def hold(self) -> bool:
         """Return whether nothing has changed. Large containers are not compared."""
@@ -166,14 +192,21 @@ class FrozenValues:
             and all(_leaves_hold(value, leaves, s) for value, leaves, s, _ in self._containers)
             and all(same_attributes(attributes, before) for attributes, before, _ in self._objects)
             and all(same_attributes(attributes_of(v), before) for v, before, _ in self._slotted)
+            and all(
+                is_same_value(value, space.get(name)) for space, name, value in self._class_values
+            )
             and all(contents(value) == before for value, contents, before, _ in self._copies)
         )
 
     def large_ones_hold(self) -> bool:
-        """Return whether large containers have not changed."""
-        return all(
-            _leaves_hold(value, leaves, s) for value, leaves, s, _ in self._large_containers
-        ) and all(contents(value) == before for value, contents, before, _ in self._large_copies)
+        """Return whether large containers have not changed, and classes have no new values."""
+        return (
+            all(same_attributes(class_values_of(cls), before) for cls, before, _ in self._classes)
+            and all(
+                _leaves_hold(value, leaves, s) for value, leaves, s, _ in self._large_containers
+            )
+            and all(contents(value) == before for value, contents, before, _ in self._large_copies)
+        )
 
     def all_hold(self) -> bool:
         """Return whether nothing at all has changed."""
@@ -190,6 +223,9 @@ class FrozenValues:
         for value, before, path in self._slotted:
             if not same_attributes(attributes_of(value), before):
                 return _explain_attributes(attributes_of(value), before, _format(path))
+        for cls, before, path in self._classes:
+            if not same_attributes(class_values_of(cls), before):
+                return _explain_attributes(class_values_of(cls), before, _format(path))
         for value, contents, before, path in [*self._copies, *self._large_copies]:
             if contents(value) != before:
                 return f"{_format(path)}: the contents of the {type(value).__name__} have changed"

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 
 from cg_lightning.core.descriptor import is_plain_value
-from cg_lightning.core.tree import flatten
 from cg_lightning.modules.compiled import is_compiled_in_place
 from cg_lightning.modules.kinds import is_metric, is_user_class, is_user_module, lightning_class
 
@@ -33,28 +32,24 @@ def same_attributes(attributes: dict[str, Any], before: dict[str, Any]) -> bool:
     )
 
 
+@functools.lru_cache(maxsize=4096)
 def slots_of(cls: type) -> tuple[str, ...]:
-    """Return the attributes that instances of ``cls`` store in slots."""
-    declared = [vars(base).get("__slots__", ()) for base in cls.__mro__]
-    names = [name for slots in declared for name in ((slots,) if isinstance(slots, str) else slots)]
-    return tuple(
-        [name for name in names if isinstance(getattr(cls, name, None), types.MemberDescriptorType)]
-    )
-
-
-def is_plain_object(value: Any) -> bool:
-    """Return True if ``value`` is a user's object with attributes, such as a configuration."""
-    cls = type(value)
-    if isinstance(value, (nn.Module, Tensor, type, types.ModuleType)):
-        return False
-    if lightning_class(cls, "Trainer") or (callable(value) and not is_user_class(cls)):
-        return False
-    return hasattr(value, "__dict__") or bool(slots_of(type(value)))
+    """Gives the attributes that instances of ``cls`` keep in slots, as ``getattr`` wants them."""
+    found: dict[str, None] = {}
+    for base in cls.__mro__:
+        slots = vars(base).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            is_private = name.startswith("__") and not name.endswith("__")
+            mangled = f"_{base.__name__.lstrip('_')}{name}" if is_private else name
+            if isinstance(vars(base).get(mangled), types.MemberDescriptorType):
+                found[mangled] = None
+    return tuple(found)
 
 
 def attributes_of(value: Any) -> dict[str, Any]:
-    """Return the attributes of a plain object, including slots."""
-    kept = {name: getattr(value, name) for name in slots_of(type(value)) if hasattr(value, name)}
+    """Gives what a plain object holds, also in slots."""
+    cls: type = type(value)
+    kept = {name: getattr(value, name) for name in slots_of(cls) if hasattr(value, name)}
     return {**getattr(value, "__dict__", {}), **kept}
 
 
@@ -69,20 +64,6 @@ def scripted_attributes(module: nn.Module) -> dict[str, Any]:
     return {
         name: value if isinstance(value, Tensor) else repr(value) for name, value in values.items()
     }
-
-
-def is_configuration(value: Any, within: frozenset[int] = frozenset()) -> bool:
-    """Return True if a user's object stores only plain values, tensors and such objects, nested."""
-    if id(value) in within:
-        return True
-    leaves = flatten(list(attributes_of(value).values()))[0]
-    within |= {id(value)}
-    return all(
-        is_plain_value(leaf)
-        or isinstance(leaf, Tensor)
-        or (is_plain_object(leaf) and is_configuration(leaf, within))
-        for leaf in leaves
-    )
 
 
 def names_of_frameworks(module: nn.Module) -> frozenset[str]:

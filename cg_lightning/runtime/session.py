@@ -75,6 +75,8 @@ class Session:
         self.target = self._make_target(module, CUDAGraphMode.FULL, effects)
         self._submodules: dict[int, SubmoduleRunner] = {}
         self._is_installed = False
+        self.without_key: dict[BatchDescriptor, Reason] = {}
+        """Why batches cannot be part of a key, by the key that their steps have instead."""
         self.is_first_step = True
         """True until the first step after :meth:`install`."""
 
@@ -180,6 +182,8 @@ class Session:
             self.find_submodules(plan.state.descriptor, variant, plan.state.warmup_runs)
 
     def _full_reason(self, descriptor: BatchDescriptor, watched: WatchedStep) -> Reason | None:
+        if descriptor in self.without_key:
+            return self.without_key[descriptor]
         if watched.findings:
             return watched.findings[0].reason()
         return self.changing_values.reason(descriptor)

@@ -12,7 +12,11 @@ import torch
 
 from cg_lightning.capture.capture import GraphCall
 from cg_lightning.capture.entry import GraphEntry
-from cg_lightning.core.descriptor import BatchDescriptor, describe_fields
+from cg_lightning.core.descriptor import (
+    BatchDescriptor,
+    describe_fields,
+    describe_without_batch,
+)
 from cg_lightning.core.errors import CaptureError, UnkeyableBatchError, VerificationError
 from cg_lightning.core.forward_context import (
     ForwardContext,
@@ -94,15 +98,14 @@ class StepRunner:
         if not args:
             kwargs = dict(kwargs)
             args = (kwargs.pop(self._batch_name),)
+        loader = args[2] if len(args) > 2 else kwargs.get("dataloader_idx", 0)
+        training = session.target.guard.training_flags()
         try:
             fields, leaves = describe_fields(
-                args[0],
-                stage=self._stage,
-                dataloader_idx=args[2] if len(args) > 2 else kwargs.get("dataloader_idx", 0),
-                training=session.target.guard.training_flags(),
+                args[0], stage=self._stage, dataloader_idx=loader, training=training
             )
         except UnkeyableBatchError as error:
-            return self._eager(args, kwargs, reason_of(error))
+            return self._run_without_key(args, kwargs, loader, training, reason_of(error))
         plan = self._dispatcher.plan(self._state(fields, args[0]))
         if plan.action is Action.REPLAY:
             assert plan.variant is not None and isinstance(plan.variant.entry, GraphEntry)  # noqa: PT018
@@ -115,6 +118,22 @@ class StepRunner:
             plan.variant.entry.took(perf_counter() - start)
             return output
         return self._run(plan, args, kwargs, leaves)
+
+    def _run_without_key(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        loader: int,
+        training: tuple[bool, ...],
+        reason: Reason,
+    ) -> Any:
+        """Run a step whose batch cannot be part of a key: in pieces, whose calls have their own."""
+        session = self._session
+        if not session.settings.runtime_policy.has_piecewise_cudagraphs():
+            return self._eager(args, kwargs, reason)
+        state = self._dispatcher.state(describe_without_batch(self._stage, loader, training))
+        session.without_key.setdefault(state.descriptor, reason)
+        return self._run(self._dispatcher.plan(state), args, kwargs, [])
 
     def _state(self, fields: tuple[Any, ...], batch: Any) -> KeyState:
         state = self._dispatcher.known(fields)

@@ -9,7 +9,8 @@ from torch import nn
 
 from cg_lightning.capture.capture import Capturer, CaptureTarget, GraphCall
 from cg_lightning.capture.entry import GraphEntry
-from cg_lightning.core.errors import CaptureError, UnkeyableBatchError
+from cg_lightning.core.causes import Cause
+from cg_lightning.core.errors import CaptureError, StateLeftError, UnkeyableBatchError
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.effects.module_effects import ModuleEffects
@@ -22,7 +23,11 @@ from cg_lightning.runtime.verifier import Verdict, Verifier
 
 def reason_of(error: Exception, prefix: str = "") -> Reason:
     """Return the reason for an error that a capture or a key has raised."""
-    kind = Status.NO_KEY if isinstance(error, UnkeyableBatchError) else Status.CAPTURE_FAILED
+    kind: Status | Cause = Status.CAPTURE_FAILED
+    if isinstance(error, UnkeyableBatchError):
+        kind = Status.NO_KEY
+    elif isinstance(error, StateLeftError):
+        kind = Cause.STATE_REBOUND
     return Reason(kind, f"{prefix}{error}")
 
 

@@ -18,7 +18,7 @@ from cg_lightning.core.tree import flatten, leaf_paths
 from cg_lightning.effects.step_state import StepState
 
 _LIKELY_CAUSE = (
-    "The graph has most likely frozen a Python value, one that a function has closed over for "
+    "The graph has most likely frozen a Python value, one that a library keeps for "
     "instance, or reads memory that has moved"
 )
 
@@ -105,8 +105,9 @@ class Verifier:
 
             return self._compare(target, call, eager, get_entry, step)
 
-    def _state(self, target: CaptureTarget) -> StepState:
-        return StepState(target.module, self._backend, target.effects, self._written.now())
+    def _state(self, target: CaptureTarget, call: GraphCall) -> StepState:
+        given = (call.tree, call.frozen_args, call.frozen_kwargs)
+        return StepState(target.module, self._backend, target.effects, self._written.now(), given)
 
     def _compare(
         self,
@@ -116,14 +117,16 @@ class Verifier:
         get_entry: Callable[[], GraphEntry],
         step: int,
     ) -> Verdict:
-        before = self._state(target)
+        before = self._state(target, call)
         given = [(leaf, leaf.clone()) for leaf in call.leaves if isinstance(leaf, Tensor)]
         expected = eager()
         # a graph writes to its own copies
         if not all(same_leaf(leaf, value) for leaf, value in given):
             return Verdict(expected, "it changes a tensor that it is given")
+        if before.containers.changed():
+            return Verdict(expected, "it changes a container that it is given")
         expected_values = before.values()
-        after_eager = self._state(target)
+        after_eager = self._state(target, call)
         before.restore()
         try:
             entry = get_entry()

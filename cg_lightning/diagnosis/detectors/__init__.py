@@ -4,19 +4,21 @@
 - ``batch_index.py``: whether a step does anything with the number of its batch, other than passing
   it on.
 - ``compiled.py``: modules that ``torch.compile`` runs: they are watched from outside.
-- ``global_reads.py``: globals that a step reads: no module has them, and a graph freezes them all
-  the same.
+- ``global_reads.py``: globals that a step reads, and what its functions hold: a graph freezes them
+  all the same.
 - ``hooks.py``: forward hooks: arbitrary code around the call of a module.
 - ``host_reads.py``: calls that wait for the device, and that the dispatcher does not show.
 - ``logging.py``: ``self.log`` and ``self.log_dict``.
 - ``metric_updates.py``: what a step does to metrics that a graph cannot hold, or a replay not bring
   up to date.
-- ``mutations.py``: tensors that a step changes in place: what it was given, and what lives longer
+- ``mutations.py``: what a step changes in place: what it was given, and tensors that live longer
   than it.
 - ``operations.py``: dispatched operations that a graph cannot hold, and gradients.
-- ``printing.py``: ``print``, ``self.print``, the user's loggers and the Trainer's.
+- ``printing.py``: ``print``, ``self.print``, standard output, the user's loggers and the Trainer's.
 - ``random_numbers.py``: random numbers drawn on the host, which a graph cannot follow.
 - ``rebound_state.py``: state that a step keeps in Python: attributes that it sets, containers that
   it fills.
 - ``trainer_reads.py``: what a step reads from the Trainer: a graph would freeze it.
+- ``world.py``: files, processes and sockets that a step uses: a graph would use them once, when it
+  is captured.
 """

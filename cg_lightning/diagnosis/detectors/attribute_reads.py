@@ -33,7 +33,7 @@ class AttributeReads(Detector):
     of these count as read. An attribute that cannot be looked into cannot be guarded either.
     """
 
-    causes = (Cause.STATE_REBOUND,)
+    causes = (Cause.STATE_REBOUND, Cause.OPAQUE)
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
@@ -74,7 +74,7 @@ class _Attributes:
         self._prefix = f"self.{path}." if path else "self."
         self._module = module
         self._sources: dict[str, list[Source]] = {}
-        self._problems: dict[str, str] = {}
+        self._problems: dict[str, list[tuple[Cause, str]]] = {}
 
     def read(self, name: str) -> None:
         """Notes that an attribute is read, if it is the user's and no method."""
@@ -83,8 +83,8 @@ class _Attributes:
                 sources = self._sources[name] = self._sources_of(name)
         for source in sources:
             self._watch.read(source)
-        if name in self._problems:
-            self._watch.report(Cause.STATE_REBOUND, self._problems[name])
+        for cause, words in self._problems.get(name, ()):
+            self._watch.report(cause, words)
 
     def read_all(self) -> None:
         """Notes that all attributes are read."""
@@ -102,12 +102,13 @@ class _Attributes:
         if cls is not None and not is_user_class(cls):  # a property of a framework's
             return []
         path = f"{self._prefix}{name}"
-        value = vars(module).get(name)
-        if not is_plain_value(value):
+        value = vars(module).get(name) if cls is None else vars(cls)[name]
+        if not (is_plain_value(value) or (cls is not None and hasattr(type(value), "__get__"))):
             try:
-                look_into(value)
+                opaque = look_into(value, path).opaque()
+                self._problems[name] = [(Cause.OPAQUE, words) for words in opaque]
             except UnreadableError as error:
-                self._problems[name] = f"{path} {error}"
+                self._problems[name] = [(Cause.STATE_REBOUND, f"{path} {error}")]
         sources = [Source(module, name, path)]
         if cls is not None:
             sources.append(Source(cls, name, f"{cls.__name__}.{name}"))

@@ -1,4 +1,4 @@
-"""Globals that a step reads: no module has them, and a graph freezes them all the same."""
+"""Globals that a step reads, and what its functions hold: a graph freezes them all the same."""
 
 from __future__ import annotations
 
@@ -7,36 +7,54 @@ import dis
 import sys
 import types
 from collections.abc import Iterator
-from types import CodeType, FrameType
-from typing import Any
+from types import CodeType, FrameType, FunctionType
+from typing import Any, NamedTuple
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import AT_THE_END
+from cg_lightning.diagnosis.functions import (
+    codes_inside,
+    find_functions,
+    is_running,
+    source_of_attributes,
+    source_of_cache,
+    sources_of_function,
+)
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
+from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues
 from cg_lightning.modules.attributes import is_same_value
 from cg_lightning.modules.kinds import is_user_file
 
-_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, classmethod, staticmethod, property)
+_FUNCTIONS = (types.FunctionType, classmethod, staticmethod, property)
+
+
+_GENERATED = "<string>"
+"""The file of methods that dataclasses and named tuples make."""
 
 
 class GlobalReads(Detector):
-    """Notes the globals that the user's functions name; reports those that the step changes.
+    """Notes the globals that the user's functions name, and what these functions hold.
 
-    It does *not* see what a function has closed over. If something else profiles the thread, it
-    sees nothing.
+    A function holds what it has closed over, its defaults and its attributes. What the step changes
+    of all that is reported, and so is what nobody can look into. If something else profiles the
+    thread, it sees nothing.
     """
 
-    causes = (Cause.STATE_REBOUND,)
+    causes = (Cause.STATE_REBOUND, Cause.OPAQUE)
 
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
         # by id, with the code to keep it alive: to hash code takes longer than to call it
-        self._sources: dict[int, tuple[CodeType, list[Source]]] = {}
+        self._known: dict[int, _Code] = {}
+        self._made_here: set[int] = set()
+        """The code of functions that functions of the step make, by id."""
         self._before: dict[tuple[int, str], tuple[Source, Any, FrozenValues]] = {}
-        self._unreadable: dict[tuple[int, str], str] = {}
+        self._problems: dict[tuple[int, str], list[tuple[Cause, str, str]]] = {}
+        self._unguarded: dict[tuple[int, str], list[ModuleCall]] = {}
+        """Which calls read what only the step itself is expected to change."""
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
@@ -48,11 +66,12 @@ class GlobalReads(Detector):
         finally:
             if sys.getprofile() == self._on_event:
                 sys.setprofile(None)
+        for key, problems in self._problems.items():
+            for cause, words, location in problems:
+                self._report(key, cause, words, location)
         for key, (source, value, contents) in self._before.items():
             if not (is_same_value(value, source.value()) and contents.all_hold()):
-                self._report(key, f"global {source.name}")
-        for key, problem in self._unreadable.items():
-            self._report(key, problem)
+                self._report(key, Cause.STATE_REBOUND, _words(source), AT_THE_END)
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
@@ -66,29 +85,82 @@ class GlobalReads(Detector):
         finally:
             sys.setprofile(self._on_event)
 
-    def _report(self, key: tuple[int, str], words: str) -> None:
+    def _report(self, key: tuple[int, str], cause: Cause, words: str, location: str) -> None:
         readers = [call for call in self.watch.calls() if key in call.sources]
-        self.watch.report(Cause.STATE_REBOUND, words, location=AT_THE_END, module="", calls=readers)
+        readers += self._unguarded.get(key, [])
+        self.watch.report(cause, words, location=location, module="", calls=readers)
 
     def _on_event(self, frame: FrameType, event: str, _: Any) -> None:
         if event != "call":
             return
         code = frame.f_code
-        known = self._sources.get(id(code))
+        known = self._known.get(id(code))
         if known is None:
-            known = self._sources[id(code)] = (code, _sources_of(frame))
-            for source in known[1]:
-                if source.key not in self._before:
-                    self._remember(source)
-        for source in known[1]:
-            self.watch.read(source)
+            known = self._known[id(code)] = self._look_at(frame)
+        for source in known.sources:
+            self._read(source)
+        for function, sources in known.functions:
+            if len(known.functions) == 1 or is_running(function, frame):
+                for source in sources:
+                    self._note(source, known.location)
 
-    def _remember(self, source: Source) -> None:
+    def _look_at(self, frame: FrameType) -> _Code:
+        code = frame.f_code
+        if not is_user_file(code.co_filename) or self.watch.is_paused:
+            return _Code(code, "", [], [])
+        functions: list[FunctionType] = []
+        caches: list[Any] = []
+        if code.co_filename != _GENERATED:
+            functions, caches = find_functions(frame, id(code) in self._made_here)
+        self._made_here.update(map(id, codes_inside(code)))
+        location = f"{code.co_filename}:{code.co_firstlineno}"
+        sources = [*_sources_of(frame), *map(source_of_cache, caches)]
+        for source in sources:
+            self._remember(source, location)
+        held = [(function, sources_of_function(function)) for function in functions]
+        return _Code(code, location, sources, held)
+
+    def _note(self, source: Source, location: str) -> None:
+        self._remember(source, location)
+        self._read(source)
+
+    def _read(self, source: Source) -> None:
+        if source.name != "__dict__" or source.value():
+            self.watch.read(source)
+            return
+        # hardly any function has attributes: a guard of each would cost more than the rest
+        readers = self._unguarded.setdefault(source.key, [])
+        readers += [call for call in self.watch.stack if call not in readers]
+
+    def _remember(self, source: Source, location: str) -> None:
+        key = source.key
+        if key in self._before or key in self._problems:
+            return
         value = source.value()
         try:
-            self._before[source.key] = (source, value, look_into(value))
+            contents = look_into(value, source.path)
         except UnreadableError as error:
-            self._unreadable[source.key] = f"global {source.name} {error}"
+            words = f"{_words(source)} {error}"
+            self._problems[key] = [(Cause.STATE_REBOUND, words, AT_THE_END)]
+            return
+        if opaque := contents.opaque():
+            self._problems[key] = [(Cause.OPAQUE, words, location) for words in opaque]
+        self._before[key] = (source, value, contents)
+
+
+class _Code(NamedTuple):
+    """What is known of one code object whose functions the step calls."""
+
+    code: CodeType
+    location: str
+    sources: list[Source]
+    """The globals that it names."""
+    functions: list[tuple[FunctionType, list[Source]]]
+    """The functions that have it, and what each holds."""
+
+
+def _words(source: Source) -> str:
+    return source.path if source.belongs_to_function else f"global {source.name}"
 
 
 def _is_users_namespace(value: Any) -> bool:
@@ -112,17 +184,23 @@ def _sources_in(namespace: Any, path: str, names: tuple[str, ...], seen: set[int
         if isinstance(value, (types.ModuleType, type)):
             if id(value) not in seen and _is_users_namespace(value):
                 found += _sources_in(value, f"{path}.{name}", names, seen)
+        elif holder is not None and isinstance(value, types.FunctionType):
+            found += _attributes_of_function(value)
         elif holder is not None and not isinstance(value, _FUNCTIONS):
             owner = holder.__name__ if isinstance(holder, type) else path
             found.append(Source(holder, name, f"{owner}.{name}"))
     return found
 
 
+def _attributes_of_function(function: FunctionType) -> list[Source]:
+    if not is_user_file(function.__code__.co_filename):
+        return []
+    return [source_of_attributes(function)]
+
+
 def _sources_of(frame: FrameType) -> list[Source]:
     """What a function of the user's may read: globals that it names, and attributes of them."""
     code, namespace = frame.f_code, frame.f_globals
-    if not is_user_file(code.co_filename):
-        return []
     found: list[Source] = []
     for name in {
         step.argval for step in dis.get_instructions(code) if step.opname.endswith("_GLOBAL")
@@ -132,6 +210,8 @@ def _sources_of(frame: FrameType) -> list[Source]:
             if _is_users_namespace(value):
                 path = value.__name__ if isinstance(value, type) else name
                 found += _sources_in(value, path, code.co_names, set())
+        elif isinstance(value, types.FunctionType):
+            found += _attributes_of_function(value)
         elif name in namespace and not isinstance(value, _FUNCTIONS):
             found.append(Source(namespace, name, name))
     return found

@@ -1,4 +1,4 @@
-"""Tensors that a step changes in place: what it was given, and what lives longer than it."""
+"""What a step changes in place: what it was given, and tensors that live longer than it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.equality import same_leaf
 from cg_lightning.core.tree import flatten
 from cg_lightning.diagnosis.detector import Detector
+from cg_lightning.diagnosis.findings import AT_THE_END
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall, WrittenTensors
+from cg_lightning.effects.containers import ContainersSnapshot
 from cg_lightning.guards.values import FrozenValues, addresses_of
 from cg_lightning.metrics.members import states_of
 from cg_lightning.modules.attributes import names_of_frameworks
@@ -26,6 +28,10 @@ from cg_lightning.modules.kinds import is_metric
 
 class Mutations(Detector):
     """Reports inputs that are changed in place, and notes all other tensors that are.
+
+    The containers of the batch, and of the arguments of each call, are compared before and after: a
+    replay adds, replaces and removes no entries. One that returns such a container would return a
+    copy.
 
     Compiled code and kernels of the user's own show no operation, so tensors are compared with
     copies there. States of metrics do not count: they have effects of their own.
@@ -43,6 +49,8 @@ class Mutations(Detector):
         self._written: dict[int, Tensor] = {}
         """Tensors that were changed and not made in the step, by the address of their storage."""
         self._persistent = _PersistentTensors(watch.root)
+        self._containers: dict[int, ContainersSnapshot] = {}
+        """By the id of the call."""
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
@@ -51,7 +59,8 @@ class Mutations(Detector):
         hidden = [child for inside in watch.hidden.values() for _, child in inside]
         copies_inside = _TensorCopies(self._persistent.of_attributes(hidden) if hidden else [])
         copies = _TensorCopies(watch.step.inputs)
-        yield
+        with self._comparing_containers(watch.step, [("batch", watch.batch)]):
+            yield
         self._add(copies_inside.changed(), "compiled code")
         if not any(finding.cause is Cause.INPUT_MUTATED for finding in watch.step.findings):
             self._add(copies.changed(), "the batch")
@@ -60,6 +69,47 @@ class Mutations(Detector):
     @contextlib.contextmanager
     def around_call(self, call: ModuleCall) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        given = [
+            (f"argument {index}", value)
+            for index, value in enumerate(call.given)
+            if not is_plain_value(value)
+        ]
+        with self._comparing_containers(call, given), self._comparing_tensors(call):
+            yield
+
+    def returned(self, call: ModuleCall, output: Any) -> None:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        containers = self._containers.get(id(call))
+        if containers is None or isinstance(output, Tensor):
+            return
+        with self.watch.paused():
+            is_returned = containers.holds(output)
+        if is_returned:
+            what = "a container of its arguments" if call.path else "a container of its batch"
+            self.watch.report(Cause.INPUT_MUTATED, f"returns {what}", calls=[call])
+
+    @contextlib.contextmanager
+    def _comparing_containers(
+        self, call: ModuleCall, given: list[tuple[str, Any]]
+    ) -> Iterator[None]:
+        if not given:
+            yield
+            return
+        with self.watch.paused():
+            containers = self._containers[id(call)] = ContainersSnapshot(given)
+        try:
+            yield
+        finally:
+            del self._containers[id(call)]
+        with self.watch.paused():
+            changed = containers.changed()
+        if changed:
+            self.watch.report(
+                Cause.INPUT_MUTATED, changed, location=AT_THE_END, module=call.path, calls=[call]
+            )
+
+    @contextlib.contextmanager
+    def _comparing_tensors(self, call: ModuleCall) -> Iterator[None]:
         if not call.hidden:
             yield
             return
@@ -161,7 +211,13 @@ class _PersistentTensors:
             if name not in names_of_frameworks(module) and not is_plain_value(value)
             if (contents := _contents(value)) is not None
         ]
-        self._hidden = [module for _, _, values in self._attributes for module in values.modules]
+        known = {id(module) for module in root.modules()}
+        self._hidden = [
+            module
+            for _, _, values in self._attributes
+            for module in values.modules
+            if id(module) not in known
+        ]
 
     def of_attributes(self, modules: Iterable[nn.Module]) -> list[Tensor]:
         """Returns the tensors that attributes of some modules hold."""

@@ -1,10 +1,12 @@
-"""``print``, ``self.print``, the user's loggers and the Trainer's."""
+"""``print``, ``self.print``, standard output, the user's loggers and the Trainer's."""
 
 from __future__ import annotations
 
 import builtins
 import contextlib
 import logging
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,8 +15,40 @@ from unittest.mock import patch
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.detectors.trainer_reads import ReadNames
+from cg_lightning.diagnosis.findings import is_called_by_step
 from cg_lightning.modules.interception import Interception, replaced_method
 from cg_lightning.modules.kinds import is_user_file
+
+
+class _Stream:
+    """Stands in for a stream whose ``write`` cannot be replaced."""
+
+    def __init__(self, stream: Any, write: Callable[..., Any]) -> None:
+        self._stream = stream
+        self.write = write
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _replaced_write(name: str, write: Callable[..., Any]) -> Iterator[None]:
+    stream = getattr(sys, name)
+    attributes = getattr(stream, "__dict__", {})
+    has_own, own = "write" in attributes, attributes.get("write")
+    try:
+        stream.write = write
+    except AttributeError:
+        with patch.object(sys, name, _Stream(stream, write)):
+            yield
+        return
+    try:
+        yield
+    finally:
+        if has_own:
+            stream.write = own
+        else:
+            del stream.write
 
 
 class Printing(Detector):
@@ -27,6 +61,7 @@ class Printing(Detector):
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._noticing_python())
+            stack.enter_context(self._noticing_streams())
             if self.watch.is_lightning:
                 stack.enter_context(replaced_method(self.watch.root, "print", self._print))
             if self.watch.is_lightning and id(self.watch.root) not in self.watch.hidden:
@@ -60,3 +95,23 @@ class Printing(Detector):
             patch.object(logging.Logger, "handle", noticed_record),
         ):
             yield
+
+    @contextlib.contextmanager
+    def _noticing_streams(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for name in ("stdout", "stderr"):
+                if (stream := getattr(sys, name)) is not None:
+                    write = self._noticed(f"sys.{name}.write", stream.write)
+                    stack.enter_context(_replaced_write(name, write))
+            stack.enter_context(patch.object(os, "write", self._noticed("os.write", os.write)))
+            yield
+
+    def _noticed(self, name: str, write: Callable[..., Any]) -> Callable[..., Any]:
+        thread = threading.get_ident()
+
+        def noticed(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread and is_called_by_step(__file__):
+                self.watch.report_unless_found(Cause.PRINTED, name)
+            return write(*args, **kwargs)
+
+        return noticed

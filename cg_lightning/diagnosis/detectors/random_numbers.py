@@ -9,10 +9,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.cuda import random as device_random
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.tree import flatten
@@ -20,13 +22,19 @@ from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.watched_step import ModuleCall
 
 _HARMLESS = ("getstate", "get_state")
+_SEEDING = (
+    *("manual_seed", "manual_seed_all", "seed", "seed_all"),
+    *("set_rng_state", "set_rng_state_all", "fork_rng"),
+)
+"""Functions of PyTorch that set a generator: a replay draws on from where it is."""
 
 
 class RandomNumbers(Detector):
     """Compares the states of the host's generators around each call.
 
     The user's line is known if a function of ``random`` or ``numpy.random`` was called by its
-    module, or if an operation of PyTorch drew. Other draws are only seen by the comparison.
+    module, or if an operation of PyTorch drew. Other draws are only seen by the comparison. What
+    sets a generator of PyTorch, the device's included, is reported as well.
     """
 
     causes = (Cause.HOST_RANDOMNESS,)
@@ -34,7 +42,7 @@ class RandomNumbers(Detector):
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
-        with self._noticing_draws():
+        with self._noticing_draws(), self._noticing_seeds():
             before = self._state()
             yield
             self._compare(before)
@@ -97,6 +105,33 @@ class RandomNumbers(Detector):
         finally:
             for module, attribute, function in replaced:
                 setattr(module, attribute, function)
+
+    @contextlib.contextmanager
+    def _noticing_seeds(self) -> Iterator[None]:
+        thread = threading.get_ident()
+
+        def noticed(function: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(function)
+            def seed(*args: Any, **kwargs: Any) -> Any:
+                if threading.get_ident() == thread:
+                    self.watch.report_unless_found(
+                        Cause.HOST_RANDOMNESS, f"torch.{function.__name__}"
+                    )
+                return function(*args, **kwargs)
+
+            return seed
+
+        owners = (torch.random, device_random)
+        functions = [getattr(owner, name, None) for owner in owners for name in _SEEDING]
+        seeding = {id(function): noticed(function) for function in functions if function}
+        with contextlib.ExitStack() as stack:
+            # also ``from torch import manual_seed``
+            for module in list(sys.modules.values()):
+                names = getattr(module, "__dict__", {})
+                for name in _SEEDING:
+                    if (replacement := seeding.get(id(names.get(name)))) is not None:
+                        stack.enter_context(patch.object(module, name, replacement))
+            yield
 
     def _noticed(self, name: str, function: Any, thread: int) -> Callable[..., Any]:
         @functools.wraps(function)

@@ -1,0 +1,112 @@
+"""The function objects behind the frames that a profiler is shown, and what they hold.
+
+A frame has the code and the values of what its function has closed over, and not the function. It
+is looked for where its name says that it is: among the globals, in the classes of its first
+argument, and below decorators there. Only if it is at neither place (a lambda, a function that a
+function has returned) and may have closed over something or have defaults, the garbage collector is asked who refers to the code (30 ms for 400,000 objects).
+"""
+
+from __future__ import annotations
+
+import gc
+import types
+from collections.abc import Iterator
+from types import CodeType, FrameType, FunctionType
+from typing import Any
+
+from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.guards.sources import CacheWrapper, Source
+
+_MOST_WRAPPERS = 10
+_IGNORED = "__class__"
+"""What ``super()`` closes over."""
+
+
+def closes_over(code: CodeType) -> tuple[str, ...]:
+    """Return the names that the functions with this code have closed over."""
+    return tuple([name for name in code.co_freevars if name != _IGNORED])
+
+
+def _inner(function: Any) -> Iterator[Any]:
+    """Yield a function, and those that decorators have wrapped."""
+    for _ in range(_MOST_WRAPPERS):
+        if function is None:
+            return
+        yield function
+        for name in ("__wrapped__", "__func__", "fget", "func"):
+            if (inner := getattr(function, name, None)) is not None:
+                break
+        function = inner
+
+
+def _named(frame: FrameType) -> Iterator[Any]:
+    """Yield what has the name of a frame's code where such a function may be."""
+    code, name = frame.f_code, frame.f_code.co_name
+    yield frame.f_globals.get(name)
+    if code.co_argcount or code.co_flags & 4:  # may be called with arguments
+        first = frame.f_locals.get(code.co_varnames[0])
+        if isinstance(first, tuple) and first and not code.co_argcount:
+            first = first[0]
+        for cls in first.__mro__ if isinstance(first, type) else type(first).__mro__:
+            yield vars(cls).get(name)
+
+
+def find_functions(frame: FrameType, is_made_here: bool) -> tuple[list[FunctionType], list[Any]]:
+    """Return the functions that have the code of a frame, and the caches around them.
+
+    Args:
+        frame: A frame at its start.
+        is_made_here: Whether the functions with this code are made in the step itself.
+    """
+    code = frame.f_code
+    caches: list[Any] = []
+    for named in _named(frame):
+        for function in _inner(named):
+            if isinstance(function, CacheWrapper):
+                caches.append(function)
+            elif isinstance(function, FunctionType) and function.__code__ is code:
+                return [function], caches
+        caches.clear()
+    may_hold = closes_over(code) or code.co_argcount or code.co_kwonlyargcount
+    if is_made_here or not may_hold:
+        return [], []
+    return [each for each in gc.get_referrers(code) if isinstance(each, FunctionType)], []
+
+
+def is_running(function: FunctionType, frame: FrameType) -> bool:
+    """Return whether a frame is one of this function: its free variables are what is in the cells."""
+    values = frame.f_locals
+    for name, cell in zip(frame.f_code.co_freevars, function.__closure__ or (), strict=False):
+        source = Source(cell, name, name)
+        if source.value() is not values.get(name, source.value()):
+            return False
+    return True
+
+
+def sources_of_function(function: FunctionType) -> list[Source]:
+    """Return what a function holds: what it has closed over, defaults, and attributes."""
+    name = function.__name__
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
+    found = [
+        Source(cell, free, f"closure {free} of {name}") for free, cell in cells if free != _IGNORED
+    ]
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    if not all(map(is_plain_value, defaults)):
+        found.append(Source(function, "__defaults__", f"defaults of {name}"))
+        found.append(Source(function, "__kwdefaults__", f"keyword defaults of {name}"))
+    return [*found, source_of_attributes(function)]
+
+
+def source_of_attributes(function: FunctionType) -> Source:
+    """Return the attributes of a function as a source."""
+    return Source(function, "__dict__", f"attributes of {function.__name__}")
+
+
+def source_of_cache(function: Any) -> Source:
+    """Return what tells that the body of a function with a cache has run."""
+    return Source(function, "misses", f"cache of {getattr(function, '__name__', 'a function')}")
+
+
+def codes_inside(code: CodeType) -> list[CodeType]:
+    """Return the code of the functions that a function makes."""
+    return [each for each in code.co_consts if isinstance(each, types.CodeType)]

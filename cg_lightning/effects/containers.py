@@ -1,0 +1,162 @@
+"""Containers and objects as they were: compared later, and put back.
+
+Tensors in them are compared by identity. What is written *into* a tensor is somebody else's business
+(:class:`~cg_lightning.effects.step_state.StepState`), and so is what modules hold.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable, MutableMapping, MutableSequence, MutableSet
+from typing import Any
+
+from torch import Tensor, nn
+
+from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.guards.value_kinds import ValueKind, bound_to, contents_of, kind_of
+from cg_lightning.guards.values import MOST_VALUES
+from cg_lightning.modules.attributes import attributes_of, is_same_value
+
+_SEQUENCES = (list, collections.deque, MutableSequence)
+_MUTABLE = (*_SEQUENCES, MutableMapping, MutableSet)
+_Items = list[tuple[Any, Any]]
+_MISSING: Any = object()
+
+
+def _items_of(value: Any, kind: ValueKind) -> _Items:
+    if kind is ValueKind.OBJECT:
+        return list(attributes_of(value).items())
+    if isinstance(value, MutableMapping):
+        return [(key, value[key]) for key in list(value)]
+    return list(enumerate(value)) if isinstance(value, (tuple, *_SEQUENCES)) else []
+
+
+def _name(path: str, key: Any, kind: ValueKind) -> str:
+    return f"{path}.{key}" if kind is ValueKind.OBJECT else f"{path}[{key!r}]"
+
+
+def _changed_key(now: _Items, before: _Items) -> Any:
+    """Return the key of the first item that was added, replaced or removed; None: none was."""
+    old = dict(before)
+    for key, value in now:
+        if not is_same_value(old.pop(key, _MISSING), value):
+            return key
+    return next(iter(old), None)
+
+
+class ContainersSnapshot:
+    """What some values hold, however deep.
+
+    Args:
+        roots: Names and values. Modules and tensors are not looked into.
+    """
+
+    def __init__(self, roots: Iterable[tuple[str, Any]]) -> None:
+        self._nodes: list[tuple[Any, ValueKind, _Items, str]] = []
+        self._copies: list[tuple[Any, Any, str]] = []
+        self._ids: set[int] = set()
+        pending = list(roots)
+        seen: set[int] = set()
+        while pending and len(seen) < MOST_VALUES:
+            path, value = pending.pop()
+            if isinstance(value, Tensor) or is_plain_value(value) or id(value) in seen:
+                continue
+            seen.add(id(value))
+            kind = kind_of(value)
+            if kind in (ValueKind.CONTAINER, ValueKind.OBJECT):
+                items = _items_of(value, kind)
+                self._nodes.append((value, kind, items, path))
+                if not isinstance(value, tuple):
+                    self._ids.add(id(value))
+                pending += [
+                    (_name(path, key, kind), item)
+                    for key, item in items
+                    if not (isinstance(item, Tensor) or is_plain_value(item))
+                ]
+            elif kind is ValueKind.CONTENTS:
+                contents = contents_of(value)
+                assert contents is not None
+                self._copies.append((value, contents(value), path))
+            elif kind is ValueKind.FUNCTION:
+                pending += [(f"{path}.{name}", held) for name, held in bound_to(value).items()]
+
+    def changed(self) -> str:
+        """Return the path of the first entry that was added, replaced or removed; empty: none."""
+        for value, kind, before, path in self._nodes:
+            now = _items_of(value, kind)
+            if len(now) != len(before) or not all(
+                key is old_key and is_same_value(old, item)
+                for (key, item), (old_key, old) in zip(now, before, strict=True)
+            ):
+                key = _changed_key(now, before)
+                return path if key is None else _name(path, key, kind)
+        for value, copy, path in self._copies:
+            contents = contents_of(value)
+            assert contents is not None
+            if contents(value) != copy:
+                return path
+        return ""
+
+    def holds(self, output: Any) -> bool:
+        """Return whether a nest contains one of the containers itself."""
+        pending, seen = [output], set[int]()
+        while pending:
+            value = pending.pop()
+            if isinstance(value, (Tensor, nn.Module)) or is_plain_value(value):
+                continue
+            if id(value) in self._ids:
+                return True
+            if id(value) not in seen:
+                seen.add(id(value))
+                kind = kind_of(value)
+                if kind in (ValueKind.CONTAINER, ValueKind.OBJECT):
+                    pending += [item for _, item in _items_of(value, kind)]
+        return False
+
+    def restore(self) -> None:
+        """Put back what has changed."""
+        for value, kind, before, _ in self._nodes:
+            if kind is ValueKind.OBJECT:
+                _restore_attributes(value, dict(before))
+            elif isinstance(value, _MUTABLE):
+                _restore_items(value, before)
+        for value, copy, _ in self._copies:
+            _restore_contents(value, copy)
+
+
+def _restore_attributes(value: Any, before: dict[str, Any]) -> None:
+    now = attributes_of(value)
+    for name in now.keys() - before.keys():
+        object.__delattr__(value, name)
+    for name, held in before.items():
+        if now.get(name, _MISSING) is not held:
+            object.__setattr__(value, name, held)  # frozen dataclasses as well
+
+
+def _restore_items(value: Any, before: _Items) -> None:
+    now = _items_of(value, ValueKind.CONTAINER)
+    if len(now) == len(before) and all(
+        key is old_key and item is old
+        for (key, item), (old_key, old) in zip(now, before, strict=True)
+    ):
+        return
+    if isinstance(value, MutableMapping):
+        for key in list(value):
+            del value[key]
+        for key, item in before:
+            value[key] = item
+    else:
+        value.clear()
+        value.extend(item for _, item in before)
+
+
+def _restore_contents(value: Any, copy: Any) -> None:
+    contents = contents_of(value)
+    assert contents is not None
+    if contents(value) == copy:
+        return
+    if isinstance(value, MutableSet):
+        value.clear()
+        value.update(copy)  # type: ignore[attr-defined]
+    elif isinstance(value, bytearray):
+        value[:] = copy

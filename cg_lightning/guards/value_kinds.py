@@ -1,0 +1,236 @@
+"""What a value is to a graph: the one table by which everything that a step reads is classified.
+
+A step may be one graph only if all that it read is known: known to be harmless, or compared before
+each replay. What nobody can look into is neither. It is *opaque*: an iterator, a random generator,
+a file, a lock, or any other object with state in C.
+
+How it is found out that an object has state in C: its instances are larger than a header, a
+dictionary, a list of weak references and their slots together. ``object.__reduce_ex__`` asks the
+same before it refuses to pickle something. Types that are larger for a known reason come first.
+"""
+
+from __future__ import annotations
+
+import array
+import collections
+import contextvars
+import dataclasses
+import datetime
+import decimal
+import enum
+import fractions
+import functools
+import io
+import logging
+import pathlib
+import random
+import re
+import sys
+import types
+import uuid
+import weakref
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.modules.attributes import attributes_of, slots_of
+from cg_lightning.modules.kinds import is_user_class, lightning_class
+
+
+class ValueKind(enum.Enum):
+    """What has to be done about a value that a step reads."""
+
+    HARMLESS = "nothing in it can change what a step computes"
+    TENSOR = "compared by its address"
+    MODULE = "has a guard of its own"
+    FUNCTION = "what it is bound to is looked into"
+    CONTENTS = "its contents can be copied and compared"
+    CONTAINER = "its items are looked into"
+    OBJECT = "its attributes are looked into"
+    OPAQUE = "nobody can look into it"
+
+
+_HARMLESS: tuple[type, ...] = (
+    *(type, types.ModuleType, types.GenericAlias, types.UnionType),
+    *(
+        str,
+        bytes,
+        int,
+        float,
+        complex,
+        range,
+        slice,
+        frozenset,
+        type(Ellipsis),
+        type(NotImplemented),
+    ),
+    *(enum.Enum, re.Pattern, re.Match, pathlib.PurePath, uuid.UUID),
+    *(datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo),
+    *(decimal.Decimal, fractions.Fraction, BaseException),
+    *(logging.Filterer, logging.LoggerAdapter, logging.Filter),
+    *(property, classmethod, staticmethod, weakref.ref),
+    *(types.CodeType, types.FrameType, types.TracebackType, types.MemberDescriptorType),
+    *(types.GetSetDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType),
+    *(types.ClassMethodDescriptorType,),
+)
+"""Immutable, or outside what a step computes: what is logged is watched by a detector."""
+_FUNCTIONS = (
+    *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType),
+    functools.partial,
+)
+_FRAMEWORKS = ("lightning", "pytorch_lightning", "lightning_fabric", "cg_lightning")
+"""Their objects know the Trainer; what a step reads of that is watched by a detector."""
+_OPAQUE = (io.IOBase, random.Random, torch.Generator)
+
+
+def _array_contents(value: Any) -> Any:
+    return value.shape, value.dtype, value.tobytes()
+
+
+def _context_contents(value: contextvars.ContextVar[Any]) -> Any:
+    now = value.get(None)
+    return now if is_plain_value(now) else id(now)
+
+
+_CONTENTS: dict[type, Callable[[Any], Any]] = {
+    set: frozenset,
+    bytearray: bytes,
+    memoryview: bytes,
+    array.array: array.array.tobytes,
+    contextvars.ContextVar: _context_contents,
+}
+
+
+def contents_of(value: Any) -> Callable[[Any], Any] | None:
+    """Return what copies the contents of such a value for a comparison; None if they cannot be."""
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.ndarray):
+        return _array_contents
+    return next((_CONTENTS[cls] for cls in type(value).__mro__ if cls in _CONTENTS), None)
+
+
+def has_hidden_state(cls: type) -> bool:
+    """Return whether instances of a class keep something where Python cannot see it."""
+    size = object.__basicsize__ + _WORD * len(slots_of(cls))
+    # negative or 0: kept before the object, or not at all
+    size += _WORD if cls.__dictoffset__ > 0 else 0
+    size += _WORD if cls.__weakrefoffset__ > 0 else 0
+    return cls.__basicsize__ > size or cls.__itemsize__ != 0
+
+
+_WORD = object.__basicsize__ // 2
+
+
+def _root(cls: type) -> str:
+    return cls.__module__.split(".")[0]
+
+
+def _is_harmless_class(cls: type) -> bool:
+    if issubclass(cls, _HARMLESS) or lightning_class(cls, "Trainer") or hasattr(cls, "__members__"):
+        return True
+    if _root(cls) in _FRAMEWORKS and not has_hidden_state(cls):
+        return True
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and issubclass(cls, (numpy.generic, numpy.dtype, numpy.ufunc)):
+        return True
+    is_called = "__call__" in dir(cls)
+    if is_called and not is_user_class(cls):
+        return True
+    if not has_hidden_state(cls):
+        return False
+    if hasattr(cls, "__next__"):
+        return False
+    # streams, dtypes, scripted objects; functions that another language made
+    return _root(cls) == "torch" or (is_called and hasattr(cls, "__name__"))
+
+
+@functools.lru_cache(maxsize=4096)
+def _kind_of_class(cls: type) -> ValueKind:
+    if issubclass(cls, Tensor):
+        return ValueKind.TENSOR
+    if issubclass(cls, nn.Module):
+        return ValueKind.MODULE
+    if issubclass(cls, _FUNCTIONS):
+        return ValueKind.FUNCTION
+    if issubclass(cls, _OPAQUE):
+        return ValueKind.OPAQUE
+    if issubclass(cls, (tuple, list, collections.deque, MutableMapping, types.MappingProxyType)):
+        return ValueKind.CONTAINER
+    if _is_harmless_class(cls):
+        return ValueKind.HARMLESS
+    if cls.__name__ == "_local" and _root(cls) == "_thread":  # threading.local: this thread's
+        return ValueKind.OBJECT
+    return ValueKind.OPAQUE if has_hidden_state(cls) else ValueKind.OBJECT
+
+
+def kind_of(value: Any) -> ValueKind:
+    """Return what a value is to a graph."""
+    if is_plain_value(value):
+        return ValueKind.HARMLESS
+    if contents_of(value) is not None:
+        return ValueKind.CONTENTS
+    cls: type = type(value)
+    kind = _kind_of_class(cls)
+    if kind is not ValueKind.OBJECT or _root(type(value)) not in sys.stdlib_module_names:
+        return kind
+    return ValueKind.OPAQUE if _is_around_opaque(value, 2) else kind
+
+
+def _is_around_opaque(value: Any, depth: int) -> bool:
+    """Whether an object is Python around something opaque: a queue, an event, a pool."""
+    for held in attributes_of(value).values():
+        cls: type = type(held)
+        kind = _kind_of_class(cls)
+        if kind is ValueKind.OPAQUE and contents_of(held) is None:
+            return True
+        is_object = kind is ValueKind.OBJECT and _root(type(held)) in sys.stdlib_module_names
+        if depth > 1 and is_object and _is_around_opaque(held, depth - 1):
+            return True
+    return False
+
+
+def bound_to(function: Any) -> dict[str, Any]:
+    """Return what a function carries with it, by name: what it is bound to, or given already.
+
+    What a function of the user's has closed over is seen when it is called.
+    """
+    if isinstance(function, functools.partial):
+        return {"func": function.func, "args": function.args, "keywords": function.keywords}
+    owner = getattr(function, "__self__", None)
+    if owner is None or isinstance(owner, (type, types.ModuleType)):
+        return {}
+    return {"__self__": owner}
+
+
+def has_attributes(container: Any) -> bool:
+    """Return whether a container keeps attributes beside its items."""
+    if isinstance(container, (list, tuple, dict, collections.deque)):
+        return bool(getattr(container, "__dict__", None))
+    return False
+
+
+def is_dataclass_instance(value: Any) -> bool:
+    """Return whether a value is an instance of a dataclass."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def class_values_of(cls: type) -> dict[str, Any]:
+    """Return what the user's classes of an object hold beside methods and descriptors."""
+    return {
+        f"{base.__name__}.{name}": value
+        for base in cls.__mro__
+        if is_user_class(base)
+        for name, value in vars(base).items()
+        if not (name.startswith("__") or callable(value) or hasattr(type(value), "__get__"))
+        and not (name.startswith("_abc_") or isinstance(value, types.MemberDescriptorType))
+    }
+
+
+def name_of_class(value: Any) -> str:
+    """Return the name of a value's class as users write it: ``numpy.random.Generator``."""
+    cls = type(value)
+    parts = [part for part in cls.__module__.split(".") if not part.startswith("_")]
+    return ".".join([*parts, cls.__qualname__]).removeprefix("builtins.")

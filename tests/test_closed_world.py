@@ -1,0 +1,968 @@
+"""A step is one graph only if all that it does in Python is known: harmless, compared, or replayed."""
+
+from __future__ import annotations
+
+import collections
+import contextvars
+import dataclasses
+import enum
+import functools
+import io
+import itertools
+import logging
+import os
+import pathlib
+import queue
+import random
+import re
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from cg_lightning import CUDAGraphCallback
+from cg_lightning.diagnosis.detectors import world
+from cg_lightning.guards.value_kinds import ValueKind, kind_of
+from tests.harness import Harness, KeepOutputs, assert_same, features
+from tests.models import Body, Predictor
+
+SETTINGS = [
+    {"verify_replays": 0},
+    {"verify_replays": 2},
+    {"mode": "PIECEWISE"},
+]
+Use = Callable[[Any, Any], Any]
+
+
+class Uses(Predictor):
+    """Scales what its network gives by what ``use`` makes of an attribute."""
+
+    def __init__(self, held: Any, use: Use) -> None:
+        super().__init__(Body())
+        self.held = held
+        self.use = use
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.net(batch[0]) * self.use(self, self.held)
+
+
+def run(
+    harness: Harness,
+    make: Callable[[], Any],
+    callback: CUDAGraphCallback | None,
+    loader: Any = None,
+    others: Callable[[], list[Callback]] = list,
+) -> Any:
+    """Predict with a module made anew; return all that its user sees."""
+    torch.manual_seed(2)
+    module = make()
+    kept = KeepOutputs()
+    trainer = harness.trainer(*([] if callback is None else [callback]), kept, *others())
+    torch.manual_seed(3)
+    loader = features(32) if loader is None else loader
+    return trainer.predict(module, loader), kept.kept
+
+
+def compare(
+    harness: Harness,
+    make: Callable[[], Any],
+    look: Callable[[], Any] = lambda: None,
+    loader: Callable[[], Any] = lambda: None,
+    others: Callable[[], list[Callback]] = list,
+    **settings: Any,
+) -> CUDAGraphCallback:
+    """Compare a job with the callback to the same one without; ``look`` returns what is left."""
+    callback = harness.callback(warmup_steps=1, **settings)
+    seen = [(run(harness, make, each, loader(), others), look()) for each in (callback, None)]
+    assert_same(*seen)
+    return callback
+
+
+def reasons(callback: CUDAGraphCallback) -> str:
+    return "\n".join(str(record.reason) for record in callback.stats.reasons)
+
+
+def generator() -> Any:
+    yield from itertools.count(1.0)
+
+
+class IteratesInPython:
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __next__(self) -> int:
+        self.number += 1
+        return self.number
+
+
+class Holder:
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+
+def filled() -> queue.SimpleQueue[int]:
+    found: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in range(99):
+        found.put(number)
+    return found
+
+
+OPAQUE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
+    "itertools.count": (lambda: itertools.count(1), next, "self.held: itertools.count"),
+    "itertools.cycle": (lambda: itertools.cycle([1, 2, 3]), next, "self.held: itertools.cycle"),
+    "iterator": (lambda: iter(range(1, 99)), next, "self.held: range_iterator"),
+    "generator": (generator, next, "self.held: generator"),
+    "enumerate": (lambda: enumerate(range(99)), lambda held: next(held)[0], "enumerate"),
+    "random.Random": (lambda: random.Random(3), lambda held: held.random(), "random.Random"),
+    "numpy Generator": (
+        lambda: np.random.default_rng(3),
+        lambda held: float(held.random()),
+        "self.held: numpy.random.Generator",
+    ),
+    "numpy RandomState": (
+        lambda: np.random.RandomState(3),
+        lambda held: float(held.rand()),
+        "RandomState",
+    ),
+    "torch.Generator": (
+        lambda: torch.Generator().manual_seed(3),
+        lambda held: float(torch.rand((), generator=held)),
+        "torch.Generator",
+    ),
+    "SimpleQueue": (filled, lambda held: held.get(), "self.held: SimpleQueue"),
+    "StringIO": (
+        lambda: io.StringIO("x" * 99),
+        lambda held: len(held.read(2)) + held.tell(),
+        "StringIO",
+    ),
+    "in a dictionary": (
+        lambda: {"a": [itertools.count(1)]},
+        lambda held: next(held["a"][0]),
+        "self.held['a'][0]: itertools.count",
+    ),
+    "in an object": (
+        lambda: Holder(itertools.count(1)),
+        lambda held: next(held.held),
+        "self.held.held: itertools.count",
+    ),
+    "in a partial": (
+        lambda: functools.partial(next, itertools.count(1)),
+        lambda held: held(),
+        "self.held.args[0]: itertools.count",
+    ),
+    "bound": (lambda: itertools.count(1).__next__, lambda held: held(), "itertools.count"),
+    "closed over": (
+        lambda: (lambda numbers: lambda: next(numbers))(itertools.count(1)),
+        lambda held: held(),
+        "closure numbers of <lambda>: itertools.count",
+    ),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", OPAQUE)
+def test_opaque_objects(harness: Harness, name: str, settings: Any) -> None:
+    """Hazard 37: their state moves where nobody sees it, so the step is no graph."""
+    make, use, words = OPAQUE[name]
+    callback = compare(harness, lambda: Uses(make(), lambda _, held: use(held)), **settings)
+    assert callback.stats.steps["PIECEWISE"] == 7, callback.summary()
+    if "mode" not in settings:
+        assert "opaque object used" in reasons(callback)
+        assert words in reasons(callback)
+
+
+NUMBERS: Any = None
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_opaque_globals(harness: Harness, settings: Any) -> None:
+    """Hazard 37."""
+
+    def make() -> Any:
+        global NUMBERS
+        NUMBERS = itertools.count(1)
+        return Uses(None, lambda *_: next(NUMBERS))
+
+    callback = compare(harness, make, **settings)
+    if "mode" not in settings:
+        assert "opaque object used: NUMBERS: itertools.count" in reasons(callback)
+
+
+class OpaqueInside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.numbers = itertools.count(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * next(self.numbers)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_opaque_in_a_submodule(harness: Harness, settings: Any) -> None:
+    """Hazard 37: such a submodule is no graph, and its own submodules are."""
+    callback = compare(harness, lambda: Predictor(OpaqueInside()), **settings)
+    assert callback.stats.steps["PIECEWISE"] == 7, callback.summary()
+    assert {entry.target for entry in callback.stats.entries} == {"net.linear"}
+
+
+class Color(enum.Enum):
+    RED = 1.0
+
+
+@dataclasses.dataclass
+class Point:
+    x: float = 2.0
+
+
+logger = logging.getLogger("user")
+HARMLESS: dict[str, Any] = {
+    "logger": (lambda: logger, lambda held: float(held.isEnabledFor(100))),
+    "type": (lambda: Point, lambda held: held().x),
+    "module": (lambda: torch.nn.functional, lambda held: float(hasattr(held, "relu"))),
+    "function of torch": (lambda: torch.relu, lambda held: held(torch.ones(8)).numel() / 4),
+    "function of NumPy": (lambda: np.prod, lambda held: float(held is np.prod)),
+    "enum": (lambda: Color.RED, lambda held: held.value),
+    "dtype": (lambda: torch.float32, lambda held: 2.0 * held.is_floating_point),
+    "NumPy dtype": (lambda: np.dtype("f4"), lambda held: held.itemsize),
+    "NumPy scalar": (lambda: np.float32(2), float),
+    "Path": (lambda: pathlib.Path("a/b"), lambda held: len(held.parts)),
+    "pattern": (lambda: re.compile("a+"), lambda held: len(held.match("aa")[0])),
+    "partial": (lambda: functools.partial(max, 2.0), lambda held: held(1.0)),
+    "frozenset": (lambda: frozenset({1.0, 2.0}), sum),
+    "range": (lambda: range(1, 4), sum),
+    "complex": (lambda: 1 + 2j, abs),
+    "dataclass": (Point, lambda held: held.x),
+    "object with a logger": (lambda: Holder(logger), lambda held: len(held.held.name)),
+    "counts in Python": (lambda: collections.Counter(a=2), lambda held: held["a"]),
+    "context variable": (lambda: contextvars.ContextVar("v", default=2.0), lambda held: held.get()),
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_harmless_objects(harness: Harness, name: str) -> None:
+    make, use = HARMLESS[name]
+    callback = compare(harness, lambda: Uses(make(), lambda _, held: use(held)))
+    assert callback.stats.steps["FULL"] == 7, callback.summary()
+
+
+def test_an_iterator_in_python_is_compared() -> None:
+    assert kind_of(IteratesInPython()) is ValueKind.OBJECT
+    assert kind_of(threading.local()) is ValueKind.OBJECT
+    for value in (threading.Lock(), threading.Event(), queue.Queue(), io.BytesIO()):
+        assert kind_of(value) is ValueKind.OPAQUE, value
+
+
+# what functions hold
+
+
+def counts() -> Any:
+    count = 0
+
+    def function() -> int:
+        nonlocal count
+        count += 1
+        return count
+
+    return function
+
+
+def counts_in_a_list(kept: list[int] | None = None) -> Any:
+    def function(kept: list[int] = [0]) -> int:  # noqa: B006
+        kept[0] += 1
+        return kept[0]
+
+    function.__defaults__ = ([0],)
+    return function
+
+
+def counts_in_an_attribute() -> Any:
+    def function() -> int:
+        function.count = getattr(function, "count", 0) + 1  # type: ignore[attr-defined]
+        return function.count  # type: ignore[attr-defined]
+
+    return function
+
+
+def counts_behind_a_decorator() -> Any:
+    inner = counts()
+
+    @functools.wraps(inner)
+    def function() -> int:
+        return inner()
+
+    return function
+
+
+class Meter:
+    total: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> int:
+        self.count += 1
+        return self.count
+
+    def in_class(self) -> int:
+        type(self).total += 1
+        return type(self).total
+
+
+def keeps_a_meter(name: str) -> Callable[[], Any]:
+    def make() -> Any:
+        Meter.total = 0
+        return getattr(Meter(), name)
+
+    return make
+
+
+def caches() -> Any:
+    ran = []
+
+    @functools.lru_cache(maxsize=1)
+    def function(x: int) -> int:
+        return len(ran) + x
+
+    numbers = IteratesInPython()
+    return lambda: function(next(numbers))
+
+
+COUNTERS: dict[str, Callable[[], Any]] = {
+    "closure": counts,
+    "default": counts_in_a_list,
+    "attribute": counts_in_an_attribute,
+    "behind a decorator": counts_behind_a_decorator,
+    "in a partial": lambda: functools.partial(counts()),
+    "callable object": Meter,
+    "bound method": keeps_a_meter("__call__"),
+    "class": keeps_a_meter("in_class"),
+    "iterator in Python": lambda: IteratesInPython().__next__,
+    "thread local": lambda: (
+        lambda local: lambda: local.__dict__.setdefault("n", []).append(1) or len(local.n)
+    )(threading.local()),
+    "list behind append": lambda: (lambda kept: lambda: kept.append(1) or len(kept))([]),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("where", ["attribute", "global", "closure", "container", "object"])
+@pytest.mark.parametrize("name", COUNTERS)
+def test_functions_that_count(harness: Harness, name: str, where: str, settings: Any) -> None:
+    """Hazards 36 and 47: closures, defaults, attributes of functions, and what they are bound to."""
+
+    def make() -> Any:
+        global NUMBERS
+        function = COUNTERS[name]()
+        if where == "attribute":
+            return Uses(function, lambda _, held: held())
+        if where == "global":
+            NUMBERS = function
+            return Uses(None, lambda *_: NUMBERS())
+        if where == "closure":
+            return Uses(None, lambda *_: function())
+        if where == "container":
+            return Uses({"a": [function]}, lambda _, held: held["a"][0]())
+        return Uses(Holder(function), lambda _, held: held.held())
+
+    callback = compare(harness, make, **settings)
+    assert callback.stats.steps["PIECEWISE"] == 7, callback.summary()
+
+
+def test_a_closure_is_named(harness: Harness) -> None:
+    callback = compare(harness, lambda: Uses(counts(), lambda _, held: held()))
+    assert "module state rebound: closure count of function" in reasons(callback)
+
+
+SCALE: Any = None
+
+
+class Changes(Callback):
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == 4:
+            SCALE(3.0)
+
+
+def scales() -> Any:
+    global SCALE
+    value = 1.0
+
+    def put(new: float) -> None:
+        nonlocal value
+        value = new
+
+    SCALE = put
+    return lambda: value
+
+
+def scales_by_default() -> Any:
+    global SCALE
+    kept = [1.0]
+    SCALE = lambda new: kept.__setitem__(0, new)
+    return lambda kept=kept: kept[0]
+
+
+def scales_by_attribute() -> Any:
+    global SCALE
+
+    def function() -> float:
+        return function.scale  # type: ignore[attr-defined]
+
+    function.scale = 1.0  # type: ignore[attr-defined]
+    SCALE = lambda new: setattr(function, "scale", new)
+    return function
+
+
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE", "FULL_AND_PIECEWISE"])
+@pytest.mark.parametrize("make", [scales, scales_by_default, scales_by_attribute])
+def test_what_functions_hold_is_guarded(harness: Harness, make: Any, mode: str) -> None:
+    """Hazards 8 and 47: changed between two batches, seen before the next replay."""
+
+    class Inside(nn.Module):
+        def __init__(self, function: Any) -> None:
+            super().__init__()
+            self.linear, self.function = nn.Linear(8, 8), function
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) * self.function()
+
+    callback = compare(
+        harness,
+        lambda: Predictor(Inside(make())),
+        others=lambda: [Changes()],
+        mode=mode,
+        verify_replays=0,
+    )
+    assert callback.stats.captures == 2, callback.summary()
+
+
+def test_functions_made_in_the_step_are_no_state(harness: Harness) -> None:
+    class Makes(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            count = 0
+
+            def function(x: Tensor) -> Tensor:
+                nonlocal count
+                count += 1
+                return x * count
+
+            return function(self.net(batch[0])) + function(batch[0])
+
+    callback = compare(harness, lambda: Makes(Body()))
+    assert callback.stats.steps["FULL"] == 7, callback.summary()
+
+
+def test_a_cache_that_the_first_steps_fill(harness: Harness) -> None:
+    """A function with a cache is harmless once it gives what it has."""
+
+    @functools.lru_cache
+    def table(size: int) -> float:
+        return 1.0 / size
+
+    callback = compare(harness, lambda: Uses(None, lambda *_: table(8)))
+    assert callback.stats.steps["PIECEWISE"] + callback.stats.steps["FULL"] == 7
+    table.cache_clear()
+    callback = compare(harness, lambda: Uses(caches(), lambda _, held: held()))
+    assert callback.stats.steps["FULL"] == 0, callback.summary()
+
+
+# the world
+
+
+class Writes(Predictor):
+    def __init__(self, write: Callable[[Any], Any]) -> None:
+        super().__init__(Body())
+        self.write = write
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        self.write(batch)
+        return self.net(batch[0])
+
+
+def write_line(path: pathlib.Path) -> None:
+    with path.open("a") as file:
+        file.write("x")
+
+
+WORLD: dict[str, Callable[[pathlib.Path], Any]] = {
+    "open": write_line,
+    "torch.save": lambda path: torch.save([1], path / f"{len(list(path.iterdir()))}"),
+    "numpy": lambda path: np.save(path / f"{len(list(path.iterdir()))}", np.ones(1)),
+    "mkdir": lambda path: (path / f"{len(list(path.iterdir()))}").mkdir(),
+    "process": lambda path: os.system(f"echo x >> {path}"),
+    "environment": lambda path: os.environ.update(SEEN=os.environ.get("SEEN", "") + "x"),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", WORLD)
+def test_effects_on_the_world(harness: Harness, tmp_path, monkeypatch, name, settings) -> None:
+    """Hazard 38: a replay would not have them."""
+    monkeypatch.setenv("SEEN", "")
+    numbers = itertools.count()
+    paths: list[pathlib.Path] = []
+
+    def make() -> Any:
+        path = tmp_path / f"run {next(numbers)}"
+        if name in ("torch.save", "numpy", "mkdir"):
+            path.mkdir()
+        os.environ["SEEN"] = ""
+        paths.append(path)
+        return Writes(functools.partial(lambda path, _: WORLD[name](path), path))
+
+    def look() -> Any:
+        path = paths[-1]
+        if path.is_dir():
+            return len(list(path.iterdir()))
+        return path.read_text() if path.exists() else os.environ["SEEN"]
+
+    callback = compare(harness, make, look, **settings)
+    assert callback.stats.steps["PIECEWISE"] == 7, callback.summary()
+    if "mode" not in settings:
+        assert "files, processes or sockets used: o" in reasons(callback)
+    assert not world._listeners
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda _: sys.stdout.write("x\n"),
+        lambda _: sys.stderr.writelines(["x\n"]),
+        lambda _: print("x"),
+        lambda _: __import__("tqdm").tqdm.write("x"),
+        lambda _: os.write(1, b"x\n"),
+    ],
+)
+def test_writes_to_standard_output(harness: Harness, capfd, write, settings) -> None:
+    """Hazard 38."""
+    callback = compare(
+        harness,
+        lambda: Writes(write),
+        lambda: [text.count("x\n") for text in capfd.readouterr()],
+        **settings,
+    )
+    assert callback.stats.steps["PIECEWISE"] == 7, callback.summary()
+    if "mode" not in settings:
+        assert "logger or print used" in reasons(callback)
+    assert "write" not in vars(sys.stdout)
+
+
+# the batch
+
+
+@dataclasses.dataclass
+class Sample:
+    x: Tensor
+    label: Any = None
+
+
+class Dictionaries(torch.utils.data.Dataset):
+    def __init__(self, make: Callable[[Tensor], Any]) -> None:
+        self.make = make
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Any:
+        return self.make(torch.full((4, 8), float(index)))
+
+
+class LastBatches(Callback):
+    """What a later callback sees of each batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def on_predict_batch_end(
+        self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
+    ) -> None:
+        inner = batch if isinstance(batch, dict) else vars(batch)
+        self.seen.append((list(inner), [inner.get("y"), inner.get("label")], outputs is batch))
+
+
+def adds(batch: Any, y: Tensor) -> None:
+    batch["y"] = y
+
+
+def adds_deep(batch: Any, y: Tensor) -> None:
+    batch["more"].append(y)
+
+
+def pops(batch: Any, y: Tensor) -> None:
+    batch.pop("label")
+
+
+def replaces(batch: Any, y: Tensor) -> None:
+    batch["label"] = y
+
+
+def sets_a_field(batch: Any, y: Tensor) -> None:
+    batch.label = y
+
+
+def returns_it(batch: Any, y: Tensor) -> Any:
+    return batch
+
+
+def returns_it_inside(batch: Any, y: Tensor) -> Any:
+    return {"batch": batch, "y": y}
+
+
+def dictionary(x: Tensor) -> Any:
+    return {"x": x, "label": x.sum(), "more": [x + 1]}
+
+
+BATCHES: list[tuple[Any, Any]] = [
+    *[(dictionary, do) for do in (adds, adds_deep, pops, replaces, returns_it, returns_it_inside)],
+    (Sample, sets_a_field),
+    (Sample, returns_it),
+]
+
+
+@pytest.mark.parametrize("settings", [*SETTINGS, {"verify_every": 1}], ids=str)
+@pytest.mark.parametrize(("make", "do"), BATCHES)
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_happens_to_the_batch(harness: Harness, make, do, settings, inside) -> None:
+    """Hazard 35: everybody who sees the batch afterwards sees what eager leaves."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, batch: Any) -> Any:
+            x = batch["x"] if isinstance(batch, dict) else batch.x
+            y = self.linear(x)
+            returned = do(batch, y)
+            return y if returned is None else returned
+
+    class Step(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            if inside:
+                return self.net(batch)
+            return Inner.forward(self.net, batch)
+
+    last: list[LastBatches] = []
+
+    def others() -> list[Callback]:
+        last.append(LastBatches())
+        return [last[-1]]
+
+    callback = compare(
+        harness,
+        lambda: Step(Inner()),
+        lambda: last[-1].seen,
+        lambda: DataLoader(Dictionaries(make), batch_size=None),
+        others,
+        **settings,
+    )
+    assert callback.stats.steps["PIECEWISE"] == 7, callback.summary()
+    if "mode" not in settings:
+        assert "input mutated in place" in reasons(callback)
+
+
+def test_containers_that_the_step_makes_itself(harness: Harness) -> None:
+    class Copies(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            batch = {"x": batch["x"]}
+            batch["y"] = self.net(batch["x"])
+            return batch
+
+    callback = compare(
+        harness,
+        lambda: Copies(Body()),
+        loader=lambda: DataLoader(Dictionaries(dictionary), batch_size=None),
+    )
+    assert callback.stats.steps["FULL"] == 7, callback.summary()
+
+
+class Data:
+    """A batch of its own kind, as those of graph networks."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Data:
+        return Data(self.x.to(device, non_blocking=non_blocking))
+
+
+class Marked(Tensor):
+    """A subclass of tensors."""
+
+
+class ReadsData(Predictor):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        x = batch.x if isinstance(batch, Data) else batch["x"]
+        return self.net(x.as_subclass(Tensor))
+
+
+def views(x: Tensor) -> Any:
+    return {"x": x[:, :8], "same": x}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("make", [Data, lambda x: {"x": x.as_subclass(Marked)}, views])
+def test_batches_without_a_key_run_in_pieces(harness: Harness, make, settings) -> None:
+    callback = compare(
+        harness,
+        lambda: ReadsData(Body()),
+        loader=lambda: DataLoader(Dictionaries(make), batch_size=None),
+        **settings,
+    )
+    assert callback.stats.steps["PIECEWISE"] == 7, callback.summary()
+    assert callback.stats.captures == 1
+
+
+# what code asks about itself
+
+
+class Asks(nn.Module):
+    """Computes something else while it is captured, as attention of transformers does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answers = (
+            torch.cuda.is_current_stream_capturing(),
+            torch.cuda.graphs.is_current_stream_capturing(),
+            imported_before(),
+        )
+        return self.linear(x) + any(answers)
+
+
+imported_before = torch.cuda.is_current_stream_capturing
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_code_that_asks_whether_it_is_captured(
+    harness: Harness, monkeypatch, settings: Any
+) -> None:
+    """Hazard 40: it hears in a capture what it hears in eager."""
+    if harness.backend == "recorder":  # no stream captures: the truth is that of the recorder
+        from cg_lightning.backends import capture_scope, recorder
+
+        truth = lambda: getattr(recorder._recording, "recorder", None) is not None
+        monkeypatch.setattr(capture_scope, "is_stream_capturing", truth)
+        for module in (torch.cuda, torch.cuda.graphs, sys.modules[__name__]):
+            name = "imported_before" if module.__name__ == __name__ else capture_scope._QUESTION
+            monkeypatch.setattr(module, name, truth)
+        monkeypatch.setattr(sys.modules[__name__], capture_scope._QUESTION, truth, raising=False)
+        monkeypatch.setattr(
+            sys.modules[__name__],
+            "imported_before",
+            lambda: is_current_stream_capturing(),  # type: ignore[name-defined]  # noqa: F821
+        )
+    callback = compare(harness, lambda: Predictor(Asks()), **settings)
+    assert callback.stats.replays == 7, callback.summary()
+
+
+def test_pytorch_hears_the_truth(monkeypatch) -> None:
+    from cg_lightning.backends import capture_scope
+
+    monkeypatch.setattr(capture_scope, "is_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, capture_scope._QUESTION, capture_scope.is_stream_capturing)
+    with capture_scope.capture_looks_eager():
+        ask = torch.cuda.is_current_stream_capturing
+        heard = {
+            name: eval("ask()", {"ask": ask, "__name__": name})
+            for name in (
+                "torch.nn.modules._functions",
+                "triton.runtime",
+                "transformers.utils",
+                "mine",
+            )
+        }
+    assert heard == {
+        "torch.nn.modules._functions": True,
+        "triton.runtime": True,
+        "transformers.utils": False,
+        "mine": False,
+    }
+    assert torch.cuda.is_current_stream_capturing is capture_scope.is_stream_capturing
+
+
+# without verification
+
+
+class Caches(nn.Module):
+    """Keeps a table until the mode changes."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.kind = kind
+        self.cache: Any = None
+        self.tables: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> Caches:
+        self.cache = None
+        getattr(self, "tables", {}).clear()
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "attribute":
+            if self.cache is None:
+                self.cache = self.linear.weight.sum(0) * 2
+            return self.linear(x) + self.cache
+        if "a" not in self.tables:
+            self.tables["a"] = self.linear.weight.sum(0) * 2
+        return self.linear(x) + self.tables["a"]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("kind", ["attribute", "container"])
+def test_caches_that_train_and_eval_clear(harness: Harness, kind: str, settings: Any) -> None:
+    """Hazard 46: no attribute is left with graph memory."""
+    callback = harness.callback(warmup_steps=2, **settings)
+
+    def job(trainer: Any, module: Any) -> Any:
+        kept = []
+        for _ in range(3):
+            kept.append(trainer.predict(module, features(32)))
+            module.train()
+            module.eval()
+            kept.append((module.net.cache, dict(module.net.tables)))
+            kept.append(trainer.predict(module, features(32)))
+            kept.append([module.net.cache, *module.net.tables.values()])
+            kept.append([each.clone() for each in kept[-1] if each is not None])
+        return kept
+
+    harness.compare(Predictor(Caches(kind)), job, callback)
+
+
+class KeepsWhereNobodyLooks(nn.Module):
+    """A cache whose state at the start of a step is no guard: the capture fills it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.kept: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        sys.calls += 1  # type: ignore[attr-defined]
+        if sys.calls > 3:  # type: ignore[attr-defined]
+            self.kept = y + 1
+        return y
+
+
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE", "FULL_AND_PIECEWISE"])
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_what_a_capture_leaves_in_attributes(
+    harness: Harness, mode: str, verify_replays: int
+) -> None:
+    """Hazard 46: the graph is refused, and the attribute is eager's."""
+    module: list[Any] = []
+
+    def make() -> Any:
+        sys.calls = 0  # type: ignore[attr-defined]
+        module[:] = [Predictor(KeepsWhereNobodyLooks())]
+        return module[0]
+
+    callback = harness.callback(warmup_steps=3, mode=mode, verify_replays=verify_replays)
+    seen = [(run(harness, make, each), module[0].net.kept.clone()) for each in (callback, None)]
+    assert_same(*seen)
+    if not verify_replays:
+        assert "module state rebound: self" in reasons(callback), callback.summary()
+
+
+SEEDS: dict[str, Callable[[], Any]] = {
+    "manual_seed": lambda: torch.manual_seed(5),
+    "set_rng_state": lambda: torch.set_rng_state(torch.get_rng_state()),
+    "fork_rng": lambda: torch.random.fork_rng(devices=[]).__enter__(),
+    "seed_everything": lambda: __import__("lightning").seed_everything(5, verbose=False),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", SEEDS)
+def test_seeds_in_a_step(harness: Harness, name: str, settings: Any) -> None:
+    """Hazard 9: a replay draws on from where the generator is."""
+
+    class Seeds(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            SEEDS[name]()
+            return self.net(batch[0]) * torch.rand(8, device=self.device)
+
+    callback = compare(harness, lambda: Seeds(Body()), **settings)
+    assert callback.stats.steps["PIECEWISE"] == 7, callback.summary()
+    if "mode" not in settings:
+        assert "randomness drawn on the host" in reasons(callback)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_unaligned_slices_as_arguments(harness: Harness, settings: Any) -> None:
+    """Hazard 14: kernels take other loads at other addresses, so the last bit may differ."""
+    addresses: list[int] = []
+
+    class Notes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(7, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            addresses.append(x.data_ptr() % 16)
+            return self.linear(x)
+
+    class Slices(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch[0][:, 1:]) + self.net(batch[0][:, :7])
+
+    addresses.clear()
+    callback = compare(harness, lambda: Slices(Notes()), **settings)
+    assert set(addresses) == {0, 4}
+    assert addresses.count(0) == addresses.count(4)  # in captures as well
+    assert callback.stats.replays >= 7
+
+
+# exceptions
+
+
+class Sixth(Predictor):
+    def __init__(self) -> None:
+        super().__init__(Body())
+        self.count = counts()
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.count() == 6:
+            raise KeyError("sixth")
+        return self.net(batch[0])
+
+
+class PopsTwice(Predictor):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        batch.pop("label")
+        return self.net(batch["x"])
+
+
+@pytest.mark.parametrize("settings", [*SETTINGS, {"verify_every": 1}], ids=str)
+def test_exceptions_that_depend_on_how_often_a_step_ran(harness: Harness, settings: Any) -> None:
+    """Hazard 29: raised at the same batch, as the user raised it, and never as our failure."""
+    numbers = []
+    for callback in (harness.callback(warmup_steps=1, **settings), None):
+        extra = [] if callback is None else [callback]
+        kept = KeepOutputs()
+        with pytest.raises(KeyError, match="sixth") as caught:
+            harness.trainer(*extra, kept).predict(Sixth(), features(32))
+        numbers.append(len(kept.kept))
+        assert caught.value.__cause__ is None
+        if callback is not None:
+            assert "capture failed" not in callback.summary()
+    assert numbers == [5, 5]
+    callback = compare(
+        harness,
+        lambda: PopsTwice(Body()),
+        loader=lambda: DataLoader(Dictionaries(dictionary), batch_size=None),
+        **settings,
+    )
+    assert "capture failed" not in callback.summary()
