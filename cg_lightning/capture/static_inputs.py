@@ -34,7 +34,7 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 
 
 def _empty_like(tensor: Tensor, address: int, device: torch.device) -> Tensor:
-    """An uninitialised tensor with the same layout, whose address has the same alignment as ``address``."""
+    """Return an empty tensor of the same layout, with the same alignment as ``address``."""
     shape, strides, dtype = tensor.shape, tensor.stride(), tensor.dtype
     offset = address % ALIGNMENT // tensor.element_size()
     if not offset:

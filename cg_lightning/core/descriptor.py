@@ -40,7 +40,7 @@ class BatchDescriptor:
     structure: Hashable = None
     """Types and keys of the containers."""
     leaves: tuple[Hashable, ...] = ()
-    """For a tensor: shape, dtype, strides, device, requires_grad and alignment; otherwise type and value."""
+    """Tensors: shape, dtype, strides, device, requires_grad, alignment; others: type and value."""
     stage: str | None = None
     """``validate``, ``test`` or ``predict``."""
     dataloader_idx: int = 0

@@ -43,7 +43,7 @@ class HeldByModules:
 
     Args:
         module: The module.
-        effects: The effects of its steps, which know its metrics; None: metrics are modules like others.
+        effects: The effects of its steps. None: metrics are treated like other modules.
     """
 
     def __init__(self, module: nn.Module, effects: ModuleEffects | None) -> None:
