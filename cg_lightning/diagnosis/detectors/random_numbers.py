@@ -121,16 +121,11 @@ class RandomNumbers(Detector):
 
             return seed
 
-        owners = (torch.random, device_random)
-        functions = [getattr(owner, name, None) for owner in owners for name in _SEEDING]
-        seeding = {id(function): noticed(function) for function in functions if function}
         with contextlib.ExitStack() as stack:
-            # also ``from torch import manual_seed``
-            for module in list(sys.modules.values()):
-                names = getattr(module, "__dict__", {})
-                for name in _SEEDING:
-                    if (replacement := seeding.get(id(names.get(name)))) is not None:
-                        stack.enter_context(patch.object(module, name, replacement))
+            for module, name, function in _seeding_functions(len(sys.modules)):
+                if vars(module).get(name) is not function:  # somebody else has replaced it
+                    continue
+                stack.enter_context(patch.object(module, name, noticed(function)))
             yield
 
     def _noticed(self, name: str, function: Any, thread: int) -> Callable[..., Any]:
@@ -145,6 +140,25 @@ class RandomNumbers(Detector):
             return output
 
         return draw
+
+
+@functools.lru_cache(maxsize=1)
+def _seeding_functions(_: int) -> list[tuple[Any, str, Callable[..., Any]]]:
+    """Return where functions that set a generator are named: also by ``from torch import seed``.
+
+    Args:
+        _: The number of modules that are loaded; with another one, all are searched again.
+    """
+    owners = (torch.random, device_random)
+    functions = [getattr(owner, name, None) for owner in owners for name in _SEEDING]
+    known = {id(function) for function in functions if function is not None}
+    return [
+        (module, name, names[name])
+        for module in list(sys.modules.values())
+        for names in [getattr(module, "__dict__", {})]
+        for name in _SEEDING
+        if name in names and id(names[name]) in known
+    ]
 
 
 def _draws(function: OpOverload) -> bool:
