@@ -27,6 +27,7 @@ from cg_lightning.modules.attributes import (
     same_attributes,
     slots_of,
 )
+from cg_lightning.modules.kinds import is_user_class
 
 LARGE = 256
 """Containers and arrays with more items, such as a vocabulary, are compared once an epoch."""
@@ -81,48 +82,70 @@ def _format(path: _Path) -> str:
     return structure_paths(detail, root)[step]
 
 
+def _leads_anywhere(value: Any) -> bool:
+    cls = type(value)
+    if not is_plain_object(value):
+        return False
+    is_standard = cls.__module__.split(".")[0] in sys.stdlib_module_names  # a logger, for example
+    return (is_standard or not is_user_class(cls)) and not is_configuration(value)
+
+
 class FrozenValues:
     """Stores what is inside some values, and compares it later.
 
-    Containers are compared by their leaves, plain objects by their attributes and (if they hold nothing else than values,
-    containers and objects like themselves) by what is inside those, and tensors by their addresses. A value that has
-    nothing inside is for the caller to compare.
+    Containers are compared by their leaves, plain objects by their attributes and by the containers, arrays, modules
+    and objects among them (those of other libraries: if they hold nothing else than values, containers and objects like
+    themselves), and tensors by their addresses and their layout. A value that has nothing inside is for the caller to compare.
 
     Args:
         values: The values.
         paths: Their names as the user would write them, for :meth:`explain`.
+        seen: The ids of values that are compared already.
     """
 
-    def __init__(self, values: Iterable[Any], paths: Iterable[str] | None = None) -> None:
+    def __init__(
+        self,
+        values: Iterable[Any],
+        paths: Iterable[str] | None = None,
+        seen: set[int] | None = None,
+    ) -> None:
         self.modules: list[nn.Module] = []
         """Modules among them: those in a list, for example, are no submodules."""
         self.tensors: list[Tensor] = []
         self._tensor_paths: list[_Path] = []
         self._containers: list[tuple[Any, list[Any], Any, _Path]] = []
         self._large_containers: list[tuple[Any, list[Any], Any, _Path]] = []
+        self._inside_large: list[FrozenValues] = []
         self._objects: list[tuple[dict[str, Any], dict[str, Any], _Path]] = []
         self._slotted: list[tuple[Any, dict[str, Any], _Path]] = []
         self._copies: list[tuple[Any, Callable[[Any], Any], Any, _Path]] = []
         self._large_copies: list[tuple[Any, Callable[[Any], Any], Any, _Path]] = []
         roots = list(values)
         names = [""] * len(roots) if paths is None else list(paths)
-        pending: list[tuple[Any, _Path]] = [
-            (value, (None, name, None)) for value, name in zip(roots, names, strict=True)
+        # whether to look into objects of other libraries too; one that is no configuration may lead anywhere
+        pending: list[tuple[Any, _Path, bool]] = [
+            (value, (None, name, None), True) for value, name in zip(roots, names, strict=True)
         ]
-        seen: set[int] = set()
+        self._seen = set() if seen is None else seen
         while pending:
-            value, path = pending.pop()
-            if is_plain_value(value) or id(value) in seen:
+            value, path, any_object = pending.pop()
+            if is_plain_value(value) or id(value) in self._seen:
                 continue
-            seen.add(id(value))
-            pending += self._store(value, path)
+            if not any_object and _leads_anywhere(value):
+                continue
+            self._seen.add(id(value))
+            found = self._store(value, path)
+            pending += [(item, place, any_object and into_any) for item, place, into_any in found]
+        for _, leaves, structure, path in self._large_containers:
+            self._look_into_large(leaves, structure, path)
         self._addresses = Addresses(self.tensors)
+        self._layouts = self._current_layouts()
         self.is_empty = not any(
             (self.tensors, self._containers, self._objects, self._slotted, self._copies)
         )
         """Whether :meth:`hold` has nothing to compare."""
 
-    def _store(self, value: Any, path: _Path) -> Iterable[tuple[Any, _Path]]:
+    def _store(self, value: Any, path: _Path) -> Iterable[tuple[Any, _Path, bool]]:
         """Store one value; return what is to be looked into next."""
         if type(value) in (Tensor, nn.Parameter):
             if value.layout is torch.strided:
@@ -144,7 +167,7 @@ class FrozenValues:
                 self._large_containers.append((value, leaves, structure, path))
                 return []
             self._containers.append((value, leaves, structure, path))
-            return [(leaf, (path, index, structure)) for index, leaf in enumerate(leaves)]
+            return [(leaf, (path, index, structure), True) for index, leaf in enumerate(leaves)]
         elif is_plain_object(value):
             held = attributes_of(value)
             if slots_of(type(value)):
@@ -152,17 +175,25 @@ class FrozenValues:
             else:
                 self._objects.append((vars(value), held, path))
             inside = is_configuration(value)
-            return [
-                (item, (path, name, None))
-                for name, item in held.items()
-                if inside or isinstance(item, Tensor)
-            ]
+            return [(item, (path, name, None), inside) for name, item in held.items()]
         return []
+
+    def _look_into_large(self, leaves: list[Any], structure: Any, path: _Path) -> None:
+        inside = {index: leaf for index, leaf in enumerate(leaves) if not is_plain_value(leaf)}
+        if inside:
+            paths = structure_paths(structure, _format(path))
+            values = FrozenValues(inside.values(), [paths[index] for index in inside], self._seen)
+            self._inside_large.append(values)
+            self.modules += values.modules
+
+    def _current_layouts(self) -> list[Any]:
+        return [(tensor.shape, tensor.stride()) for tensor in self.tensors]
 
     def hold(self) -> bool:
         """Return whether nothing has changed. Large containers are not compared."""
         return (
             self._addresses.check()
+            and self._current_layouts() == self._layouts
             and all(_leaves_hold(value, leaves, s) for value, leaves, s, _ in self._containers)
             and all(same_attributes(attributes, before) for attributes, before, _ in self._objects)
             and all(same_attributes(attributes_of(v), before) for v, before, _ in self._slotted)
@@ -171,9 +202,11 @@ class FrozenValues:
 
     def large_ones_hold(self) -> bool:
         """Return whether large containers have not changed."""
-        return all(
-            _leaves_hold(value, leaves, s) for value, leaves, s, _ in self._large_containers
-        ) and all(contents(value) == before for value, contents, before, _ in self._large_copies)
+        return (
+            all(_leaves_hold(value, leaves, s) for value, leaves, s, _ in self._large_containers)
+            and all(contents(value) == before for value, contents, before, _ in self._large_copies)
+            and all(values.all_hold() for values in self._inside_large)
+        )
 
     def all_hold(self) -> bool:
         """Return whether nothing at all has changed."""
@@ -195,7 +228,12 @@ class FrozenValues:
                 return f"{_format(path)}: the contents of the {type(value).__name__} have changed"
         for index in self._addresses.moved():
             return f"{_format(self._tensor_paths[index])}: the tensor has another address"
-        return ""
+        for layout, before, path in zip(
+            self._current_layouts(), self._layouts, self._tensor_paths, strict=True
+        ):
+            if layout != before:
+                return f"{_format(path)}: the tensor has another shape or other strides"
+        return next(filter(None, [values.explain() for values in self._inside_large]), "")
 
 
 def _leaves_hold(container: Any, leaves: list[Any], structure: Any) -> bool:
