@@ -199,3 +199,10 @@ def test_many_reasons_and_shapes_stay_a_short_summary():
     lines = render_summary(stats, "recorder", ["validate"]).splitlines()
     assert len(lines) <= 22
     assert "5000 PIECEWISE" in "\n".join(lines)
+
+
+def test_one_shape_stays_one_shape_with_many_reasons():
+    stats = CUDAGraphStats()
+    for step in range(4 * (MOST_REASONS + MOST_SHAPES)):
+        stats.ran("predict", "NONE", "8x4", Reason(Status.CHANGED, f"value {step}"))
+    assert {record.shapes for record in stats.reasons} == {"8x4"}

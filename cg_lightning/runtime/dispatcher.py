@@ -342,7 +342,9 @@ class CUDAGraphDispatcher:
     def _current_variant(self, state: KeyState) -> Variant | None:
         for index, variant in enumerate(state.variants):
             if variant.guards.check():
-                if index:  # the latest one is asked first, and goes last
+                if index and not isinstance(
+                    variant.guards, Unguarded
+                ):  # the latest one is asked first, and goes last
                     state.variants.insert(0, state.variants.pop(index))
                 return variant
         return None
@@ -397,6 +399,10 @@ class CUDAGraphDispatcher:
 
     def add_variant(self, state: KeyState, variant: Variant) -> list[Entry]:
         """Another way that steps of this key take is known. Returns graphs that have to be dropped."""
+        if isinstance(variant.guards, Unguarded):  # always holds: those with guards are asked first
+            guarded = [each for each in state.variants if not isinstance(each.guards, Unguarded)]
+            state.variants = [*guarded, variant]
+            return []
         state.variants.insert(0, variant)
         gone = state.variants[MOST_VARIANTS:]
         del state.variants[MOST_VARIANTS:]
