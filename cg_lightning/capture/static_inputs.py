@@ -11,15 +11,16 @@ from cg_lightning.core.errors import UnkeyableBatchError
 from cg_lightning.core.tree import leaf_paths
 
 
-def _without_repeats(tensor: Tensor) -> Tensor:
-    """The part of an expanded tensor that is really stored: ``(batch, 1, time)`` of a ``(batch, heads, time)`` view."""
+def without_repeats(tensor: Tensor) -> Tensor:
+    """Return the part of an expanded tensor that is really stored: ``(batch, 1, time)`` of a ``(batch, heads, time)`` view."""
     for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         if stride == 0 and size > 1:
             tensor = tensor.narrow(dim, 0, 1)
     return tensor
 
 
-def _overlaps_itself(tensor: Tensor) -> bool:
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements of a tensor have one place in memory."""
     reach = 1  # dimensions in order of stride: each must step over all that the smaller ones reach
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -60,8 +61,8 @@ class StaticInputs:
                 raise UnkeyableBatchError(
                     leaf_paths(tree)[index], f"is on {leaf.device}, the graphs run on {device}"
                 )
-            stored = _without_repeats(leaf)
-            if _overlaps_itself(stored):
+            stored = without_repeats(leaf)
+            if overlaps_itself(stored):
                 raise UnkeyableBatchError(leaf_paths(tree)[index], "overlaps itself in memory")
             with torch.inference_mode(False):
                 static = torch.empty_strided(
@@ -86,7 +87,7 @@ class StaticInputs:
             if source.data_ptr() == address:
                 continue
             if expanded:
-                source = _without_repeats(source)
+                source = without_repeats(source)
             assert source.shape == static.shape, "a copy must never broadcast"
             sources.append(source)
             targets.append(static)
