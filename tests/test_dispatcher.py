@@ -21,6 +21,7 @@ from cg_lightning.runtime.dispatcher import (
     CaptureLedger,
     KeyState,
     Plan,
+    Unguarded,
     Variant,
 )
 
@@ -326,3 +327,18 @@ def test_what_is_earned_back_may_be_spent_again():
     for _ in range(2 * CREDIT):
         ledger.earn()
     assert ledger.balance == CREDIT
+
+
+def test_a_way_with_findings_does_not_hide_the_one_with_a_graph():
+    runner = Runner(CUDAGraphMode.FULL_AND_PIECEWISE)
+    runner.steps(4)
+    dispatcher, state = runner.dispatcher, runner.dispatcher.state(KEY.fields)
+    runner.world["value"] = 2
+    assert dispatcher.plan(state).action is WATCH
+    modes, reason = dispatcher.judge(Reason(Status.CHANGED, "a finding"), None)
+    dispatcher.watched(state, Variant(Unguarded(), modes, reason))
+    assert runner.steps(3) == [Action.PIECEWISE] * 3
+    runner.world["value"] = 1
+    assert runner.steps(3) == [REPLAY] * 3
+    runner.world["value"] = 2
+    assert runner.steps(3) == [Action.PIECEWISE] * 3

@@ -217,3 +217,93 @@ def test_settings_and_layout_are_compared_once_an_epoch():
 
 def test_explanations_of_values_that_hold_are_empty():
     assert FrozenValues([[1, 2], {"a": torch.ones(1)}], ["x", "y"]).explain() == ""
+
+
+class Mixed:
+    """An object that is more than a configuration."""
+
+    def __init__(self) -> None:
+        self.function = torch.relu
+        self.factors = [1.0]
+        self.array = np.zeros(2)
+        self.net = nn.Linear(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda mixed: mixed.factors.append(2.0), "self.scale.factors: other keys"),
+        (lambda mixed: mixed.array.__setitem__(0, 1.0), "self.scale.array: the contents"),
+        (lambda mixed: setattr(mixed.net.bias, "data", torch.ones(1)), "at new addresses"),
+    ],
+)
+def test_what_is_inside_an_object_that_holds_a_function_too(change, text):
+    module = Scaled(Mixed())
+    guards = guards_of(module, "scale")
+    assert guards.check()
+    change(module.scale)
+    assert not guards.check()
+    assert text in guards.explain()
+
+
+class Pair:
+    def __init__(self, a: Any, b: Any) -> None:
+        self.a, self.b, self.function = a, b, torch.relu
+
+
+def test_what_one_object_leads_to_is_still_compared_if_it_is_read_itself():
+    mixed, inner = Mixed(), Mixed()
+    mixed.factors.append(inner)
+    large = [inner] * 300
+    for value in (
+        [mixed, inner],
+        [inner, mixed],
+        Pair(inner, large),
+        Pair(large, inner),
+    ):
+        module = Scaled(value)
+        guards = guards_of(module, "scale")
+        inner.array += 1
+        assert not guards.check()
+
+
+def test_a_tensor_that_is_transposed_in_place():
+    module = Scaled(torch.ones(2, 2))
+    guards = guards_of(module, "scale")
+    module.scale.t_()
+    assert not guards.check()
+    assert guards.explain() == "self.scale: the tensor has another shape or other strides"
+
+
+def test_minus_zero_is_another_value():
+    module = Scaled(0.0)
+    guards = guards_of(module, "scale")
+    module.scale = -0.0
+    assert not guards.check()
+    assert guards.explain() == "self.scale: now -0.0, before 0.0"
+
+
+def test_settings_of_hidden_modules_are_compared_once_an_epoch():
+    module = Scaled([nn.LayerNorm(2)])
+    guards = guards_of(module, "scale")
+    assert guards.check_epoch()
+    module.scale[0].eps = 1.0
+    assert not guards.check_epoch()
+    assert "eps: now 1.0" in guards.explain()
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "text"),
+    [
+        (SimpleNamespace, lambda item: setattr(item, "b", 3), "self.scale[7].b: now 3"),
+        (lambda: np.zeros(1), lambda item: item.__setitem__(0, 1), "self.scale[7]: the contents"),
+        (lambda: torch.ones(1), lambda item: setattr(item, "data", torch.ones(1)), "another addr"),
+    ],
+)
+def test_what_is_inside_large_containers_is_compared_once_an_epoch(make, change, text):
+    module = Scaled([make() for _ in range(300)])
+    guards = guards_of(module, "scale")
+    assert guards.check_epoch()
+    change(module.scale[7])
+    assert not guards.check_epoch()
+    assert text in guards.explain()

@@ -330,3 +330,10 @@ def test_too_few_eager_steps_are_not_compared(harness):
     harness.trainer(callback).predict(Predictor(Body()), features(40))
     assert callback.stats.comparison("predict", "FULL") is None
     assert "host time" not in callback.summary()
+
+
+def test_one_shape_stays_one_shape_with_many_reasons():
+    stats = CUDAGraphStats()
+    for step in range(4 * (MOST_REASONS + MOST_SHAPES)):
+        stats.ran("predict", "NONE", "8x4", Reason(Status.CHANGED, f"value {step}"))
+    assert {record.shapes for record in stats.reasons} == {"8x4"}

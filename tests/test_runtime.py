@@ -19,6 +19,7 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.reasons import Status
 from cg_lightning.core.settings import Settings
+from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.watched_step import WrittenTensors
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.report.stats import CUDAGraphStats, EntryRecord
@@ -193,6 +194,49 @@ def test_kinds_of_outputs(output, is_one_tensor, is_one_value):
     plan, computed = OutputPlan.make(output, [], set())
     assert (plan.is_one_tensor, plan.is_one_value) == (is_one_tensor, is_one_value)
     assert_same(plan.build([], computed), output)
+
+
+OUTPUTS = {
+    "a slice": lambda x: (x * 2)[:, ::2],
+    "an expanded tensor": lambda x: (x * 2).sum(0).expand(3, 4),
+    "overlapping windows": lambda x: (x * 2).flatten().unfold(0, 3, 1),
+    "views of each other": lambda x: (lambda y: (y.t(), None, y[:, 1:], y))(x * 2),
+    "a view of the input": lambda x: {"view": x[1:].t(), "x": x, "more": (x * 2, (x * 3)[:1])},
+    "empty ones": lambda x: ((x * 2)[:0], x[:0], (x * 2)[:0]),
+}
+
+
+@pytest.mark.parametrize("name", list(OUTPUTS))
+def test_outputs_have_strides_and_shared_memory_of_eager(name, backend, device):
+    function = OUTPUTS[name]
+    capturer, _ = make_capturer(backend)
+    x = torch.arange(12.0, device=device).view(3, 4)
+    with torch.no_grad():
+        entry = capturer.capture(
+            target_of(nn.Identity()), call_of(lambda given: function(given[0]), x)
+        )
+        for step in range(3):
+            given, own = x + step, x + step
+            found, expected = entry.replay([given], step), function(own)
+            assert_same(found, expected)
+            tensors, others = tensors_in(found), tensors_in(expected)
+            assert [each.stride() for each in tensors] == [each.stride() for each in others]
+            if name in ("views of each other", "a view of the input"):
+                for each, other in zip([*tensors, given], [*others, own], strict=True):
+                    each.add_(1)
+                    other.add_(1)
+                assert_same((found, given), (expected, own))
+    entry.drop()
+
+
+def test_an_output_that_shares_memory_under_another_dtype_is_refused(backend, device):
+    capturer, _ = make_capturer(backend)
+    x = torch.ones(4, device=device)
+    with torch.no_grad(), pytest.raises(CaptureError, match=r"output\[1\] shares memory"):
+        capturer.capture(
+            target_of(nn.Identity()),
+            call_of(lambda given: (lambda y: (y, y.view(torch.int32)))(given[0] * 2), x),
+        )
 
 
 def test_a_failed_capture_drops_the_other_graphs_and_leaves_the_rest(backend, device):

@@ -20,12 +20,13 @@ What is hard here:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from cg_lightning.backends import CapturedGraph
-from cg_lightning.capture.outputs import OutputPlan
+from cg_lightning.capture.outputs import OutputPlan, copy_with_strides, is_cloned_with_strides
 from cg_lightning.capture.static_inputs import StaticInputs
 from cg_lightning.effects.effect import Effect, methods
 from cg_lightning.report.stats import EntryRecord
@@ -49,7 +50,15 @@ class GraphEntry:
 
     __slots__ = (
         *("_after_replay", "_before_replay", "_validity_checks"),
-        *("_computed", "_copies_outputs", "_effect_tensors", "_effects", "_graph", "_inputs"),
+        *(
+            "_computed",
+            "_copies_outputs",
+            "_copy",
+            "_effect_tensors",
+            "_effects",
+            "_graph",
+            "_inputs",
+        ),
         *("_is_built", "_outputs", "_value", "last_step", "record", "replays"),
     )
 
@@ -70,6 +79,9 @@ class GraphEntry:
         self._is_built = not (outputs.is_one_tensor or outputs.is_one_value)
         self._value = outputs.value if outputs.is_one_value else None
         self._computed = computed
+        self._copy: Callable[[Tensor], Tensor] = Tensor.clone
+        if not all(map(is_cloned_with_strides, computed)):
+            self._copy = copy_with_strides
         self._effects = effects
         self._validity_checks = methods(effects, "is_valid")
         self._before_replay = methods(effects, "before_replay")
@@ -126,7 +138,8 @@ class GraphEntry:
                 finish(given)
         computed = self._computed
         if self._copies_outputs:
-            computed = [tensor.clone() for tensor in computed]
+            copy = self._copy
+            computed = [copy(tensor) for tensor in computed]
         if self._is_built:
             return self._outputs.build(leaves, computed)
         return computed[0] if computed else self._value

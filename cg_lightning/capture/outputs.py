@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from cg_lightning.capture.static_inputs import overlaps_itself, without_repeats
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.errors import CaptureError
 from cg_lightning.core.tree import flatten, leaf_paths, rebuild
@@ -16,7 +18,39 @@ from cg_lightning.core.tree import flatten, leaf_paths, rebuild
 class _Source(enum.Enum):
     INPUT = "the input tensor itself"
     HELD = "a parameter, a buffer, a view of one, or a plain value"
-    COMPUTED = "a tensor that the graph computes"
+    COMPUTED = "what the graph computes"
+    VIEW_OF_INPUT = "a view of an input tensor"
+    VIEW_OF_COMPUTED = "a view of what the graph computes, with which it shares memory"
+
+
+class _View(NamedTuple):
+    """A view of the tensor with this number; the offset counts from the first element of that one."""
+
+    number: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+    def of(self, tensors: list[Any]) -> Tensor:
+        base: Tensor = tensors[self.number]
+        return base.as_strided(self.shape, self.strides, base.storage_offset() + self.offset)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return where in its storage a tensor begins and ends, in elements."""
+    reach: int = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    begin = int(tensor.storage_offset())
+    return begin, begin + reach + 1
+
+
+def _is_lazy(tensor: Tensor) -> bool:
+    return tensor.is_conj() or tensor.is_neg()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +73,17 @@ class OutputPlan:
             module_storages: The addresses of the storages of parameters and buffers.
 
         Raises:
-            CaptureError: A leaf is neither a tensor nor a plain value, so a replay cannot make it.
+            CaptureError: A leaf is neither a tensor nor a plain value, so a replay cannot make it; or
+                it shares memory with another one under another dtype.
         """
         leaves, structure = flatten(output)
         positions = {
             id(leaf): index for index, leaf in enumerate(inputs) if isinstance(leaf, Tensor)
+        }
+        given = {
+            _storage(leaf): index
+            for index, leaf in enumerate(inputs)
+            if isinstance(leaf, Tensor) and leaf.numel()
         }
         computed: dict[int, int] = {}
         tensors: list[Tensor] = []
@@ -60,11 +100,18 @@ class OutputPlan:
                 sources.append((_Source.INPUT, positions[id(leaf)]))
             elif leaf.untyped_storage().data_ptr() in module_storages:
                 sources.append((_Source.HELD, leaf))
+            elif leaf.numel() and _storage(leaf) in given:
+                number = given[_storage(leaf)]
+                _check_same_kind(leaf, inputs[number], output, index)
+                offset = leaf.storage_offset() - inputs[number].storage_offset()
+                view = _View(number, tuple(leaf.shape), leaf.stride(), offset)
+                sources.append((_Source.VIEW_OF_INPUT, view))
             else:
                 if id(leaf) not in computed:
                     computed[id(leaf)] = len(tensors)
                     tensors.append(leaf)
                 sources.append((_Source.COMPUTED, computed[id(leaf)]))
+        tensors = _join_shared(sources, tensors, leaves, output)
         return cls(
             rebuild(output, iter([None] * len(leaves))), structure is not None, sources
         ), tensors
@@ -97,6 +144,67 @@ class OutputPlan:
             else inputs[value]
             if source is _Source.INPUT
             else computed[value]
+            if source is _Source.COMPUTED
+            else value.of(inputs if source is _Source.VIEW_OF_INPUT else computed)
             for source, value in self.sources
         ]
         return rebuild(self.template, iter(leaves)) if self.is_nested else leaves[0]
+
+
+def _check_same_kind(one: Tensor, other: Tensor, output: Any, index: int) -> None:
+    if one.dtype is not other.dtype or _is_lazy(one) or _is_lazy(other):
+        path = leaf_paths(output, "output")[index]
+        raise CaptureError(f"{path} shares memory with another tensor under another dtype.")
+
+
+def _join_shared(
+    sources: list[tuple[_Source, Any]], tensors: list[Tensor], leaves: list[Any], output: Any
+) -> list[Tensor]:
+    """Return the tensors, with one that spans them in place of those that share memory, so that copies share memory too."""
+    groups: dict[tuple[bool, int], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        key = (True, _storage(tensor)) if tensor.numel() else (False, index)
+        groups.setdefault(key, []).append(index)
+    if len(groups) == len(tensors):
+        return tensors
+    joined: list[Tensor] = []
+    numbers: dict[int, int] = {}
+    firsts: dict[int, int] = {}
+    for group in groups.values():
+        base = tensors[group[0]]
+        numbers.update(dict.fromkeys(group, len(joined)))
+        if len(group) > 1:
+            spans = [_span(tensors[index]) for index in group]
+            first, last = min(begin for begin, _ in spans), max(end for _, end in spans)
+            base = base.as_strided((last - first,), (1,), first)
+            firsts[len(joined)] = first
+        joined.append(base)
+    for place, (source, index) in enumerate(sources):
+        if source is not _Source.COMPUTED:
+            continue
+        number, leaf = numbers[index], leaves[place]
+        sources[place] = (source, number)
+        if number in firsts:
+            _check_same_kind(leaf, joined[number], output, place)
+            offset = leaf.storage_offset() - firsts[number]
+            view = _View(number, tuple(leaf.shape), leaf.stride(), offset)
+            sources[place] = (_Source.VIEW_OF_COMPUTED, view)
+    return joined
+
+
+def copy_with_strides(tensor: Tensor) -> Tensor:
+    """Return a copy with the same strides, also where ``clone`` would make other ones: of a slice, for example."""
+    stored = without_repeats(tensor)
+    if overlaps_itself(stored):
+        begin, end = _span(tensor)
+        base = tensor.as_strided((end - begin,), (1,)).clone()
+        return base.as_strided(tensor.shape, tensor.stride())
+    copy = torch.empty_strided(
+        stored.shape, stored.stride(), dtype=tensor.dtype, device=tensor.device
+    ).copy_(stored)
+    return copy.expand(tensor.shape) if stored is not tensor else copy
+
+
+def is_cloned_with_strides(tensor: Tensor) -> bool:
+    """Whether ``clone`` keeps the strides."""
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()

@@ -12,7 +12,7 @@ from cg_lightning.core.errors import UnkeyableBatchError
 from cg_lightning.core.tree import leaf_paths
 
 
-def _without_repeats(tensor: Tensor) -> Tensor:
+def without_repeats(tensor: Tensor) -> Tensor:
     """Return the part of an expanded tensor that is stored in memory.
 
     For an expanded ``(batch, heads, time)`` view this is ``(batch, 1, time)``.
@@ -23,7 +23,8 @@ def _without_repeats(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _overlaps_itself(tensor: Tensor) -> bool:
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements of a tensor have one place in memory."""
     reach = 1  # dimensions in order of stride: each must step over all that the smaller ones reach
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -78,8 +79,8 @@ class StaticInputs:
                 raise UnkeyableBatchError(
                     leaf_paths(batch)[index], f"is on {leaf.device}, the graphs run on {device}"
                 )
-            stored = _without_repeats(leaf)
-            if _overlaps_itself(stored):
+            stored = without_repeats(leaf)
+            if overlaps_itself(stored):
                 raise UnkeyableBatchError(leaf_paths(batch)[index], "overlaps itself in memory")
             with torch.inference_mode(False):
                 static = _empty_like(stored, leaf.data_ptr(), device)
@@ -105,7 +106,7 @@ class StaticInputs:
             if source.data_ptr() == address:
                 continue
             if expanded:
-                source = _without_repeats(source)
+                source = without_repeats(source)
             assert source.shape == static.shape, "a copy must never broadcast"
             sources.append(source)
             targets.append(static)

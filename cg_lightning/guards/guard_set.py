@@ -72,6 +72,8 @@ class GuardSet:
         known = set(map(id, inside))
         hidden = [module for module in self._contents.modules if id(module) not in known]
         self._hidden = [ModuleGuard(module) for module in hidden]
+        for guard in self._hidden:
+            guard.check_epoch()  # stores what later ones are compared with
         self._hidden_flags = [guard.training_flags() for guard in self._hidden]
 
     def _values(self) -> list[Any]:
@@ -95,8 +97,10 @@ class GuardSet:
         )
 
     def check_epoch(self) -> bool:
-        """Return whether large containers are unchanged."""
-        return self._contents.large_ones_hold()
+        """Return whether large containers, and settings of modules that no module tree contains, are unchanged."""
+        return self._contents.large_ones_hold() and all(
+            guard.epoch_failure() is None for guard in self._hidden
+        )
 
     def explain(self) -> str:
         """Return what has changed: ``self.scale: now 2.0, before 1.0``. Call it only after a check has failed."""
@@ -110,4 +114,6 @@ class GuardSet:
                 return hidden.failure().text
             if hidden.training_flags() != flags:
                 return "a module that is no submodule: another training flag"
+            if (failure := hidden.epoch_failure()) is not None:
+                return failure.text
         return "a value that changed and changed back"

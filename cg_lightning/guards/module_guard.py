@@ -166,16 +166,20 @@ class ModuleGuard:
         Returns:
             The change. None if there is none, and at the first call.
         """
-        before, self._settings = self._settings, self._current_settings()
-        layout = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in self.tensors]
-        layout_before, self._layout = self._layout, layout
-        if before is None:
+        failure = self.epoch_failure()
+        self._settings, self._layout = self._current_settings(), self._current_layout()
+        return failure
+
+    def epoch_failure(self) -> GuardFailure | None:
+        """Compare settings and the layout of tensors with those of the latest :meth:`check_epoch`."""
+        if self._settings is None:
             return None
-        for key in [*before, *self._settings]:
-            value, now = before.get(key), self._settings.get(key)
-            if key not in before or key not in self._settings or not is_same_value(value, now):
+        before, settings_now = self._settings, self._current_settings()
+        for key in [*before, *settings_now]:
+            value, now = before.get(key), settings_now.get(key)
+            if key not in before or key not in settings_now or not is_same_value(value, now):
                 return self._failure(Change.SETTINGS, describe_change(self._path(*key), now, value))
-        if layout != layout_before:
+        if self._current_layout() != self._layout:
             return self._failure(Change.SETTINGS, "the layout of a parameter or buffer")
         return None
 
@@ -189,6 +193,9 @@ class ModuleGuard:
     def storage_addresses(self) -> set[int]:
         """Return the addresses of the storages of parameters and buffers."""
         return {tensor.untyped_storage().data_ptr() for tensor in self.tensors}
+
+    def _current_layout(self) -> list[Any]:
+        return [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in self.tensors]
 
     def _current_settings(self) -> dict[tuple[int, str], Any]:
         return {

@@ -1,4 +1,4 @@
-"""What is inside the values that a graph has frozen: containers, objects, arrays and tensors, however deep.
+"""What is inside frozen values: containers, objects, arrays and tensors, however deep.
 
 Values stay the same objects when something in them changes, so identity is not enough.
 """
@@ -71,20 +71,28 @@ class FrozenValues:
     """Stores what is inside some values, and compares it later.
 
     Containers are compared by their leaves, objects by their attributes, both as deep as they go, and tensors by their
-    addresses. A value that has nothing inside is for the caller to compare, and what nobody can look into is in ``opaque``.
+    addresses. A value that has nothing inside is for the caller to compare, and what nobody can
+    look into is in ``opaque``.
 
     Args:
         values: The values.
         paths: Their names as the user would write them, for :meth:`explain`.
+        seen: The ids of values that are compared already.
     """
 
-    def __init__(self, values: Iterable[Any], paths: Iterable[str] | None = None) -> None:
+    def __init__(
+        self,
+        values: Iterable[Any],
+        paths: Iterable[str] | None = None,
+        seen: set[int] | None = None,
+    ) -> None:
         self.modules: list[nn.Module] = []
         """Modules among them: those in a list, for example, are no submodules."""
         self.tensors: list[Tensor] = []
         self._tensor_paths: list[_Path] = []
         self._containers: list[tuple[Any, list[Any], Any, _Path]] = []
         self._large_containers: list[tuple[Any, list[Any], Any, _Path]] = []
+        self._inside_large: list[FrozenValues] = []
         self._objects: list[tuple[dict[str, Any], dict[str, Any], _Path]] = []
         self._slotted: list[tuple[Any, dict[str, Any], _Path]] = []
         self._classes: list[tuple[type, dict[str, Any], _Path]] = []
@@ -97,7 +105,7 @@ class FrozenValues:
         pending: list[tuple[Any, _Path]] = [
             (value, (None, name, None)) for value, name in zip(roots, names, strict=True)
         ]
-        seen: set[int] = set()
+        seen = set() if seen is None else seen
         while pending:
             value, path = pending.pop()
             if is_plain_value(value) or id(value) in seen:
@@ -107,7 +115,10 @@ class FrozenValues:
                 self._opaque.append((path, "more values than anybody compares"))
                 break
             pending += self._store(value, path, seen)
+        for _, leaves, structure, path in self._large_containers:
+            self._look_into_large(leaves, structure, path, seen)
         self._addresses = Addresses(self.tensors)
+        self._layouts = self._current_layouts()
         self.is_empty = not any(
             (
                 *(self.tensors, self._containers, self._objects),
@@ -185,10 +196,26 @@ class FrozenValues:
             found += [(item, (path, name, None)) for name, item in of_class.items()]
         return found
 
+    def _look_into_large(
+        self, leaves: list[Any], structure: Any, path: _Path, seen: set[int]
+    ) -> None:
+        """Store what is inside the items of a large container, to be compared with it."""
+        inside = {index: leaf for index, leaf in enumerate(leaves) if not is_plain_value(leaf)}
+        if inside:
+            paths = structure_paths(structure, _format(path))
+            values = FrozenValues(inside.values(), [paths[index] for index in inside], seen)
+            self._inside_large.append(values)
+            self.modules += values.modules
+            self._opaque += values._opaque
+
+    def _current_layouts(self) -> list[Any]:
+        return [(tensor.shape, tensor.stride()) for tensor in self.tensors]
+
     def hold(self) -> bool:
         """Return whether nothing has changed. Large containers are not compared."""
         return (
             self._addresses.check()
+            and self._current_layouts() == self._layouts
             and all(_leaves_hold(value, leaves, s) for value, leaves, s, _ in self._containers)
             and all(same_attributes(attributes, before) for attributes, before, _ in self._objects)
             and all(same_attributes(attributes_of(v), before) for v, before, _ in self._slotted)
@@ -206,6 +233,7 @@ class FrozenValues:
                 _leaves_hold(value, leaves, s) for value, leaves, s, _ in self._large_containers
             )
             and all(contents(value) == before for value, contents, before, _ in self._large_copies)
+            and all(values.all_hold() for values in self._inside_large)
         )
 
     def all_hold(self) -> bool:
@@ -231,7 +259,12 @@ class FrozenValues:
                 return f"{_format(path)}: the contents of the {type(value).__name__} have changed"
         for index in self._addresses.moved():
             return f"{_format(self._tensor_paths[index])}: the tensor has another address"
-        return ""
+        for layout, before, path in zip(
+            self._current_layouts(), self._layouts, self._tensor_paths, strict=True
+        ):
+            if layout != before:
+                return f"{_format(path)}: the tensor has another shape or other strides"
+        return next(filter(None, [values.explain() for values in self._inside_large]), "")
 
 
 def _leaves_hold(container: Any, leaves: list[Any], structure: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +23,9 @@ def is_same_value(before: Any, after: Any) -> bool:
     """Return True if both are the same object, or equal plain values of the same type."""
     if before is after:
         return True
-    return type(before) is type(after) and isinstance(before, _PLAIN) and bool(before == after)
+    if type(before) is not type(after) or not isinstance(before, _PLAIN) or before != after:
+        return False
+    return not isinstance(before, float) or math.copysign(1, before) == math.copysign(1, after)
 
 
 def same_attributes(attributes: dict[str, Any], before: dict[str, Any]) -> bool:

@@ -158,10 +158,11 @@ class CUDAGraphStats:
                     # a value that changes with each batch, for example
                     reason = Reason(reason.kind, f"{reason.kind.value}, for one of many reasons")
                     key = (stage, mode, shapes, reason)
-            if self._num_shapes[stage, mode, reason] >= MOST_SHAPES:
+            if key not in self._records and self._num_shapes[stage, mode, reason] >= MOST_SHAPES:
                 key = (stage, mode, OTHER_SHAPES, reason)
-            self._num_shapes[stage, mode, reason] += 1
-            self._records.setdefault(key, StepsRecord(*key))
+            if key not in self._records:
+                self._num_shapes[stage, mode, reason] += 1
+                self._records[key] = StepsRecord(*key)
         record = self._records[key]
         record.steps += 1
         return record

@@ -73,6 +73,12 @@ class ChangingValues:
             )
         return general
 
+    def note_repeat(self, key: BatchDescriptor) -> None:
+        """A step with this very key runs for the second time."""
+        family = self._families.get(key.family)
+        if family is not None:
+            family.has_repeats = True
+
     def reason(self, key: BatchDescriptor) -> Reason | None:
         """Return why the steps of a key cannot be one graph. None if no value was removed."""
         return self._reasons.get(key)

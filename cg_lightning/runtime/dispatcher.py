@@ -390,7 +390,8 @@ class CUDAGraphDispatcher:
     def _current_variant(self, state: KeyState) -> Variant | None:
         for index, variant in enumerate(state.variants):
             if variant.guards.check():
-                if index:  # the last one used is asked first and dropped last
+                # the last one used is asked first and dropped last; one that always holds stays last
+                if index and not isinstance(variant.guards, Unguarded):
                     state.variants.insert(0, state.variants.pop(index))
                 return variant
         return None
@@ -445,6 +446,11 @@ class CUDAGraphDispatcher:
 
     def add_variant(self, state: KeyState, variant: Variant) -> list[Entry]:
         """Add a variant of a key. Return the graphs that the caller must drop."""
+        # one that always holds comes last: those with guards are asked first
+        if isinstance(variant.guards, Unguarded):
+            guarded = [each for each in state.variants if not isinstance(each.guards, Unguarded)]
+            state.variants = [*guarded, variant]
+            return []
         state.variants.insert(0, variant)
         gone = state.variants[MOST_VARIANTS:]
         del state.variants[MOST_VARIANTS:]

@@ -138,6 +138,8 @@ class StepRunner:
     def _state(self, fields: tuple[Any, ...], batch: Any) -> KeyState:
         state = self._dispatcher.known(fields)
         if state is not None and state.variants:
+            if state.sights == 1:
+                self._session.changing_values.note_repeat(state.descriptor)
             return state
         descriptor = BatchDescriptor(*fields) if state is None else state.descriptor
         general = self._session.changing_values.without_changing_values(
