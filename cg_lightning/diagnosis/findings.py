@@ -112,3 +112,11 @@ def find_location() -> Location:
             library = f"{path}:{frame.f_lineno}"
         frame = frame.f_back
     return Location(UNKNOWN, library)
+
+
+def is_read_by_user() -> bool:
+    """Returns whether the innermost function that is not ours is the user's, and not torch's."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and is_our_file(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame is not None and is_user_file(frame.f_code.co_filename)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
-from types import FrameType
 
 from torch import nn
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.diagnosis.detector import Detector
-from cg_lightning.diagnosis.findings import is_our_file
+from cg_lightning.diagnosis.findings import is_read_by_user
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.sources import Source
@@ -23,7 +21,7 @@ from cg_lightning.modules.attributes import (
     values_of_classes,
 )
 from cg_lightning.modules.interception import Interception, ModuleHandler, can_intercept
-from cg_lightning.modules.kinds import is_user_class, is_user_file, is_user_module
+from cg_lightning.modules.kinds import is_user_class, is_user_module
 
 
 class AttributeReads(Detector):
@@ -125,16 +123,8 @@ class _ReadHandler(ModuleHandler):
             return
         if name != "__dict__":
             self._attributes.read(name)
-        elif _is_read_by_user():  # ``vars(self)["name"]``
+        elif is_read_by_user():  # ``vars(self)["name"]``
             self._attributes.read_all()
-
-
-def _is_read_by_user() -> bool:
-    """Whether the innermost function that is not ours is the user's, and not torch's."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and is_our_file(frame.f_code.co_filename):
-        frame = frame.f_back
-    return frame is not None and is_user_file(frame.f_code.co_filename)
 
 
 def _constants_of_classes(modules: list[nn.Module]) -> list[Source]:
