@@ -28,6 +28,9 @@ class Scaled(nn.Module):
         return self.act(self.norm(self.linear(x))) * self.scale
 
 
+FORWARD = Scaled.forward
+
+
 def changes_of(net: nn.Module) -> dict[str, Any]:
     return {
         "forward hook": lambda: net.act.register_forward_hook(
@@ -45,6 +48,9 @@ def changes_of(net: nn.Module) -> dict[str, Any]:
         "setting of a layer": lambda: setattr(net.norm, "eps", 3.0),
         "another forward": lambda: setattr(net.act, "forward", torch.tanh),
         "forward of a user's module": lambda: setattr(net, "forward", lambda x: net.linear(x)),
+        "forward of a user's class": lambda: setattr(
+            type(net), "forward", lambda self, x: self.linear(x)
+        ),
     }
 
 
@@ -70,12 +76,12 @@ class Changes(Callback):
 @pytest.fixture(autouse=True)
 def the_class_is_as_it_was():
     yield
-    Scaled.scale = 1.0
+    Scaled.scale, Scaled.forward = 1.0, FORWARD
 
 
 class PutsBack(Callback):
     def on_predict_end(self, *_: Any) -> None:
-        Scaled.scale = 1.0
+        Scaled.scale, Scaled.forward = 1.0, FORWARD
 
     on_fit_end = on_predict_end
 

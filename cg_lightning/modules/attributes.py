@@ -155,11 +155,23 @@ def plain_attributes(module: nn.Module) -> list[str]:
     return [name for name in names if is_plain_attribute(module, name)]
 
 
+def _methods_of_classes(cls: type) -> dict[str, Any]:
+    """Gives the methods of user-written classes, but for special ones, where functions of ours may stand."""
+    return {
+        f"{base.__name__}.{name}": value
+        for base in cls.__mro__
+        if is_user_class(base)
+        for name, value in vars(base).items()
+        if not name.startswith("__") and (callable(value) or hasattr(type(value), "__get__"))
+    }
+
+
 def settings(module: nn.Module) -> dict[str, Any]:
     """Gives what is no attribute that a step was seen to read, and still decides what a graph holds.
 
     Of a module that torch wrote these are all its attributes (``eps``, ``p``), of a metric the plain ones (``threshold``), of
-    any other module its class and what stands in the place of a method (``module.forward = ...``).
+    any other module its class and what stands in the place of a method (``module.forward = ...``,
+    ``type(module).forward = ...``).
     """
     cls, attributes = type(module), vars(module)
     if is_metric(module):
@@ -179,6 +191,7 @@ def settings(module: nn.Module) -> dict[str, Any]:
             if name not in names_of_frameworks(module)
         }
     found.update(class_values(module))
+    found.update(_methods_of_classes(cls))
     found.pop("_compiled_call_impl", None)  # compared as "is compiled"
     return {
         **found,
