@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torchmetrics.classification import BinaryAccuracy
 
 from tests.harness import Harness, features, predict, validate
@@ -369,3 +370,48 @@ def test_what_a_step_changes_before_it_calls_a_submodule(harness: Harness, mode,
     harness.compare(model(Scaled()), fit, callback, max_epochs=3, num_sanity_val_steps=0)
     if model is SetsAFlagInItsStep:
         assert callback.stats.replays > 10, callback.summary()
+
+
+class OwnLookup(nn.Module):
+    """Looks up attributes itself, so nobody sees which ones it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.half = nn.Linear(8, 8), 0.5
+
+    def __getattribute__(self, name):
+        return (
+            super().__getattribute__("half") * 2
+            if name == "scale"
+            else super().__getattribute__(name)
+        )
+
+    def forward(self, x):
+        return self.linear(x) * self.scale
+
+
+class Doubled(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        return output * 2 if func is torch.nn.functional.linear else output
+
+
+class ChangesBetweenBatches(Callback):
+    def __init__(self) -> None:
+        self.mode = Doubled()
+
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == 6:
+            pl_module.net.half = 2.0
+        if batch_idx == 8:
+            self.mode.__enter__()
+        if batch_idx == 10:
+            self.mode.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_nobody_sees_being_read(harness: Harness, mode):
+    callback = harness.callback(mode=mode, warmup_steps=1, verify_replays=0)
+    module, others = Predictor(OwnLookup()), lambda: [ChangesBetweenBatches()]
+    harness.compare(module, predict(features(60)), callback, others=others)
+    assert callback.stats.replays >= 4, callback.summary()

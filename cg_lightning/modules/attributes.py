@@ -138,10 +138,13 @@ def values_of_classes(modules: list[nn.Module]) -> list[tuple[type, str]]:
 
 
 def is_plain_attribute(module: nn.Module, name: str) -> bool:
-    """Whether ``name`` is an attribute of the user's, and no method."""
-    return name not in names_of_frameworks(module) and not callable(
-        getattr(type(module), name, None)
-    )
+    """Whether ``name`` is an attribute of the user's, and no method; ``self.half = 2`` hides one."""
+    if name in names_of_frameworks(module):
+        return False
+    attributes: dict[str, Any] = object.__getattribute__(module, "__dict__")
+    if name in attributes and is_plain_value(attributes[name]):
+        return True
+    return not callable(getattr(type(module), name, None))
 
 
 def plain_attributes(module: nn.Module) -> list[str]:

@@ -50,7 +50,7 @@ class AttributeReads(Detector):
             for _, module in watch.modules:
                 is_read = is_user_module(module) or module is watch.root
                 if is_read and id(module) not in watch.hidden and can_intercept(module):
-                    handler = _ReadHandler(watch, self._attributes[id(module)])
+                    handler = _ReadHandler(watch, self._attributes[id(module)], module)
                     stack.callback(Interception(module, handler).remove)
             yield
 
@@ -113,15 +113,21 @@ class _Attributes:
 
 
 class _ReadHandler(ModuleHandler):
-    def __init__(self, watch: StepWatch, attributes: _Attributes) -> None:
+    def __init__(self, watch: StepWatch, attributes: _Attributes, module: nn.Module) -> None:
         self._watch = watch
         self._attributes = attributes
+        # what the user's own ``__getattribute__`` reads in its turn goes to ``object``
+        self._reads_unseen = any(
+            is_user_class(cls) and "__getattribute__" in vars(cls) for cls in type(module).__mro__
+        )
 
     def on_read(self, name: str) -> None:
         """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
         if self._watch.is_in_framework or self._watch.is_paused:
             return
-        if name != "__dict__":
+        if self._reads_unseen:
+            self._attributes.read_all()
+        elif name != "__dict__":
             self._attributes.read(name)
         elif is_read_by_user():  # ``vars(self)["name"]``
             self._attributes.read_all()
