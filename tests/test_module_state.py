@@ -415,3 +415,33 @@ def test_what_nobody_sees_being_read(harness: Harness, mode):
     module, others = Predictor(OwnLookup()), lambda: [ChangesBetweenBatches()]
     harness.compare(module, predict(features(60)), callback, others=others)
     assert callback.stats.replays >= 4, callback.summary()
+
+
+class Configuration:
+    scale = 1.0
+
+
+class Configured(nn.Module):
+    shared = Configuration
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.linear, self.own, self.name = nn.Linear(8, 8), Configuration, name
+
+    def forward(self, x):
+        config = self.own if self.name == "own" else self.shared
+        return self.linear(x) * config.scale
+
+
+class Configures(Callback):
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        Configuration.scale = 1.0 if batch_idx < 6 else 2.0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["own", "shared"])
+def test_a_class_as_a_configuration(harness: Harness, mode, name):
+    callback = harness.callback(mode=mode, warmup_steps=1, verify_replays=0)
+    module, others = Predictor(Configured(name)), lambda: [Configures()]
+    harness.compare(module, predict(features(60)), callback, others=others)
+    assert callback.stats.replays >= 4, callback.summary()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -125,12 +125,15 @@ def class_values(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def values_of_classes(modules: list[nn.Module]) -> list[tuple[type, str]]:
     """Gives the plain values of user-written classes, which nobody sees being read (``type(self).name``), by class and name."""
-    classes = {
-        cls: None for module in modules for cls in type(module).__mro__ if is_user_class(cls)
-    }
+    return plain_values_of(map(type, modules))
+
+
+def plain_values_of(classes: Iterable[type]) -> list[tuple[type, str]]:
+    """Gives the plain values of user-written classes among these and their bases, by class and name."""
+    written = {base: None for cls in classes for base in cls.__mro__ if is_user_class(base)}
     named = [
         (cls, name, value)
-        for cls in classes
+        for cls in written
         for name, value in vars(cls).items()
         if not name.startswith("__")
     ]
@@ -144,7 +147,8 @@ def is_plain_attribute(module: nn.Module, name: str) -> bool:
     attributes: dict[str, Any] = object.__getattribute__(module, "__dict__")
     if name in attributes and is_plain_value(attributes[name]):
         return True
-    return not callable(getattr(type(module), name, None))
+    found = getattr(type(module), name, None)
+    return isinstance(found, type) or not callable(found)
 
 
 def plain_attributes(module: nn.Module) -> list[str]:

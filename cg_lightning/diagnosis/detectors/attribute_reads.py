@@ -18,6 +18,7 @@ from cg_lightning.modules.attributes import (
     holding_class,
     is_plain_attribute,
     plain_attributes,
+    plain_values_of,
     values_of_classes,
 )
 from cg_lightning.modules.interception import Interception, ModuleHandler, can_intercept
@@ -109,6 +110,11 @@ class _Attributes:
         sources = [Source(module, name, path)]
         if cls is not None:
             sources.append(Source(cls, name, f"{cls.__name__}.{name}"))
+        held = value if cls is None else vars(cls)[name]
+        if isinstance(held, type):  # a configuration: ``self.config.scale``
+            sources += [
+                Source(base, inner, f"{path}.{inner}") for base, inner in plain_values_of([held])
+            ]
         return sources
 
 
