@@ -218,6 +218,13 @@ CASES: dict[str, Case] = {
         "self.current_epoch",
         None,
     ),
+    "private trainer": (
+        TrainerReads,
+        lambda m, x: x if m._trainer is None else x * m._trainer.current_epoch,
+        Cause.TRAINER_READ,
+        "self._trainer",
+        None,
+    ),
     "global": (
         GlobalReads,
         lambda m, x: KEPT.append(x),

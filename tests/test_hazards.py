@@ -1,8 +1,11 @@
 """Hazards without a file of their own. hazards.md names the tests of each hazard."""
 
+import builtins
 import copy
 import gc
+import logging
 import os
+import random
 import re
 import subprocess
 import sys
@@ -20,6 +23,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader
+from torchmetrics import Metric, SumMetric
+from torchmetrics.aggregation import BaseAggregator
+from torchmetrics.classification import MulticlassAccuracy
 
 from cg_lightning import (
     BatchDescriptor,
@@ -28,7 +34,7 @@ from cg_lightning import (
     CUDAGraphWrapper,
     set_forward_context,
 )
-from tests.harness import assert_same, features, images, predict, validate
+from tests.harness import KeepOutputs, assert_same, features, images, predict, validate
 from tests.models import Body, ConvNetClassifier, Predictor
 
 FULL = CUDAGraphMode.FULL
@@ -198,6 +204,60 @@ def test_other_threads_while_capturing(harness, backend, device):
     assert errors == []
     assert_same(kept, harness.trainer().predict(model, DataLoader(data, batch_size=None)))
     assert callback.stats.captures == 50
+
+
+class Measured(Predictor):
+    def __init__(self) -> None:
+        super().__init__(Body(4))
+        self.accuracy = MulticlassAccuracy(4)
+        self.total = SumMetric()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        output = self.net(batch[0])
+        self.total.update(output.mean())
+        self.accuracy(output, batch[0].argmax(1))
+        self.log("accuracy", self.accuracy, on_step=True, on_epoch=True)
+        return output
+
+
+def replaceable() -> list[Any]:
+    places: list[Any] = [builtins.print, logging.Logger.handle, random.random, torch.tensor]
+    places += [Metric.__setattr__, BaseAggregator._cast_and_nan_check_input]
+    return [*places, torch.Tensor.tolist, torch.Tensor.new_tensor]
+
+
+@pytest.mark.filterwarnings("ignore:called a synchronizing CUDA operation")
+def test_trainers_in_two_threads(harness):
+    """Hazards 2 and 18: they watch, capture and replay at the same time, and share nothing."""
+    before, found, errors = replaceable(), {}, []
+
+    def work(name: int, module: Measured, *callbacks: Callback) -> None:
+        try:
+            kept = KeepOutputs()
+            trainer = harness.trainer(*callbacks, kept)
+            data = features(64, size=4)
+            seen = [trainer.validate(module, data, verbose=False) for _ in range(2)]
+            found[name] = (seen, kept.kept, float(module.total.compute()))
+        except BaseException as error:
+            errors.append(error)
+
+    for _ in range(3):
+        module = Measured()
+        work(-1, copy.deepcopy(module))
+        threads = [
+            threading.Thread(
+                target=work, args=(name, copy.deepcopy(module), harness.callback(warmup_steps=2))
+            )
+            for name in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+        assert_same(found[0], found[-1])
+        assert_same(found[1], found[-1])
+        assert all(one is other for one, other in zip(replaceable(), before, strict=True))
 
 
 def test_strategies_that_move_parameters_are_refused(harness):

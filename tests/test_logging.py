@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
 from torchmetrics.classification import (
     BinaryAccuracy,
     MulticlassAccuracy,
@@ -412,6 +412,74 @@ def test_a_count_of_updates_that_a_step_reads_is_not_frozen(harness):
     callback = harness.callback(mode="FULL", warmup_steps=1, verify_replays=0)
     harness.compare(Counts(), validate(images(40)), callback)
     assert any("update_count is read" in reason for reason in callback.stats.eager_reasons)
+
+
+class First(Metric):
+    """Keeps its first value only, as it knows from its own counter."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, x: torch.Tensor) -> None:
+        if self._update_count == 1:
+            self.total = x.sum()
+
+    def compute(self) -> torch.Tensor:
+        return self.total
+
+
+class WithMetric(Logs):
+    def __init__(self, metric: Metric) -> None:
+        super().__init__()
+        self.metric = metric
+
+    def validation_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        output = self.net(batch[0])
+        self.metric.update(output)
+        return output
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("total", self.metric.compute())
+        self.metric.reset()
+
+
+def fit_three_epochs(trainer: Any, module: Any) -> None:
+    trainer.fit(module, images(8), images(40))
+
+
+class FirstOfAnEpoch(WithMetric):
+    def validation_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        is_first = not self.metric.update_called
+        return super().validation_step(batch, batch_idx) * (5 if is_first else 1)
+
+
+@pytest.mark.parametrize("name", ["_update_count", "update_called"])
+def test_whether_a_metric_was_updated_is_not_frozen(harness, name):
+    kinds = {"_update_count": WithMetric, "update_called": FirstOfAnEpoch}
+    callback = harness.callback(mode="FULL", warmup_steps=1, verify_replays=0)
+    harness.compare(kinds[name](First()), fit_three_epochs, callback, max_epochs=3)
+    assert any("is read" in reason for reason in callback.stats.eager_reasons)
+
+
+class ResetsToANumber(WithMetric):
+    """Resets a state to a number, which torchmetrics would add to as well."""
+
+    def on_validation_epoch_start(self) -> None:
+        self.metric.sum_value = 0.5
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("total", self.metric.compute())
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_a_state_that_is_reset_to_a_number(harness, verify_replays):
+    module = ResetsToANumber(SumMetric(nan_strategy="disable"))
+    callback = harness.callback(mode="FULL", warmup_steps=1, verify_replays=verify_replays)
+    harness.compare(module, fit_three_epochs, callback, max_epochs=3)
+    assert callback.stats.captures > 0
 
 
 class ResetsAndComputes(Logs):

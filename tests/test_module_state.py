@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torchmetrics.classification import BinaryAccuracy
 
 from tests.harness import Harness, features, predict, validate
@@ -28,6 +29,9 @@ class Scaled(nn.Module):
         return self.act(self.norm(self.linear(x))) * self.scale
 
 
+FORWARD = Scaled.forward
+
+
 def changes_of(net: nn.Module) -> dict[str, Any]:
     return {
         "forward hook": lambda: net.act.register_forward_hook(
@@ -45,6 +49,9 @@ def changes_of(net: nn.Module) -> dict[str, Any]:
         "setting of a layer": lambda: setattr(net.norm, "eps", 3.0),
         "another forward": lambda: setattr(net.act, "forward", torch.tanh),
         "forward of a user's module": lambda: setattr(net, "forward", lambda x: net.linear(x)),
+        "forward of a user's class": lambda: setattr(
+            type(net), "forward", lambda self, x: self.linear(x)
+        ),
     }
 
 
@@ -70,12 +77,12 @@ class Changes(Callback):
 @pytest.fixture(autouse=True)
 def the_class_is_as_it_was():
     yield
-    Scaled.scale = 1.0
+    Scaled.scale, Scaled.forward = 1.0, FORWARD
 
 
 class PutsBack(Callback):
     def on_predict_end(self, *_: Any) -> None:
-        Scaled.scale = 1.0
+        Scaled.scale, Scaled.forward = 1.0, FORWARD
 
     on_fit_end = on_predict_end
 
@@ -363,3 +370,78 @@ def test_what_a_step_changes_before_it_calls_a_submodule(harness: Harness, mode,
     harness.compare(model(Scaled()), fit, callback, max_epochs=3, num_sanity_val_steps=0)
     if model is SetsAFlagInItsStep:
         assert callback.stats.replays > 10, callback.summary()
+
+
+class OwnLookup(nn.Module):
+    """Looks up attributes itself, so nobody sees which ones it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.half = nn.Linear(8, 8), 0.5
+
+    def __getattribute__(self, name):
+        return (
+            super().__getattribute__("half") * 2
+            if name == "scale"
+            else super().__getattribute__(name)
+        )
+
+    def forward(self, x):
+        return self.linear(x) * self.scale
+
+
+class Doubled(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        return output * 2 if func is torch.nn.functional.linear else output
+
+
+class ChangesBetweenBatches(Callback):
+    def __init__(self) -> None:
+        self.mode = Doubled()
+
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == 6:
+            pl_module.net.half = 2.0
+        if batch_idx == 8:
+            self.mode.__enter__()
+        if batch_idx == 10:
+            self.mode.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_nobody_sees_being_read(harness: Harness, mode):
+    callback = harness.callback(mode=mode, warmup_steps=1, verify_replays=0)
+    module, others = Predictor(OwnLookup()), lambda: [ChangesBetweenBatches()]
+    harness.compare(module, predict(features(60)), callback, others=others)
+    assert callback.stats.replays >= 4, callback.summary()
+
+
+class Configuration:
+    scale = 1.0
+
+
+class Configured(nn.Module):
+    shared = Configuration
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.linear, self.own, self.name = nn.Linear(8, 8), Configuration, name
+
+    def forward(self, x):
+        config = self.own if self.name == "own" else self.shared
+        return self.linear(x) * config.scale
+
+
+class Configures(Callback):
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        Configuration.scale = 1.0 if batch_idx < 6 else 2.0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["own", "shared"])
+def test_a_class_as_a_configuration(harness: Harness, mode, name):
+    callback = harness.callback(mode=mode, warmup_steps=1, verify_replays=0)
+    module, others = Predictor(Configured(name)), lambda: [Configures()]
+    harness.compare(module, predict(features(60)), callback, others=others)
+    assert callback.stats.replays >= 4, callback.summary()

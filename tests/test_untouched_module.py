@@ -261,6 +261,33 @@ def test_a_step_that_is_replaced_meanwhile(harness, mode):
     assert callback.stats.replays > 0
 
 
+class StepOfAProperty(Predictor):
+    """Its step is made anew at each access, from what the module and the Trainer know then."""
+
+    scale = 1.0
+
+    @property
+    def validation_step(self):
+        scale = self.scale
+
+        def step(batch, batch_idx):
+            return self.net(batch[0]) * scale
+
+        return step
+
+
+class ChangesTheScale(Callback):
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        pl_module.scale = 1.0 if batch_idx < 5 else 2.0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_that_is_a_property(harness, mode):
+    callback = harness.callback(mode=mode, warmup_steps=1, verify_replays=0)
+    module, job = StepOfAProperty(Body()), validate(features(48))
+    harness.compare(module, job, callback, lambda: [ChangesTheScale()])
+
+
 class LooksAtTheStrategy(Callback):
     def __init__(self) -> None:
         self.seen: list[bool] = []

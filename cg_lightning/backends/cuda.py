@@ -32,7 +32,6 @@ the object before it had the lock.
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -75,7 +74,7 @@ class CUDACapturedGraph(torch.cuda.CUDAGraph):
 
 
 class CUDABackend:
-    """Captures on one persistent side stream, into one memory pool for each device.
+    """Captures on one persistent side stream, into one memory pool for each device and thread.
 
     An anchor graph keeps the pool in use. After a failed capture, the pool is replaced.
     """
@@ -260,7 +259,21 @@ def device_name() -> str:
     return torch.cuda.get_device_name()
 
 
-@functools.cache
+class _Backends(threading.local):
+    def __init__(self) -> None:
+        self.by_device: dict[torch.device, CUDABackend] = {}
+
+
+_backends = _Backends()
+
+
 def cuda_backend(device: torch.device) -> CUDABackend:
-    """Return the backend of one device. All captures there share its stream and its pool."""
-    return CUDABackend(device)
+    """Return the backend of one device and this thread; all its captures share a stream and a pool.
+
+    Graphs that share a pool must not be replayed at the same time: another thread's replay could
+    come between a replay and the copies of its outputs.
+    """
+    backends = _backends.by_device
+    if device not in backends:
+        backends[device] = CUDABackend(device)
+    return backends[device]

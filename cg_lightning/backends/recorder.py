@@ -105,7 +105,7 @@ class _Operation:
 
 
 class _Pool:
-    """The graphs of one device. Each may use memory that another one holds only weakly."""
+    """The graphs of one device and thread. Each may use memory that another one holds only weakly."""
 
     def __init__(self) -> None:
         self.graphs: weakref.WeakSet[RecordedGraph] = weakref.WeakSet()
@@ -117,7 +117,14 @@ class _Pool:
                     _poison(tensor)
 
 
-_pools: dict[torch.device, _Pool] = {}
+class _Pools(threading.local):
+    """The pools of one thread: graphs that share a pool must not be replayed at the same time."""
+
+    def __init__(self) -> None:
+        self.by_device: dict[torch.device, _Pool] = {}
+
+
+_pools = _Pools()
 _recording = threading.local()
 
 
@@ -241,7 +248,7 @@ class RecorderBackend:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._pool = _pools.setdefault(device, _Pool())
+        self._pool = _pools.by_device.setdefault(device, _Pool())
 
     def is_capturing(self) -> bool:
         """Return True if this thread is recording."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import DeviceContext
 
 
 def _native(name: str, public: Callable[[], Any], *args: str) -> Callable[[], Any]:
@@ -45,10 +46,20 @@ def _float32_precision() -> tuple[Callable[[], Any], ...]:
     )
 
 
+def _function_modes() -> tuple[Any, ...]:
+    """Return the modes that change what functions of torch do, the outermost first."""
+    number = torch._C._len_torch_function_stack()
+    if not number:
+        return ()
+    modes = [torch._C._get_function_stack_at(index) for index in range(number)]
+    return tuple([mode.device if type(mode) is DeviceContext else mode for mode in modes])
+
+
 _GETTERS: tuple[Callable[[], Any], ...] = (
     torch.is_grad_enabled,
     torch.is_inference_mode_enabled,
     torch.get_default_dtype,
+    _function_modes,
     _native("_get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled),
     _native("_get_cudnn_enabled", lambda: torch.backends.cudnn.enabled),
     _native("_get_cudnn_benchmark", lambda: torch.backends.cudnn.benchmark),
@@ -83,6 +94,6 @@ def autocast_flags(device_type: str) -> tuple[bool, torch.dtype | None]:
 def kernel_flags() -> tuple[Any, ...]:
     """Return all switches as a hashable tuple.
 
-    They are grad mode, inference mode, default dtype, determinism, TF32, cuDNN, SDPA and autocast.
+    They are grad mode, inference mode, default dtype, function modes, determinism, TF32, cuDNN, SDPA and autocast.
     """
     return (*[get() for get in _GETTERS], autocast_flags("cuda"), autocast_flags("cpu"))

@@ -144,3 +144,11 @@ def is_called_by_step(detector: str) -> bool:
             return path.split("/")[0] not in _FRAMEWORKS or path.startswith(_AT_WORK)
         frame = frame.f_back
     return False
+
+
+def is_read_by_user() -> bool:
+    """Returns whether the innermost function that is not ours is the user's, and not torch's."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and is_our_file(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame is not None and is_user_file(frame.f_code.co_filename)

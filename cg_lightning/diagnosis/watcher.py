@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from cg_lightning.backends import GraphBackend
+from cg_lightning.backends.capture_scope import CAPTURE_LOCK
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.detectors.attribute_reads import AttributeReads
 from cg_lightning.diagnosis.detectors.batch_index import BatchIndex
@@ -95,7 +96,8 @@ class StepWatcher:
             run_logging=self._run_logging,
         )
         detectors = [kind(watch) for kind in self._detectors]
-        with _intercepted_calls(watch, detectors), contextlib.ExitStack() as stack:
+        # detectors replace functions of modules and classes: those of two threads would not nest
+        with CAPTURE_LOCK, _intercepted_calls(watch, detectors), contextlib.ExitStack() as stack:
             for detector in detectors:
                 stack.enter_context(detector.around_step())
             with watch.running(detectors):

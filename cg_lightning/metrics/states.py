@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from cg_lightning.core.errors import CaptureError
 from cg_lightning.metrics.members import states_of
 from cg_lightning.modules.interception import Interception, ModuleHandler
 
@@ -44,9 +45,13 @@ class MetricState:
 
     def fits(self) -> bool:
         """Return True if the state still has the shape and dtype of the captured graphs."""
-        value = self.attributes.get(self.name)
-        return value is None or (
-            value.shape == self.graph_tensor.shape and value.dtype == self.graph_tensor.dtype
+        if self.name not in self.attributes:
+            return True
+        value = self.attributes[self.name]
+        return (
+            isinstance(value, Tensor)  # a user may have reset it to a number
+            and value.shape == self.graph_tensor.shape
+            and value.dtype == self.graph_tensor.dtype
         )
 
     def move_to_graph(self, tensor: Tensor) -> None:
@@ -102,7 +107,11 @@ class MetricStates:
         """Number of moves of all states. If it is unchanged, no state has moved."""
 
     def of(self, metrics: Iterable[nn.Module]) -> list[MetricState]:
-        """Return the tensor states of ``metrics``. The objects are reused as long as they fit."""
+        """Return the tensor states of ``metrics``. The objects are reused as long as they fit.
+
+        Raises:
+            CaptureError: A state is no tensor at the moment: it was reset to a number, for instance.
+        """
         return [
             self._state(metric, name)
             for metric in metrics
@@ -113,6 +122,10 @@ class MetricStates:
     def _state(self, metric: nn.Module, name: str) -> MetricState:
         state = self._states.get((id(metric), name))
         if state is None or not state.fits():
+            value = vars(metric).get(name)
+            if not isinstance(value, Tensor):
+                what = f"{type(metric).__name__}.{name} is a {type(value).__name__}"
+                raise CaptureError(f"the state {what}, not a tensor")
             state = self._states[id(metric), name] = MetricState(metric, name, self._device)
         return state
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -134,12 +134,18 @@ def values_of_classes(modules: list[nn.Module]) -> list[tuple[type, str]]:
 
     Reads through ``type(self)`` cannot be observed, so all of them are guarded.
     """
-    classes = {
-        cls: None for module in modules for cls in type(module).__mro__ if is_user_class(cls)
-    }
+    return plain_values_of(map(type, modules))
+
+
+def plain_values_of(classes: Iterable[type]) -> list[tuple[type, str]]:
+    """Return class and name of each plain value of these classes and their bases.
+
+    Only classes of the user's code are looked at.
+    """
+    written = {base: None for cls in classes for base in cls.__mro__ if is_user_class(base)}
     named = [
         (cls, name, value)
-        for cls in classes
+        for cls in written
         for name, value in vars(cls).items()
         if not name.startswith("__")
     ]
@@ -147,10 +153,17 @@ def values_of_classes(modules: list[nn.Module]) -> list[tuple[type, str]]:
 
 
 def is_plain_attribute(module: nn.Module, name: str) -> bool:
-    """Return True if ``name`` is a user's attribute and not a method."""
-    return name not in names_of_frameworks(module) and not callable(
-        getattr(type(module), name, None)
-    )
+    """Return True if ``name`` is a user's attribute and not a method.
+
+    ``self.half = 2`` hides a method, and is an attribute.
+    """
+    if name in names_of_frameworks(module):
+        return False
+    attributes: dict[str, Any] = object.__getattribute__(module, "__dict__")
+    if name in attributes and is_plain_value(attributes[name]):
+        return True
+    found = getattr(type(module), name, None)
+    return isinstance(found, type) or not callable(found)
 
 
 def plain_attributes(module: nn.Module) -> list[str]:
@@ -164,12 +177,23 @@ def plain_attributes(module: nn.Module) -> list[str]:
     return [name for name in names if is_plain_attribute(module, name)]
 
 
+def _methods_of_classes(cls: type) -> dict[str, Any]:
+    # special methods are left out: functions of this package may replace them
+    return {
+        f"{base.__name__}.{name}": value
+        for base in cls.__mro__
+        if is_user_class(base)
+        for name, value in vars(base).items()
+        if not name.startswith("__") and (callable(value) or hasattr(type(value), "__get__"))
+    }
+
+
 def layer_settings(module: nn.Module) -> dict[str, Any]:
     """Return settings that influence a graph although no attribute read was observed.
 
     For a module of torch these are all its attributes (``eps``, ``p``). For a metric they are its
-    plain attributes (``threshold``). For any other module they are its class, its class values and
-    replaced methods (``module.forward = ...``).
+    plain attributes (``threshold``). For any other module they are its class, its class values,
+    replaced methods (``module.forward = ...``) and the methods of its classes.
     """
     cls, attributes = type(module), vars(module)
     if is_metric(module):
@@ -189,6 +213,7 @@ def layer_settings(module: nn.Module) -> dict[str, Any]:
             if name not in names_of_frameworks(module)
         }
     found.update(class_values(module))
+    found.update(_methods_of_classes(cls))
     found.pop("_compiled_call_impl", None)  # compared as "is compiled"
     return {
         **found,

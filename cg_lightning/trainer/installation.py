@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import types
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -21,6 +23,8 @@ _CONTEXTS = {
     "predict": "predict_step_context",
 }
 """The context of the precision plugin that Lightning's strategies enter around a step."""
+_BOUND_ALIKE = (types.FunctionType, staticmethod, classmethod, functools.partialmethod)
+"""Kinds of methods that give an equal callable at each access."""
 
 
 class Installation:
@@ -82,7 +86,7 @@ class Installation:
             self.session.close()
             self._runners.clear()
             self._definitions.clear()
-        self._runners[stage] = StepRunner(self.session, stage, name, getattr(self.module, name))
+        self._runners[stage] = StepRunner(self.session, stage, name, _step(self.module, name))
         self._definitions[stage] = definition
 
     def _run_step(self, stage: str, *args: Any, **kwargs: Any) -> Any:
@@ -168,3 +172,16 @@ def _definition(module: LightningModule, name: str) -> Any:
     if name in vars(module):
         return vars(module)[name]
     return next((vars(cls)[name] for cls in type(module).__mro__ if name in vars(cls)), None)
+
+
+def _step(module: LightningModule, name: str) -> Callable[..., Any]:
+    """Return a callable that runs the step as Lightning does, which looks it up for each batch."""
+    step: Callable[..., Any] = getattr(module, name)
+    if name in vars(module) or isinstance(_definition(module, name), _BOUND_ALIKE):
+        return step
+
+    @functools.wraps(step)
+    def look_up_and_run(*args: Any, **kwargs: Any) -> Any:
+        return getattr(module, name)(*args, **kwargs)
+
+    return look_up_and_run

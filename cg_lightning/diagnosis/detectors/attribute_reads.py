@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
-from types import FrameType
 
 from torch import nn
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.diagnosis.detector import Detector
-from cg_lightning.diagnosis.findings import is_our_file
+from cg_lightning.diagnosis.findings import is_read_by_user
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.sources import Source
@@ -20,10 +18,11 @@ from cg_lightning.modules.attributes import (
     holding_class,
     is_plain_attribute,
     plain_attributes,
+    plain_values_of,
     values_of_classes,
 )
 from cg_lightning.modules.interception import Interception, ModuleHandler, can_intercept
-from cg_lightning.modules.kinds import is_user_class, is_user_file, is_user_module
+from cg_lightning.modules.kinds import is_user_class, is_user_module
 
 
 class AttributeReads(Detector):
@@ -52,7 +51,7 @@ class AttributeReads(Detector):
             for _, module in watch.modules:
                 is_read = is_user_module(module) or module is watch.root
                 if is_read and id(module) not in watch.hidden and can_intercept(module):
-                    handler = _ReadHandler(watch, self._attributes[id(module)])
+                    handler = _ReadHandler(watch, self._attributes[id(module)], module)
                     stack.callback(Interception(module, handler).remove)
             yield
 
@@ -112,30 +111,33 @@ class _Attributes:
         sources = [Source(module, name, path)]
         if cls is not None:
             sources.append(Source(cls, name, f"{cls.__name__}.{name}"))
+        held = value if cls is None else vars(cls)[name]
+        if isinstance(held, type):  # a configuration: ``self.config.scale``
+            sources += [
+                Source(base, inner, f"{path}.{inner}") for base, inner in plain_values_of([held])
+            ]
         return sources
 
 
 class _ReadHandler(ModuleHandler):
-    def __init__(self, watch: StepWatch, attributes: _Attributes) -> None:
+    def __init__(self, watch: StepWatch, attributes: _Attributes, module: nn.Module) -> None:
         self._watch = watch
         self._attributes = attributes
+        # what the user's own ``__getattribute__`` reads in its turn goes to ``object``
+        self._reads_unseen = any(
+            is_user_class(cls) and "__getattribute__" in vars(cls) for cls in type(module).__mro__
+        )
 
     def on_read(self, name: str) -> None:
         """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
         if self._watch.is_in_framework or self._watch.is_paused:
             return
-        if name != "__dict__":
-            self._attributes.read(name)
-        elif _is_read_by_user():  # ``vars(self)["name"]``
+        if self._reads_unseen:
             self._attributes.read_all()
-
-
-def _is_read_by_user() -> bool:
-    """Whether the innermost function that is not ours is the user's, and not torch's."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and is_our_file(frame.f_code.co_filename):
-        frame = frame.f_back
-    return frame is not None and is_user_file(frame.f_code.co_filename)
+        elif name != "__dict__":
+            self._attributes.read(name)
+        elif is_read_by_user():  # ``vars(self)["name"]``
+            self._attributes.read_all()
 
 
 def _constants_of_classes(modules: list[nn.Module]) -> list[Source]:

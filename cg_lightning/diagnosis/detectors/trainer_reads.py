@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
+from cg_lightning.diagnosis.findings import is_read_by_user
 from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.modules.interception import Interception, ModuleHandler
 
@@ -21,7 +22,9 @@ class ReadNames(ModuleHandler):
 
     def on_read(self, name: str) -> None:
         """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
-        if name in self._names and not self._watch.is_in_framework:
+        if name not in self._names or self._watch.is_in_framework:
+            return
+        if not name.startswith("_") or is_read_by_user():  # ``self.trainer`` reads it as well
             self._watch.report(self._cause, f"self.{name}")
 
 
@@ -37,7 +40,7 @@ class TrainerReads(Detector):
         if not self.watch.is_lightning or id(root) in self.watch.hidden:
             yield
             return
-        names = ("trainer", "current_epoch", "global_step")
+        names = ("trainer", "_trainer", "current_epoch", "global_step")
         interception = Interception(root, ReadNames(self.watch, Cause.TRAINER_READ, names))
         try:
             yield
