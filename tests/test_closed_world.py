@@ -347,6 +347,33 @@ def caches() -> Any:
     return lambda: function(next(numbers))
 
 
+class CountsAsModule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def forward(self) -> int:
+        self.count += 1
+        return self.count
+
+
+def counts_by(holder: Holder) -> Any:
+    return HoldsAModule(holder)
+
+
+class HoldsAModule:
+    def __init__(self, holder: Holder) -> None:
+        self.holder = holder
+
+    def __call__(self) -> int:
+        return self.holder.held["a"]()
+
+
+def counts_in_context(variable: contextvars.ContextVar[Any]) -> Any:
+    variable.set(IteratesInPython())
+    return lambda: next(variable.get())
+
+
 def draws_from(holder: Holder) -> Any:
     return lambda: float(holder.held.random())
 
@@ -358,6 +385,8 @@ COUNTERS: dict[str, Callable[[], Any]] = {
     "behind a decorator": counts_behind_a_decorator,
     "in a partial": lambda: functools.partial(counts()),
     "callable object": Meter,
+    "module in an object": lambda: counts_by(Holder({"a": CountsAsModule()})),
+    "in a context variable": lambda: counts_in_context(contextvars.ContextVar("numbers")),
     "bound method": keeps_a_meter("__call__"),
     "class": keeps_a_meter("in_class"),
     "iterator in Python": lambda: IteratesInPython().__next__,

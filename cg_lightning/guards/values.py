@@ -6,6 +6,7 @@ Values stay the same objects when something in them changes, so identity is not 
 from __future__ import annotations
 
 import collections
+import contextvars
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -144,6 +145,8 @@ class FrozenValues:
             self.modules.append(value)
         elif kind is ValueKind.CONTENTS:
             self._store_contents(value, path)
+            if isinstance(value, contextvars.ContextVar):
+                return [(value.get(None), (path, "get()", None))]
         elif kind is ValueKind.CONTAINER:
             return self._store_container(value, path)
         elif kind is ValueKind.CACHE:
