@@ -15,6 +15,7 @@ import pathlib
 import queue
 import random
 import re
+import sqlite3
 import sys
 import threading
 from collections.abc import Callable
@@ -136,6 +137,13 @@ OPAQUE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
         lambda held: float(torch.rand((), generator=held)),
         "torch.Generator",
     ),
+    "cursor": (
+        lambda: sqlite3.connect(":memory:").execute(
+            "values (1), (2), (3), (4), (5), (6), (7), (8)"
+        ),
+        lambda held: held.fetchone()[0],
+        "self.held: sqlite3.Cursor",
+    ),
     "SimpleQueue": (filled, lambda held: held.get(), "self.held: SimpleQueue"),
     "StringIO": (
         lambda: io.StringIO("x" * 99),
@@ -241,6 +249,10 @@ HARMLESS: dict[str, Any] = {
     "complex": (lambda: 1 + 2j, abs),
     "dataclass": (Point, lambda held: held.x),
     "object with a logger": (lambda: Holder(logger), lambda held: len(held.held.name)),
+    "object with a generator": (
+        lambda: Holder([random.Random(3), np.random.default_rng(3)]),
+        lambda held: len(held.held),
+    ),
     "counts in Python": (lambda: collections.Counter(a=2), lambda held: held["a"]),
     "context variable": (lambda: contextvars.ContextVar("v", default=2.0), lambda held: held.get()),
 }
@@ -335,6 +347,37 @@ def caches() -> Any:
     return lambda: function(next(numbers))
 
 
+class CountsAsModule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def forward(self) -> int:
+        self.count += 1
+        return self.count
+
+
+def counts_by(holder: Holder) -> Any:
+    return HoldsAModule(holder)
+
+
+class HoldsAModule:
+    def __init__(self, holder: Holder) -> None:
+        self.holder = holder
+
+    def __call__(self) -> int:
+        return self.holder.held["a"]()
+
+
+def counts_in_context(variable: contextvars.ContextVar[Any]) -> Any:
+    variable.set(IteratesInPython())
+    return lambda: next(variable.get())
+
+
+def draws_from(holder: Holder) -> Any:
+    return lambda: float(holder.held.random())
+
+
 COUNTERS: dict[str, Callable[[], Any]] = {
     "closure": counts,
     "default": counts_in_a_list,
@@ -342,12 +385,16 @@ COUNTERS: dict[str, Callable[[], Any]] = {
     "behind a decorator": counts_behind_a_decorator,
     "in a partial": lambda: functools.partial(counts()),
     "callable object": Meter,
+    "module in an object": lambda: counts_by(Holder({"a": CountsAsModule()})),
+    "in a context variable": lambda: counts_in_context(contextvars.ContextVar("numbers")),
     "bound method": keeps_a_meter("__call__"),
     "class": keeps_a_meter("in_class"),
     "iterator in Python": lambda: IteratesInPython().__next__,
     "thread local": lambda: (
         lambda local: lambda: local.__dict__.setdefault("n", []).append(1) or len(local.n)
     )(threading.local()),
+    "generator in an object": lambda: draws_from(Holder(random.Random(3))),
+    "generator of NumPy in an object": lambda: draws_from(Holder(np.random.default_rng(3))),
     "list behind append": lambda: (lambda kept: lambda: kept.append(1) or len(kept))([]),
 }
 
@@ -459,6 +506,20 @@ def test_functions_made_in_the_step_are_no_state(harness: Harness) -> None:
     assert callback.stats.steps["FULL"] == 7, callback.summary()
 
 
+class Misses(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.linear, self.function, self.count = nn.Linear(8, 8), function, IteratesInPython()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.function(next(self.count))
+
+
+class MissesInside(Predictor):
+    def __init__(self, function: Any) -> None:
+        super().__init__(Misses(function))
+
+
 def test_a_cache_that_the_first_steps_fill(harness: Harness) -> None:
     """A function with a cache is harmless once it gives what it has."""
 
@@ -468,6 +529,10 @@ def test_a_cache_that_the_first_steps_fill(harness: Harness) -> None:
 
     callback = compare(harness, lambda: Uses(None, lambda *_: table(8)))
     assert callback.stats.steps["PIECEWISE"] + callback.stats.steps["FULL"] == 7
+    missing = lambda: functools.lru_cache(lambda x: x)
+    for mode in ("FULL_AND_PIECEWISE", "PIECEWISE"):
+        callback = compare(harness, lambda: MissesInside(missing()), mode=mode, verify_replays=0)
+        assert {entry.target for entry in callback.stats.entries} == {"net.linear"}
     table.cache_clear()
     callback = compare(harness, lambda: Uses(caches(), lambda _, held: held()))
     assert callback.stats.steps["FULL"] == 0, callback.summary()
@@ -585,7 +650,10 @@ class LastBatches(Callback):
         self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
     ) -> None:
         inner = batch if isinstance(batch, dict) else vars(batch)
-        self.seen.append((list(inner), [inner.get("y"), inner.get("label")], outputs is batch))
+        mark = getattr(inner["x"], "mark", None)
+        self.seen.append(
+            (list(inner), [inner.get("y"), inner.get("label")], outputs is batch, mark)
+        )
 
 
 def adds(batch: Any, y: Tensor) -> None:
@@ -620,8 +688,15 @@ def dictionary(x: Tensor) -> Any:
     return {"x": x, "label": x.sum(), "more": [x + 1]}
 
 
+def marks(batch: Any, y: Tensor) -> None:
+    batch["x"].mark = getattr(batch["x"], "mark", 0) + 1
+
+
 BATCHES: list[tuple[Any, Any]] = [
-    *[(dictionary, do) for do in (adds, adds_deep, pops, replaces, returns_it, returns_it_inside)],
+    *[
+        (dictionary, do)
+        for do in (adds, adds_deep, marks, pops, replaces, returns_it, returns_it_inside)
+    ],
     (Sample, sets_a_field),
     (Sample, returns_it),
 ]

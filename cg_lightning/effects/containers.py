@@ -1,6 +1,6 @@
 """Containers and objects as they were: compared later, and put back.
 
-Tensors in them are compared by identity. What is written *into* a tensor is somebody else's business
+Tensors in them are compared by identity, and by the attributes that users set on them. What is written *into* a tensor is somebody else's business
 (:class:`~cg_lightning.effects.step_state.StepState`), and so is what modules hold.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.guards.value_kinds import ValueKind, bound_to, contents_of, kind_of
 from cg_lightning.guards.values import MOST_VALUES
-from cg_lightning.modules.attributes import attributes_of, is_same_value
+from cg_lightning.modules.attributes import attributes_of, is_same_value, same_attributes
 
 _SEQUENCES = (list, collections.deque, MutableSequence)
 _MUTABLE = (*_SEQUENCES, MutableMapping, MutableSet)
@@ -54,14 +54,18 @@ class ContainersSnapshot:
     def __init__(self, roots: Iterable[tuple[str, Any]]) -> None:
         self._nodes: list[tuple[Any, ValueKind, _Items, str]] = []
         self._copies: list[tuple[Any, Any, str]] = []
+        self._tensors: list[tuple[Tensor, dict[str, Any], str]] = []
         self._ids: set[int] = set()
         pending = list(roots)
         seen: set[int] = set()
         while pending and len(seen) < MOST_VALUES:
             path, value = pending.pop()
-            if isinstance(value, Tensor) or is_plain_value(value) or id(value) in seen:
+            if is_plain_value(value) or id(value) in seen:
                 continue
             seen.add(id(value))
+            if isinstance(value, Tensor):
+                self._tensors.append((value, dict(vars(value)), path))
+                continue
             kind = kind_of(value)
             if kind in (ValueKind.CONTAINER, ValueKind.OBJECT):
                 items = _items_of(value, kind)
@@ -71,7 +75,7 @@ class ContainersSnapshot:
                 pending += [
                     (_name(path, key, kind), item)
                     for key, item in items
-                    if not (isinstance(item, Tensor) or is_plain_value(item))
+                    if not is_plain_value(item)
                 ]
             elif kind is ValueKind.CONTENTS:
                 contents = contents_of(value)
@@ -95,6 +99,9 @@ class ContainersSnapshot:
             assert contents is not None
             if contents(value) != copy:
                 return path
+        for tensor, attributes, path in self._tensors:
+            if not same_attributes(vars(tensor), attributes):
+                return f"an attribute of {path}"
         return ""
 
     def holds(self, output: Any) -> bool:
@@ -122,6 +129,10 @@ class ContainersSnapshot:
                 _restore_items(value, before)
         for value, copy, _ in self._copies:
             _restore_contents(value, copy)
+        for tensor, attributes, _ in self._tensors:
+            if not same_attributes(vars(tensor), attributes):
+                vars(tensor).clear()
+                vars(tensor).update(attributes)
 
 
 def _restore_attributes(value: Any, before: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.guards.sources import CacheWrapper
 from cg_lightning.modules.attributes import attributes_of, slots_of
 from cg_lightning.modules.kinds import is_user_class, lightning_class
 
@@ -48,6 +49,7 @@ class ValueKind(enum.Enum):
     MODULE = "has a guard of its own"
     FUNCTION = "what it is bound to is looked into"
     CONTENTS = "its contents can be copied and compared"
+    CACHE = "a function with functools.cache: a step that misses it changes it"
     CONTAINER = "its items are looked into"
     OBJECT = "its attributes are looked into"
     OPAQUE = "nobody can look into it"
@@ -112,6 +114,22 @@ def contents_of(value: Any) -> Callable[[Any], Any] | None:
     return next((_CONTENTS[cls] for cls in type(value).__mro__ if cls in _CONTENTS), None)
 
 
+def _numpy_state(value: Any) -> str:
+    return repr(value.bit_generator.state)
+
+
+def state_of_generator(value: Any) -> Callable[[Any], Any] | None:
+    """Return what copies the state of a random generator for a comparison; None if nothing does.
+
+    A step that reads a generator draws from it: that is opaque. One that reads an object which has a
+    generator (a tokenizer, a data set) mostly does not, so there the states are compared.
+    """
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.random.Generator):
+        return _numpy_state
+    return random.Random.getstate if isinstance(value, random.Random) else None
+
+
 def has_hidden_state(cls: type) -> bool:
     """Return whether instances of a class keep something where Python cannot see it."""
     size = object.__basicsize__ + _WORD * len(slots_of(cls))
@@ -143,8 +161,7 @@ def _is_harmless_class(cls: type) -> bool:
         return False
     if hasattr(cls, "__next__"):
         return False
-    # streams, dtypes, scripted objects; functions that another language made
-    return _root(cls) == "torch" or (is_called and hasattr(cls, "__name__"))
+    return _root(cls) == "torch"  # streams, dtypes, scripted objects
 
 
 @functools.lru_cache(maxsize=4096)
@@ -155,6 +172,8 @@ def _kind_of_class(cls: type) -> ValueKind:
         return ValueKind.MODULE
     if issubclass(cls, _FUNCTIONS):
         return ValueKind.FUNCTION
+    if cls is CacheWrapper:
+        return ValueKind.CACHE
     if issubclass(cls, _OPAQUE):
         return ValueKind.OPAQUE
     if issubclass(cls, (tuple, list, collections.deque, MutableMapping, types.MappingProxyType)):
@@ -174,6 +193,8 @@ def kind_of(value: Any) -> ValueKind:
         return ValueKind.CONTENTS
     cls: type = type(value)
     kind = _kind_of_class(cls)
+    if kind is ValueKind.OPAQUE and callable(value) and hasattr(value, "__qualname__"):
+        return ValueKind.HARMLESS  # a function that another language made
     if kind is not ValueKind.OBJECT or _root(type(value)) not in sys.stdlib_module_names:
         return kind
     return ValueKind.OPAQUE if _is_around_opaque(value, 2) else kind

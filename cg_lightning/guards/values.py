@@ -6,6 +6,7 @@ Values stay the same objects when something in them changes, so identity is not 
 from __future__ import annotations
 
 import collections
+import contextvars
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -25,6 +26,7 @@ from cg_lightning.guards.value_kinds import (
     has_attributes,
     kind_of,
     name_of_class,
+    state_of_generator,
 )
 from cg_lightning.modules.attributes import (
     attributes_of,
@@ -49,6 +51,17 @@ def addresses_of(tensors: Iterable[Tensor]) -> set[int]:
 def _has_memory(tensor: Tensor) -> bool:
     # derivatives of forward mode may have none
     return tensor.layout is torch.strided and not tensor._is_zerotensor()
+
+
+_OF_OBJECT = "an attribute of an object"
+
+
+def _is_in_object(path: _Path) -> bool:
+    while path[0] is not None:
+        if path[2] == _OF_OBJECT:
+            return True
+        path = path[0]
+    return False
 
 
 def _flatten(value: Any) -> tuple[list[Any], Any]:
@@ -97,6 +110,7 @@ class FrozenValues:
         self._slotted: list[tuple[Any, dict[str, Any], _Path]] = []
         self._classes: list[tuple[type, dict[str, Any], _Path]] = []
         self._class_values: list[tuple[Any, str, Any]] = []
+        self._caches: list[tuple[Any, int, _Path]] = []
         self._opaque: list[tuple[_Path, str]] = []
         self._copies: list[tuple[Any, Callable[[Any], Any], Any, _Path]] = []
         self._large_copies: list[tuple[Any, Callable[[Any], Any], Any, _Path]] = []
@@ -142,12 +156,18 @@ class FrozenValues:
             self.modules.append(value)
         elif kind is ValueKind.CONTENTS:
             self._store_contents(value, path)
+            if isinstance(value, contextvars.ContextVar):
+                return [(value.get(None), (path, "get()", None))]
         elif kind is ValueKind.CONTAINER:
             return self._store_container(value, path)
+        elif kind is ValueKind.CACHE:
+            self._caches.append((value, value.cache_info().misses, path))
         elif kind is ValueKind.FUNCTION:
             return [(held, (path, name, None)) for name, held in bound_to(value).items()]
         elif kind is ValueKind.OBJECT:
             return self._store_object(value, path, seen)
+        elif _is_in_object(path) and (contents := state_of_generator(value)) is not None:
+            self._copies.append((value, contents, contents(value), path))
         elif kind is ValueKind.OPAQUE:
             self._opaque.append((path, name_of_class(value)))
         return []
@@ -183,7 +203,7 @@ class FrozenValues:
             self._slotted.append((value, held, path))
         elif held or hasattr(value, "__dict__"):
             self._objects.append((vars(value), held, path))
-        found = [(item, (path, name, None)) for name, item in held.items()]
+        found = [(item, (path, name, _OF_OBJECT)) for name, item in held.items()]
         if id(cls) not in seen and (of_class := class_values_of(cls)):
             seen.add(id(cls))
             self._classes.append((cls, of_class, path))
@@ -193,7 +213,7 @@ class FrozenValues:
                 for name in vars(base)
                 if f"{base.__name__}.{name}" in of_class
             ]
-            found += [(item, (path, name, None)) for name, item in of_class.items()]
+            found += [(item, (path, name, _OF_OBJECT)) for name, item in of_class.items()]
         return found
 
     def _look_into_large(
@@ -237,8 +257,9 @@ class FrozenValues:
         )
 
     def all_hold(self) -> bool:
-        """Return whether nothing at all has changed."""
-        return self.hold() and self.large_ones_hold()
+        """Return whether nothing at all has changed, and no cache of a function missed."""
+        caches_hold = all(cache.cache_info().misses == before for cache, before, _ in self._caches)
+        return caches_hold and self.hold() and self.large_ones_hold()
 
     def explain(self) -> str:
         """Return what has changed, with both values; empty if nothing has. It takes its time."""

@@ -71,7 +71,7 @@ class Mutations(Detector):
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         given = [
             (f"argument {index}", value)
-            for index, value in enumerate(call.given)
+            for index, value in enumerate([*call.given, *call.inputs])
             if not is_plain_value(value)
         ]
         with self._comparing_containers(call, given), self._comparing_tensors(call):

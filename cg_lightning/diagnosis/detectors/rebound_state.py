@@ -22,7 +22,7 @@ from cg_lightning.modules.attributes import (
     scripted_attributes,
 )
 from cg_lightning.modules.interception import Interception, ModuleHandler, can_intercept
-from cg_lightning.modules.kinds import is_user_module
+from cg_lightning.modules.kinds import is_metric, is_user_module
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 
@@ -48,6 +48,12 @@ class ReboundState(Detector):
         watch = self.watch
         inside = [pair for pairs in watch.hidden.values() for pair in pairs]
         before = [(path, _State(module)) for path, module in [*watch.modules, *inside]]
+        known = {id(module) for module in watch.root.modules()}
+        for path, state in list(before):
+            for module in state.modules_inside():
+                if id(module) not in known and not is_metric(module):
+                    known.add(id(module))
+                    before.append((path, _State(module)))
         with self._noticing_writes():
             yield
         for path, state in before:
@@ -124,6 +130,11 @@ class _State:
             for name in self._values.keys() - names_of_frameworks(module)
             if (contents := _contents(self._values[name])) is not None
         }
+
+    def modules_inside(self) -> list[nn.Module]:
+        """Returns the modules that attributes hold in containers or objects, with theirs."""
+        held = [module for contents in self._contents.values() for module in contents.modules]
+        return [child for module in held for child in module.modules()]
 
     def changed(self) -> list[str]:
         """Returns the names of attributes that changed, came or went, or whose contents changed."""
