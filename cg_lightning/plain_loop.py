@@ -34,6 +34,10 @@ class Graphed:
     ``with`` block, restores them and drops the graphs. While it is open, do *not* run the same
     module under another :class:`Graphed` or a callback.
 
+    What the callback compares at the start of each stage is compared here only when a block begins:
+    settings of layers (``eps``), strides of weights, values of classes, and containers with more
+    than 256 items. Call :meth:`close` if you change one of them.
+
     Attributes:
         stats: Counts, as in :class:`~cg_lightning.CUDAGraphCallback`. The stage is ``call``.
     """

@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -388,3 +389,28 @@ def test_private_attributes_and_containers_are_watched_too(harness, mode):
     assert (callback.stats.captures, callback.stats.replays) == expected
     changed = [str(record.reason) for record in callback.stats.reasons]
     assert any("self.net._temperature: now 3.0, before 1.0" in text for text in changed), changed
+
+
+class ShrinksUnseen(nn.Module):
+    """Its output has one leaf less from the run ``shrinks_at`` on, which nobody sees."""
+
+    def __init__(self, shrinks_at: int) -> None:
+        super().__init__()
+        self.linear, self.shrinks_at = nn.Linear(8, 8), shrinks_at
+        self.read, self.write = unseen(0)
+
+    def forward(self, x):
+        self.write(self.read() + 1)
+        first = self.linear(x)
+        return [first, first * self.read()][: 1 + (self.read() < self.shrinks_at)]
+
+
+@pytest.mark.parametrize("shrinks_at", range(2, 9))
+def test_eager_runs_that_give_different_numbers_of_leaves(harness, shrinks_at):
+    callback = harness.callback(mode="FULL", warmup_steps=1, verify_every=1)
+    module = Predictor(ShrinksUnseen(shrinks_at))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a replay differed from eager
+        outputs = harness.trainer(callback).predict(module, features(32))
+    assert len(outputs) == 8
+    assert callback.stats.eager_reasons

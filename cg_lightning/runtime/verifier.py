@@ -150,6 +150,11 @@ class Verifier:
         before.restore()
         again = _leaves(eager(), before.values())
         after_eager.restore()
+        if len(again) != len(wanted):
+            return Verdict(
+                expected,
+                f"eager runs with the same batch give {len(wanted)} and then {len(again)} leaves",
+            )
         paths = [*leaf_paths(expected, "output"), *[name for name, _ in expected_values]]
         for index in differing:
             one, other = wanted[index], again[index]
