@@ -31,6 +31,10 @@ def _items_of(value: Any, kind: ValueKind) -> _Items:
     return list(enumerate(value)) if isinstance(value, (tuple, *_SEQUENCES)) else []
 
 
+def _is_same_key(key: Any, before: Any) -> bool:
+    return key is before or (type(key) is int and type(before) is int and key == before)
+
+
 def _name(path: str, key: Any, kind: ValueKind) -> str:
     return f"{path}.{key}" if kind is ValueKind.OBJECT else f"{path}[{key!r}]"
 
@@ -89,7 +93,7 @@ class ContainersSnapshot:
         for value, kind, before, path in self._nodes:
             now = _items_of(value, kind)
             if len(now) != len(before) or not all(
-                key is old_key and is_same_value(old, item)
+                _is_same_key(key, old_key) and is_same_value(old, item)
                 for (key, item), (old_key, old) in zip(now, before, strict=True)
             ):
                 key = _changed_key(now, before)
@@ -147,7 +151,7 @@ def _restore_attributes(value: Any, before: dict[str, Any]) -> None:
 def _restore_items(value: Any, before: _Items) -> None:
     now = _items_of(value, ValueKind.CONTAINER)
     if len(now) == len(before) and all(
-        key is old_key and item is old
+        _is_same_key(key, old_key) and item is old
         for (key, item), (old_key, old) in zip(now, before, strict=True)
     ):
         return

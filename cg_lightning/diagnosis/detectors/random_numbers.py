@@ -21,6 +21,7 @@ from cg_lightning.core.tree import flatten
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.watched_step import ModuleCall
 
+_COMPILER = ("torch._dynamo.convert_frame", "torch._dynamo.utils", "torch._inductor")
 _HARMLESS = ("getstate", "get_state")
 _SEEDING = (
     *("manual_seed", "manual_seed_all", "seed", "seed_all"),
@@ -113,7 +114,9 @@ class RandomNumbers(Detector):
         def noticed(function: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(function)
             def seed(*args: Any, **kwargs: Any) -> Any:
-                if threading.get_ident() == thread:
+                caller = sys._getframe(1).f_globals.get("__name__", "")
+                # the compiler sets generators, and sets them back
+                if threading.get_ident() == thread and not caller.startswith(_COMPILER):
                     self.watch.report_unless_found(
                         Cause.HOST_RANDOMNESS, f"torch.{function.__name__}"
                     )
