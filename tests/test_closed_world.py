@@ -399,11 +399,21 @@ COUNTERS: dict[str, Callable[[], Any]] = {
 }
 
 
+WRONG = (AssertionError, UserWarning)
+"""The other result; and the warning that verification has caught it."""
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("where", ["attribute", "global", "closure", "container", "object"])
 @pytest.mark.parametrize("name", COUNTERS)
-def test_functions_that_count(harness: Harness, name: str, where: str, settings: Any) -> None:
+def test_functions_that_count(
+    request: Any, harness: Harness, name: str, where: str, settings: Any
+) -> None:
     """Hazards 36 and 47: closures, defaults, attributes of functions, and what they are bound to."""
+    is_graph = settings != {"mode": "PIECEWISE"}
+    if is_graph and name == "module in an object" and where in ("global", "closure"):
+        known = "a module that is no submodule, in an object that only a function refers to"
+        request.applymarker(pytest.mark.xfail(reason=known, raises=WRONG, strict=True))
 
     def make() -> Any:
         global NUMBERS

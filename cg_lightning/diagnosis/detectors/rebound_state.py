@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from cg_lightning.core.causes import Cause
@@ -157,6 +158,8 @@ def _values(module: nn.Module) -> dict[str, Any]:
     attributes = {**vars(module), **scripted_attributes(module)}
     # Lightning's cache of the names of metrics, made by the first ``self.log``
     attributes.pop("_metric_attributes", None)
+    # torch.jit's cache of its compiled methods, made when they are first read
+    attributes = {k: v for k, v in attributes.items() if not isinstance(v, torch.ScriptMethod)}
     members = {
         f"{table}.{name}": member
         for table in _TABLES
