@@ -155,13 +155,14 @@ class _Picture:
 
 def tensor_picture(value: Tensor) -> Any:
     """Every bit, and what else can be asked of a tensor."""
-    with torch.no_grad():
+    with torch.inference_mode():  # views of inference tensors cannot be made outside
         flat = value.detach().cpu().contiguous().reshape(-1)
+        values, bits = flat.tolist(), flat.view(torch.uint8).numpy().tobytes()
     return {
         "dtype": str(value.dtype),
         "shape": tuple(value.shape),
-        "values": flat.tolist(),
-        "bits": flat.view(torch.uint8).numpy().tobytes(),
+        "values": values,
+        "bits": bits,
         "stride": value.stride(),
         "device": value.device.type,
         "requires_grad": value.requires_grad,

@@ -802,7 +802,8 @@ def test_batches_without_a_key_run_in_pieces(harness: Harness, make, settings) -
         loader=lambda: DataLoader(Dictionaries(make), batch_size=None),
         **settings,
     )
-    assert callback.stats.steps["PIECEWISE"] == 7, callback.summary()
+    is_moved = harness.backend == "cuda" and make is views  # then its tensors share no memory
+    assert callback.stats.steps["FULL" if is_moved else "PIECEWISE"] == 7, callback.summary()
     assert callback.stats.captures == 1
 
 
@@ -839,14 +840,10 @@ def test_code_that_asks_whether_it_is_captured(
         truth = lambda: getattr(recorder._recording, "recorder", None) is not None
         monkeypatch.setattr(capture_scope, "is_stream_capturing", truth)
         for module in (torch.cuda, torch.cuda.graphs, sys.modules[__name__]):
-            name = "imported_before" if module.__name__ == __name__ else capture_scope._QUESTION
+            name = (
+                "imported_before" if module.__name__ == __name__ else "is_current_stream_capturing"
+            )
             monkeypatch.setattr(module, name, truth)
-        monkeypatch.setattr(sys.modules[__name__], capture_scope._QUESTION, truth, raising=False)
-        monkeypatch.setattr(
-            sys.modules[__name__],
-            "imported_before",
-            lambda: is_current_stream_capturing(),  # type: ignore[name-defined]  # noqa: F821
-        )
     callback = compare(harness, lambda: Predictor(Asks()), **settings)
     assert callback.stats.replays == 7, callback.summary()
 
@@ -855,7 +852,9 @@ def test_pytorch_hears_the_truth(monkeypatch) -> None:
     from cg_lightning.backends import capture_scope
 
     monkeypatch.setattr(capture_scope, "is_stream_capturing", lambda: True)
-    monkeypatch.setattr(torch.cuda, capture_scope._QUESTION, capture_scope.is_stream_capturing)
+    monkeypatch.setattr(
+        torch.cuda, "is_current_stream_capturing", capture_scope.is_stream_capturing
+    )
     with capture_scope.capture_looks_eager():
         ask = torch.cuda.is_current_stream_capturing
         heard = {

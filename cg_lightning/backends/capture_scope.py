@@ -8,7 +8,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -52,7 +51,6 @@ def autocast_cache_off() -> Iterator[None]:
 
 is_stream_capturing = is_current_stream_capturing
 """The question as PyTorch answers it: others hear another answer while we capture."""
-_QUESTION = "is_current_stream_capturing"
 _TOLD = ("torch", "triton", "cg_lightning")
 """Packages that have to know: SyncBatchNorm, for instance, would wait for the device otherwise."""
 
@@ -74,12 +72,13 @@ def capture_looks_eager() -> Iterator[None]:
         return caller.split(".")[0] in _TOLD and is_stream_capturing()
 
     with contextlib.ExitStack() as stack:
-        # also ``from torch.cuda import is_current_stream_capturing``
-        for name, module in list(sys.modules.items()):
-            names: dict[str, Any] = getattr(module, "__dict__", {})
-            is_ours = name.split(".")[0] == _TOLD[-1]
-            if names.get(_QUESTION) is is_stream_capturing and not is_ours:
-                stack.enter_context(patch.object(module, _QUESTION, answer))
+        # also ``from torch.cuda import is_current_stream_capturing as ...``
+        for module_name, module in list(sys.modules.items()):
+            if module_name.split(".")[0] == _TOLD[-1]:
+                continue
+            for name, value in list(getattr(module, "__dict__", {}).items()):
+                if value is is_stream_capturing:
+                    stack.enter_context(patch.object(module, name, answer))
         yield
 
 
