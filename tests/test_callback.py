@@ -671,6 +671,25 @@ def test_nothing_of_ours_waits_for_the_garbage_collector(harness):
         gc.enable()
 
 
+def test_batches_are_freed_without_a_collection_of_garbage(harness):
+    """Hazard 34: what has watched a step does not keep its tensors."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    class Keeps(Callback):
+        def on_predict_batch_end(self, trainer, pl_module, outputs, batch, *_: Any) -> None:
+            alive.append(weakref.ref(batch[0] if isinstance(batch, list) else batch))
+
+    trainer = harness.trainer(harness.callback(warmup_steps=1), Keeps())
+    gc.collect()
+    gc.disable()
+    try:
+        trainer.predict(Predictor(Body()), features(40), return_predictions=False)
+        assert len(alive) == 10
+        assert [reference() for reference in alive] == [None] * 10
+    finally:
+        gc.enable()
+
+
 def test_memory_comes_back(harness, backend):
     """Hazard 34."""
     if backend != "cuda":

@@ -273,6 +273,14 @@ class StepWatch:
         given = [value for value in arguments if not isinstance(value, Tensor)]
         return ModuleCall(path, module, tensors, descriptor, hidden, given)
 
+    def release(self) -> None:
+        """Drop the tensors of the step, which would otherwise live until garbage is collected.
+
+        Detectors and the watch refer to each other.
+        """
+        self.batch = None
+        self.step.inputs.clear()
+
     def result(self) -> WatchedStep:
         """Returns what the step showed; it holds no tensor that a call was given."""
         self.step.inputs.clear()

@@ -104,7 +104,9 @@ class StepWatcher:
                 output = step()
                 for detector in detectors:
                     detector.returned(watch.step, output)
-        return output, watch.result()
+        result = watch.result()
+        watch.release()
+        return output, result
 
 
 class _CallHandler(ModuleHandler):
