@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import sys
+import weakref
 from typing import Any
 
 import pytest
