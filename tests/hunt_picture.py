@@ -156,7 +156,7 @@ class _Picture:
 def tensor_picture(value: Tensor) -> Any:
     """Every bit, and what else can be asked of a tensor."""
     with torch.inference_mode():  # views of inference tensors cannot be made outside
-        flat = value.detach().cpu().contiguous().reshape(-1)
+        flat = value.clone().cpu().contiguous().reshape(-1)
         values, bits = flat.tolist(), flat.view(torch.uint8).numpy().tobytes()
     return {
         "dtype": str(value.dtype),

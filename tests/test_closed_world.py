@@ -802,8 +802,9 @@ def test_batches_without_a_key_run_in_pieces(harness: Harness, make, settings) -
         loader=lambda: DataLoader(Dictionaries(make), batch_size=None),
         **settings,
     )
-    is_moved = harness.backend == "cuda" and make is views  # then its tensors share no memory
-    assert callback.stats.steps["FULL" if is_moved else "PIECEWISE"] == 7, callback.summary()
+    # tensors that were moved to a GPU share no memory
+    is_one = harness.backend == "cuda" and make is views and settings != {"mode": "PIECEWISE"}
+    assert callback.stats.steps["FULL" if is_one else "PIECEWISE"] == 7, callback.summary()
     assert callback.stats.captures == 1
 
 

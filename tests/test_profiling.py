@@ -28,6 +28,7 @@ def test_the_advanced_profiler_shows_what_we_do(harness, tmp_path):
     assert "Profile stats for: cuda_graph/replay" in written
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # torch 2.11 warns its own users
 def test_the_pytorch_profiler_shows_what_we_do(harness, tmp_path):
     profiler = PyTorchProfiler(dirpath=tmp_path, filename="profile", record_module_names=False)
     trainer = harness.trainer(harness.callback(), profiler=profiler)
