@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -21,6 +22,11 @@ BACKENDS = [
     pytest.param("recorder", id="recorder"),
     pytest.param("cuda", id="cuda", marks=pytest.mark.gpu),
 ]
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: threads would only wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
