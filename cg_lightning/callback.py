@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -72,6 +72,11 @@ class CUDAGraphCallback(Callback):
             for the device by equal ones that do not (:mod:`cg_lightning.metrics.sync_free`). If a
             metric refuses its input, the error is raised when its state is read, at the end of the
             epoch at the latest. False: such metrics keep their step out of mode FULL.
+        compile: Run the networks under ``torch.compile`` during a stage, and graph the result; or
+            the arguments of ``torch.compile`` as a dictionary. Compiled are the largest submodules
+            with parameters; afterwards they are as before. A compiler rounds differently, so
+            results equal eager's within a tolerance only, and verification compares with the
+            uncompiled step as with ``verify_tolerance="close"``.
         copy_outputs: Copy outputs out of graph memory. False: an output is valid until the next
             replay of its graph.
         overlap_copies: Copy each batch to the device on a stream of its own, while the device still
@@ -124,6 +129,7 @@ class CUDAGraphCallback(Callback):
         verify_every: int = 0,
         verify_tolerance: Tolerance = "exact",
         sync_free_metrics: bool = True,
+        compile: bool | Mapping[str, Any] = False,
         copy_outputs: bool = True,
         overlap_copies: bool = True,
         max_graphs: int = 64,
@@ -141,6 +147,7 @@ class CUDAGraphCallback(Callback):
             verify_every=verify_every,
             verify_tolerance=verify_tolerance,
             sync_free_metrics=sync_free_metrics,
+            compile=compile,
             copy_outputs=copy_outputs,
             overlap_copies=overlap_copies,
             max_graphs=max_graphs,

@@ -36,6 +36,8 @@ def _type_for_hydra(hint: Any) -> Any:
         return str  # the constructor checks it
     if get_origin(hint) is Sequence:
         return list[_type_for_hydra(get_args(hint)[0])]  # type: ignore[misc]
+    if get_origin(hint) is not None and bool in get_args(hint):
+        return Any  # a flag or a mapping: the constructor checks it
     if type(None) in get_args(hint):
         (inner,) = [_type_for_hydra(arm) for arm in get_args(hint) if arm is not type(None)]
         return inner | None
