@@ -11,17 +11,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from cg_lightning.bench.charts import draw_all, draw_before_after
 from cg_lightning.bench.costs import measure_costs
 from cg_lightning.bench.measure import Settings
-from cg_lightning.bench.report import (
-    describe_environment,
-    draw_all,
-    draw_before_after,
-    environment,
-    table,
-    write_lines,
-)
+from cg_lightning.bench.records import describe_environment, environment, write_lines
 from cg_lightning.bench.run import backend_to_measure, measure
+from cg_lightning.bench.tables import table
 
 
 def bench(config: DictConfig) -> None:

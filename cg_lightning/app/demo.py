@@ -117,7 +117,7 @@ class DigitsDataModule(LightningDataModule):
         ModuleNotFoundError: scikit-learn is not installed.
     """
 
-    def __init__(self, batch_size: int = 64, num_workers: int = 0) -> None:
+    def __init__(self, batch_size: int = 8, num_workers: int = 0) -> None:
         super().__init__()
         self._batch_size = batch_size
         self._num_workers = num_workers
