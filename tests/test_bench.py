@@ -12,7 +12,7 @@ from cg_lightning.bench.cases import CASES, CLASSES
 from cg_lightning.bench.costs import measure_costs
 from cg_lightning.bench.measure import Settings
 from cg_lightning.bench.records import environment, limit, read_lines, write_lines
-from cg_lightning.bench.run import measure, measure_case
+from cg_lightning.bench.run import check, measure, measure_case
 from cg_lightning.bench.tables import details, facts, fill_page, results, table
 
 FEW = Settings(batches=4, warmup=6, rounds=1)
@@ -33,6 +33,43 @@ def test_large_networks_give_logits(name):
     inputs, _ = CASES[name].batch(0)
     with torch.inference_mode():
         assert CASES[name].network().eval()(inputs[:1]).shape == (1, CLASSES)
+
+
+OF_LIBRARIES = [name for name, case in CASES.items() if case.library]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_LIBRARIES)
+def test_networks_of_other_libraries_give_logits(name):
+    library = CASES[name].library
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    inputs, _ = CASES[name].batch(0)
+    with torch.inference_mode():
+        logits = CASES[name].network().eval()(inputs[:2])
+    assert type(logits) is torch.Tensor
+    assert logits.shape == (2, CLASSES)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_LIBRARIES)
+def test_networks_of_other_libraries_log_what_eager_logs(name):
+    library = CASES[name].library
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    few = ["eager", "full_and_piecewise"]
+    records = list(measure([name], few, ["validate", "predict"], FEW, "cuda"))
+    eager, ours, *_ = records
+    assert ours["values"] == eager["values"] != {}
+    assert ours["mode"] in ("FULL", "PIECEWISE")
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch):
+    from importlib import util
+
+    find = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name: None if name == "timm" else find(name))
+    with pytest.raises(ValueError, match=r"bench.cases=vit_timm is a model of timm, .*: pip inst"):
+        check(["mlp", "vit_timm"], OURS, ["validate"], "recorder")
 
 
 @pytest.mark.slow
