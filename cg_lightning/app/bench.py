@@ -39,7 +39,7 @@ def bench(config: DictConfig) -> None:
     warnings.filterwarnings("ignore", module="lightning")
     torch.set_float32_matmul_precision(config.matmul_precision)
     output = None if config.output is None else _folder() / config.output
-    settings = Settings(config.batches, config.warmup, config.rounds)
+    settings = Settings(config.batches, config.warmup, config.rounds, config.batches_on)
     costs = [measure_costs(settings, config.backend)] if config.costs else []
     print(*costs, flush=True)
     records = []

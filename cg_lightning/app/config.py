@@ -86,6 +86,7 @@ class BenchConfig:
     batches: int = 100
     warmup: int = 20
     rounds: int = 3
+    batches_on: str = "device"
     costs: bool = True
     matmul_precision: str = "high"
     backend: str = "auto"

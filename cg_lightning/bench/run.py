@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import seed_everything
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cg_lightning.backends import GraphBackend, resolve_backend
@@ -24,10 +24,14 @@ _DISTINCT_BATCHES = 8
 
 
 def loader(case: Case, settings: Settings, device: torch.device) -> DataLoader[Any]:
-    """Return a loader of batches that already reside on ``device``."""
-    distinct = [
-        tuple(part.to(device) for part in case.batch(seed)) for seed in range(_DISTINCT_BATCHES)
-    ]
+    """Return a loader of batches that are where the settings say."""
+    place: dict[str, Callable[[Tensor], Tensor]] = {
+        "device": lambda part: part.to(device),
+        "host": lambda part: part,
+        "pinned": lambda part: part.pin_memory(),
+    }
+    put = place[settings.batches_on]
+    distinct = [tuple(map(put, case.batch(seed))) for seed in range(_DISTINCT_BATCHES)]
     in_turn = itertools.islice(itertools.cycle(distinct), settings.warmup + settings.batches)
     return DataLoader(list(in_turn), batch_size=None)  # type: ignore[arg-type]  # a list will do
 
@@ -100,7 +104,7 @@ def _measure_stage(
     stage: str, net: nn.Module, data: DataLoader[Any], made: dict[str, Any],
     contestants: Sequence[str], settings: Settings, backend: GraphBackend,
 ) -> dict[str, Measurement | str]:  # fmt: skip
-    sample = data.dataset[0][0]
+    sample = data.dataset[0][0].to(backend.device)
     results: dict[str, Measurement | str] = {}
     for _ in range(settings.rounds):
         for contestant in contestants:

@@ -136,6 +136,8 @@ class Settings:
     """Replace functions of torchmetrics that wait for the device, in captures of whole steps."""
     copy_outputs: bool = True
     """Copy outputs out of graph memory."""
+    overlap_copies: bool = True
+    """Copy batches to the device on a stream of their own, while the device computes."""
     max_graphs: int = 64
     """The most graphs that are kept; the least recently used one goes first."""
     strict: bool = False
@@ -166,7 +168,7 @@ class Settings:
         for name, least in (("warmup_steps", 0), ("verify_replays", 0), ("verify_every", 0)):
             check_at_least(name, getattr(self, name), least)
         check_at_least("max_graphs", self.max_graphs, 1)
-        for name in ("sync_free_metrics", "copy_outputs", "strict", "report"):
+        for name in ("sync_free_metrics", "copy_outputs", "overlap_copies", "strict", "report"):
             check_bool(name, getattr(self, name))
         for name, value in checked.items():
             object.__setattr__(self, name, value)
