@@ -131,7 +131,7 @@ class DigitsDataModule(LightningDataModule):
                 "The handwritten digits are part of scikit-learn, which is not installed: "
                 "pip install 'cg-lightning[demo]'"
             )
-            raise ModuleNotFoundError(message) from error
+            raise ModuleNotFoundError(message, name="sklearn") from error
         images, labels = load_digits(return_X_y=True)
         inputs = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
         targets = torch.tensor(labels)
