@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.diagnosis.findings import Finding
+from cg_lightning.guards.comparisons import Comparison
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues, addresses_of
 
@@ -33,6 +34,8 @@ class ModuleCall:
     calls: list[ModuleCall] = dataclasses.field(default_factory=list, repr=False)
     sources: dict[tuple[int, str], Source] = dataclasses.field(default_factory=dict, repr=False)
     """What the call reads in Python, by the key of the source."""
+    comparisons: dict[Comparison, bool] = dataclasses.field(default_factory=dict, repr=False)
+    """How the step compares ``batch_idx``, and what comes out; empty for other calls."""
 
     def __post_init__(self) -> None:
         self.input_addresses = addresses_of(self.inputs)
@@ -93,6 +96,8 @@ class WatchedStep:
         self._calls = list(step.all_calls())
         self.findings = step.findings
         """Why the whole step cannot be one graph; empty if it can."""
+        self.comparisons = step.comparisons
+        """How the step compares ``batch_idx``, and what comes out."""
         self.written = written
         """Tensors, other than states of metrics, that the step changed in place."""
         self.did_one_time_work = did_one_time_work
