@@ -50,7 +50,7 @@ def passes_on(step):
 def keeps_the_arguments(step):
     @functools.wraps(step)
     def decorated(*args, **kwargs):
-        args[0].scale = float(sum([arg for arg in [*args][2:3]]))
+        args[0].scale = float(sum([*args][2:3]))
         return step(*args, **kwargs)
 
     return decorated
@@ -217,7 +217,7 @@ def of_text(self, batch, batch_idx):
 
 
 def formatted(self, batch, batch_idx):
-    return self.net(batch[0]) * float("%d" % batch_idx)
+    return self.net(batch[0]) * float("%d" % batch_idx)  # noqa: UP031
 
 
 def as_a_key(self, batch, batch_idx):

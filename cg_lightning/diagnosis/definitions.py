@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import linecache
 import warnings
 from collections.abc import Iterator
-from types import CodeType
+from types import CodeType, FrameType
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
@@ -67,6 +68,25 @@ def definition_of(code: CodeType) -> Definition | None:
     linecache.checkcache(code.co_filename)
     text = "".join(linecache.getlines(code.co_filename))
     return _find(code, text) if text else None
+
+
+def node_at(frame: FrameType) -> tuple[ast.AST | None, dict[ast.AST, ast.AST]]:
+    """Return the expression that a frame evaluates now, and the parents of all nodes around it.
+
+    None if the source is not known, and on Python 3.10, which does not tell columns.
+    """
+    code = frame.f_code
+    definition = definition_of(code)
+    if definition is None or not hasattr(code, "co_positions"):
+        return None, {}
+    here = next(itertools.islice(code.co_positions(), frame.f_lasti // 2, None))
+    found = [
+        node
+        for node in ast.walk(definition)
+        if isinstance(node, ast.expr)
+        and (node.lineno, node.end_lineno, node.col_offset, node.end_col_offset) == here
+    ]
+    return (found[0], parents_in(definition)) if len(found) == 1 else (None, {})
 
 
 def parents_in(tree: ast.AST) -> dict[ast.AST, ast.AST]:

@@ -22,11 +22,17 @@ from torch import nn
 
 from cg_lightning.diagnosis.definitions import Definition, definition_of, parents_in
 from cg_lightning.diagnosis.findings import UNKNOWN
+from cg_lightning.guards.comparisons import Comparison
 
 _MOST_CALLS = 5
 """How deep an argument is followed into the functions to which it is passed on."""
-_ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod)
-_COMPARISONS = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
+_ARITHMETIC: dict[type[ast.operator], str] = {
+    **{ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.FloorDiv: "//", ast.Mod: "%"}
+}
+_COMPARISONS: dict[type[ast.cmpop], str] = {
+    **{ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
+}
+_MIRRORED = {"==": "==", "!=": "!=", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
 _OTHER_FRAMES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.GeneratorExp, ast.ClassDef)
 """What runs later, or in another namespace."""
 _READ_ALL = ("locals", "eval", "exec")
@@ -139,10 +145,18 @@ def _uses_in_varargs(code: CodeType, position: int, decorated: str | None) -> bo
     )
 
 
-def _is_number(node: ast.expr) -> bool:
+def _constant(node: ast.expr) -> int | float | None:
+    """Return the number that an expression is, if it is a constant."""
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        node = node.operand
-    return isinstance(node, ast.Constant) and type(node.value) in (int, float)
+        value = _constant(node.operand)
+        return None if value is None else -value
+    if not isinstance(node, ast.Constant):
+        return None
+    return node.value if type(node.value) in (int, float) else None  # type: ignore[return-value]
+
+
+def _is_number(node: ast.expr) -> bool:
+    return _constant(node) is not None
 
 
 def _is_pair(left: ast.expr, sign: ast.cmpop, right: ast.expr, node: ast.AST) -> bool:
@@ -153,20 +167,26 @@ def _is_pair(left: ast.expr, sign: ast.cmpop, right: ast.expr, node: ast.AST) ->
     if isinstance(sign, (ast.In, ast.NotIn)):  # a set asks for the hash
         is_list = node is left and isinstance(right, (ast.List, ast.Tuple))
         return is_list and all(map(_is_number, right.elts))  # type: ignore[attr-defined]
-    return isinstance(sign, _COMPARISONS) and (node is left or _is_number(left))
+    return type(sign) in _COMPARISONS and (node is left or _is_number(left))
 
 
 def is_only_compared(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
     """Return whether an expression is only compared, so that nothing else of its value is seen."""
     outer = parents[node]
     while isinstance(outer, ast.BinOp) and outer.left is node:
-        if not isinstance(outer.op, _ARITHMETIC):
+        if type(outer.op) not in _ARITHMETIC:
             return False
         node, outer = outer, parents[outer]
     if isinstance(outer, ast.Compare):
         operands = [outer.left, *outer.comparators]
         pairs = zip(operands, outer.ops, operands[1:], strict=False)
         return all(_is_pair(*pair, node) for pair in pairs if node in (pair[0], pair[2]))
+    return is_test(node, parents)
+
+
+def is_test(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
+    """Return whether only the truth of an expression is asked for: ``if``, ``not``, ``and``."""
+    outer = parents[node]
     while isinstance(outer, ast.BoolOp):
         node, outer = outer, parents[outer]
     if isinstance(outer, ast.UnaryOp):
@@ -174,6 +194,37 @@ def is_only_compared(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
     if isinstance(outer, (ast.If, ast.IfExp, ast.While, ast.Assert)):
         return outer.test is node
     return isinstance(outer, ast.comprehension) and node in outer.ifs
+
+
+def comparisons_with_constants(
+    node: ast.AST, parents: dict[ast.AST, ast.AST]
+) -> list[Comparison] | None:
+    """Return how an expression is compared, if it is compared with constants only; else None."""
+    if not is_only_compared(node, parents):
+        return None
+    outer, arithmetic = parents[node], []
+    while isinstance(outer, ast.BinOp):
+        operand = _constant(outer.right)
+        if type(operand) is not int:
+            return None
+        arithmetic.append((_ARITHMETIC[type(outer.op)], operand))
+        node, outer = outer, parents[outer]
+    if not isinstance(outer, ast.Compare):
+        return [Comparison(tuple(arithmetic), "!=", 0)]
+    operands = [outer.left, *outer.comparators]
+    found: list[Comparison] = []
+    for left, sign, right in zip(operands, outer.ops, operands[1:], strict=False):
+        if node not in (left, right) or isinstance(sign, (ast.Is, ast.IsNot)):
+            continue
+        other = right if node is left else left
+        is_list = isinstance(other, (ast.List, ast.Tuple))
+        text = "==" if is_list else _COMPARISONS[type(sign)]
+        text = text if node is left else _MIRRORED[text]
+        for value in map(_constant, other.elts if is_list else [other]):  # type: ignore[attr-defined]
+            if value is None:
+                return None
+            found.append(Comparison(tuple(arithmetic), text, value))
+    return found
 
 
 def _is_in_other_frame(node: ast.AST, definition: Definition, parents: Any) -> bool:

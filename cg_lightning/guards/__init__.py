@@ -5,6 +5,7 @@
 - ``module_guard.py``: what a graph has frozen of a module itself: members, addresses, hooks,
   settings.
 - ``sources.py``: where a value comes from that a step reads in Python.
+- ``trainer_values.py``: what a step may read of the Trainer and still be one graph.
 - ``values.py``: what is inside frozen values: containers, objects, arrays and tensors.
 - ``value_kinds.py``: what a value is to a graph: harmless, compared, or opaque.
 """

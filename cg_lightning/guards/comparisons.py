@@ -18,19 +18,20 @@ number is nowhere but at the left of an operator, where Python calls the number 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from cg_lightning.guards.sources import Source
 
-_ARITHMETIC: dict[str, Callable[[int, int], int]] = {
+ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "+": operator.add,
     "-": operator.sub,
     "*": operator.mul,
     "//": operator.floordiv,
     "%": operator.mod,
 }
-_COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+"""Arithmetic that a number may go through before it is compared, by its sign."""
+COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq,
     "!=": operator.ne,
     "<": operator.lt,
@@ -38,6 +39,7 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
+"""Comparisons, by their sign."""
 MOST_COMPARISONS = 32
 """Maximum number of comparisons of one number in one step."""
 
@@ -52,8 +54,8 @@ class Comparison(NamedTuple):
     def outcome(self, number: int) -> bool:
         """Return what comes out for a number."""
         for sign, operand in self.arithmetic:
-            number = _ARITHMETIC[sign](number, operand)
-        return _COMPARISONS[self.comparison](number, self.operand)
+            number = ARITHMETIC[sign](number, operand)
+        return COMPARISONS[self.comparison](number, self.operand)
 
     def describe(self, name: str) -> str:
         """Return it as the user wrote it, but with values: ``batch_idx % 10 == 0``."""
@@ -107,7 +109,7 @@ class ComparedNumber(int):
 
 
 def _arithmetic_method(sign: str) -> Callable[[ComparedNumber, Any], Any]:
-    original = getattr(int, f"__{_ARITHMETIC[sign].__name__}__")
+    original = getattr(int, f"__{ARITHMETIC[sign].__name__}__")
 
     def method(self: ComparedNumber, other: Any) -> Any:
         result = original(self, other)
@@ -120,23 +122,23 @@ def _arithmetic_method(sign: str) -> Callable[[ComparedNumber, Any], Any]:
 
 
 def _comparison_method(sign: str) -> Callable[[ComparedNumber, Any], Any]:
-    original = getattr(int, f"__{_COMPARISONS[sign].__name__}__")
+    original = getattr(int, f"__{COMPARISONS[sign].__name__}__")
 
     def method(self: ComparedNumber, other: Any) -> Any:
         if type(other) not in (int, bool, float):
             self._notes.used(f"{sign} {type(other).__name__}")
             return original(self, other)
         comparison = Comparison(self._arithmetic, sign, other)
-        outcome = _COMPARISONS[sign](int(self), other)
+        outcome = COMPARISONS[sign](int(self), other)
         self._notes.compared(comparison, outcome)
         return outcome
 
     return method
 
 
-for _sign, _function in _ARITHMETIC.items():
+for _sign, _function in ARITHMETIC.items():
     setattr(ComparedNumber, f"__{_function.__name__}__", _arithmetic_method(_sign))
-for _sign, _function in _COMPARISONS.items():
+for _sign, _function in COMPARISONS.items():
     setattr(ComparedNumber, f"__{_function.__name__}__", _comparison_method(_sign))
 
 
@@ -151,6 +153,14 @@ class ComparedSource:
     def __init__(self, source: Source, outcomes: dict[Comparison, bool]) -> None:
         self._source = source
         self._outcomes = list(outcomes.items())
+        self.key = (*source.key, *outcomes)
+        """What tells it from others."""
+
+    @classmethod
+    def now(cls, source: Source, comparisons: Iterable[Comparison]) -> ComparedSource:
+        """Return one with the outcomes for the number that is there now."""
+        number = source.value()
+        return cls(source, {each: each.outcome(number) for each in comparisons})
 
     def holds(self) -> bool:
         """Return whether all outcomes are the same."""

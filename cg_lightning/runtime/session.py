@@ -196,7 +196,7 @@ class Session:
             watched: The watched step.
             lower: Why the step is not one graph; None if it is.
         """
-        compared = []
+        compared = watched.compared()
         if watched.comparisons:
             source = Source(self.arguments, BATCH_INDEX, BATCH_INDEX)
             compared.append(ComparedSource(source, watched.comparisons))
@@ -205,9 +205,10 @@ class Session:
             return GuardSet(watched.sources(), inside, compared)
         # another batch may take a branch that can be one graph, unless the reason is in all branches
         others = [each for each in plan.state.variants if each is not plan.variant]
-        if not compared or any(each.reason == lower for each in others):
+        of_trainer = [each for each in watched.sources() if each.belongs_to_trainer]
+        if not (compared or of_trainer) or any(each.reason == lower for each in others):
             return Unguarded()
-        return GuardSet((), inside, compared)
+        return GuardSet(of_trainer, inside, compared)
 
     def _full_reason(self, descriptor: BatchDescriptor, watched: WatchedStep) -> Reason | None:
         if descriptor in self.without_key:
@@ -234,7 +235,10 @@ class Session:
             if findings:
                 runner.refuse(step, findings[0].reason(runner.path))
             elif findings is not None:
-                guards = GuardSet(watched.sources(runner.module), self.target.guard.modules)
+                module = runner.module
+                guards = GuardSet(
+                    watched.sources(module), self.target.guard.modules, watched.compared(module)
+                )
                 runner.allow(step, guards, watched.keys_of_calls(runner.module), runs)
 
     def _add_submodules(self, submodules: dict[str, nn.Module]) -> None:
