@@ -91,6 +91,8 @@ class ReadNames(ModuleHandler):
         if name != "trainer":
             return name in OBJECTS and self._guard_type(name, node, parents)
         outer = parents[node]
+        if self._types.get("", None) is type(None):  # the step stops here
+            return False
         if not (isinstance(outer, ast.Attribute) and isinstance(outer.ctx, ast.Load)):
             return self._guard_type("", node, parents)
         path, inner = outer.attr, parents[outer]
