@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -31,6 +31,11 @@ from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.settings import Settings
 from cg_lightning.core.tree import rebuild
 from cg_lightning.effects.module_effects import ModuleEffects
+from cg_lightning.effects.python_changes import (
+    ChangedAttribute,
+    RepeatChanges,
+    recording_changes,
+)
 from cg_lightning.effects.recorder import NoEffects, Recorder
 from cg_lightning.effects.step_state import HeldByModules, StepState
 from cg_lightning.modules.compiled import is_compiled
@@ -93,6 +98,7 @@ class CaptureTarget:
             effects is not captured.
         storage_addresses: The addresses of the storages of parameters and buffers.
         record: The row in the statistics.
+        changes: What the call changes in Python, and a replay changes as well.
         changed: What has changed since an earlier capture; empty if nothing has.
     """
 
@@ -101,6 +107,7 @@ class CaptureTarget:
     effects: ModuleEffects | None
     storage_addresses: set[int]
     record: EntryRecord
+    changes: Sequence[ChangedAttribute] = ()
     changed: str = ""
 
 
@@ -170,16 +177,22 @@ class Capturer:
         effects = target.effects
         recorder: Recorder = NoEffects() if effects is None else effects.recorder()
 
-        def run() -> tuple[OutputPlan, list[Tensor], list[Any], list[Tensor]]:
-            with recorder.step() as recording:
+        copies_outputs = settings.copy_outputs or bool(target.changes)
+
+        def run() -> tuple[OutputPlan, list[Tensor], RepeatChanges | None, list[Any], list[Tensor]]:
+            changes = None
+            with recording_changes(target.changes) as changing, recorder.step() as recording:
                 output = call.run_with(inputs.leaves)
                 effects, tensors = recording.finish()
+                if target.changes:
+                    output, changes = changing.finish(output)
+                    effects.append(changes)
             plan, computed = OutputPlan.make(output, inputs.leaves, target.storage_addresses)
             # outputs that are not copied out must not share memory with those of other graphs
-            if options.weak_ref_output and settings.copy_outputs:
+            if options.weak_ref_output and copies_outputs:
                 computed = weak_ref_tensors(computed, self._backend)
                 tensors = weak_ref_tensors(tensors, self._backend)
-            return plan, computed, effects, tensors
+            return plan, computed, changes, effects, tensors
 
         def capture() -> tuple[CapturedGraph, Any]:
             return capture_graph(
@@ -194,9 +207,17 @@ class Capturer:
                 del captured
                 recorder.reserve_checks()
                 captured = capture()
-        graph, (plan, computed, effects, tensors) = captured
+        graph, (plan, computed, changes, effects, tensors) = captured
         return GraphEntry(
-            graph, inputs, plan, computed, effects, tensors, settings.copy_outputs, target.record
+            graph,
+            inputs,
+            plan,
+            computed,
+            effects,
+            tensors,
+            copies_outputs,
+            target.record,
+            changes,
         )
 
     def _compile_ahead(self, target: CaptureTarget, call: GraphCall) -> None:
@@ -207,7 +228,13 @@ class Capturer:
         can be on.
         """
         inputs = self._static_inputs(call)
-        before = StepState(target.module, self._backend, target.effects, self._written.now())
+        before = StepState(
+            target.module,
+            self._backend,
+            target.effects,
+            self._written.now(),
+            changes=target.changes,
+        )
         context = ForwardContext(CUDAGraphMode.NONE, call.descriptor)
         with autocast_cache_off(), override_forward_context(context):
             run = functools.partial(call.run_with, inputs.leaves)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.diagnosis.findings import Finding
+from cg_lightning.effects.python_changes import ChangedAttribute
 from cg_lightning.guards.comparisons import ComparedSource, Comparison
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues, addresses_of
@@ -91,9 +92,16 @@ class WatchedStep:
         step: The step, with its calls.
         written: The tensors that it changed in place.
         did_one_time_work: See the attribute.
+        changes: See the attribute.
     """
 
-    def __init__(self, step: ModuleCall, written: WrittenTensors, did_one_time_work: bool) -> None:
+    def __init__(
+        self,
+        step: ModuleCall,
+        written: WrittenTensors,
+        did_one_time_work: bool,
+        changes: Sequence[ChangedAttribute] = (),
+    ) -> None:
         self._step = step
         self._calls = list(step.all_calls())
         self.findings = step.findings
@@ -104,6 +112,8 @@ class WatchedStep:
         """Tensors, other than states of metrics, that the step changed in place."""
         self.did_one_time_work = did_one_time_work
         """Whether something ran that runs once: metrics formed groups, a module was compiled."""
+        self.changes = tuple(changes)
+        """Attributes that the step changed in Python, and that a replay can change as well."""
 
     @property
     def needs_second_look(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -13,10 +14,12 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.core.errors import CaptureError, StateLeftError, UnkeyableBatchError
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.effects.module_effects import ModuleEffects
+from cg_lightning.effects.python_changes import ChangedAttribute
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.report.stats import CUDAGraphStats
-from cg_lightning.runtime.dispatcher import Action, CUDAGraphDispatcher, Plan
+from cg_lightning.runtime.dispatcher import Action, CUDAGraphDispatcher, Plan, Variant
 from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.verifier import Verdict, Verifier
 
@@ -92,6 +95,7 @@ class GraphTarget:
             self._effects,
             self.guard.storage_addresses(),
             self._stats.entry(self.mode.name, name, call.descriptor),
+            self._changes(variant),
             plan.state.ledger.why,
         )
         get_entry = functools.partial(self._get_entry, target, plan, call)
@@ -113,6 +117,11 @@ class GraphTarget:
         assert isinstance(variant.entry, GraphEntry)
         variant.entry.count()
         return Outcome(verdict.output, self.mode)
+
+    def _changes(self, variant: Variant) -> Sequence[ChangedAttribute]:
+        if self._effects is None or not isinstance(variant.watched, WatchedStep):
+            return ()
+        return variant.watched.changes
 
     def _report(self, name: str, call: GraphCall, verdict: Verdict) -> Reason:
         """Warn about a replay that differs from eager, and return the reason for the lower mode."""
