@@ -119,7 +119,10 @@ def _look_up(value: Any, is_key: bool, key: Any) -> Any:
     """Return what a container or object has, if it gives it in the usual way; else MISSING."""
     cls: type = type(value)
     if not is_key:
-        return vars(value).get(key, MISSING) if is_plain_object(value) else MISSING
+        is_set_by_class = hasattr(getattr(cls, key, None), "__set__")
+        if is_set_by_class or not is_plain_object(value):
+            return MISSING
+        return vars(value).get(key, MISSING)
     if cls in MAPPINGS:
         if (
             key not in value
