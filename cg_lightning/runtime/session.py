@@ -23,6 +23,7 @@ from cg_lightning.guards.comparisons import ComparedSource
 from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import Change
 from cg_lightning.guards.sources import Source
+from cg_lightning.modules.compilation import Compilation
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.changing_values import ChangingValues
 from cg_lightning.runtime.dispatcher import Guards, Plan, Unguarded, Variant
@@ -76,7 +77,10 @@ class Session:
         self.changing_values = ChangingValues()
         self._written = WrittenTensors()
         self._capturer = Capturer(backend, settings, self.cache, self._written)
-        self._verifier = Verifier(backend, settings.verify_tolerance, self._written)
+        self._compilation = Compilation(settings.compile_arguments)
+        is_compiled = settings.compile_arguments is not None
+        tolerance = "close" if is_compiled else settings.verify_tolerance
+        self._verifier = Verifier(backend, tolerance, self._written, self._compilation.suspended)
         self.target = self._make_target(module, CUDAGraphMode.FULL, effects)
         self._submodules: dict[int, SubmoduleRunner] = {}
         self._is_installed = False
@@ -97,6 +101,7 @@ class Session:
         if not self._is_installed:
             self.is_first_step = True
         self._is_installed = True
+        self._compilation.install(self.module)
         targets = self.settings.targets
         if self.settings.runtime_policy.has_piecewise_cudagraphs() and targets is not None:
             self._add_submodules(match_targets(self.module, tuple(targets))[0])
@@ -113,6 +118,7 @@ class Session:
         self._is_installed = False
         for runner in self._submodules.values():
             runner.remove()
+        self._compilation.remove()
         self.effects.release(check)
 
     def close(self) -> None:
