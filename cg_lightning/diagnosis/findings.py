@@ -133,6 +133,11 @@ def is_called_by_step(detector: str) -> bool:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename == detector:
         frame = frame.f_back
+    return is_step_calling(frame)
+
+
+def is_step_calling(frame: FrameType | None) -> bool:
+    """Whether the user's code, or a library that it calls, does what a frame does now."""
     while frame is not None:
         file = frame.f_code.co_filename
         if is_user_file(file):

@@ -122,14 +122,19 @@ class WatchedStep:
         return [finding for call in calls for finding in call.findings] if calls else None
 
     def largest_capturable(self) -> dict[str, nn.Module]:
-        """Returns the fewest, largest submodules with parameters and without findings, by path."""
+        """Returns the fewest, largest submodules with parameters and without findings, by path.
+
+        A call without a key (one argument is an object, for example a cache) cannot be captured,
+        but calls inside it may.
+        """
         unclean = {id(call.module) for call in self._calls if call.findings}
         chosen: dict[str, nn.Module] = {}
 
         def choose(outer: ModuleCall) -> None:
             for call in outer.calls:
                 assert call.module is not None
-                if id(call.module) in unclean or next(call.module.parameters(), None) is None:
+                has_parameters = next(call.module.parameters(), None) is not None
+                if id(call.module) in unclean or call.descriptor is None or not has_parameters:
                     choose(call)
                 else:
                     chosen[call.path] = call.module
