@@ -336,6 +336,7 @@ def run(harness, step, mode, verify, job=None):
 @pytest.mark.parametrize("step", COMPARES, ids=lambda step: step.__name__)
 @pytest.mark.parametrize(("mode", "verify"), MODES)
 def test_steps_that_compare_it_are_graphs(harness, step, mode, verify):
+    """Hazard 7."""
     callback = run(harness, step, mode, verify)
     if mode != "PIECEWISE":
         assert callback.stats.steps["FULL"] >= 4, callback.summary()
@@ -344,6 +345,7 @@ def test_steps_that_compare_it_are_graphs(harness, step, mode, verify):
 @pytest.mark.parametrize("step", USES, ids=lambda step: step.__name__)
 @pytest.mark.parametrize(("mode", "verify"), MODES)
 def test_steps_that_use_it_are_no_graphs(harness, step, mode, verify):
+    """Hazard 7."""
     callback = run(harness, step, mode, verify)
     assert callback.stats.steps["FULL"] == 0
     if mode == "FULL":
