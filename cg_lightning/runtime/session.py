@@ -23,7 +23,7 @@ from cg_lightning.guards.module_guard import Change
 from cg_lightning.modules.compilation import Compilation
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.changing_values import ChangingValues
-from cg_lightning.runtime.dispatcher import Plan, Unguarded, Variant
+from cg_lightning.runtime.dispatcher import KeyState, Plan, Unguarded, Variant
 from cg_lightning.runtime.profiling import Profiler, Ranges
 from cg_lightning.runtime.submodule_runner import SubmoduleRunner
 from cg_lightning.runtime.target import GraphTarget
@@ -167,7 +167,7 @@ class Session:
 
     def watched(self, plan: Plan, watched: WatchedStep) -> None:
         """Report a watched step to the dispatcher, and find the submodules to capture."""
-        full = self._full_reason(plan.state.descriptor, watched)
+        full = self._full_reason(plan.state, watched)
         piecewise = None
         if self.settings.targets is None and not watched.largest_capturable():
             piecewise = NO_TARGET
@@ -181,18 +181,20 @@ class Session:
             watched.needs_second_look,
             watched.did_one_time_work,
             watched,
+            path=watched.path if is_full else None,
         )
         self._drop(dispatcher.watched(plan.state, variant, plan.variant))
         self._written.update(watched.written)
         if not is_full:
             self.find_submodules(plan.state.descriptor, variant, plan.state.warmup_runs)
 
-    def _full_reason(self, descriptor: BatchDescriptor, watched: WatchedStep) -> Reason | None:
-        if descriptor in self.without_key:
-            return self.without_key[descriptor]
+    def _full_reason(self, state: KeyState, watched: WatchedStep) -> Reason | None:
+        if state.descriptor in self.without_key:
+            return self.without_key[state.descriptor]
         if watched.findings:
             return watched.findings[0].reason()
-        return self.changing_values.reason(descriptor)
+        varying = None if watched.path is None else self.target.dispatcher.varying(state)
+        return varying or self.changing_values.reason(state.descriptor)
 
     def find_submodules(self, step: BatchDescriptor, variant: Variant, runs: int) -> None:
         """Intercept the submodules of a watched step, and pass each one its findings.
