@@ -14,6 +14,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import MISSING
 
+from cg_lightning.app.help import HELP
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.settings import CUDAGraphOptions, ModeName, Settings
 
@@ -25,7 +26,17 @@ class Task(Enum):
     validate = "validate"
     test = "test"
     predict = "predict"
+    diagnose = "diagnose"
     bench = "bench"
+    zoo = "zoo"
+
+
+class DiagnosedStage(Enum):
+    """The stages whose step ``task=diagnose`` can look at."""
+
+    validate = "validate"
+    test = "test"
+    predict = "predict"
 
 
 def _type_for_hydra(hint: Any) -> Any:
@@ -106,6 +117,8 @@ class AppConfig:
     cuda_graph: Any = None
     bench: BenchConfig = dataclasses.field(default_factory=BenchConfig)
     task: Task = Task.fit
+    stage: DiagnosedStage = DiagnosedStage.validate
+    zoo: list[str] = dataclasses.field(default_factory=lambda: ["*"])
     seed: int = 0
     compare: bool = True
     ckpt_path: str | None = None
@@ -127,6 +140,8 @@ def register_configs() -> None:
     store.store(
         group="cuda_graph_schema", name="base", node=CUDAGraphConfig, provider="cg_lightning"
     )
+    node = {"app_name": "cg-lightning", "template": HELP}
+    store.store(group="hydra/help", name="cg_lightning", node=node, provider="cg_lightning")
     Plugins.instance().register(_LibraryConfigs)
 
 

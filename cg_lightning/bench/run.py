@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cg_lightning.backends import GraphBackend, resolve_backend
-from cg_lightning.bench.cases import CASES, Case
+from cg_lightning.bench.cases import CASES, Case, check_cases
 from cg_lightning.bench.contestants import CONTESTANTS, OTHER_ORDER, make
 from cg_lightning.bench.measure import STAGES, Measurement, Settings, run_once
 from cg_lightning.core.equality import same_leaf
@@ -58,6 +58,21 @@ def backend_to_measure(name: str) -> GraphBackend:
             "but the times mean nothing."
         )
     return backend
+
+
+def check(
+    cases: Sequence[str], contestants: Sequence[str], stages: Sequence[str], backend_name: str
+) -> GraphBackend:
+    """Return the backend to measure on, if everything that is asked for is there.
+
+    Raises:
+        ValueError: A name is unknown, the library of a case is not installed, or there is no CUDA
+            device.
+    """
+    check_cases(cases)
+    check_names("bench.contestants", contestants, tuple(CONTESTANTS))
+    check_names("bench.stages", stages, STAGES)
+    return backend_to_measure(backend_name)
 
 
 def measure_case(
@@ -127,12 +142,9 @@ def measure(
     """Yield one record for each case, stage and contestant, as soon as a stage is measured.
 
     Raises:
-        ValueError: A name is unknown.
+        ValueError: See :func:`check`.
     """
-    check_names("bench.cases", cases, tuple(CASES))
-    check_names("bench.contestants", contestants, tuple(CONTESTANTS))
-    check_names("bench.stages", stages, STAGES)
-    backend = backend_to_measure(backend_name)
+    backend = check(cases, contestants, stages, backend_name)
     for case in cases:
         for stage, results in measure_case(case, stages, contestants, settings, backend):
             for contestant, result in results.items():
