@@ -15,8 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_config import run_project
-
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 SCRIPT = Path(sysconfig.get_path("scripts")) / "cg-lightning"
@@ -157,6 +155,12 @@ def test_the_benchmark_once_and_in_a_multirun(tmp_path):
     assert len(list(tmp_path.glob("multirun/*/*/*/bench.jsonl"))) == 2
 
 
+def test_the_zoo(tmp_path):
+    few = ("bench.backend=recorder", "bench.batches=2", "bench.warmup=2", "bench.rounds=1")
+    printed = run(tmp_path, "task=zoo", "zoo=[torch_*]", *few)
+    assert "2 runs: 2 FULL, 0 PIECEWISE, 0 NONE; 0 differ from eager" in printed
+
+
 def test_any_model_and_data(tmp_path):
     boring = "lightning.pytorch.demos.boring_classes"
     arguments = (
@@ -252,8 +256,9 @@ def test_a_gpu_that_is_not_there_is_one_sentence(tmp_path, argument):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("task=train",), "expected one of [fit, validate, test, predict, diagnose, bench]"),
+        (("task=train",), "expected one of [fit, validate, test, predict, diagnose, bench, zoo]"),
         (("task=diagnose", "stage=fit"), "expected one of [validate, test, predict]"),
+        (("task=zoo", "zoo=[mpl*]"), "zoo=['mpl*']: 'mpl*' matches none of torch_attention_lstm, "),
         (("task=bench", "bench.cases=[mpl]"), "'mpl' is unknown; choose from mlp, resnet18, "),
     ],
 )
@@ -380,48 +385,3 @@ def test_a_difference_fails_the_run():
     other = Results(one.metrics, [torch.tensor([float("nan"), 2.0])])
     assert describe_difference(one, other).startswith("predictions[0] is ")
     assert describe_difference(one, Results({}, None)) == "metrics is built differently"
-
-
-def test_a_wheel_carries_the_configuration(tmp_path):
-    pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra demo)")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    source = tmp_path / "source"
-    shutil.copytree(
-        ROOT,
-        source,
-        ignore=shutil.ignore_patterns(".git", "build", "*.egg-info", ".venv", ".*_cache", "tests"),
-    )
-    try:
-        subprocess.run(
-            [*pip, "wheel", "--no-deps", "-w", tmp_path, source],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-    except subprocess.CalledProcessError as error:
-        if "No matching distribution" in error.stderr or "Could not find" in error.stderr:
-            pytest.skip("there is no package index to take setuptools from")
-        raise AssertionError(error.stderr) from error
-    (wheel,) = tmp_path.glob("*.whl")
-    installed = tmp_path / "installed"
-    subprocess.run([*pip, "install", "--no-deps", "--target", installed, wheel], check=True)
-    shutil.rmtree(source)
-    done = subprocess.run(
-        [sys.executable, "-m", "cg_lightning", "task=predict", "hydra.run.dir=out"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(installed)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert IDENTICAL in done.stdout, done.stdout + done.stderr
-    assert (installed / "cg_lightning/app/conf/config.yaml").exists()
-    project = tmp_path / "project"
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
-    done = run_project(
-        project,
-        "callbacks.cuda_graph.mode=FULL",
-        search_path="pkg://cg_lightning.conf",
-        environment=environment,
-    )
-    assert "CUDAGraphCallback(mode='FULL'" in done.stdout, done.stderr

@@ -11,4 +11,5 @@
 - ``run.py``: one run of a task.
 - ``tables.py``: tables, by rich where it is installed.
 - ``timing.py``: the time of a batch in each stage of a run.
+- ``zoo.py``: the zoo, from a config.
 """

@@ -28,6 +28,7 @@ class Task(Enum):
     predict = "predict"
     diagnose = "diagnose"
     bench = "bench"
+    zoo = "zoo"
 
 
 class DiagnosedStage(Enum):
@@ -117,6 +118,7 @@ class AppConfig:
     bench: BenchConfig = dataclasses.field(default_factory=BenchConfig)
     task: Task = Task.fit
     stage: DiagnosedStage = DiagnosedStage.validate
+    zoo: list[str] = dataclasses.field(default_factory=lambda: ["*"])
     seed: int = 0
     compare: bool = True
     ckpt_path: str | None = None

@@ -12,6 +12,7 @@ Tasks
   predict   trainer.predict
   diagnose  why a step is not one graph; needs no GPU; exit status 0 if it is one, 1 if not
   bench     the benchmark; needs a GPU
+  zoo       models of torchvision, timm and transformers; needs a GPU; exit status 1 if one differs
 
 Options
   model._target_=package.Class +model.ARGUMENT=VALUE         your LightningModule

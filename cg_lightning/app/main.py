@@ -26,6 +26,11 @@ def main(config: DictConfig) -> None:
 
         bench(config.bench)
         return
+    if config.task is Task.zoo:
+        from cg_lightning.app.zoo import zoo
+
+        zoo(config)
+        return
     from cg_lightning.app.jobs import finish_job
     from cg_lightning.app.run import require_device
 

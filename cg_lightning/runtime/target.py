@@ -18,6 +18,7 @@ from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.effects.python_changes import ChangedAttribute
 from cg_lightning.guards.module_guard import ModuleGuard
+from cg_lightning.host_values.path import ReadPath
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.dispatcher import Action, CUDAGraphDispatcher, Plan, Variant
 from cg_lightning.runtime.outcome import Outcome
@@ -97,6 +98,7 @@ class GraphTarget:
             self._stats.entry(self.mode.name, name, call.descriptor),
             self._changes(variant),
             plan.state.ledger.why,
+            variant.path.reads if isinstance(variant.path, ReadPath) else [],
         )
         get_entry = functools.partial(self._get_entry, target, plan, call)
         prefix = f"{name}: " if self.mode is CUDAGraphMode.PIECEWISE else ""
