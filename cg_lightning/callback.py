@@ -23,7 +23,7 @@ from cg_lightning.core.stages import STEP_METHODS
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.modules.kinds import lightning_class
 from cg_lightning.report.stats import CUDAGraphStats
-from cg_lightning.report.summary import render_summary
+from cg_lightning.report.summary import Summary, print_summary, render_summary
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.targets import check_targets
 from cg_lightning.trainer.installation import InertInstallation, Installation
@@ -161,10 +161,11 @@ class CUDAGraphCallback(Callback):
             f"warmup_steps={settings.warmup_steps}, backend={settings.backend!r})"
         )
 
-    def summary(self) -> str:
+    def summary(self) -> Summary:
         """Return the counts of all runs: for each stage its graphs, and reasons with remedies.
 
-        It has at most 20 lines for each stage. :attr:`stats` has all counts.
+        It is a string of at most 20 lines for each stage, and shows itself in a notebook.
+        :attr:`stats` has all counts.
         """
         scope = f"all {self._runs} runs" if self._runs > 1 else ""
         return render_summary(self.stats, self._settings.backend, tuple(STEP_METHODS), scope)
@@ -262,7 +263,7 @@ class CUDAGraphCallback(Callback):
         if self._settings.report and self._stages_run and trainer.is_global_zero:
             run = self.stats.since(self._before_run)
             scope = f"run {self._runs} only" if self._runs > 1 else ""
-            print(render_summary(run, self._settings.backend, self._stages_run, scope))
+            print_summary(render_summary(run, self._settings.backend, self._stages_run, scope))
         self._stages_run = []
 
     def _report_inert(self, why: str) -> None:

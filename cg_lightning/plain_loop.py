@@ -16,7 +16,7 @@ from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.core.settings import Settings
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.report.stats import CUDAGraphStats
-from cg_lightning.report.summary import render_summary
+from cg_lightning.report.summary import Summary, render_summary
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner
 from cg_lightning.runtime.targets import check_targets
@@ -89,7 +89,7 @@ class Graphed:
         args, kwargs = arguments
         return self._function(*args, **kwargs)
 
-    def summary(self) -> str:
+    def summary(self) -> Summary:
         """Return the counts as a table."""
         return render_summary(self.stats, self._settings.backend, [_STAGE])
 

@@ -22,6 +22,7 @@ def main(config: DictConfig) -> None:
     # imported here, because torch takes seconds and --help should not
     from cg_lightning.app.compare import describe_difference
     from cg_lightning.app.run import choose_backend, report_at_the_end, run
+    from cg_lightning.report.summary import print_summary
 
     task: Task = config.task
     if task is Task.bench:
@@ -35,7 +36,7 @@ def main(config: DictConfig) -> None:
     if callback is None:
         return
     if reports:
-        print(callback.summary())
+        print_summary(callback.summary())
     if not config.compare:
         return
     without, _ = run(config, graphs=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from cg_lightning.core.causes import Cause
@@ -75,6 +76,15 @@ class HostTime:
         self.steps += 1
         self.seconds += seconds
         self.fastest = min(self.fastest, seconds)
+
+
+class Times(NamedTuple):
+    """Host times of a step, on average over some graphs."""
+
+    graph: float | None
+    """The mean of the steps that were one replay, in seconds; None if none was timed."""
+    eager: float | None
+    """The fastest eager warm-up steps of their shapes, in seconds; None if there were none."""
 
 
 class Comparison(NamedTuple):
@@ -211,6 +221,25 @@ class CUDAGraphStats:
         graph_seconds = sum(graph.seconds for graph, _ in both)
         return Comparison(mode, eager_seconds / steps, graph_seconds / steps)
 
+    def times_of(self, entries: Sequence[EntryRecord]) -> Times:
+        """Return the host times of whole steps.
+
+        Args:
+            entries: Graphs of whole steps. Those of submodules have no times.
+        """
+        timed = sum(entry.timed for entry in entries)
+        eager = [
+            (entry.timed or 1, self._times.get((entry.stage, "NONE", entry.shapes), HostTime()))
+            for entry in entries
+            if entry.mode == "FULL"
+        ]
+        known = [(steps, time) for steps, time in eager if time.steps >= LEAST_EAGER_STEPS]
+        steps = sum(steps for steps, _ in known)
+        return Times(
+            sum(entry.host_seconds for entry in entries) / timed if timed else None,
+            sum(steps * time.fastest for steps, time in known) / steps if known else None,
+        )
+
     def copy(self) -> CUDAGraphStats:
         """Return the counts as they are now, for :meth:`since`."""
         return self.since(CUDAGraphStats())
@@ -308,6 +337,17 @@ class CUDAGraphStats:
             "graph_bytes": self.graph_bytes,
             "entries": [dataclasses.asdict(entry) for entry in self.entries],
         }
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that have run, in the order in which they came first."""
+        counted = [record.stage for record in self._records.values()]
+        return list(dict.fromkeys([*counted, *[entry.stage for entry in self.entries]]))
+
+    def _repr_html_(self) -> str:
+        from cg_lightning.report.summary import render_summary  # it is made of this class
+
+        return render_summary(self, "", self.stages)._repr_html_()
 
     def _of(self, mode: str) -> list[StepsRecord]:
         return [record for record in self._records.values() if record.mode == mode]
