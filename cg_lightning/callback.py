@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,12 +23,14 @@ from cg_lightning.core.settings import (
 from cg_lightning.core.stages import STEP_METHODS
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.modules.kinds import lightning_class
+from cg_lightning.report.logged import numbers_to_log
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.summary import Summary, print_summary, render_summary
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.targets import check_targets
 from cg_lightning.trainer.installation import InertInstallation, Installation
 from cg_lightning.trainer.logged_results import LoggedResults
+from cg_lightning.trainer.loggers import log_numbers
 from cg_lightning.trainer.preconditions import check_not_graphed_already, why_inert
 
 _NO_CUDA = (
@@ -80,6 +83,11 @@ class CUDAGraphCallback(Callback):
             ``auto`` (``cuda`` if the Trainer runs on CUDA, otherwise every step is eager).
         report: Print the summary of each run when the Trainer is done. Each call of ``fit``,
             ``validate``, ``test`` or ``predict`` is a run, with its own warm-up and captures.
+        log_stats: At the end of each stage, send the statistics of the run so far to every logger
+            of the Trainer, in steps, microseconds and MiB:
+            ``cuda_graph/<stage>/replays``, ``.../eager/<cause>``, ``.../us_per_replay``,
+            ``.../us_per_eager_step`` and ``.../graph_mib``
+            (:func:`~cg_lightning.report.logged.numbers_to_log`).
         options: How graphs are captured.
 
     Raises:
@@ -123,6 +131,7 @@ class CUDAGraphCallback(Callback):
         strict: bool = False,
         backend: BackendName = "auto",
         report: bool = True,
+        log_stats: bool = False,
         options: CUDAGraphOptions | None = None,
     ) -> None:
         self._settings = Settings(
@@ -139,6 +148,7 @@ class CUDAGraphCallback(Callback):
             strict=strict,
             backend=backend,
             report=report,
+            log_stats=log_stats,
             options=options,
         )
         self.stats = CUDAGraphStats()
@@ -241,15 +251,15 @@ class CUDAGraphCallback(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._remove()
+        self._end(trainer, "validate")
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._remove()
+        self._end(trainer, "test")
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._remove()
+        self._end(trainer, "predict")
 
     @override
     def on_exception(
@@ -283,9 +293,13 @@ class CUDAGraphCallback(Callback):
         if self._installation is not None:
             self._installation.install(stage)
 
-    def _remove(self) -> None:
+    def _end(self, trainer: Trainer, stage: str) -> None:
         if self._installation is not None:
             self._installation.remove()
+        if self._settings.log_stats and stage in self._stages_run:
+            run = self.stats.since(self._before_run)
+            warn = functools.partial(self._report_once, rank_zero_warn)
+            log_numbers(trainer, numbers_to_log(run, stage), warn)
 
     def _close(self) -> None:
         if self._installation is not None:

@@ -144,6 +144,8 @@ class Settings:
     """``cuda``, ``recorder`` or ``auto``."""
     report: bool = True
     """Print the summary when the Trainer is done."""
+    log_stats: bool = False
+    """Send the statistics of each stage to the loggers of the Trainer."""
     options: CUDAGraphOptions | None = None
     """How graphs are captured."""
 
@@ -166,7 +168,7 @@ class Settings:
         for name, least in (("warmup_steps", 0), ("verify_replays", 0), ("verify_every", 0)):
             check_at_least(name, getattr(self, name), least)
         check_at_least("max_graphs", self.max_graphs, 1)
-        for name in ("sync_free_metrics", "copy_outputs", "strict", "report"):
+        for name in ("sync_free_metrics", "copy_outputs", "strict", "report", "log_stats"):
             check_bool(name, getattr(self, name))
         for name, value in checked.items():
             object.__setattr__(self, name, value)

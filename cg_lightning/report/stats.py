@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.report.timeline import Timeline
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST_SHAPES = 64
 """Shapes that are told apart for one stage, mode and reason; further ones are counted together."""
@@ -130,6 +134,8 @@ class CUDAGraphStats:
     def __init__(self) -> None:
         self.entries: list[EntryRecord] = []
         """A record for each key of each target that was captured."""
+        self.timeline = Timeline()
+        """The time of each of the latest batches. A copy has no batches."""
         self._records: dict[tuple[str, str, str, Reason | None], StepsRecord] = {}
         self._num_shapes: Counter[tuple[str, str, Reason | None]] = Counter()
         self._num_reasons: Counter[tuple[str, str, Cause | Status]] = Counter()
@@ -239,6 +245,40 @@ class CUDAGraphStats:
             sum(entry.host_seconds for entry in entries) / timed if timed else None,
             sum(steps * time.fastest for steps, time in known) / steps if known else None,
         )
+
+    def host_times(self, stage: str) -> Times:
+        """Return the host times of the steps of one stage: from graphs, whole or in pieces, and eager."""
+        entries = [entry for entry in self.entries if entry.stage == stage]
+        pieces = [time for key, time in self._times.items() if key[:2] == (stage, "PIECEWISE")]
+        steps = sum(entry.timed for entry in entries) + sum(time.steps for time in pieces)
+        seconds = sum(entry.host_seconds for entry in entries) + sum(
+            time.seconds for time in pieces
+        )
+        eager = [time for key, time in self._times.items() if key[:2] == (stage, "NONE")]
+        eager_steps = sum(time.steps for time in eager)
+        return Times(
+            seconds / steps if steps else None,
+            sum(time.steps * time.fastest for time in eager) / eager_steps if eager_steps else None,
+        )
+
+    def plot(self, stage: str | None = None) -> Figure:
+        """Draw the time of each batch: warm-up, capture, replay, and eager with its reason.
+
+        Times are those of the host, in milliseconds. The latest 10000 batches are kept.
+
+        Args:
+            stage: One stage. None: all stages that ran, one below the other.
+
+        Returns:
+            A figure of matplotlib. ``figure.savefig("batches.png")`` stores it.
+
+        Raises:
+            ValueError: No batch of that stage has run.
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        from cg_lightning.report.plot import plot_batches
+
+        return plot_batches(self.timeline.batches, stage)
 
     def copy(self) -> CUDAGraphStats:
         """Return the counts as they are now, for :meth:`since`."""

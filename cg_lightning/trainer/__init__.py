@@ -5,5 +5,6 @@
   values in an unknown way.
 - ``logged_results.py``: adapter for Lightning's private results collection, which stores values
   passed to ``self.log``.
+- ``loggers.py``: sends numbers to the loggers of a Trainer.
 - ``preconditions.py``: conditions that are checked before the first batch.
 """
