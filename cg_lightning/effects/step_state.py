@@ -114,6 +114,14 @@ class HostRandomState:
         return (name, keys.tobytes(), *rest)
 
 
+def can_be_written(tensor: Tensor) -> bool:
+    """Return False for a tensor that PyTorch lets nobody write to, so no step has done so."""
+    is_expanded = tensor.layout is torch.strided and any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+    return not is_expanded and (torch.is_inference_mode_enabled() or not tensor.is_inference())
+
+
 class StepState:
     """Stores everything that a step may change, except its output.
 
@@ -159,7 +167,8 @@ class StepState:
         """Restore everything in place. Tensors keep their addresses."""
         with torch.no_grad():
             for _, buffer, value in self._buffers:
-                buffer.copy_(value)
+                if can_be_written(buffer):
+                    buffer.copy_(value)
         self._attributes.restore()
         self.containers.restore()
         self._containers.restore()
