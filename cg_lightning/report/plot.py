@@ -24,7 +24,7 @@ _COLOURS = {
 }
 _EAGER_COLOURS = ("#b2182b", "#ef6548", "#fdae61", "#888888")
 _MARKERS = {Ran.WARM_UP: "s", Ran.CAPTURE: "^", Ran.COMPARED: "v", Ran.EAGER: "x"}
-_WIDTH = 44  # of a line of the legend
+_WIDTH = 48  # of a line of the legend
 _MISSING = (
     'stats.plot() draws with matplotlib, which is not installed: pip install "cg-lightning[plot]".'
 )

@@ -23,6 +23,7 @@ from cg_lightning.guards.module_guard import Change
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.changing_values import ChangingValues
 from cg_lightning.runtime.dispatcher import Plan, Unguarded, Variant
+from cg_lightning.runtime.examples import Examples
 from cg_lightning.runtime.profiling import Profiler, Ranges
 from cg_lightning.runtime.submodule_runner import SubmoduleRunner
 from cg_lightning.runtime.target import GraphTarget
@@ -69,14 +70,17 @@ class Session:
         self.cache = GraphCache(settings.max_graphs, backend.synchronize)
         self.watcher = StepWatcher(module, backend, effects=effects)
         self.changing_values = ChangingValues()
-        self._written = WrittenTensors()
-        self._capturer = Capturer(backend, settings, self.cache, self._written)
-        self._verifier = Verifier(backend, settings.verify_tolerance, self._written)
+        self.written = WrittenTensors()
+        """Tensors, other than buffers, that steps were seen to write to."""
+        self._capturer = Capturer(backend, settings, self.cache, self.written)
+        self._verifier = Verifier(backend, settings.verify_tolerance, self.written)
         self.target = self._make_target(module, CUDAGraphMode.FULL, effects)
         self._submodules: dict[int, SubmoduleRunner] = {}
         self._is_installed = False
         self.without_key: dict[BatchDescriptor, Reason] = {}
         """Why batches cannot be part of a key, by the key that their steps have instead."""
+        self.examples: Examples | None = None
+        """Batches to capture ahead; None: none."""
         self.is_first_step = True
         """True until the first step after :meth:`install`."""
 
@@ -142,7 +146,7 @@ class Session:
         self.cache.drop_all()
         self.target.dispatcher.reset(text)
         self.changing_values = ChangingValues()
-        self._written.clear()
+        self.written.clear()
         for runner in self._submodules.values():
             runner.remove()
         self._submodules.clear()
@@ -161,7 +165,7 @@ class Session:
 
     def watched(self, plan: Plan, watched: WatchedStep) -> None:
         """Report a watched step to the dispatcher, and find the submodules to capture."""
-        full = self._full_reason(plan.state.descriptor, watched)
+        full = self.full_reason(plan.state.descriptor, watched)
         piecewise = None
         if self.settings.targets is None and not watched.largest_capturable():
             piecewise = NO_TARGET
@@ -177,11 +181,12 @@ class Session:
             watched,
         )
         self._drop(dispatcher.watched(plan.state, variant, plan.variant))
-        self._written.update(watched.written)
+        self.written.update(watched.written)
         if not is_full:
             self.find_submodules(plan.state.descriptor, variant, plan.state.warmup_runs)
 
-    def _full_reason(self, descriptor: BatchDescriptor, watched: WatchedStep) -> Reason | None:
+    def full_reason(self, descriptor: BatchDescriptor, watched: WatchedStep) -> Reason | None:
+        """Return why a watched step cannot be one graph; None if it can."""
         if descriptor in self.without_key:
             return self.without_key[descriptor]
         if watched.findings:

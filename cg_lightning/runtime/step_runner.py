@@ -27,6 +27,7 @@ from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import WARM_UP, Reason, Status
 from cg_lightning.report.stats import HostTime, StepsRecord
 from cg_lightning.report.timeline import Ran
+from cg_lightning.runtime.ahead import CaptureAhead
 from cg_lightning.runtime.dispatcher import Action, KeyState, Plan, Variant
 from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.session import Session
@@ -201,7 +202,11 @@ class StepRunner:
         context = ForwardContext(NONE, plan.state.descriptor, StepInProgress())
         with override_forward_context(context), self._session.ranges.range("watch"):
             output, watched = self._session.watcher.watch(step, args[0])
-        self._session.watched(plan, watched)
+        session, descriptor = self._session, plan.state.descriptor
+        session.watched(plan, watched)
+        if session.examples is not None and session.full_reason(descriptor, watched) is None:
+            ahead = CaptureAhead(session, self._stage, self._name, self._invoke)
+            ahead.run(session.examples, descriptor.dataloader_idx, args[1:], kwargs)
         return Outcome(output, NONE, plan.reason)
 
     def _run_piecewise(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:

@@ -1,5 +1,6 @@
 """Everything that knows Lightning.
 
+- ``examples.py``: batches of a run that are captured ahead.
 - ``installation.py``: intercepts the steps of a stage at the strategy, and restores them.
 - ``log_calls.py``: repeats ``self.log`` after a replay, for a Lightning version that stores logged
   values in an unknown way.
@@ -7,4 +8,5 @@
   passed to ``self.log``.
 - ``loggers.py``: sends numbers to the loggers of a Trainer.
 - ``preconditions.py``: conditions that are checked before the first batch.
+- ``progress.py``: a bar for captures ahead, of the same kind as the bar of the Trainer.
 """
