@@ -11,6 +11,10 @@ from cg_lightning.core.reasons import Reason
 class Example(Protocol):
     """A batch that a later batch will be like."""
 
+    @property
+    def shapes(self) -> str:
+        """The shapes of its tensors, for printing."""
+
     def load(self) -> Any:
         """Return it on the device, as a step would get it."""
 

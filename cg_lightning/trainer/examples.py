@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from cg_lightning.core.reasons import Reason
 from cg_lightning.core.tree import flatten
+from cg_lightning.runtime.examples import Example
 from cg_lightning.trainer.progress import progress_of
 
 _LOADERS = {
@@ -81,11 +82,11 @@ class BatchesAhead:
         examples = [HostBatch(batch, dataloader_idx, self._trainer) for batch in batches]
         return sorted(examples, key=lambda example: -example.size)
 
-    def progress(self, examples: Sequence[HostBatch]) -> Iterable[HostBatch]:
+    def progress(self, examples: Sequence[Example]) -> Iterable[Example]:
         """Yield the batches. If there are more than three, the Trainer's bar shows how many."""
         return progress_of(examples, self._trainer)
 
-    def not_captured(self, example: HostBatch, reason: Reason) -> None:
+    def not_captured(self, example: Example, reason: Reason) -> None:
         """Warn about a batch that was not captured."""
         remedy = f" Remedy: {reason.remedy}." if reason.remedy else ""
         self._warn(

@@ -23,11 +23,11 @@ def progress_of(items: Sequence[T], trainer: Trainer) -> Iterable[T]:
         trainer: Its bar is used. Without one, nothing is shown.
     """
     bar = trainer.progress_bar_callback
-    if len(items) <= FEW or not trainer.is_global_zero or bar is None or not bar.is_enabled:
+    if len(items) <= FEW or not trainer.is_global_zero:
         return items
-    if isinstance(bar, RichProgressBar) and bar.progress is not None:
+    if isinstance(bar, RichProgressBar) and bar.is_enabled and bar.progress is not None:
         return _by_rich(items, bar.progress)
-    if isinstance(bar, TQDMProgressBar):
+    if isinstance(bar, TQDMProgressBar) and not bar.is_disabled:
         bar_of_tqdm: Iterable[T] = tqdm(
             items, desc=_TITLE, leave=False, position=2 * bar.process_position + 2
         )
