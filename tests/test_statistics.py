@@ -193,7 +193,8 @@ def test_times_of_batches_without_a_key_and_without_graphs(harness):
     assert first.seconds > 0
 
 
-def test_what_cannot_be_plotted(harness, monkeypatch):
+def test_what_cannot_be_plotted(harness):
+    pytest.importorskip("matplotlib")
     callback = harness.callback()
     with pytest.raises(ValueError, match="no batch has run yet"):
         callback.stats.plot()
@@ -202,9 +203,22 @@ def test_what_cannot_be_plotted(harness, monkeypatch):
     harness.trainer(callback).predict(Predictor(Body()), features(8))
     with pytest.raises(ValueError, match="stage='val' has not run any batch; choose from predict"):
         callback.stats.plot("val")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+def test_without_matplotlib_there_is_one_sentence(harness, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "cg_lightning.report.plot", raising=False)
+    callback = harness.callback()
+    harness.trainer(callback).predict(Predictor(Body()), features(8))
     with pytest.raises(ModuleNotFoundError, match=r"pip install \"cg-lightning\[plot\]\""):
         callback.stats.plot()
+
+
+def test_a_notebook_shows_the_figure(harness):
+    pytest.importorskip("matplotlib")
+    callback = harness.callback()
+    harness.trainer(callback).predict(Predictor(Body()), features(20))
+    assert callback.stats.plot()._repr_png_().startswith(b"\x89PNG")
 
 
 def test_old_batches_are_forgotten():

@@ -1,17 +1,17 @@
-"""A figure of the time of each batch."""
+"""A figure of the time of each batch. It is imported only to draw, because it needs matplotlib."""
 
 from __future__ import annotations
 
+import io
 import statistics
 import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.figure import Figure
 
 from cg_lightning.report.timeline import BatchTime, Ran
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MOST_REASONS = 3
 """Reasons of eager batches with a colour of their own; the others share one."""
@@ -25,11 +25,17 @@ _COLOURS = {
 _EAGER_COLOURS = ("#b2182b", "#ef6548", "#fdae61", "#888888")
 _MARKERS = {Ran.WARM_UP: "s", Ran.CAPTURE: "^", Ran.COMPARED: "v", Ran.EAGER: "x"}
 _WIDTH = 48  # of a line of the legend
-_MISSING = (
-    'stats.plot() draws with matplotlib, which is not installed: pip install "cg-lightning[plot]".'
-)
 
 Points = list[tuple[int, float]]
+
+
+class BatchFigure(Figure):
+    """A figure that a notebook shows, also if pyplot is not used there."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue()
 
 
 def plot_batches(batches: Sequence[BatchTime], stage: str | None) -> Figure:
@@ -40,13 +46,8 @@ def plot_batches(batches: Sequence[BatchTime], stage: str | None) -> Figure:
         raise ValueError(f"stage={stage!r} has not run any batch; {ran}.")
     if not stages:
         raise ValueError("There is nothing to plot: no batch has run yet.")
-    try:
-        from matplotlib import pyplot  # noqa: F401  # with it, notebooks know how to show a figure
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(_MISSING, name=error.name) from None
     shown = stages if stage is None else [stage]
-    figure = Figure(figsize=(10, 3.2 * len(shown)), layout="constrained")
+    figure = BatchFigure(figsize=(10, 3.2 * len(shown)), layout="constrained")
     for axes, name in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
         _draw(axes, name, [batch for batch in batches if batch.stage == name])
     return figure

@@ -24,6 +24,9 @@ MOST_TIMES = 1024
 LEAST_EAGER_STEPS = 2
 """Eager steps of a shape for a comparison of times: the first one may still do what is done once."""
 OTHER_SHAPES = "other shapes"
+_NO_MATPLOTLIB = (
+    'stats.plot() draws with matplotlib, which is not installed: pip install "cg-lightning[plot]".'
+)
 
 
 @dataclasses.dataclass
@@ -276,8 +279,12 @@ class CUDAGraphStats:
             ValueError: No batch of that stage has run.
             ModuleNotFoundError: matplotlib is not installed.
         """
-        from cg_lightning.report.plot import plot_batches
-
+        try:
+            from cg_lightning.report.plot import plot_batches
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] != "matplotlib":
+                raise
+            raise ModuleNotFoundError(_NO_MATPLOTLIB, name=error.name) from None
         return plot_batches(self.timeline.batches, stage)
 
     def copy(self) -> CUDAGraphStats:

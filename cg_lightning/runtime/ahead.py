@@ -120,7 +120,8 @@ class CaptureAhead:
         if plan.action is not Action.CAPTURE:
             return plan.reason or Reason(Status.NO_TARGET, "the step is no graph")
         capture = functools.partial(session.target.capture_ahead, self._name, plan, call)
-        return self._undone(capture, call.tree)
+        with session.ranges.range("capture"):
+            return self._undone(capture, call.tree)
 
     def _warm_up(self, call: GraphCall, state: KeyState, watched: WatchedStep | None) -> Plan:
         """Run the step until its key is warm; return what the dispatcher wants then."""
@@ -141,8 +142,8 @@ class CaptureAhead:
 
     def _watch(self, call: GraphCall) -> WatchedStep:
         watcher = self._session.watcher
-        watched: WatchedStep = self._run(call, lambda: watcher.watch(call.run, call.tree)[1])
-        return watched
+        with self._session.ranges.range("watch"):
+            return self._run(call, lambda: watcher.watch(call.run, call.tree)[1])
 
     def _why_not(self, call: GraphCall, watched: WatchedStep) -> Reason | None:
         """Return why a step cannot be captured ahead; None if it can."""
