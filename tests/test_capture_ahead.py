@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from typing import Any
 
 import numpy as np
@@ -226,6 +227,42 @@ def test_a_batch_that_is_no_graph_is_named_and_undone(harness, given):
     with pytest.warns(UserWarning, match="shapes 3x8 was not captured ahead: module state"):
         harness.compare(CountsSome(), predict(ragged(4, 5, 3, 5, 3, 4, 3, 3, 3)), callback)
     assert {entry.shapes for entry in callback.stats.entries if entry.mode == "FULL"} == {"5x8"}
+
+
+def test_attributes_of_tensors_are_put_back(harness, given):
+    class Marks(Predictor):
+        def __init__(self) -> None:
+            super().__init__(Body())
+            self.register_buffer("mark", torch.ones(()))
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            self.mark.count = getattr(self.mark, "count", 0) + 1
+            return self.net(batch[0])
+
+    counts = []
+
+    def job(trainer, module):
+        result = trainer.predict(module, ragged(4, 5, 4, 5, 4))
+        counts.append(getattr(module.mark, "count", None))
+        return result
+
+    with pytest.warns(UserWarning, match="5x8 was not captured ahead"):
+        harness.compare(Marks(), job, given(*batches(5)))
+    assert counts[0] == counts[1] == 5
+
+
+@pytest.mark.parametrize("sizes", [(4, 5), (4, 4)], ids=["in an example", "in each step"])
+def test_hooks_that_the_step_registers_are_put_back(harness, given, sizes):
+    class Hooks(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch[0].shape[0] == sizes[1]:
+                self.net[0].register_forward_hook(lambda module, args, output: output * 2)
+            return self.net(batch[0])
+
+    callback = given(*batches(sizes[1]))
+    with warnings.catch_warnings():  # what is said differs, and is not what this is about
+        warnings.simplefilter("ignore")
+        harness.compare(Hooks(Body()), predict(ragged(4, *sizes, 4, *sizes)), callback)
 
 
 def test_a_cache_by_shape_is_built_by_a_real_batch(harness, given):

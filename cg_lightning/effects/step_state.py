@@ -14,7 +14,7 @@ from cg_lightning.backends import GraphBackend
 from cg_lightning.core.tree import flatten
 from cg_lightning.effects.containers import ContainersSnapshot
 from cg_lightning.metrics.members import states_of
-from cg_lightning.modules.attributes import names_of_frameworks
+from cg_lightning.modules.attributes import global_hooks, names_of_frameworks
 from cg_lightning.modules.kinds import is_metric
 
 if TYPE_CHECKING:
@@ -75,6 +75,29 @@ class HeldByModules:
         """Put everything back."""
         self._attributes.restore()
         self._containers.restore()
+
+
+class TablesSnapshot:
+    """What the dictionaries of torch in modules hold: submodules, parameters, buffers, and hooks.
+
+    Args:
+        module: The module; its submodules and the global hooks are stored as well.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        tables: list[dict[Any, Any]] = [
+            value
+            for child in module.modules()
+            for name, value in vars(child).items()
+            if isinstance(value, dict) and name in names_of_frameworks(child)
+        ]
+        self._tables = [(table, dict(table)) for table in [*tables, *global_hooks()]]
+
+    def restore(self) -> None:
+        """Put everything back in place."""
+        for table, before in self._tables:
+            table.clear()
+            table.update(before)
 
 
 _TENSOR_TABLES = ("_buffers", "_parameters")

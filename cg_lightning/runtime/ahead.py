@@ -20,7 +20,13 @@ from cg_lightning.core.forward_context import (
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.diagnosis.watched_step import WatchedStep
-from cg_lightning.effects.step_state import HostRandomState, StepState, can_be_written
+from cg_lightning.effects.step_state import (
+    HeldByModules,
+    HostRandomState,
+    StepState,
+    TablesSnapshot,
+    can_be_written,
+)
 from cg_lightning.guards.values import FrozenValues
 from cg_lightning.modules.attributes import names_of_frameworks
 from cg_lightning.modules.kinds import is_metric
@@ -168,11 +174,15 @@ class CaptureAhead:
         """Call ``function``, and put all state back."""
         session = self._session
         before = StepState(session.module, session.backend, session.effects, self._tensors(), batch)
+        held = HeldByModules(session.module, session.effects)  # attributes of buffers as well
+        tables = TablesSnapshot(session.module)
         try:
             session.effects.logged.begin_batch(batch)
             return function()
         finally:
+            tables.restore()
             before.restore()
+            held.restore()
 
     def _tensors(self) -> list[Tensor]:
         """Return the tensors that modules hold in attributes, and others that steps write to."""

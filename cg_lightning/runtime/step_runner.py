@@ -204,7 +204,11 @@ class StepRunner:
             output, watched = self._session.watcher.watch(step, args[0])
         session, descriptor = self._session, plan.state.descriptor
         session.watched(plan, watched)
-        if session.examples is not None and session.full_reason(descriptor, watched) is None:
+        if (
+            session.examples is not None
+            and session.full_reason(descriptor, watched) is None
+            and session.target.guard.check()  # or else the step has changed the module
+        ):
             ahead = CaptureAhead(session, self._stage, self._name, self._invoke)
             ahead.run(session.examples, descriptor.dataloader_idx, args[1:], kwargs)
         return Outcome(output, NONE, plan.reason)
