@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from cg_lightning.core.causes import Cause
 from cg_lightning.core.reasons import Reason
 from cg_lightning.core.tree import flatten
 from cg_lightning.runtime.examples import Example
@@ -89,10 +90,11 @@ class BatchesAhead:
     def not_captured(self, example: Example, reason: Reason) -> None:
         """Warn about a batch that was not captured."""
         remedy = f" Remedy: {reason.remedy}." if reason.remedy else ""
+        has_run = isinstance(reason.kind, Cause)  # or else nothing was found in the step
+        stays = " It ran once; what it changed outside of the module stays." if has_run else ""
         self._warn(
             f"CUDAGraphCallback: a batch of shapes {example.shapes} was not captured ahead: "
-            f"{reason}.{remedy} Its step has run once; what it printed or changed outside of the "
-            "module stays. The first real batches of these shapes decide again."
+            f"{reason}.{remedy}{stays} The first real batches of these shapes decide again."
         )
 
     def warn_if_left(self, stage: str) -> None:
