@@ -148,14 +148,18 @@ class CaptureAhead:
 
     def _watch(self, call: GraphCall) -> WatchedStep:
         watcher = self._session.watcher
+        step = functools.partial(self._step, call.tree, **call.frozen_kwargs)
         with self._session.ranges.range("watch"):
-            return self._run(call, lambda: watcher.watch(call.run, call.tree)[1])
+            return self._run(call, lambda: watcher.watch(step, call.tree, call.frozen_args)[1])
 
     def _why_not(self, call: GraphCall, watched: WatchedStep) -> Reason | None:
         """Return why a step cannot be captured ahead; None if it can."""
         reason = self._session.full_reason(call.descriptor, watched)
         if reason is not None:
             return reason
+        if watched.comparisons:
+            # guards look at the batch_idx of the current step, which is that of another batch
+            return Reason(Cause.BATCH_INDEX_USED, "it compares batch_idx")
         kept = {id(tensor) for tensor in self._tensors()}
         if any(id(tensor) not in kept for tensor in watched.written.now()):
             return Reason(Cause.STATE_REBOUND, "it writes to a tensor that no module holds")

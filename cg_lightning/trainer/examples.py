@@ -44,7 +44,9 @@ class HostBatch:
         # private, because it also finds the hook of a LightningDataModule
         before = getattr(module, "_on_before_batch_transfer", module.on_before_batch_transfer)
         batch = before(batch, dataloader_idx=self._dataloader_idx)
-        return trainer.strategy.batch_to_device(batch, dataloader_idx=self._dataloader_idx)
+        strategy = trainer.strategy
+        # that of the class: copies beside the computation are for batches whose step comes next
+        return type(strategy).batch_to_device(strategy, batch, None, self._dataloader_idx)
 
 
 class BatchesAhead:
