@@ -13,6 +13,7 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.core.errors import CaptureError, StateLeftError, UnkeyableBatchError
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.report.stats import CUDAGraphStats
@@ -93,6 +94,7 @@ class GraphTarget:
             self.guard.storage_addresses(),
             self._stats.entry(self.mode.name, name, call.descriptor),
             plan.state.ledger.why,
+            variant.watched.late if isinstance(variant.watched, WatchedStep) else (),
         )
         get_entry = functools.partial(self._get_entry, target, plan, call)
         prefix = f"{name}: " if self.mode is CUDAGraphMode.PIECEWISE else ""
