@@ -133,6 +133,11 @@ def is_called_by_step(detector: str) -> bool:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename == detector:
         frame = frame.f_back
+    return is_step_calling(frame)
+
+
+def is_step_calling(frame: FrameType | None) -> bool:
+    """Whether the user's code, or a library that it calls, does what a frame does now."""
     while frame is not None:
         file = frame.f_code.co_filename
         if is_user_file(file):
@@ -146,9 +151,15 @@ def is_called_by_step(detector: str) -> bool:
     return False
 
 
-def is_read_by_user() -> bool:
-    """Returns whether the innermost function that is not ours is the user's, and not torch's."""
-    frame: FrameType | None = sys._getframe(1)
+def reading_frame(frame: FrameType | None = None) -> FrameType | None:
+    """Returns the innermost frame, from ``frame`` or the caller's on, that is not ours."""
+    frame = frame or sys._getframe(1)
     while frame is not None and is_our_file(frame.f_code.co_filename):
         frame = frame.f_back
+    return frame
+
+
+def is_read_by_user() -> bool:
+    """Returns whether the innermost function that is not ours is the user's, and not torch's."""
+    frame = reading_frame()
     return frame is not None and is_user_file(frame.f_code.co_filename)

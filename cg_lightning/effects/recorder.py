@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from cg_lightning.core.errors import CaptureError
 from cg_lightning.effects.effect import Effect, ReadChecksLater
 from cg_lightning.effects.late_updates import Arguments, LateStep, MakeLateCalls
+from cg_lightning.effects.logged_numbers import numbers_as_tensors
 from cg_lightning.effects.logged_values import LoggedValues
 from cg_lightning.effects.recording import StepRecording
 from cg_lightning.effects.step_state import AttributesSnapshot
@@ -192,7 +193,9 @@ class EffectRecorder:
             stack.enter_context(recording.watching(self._checked))
             if self._sync_free:
                 stack.enter_context(sync_free(self._checked))
-            if not self._logged.is_supported():
+            if self._logged.is_supported():
+                stack.enter_context(numbers_as_tensors(self._module))
+            else:
                 recording.log_calls = stack.enter_context(self._logged.calls.collected())
             yield recording
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -37,10 +38,6 @@ class Verdict(NamedTuple):
 
 def _leaves(output: Any, values: list[tuple[str, Any]]) -> list[Any]:
     return [*flatten(output)[0], *[value for _, value in values]]
-
-
-def _run_eagerly(call: GraphCall, comparison: Comparison | None) -> Any:
-    return call.run_eagerly() if comparison is None else comparison.run(call.run_eagerly)
 
 
 def _values(state: StepState, comparison: Comparison | None) -> list[tuple[str, Any]]:
@@ -81,10 +78,18 @@ class Verifier:
         backend: Captures and replays.
         tolerance: ``exact`` or ``close``.
         written: Tensors, other than buffers, that steps write to.
+        as_written: Makes a context in which the step runs as the user wrote it.
     """
 
-    def __init__(self, backend: GraphBackend, tolerance: str, written: WrittenTensors) -> None:
+    def __init__(
+        self,
+        backend: GraphBackend,
+        tolerance: str,
+        written: WrittenTensors,
+        as_written: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
         self._backend = backend
+        self._as_written = as_written
         self._is_same = same_leaf if tolerance == "exact" else _is_close
         self._written = written
 
@@ -112,6 +117,12 @@ class Verifier:
         with comparing as comparison:
             return self._compare(target, call, comparison, get_entry, step)
 
+    def _run_eagerly(self, call: GraphCall, comparison: Comparison | None) -> Any:
+        with self._as_written():
+            if comparison is None:
+                return call.run_eagerly()
+            return comparison.run(call.run_eagerly)
+
     def _state(self, target: CaptureTarget, call: GraphCall) -> StepState:
         given = (call.tree, call.frozen_args, call.frozen_kwargs)
         return StepState(target.module, self._backend, target.effects, self._written.now(), given)
@@ -126,7 +137,7 @@ class Verifier:
     ) -> Verdict:
         before = self._state(target, call)
         given = [(leaf, leaf.clone()) for leaf in call.leaves if isinstance(leaf, Tensor)]
-        expected = _run_eagerly(call, comparison)
+        expected = self._run_eagerly(call, comparison)
         # a graph writes to its own copies
         if not all(same_leaf(leaf, value) for leaf, value in given):
             return Verdict(expected, "it changes a tensor that it is given")
@@ -155,7 +166,7 @@ class Verifier:
         if not differing:
             return Verdict(output)
         before.restore()
-        again = _leaves(_run_eagerly(call, comparison), _values(before, comparison))
+        again = _leaves(self._run_eagerly(call, comparison), _values(before, comparison))
         after_eager.restore()
         if len(again) != len(wanted):
             return Verdict(
