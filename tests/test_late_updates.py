@@ -433,6 +433,21 @@ def test_numbers_drawn_before_an_update_that_draws(harness):
     assert_is_full(run(harness, DrawsBefore()))
 
 
+class GivenNumbers(Step):
+    """Python values that change from batch to batch."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        scores = self.net(batch[0])
+        self.metric.update(scores, batch_idx, weight=2.0 if batch_idx % 2 else 0.5)
+        self.accuracy.update(scores, batch[1])
+        return scores
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_an_argument_that_is_another_number_in_each_batch(harness, verify_replays):
+    run(harness, GivenNumbers(Keeps()), verify_replays=verify_replays)
+
+
 class Raises(Step):
     def __init__(self) -> None:
         super().__init__(Keeps())
