@@ -13,6 +13,7 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.core.errors import CaptureError, StateLeftError, UnkeyableBatchError
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.host_values.path import ReadPath
@@ -138,6 +139,7 @@ class GraphTarget:
             self._stats.entry(self.mode.name, name, call.descriptor),
             plan.state.ledger.why,
             variant.path.reads if isinstance(variant.path, ReadPath) else [],
+            variant.watched.late if isinstance(variant.watched, WatchedStep) else (),
         )
 
     def _report(self, name: str, call: GraphCall, verdict: Verdict) -> Reason:
