@@ -33,6 +33,7 @@ from cg_lightning.core.forward_context import ForwardContext, override_forward_c
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.settings import Settings
 from cg_lightning.core.tree import rebuild
+from cg_lightning.effects.late_updates import MakeLateCalls
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.effects.python_changes import (
     ChangedAttribute,
@@ -43,11 +44,15 @@ from cg_lightning.effects.recorder import NoEffects, Recorder
 from cg_lightning.effects.step_state import HeldByModules, StepState
 from cg_lightning.host_values.path import HostRead
 from cg_lightning.metrics.deferred_checks import CheckedCalls
+from cg_lightning.metrics.units import MetricUnit
 from cg_lightning.modules.compiled import is_compiled
 from cg_lightning.report.stats import EntryRecord
 
 # only before the first capture of a process, because it takes longer than ten captures
 _collect_once = functools.cache(gc.collect)
+
+
+_Afterwards = tuple[MakeLateCalls | None, RepeatChanges | None]
 
 
 class WrittenTensors(Protocol):
@@ -106,6 +111,7 @@ class CaptureTarget:
         changes: What the call changes in Python, and a replay changes as well.
         changed: What has changed since an earlier capture; empty if nothing has.
         reads: What the watched step read on the host, and a capture cannot read.
+        late: The metrics that are updated after the step; see ``effects/late_updates.py``.
     """
 
     mode: CUDAGraphMode
@@ -116,6 +122,7 @@ class CaptureTarget:
     changes: Sequence[ChangedAttribute] = ()
     changed: str = ""
     reads: Sequence[HostRead] = ()
+    late: Sequence[MetricUnit] = ()
 
 
 class Capturer:
@@ -182,25 +189,28 @@ class Capturer:
         settings, options = self.settings, self.settings.capture_options
         inputs = self._static_inputs(call)
         effects = target.effects
-        recorder: Recorder = NoEffects() if effects is None else effects.recorder()
+        recorder: Recorder = NoEffects() if effects is None else effects.recorder(target.late)
+        # what metrics and the user's lists keep is never graph memory
+        copies_outputs = settings.copy_outputs or bool(target.late or target.changes)
 
-        copies_outputs = settings.copy_outputs or bool(target.changes)
-
-        def run() -> tuple[OutputPlan, list[Tensor], RepeatChanges | None, list[Any], list[Tensor]]:
+        def run() -> tuple[OutputPlan, list[Tensor], list[Any], list[Tensor], _Afterwards]:
             changes = None
             with recording_changes(target.changes) as changing, recorder.step() as recording:
                 with self._answering(target.reads, recorder.checked_calls):
                     output = call.run_with(inputs.leaves)
                 effects, tensors = recording.finish()
+                late, arguments = recording.late()
                 if target.changes:
                     output, changes = changing.finish(output)
                     effects.append(changes)
+            if late is not None:
+                output = (output, arguments)
             plan, computed = OutputPlan.make(output, inputs.leaves, target.storage_addresses)
             # outputs that are not copied out must not share memory with those of other graphs
             if options.weak_ref_output and copies_outputs:
                 computed = weak_ref_tensors(computed, self._backend)
                 tensors = weak_ref_tensors(tensors, self._backend)
-            return plan, computed, changes, effects, tensors
+            return plan, computed, effects, tensors, (late, changes)
 
         def capture() -> tuple[CapturedGraph, Any]:
             return capture_graph(
@@ -215,18 +225,12 @@ class Capturer:
                 del captured
                 recorder.reserve_checks()
                 captured = capture()
-        graph, (plan, computed, changes, effects, tensors) = captured
-        return GraphEntry(
-            graph,
-            inputs,
-            plan,
-            computed,
-            effects,
-            tensors,
-            copies_outputs,
-            target.record,
-            changes,
+        graph, (plan, computed, effects, tensors, (late, changes)) = captured
+        entry = GraphEntry(
+            graph, inputs, plan, computed, effects, tensors, copies_outputs, target.record
         )
+        entry.late, entry.changes = late, changes
+        return entry
 
     def _answering(
         self, reads: Sequence[HostRead], checked: CheckedCalls
@@ -253,7 +257,7 @@ class Capturer:
         context = ForwardContext(CUDAGraphMode.NONE, call.descriptor)
         with autocast_cache_off(), override_forward_context(context):
             run = functools.partial(call.run_with, inputs.leaves)
-            run() if target.effects is None else target.effects.rehearse(run)
+            run() if target.effects is None else target.effects.rehearse(run, target.late)
         before.restore()
 
     def _static_inputs(self, call: GraphCall) -> StaticInputs:

@@ -29,6 +29,7 @@ from cg_lightning.backends import CapturedGraph
 from cg_lightning.capture.outputs import OutputPlan, copy_with_strides, is_cloned_with_strides
 from cg_lightning.capture.static_inputs import StaticInputs
 from cg_lightning.effects.effect import Effect, methods
+from cg_lightning.effects.late_updates import MakeLateCalls
 from cg_lightning.effects.python_changes import RepeatChanges
 from cg_lightning.report.stats import EntryRecord
 
@@ -47,8 +48,6 @@ class GraphEntry:
         effect_tensors: The tensors that the graph computes for the effects, in their order.
         copies_outputs: True if outputs are copied out of graph memory.
         record: The row in the statistics.
-        changes: What the step changes in Python. The outputs are then a pair: those of the step,
-            and the values of the changes.
     """
 
     __slots__ = (
@@ -62,7 +61,7 @@ class GraphEntry:
             "_graph",
             "_inputs",
         ),
-        *("_changes", "_is_built", "_outputs", "_value", "last_step", "record", "replays"),
+        *("_is_built", "_outputs", "_value", "changes", "last_step", "late", "record", "replays"),
     )
 
     def __init__(
@@ -75,9 +74,7 @@ class GraphEntry:
         effect_tensors: list[Tensor],
         copies_outputs: bool,
         record: EntryRecord,
-        changes: RepeatChanges | None = None,
     ) -> None:
-        self._changes = changes
         self._graph: CapturedGraph | None = graph
         self._inputs: StaticInputs | None = inputs
         self._outputs = outputs
@@ -94,6 +91,10 @@ class GraphEntry:
         self._effect_tensors = effect_tensors
         self._copies_outputs = copies_outputs
         self.record = record
+        self.late: MakeLateCalls | None = None
+        """Makes the late calls. If there are any, the output is a pair of output and arguments."""
+        self.changes: RepeatChanges | None = None
+        """Changes what the step changes in Python. The output is then a pair of output and values."""
         self.replays = 0
         """Number of replays whose result was returned to the user."""
         self.last_step = 0
@@ -146,8 +147,11 @@ class GraphEntry:
             copy = self._copy
             computed = [copy(tensor) for tensor in computed]
         if self._is_built:
-            built = self._outputs.build(leaves, computed)
-            return built if self._changes is None else self._changes.make(built)
+            output = self._outputs.build(leaves, computed)
+            if self.late is not None:
+                output, arguments = output
+                self.late.run(arguments)
+            return output if self.changes is None else self.changes.make(output)
         return computed[0] if computed else self._value
 
     def count(self) -> None:
@@ -167,5 +171,4 @@ class GraphEntry:
             effect.drop()
         self._graph = self._inputs = None
         self._computed, self._effects, self._effect_tensors = [], [], []
-        self._changes = None
         self._before_replay, self._after_replay, self._validity_checks = [], [], []

@@ -16,6 +16,7 @@ from cg_lightning.guards.comparisons import ComparedSource, Comparison
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues, addresses_of
 from cg_lightning.host_values.path import ReadPath
+from cg_lightning.metrics.units import MetricUnit
 
 
 @dataclasses.dataclass(eq=False)
@@ -95,6 +96,7 @@ class WatchedStep:
         did_one_time_work: See the attribute.
         changes: See the attribute.
         path: See the attribute.
+        late: See the attribute.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class WatchedStep:
         did_one_time_work: bool,
         changes: Sequence[ChangedAttribute] = (),
         path: ReadPath | None = None,
+        late: Sequence[MetricUnit] = (),
     ) -> None:
         self._step = step
         self._calls = list(step.all_calls())
@@ -121,6 +124,8 @@ class WatchedStep:
         """Whether something ran that runs once: metrics formed groups, a module was compiled."""
         self.changes = tuple(changes)
         """Attributes that the step changed in Python, and that a replay can change as well."""
+        self.late = tuple(late)
+        """Metrics whose calls a graph of the whole step leaves out: they follow each replay."""
 
     @property
     def needs_second_look(self) -> bool:

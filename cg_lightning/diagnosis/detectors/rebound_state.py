@@ -120,7 +120,7 @@ class ReboundState(Detector):
     def _repeated(self, changed: list[tuple[str, _State, list[str]]]) -> set[tuple[int, str]]:
         """Notes what a replay can change as the step did; returns ids of modules and names."""
         watch = self.watch
-        if watch.step.findings:  # it will not be one graph anyway
+        if not all(each.is_known_before for each in watch.step.findings):  # it will be no graph
             return set()
         names = {id(state.module): own for _, state, own in changed}
         with watch.paused():
