@@ -33,7 +33,8 @@ class HostValues(Detector):
         try:
             yield
             with self.watch.paused():
-                self.watch.read_path = self._provenance.path()
+                late = [late.findings for late in self.watch.late_units if late.is_late]
+                self.watch.read_path = self._provenance.path(left_out=late)
         finally:
             self._provenance.give_up()  # it holds the batch
 
@@ -41,6 +42,7 @@ class HostValues(Detector):
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        self._provenance.part = self.watch.set_aside
         self.watch.reads_host_value = self._provenance.begin(
             function, args, kwargs, self.watch.is_about_step
         )
