@@ -359,6 +359,39 @@ def test_a_batch_that_the_step_cannot_run(harness, given, error):
     assert steps(callback) == {"NONE": 2, "FULL": 3}
 
 
+def test_a_hook_of_the_transfer_that_fails(harness, given):
+    class Fails(Predictor):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            if batch[0].shape[0] == 3:
+                raise KeyError("mine")
+            return batch
+
+    callback = given(*batches(3, 5))
+    with pytest.warns(UserWarning, match="3x8 was not captured ahead.*raised KeyError"):
+        harness.compare(Fails(Body()), predict(ragged(4, 5, 4, 5)), callback)
+    assert callback.stats.captures == 1
+
+
+def test_a_dataset_that_only_workers_can_read(harness):
+    class Reads(Dataset):
+        seen = 0
+
+        def __len__(self) -> int:
+            return 20
+
+        def __getitem__(self, index: int) -> Any:
+            Reads.seen += 1
+            if Reads.seen == 5:  # the first item that is read ahead
+                raise OSError("no such file")
+            return (torch.full((8,), float(index)),)
+
+    callback = harness.callback(capture_ahead=True)
+    trainer = harness.trainer(callback)
+    with pytest.warns(UserWarning, match="could not make a batch.*OSError: no such file.*Instead"):
+        trainer.predict(Predictor(Body()), DataLoader(Reads(), batch_size=4))
+    assert callback.stats.steps["FULL"] == 2
+
+
 def test_an_interrupt_leaves_nothing(harness, given):
     class Stops(Validates):
         def validation_step(self, batch: Any, batch_idx: int) -> Any:

@@ -77,7 +77,13 @@ class CaptureAhead:
         taken = examples.take(self._stage, loader)
         random.restore()
         for example in examples.progress(taken):
-            reason = self._capture(example, loader, args, kwargs)
+            try:
+                reason = self._capture(example, loader, args, kwargs)
+            except Exception as error:
+                if self._session.settings.strict:
+                    raise
+                text = f"the step raised {type(error).__name__}: {error}"
+                reason = Reason(Status.CAPTURE_FAILED, text)
             if reason is not None:
                 examples.not_captured(example, reason)
 
@@ -99,16 +105,14 @@ class CaptureAhead:
         if state is not None and any(v.entry and v.entry.is_valid() for v in state.variants):
             return None
         call = GraphCall(descriptor, self._step, batch, leaves, args, kwargs)
+        is_captured = False
         try:
             reason = self._capture_call(call)
-        except Exception as error:
-            if self._session.settings.strict:
-                raise
-            text = f"the step raised {type(error).__name__}: {error}"
-            reason = Reason(Status.CAPTURE_FAILED, text)
-        if reason is not None and is_new:
-            self._dispatcher.forget(descriptor)  # its first real batch begins with nothing
-        return reason
+            is_captured = reason is None
+            return reason
+        finally:
+            if is_new and not is_captured:
+                self._dispatcher.forget(descriptor)  # its first real batch begins with nothing
 
     def _capture_call(self, call: GraphCall) -> Reason | None:
         session = self._session
