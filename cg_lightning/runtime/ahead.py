@@ -120,29 +120,23 @@ class CaptureAhead:
             return Reason(
                 Status.EVICTED, f"more graphs than max_graphs={session.settings.max_graphs}"
             )
-        watched = None
-        if self._dispatcher.known(call.descriptor.fields) is None:
-            watched = self._watch(call)
-            if reason := self._why_not(call, watched):
-                return reason
         state = self._dispatcher.state(call.descriptor.fields, call.descriptor)
-        plan = self._warm_up(call, state, watched)
+        plan = self._warm_up(call, state)
         if plan.action is not Action.CAPTURE:
             return plan.reason or Reason(Status.NO_TARGET, "the step is no graph")
         capture = functools.partial(session.target.capture_ahead, self._name, plan, call)
         with session.ranges.range("capture"):
             return self._undone(capture, call.tree)
 
-    def _warm_up(self, call: GraphCall, state: KeyState, watched: WatchedStep | None) -> Plan:
+    def _warm_up(self, call: GraphCall, state: KeyState) -> Plan:
         """Run the step until its key is warm; return what the dispatcher wants then."""
         for _ in range(self._session.settings.warmup_steps + _MOST_LOOKS):
-            plan = self._dispatcher.plan(state)
+            plan = self._dispatcher.plan(state, call.leaves)
             if plan.action is Action.WATCH:
-                watched = watched or self._watch(call)
-                if reason := self._why_not(call, watched):
+                watched = self._watch(call)
+                if reason := self._why_not(state, watched):
                     return Plan(Action.EAGER, state, None, reason)
                 self._session.watched(plan, watched)
-                watched = None
             elif plan.action is Action.WARM_UP:
                 self._dispatcher.ran_eagerly(state)
                 self._run(call, call.run)
@@ -156,9 +150,9 @@ class CaptureAhead:
         with self._session.ranges.range("watch"):
             return self._run(call, lambda: watcher.watch(step, call.tree, call.frozen_args)[1])
 
-    def _why_not(self, call: GraphCall, watched: WatchedStep) -> Reason | None:
+    def _why_not(self, state: KeyState, watched: WatchedStep) -> Reason | None:
         """Return why a step cannot be captured ahead; None if it can."""
-        reason = self._session.full_reason(call.descriptor, watched)
+        reason = self._session.full_reason(state, watched)
         if reason is not None:
             return reason
         if watched.comparisons:

@@ -15,6 +15,7 @@ from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.guards.module_guard import ModuleGuard
+from cg_lightning.host_values.path import ReadPath
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.dispatcher import Action, CUDAGraphDispatcher, Plan
 from cg_lightning.runtime.outcome import Outcome
@@ -127,6 +128,8 @@ class GraphTarget:
         return None
 
     def _capture_target(self, name: str, plan: Plan, call: GraphCall) -> CaptureTarget:
+        assert plan.variant is not None
+        path = plan.variant.path
         return CaptureTarget(
             self.mode,
             self.module,
@@ -134,6 +137,7 @@ class GraphTarget:
             self.guard.storage_addresses(),
             self._stats.entry(self.mode.name, name, call.descriptor),
             plan.state.ledger.why,
+            path.reads if isinstance(path, ReadPath) else [],
         )
 
     def _report(self, name: str, call: GraphCall, verdict: Verdict) -> Reason:
