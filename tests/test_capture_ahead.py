@@ -315,6 +315,37 @@ def test_values_in_the_batch_are_part_of_the_key(harness, given):
     assert steps(callback) == {"NONE": 3, "FULL": 9}
 
 
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_host_values_of_the_batch_decide_which_graph_runs(harness, given, verify_replays):
+    class Masks(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            x = self.net(batch["x"])
+            return x if batch["mask"].all() else x * batch["mask"].float().mean()
+
+    def make(padded: list[bool], seed: int) -> list[Any]:
+        xs = [x for (x,) in batches(*[4] * len(padded), seed=seed)]
+        masks = [torch.arange(4) < (3 if is_padded else 4) for is_padded in padded]
+        return [{"x": x, "mask": mask} for x, mask in zip(xs, masks, strict=True)]
+
+    data = make([False, True, False, True, True, False, False, True, True, False], 4)
+    callback = given(*make([True, False], 3), verify_replays=verify_replays)
+    harness.compare(Masks(Body()), predict(DataLoader(data, batch_size=None)), callback)
+
+
+def test_steps_that_compare_batch_idx(harness, given):
+    class Compares(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            x = self.net(batch[0])
+            return x * 2 if batch_idx < 2 else x
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that such a batch is not captured ahead is tested below
+        callback = given(*batches(5), warmup_steps=1, verify_replays=0)
+        harness.compare(Compares(Body()), predict(ragged(4, 5, 5, 4, 5, 4, 5, 5)), callback)
+    with pytest.warns(UserWarning, match="5x8 was not captured ahead: it compares batch_idx"):
+        harness.trainer(given(*batches(5))).predict(Compares(Body()), ragged(4))
+
+
 def test_the_batch_is_transferred_as_in_the_loop(harness, given):
     class Moves(Predictor):
         def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
