@@ -13,6 +13,7 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.core.errors import CaptureError, StateLeftError, UnkeyableBatchError
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.host_values.path import ReadPath
@@ -128,8 +129,8 @@ class GraphTarget:
         return None
 
     def _capture_target(self, name: str, plan: Plan, call: GraphCall) -> CaptureTarget:
-        assert plan.variant is not None
-        path = plan.variant.path
+        variant = plan.variant
+        assert variant is not None
         return CaptureTarget(
             self.mode,
             self.module,
@@ -137,7 +138,8 @@ class GraphTarget:
             self.guard.storage_addresses(),
             self._stats.entry(self.mode.name, name, call.descriptor),
             plan.state.ledger.why,
-            path.reads if isinstance(path, ReadPath) else [],
+            variant.path.reads if isinstance(variant.path, ReadPath) else [],
+            variant.watched.late if isinstance(variant.watched, WatchedStep) else (),
         )
 
     def _report(self, name: str, call: GraphCall, verdict: Verdict) -> Reason:
