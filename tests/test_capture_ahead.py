@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from cg_lightning import CUDAGraphCallback
@@ -192,6 +192,49 @@ def test_metrics_that_share_states_and_keep_lists(harness, given):
     callback = given(*batches(3, 4), warmup_steps=1)
     harness.compare(Collects(), validate(ragged(4, 4, 4, 3, 4, 3, 3, 4)), callback)
     assert callback.stats.steps["FULL"] >= 5, callback.summary()
+
+
+class Tally(Metric):
+    """Keeps what it counts in Python, so it is updated after each replay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.counts: dict[int, int] = {}
+        self.nested = {"seen": [0]}
+
+    def update(self, x: Tensor) -> None:
+        key = int(x.sum().item() * 10) % 3
+        self.counts[key] = self.counts.get(key, 0) + 1
+        self.nested["seen"][0] += 1
+        self.total = self.total + key
+
+    def compute(self) -> Tensor:
+        return self.total
+
+
+@pytest.mark.parametrize("least", [0, 4], ids=["in each step", "in an example"])
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_metrics_that_count_in_python_are_put_back(harness, given, verify_replays, least):
+    class Tallies(Validates):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tally = Tally()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            output = super().validation_step(batch, batch_idx)
+            if output.shape[0] > least:
+                self.tally.update(output)
+            return output
+
+    def job(trainer, module):
+        result = trainer.validate(module, ragged(4, 5, 3, 4, 5, 3, 5, 5, 4), verbose=False)
+        return result, module.tally.counts, module.tally.nested, module.tally.compute()
+
+    callback = given(*batches(3, 5, 4), verify_replays=verify_replays, warmup_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which batches are captured ahead is not what this tests
+        harness.compare(Tallies(), job, callback)
 
 
 class Counts(Predictor):

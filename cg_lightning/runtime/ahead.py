@@ -20,6 +20,7 @@ from cg_lightning.core.forward_context import (
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.diagnosis.watched_step import WatchedStep
+from cg_lightning.effects.containers import ContainersSnapshot
 from cg_lightning.effects.step_state import (
     HeldByModules,
     HostRandomState,
@@ -158,6 +159,8 @@ class CaptureAhead:
         if watched.comparisons:
             # guards look at the batch_idx of the current step, which is that of another batch
             return Reason(Cause.BATCH_INDEX_USED, "it compares batch_idx")
+        if watched.late:
+            return Reason(Cause.METRIC_UPDATED, "it updates a metric that no graph can hold")
         kept = {id(tensor) for tensor in self._tensors()}
         if any(id(tensor) not in kept for tensor in watched.written.now()):
             return Reason(Cause.STATE_REBOUND, "it writes to a tensor that no module holds")
@@ -178,6 +181,12 @@ class CaptureAhead:
         before = StepState(session.module, session.backend, session.effects, self._tensors(), batch)
         held = HeldByModules(session.module, session.effects)  # attributes of buffers as well
         tables = TablesSnapshot(session.module)
+        of_metrics = ContainersSnapshot(
+            (name, value)
+            for metric in session.effects.metrics()
+            for name, value in vars(metric).items()
+            if name not in names_of_frameworks(metric)
+        )
         try:
             session.effects.logged.begin_batch(batch)
             return function()
@@ -185,6 +194,7 @@ class CaptureAhead:
             tables.restore()
             before.restore()
             held.restore()
+            of_metrics.restore()
 
     def _tensors(self) -> list[Tensor]:
         """Return the tensors that modules hold in attributes, and others that steps write to."""

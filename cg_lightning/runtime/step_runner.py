@@ -214,6 +214,7 @@ class StepRunner:
         if (
             session.examples is not None
             and session.full_reason(plan.state, watched) is None
+            and not watched.late  # nobody can put back what these metrics hold in Python
             and session.target.guard.check()  # or else the step has changed the module
         ):
             ahead = CaptureAhead(session, self._stage, self._name, self._invoke)
