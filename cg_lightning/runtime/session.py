@@ -178,9 +178,7 @@ class Session:
 
     def watched(self, plan: Plan, watched: WatchedStep) -> None:
         """Report a watched step to the dispatcher, and find the submodules to capture."""
-        full = self.full_reason(plan.state.descriptor, watched)
-        if full is None and watched.path is not None:
-            full = self.target.dispatcher.varying(plan.state)
+        full = self.full_reason(plan.state, watched)
         piecewise = None
         if self.settings.targets is None and not watched.largest_capturable():
             piecewise = NO_TARGET
@@ -228,13 +226,14 @@ class Session:
         guards = self._guards(watched, of_trainer_only=True)
         return Unguarded() if guards.is_empty else guards
 
-    def full_reason(self, descriptor: BatchDescriptor, watched: WatchedStep) -> Reason | None:
+    def full_reason(self, state: KeyState, watched: WatchedStep) -> Reason | None:
         """Return why a watched step cannot be one graph; None if it can."""
-        if descriptor in self.without_key:
-            return self.without_key[descriptor]
+        if state.descriptor in self.without_key:
+            return self.without_key[state.descriptor]
         if watched.findings:
             return watched.findings[0].reason()
-        return self.changing_values.reason(descriptor)
+        varying = None if watched.path is None else self.target.dispatcher.varying(state)
+        return varying or self.changing_values.reason(state.descriptor)
 
     def find_submodules(self, step: BatchDescriptor, variant: Variant, runs: int) -> None:
         """Intercept the submodules of a watched step, and pass each one its findings.
