@@ -171,7 +171,14 @@ def test_types_help_a_user_of_mypy(tmp_path):
     pytest.importorskip("mypy", reason="mypy is not installed (extra dev)")
     (tmp_path / "good.py").write_text(USER)
     (tmp_path / "bad.py").write_text(MISTAKES)
-    check = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(ROOT / ".mypy_cache/users")]
+    check = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--cache-dir",
+        str(ROOT / ".mypy_cache/users"),
+    ]
     check += ["--config-file", os.devnull, "good.py", "bad.py"]
     environment = {**os.environ, "MYPYPATH": str(ROOT)}
     done = subprocess.run(
