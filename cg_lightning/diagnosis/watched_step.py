@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from cg_lightning.diagnosis.findings import Finding
 from cg_lightning.guards.comparisons import ComparedSource, Comparison
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues, addresses_of
+from cg_lightning.host_values.path import ReadPath
+from cg_lightning.metrics.units import MetricUnit
 
 
 @dataclasses.dataclass(eq=False)
@@ -91,12 +93,25 @@ class WatchedStep:
         step: The step, with its calls.
         written: The tensors that it changed in place.
         did_one_time_work: See the attribute.
+        path: See the attribute.
+        late: See the attribute.
     """
 
-    def __init__(self, step: ModuleCall, written: WrittenTensors, did_one_time_work: bool) -> None:
+    def __init__(
+        self,
+        step: ModuleCall,
+        written: WrittenTensors,
+        did_one_time_work: bool,
+        path: ReadPath | None = None,
+        late: Sequence[MetricUnit] = (),
+    ) -> None:
         self._step = step
         self._calls = list(step.all_calls())
-        self.findings = step.findings
+        self.path = path
+        """What the step reads on the host, if all of it is known before the step."""
+        self.findings = [
+            finding for finding in step.findings if path is None or not finding.is_known_before
+        ]
         """Why the whole step cannot be one graph; empty if it can."""
         self.comparisons = step.comparisons
         """How the step compares ``batch_idx``, and what comes out."""
@@ -104,6 +119,9 @@ class WatchedStep:
         """Tensors, other than states of metrics, that the step changed in place."""
         self.did_one_time_work = did_one_time_work
         """Whether something ran that runs once: metrics formed groups, a module was compiled."""
+
+        self.late = tuple(late)
+        """Metrics whose calls a graph of the whole step leaves out: they follow each replay."""
 
     @property
     def needs_second_look(self) -> bool:
