@@ -114,6 +114,12 @@ def _check_compile(value: bool | Mapping[str, Any]) -> None:
 class CUDAGraphOptions:
     """How graphs are captured; the first three options are vLLM's.
 
+    Example::
+
+        >>> from cg_lightning import CUDAGraphOptions
+        >>> CUDAGraphOptions(check_addresses=True).capture_error_mode
+        'thread_local'
+
     Raises:
         ValueError: A value has another type, or ``capture_error_mode`` is unknown. The message names the option.
     """
