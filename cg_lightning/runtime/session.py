@@ -174,7 +174,7 @@ class Session:
 
     def watched(self, plan: Plan, watched: WatchedStep) -> None:
         """Report a watched step to the dispatcher, and find the submodules to capture."""
-        full = self._full_reason(plan.state.descriptor, watched)
+        full = self._full_reason(plan.state, watched)
         piecewise = None
         if self.settings.targets is None and not watched.largest_capturable():
             piecewise = NO_TARGET
@@ -188,6 +188,7 @@ class Session:
             watched.needs_second_look,
             watched.did_one_time_work,
             watched,
+            path=watched.path if is_full else None,
         )
         self._drop(dispatcher.watched(plan.state, variant, plan.variant))
         self._written.update(watched.written)
@@ -221,12 +222,13 @@ class Session:
         guards = self._guards(watched, of_trainer_only=True)
         return Unguarded() if guards.is_empty else guards
 
-    def _full_reason(self, descriptor: BatchDescriptor, watched: WatchedStep) -> Reason | None:
-        if descriptor in self.without_key:
-            return self.without_key[descriptor]
+    def _full_reason(self, state: KeyState, watched: WatchedStep) -> Reason | None:
+        if state.descriptor in self.without_key:
+            return self.without_key[state.descriptor]
         if watched.findings:
             return watched.findings[0].reason()
-        return self.changing_values.reason(descriptor)
+        varying = None if watched.path is None else self.target.dispatcher.varying(state)
+        return varying or self.changing_values.reason(state.descriptor)
 
     def find_submodules(self, step: BatchDescriptor, variant: Variant, runs: int) -> None:
         """Intercept the submodules of a watched step, and pass each one its findings.
