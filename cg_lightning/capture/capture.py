@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -16,6 +17,7 @@ from cg_lightning.backends.capture_scope import autocast_cache_off
 from cg_lightning.capture.cache import GraphCache
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.capture.graph import capture_graph, weak_ref_tensors
+from cg_lightning.capture.host_constants import HostConstants
 from cg_lightning.capture.outputs import OutputPlan
 from cg_lightning.capture.static_inputs import StaticInputs
 from cg_lightning.core.causes import Cause
@@ -167,11 +169,12 @@ class Capturer:
     def _attempt(self, target: CaptureTarget, call: GraphCall) -> GraphEntry:
         settings, options = self.settings, self.settings.capture_options
         inputs = self._static_inputs(call)
+        constants = HostConstants(self._backend.device)
         effects = target.effects
         recorder: Recorder = NoEffects() if effects is None else effects.recorder()
 
         def run() -> tuple[OutputPlan, list[Tensor], list[Any], list[Tensor]]:
-            with recorder.step() as recording:
+            with recorder.step() as recording, answered():
                 output = call.run_with(inputs.leaves)
                 effects, tensors = recording.finish()
             plan, computed = OutputPlan.make(output, inputs.leaves, target.storage_addresses)
@@ -181,6 +184,10 @@ class Capturer:
                 tensors = weak_ref_tensors(tensors, self._backend)
             return plan, computed, effects, tensors
 
+        # compiled code may have guards on the functions that are replaced
+        has_compiled = any(map(is_compiled, target.module.modules()))
+        answered = contextlib.nullcontext if has_compiled else constants.answered
+
         def capture() -> tuple[CapturedGraph, Any]:
             return capture_graph(
                 self._backend, run, target.mode, call.descriptor, options, collect_garbage=False
@@ -189,11 +196,13 @@ class Capturer:
         context = ForwardContext(target.mode, call.descriptor)
         with override_forward_context(context), recorder.prepared():
             captured = capture()
-            if recorder.has_unreserved_checks:
-                # checks need memory from outside the capture, and only a capture shows the checks
+            if recorder.has_unreserved_checks or constants.are_missing:
+                # both need memory from outside the capture, and only a capture shows them
                 del captured
                 recorder.reserve_checks()
+                constants.make()
                 captured = capture()
+        inputs.keep(constants.tensors)
         graph, (plan, computed, effects, tensors) = captured
         return GraphEntry(
             graph, inputs, plan, computed, effects, tensors, settings.copy_outputs, target.record
