@@ -127,8 +127,8 @@ CASES: dict[str, Case] = {
     "PeakSignalNoiseRatio": Case(
         lambda: tm.image.PeakSignalNoiseRatio(data_range=1.0),
         _images,
-        Cause.TENSOR_FROM_PYTHON,
-        Cause.TENSOR_FROM_PYTHON,
+        None,
+        Cause.METRIC_UPDATED,
     ),
     "StructuralSimilarity": Case(
         lambda: tm.image.StructuralSimilarityIndexMeasure(data_range=1.0), _images
@@ -156,8 +156,8 @@ CASES: dict[str, Case] = {
     "MultioutputWrapper": Case(
         lambda: MultioutputWrapper(tm.MeanSquaredError(), 2),
         lambda m, x, label: m(x[:, :2], x[:, 2:4]),
-        Cause.TENSOR_FROM_PYTHON,
-        Cause.TENSOR_FROM_PYTHON,
+        Cause.DATA_DEPENDENT_SHAPE,
+        Cause.DATA_DEPENDENT_SHAPE,
     ),
     # the number of draws of each row is random, so the first shape is random as well
     "BootStrapper": Case(lambda: BootStrapper(tm.MeanSquaredError(), 3), _regression, ANY, ANY),

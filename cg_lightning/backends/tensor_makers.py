@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ TensorMaker = Callable[..., Tensor]
 
 _POSITIONAL = {
     "tensor": ("data",),
-    "as_tensor": ("data", "dtype", "device"),
+    "as_tensor": ("data",),
     "asarray": ("obj",),
     "new_tensor": ("self", "data"),
 }
@@ -31,6 +32,8 @@ _ORIGINALS: dict[str, TensorMaker] = {
 }
 _NUMBERS = (bool, int, float, complex)
 _SEQUENCES = (list, tuple, range, torch.Size)
+_MOST_VALUES = 256
+"""What has more values is compared once an epoch only (``guards/values.py``), so it may change."""
 # private. Without it, the recorder would record what we do beside the step, so nothing is constant
 _without_modes = getattr(_python_dispatch, "_disable_current_modes", None)
 
@@ -62,22 +65,28 @@ class MakerCall:
         return self.arguments.get("data", self.arguments.get("obj"))
 
     def is_constant_on(self, device: torch.device) -> bool:
-        """Return True if the call makes a tensor on ``device`` of Python values alone.
+        """Return True if the call makes a tensor on ``device`` of a few Python values alone.
 
-        A tensor among the values is none: its value can be another one in the next step.
+        A tensor among the values is no such value: it can be another one in the next step.
         """
         given = self.arguments
         others = [name for name in given if name not in ("self", "data", "obj", *_OPTIONS)]
         if _without_modes is None or others or given.get("requires_grad"):
             return False
         shares_memory = self.name in ("as_tensor", "asarray") and device.type == "cpu"
-        return _is_same_device(self._device(), device) and _is_plain(self._data, shares_memory)
+        return self.is_made_on(device) and _count_plain(self._data, shares_memory) <= _MOST_VALUES
+
+    def is_made_on(self, device: torch.device) -> bool:
+        """Return True if the call makes a tensor on ``device``, the one of the graphs."""
+        made_on = self._device()
+        return made_on.type == device.type and made_on.index in (None, device.index)
 
     def _device(self) -> torch.device:
         if self.arguments.get("device") is not None:
             return torch.device(self.arguments["device"])
         if self.name == "new_tensor":
-            return self.arguments["self"].device
+            own: torch.device = self.arguments["self"].device
+            return own
         return torch.get_default_device()
 
     def on_host(self) -> Tensor:
@@ -126,18 +135,18 @@ def _answered(name: str, original: TensorMaker, answer: AnswerCall) -> TensorMak
     return make
 
 
-def _is_same_device(one: torch.device, graphs: torch.device) -> bool:
-    return one.type == graphs.type and one.index in (None, graphs.index)
+def _count_plain(value: Any, shares_memory: bool) -> float:
+    """Return the number of values in numbers, nested sequences of them, and NumPy's arrays.
 
-
-def _is_plain(value: Any, shares_memory: bool) -> bool:
-    """Return True for numbers, nested sequences of them, and arrays of NumPy that are copied."""
-    if type(value) in _NUMBERS or (type(value) in _SEQUENCES and not value):
-        return True
+    It is infinite for all else, and for an array whose memory the tensor would share.
+    """
+    if type(value) in _NUMBERS:
+        return 1
     if type(value) in _SEQUENCES:
-        return all(_is_plain(element, shares_memory) for element in value)
+        many = len(value) > _MOST_VALUES
+        return math.inf if many else sum(_count_plain(item, shares_memory) for item in value)
     numpy = sys.modules.get("numpy")
-    if numpy is None:
-        return False
-    is_array = type(value) is numpy.ndarray and not shares_memory
-    return is_array or isinstance(value, numpy.number | numpy.bool_)
+    if numpy is not None and isinstance(value, numpy.number | numpy.bool_):
+        return 1
+    is_array = numpy is not None and type(value) is numpy.ndarray and value.dtype != object
+    return value.size if is_array and not shares_memory else math.inf

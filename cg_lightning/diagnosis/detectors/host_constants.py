@@ -20,6 +20,8 @@ class HostConstants(Detector):
     have guards on the functions that a capture would replace.
     """
 
+    causes = (Cause.TENSOR_FROM_PYTHON,)
+
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
@@ -30,7 +32,10 @@ class HostConstants(Detector):
             yield
 
     def _answer(self, call: MakerCall) -> Tensor:
-        if not call.is_constant_on(self.watch.backend.device):
+        device = self.watch.backend.device
+        if not call.is_constant_on(device):
+            if call.is_made_on(device):
+                self.watch.report_unless_found(Cause.TENSOR_FROM_PYTHON, f"torch.{call.name}")
             return call.run()
         with self.watch.sparing(Cause.TENSOR_FROM_PYTHON, Cause.HOST_SYNC):
             return call.run()
