@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from cg_lightning.plain_loop import Graphed, graphed
     from cg_lightning.runtime.dispatcher import CUDAGraphDispatcher
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BatchDescriptor",
     "CUDAGraphCallback",

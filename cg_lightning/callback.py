@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -26,6 +26,7 @@ from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.summary import render_summary
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.targets import check_targets
+from cg_lightning.trainer.batch_transfer import overlapped_transfer
 from cg_lightning.trainer.installation import InertInstallation, Installation
 from cg_lightning.trainer.logged_results import LoggedResults
 from cg_lightning.trainer.preconditions import check_not_graphed_already, why_inert
@@ -71,8 +72,18 @@ class CUDAGraphCallback(Callback):
             for the device by equal ones that do not (:mod:`cg_lightning.metrics.sync_free`). If a
             metric refuses its input, the error is raised when its state is read, at the end of the
             epoch at the latest. False: such metrics keep their step out of mode FULL.
+        compile: Run the networks under ``torch.compile`` during a stage, and graph the result; or
+            the arguments of ``torch.compile`` as a dictionary. Compiled are the largest submodules
+            with parameters; afterwards they are as before. A compiler rounds differently, so
+            results equal eager's within a tolerance only, and verification compares with the
+            uncompiled step as with ``verify_tolerance="close"``.
         copy_outputs: Copy outputs out of graph memory. False: an output is valid until the next
             replay of its graph.
+        overlap_copies: Copy each batch to the device on a stream of its own, while the device still
+            computes the batch before. It applies to Lightning's own transfer of batches of more
+            than 1 MiB on the host, to eager steps as well. At most two steps are queued on the device, because
+            the memory of a batch is held until its step is done. False: Lightning copies on the
+            stream that computes.
         max_graphs: Maximum number of graphs. The least recently used graph is dropped first.
         strict: Raise if a step runs in a lower mode than asked after its warm-up. With FULL, any
             lower mode raises. With the other modes, only a step without any graph raises.
@@ -118,7 +129,9 @@ class CUDAGraphCallback(Callback):
         verify_every: int = 0,
         verify_tolerance: Tolerance = "exact",
         sync_free_metrics: bool = True,
+        compile: bool | Mapping[str, Any] = False,
         copy_outputs: bool = True,
+        overlap_copies: bool = True,
         max_graphs: int = 64,
         strict: bool = False,
         backend: BackendName = "auto",
@@ -134,7 +147,9 @@ class CUDAGraphCallback(Callback):
             verify_every=verify_every,
             verify_tolerance=verify_tolerance,
             sync_free_metrics=sync_free_metrics,
+            compile=compile,
             copy_outputs=copy_outputs,
+            overlap_copies=overlap_copies,
             max_graphs=max_graphs,
             strict=strict,
             backend=backend,
@@ -223,7 +238,12 @@ class CUDAGraphCallback(Callback):
         if lightning_class(type(profiler), "PassThroughProfiler"):
             profiler = None
         session = Session(pl_module, backend, self._settings, self.stats, effects, profiler)
-        self._installation = Installation(trainer.strategy, pl_module, session)
+        copies = backend.batch_copies() if self._settings.overlap_copies else None
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        transfer = overlapped_transfer(
+            trainer.strategy, (pl_module, datamodule), copies, self.stats
+        )
+        self._installation = Installation(trainer.strategy, pl_module, session, transfer)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

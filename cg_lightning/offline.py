@@ -56,7 +56,7 @@ def _is_lightning(module: nn.Module) -> bool:
     return lightning_class(type(module), "LightningModule") is not None
 
 
-def _runner(module: nn.Module, batch: Any, stage: str) -> Callable[[], Any]:
+def _runner(module: nn.Module, batch: Any, stage: str) -> Callable[..., Any]:
     """Return a callable that runs the step. It returns ``_STOPPED`` if the step needs a Trainer."""
     if not _is_lightning(module):
         args, kwargs = _arguments(batch)
@@ -64,9 +64,9 @@ def _runner(module: nn.Module, batch: Any, stage: str) -> Callable[[], Any]:
     step = getattr(module, STEP_METHODS[stage])
     takes_index = len(inspect.signature(step).parameters) > 1
 
-    def run() -> Any:
+    def run(batch_idx: int) -> Any:
         try:
-            return step(batch, 0) if takes_index else step(batch)
+            return step(batch, batch_idx) if takes_index else step(batch)
         except RuntimeError as error:
             if _lacks_a_trainer(module, error):
                 return _STOPPED
@@ -135,6 +135,7 @@ def diagnose(
     watching = resolve_backend("auto" if device.type == "cuda" else "recorder", device)
     assert watching is not None
     unkeyable = ""
+    index = (0,) if is_lightning else ()
     effects = ModuleEffects(module, device, sync_free=True) if is_lightning else None
     watcher = StepWatcher(module, watching, effects=effects, run_logging=not is_lightning)
     with torch.inference_mode(), _random_state_kept(watching):
@@ -148,7 +149,7 @@ def diagnose(
             with override_forward_context(
                 ForwardContext(CUDAGraphMode.NONE, key, step=StepInProgress())
             ):
-                output, watched = watcher.watch(_runner(module, given, stage), given)
+                output, watched = watcher.watch(_runner(module, given, stage), given, index)
             stopped = output is _STOPPED
             if stopped or not watched.needs_second_look:
                 break

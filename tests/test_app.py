@@ -1,11 +1,16 @@
 """The command line, run from another folder as a user runs it."""
 
+import contextlib
+import io
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,23 +23,29 @@ SCRIPT = Path(sysconfig.get_path("scripts")) / "cg-lightning"
 IDENTICAL = "without graphs gives identical metrics and predictions"
 
 
-def run(
-    folder: Path, *arguments: str, command: list[str] | None = None, fails: bool = False
-) -> str:
-    command = command or [sys.executable, "-m", "cg_lightning"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    }
-    arguments = (*arguments, "trainer.enable_progress_bar=false")
-    done = subprocess.run(
-        [*command, *arguments],
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+}
+
+
+def start(
+    folder: Path, *arguments: str, command: list[str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*(command or [sys.executable, "-m", "cg_lightning"]), *arguments],
         cwd=folder,
-        env=environment,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def run(
+    folder: Path, *arguments: str, command: list[str] | None = None, fails: bool = False
+) -> str:
+    done = start(folder, *arguments, command=command)
     assert (done.returncode != 0) is fails, done.stdout + done.stderr
     return done.stderr if fails else done.stdout
 
@@ -49,9 +60,16 @@ def test_the_default_run(tmp_path):
     assert (
         printed.strip()
         .splitlines()[-1]
-        .startswith(f"The same fit {IDENTICAL}: 4 metrics and 5 predicted batches")
+        .startswith(f"The same fit {IDENTICAL}: 4 metrics and 38 predicted batches")
     )
-    assert " 0 graph replays" not in printed
+    assert len(printed.splitlines()) <= 40
+    assert "INFO" not in printed
+    steps = [int(number) for number in re.findall(r"(\d+) steps FULL", printed)]
+    assert sum(steps) >= 0.9 * (2 * 38 + 38 + 38)
+    for name in ("val_loss", "val_accuracy", "test_loss", "test_accuracy"):
+        (with_graphs, eager) = re.findall(rf"^{name} +(\S+) +(\S+) *$", printed, re.MULTILINE)[0]
+        assert with_graphs == eager
+    assert ("microseconds a batch, predict" in printed) == torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("task", ["validate", "test", "predict"])
@@ -73,6 +91,55 @@ def test_multirun(tmp_path):
     printed = run(tmp_path, "--multirun", "cuda_graph=off,piecewise", "task=predict")
     assert printed.count(f"The same predict {IDENTICAL}") == 2
     assert "mode=NONE" in printed
+    head, *rows = printed[printed.index("All jobs task=predict") :].splitlines()[1:]
+    assert head.split() == ["job", "overrides", "us", "a", "batch", "steps", "result"]
+    rows = [row.split() for row in rows if "cuda_graph=" in row]
+    assert [row[:2] for row in rows] == [["0", "cuda_graph=off"], ["1", "cuda_graph=piecewise"]]
+    assert " ".join(rows[0][4:]) == "38 eager ok"
+    assert " ".join(rows[1][4:]) == "4 eager, 34 PIECEWISE ok"
+    assert all(float(row[2]) > 0 and row[3] == "predict" for row in rows)
+
+
+def test_a_multirun_shows_metrics_and_ends_with_1_if_a_job_has_failed(tmp_path, monkeypatch):
+    from omegaconf import OmegaConf
+
+    from cg_lightning.app.jobs import MergedTable
+
+    def job(number: int, **record: Any) -> None:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        record = {"job": number, "failed": "", "microseconds": {}, "metrics": {}, **record}
+        (folder / "cg_lightning.json").write_text(json.dumps({"steps": {}, **record}))
+
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    table = MergedTable()
+    job(0, overrides=["task=test", "a=1"], metrics={"loss": 0.25}, microseconds={"test": 12.3})
+    job(10, overrides=["task=test", "a=3"], failed="It differs.", metrics={"loss": 0.5})
+    job(2, overrides=["task=test", "a=2"], metrics={"accuracy": 1.0})
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit, match="1 of 3 jobs failed"):
+        table.on_multirun_end(config)
+    lines = [" ".join(line.split()) for line in printed.getvalue().splitlines()]
+    assert lines[1] == "All jobs task=test"
+    assert lines[2] == "job overrides us a batch loss accuracy steps result"
+    assert lines[-3:] == [
+        "0 a=1 12 test 0.25 - - ok",
+        "2 a=2 - - 1 - ok",
+        "10 a=3 - 0.5 - - It differs.",
+    ]
+    table.on_multirun_start(config)
+    printed.truncate(0)
+    with contextlib.redirect_stdout(printed):
+        table.on_multirun_end(config)  # the jobs of the benchmark leave no results
+    assert printed.getvalue().strip("\0") == ""
+
+
+def test_tables_without_rich(monkeypatch, capsys):
+    from cg_lightning.app.tables import print_table
+
+    monkeypatch.setitem(sys.modules, "rich", None)
+    print_table("Numbers", ["", "one"], [["loss", "0.5"], ["accuracy", "1"]])
+    assert capsys.readouterr().out == "\nNumbers\n          one\nloss      0.5\naccuracy  1\n"
 
 
 def test_the_benchmark_once_and_in_a_multirun(tmp_path):
@@ -88,6 +155,12 @@ def test_the_benchmark_once_and_in_a_multirun(tmp_path):
     assert (tmp_path / "bench.jsonl").exists()
     # no job overwrites the file of another
     assert len(list(tmp_path.glob("multirun/*/*/*/bench.jsonl"))) == 2
+
+
+def test_the_zoo(tmp_path):
+    few = ("bench.backend=recorder", "bench.batches=2", "bench.warmup=2", "bench.rounds=1")
+    printed = run(tmp_path, "task=zoo", "zoo=[torch_*]", *few)
+    assert "2 runs: 2 FULL, 0 PIECEWISE, 0 NONE; 0 differ from eager" in printed
 
 
 def test_any_model_and_data(tmp_path):
@@ -170,6 +243,118 @@ def test_the_benchmark_without_a_gpu_names_the_key(tmp_path):
     assert "bench.backend=recorder" in printed
     assert "Traceback" not in printed
     assert len(printed.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("argument", ["trainer=gpu", "cuda_graph.backend=cuda"])
+def test_a_gpu_that_is_not_there_is_one_sentence(tmp_path, argument):
+    done = start(tmp_path, argument)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = [line for line in done.stderr.splitlines() if "LeafSpec" not in line]
+    assert line.startswith(f"{argument} needs a CUDA device, and there is none. ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("task=train",), "expected one of [fit, validate, test, predict, diagnose, bench, zoo]"),
+        (("task=diagnose", "stage=fit"), "expected one of [validate, test, predict]"),
+        (("task=zoo", "zoo=[mpl*]"), "zoo=['mpl*']: 'mpl*' matches none of torch_attention_lstm, "),
+        (("task=bench", "bench.cases=[mpl]"), "'mpl' is unknown; choose from mlp, resnet18, "),
+    ],
+)
+def test_mistakes_without_a_traceback(tmp_path, arguments, sentence):
+    printed = run(tmp_path, *arguments, fails=True)
+    assert sentence in printed
+    assert "Traceback" not in printed
+
+
+def test_a_missing_extra_is_one_sentence(tmp_path):
+    hide = "import sys; sys.modules['sklearn'] = sys.modules['sklearn.datasets'] = None; "
+    script = f"{hide}from cg_lightning.app.main import main; main()"
+    done = start(tmp_path, "task=predict", command=[sys.executable, "-c", script])
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith(
+        "The handwritten digits are part of scikit-learn, which is not installed: "
+        "pip install 'cg-lightning[demo]'"
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_diagnose_says_why_and_exits_with_1(tmp_path):
+    (tmp_path / "my.py").write_text(
+        MINE.replace("square().mean())", "square().mean().item())").replace('"val_loss"', '"v"')
+    )
+    mine = ("model._target_=my.Model", "data=custom", "data._target_=my.DataModule")
+    done = start(tmp_path, "task=diagnose", *mine)
+    assert done.returncode == 1
+    assert re.search(r"host sync +aten::item +- +\S*my.py:15", done.stdout), done.stdout
+    assert "Model.validation_step is not one graph." in done.stderr
+    assert "Traceback" not in done.stderr
+    done = start(tmp_path, "task=diagnose", "stage=predict", *mine)
+    assert "Nothing stands in the way of one graph." not in done.stdout  # it has no predict_step
+    assert done.returncode == 1
+
+
+def test_diagnose_exits_with_0_if_the_step_is_one_graph(tmp_path):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra demo)")
+    for stage in ("validate", "test", "predict"):
+        printed = run(tmp_path, "task=diagnose", f"stage={stage}")
+        assert printed == "Nothing stands in the way of one graph.\n"
+
+
+def test_help_is_ours(tmp_path):
+    from cg_lightning.app.config import Task
+
+    printed = run(tmp_path, "--help")
+    assert printed.startswith("cg-lightning runs a LightningModule with CUDA graphs")
+    for task in Task:
+        assert re.search(rf"^  {task.value} ", printed, re.MULTILINE)
+    examples = printed[printed.index("Examples\n") : printed.index("Groups")]
+    assert examples.count("\n  cg-lightning") == 5
+    assert "cuda_graph: debug, full, full_and_piecewise, off, piecewise" in printed
+    assert len(printed.splitlines()) <= 50
+
+
+def test_the_options_of_the_examples_compose():
+    from hydra import compose, initialize_config_dir
+
+    from cg_lightning.app.config import config_dir, register_configs
+    from cg_lightning.app.help import HELP
+
+    register_configs()
+    examples = re.findall(r"^  cg-lightning(.*)$", HELP, re.MULTILINE)
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        for example in examples:
+            given = [each.split(",")[0] for each in example.split() if "=" in each]
+            compose("config", [each + "]" * each.count("[") for each in given])
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_completion_in_bash(tmp_path):
+    command = tmp_path / "cg-lightning"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m cg_lightning "$@"\n')
+    command.chmod(0o755)
+    script = """
+        PATH="$PWD:$PATH"
+        eval "$(cg-lightning --shell-completion install=bash)"
+        complete_line() {
+            COMP_LINE="$1"; COMP_POINT=${#COMP_LINE}; COMP_WORDS=($1)
+            COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); COMPREPLY=()
+            hydra_bash_completion
+            echo "${COMPREPLY[@]}"
+        }
+        complete_line "cg-lightning cuda_graph="
+        complete_line "cg-lightning cuda_graph.verify_re"
+        complete_line "cg-lightning task=diagnose trainer.acc"
+    """
+    done = start(tmp_path, command=["bash", "-c", script])
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done.stdout + done.stderr
+    assert "full_and_piecewise" in lines[0]
+    assert "verify_replays=" in lines[1]
+    assert "accelerator=" in lines[2]
 
 
 def test_no_report(tmp_path):

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from cg_lightning.backends import resolve_backend
-from cg_lightning.bench import report
+from cg_lightning.bench import charts, report
 from cg_lightning.bench.cases import CASES, CLASSES
 from cg_lightning.bench.costs import measure_costs
 from cg_lightning.bench.measure import Settings
-from cg_lightning.bench.report import environment, limit, read_lines, table, write_lines
-from cg_lightning.bench.run import measure, measure_case
+from cg_lightning.bench.records import environment, limit, read_lines, write_lines
+from cg_lightning.bench.run import check, measure, measure_case
+from cg_lightning.bench.tables import details, facts, fill_page, results, table
 
 FEW = Settings(batches=4, warmup=6, rounds=1)
 OURS = ["loop", "eager", "piecewise", "full", "full_and_piecewise"]
@@ -32,6 +33,43 @@ def test_large_networks_give_logits(name):
     inputs, _ = CASES[name].batch(0)
     with torch.inference_mode():
         assert CASES[name].network().eval()(inputs[:1]).shape == (1, CLASSES)
+
+
+OF_LIBRARIES = [name for name, case in CASES.items() if case.library]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_LIBRARIES)
+def test_networks_of_other_libraries_give_logits(name):
+    library = CASES[name].library
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    inputs, _ = CASES[name].batch(0)
+    with torch.inference_mode():
+        logits = CASES[name].network().eval()(inputs[:2])
+    assert type(logits) is torch.Tensor
+    assert logits.shape == (2, CLASSES)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_LIBRARIES)
+def test_networks_of_other_libraries_log_what_eager_logs(name):
+    library = CASES[name].library
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    few = ["eager", "full_and_piecewise"]
+    records = list(measure([name], few, ["validate", "predict"], FEW, "cuda"))
+    eager, ours, *_ = records
+    assert ours["values"] == eager["values"] != {}
+    assert ours["mode"] in ("FULL", "PIECEWISE")
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch):
+    from importlib import util
+
+    find = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name: None if name == "timm" else find(name))
+    with pytest.raises(ValueError, match=r"bench.cases=vit_timm is a model of timm, .*: pip inst"):
+        check(["mlp", "vit_timm"], OURS, ["validate"], "recorder")
 
 
 @pytest.mark.slow
@@ -57,23 +95,66 @@ def test_all_of_ours_log_what_eager_logs(tmp_path, backend):
     )
     assert "validate, mlp" in table(records)
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    report.draw_all(records, tmp_path / "bench.png")
+    charts.draw_all(records, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 1000
-    for file in report.draw_before_after(records, tmp_path / "before_after"):
+    for file in charts.draw_before_after(records, tmp_path / "before_after"):
         assert file.stat().st_size > 1000
 
 
 def test_the_chart_of_the_readme(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     records = Path(__file__).parent.parent / "notebooks" / "benchmark_h200.jsonl"
-    report.main([str(records), str(tmp_path / "chart")])
+    report.main([str(records), "--image", str(tmp_path / "chart")])
     assert [Path(line).name for line in capsys.readouterr().out.split()] == [
         "chart.svg",
         "chart.png",
     ]
     assert "<svg" in (tmp_path / "chart.svg").read_text()
     assert (tmp_path / "chart.png").stat().st_size > 1000
-    assert report.draw_before_after(read_lines(records), tmp_path / "none", stage="test") == []
+    assert charts.draw_before_after(read_lines(records), tmp_path / "none", stage="test") == []
+
+
+MEASURED = [
+    {"case": "mlp", "stage": "validate", "contestant": name, **record}
+    for name, record in {
+        "loop": {"microseconds": 80.0, "spread": 1.0},
+        "eager": {"microseconds": 400.0, "spread": 9.0},
+        "full_and_piecewise": {"microseconds": 100.0, "spread": 2.0, "replay": 96.0},
+        "compile": {"error": "RuntimeError: no compiler"},
+        "reduce_overhead": {"microseconds": 250.0, "spread": 3.0},
+    }.items()
+]
+
+
+def test_pages_are_filled_from_records(tmp_path, capsys):
+    write_lines(MEASURED, tmp_path / "bench.jsonl")
+    page = tmp_path / "page.md"
+    blocks = "".join(f"<!-- bench: {name} -->\n<!-- /bench -->\n" for name in ("results", "facts"))
+    page.write_text(f"# A page\nIt is <!-- bench: speed -->?<!-- /bench -->.\n{blocks}The end.\n")
+    report.main([str(tmp_path / "bench.jsonl"), "--pages", str(page)])
+    assert capsys.readouterr().out == f"{page}\n"
+    assert page.read_text() == (
+        "# A page\nIt is <!-- bench: speed -->4 to 4 times faster<!-- /bench -->.\n"
+        f"<!-- bench: results -->\n{results(MEASURED)}<!-- /bench -->\n"
+        f"<!-- bench: facts -->\n{facts(MEASURED)}<!-- /bench -->\nThe end.\n"
+    )
+    assert "| MLP 12 x 512, batch 32 | 96 | 400 | 250 | - | **100** | 4.0x |" in results(MEASURED)
+    assert "| MLP 12 x 512, batch 32 | 96 | 400 (9) | **100** (2) | - | 250 (3) |" in details(
+        MEASURED, "validate"
+    )
+    assert "2.5 to 2.5 times faster than the best peer" in facts(MEASURED)
+    assert "1.042 to 1.042 times the limit in 1 of 1 cases" in facts(MEASURED)
+
+
+def test_a_page_that_asks_for_unknown_figures_is_not_touched(tmp_path):
+    write_lines(MEASURED, tmp_path / "bench.jsonl")
+    good, bad = tmp_path / "good.md", tmp_path / "bad.md"
+    good.write_text("<!-- bench: speed --><!-- /bench -->")
+    bad.write_text("<!-- bench: sped --><!-- /bench -->")
+    with pytest.raises(ValueError, match="bench: sped --> has no such figures; choose from"):
+        report.main([str(tmp_path / "bench.jsonl"), "--pages", str(good), str(bad)])
+    assert good.read_text() == "<!-- bench: speed --><!-- /bench -->"
+    assert fill_page("no figures", tmp_path / "bench.jsonl") == "no figures"
 
 
 @pytest.mark.slow

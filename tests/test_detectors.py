@@ -211,13 +211,6 @@ CASES: dict[str, Case] = {
     "self.print": (Printing, lambda m, x: m.print("x"), Cause.PRINTED, "self.print", None),
     "logging": (Printing, lambda m, x: logger.warning("x"), Cause.PRINTED, "logging", None),
     "logger": (Printing, lambda m, x: m.logger, Cause.PRINTED, "self.logger", None),
-    "epoch": (
-        TrainerReads,
-        lambda m, x: x + m.current_epoch,
-        Cause.TRAINER_READ,
-        "self.current_epoch",
-        None,
-    ),
     "private trainer": (
         TrainerReads,
         lambda m, x: x if m._trainer is None else x * m._trainer.current_epoch,

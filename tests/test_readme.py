@@ -1,7 +1,10 @@
 """README and docs agree with the code."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +24,9 @@ from tests.test_imports import PACKAGE
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
-
+REASONS = (ROOT / "docs" / "reasons.md").read_text()
+OPTIONS = (ROOT / "docs" / "options.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 PACKAGES = sorted(file.parent for file in PACKAGE.rglob("__init__.py") if file.parent != PACKAGE)
 
@@ -45,11 +50,11 @@ def test_the_map_names_each_folder():
 
 def test_causes_and_remedies():
     for cause in Cause:
-        assert f"| {cause.value} | {cause.remedy} |" in README
+        assert f"| {cause.value} | {cause.remedy} |" in REASONS
 
 
 def test_statuses_and_remedies():
-    rows = {row.split(" | ")[0]: row for row in re.findall(r"^\| (.* \|)$", README, re.MULTILINE)}
+    rows = {row.split(" | ")[0]: row for row in re.findall(r"^\| (.* \|)$", REASONS, re.MULTILINE)}
     for status in Status:
         assert rows[status.value].endswith(f"| {status.remedy} |" if status.remedy else " |")
 
@@ -75,7 +80,7 @@ def test_every_argument_of_the_callback_with_its_default():
     from cg_lightning import CUDAGraphCallback
 
     parameters = inspect.signature(CUDAGraphCallback).parameters
-    table = README.split("| argument | default | meaning |")[1].split("\n\n")[0]
+    table = OPTIONS.split("| argument | default | meaning |")[1].split("\n\n")[0]
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", table, re.MULTILINE)
     assert [name for name, _ in rows] == list(parameters)
     in_words = {"stages": "all three"}
@@ -85,10 +90,68 @@ def test_every_argument_of_the_callback_with_its_default():
         assert written == in_words.get(name, shown), name
 
 
-def test_the_summary_of_the_readme_is_what_is_printed_today():
-    from cg_lightning.report.summary import _HEADERS
+def _without_figures(text: str) -> str:
+    """Replace times, which differ from run to run, and what depends on them."""
+    text = re.sub(r"\((?:no speed-up|[\d.]+ times faster)\)", "(FACTOR)", text)
+    return re.sub(r" +\d+\.\d+", " TIME", text)
 
-    shown = README.split("<!-- output: summary -->")[1].split("```")[1]
-    assert "  ".join(_HEADERS) in re.sub(r" {2,}", "  ", shown)
-    assert "CUDA graphs (backend: recorder)\n\nvalidate: " in shown
+
+@pytest.mark.slow
+def test_the_example_of_the_readme_prints_what_the_readme_shows(tmp_path):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra demo)")
+    code = README.split("```python\n")[1].split("```")[0]
+    shown = README.split("<!-- output: summary -->\n```\n")[1].split("```")[0]
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout[done.stdout.index(shown.splitlines()[0]) :]
+    assert _without_figures(printed).startswith(_without_figures(shown)), printed
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_the_readme_is_short_and_begins_with_a_figure_and_a_picture():
+    assert len(README.split()) <= 1000
+    first_screen = "".join(README.splitlines(keepends=True)[:10])
+    assert re.search(r"bench: speed -->[\d.]+ to [\d.]+ times faster<", first_screen)
+    (picture,) = re.findall(r"!\[[^\]]+\]\((.+?)\)", first_screen)
+    assert (ROOT / picture).is_file()
+
+
+def test_the_figures_are_those_of_the_records():
+    from cg_lightning.bench.tables import fill_page
+
+    for page in PAGES:
+        text = page.read_text()
+        assert fill_page(text, ROOT / "notebooks" / "benchmark_h200.jsonl") == text, page.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    anchor_of = lambda title: re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        titles = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in map(anchor_of, titles), target
+
+
+def test_the_readme_links_each_page():
+    linked = set(re.findall(r"\]\(docs/([\w-]+\.md)\)", README))
+    assert linked == {page.name for page in (ROOT / "docs").glob("*.md")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_running_text_names_no_commit(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    running = [line for line in text.splitlines() if not line.startswith("|")]
+    assert not re.findall(r"`[0-9a-f]{7,40}(?:-dirty)?`", "\n".join(running))

@@ -11,17 +11,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from cg_lightning.bench.charts import draw_all, draw_before_after
 from cg_lightning.bench.costs import measure_costs
 from cg_lightning.bench.measure import Settings
-from cg_lightning.bench.report import (
-    describe_environment,
-    draw_all,
-    draw_before_after,
-    environment,
-    table,
-    write_lines,
-)
-from cg_lightning.bench.run import backend_to_measure, measure
+from cg_lightning.bench.records import describe_environment, environment, write_lines
+from cg_lightning.bench.run import check, measure
+from cg_lightning.bench.tables import table
 
 
 def bench(config: DictConfig) -> None:
@@ -33,17 +28,18 @@ def bench(config: DictConfig) -> None:
         config: A config of the schema :class:`~cg_lightning.app.config.BenchConfig`.
 
     Raises:
-        SystemExit: There is no CUDA device, and ``bench.backend`` is not ``recorder``.
+        SystemExit: A name is unknown, the library of a case is not installed, or there is no CUDA
+            device, and ``bench.backend`` is not ``recorder``.
     """
     try:
-        backend_to_measure(config.backend)
+        check(config.cases, config.contestants, config.stages, config.backend)
     except ValueError as error:
         raise SystemExit(str(error)) from error
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     torch.set_float32_matmul_precision(config.matmul_precision)
     output = None if config.output is None else _folder() / config.output
-    settings = Settings(config.batches, config.warmup, config.rounds)
+    settings = Settings(config.batches, config.warmup, config.rounds, config.batches_on)
     costs = [measure_costs(settings, config.backend)] if config.costs else []
     print(*costs, flush=True)
     records = []

@@ -14,6 +14,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import MISSING
 
+from cg_lightning.app.help import HELP
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.settings import CUDAGraphOptions, ModeName, Settings
 
@@ -25,7 +26,17 @@ class Task(Enum):
     validate = "validate"
     test = "test"
     predict = "predict"
+    diagnose = "diagnose"
     bench = "bench"
+    zoo = "zoo"
+
+
+class DiagnosedStage(Enum):
+    """The stages whose step ``task=diagnose`` can look at."""
+
+    validate = "validate"
+    test = "test"
+    predict = "predict"
 
 
 def _type_for_hydra(hint: Any) -> Any:
@@ -36,6 +47,8 @@ def _type_for_hydra(hint: Any) -> Any:
         return str  # the constructor checks it
     if get_origin(hint) is Sequence:
         return list[_type_for_hydra(get_args(hint)[0])]  # type: ignore[misc]
+    if get_origin(hint) is not None and bool in get_args(hint):
+        return Any  # a flag or a mapping: the constructor checks it
     if type(None) in get_args(hint):
         (inner,) = [_type_for_hydra(arm) for arm in get_args(hint) if arm is not type(None)]
         return inner | None
@@ -86,6 +99,7 @@ class BenchConfig:
     batches: int = 100
     warmup: int = 20
     rounds: int = 3
+    batches_on: str = "device"
     costs: bool = True
     matmul_precision: str = "high"
     backend: str = "auto"
@@ -103,6 +117,8 @@ class AppConfig:
     cuda_graph: Any = None
     bench: BenchConfig = dataclasses.field(default_factory=BenchConfig)
     task: Task = Task.fit
+    stage: DiagnosedStage = DiagnosedStage.validate
+    zoo: list[str] = dataclasses.field(default_factory=lambda: ["*"])
     seed: int = 0
     compare: bool = True
     ckpt_path: str | None = None
@@ -124,6 +140,8 @@ def register_configs() -> None:
     store.store(
         group="cuda_graph_schema", name="base", node=CUDAGraphConfig, provider="cg_lightning"
     )
+    node = {"app_name": "cg-lightning", "template": HELP}
+    store.store(group="hydra/help", name="cg_lightning", node=node, provider="cg_lightning")
     Plugins.instance().register(_LibraryConfigs)
 
 

@@ -117,7 +117,7 @@ class DigitsDataModule(LightningDataModule):
         ModuleNotFoundError: scikit-learn is not installed.
     """
 
-    def __init__(self, batch_size: int = 64, num_workers: int = 0) -> None:
+    def __init__(self, batch_size: int = 8, num_workers: int = 0) -> None:
         super().__init__()
         self._batch_size = batch_size
         self._num_workers = num_workers
@@ -131,7 +131,7 @@ class DigitsDataModule(LightningDataModule):
                 "The handwritten digits are part of scikit-learn, which is not installed: "
                 "pip install 'cg-lightning[demo]'"
             )
-            raise ModuleNotFoundError(message) from error
+            raise ModuleNotFoundError(message, name="sklearn") from error
         images, labels = load_digits(return_X_y=True)
         inputs = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
         targets = torch.tensor(labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import hydra
@@ -20,33 +21,35 @@ def main(config: DictConfig) -> None:
     if folder not in sys.path:  # a script's path has the script's folder instead
         sys.path.insert(0, folder)
     # imported here, because torch takes seconds and --help should not
-    from cg_lightning.app.compare import describe_difference
-    from cg_lightning.app.run import choose_backend, report_at_the_end, run
-
-    task: Task = config.task
-    if task is Task.bench:
+    if config.task is Task.bench:
         from cg_lightning.app.bench import bench
 
         bench(config.bench)
         return
-    choose_backend(config)
-    reports = report_at_the_end(config)
-    with_graphs, callback = run(config)
-    if callback is None:
+    if config.task is Task.zoo:
+        from cg_lightning.app.zoo import zoo
+
+        zoo(config)
         return
-    if reports:
-        print(callback.summary())
-    if not config.compare:
-        return
-    without, _ = run(config, graphs=False)
-    difference = describe_difference(with_graphs, without)
-    if difference:
-        raise SystemExit(f"The same {task.value} without graphs differs: {difference}")
-    print(
-        f"The same {task.value} without graphs gives identical metrics and predictions: "
-        f"{len(without.metrics)} metrics and {without.num_predictions} predicted batches, "
-        f"compared bit for bit after {callback.stats.replays} graph replays."
-    )
+    from cg_lightning.app.jobs import finish_job
+    from cg_lightning.app.run import require_device
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its import sets INFO
+    try:
+        require_device(config)
+        if config.task is Task.diagnose:
+            from cg_lightning.app.diagnose import diagnose_step
+
+            result = diagnose_step(config)
+        else:
+            from cg_lightning.app.compare import run_and_compare
+
+            result = run_and_compare(config)
+    except ModuleNotFoundError as error:
+        if error.name != "sklearn":
+            raise
+        raise SystemExit(str(error)) from error
+    finish_job(result)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig
 
 from cg_lightning.app.config import Task
+from cg_lightning.app.timing import BatchClock
 from cg_lightning.backends import resolve_backend
 from cg_lightning.callback import CUDAGraphCallback
 
@@ -28,11 +29,32 @@ class Results:
 
     metrics: dict[str, torch.Tensor]
     predictions: Any
+    microseconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    """The median time of a batch by stage."""
 
     @property
     def num_predictions(self) -> int:
         """Number of predicted batches."""
         return len(self.predictions or ())
+
+
+def require_device(config: DictConfig) -> None:
+    """Check that a GPU that the config asks for is there.
+
+    Raises:
+        SystemExit: There is no CUDA device.
+    """
+    if resolve_backend("auto") is not None:
+        return
+    if config.trainer.get("accelerator") in ("gpu", "cuda"):
+        raise SystemExit(
+            "trainer=gpu needs a CUDA device, and there is none. trainer=cpu runs without one."
+        )
+    if config.get("cuda_graph") is not None and config.cuda_graph.backend == "cuda":
+        raise SystemExit(
+            "cuda_graph.backend=cuda needs a CUDA device, and there is none. "
+            "cuda_graph.backend=recorder runs without one."
+        )
 
 
 def choose_backend(config: DictConfig) -> None:
@@ -98,7 +120,8 @@ def run(config: DictConfig, *, graphs: bool = True) -> tuple[Results, CUDAGraphC
     callbacks = _callbacks(config, graphs)
     model: LightningModule = instantiate(config.model, _convert_="all")
     data: LightningDataModule = instantiate(config.data, _convert_="all")
-    trainer: Trainer = instantiate(config.trainer, _convert_="all", callbacks=callbacks)
+    clock = BatchClock()
+    trainer: Trainer = instantiate(config.trainer, _convert_="all", callbacks=[*callbacks, clock])
     metrics: dict[str, torch.Tensor] = {}
     predictions: Any = None
     task: Task = config.task
@@ -106,7 +129,7 @@ def run(config: DictConfig, *, graphs: bool = True) -> tuple[Results, CUDAGraphC
         trainer.fit(model, datamodule=data)
         metrics.update(trainer.callback_metrics)
     if task is Task.validate:
-        trainer.validate(model, datamodule=data, ckpt_path=config.ckpt_path)
+        trainer.validate(model, datamodule=data, ckpt_path=config.ckpt_path, verbose=False)
         metrics.update(trainer.callback_metrics)
     for follower in (Task.test, Task.predict):
         why = why_skipped(follower.value, model, data) if task is Task.fit else ""
@@ -115,9 +138,9 @@ def run(config: DictConfig, *, graphs: bool = True) -> tuple[Results, CUDAGraphC
         if why or task not in (Task.fit, follower):
             continue
         if follower is Task.test:
-            trainer.test(model, datamodule=data, ckpt_path=config.ckpt_path)
+            trainer.test(model, datamodule=data, ckpt_path=config.ckpt_path, verbose=False)
             metrics.update(trainer.callback_metrics)
         else:
             predictions = trainer.predict(model, datamodule=data, ckpt_path=config.ckpt_path)
     graph_callback = next((c for c in callbacks if isinstance(c, CUDAGraphCallback)), None)
-    return Results(metrics, predictions), graph_callback
+    return Results(metrics, predictions, clock.microseconds()), graph_callback

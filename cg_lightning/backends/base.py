@@ -23,6 +23,20 @@ class CapturedGraph(Protocol):
         """Run the captured work on the current stream."""
 
 
+class BatchCopies(Protocol):
+    """Copies batches to the device while it computes."""
+
+    def run(self, copy: Callable[[], Any]) -> Any:
+        """Run ``copy`` beside the work that the current stream has been given.
+
+        Args:
+            copy: Called once. It copies a batch to the device, and it does nothing else there.
+
+        Returns:
+            What ``copy`` returned. Work that the current stream is given from now on may use it.
+        """
+
+
 class GraphBackend(Protocol):
     """Captures and replays work on one device."""
 
@@ -58,6 +72,9 @@ class GraphBackend(Protocol):
 
     def set_random_state(self, state: Tensor) -> None:
         """Set the state of the device's default random generator."""
+
+    def batch_copies(self) -> BatchCopies | None:
+        """Return what copies batches beside the computation. None: the device has no streams."""
 
     def range(self, name: str) -> AbstractContextManager[None]:
         """Mark what runs inside, for traces of the device."""

@@ -34,6 +34,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -53,6 +54,7 @@ from cg_lightning.backends.capture_scope import (
 from cg_lightning.backends.host_reads import OnCall
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.settings import BackendName
+from cg_lightning.core.tree import tensors_in
 
 _SYNC_WARNING = "called a synchronizing CUDA operation"
 
@@ -149,6 +151,10 @@ class CUDABackend:
         """Set the state of the default CUDA generator."""
         torch.cuda.set_rng_state(state, self.device)
 
+    def batch_copies(self) -> CUDABatchCopies:
+        """Return copies on a stream of their own."""
+        return CUDABatchCopies(self.device)
+
     @contextlib.contextmanager
     def range(self, name: str) -> Iterator[None]:
         """Mark an NVTX range."""
@@ -241,6 +247,38 @@ class CUDABackend:
             with contextlib.suppress(Exception):
                 torch.linalg.svd(torch.eye(2, device=self.device))
         self._anchor = None  # last: no graph can be destroyed while a stream captures
+
+
+class CUDABatchCopies:
+    """Copies batches on a side stream; see :class:`~cg_lightning.backends.base.BatchCopies`.
+
+    The allocator gives the memory of a copy to the side stream again only after the computing
+    stream has passed the point at which the copy was freed. So a host that runs far ahead of the
+    device would hold many batches. It waits once two steps are queued.
+    """
+
+    _MOST_STEPS_QUEUED = 2
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._steps: deque[torch.cuda.Event] = deque()
+
+    def run(self, copy: Callable[[], Any]) -> Any:
+        """Run ``copy`` on the side stream; the current stream waits for it on the device."""
+        computing = torch.cuda.current_stream(self._device)
+        step = torch.cuda.Event()
+        step.record(computing)
+        self._steps.append(step)
+        if len(self._steps) > self._MOST_STEPS_QUEUED:
+            self._steps.popleft().synchronize()
+        with torch.cuda.stream(self._stream):
+            batch = copy()
+        computing.wait_stream(self._stream)
+        for tensor in tensors_in(batch):
+            if tensor.is_cuda:
+                tensor.record_stream(computing)
+        return batch
 
 
 def make_graphed_callable(module: nn.Module, sample: Tensor) -> Callable[[Tensor], Tensor]:

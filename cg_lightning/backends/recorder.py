@@ -299,6 +299,9 @@ class RecorderBackend:
         """Set the state of the CPU generator."""
         torch.set_rng_state(state)
 
+    def batch_copies(self) -> None:
+        """Return None, because the recorder knows no streams."""
+
     def range(self, name: str) -> AbstractContextManager[None]:
         """Do nothing: there is no trace of a device."""
         return contextlib.nullcontext()

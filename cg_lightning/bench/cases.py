@@ -1,12 +1,21 @@
-"""The networks to measure, each with its batch. They need nothing but ``torch.nn``."""
+"""The networks to measure, each with its batch.
+
+The first ones need nothing but ``torch.nn``. The others are the models of torchvision, timm and
+transformers, with random weights; each needs its library.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from cg_lightning.core.settings import check_names
 
 CLASSES = 10
 
@@ -113,6 +122,45 @@ class GRULoop(nn.Module):
         return logits
 
 
+class Logits(nn.Module):
+    """A classifier of transformers that returns its logits alone.
+
+    Args:
+        net: Maps its first argument to an object with ``logits``.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
+        logits: Tensor = self.net(x).logits
+        return logits
+
+
+def _transformers(model: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
+    """Return a function that makes a classifier of transformers with random weights."""
+
+    def make() -> nn.Module:
+        library = importlib.import_module("transformers")
+        settings_of_model = getattr(library, config)(num_labels=CLASSES, **settings)
+        return Logits(getattr(library, model)(settings_of_model))
+
+    return make
+
+
+def _torchvision_resnet18() -> nn.Module:
+    net: nn.Module = importlib.import_module("torchvision.models").resnet18(num_classes=CLASSES)
+    return net
+
+
+def _timm_vit() -> nn.Module:
+    timm = importlib.import_module("timm")
+    net: nn.Module = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES)
+    return net
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One network and the shape of its batch."""
@@ -125,6 +173,8 @@ class Case:
     """Upper limit for the batches in one measurement, for cases that take long."""
     title: str = ""
     """The name in charts; two lines at most."""
+    library: str = ""
+    """The library that has the network; empty: PyTorch."""
 
     def batch(self, seed: int) -> tuple[Tensor, Tensor]:
         """Return inputs and labels."""
@@ -156,5 +206,50 @@ CASES = {
         max_batches=20,
         title="ResNet-50-like\nbatch 256, 224 px",
     ),
+    "resnet18_torchvision": Case(
+        _torchvision_resnet18,
+        (8, 3, 224, 224),
+        title="ResNet-18 of torchvision\nbatch 8, 224 px",
+        library="torchvision",
+    ),
+    "vit_timm": Case(
+        _timm_vit, (8, 3, 224, 224), title="ViT-tiny of timm\nbatch 8, 224 px", library="timm"
+    ),
+    "vit_hf": Case(
+        _transformers("ViTForImageClassification", "ViTConfig"),
+        (8, 3, 224, 224),
+        title="ViT-base of transformers\nbatch 8, 224 px",
+        library="transformers",
+    ),
+    "bert_hf": Case(
+        _transformers("BertForSequenceClassification", "BertConfig"),
+        (4, 128),
+        30522,
+        title="BERT-base of transformers\nbatch 4, 128 tokens",
+        library="transformers",
+    ),
+    "gpt2_hf": Case(
+        _transformers("GPT2ForSequenceClassification", "GPT2Config", pad_token_id=0),
+        (4, 128),
+        50257,
+        title="GPT-2 of transformers\nbatch 4, 128 tokens",
+        library="transformers",
+    ),
 }
 """The networks by name. ``saturated`` keeps the GPU busy, so graphs have little to gain there."""
+
+
+def check_cases(names: Sequence[str]) -> None:
+    """Raise an error if a case is unknown, or if its library is not installed.
+
+    Raises:
+        ValueError: It names the case, and the library to install.
+    """
+    check_names("bench.cases", names, tuple(CASES))
+    for name in names:
+        library = CASES[name].library
+        if library and importlib.util.find_spec(library) is None:
+            raise ValueError(
+                f"bench.cases={name} is a model of {library}, which is not installed: "
+                f"pip install {library}"
+            )

@@ -13,8 +13,12 @@ from torch.utils.data import DataLoader
 
 from cg_lightning.backends import GraphBackend
 from cg_lightning.callback import CUDAGraphCallback
+from cg_lightning.core.settings import check_name
 
 STAGES = ("validate", "predict")
+
+
+PLACES = ("device", "host", "pinned")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,11 @@ class Settings:
     """Batches before each measurement. They are not timed."""
     rounds: int
     """Measurements of each contestant. Contestants take turns, so drift affects all of them."""
+    batches_on: str = "device"
+    """Where the loader's batches are: ``device``, ``host`` or ``pinned`` (pinned host memory)."""
+
+    def __post_init__(self) -> None:
+        check_name("bench.batches_on", self.batches_on, PLACES)
 
 
 class BatchTimer(Callback):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import seed_everything
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cg_lightning.backends import GraphBackend, resolve_backend
-from cg_lightning.bench.cases import CASES, Case
+from cg_lightning.bench.cases import CASES, Case, check_cases
 from cg_lightning.bench.contestants import CONTESTANTS, OTHER_ORDER, make
 from cg_lightning.bench.measure import STAGES, Measurement, Settings, run_once
 from cg_lightning.core.equality import same_leaf
@@ -24,10 +24,14 @@ _DISTINCT_BATCHES = 8
 
 
 def loader(case: Case, settings: Settings, device: torch.device) -> DataLoader[Any]:
-    """Return a loader of batches that already reside on ``device``."""
-    distinct = [
-        tuple(part.to(device) for part in case.batch(seed)) for seed in range(_DISTINCT_BATCHES)
-    ]
+    """Return a loader of batches that are where the settings say."""
+    place: dict[str, Callable[[Tensor], Tensor]] = {
+        "device": lambda part: part.to(device),
+        "host": lambda part: part,
+        "pinned": lambda part: part.pin_memory(),
+    }
+    put = place[settings.batches_on]
+    distinct = [tuple(map(put, case.batch(seed))) for seed in range(_DISTINCT_BATCHES)]
     in_turn = itertools.islice(itertools.cycle(distinct), settings.warmup + settings.batches)
     return DataLoader(list(in_turn), batch_size=None)  # type: ignore[arg-type]  # a list will do
 
@@ -54,6 +58,21 @@ def backend_to_measure(name: str) -> GraphBackend:
             "but the times mean nothing."
         )
     return backend
+
+
+def check(
+    cases: Sequence[str], contestants: Sequence[str], stages: Sequence[str], backend_name: str
+) -> GraphBackend:
+    """Return the backend to measure on, if everything that is asked for is there.
+
+    Raises:
+        ValueError: A name is unknown, the library of a case is not installed, or there is no CUDA
+            device.
+    """
+    check_cases(cases)
+    check_names("bench.contestants", contestants, tuple(CONTESTANTS))
+    check_names("bench.stages", stages, STAGES)
+    return backend_to_measure(backend_name)
 
 
 def measure_case(
@@ -85,7 +104,7 @@ def _measure_stage(
     stage: str, net: nn.Module, data: DataLoader[Any], made: dict[str, Any],
     contestants: Sequence[str], settings: Settings, backend: GraphBackend,
 ) -> dict[str, Measurement | str]:  # fmt: skip
-    sample = data.dataset[0][0]
+    sample = data.dataset[0][0].to(backend.device)
     results: dict[str, Measurement | str] = {}
     for _ in range(settings.rounds):
         for contestant in contestants:
@@ -123,12 +142,9 @@ def measure(
     """Yield one record for each case, stage and contestant, as soon as a stage is measured.
 
     Raises:
-        ValueError: A name is unknown.
+        ValueError: See :func:`check`.
     """
-    check_names("bench.cases", cases, tuple(CASES))
-    check_names("bench.contestants", contestants, tuple(CONTESTANTS))
-    check_names("bench.stages", stages, STAGES)
-    backend = backend_to_measure(backend_name)
+    backend = check(cases, contestants, stages, backend_name)
     for case in cases:
         for stage, results in measure_case(case, stages, contestants, settings, backend):
             for contestant, result in results.items():

@@ -6,7 +6,7 @@ The callback builds :class:`Settings` from its arguments, and the schema for Hyd
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from cg_lightning.core.modes import CUDAGraphMode
@@ -20,6 +20,9 @@ Tolerance = Literal["exact", "close"]
 
 BACKENDS: tuple[str, ...] = get_args(BackendName)
 CAPTURE_ERROR_MODES: tuple[str, ...] = get_args(CaptureErrorMode)
+COMPILE_ARGUMENTS = ("fullgraph", "dynamic", "backend", "mode", "options")
+GRAPHING_COMPILE_MODES = ("reduce-overhead", "max-autotune")
+"""Modes of ``torch.compile`` in which the compiler makes CUDA graphs of its own."""
 TOLERANCES: tuple[str, ...] = get_args(Tolerance)
 
 
@@ -79,6 +82,34 @@ def check_name(argument: str, value: str, choices: Sequence[str]) -> str:
     return value
 
 
+def _check_compile(value: bool | Mapping[str, Any]) -> None:
+    """Check the arguments of ``torch.compile``.
+
+    Raises:
+        ValueError: The value is neither a bool nor a mapping, names an argument that does not
+            exist, or asks for the compiler's own CUDA graphs.
+    """
+    if isinstance(value, bool):
+        return
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"compile={value!r} must be True, False or arguments of torch.compile, for example "
+            "compile={'dynamic': False}."
+        )
+    unknown = [name for name in value if name not in COMPILE_ARGUMENTS]
+    if unknown:
+        raise ValueError(
+            f"compile={dict(value)!r}: {unknown[0]!r} is unknown; choose from "
+            f"{', '.join(COMPILE_ARGUMENTS)}."
+        )
+    has_graphs = (value.get("options") or {}).get("triton.cudagraphs")
+    if value.get("mode") in GRAPHING_COMPILE_MODES or has_graphs:
+        raise ValueError(
+            f"compile={dict(value)!r} asks for the compiler's own CUDA graphs, which cannot be part "
+            "of ours; choose mode='default' or mode='max-autotune-no-cudagraphs'."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class CUDAGraphOptions:
     """How graphs are captured; the first three options are vLLM's.
@@ -134,8 +165,12 @@ class Settings:
     """``exact`` or ``close``."""
     sync_free_metrics: bool = True
     """Replace functions of torchmetrics that wait for the device, in captures of whole steps."""
+    compile: bool | Mapping[str, Any] = False
+    """Compile the networks, and graph the result; or the arguments of ``torch.compile``."""
     copy_outputs: bool = True
     """Copy outputs out of graph memory."""
+    overlap_copies: bool = True
+    """Copy batches to the device on a stream of their own, while the device computes."""
     max_graphs: int = 64
     """The most graphs that are kept; the least recently used one goes first."""
     strict: bool = False
@@ -161,12 +196,13 @@ class Settings:
             "targets": targets,
             "options": options,
         }
+        _check_compile(self.compile)
         check_name("verify_tolerance", self.verify_tolerance, TOLERANCES)
         check_name("backend", self.backend, BACKENDS)
         for name, least in (("warmup_steps", 0), ("verify_replays", 0), ("verify_every", 0)):
             check_at_least(name, getattr(self, name), least)
         check_at_least("max_graphs", self.max_graphs, 1)
-        for name in ("sync_free_metrics", "copy_outputs", "strict", "report"):
+        for name in ("sync_free_metrics", "copy_outputs", "overlap_copies", "strict", "report"):
             check_bool(name, getattr(self, name))
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -176,6 +212,13 @@ class Settings:
         """:attr:`mode` as a member."""
         assert isinstance(self.mode, CUDAGraphMode)
         return self.mode
+
+    @property
+    def compile_arguments(self) -> Mapping[str, Any] | None:
+        """The arguments of ``torch.compile``. None: nothing is compiled."""
+        if isinstance(self.compile, bool):
+            return {} if self.compile else None
+        return self.compile
 
     @property
     def capture_options(self) -> CUDAGraphOptions:

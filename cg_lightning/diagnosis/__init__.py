@@ -1,11 +1,13 @@
 """Watching one eager step for what a graph could not hold, or would freeze.
 
+- ``definitions.py``: the source of a function as a tree, if it is the source of the code that runs.
 - ``detector.py``: what all detectors have in common.
 - ``findings.py``: findings, and where in the user's code something happened.
 - ``functions.py``: the function objects behind the frames that a profiler is shown.
 - ``report.py``: what stands in the way of graphs, as an object and as a table.
 - ``step_watch.py``: the step that is watched: the stack of calls under way, and what detectors
   report.
+- ``uses_of_argument.py``: where a step uses one of its arguments, read from byte code and source.
 - ``watched_step.py``: what one watched step showed, by call of a submodule.
 - ``watcher.py``: watches one eager step under all detectors, without changing what it computes.
 """

@@ -31,6 +31,13 @@ class Detector:
     def __init__(self, watch: StepWatch) -> None:
         self.watch = watch
 
+    def arguments(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Returns what the step is called with after its batch; asked before :meth:`around_step`.
+
+        A detector may put in something that behaves alike and notes what it is used for.
+        """
+        return arguments
+
     def around_step(self) -> AbstractContextManager[None]:
         """Is entered before the step and left after it; reports before it is left."""
         return contextlib.nullcontext()

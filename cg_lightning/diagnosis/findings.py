@@ -146,9 +146,15 @@ def is_called_by_step(detector: str) -> bool:
     return False
 
 
-def is_read_by_user() -> bool:
-    """Returns whether the innermost function that is not ours is the user's, and not torch's."""
-    frame: FrameType | None = sys._getframe(1)
+def reading_frame(frame: FrameType | None = None) -> FrameType | None:
+    """Returns the innermost frame, from ``frame`` or the caller's on, that is not ours."""
+    frame = frame or sys._getframe(1)
     while frame is not None and is_our_file(frame.f_code.co_filename):
         frame = frame.f_back
+    return frame
+
+
+def is_read_by_user() -> bool:
+    """Returns whether the innermost function that is not ours is the user's, and not torch's."""
+    frame = reading_frame()
     return frame is not None and is_user_file(frame.f_code.co_filename)

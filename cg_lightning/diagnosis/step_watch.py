@@ -21,6 +21,7 @@ from cg_lightning.core.tree import flatten
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import Finding, Location, find_location
 from cg_lightning.diagnosis.watched_step import ModuleCall, WatchedStep, WrittenTensors
+from cg_lightning.guards.comparisons import ComparedSource
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues
 from cg_lightning.metrics.members import metrics_of
@@ -155,6 +156,12 @@ class StepWatch:
         key = source.key
         for call in self.stack:
             call.sources.setdefault(key, source)
+
+    def compare(self, compared: ComparedSource) -> None:
+        """Notes for every call under way that it reads a value in Python, and only compares it."""
+        if not self._is_paused:
+            for call in self.stack:
+                call.compared[compared.key] = compared
 
     def note_one_time_work(self) -> None:
         """Notes that something ran that runs once, so that the next step may show less."""

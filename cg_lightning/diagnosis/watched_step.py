@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.diagnosis.findings import Finding
+from cg_lightning.guards.comparisons import ComparedSource, Comparison
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues, addresses_of
 
@@ -33,6 +34,10 @@ class ModuleCall:
     calls: list[ModuleCall] = dataclasses.field(default_factory=list, repr=False)
     sources: dict[tuple[int, str], Source] = dataclasses.field(default_factory=dict, repr=False)
     """What the call reads in Python, by the key of the source."""
+    comparisons: dict[Comparison, bool] = dataclasses.field(default_factory=dict, repr=False)
+    """How the step compares ``batch_idx``, and what comes out; empty for other calls."""
+    compared: dict[Any, ComparedSource] = dataclasses.field(default_factory=dict, repr=False)
+    """What the call reads in Python and only compares."""
 
     def __post_init__(self) -> None:
         self.input_addresses = addresses_of(self.inputs)
@@ -93,6 +98,8 @@ class WatchedStep:
         self._calls = list(step.all_calls())
         self.findings = step.findings
         """Why the whole step cannot be one graph; empty if it can."""
+        self.comparisons = step.comparisons
+        """How the step compares ``batch_idx``, and what comes out."""
         self.written = written
         """Tensors, other than states of metrics, that the step changed in place."""
         self.did_one_time_work = did_one_time_work
@@ -132,10 +139,18 @@ class WatchedStep:
 
     def sources(self, module: nn.Module | None = None) -> list[Source]:
         """Returns what calls of ``module`` (None: the step) read in Python, each source once."""
-        calls = [self._step]
-        if module is not None:
-            calls = [call for call in self._calls if call.module is module]
+        calls = self._calls_of(module)
         return list({key: s for call in calls for key, s in call.sources.items()}.values())
+
+    def compared(self, module: nn.Module | None = None) -> list[ComparedSource]:
+        """Returns what calls of ``module`` (None: the step) read in Python and only compare."""
+        calls = self._calls_of(module)
+        return list({key: c for call in calls for key, c in call.compared.items()}.values())
+
+    def _calls_of(self, module: nn.Module | None) -> list[ModuleCall]:
+        if module is None:
+            return [self._step]
+        return [call for call in self._calls if call.module is module]
 
     def keys_of_calls(self, module: nn.Module) -> list[BatchDescriptor]:
         """Returns the keys that ``module`` was called with."""

@@ -83,12 +83,15 @@ class StepWatcher:
         self._run_logging = run_logging
         self._detectors = detectors
 
-    def watch(self, step: Callable[[], Any], batch: Any) -> tuple[Any, WatchedStep]:
+    def watch(
+        self, step: Callable[..., Any], batch: Any, arguments: tuple[Any, ...] = ()
+    ) -> tuple[Any, WatchedStep]:
         """Runs ``step`` once; returns its output, and what it showed.
 
         Args:
-            step: The step, without arguments.
+            step: The step. It is called with ``arguments``.
             batch: The batch that it runs on.
+            arguments: What Lightning gives the step after the batch: ``batch_idx`` is the first.
         """
         watch = StepWatch(
             self._root,
@@ -98,12 +101,14 @@ class StepWatcher:
             run_logging=self._run_logging,
         )
         detectors = [kind(watch) for kind in self._detectors]
+        for detector in detectors:
+            arguments = detector.arguments(arguments)
         # detectors replace functions of modules and classes: those of two threads would not nest
         with CAPTURE_LOCK, _intercepted_calls(watch, detectors), contextlib.ExitStack() as stack:
             for detector in detectors:
                 stack.enter_context(detector.around_step())
             with watch.running(detectors):
-                output = step()
+                output = step(*arguments)
                 for detector in detectors:
                     detector.returned(watch.step, output)
         result = watch.result()

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from cg_lightning.guards.comparisons import ComparedSource
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.guards.sources import MISSING, Source, describe_change
 from cg_lightning.guards.values import FrozenValues
@@ -57,9 +58,16 @@ class GuardSet:
     Args:
         sources: What the step read.
         inside: Modules whose own guard is somebody else's business.
+        compared: Numbers of which only the outcomes of comparisons matter.
     """
 
-    def __init__(self, sources: Iterable[Source] = (), inside: Iterable[nn.Module] = ()) -> None:
+    def __init__(
+        self,
+        sources: Iterable[Source] = (),
+        inside: Iterable[nn.Module] = (),
+        compared: Iterable[ComparedSource] = (),
+    ) -> None:
+        self._compared = list(compared)
         self.guards = [Guard(source, source.value()) for source in _with_classes(sources)]
         self._namespaces = [guard.source.namespace for guard in self.guards]
         self._names = [guard.source.name for guard in self.guards]
@@ -84,6 +92,9 @@ class GuardSet:
 
     def check(self) -> bool:
         """Return whether all guarded values are unchanged. Large containers are not compared."""
+        for compared in self._compared:
+            if not compared.holds():
+                return False
         values = self._values()
         if not all(map(operator.is_, values, self._expected)) and not all(
             map(is_same_value, self._expected, values)
@@ -104,6 +115,9 @@ class GuardSet:
 
     def explain(self) -> str:
         """Return what has changed: ``self.scale: now 2.0, before 1.0``. Call it only after a check has failed."""
+        for compared in self._compared:
+            if changed := compared.explain():
+                return changed
         for guard, value in zip(self.guards, self._values(), strict=True):
             if not is_same_value(guard.expected, value):
                 return describe_change(guard.source.path, value, guard.expected)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.guards.trainer_values import TrainerTypes, TrainerValues
 
 MISSING: Any = type("Missing", (), {"__repr__": lambda _: "not there"})()
 """The value of a source whose holder has no such name."""
@@ -71,7 +72,7 @@ class Source:
     holder: Any
     """The module, class or object whose ``vars()`` have the name, or the dictionary of a module's globals.
 
-    Or a cell of a closure, a function for what it holds, or one with a cache.
+    Or a cell of a closure, a function for what it holds, one with a cache, or what knows a Trainer.
     """
     name: str
     path: str
@@ -85,7 +86,7 @@ class Source:
     @property
     def namespace(self) -> Any:
         """The mapping that has the name; the same object each time."""
-        if isinstance(self.holder, dict):
+        if isinstance(self.holder, dict) or self.belongs_to_trainer:
             return self.holder
         view = _VIEWS.get(type(self.holder))
         return vars(self.holder) if view is None else view(self.holder)
@@ -94,6 +95,11 @@ class Source:
     def belongs_to_function(self) -> bool:
         """Whether a function holds the value, and no namespace that a user sees."""
         return type(self.holder) in _VIEWS
+
+    @property
+    def belongs_to_trainer(self) -> bool:
+        """Whether the Trainer has the value, and no part of the module."""
+        return isinstance(self.holder, (TrainerValues, TrainerTypes))
 
     def value(self) -> Any:
         """What the name refers to now; :data:`MISSING` if there is no such name."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from cg_lightning.modules.kinds import is_metric
 
-_IN_PLACE = "_compiled_call_impl"
+COMPILED_IN_PLACE = "_compiled_call_impl"
 """Private attribute in which ``module.compile()`` stores the compiled call.
 
 Pickles and copies of a module do not contain it.
@@ -18,7 +18,7 @@ Pickles and copies of a module do not contain it.
 
 def is_compiled_in_place(module: nn.Module) -> bool:
     """Return True if ``module.compile()`` was called."""
-    return getattr(module, _IN_PLACE, None) is not None
+    return getattr(module, COMPILED_IN_PLACE, None) is not None
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -33,7 +33,7 @@ def is_compiled(module: nn.Module) -> bool:
 def is_graphed_by_compiler(module: nn.Module) -> bool:
     """Return True if ``torch.compile`` runs this module from its own CUDA graphs."""
     if is_compiled_in_place(module):
-        config = getattr(module, _IN_PLACE).get_compiler_config()
+        config = getattr(module, COMPILED_IN_PLACE).get_compiler_config()
     else:
         config = getattr(getattr(module, "dynamo_ctx", None), "compiler_config", None)
     return bool((config or {}).get("triton.cudagraphs"))

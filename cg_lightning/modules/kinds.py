@@ -45,6 +45,14 @@ def lightning_class(cls: type, *names: str) -> type | None:
     )
 
 
+def is_lightnings_own(owner: object, name: str) -> bool:
+    """Return True if Lightning itself defines this method of ``owner``."""
+    if name in vars(owner):
+        return False
+    definer = next((base for base in type(owner).__mro__ if name in vars(base)), None)
+    return definer is not None and lightning_class(definer, definer.__name__) is definer
+
+
 def _folder(package: str) -> str | None:
     file = getattr(sys.modules.get(package), "__file__", None)
     return None if file is None else f"{Path(file).parent}/"

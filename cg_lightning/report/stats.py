@@ -120,6 +120,8 @@ class CUDAGraphStats:
     def __init__(self) -> None:
         self.entries: list[EntryRecord] = []
         """A record for each key of each target that was captured."""
+        self.overlapped_copies = 0
+        """Batches that were copied to the device beside the computation."""
         self._records: dict[tuple[str, str, str, Reason | None], StepsRecord] = {}
         self._num_shapes: Counter[tuple[str, str, Reason | None]] = Counter()
         self._num_reasons: Counter[tuple[str, str, Cause | Status]] = Counter()
@@ -218,6 +220,7 @@ class CUDAGraphStats:
     def since(self, earlier: CUDAGraphStats) -> CUDAGraphStats:
         """Return what was counted since a :meth:`copy` was taken."""
         new = CUDAGraphStats()
+        new.overlapped_copies = self.overlapped_copies - earlier.overlapped_copies
         for index, entry in enumerate(self.entries):
             record = dataclasses.replace(entry)
             if index < len(earlier.entries):
@@ -306,6 +309,7 @@ class CUDAGraphStats:
             "reasons": [record.to_dict() for record in self.reasons],
             "capture_seconds": self.capture_seconds,
             "graph_bytes": self.graph_bytes,
+            "overlapped_copies": self.overlapped_copies,
             "entries": [dataclasses.asdict(entry) for entry in self.entries],
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -18,17 +19,22 @@ from cg_lightning.diagnosis.report import Diagnosis
 from cg_lightning.diagnosis.watched_step import WatchedStep, WrittenTensors
 from cg_lightning.diagnosis.watcher import StepWatcher
 from cg_lightning.effects.module_effects import ModuleEffects
+from cg_lightning.guards.comparisons import ComparedSource
 from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import Change
+from cg_lightning.guards.sources import Source
+from cg_lightning.modules.compilation import Compilation
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.changing_values import ChangingValues
-from cg_lightning.runtime.dispatcher import Plan, Unguarded, Variant
+from cg_lightning.runtime.dispatcher import Guards, Plan, Unguarded, Variant
 from cg_lightning.runtime.profiling import Profiler, Ranges
 from cg_lightning.runtime.submodule_runner import SubmoduleRunner
 from cg_lightning.runtime.target import GraphTarget
 from cg_lightning.runtime.targets import match_targets
 from cg_lightning.runtime.verifier import Verifier
 
+BATCH_INDEX = "batch_idx"
+"""The name of the number of the batch in :attr:`Session.arguments`."""
 NO_TARGET = Reason(
     Status.NO_TARGET,
     "no submodule with parameters was called (those of torch.jit cannot be captured)",
@@ -71,10 +77,15 @@ class Session:
         self.changing_values = ChangingValues()
         self._written = WrittenTensors()
         self._capturer = Capturer(backend, settings, self.cache, self._written)
-        self._verifier = Verifier(backend, settings.verify_tolerance, self._written)
+        self._compilation = Compilation(settings.compile_arguments)
+        is_compiled = settings.compile_arguments is not None
+        tolerance = "close" if is_compiled else settings.verify_tolerance
+        self._verifier = Verifier(backend, tolerance, self._written, self._compilation.suspended)
         self.target = self._make_target(module, CUDAGraphMode.FULL, effects)
         self._submodules: dict[int, SubmoduleRunner] = {}
         self._is_installed = False
+        self.arguments: dict[str, Any] = {}
+        """The arguments of the current step that guards look at, by name."""
         self.without_key: dict[BatchDescriptor, Reason] = {}
         """Why batches cannot be part of a key, by the key that their steps have instead."""
         self.is_first_step = True
@@ -90,6 +101,7 @@ class Session:
         if not self._is_installed:
             self.is_first_step = True
         self._is_installed = True
+        self._compilation.install(self.module)
         targets = self.settings.targets
         if self.settings.runtime_policy.has_piecewise_cudagraphs() and targets is not None:
             self._add_submodules(match_targets(self.module, tuple(targets))[0])
@@ -106,6 +118,7 @@ class Session:
         self._is_installed = False
         for runner in self._submodules.values():
             runner.remove()
+        self._compilation.remove()
         self.effects.release(check)
 
     def close(self) -> None:
@@ -169,7 +182,7 @@ class Session:
         modes, reason = dispatcher.judge(full, piecewise)
         is_full = CUDAGraphMode.FULL in modes
         variant = Variant(
-            GuardSet(watched.sources(), self.target.guard.modules) if is_full else Unguarded(),
+            self._guards(plan, watched, None if is_full else reason),
             modes,
             reason,
             watched.needs_second_look,
@@ -180,6 +193,28 @@ class Session:
         self._written.update(watched.written)
         if not is_full:
             self.find_submodules(plan.state.descriptor, variant, plan.state.warmup_runs)
+
+    def _guards(self, plan: Plan, watched: WatchedStep, lower: Reason | None) -> Guards:
+        """Return the guards of a variant.
+
+        Args:
+            plan: The plan of the watched step.
+            watched: The watched step.
+            lower: Why the step is not one graph; None if it is.
+        """
+        compared = watched.compared()
+        if watched.comparisons:
+            source = Source(self.arguments, BATCH_INDEX, BATCH_INDEX)
+            compared.append(ComparedSource(source, watched.comparisons))
+        inside = self.target.guard.modules
+        if lower is None:
+            return GuardSet(watched.sources(), inside, compared)
+        # another batch may take a branch that can be one graph, unless the reason is in all branches
+        others = [each for each in plan.state.variants if each is not plan.variant]
+        of_trainer = [each for each in watched.sources() if each.belongs_to_trainer]
+        if not (compared or of_trainer) or any(each.reason == lower for each in others):
+            return Unguarded()
+        return GuardSet(of_trainer, inside, compared)
 
     def _full_reason(self, descriptor: BatchDescriptor, watched: WatchedStep) -> Reason | None:
         if descriptor in self.without_key:
@@ -206,7 +241,10 @@ class Session:
             if findings:
                 runner.refuse(step, findings[0].reason(runner.path))
             elif findings is not None:
-                guards = GuardSet(watched.sources(runner.module), self.target.guard.modules)
+                module = runner.module
+                guards = GuardSet(
+                    watched.sources(module), self.target.guard.modules, watched.compared(module)
+                )
                 runner.allow(step, guards, watched.keys_of_calls(runner.module), runs)
 
     def _add_submodules(self, submodules: dict[str, nn.Module]) -> None:

@@ -28,7 +28,7 @@ from cg_lightning.core.reasons import WARM_UP, Reason, Status
 from cg_lightning.report.stats import HostTime, StepsRecord
 from cg_lightning.runtime.dispatcher import Action, KeyState, Plan, Variant
 from cg_lightning.runtime.outcome import Outcome
-from cg_lightning.runtime.session import Session
+from cg_lightning.runtime.session import BATCH_INDEX, Session
 from cg_lightning.runtime.target import reason_of
 
 Step = Callable[..., Any]
@@ -73,6 +73,8 @@ class StepRunner:
         self._step = step
         self._batch_name = first_parameter(step)
         self._dispatcher = session.target.dispatcher
+        self._compares_index = False
+        """Whether a watched step has compared ``batch_idx``, so that guards look at it."""
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one step.
@@ -98,6 +100,8 @@ class StepRunner:
         if not args:
             kwargs = dict(kwargs)
             args = (kwargs.pop(self._batch_name),)
+        if self._compares_index:
+            session.arguments[BATCH_INDEX] = args[1]
         loader = args[2] if len(args) > 2 else kwargs.get("dataloader_idx", 0)
         training = session.target.guard.training_flags()
         try:
@@ -179,10 +183,13 @@ class StepRunner:
         return self._step(batch, *args, **kwargs)
 
     def _watch(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
-        step = functools.partial(self._step, *args, **kwargs)
+        step = functools.partial(self._step, args[0], **kwargs)
         context = ForwardContext(NONE, plan.state.descriptor, StepInProgress())
         with override_forward_context(context), self._session.ranges.range("watch"):
-            output, watched = self._session.watcher.watch(step, args[0])
+            output, watched = self._session.watcher.watch(step, args[0], args[1:])
+        if watched.comparisons:
+            self._compares_index = True
+            self._session.arguments[BATCH_INDEX] = args[1]
         self._session.watched(plan, watched)
         return Outcome(output, NONE, plan.reason)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -70,10 +71,18 @@ class Verifier:
         backend: Captures and replays.
         tolerance: ``exact`` or ``close``.
         written: Tensors, other than buffers, that steps write to.
+        as_written: Makes a context in which the step runs as the user wrote it.
     """
 
-    def __init__(self, backend: GraphBackend, tolerance: str, written: WrittenTensors) -> None:
+    def __init__(
+        self,
+        backend: GraphBackend,
+        tolerance: str,
+        written: WrittenTensors,
+        as_written: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
         self._backend = backend
+        self._as_written = as_written
         self._is_same = same_leaf if tolerance == "exact" else _is_close
         self._written = written
 
@@ -99,9 +108,10 @@ class Verifier:
         with comparing as comparison:
 
             def eager() -> Any:
-                return (
-                    call.run_eagerly() if comparison is None else comparison.run(call.run_eagerly)
-                )
+                with self._as_written():
+                    if comparison is None:
+                        return call.run_eagerly()
+                    return comparison.run(call.run_eagerly)
 
             return self._compare(target, call, eager, get_entry, step)
 

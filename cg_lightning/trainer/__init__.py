@@ -1,5 +1,6 @@
 """Everything that knows Lightning.
 
+- ``batch_transfer.py``: copies batches to the device beside the computation.
 - ``installation.py``: intercepts the steps of a stage at the strategy, and restores them.
 - ``log_calls.py``: repeats ``self.log`` after a replay, for a Lightning version that stores logged
   values in an unknown way.

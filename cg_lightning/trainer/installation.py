@@ -16,6 +16,7 @@ from cg_lightning.core.stages import STEP_METHODS
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner
+from cg_lightning.trainer.batch_transfer import OverlappedTransfer
 
 _CONTEXTS = {
     "validate": "val_step_context",
@@ -39,12 +40,20 @@ class Installation:
         strategy: The strategy of the Trainer.
         module: The LightningModule.
         session: The runtime state of the module.
+        transfer: Copies batches during a stage, if Lightning does not.
     """
 
-    def __init__(self, strategy: Strategy, module: LightningModule, session: Session) -> None:
+    def __init__(
+        self,
+        strategy: Strategy,
+        module: LightningModule,
+        session: Session,
+        transfer: OverlappedTransfer | None = None,
+    ) -> None:
         self.module = module
         self.session = session
         self._strategy = strategy
+        self._transfer = transfer
         self._runners: dict[str, StepRunner] = {}
         self._definitions: dict[str, Any] = {}
         self._stage: str | None = None
@@ -57,6 +66,8 @@ class Installation:
         self.session.install()
         self._stage = stage
         vars(self._strategy)[STEP_METHODS[stage]] = functools.partial(self._run_step, stage)
+        if self._transfer is not None:
+            self._transfer.install()
 
     def graphs(self, mode: str) -> list[CapturedGraph]:
         """Return the stored graphs of one mode."""
@@ -67,6 +78,8 @@ class Installation:
         if self._stage is not None:
             vars(self._strategy).pop(STEP_METHODS[self._stage], None)
             self._stage = None
+            if self._transfer is not None:
+                self._transfer.remove()
             self.session.remove(check)
 
     def close(self) -> None:

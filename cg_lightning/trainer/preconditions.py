@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cg_lightning.core.stages import STEP_METHODS
 from cg_lightning.modules.compiled import is_compiled_as_a_whole, is_graphed_by_compiler
-from cg_lightning.modules.kinds import lightning_class
+from cg_lightning.modules.kinds import is_lightnings_own, lightning_class
 
 _RESHARDING = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
@@ -41,11 +41,7 @@ def _why_no_steps(strategy: Strategy) -> str:
     """Return why the steps of this strategy cannot be intercepted. Empty if they can."""
     cls = type(strategy)
     for name in STEP_METHODS.values():
-        definer = next((base for base in cls.__mro__ if name in vars(base)), None)
-        is_lightnings = (
-            definer is not None and lightning_class(definer, definer.__name__) is definer
-        )
-        if name in vars(strategy) or not is_lightnings:
+        if not is_lightnings_own(strategy, name):
             return (
                 f"{cls.__name__}.{name} is not Lightning's own, so it may do more than run the step"
             )

@@ -14,9 +14,9 @@ from unittest.mock import patch
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
-from cg_lightning.diagnosis.detectors.trainer_reads import ReadNames
+from cg_lightning.diagnosis.detectors.trainer_reads import noticed_reads
 from cg_lightning.diagnosis.findings import is_called_by_step
-from cg_lightning.modules.interception import Interception, replaced_method
+from cg_lightning.modules.interception import replaced_method
 from cg_lightning.modules.kinds import is_user_file
 
 
@@ -64,9 +64,7 @@ class Printing(Detector):
             stack.enter_context(self._noticing_streams())
             if self.watch.is_lightning:
                 stack.enter_context(replaced_method(self.watch.root, "print", self._print))
-            if self.watch.is_lightning and id(self.watch.root) not in self.watch.hidden:
-                handler = ReadNames(self.watch, Cause.PRINTED, ("logger", "loggers"))
-                stack.callback(Interception(self.watch.root, handler).remove)
+            stack.enter_context(noticed_reads(self.watch, Cause.PRINTED, ("logger", "loggers")))
             yield
 
     def _print(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,41 @@
+"""Tables of the command: by rich where it is installed, otherwise aligned text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+_WIDTH = 120  # of output that is no terminal
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table.
+
+    Args:
+        title: Printed above the table.
+        header: The name of each column.
+        rows: The cells of each row.
+    """
+    print(f"\n{title}")
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+    except ModuleNotFoundError:
+        print(aligned([header, *rows]))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else _WIDTH, markup=False).print(table)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as lines of text whose columns begin at the same place."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,46 @@
+"""The zoo, from a config."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from fnmatch import fnmatchcase
+
+from omegaconf import DictConfig
+
+from cg_lightning.bench.measure import Settings
+from cg_lightning.bench.run import backend_to_measure
+from cg_lightning.bench.zoo import visit, zoo_table
+from cg_lightning.bench.zoo_models import MODELS
+
+
+def zoo(config: DictConfig) -> None:
+    """Run models of other libraries with and without graphs, and print a table.
+
+    Args:
+        config: The config of the command: ``zoo`` has patterns of names, and ``bench`` says how
+            much is measured and on which backend.
+
+    Raises:
+        SystemExit: A pattern matches no model, there is no CUDA device and ``bench.backend`` is not
+            ``recorder``, or a model differs from eager.
+    """
+    patterns = list(config.zoo)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in MODELS):
+            raise SystemExit(f"zoo={patterns}: {pattern!r} matches none of {', '.join(MODELS)}.")
+    names = [name for name in MODELS if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    try:
+        backend = backend_to_measure(config.bench.backend)
+    except ValueError as error:
+        raise SystemExit(str(error).replace("task=bench", "task=zoo")) from error
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")  # of the models' libraries
+    settings = Settings(config.bench.batches, config.bench.warmup, config.bench.rounds)
+    results = []
+    for result in visit(names, settings, backend):
+        print(result, flush=True)
+        results.append(result)
+    print(zoo_table(results))
+    if any(result.difference for result in results):
+        raise SystemExit(1)

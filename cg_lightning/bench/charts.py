@@ -1,0 +1,130 @@
+"""The charts of the benchmark, drawn from its records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cg_lightning.bench.cases import CASES
+from cg_lightning.bench.records import OURS, Record, by_case, contestants_of, limit
+
+_LIGHT, _DARK = "#c8ccd2", "#1f4e85"  # far apart in grey as well
+
+
+def _pyplot() -> Any:
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    mpl.rcParams["svg.hashsalt"] = "cg_lightning"  # the same records give the same file
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw_all(records: list[Record], path: Path) -> None:
+    """Draw all contestants of each case relative to eager, with the limit as a line.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    pyplot = _pyplot()
+    cases = {
+        key: case
+        for key, case in by_case(records).items()
+        if "microseconds" in case.get("eager", {})
+    }
+    contestants = [name for name in contestants_of(records) if name != "loop"]
+    figure, axes = pyplot.subplots(figsize=(2 + 1.6 * len(cases), 4), layout="constrained")
+    width = 0.8 / len(contestants)
+    for index, contestant in enumerate(contestants):
+        places, heights = [], []
+        for place, case in enumerate(cases.values()):
+            if "microseconds" in case.get(contestant, {}):
+                places.append(place + index * width)
+                heights.append(case[contestant]["microseconds"] / case["eager"]["microseconds"])
+        axes.bar(places, heights, width, label=contestant)
+    for place, case in enumerate(cases.values()):
+        if (least := limit(case)) is not None:
+            height = least / case["eager"]["microseconds"]
+            label = "limit: the loop alone, or the GPU's time" if not place else None
+            axes.plot(
+                [place - width / 2, place + 0.8 - width / 2],
+                [height, height],
+                color="black",
+                label=label,
+            )
+    axes.set_xticks(
+        [place + 0.4 - width / 2 for place in range(len(cases))],
+        [f"{case}\n{stage}" for stage, case in cases],
+    )
+    axes.set_ylabel("time of a batch, eager = 1")
+    figure.legend(loc="outside upper center", fontsize="small", ncols=4)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def draw_before_after(
+    records: list[Record], path: Path, *, stage: str = "validate", where: str = ""
+) -> list[Path]:
+    """Draw two bars for each case: the time of a batch before and with the callback.
+
+    Args:
+        records: Records of a run with the contestants ``eager`` and :data:`OURS`; ``loop`` adds
+            the limit. Other records are ignored.
+        path: The file to write, without a suffix. ``.svg`` and ``.png`` are added.
+        stage: The stage to draw.
+        where: Hardware and versions, printed below the title.
+
+    Returns:
+        The files written; none if no case has both contestants.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    pyplot = _pyplot()
+    from matplotlib.lines import Line2D
+
+    cases = [
+        (CASES[name].title or name if name in CASES else name, case)
+        for (case_stage, name), case in by_case(records).items()
+        if case_stage == stage
+        and all("microseconds" in case.get(who, {}) for who in ("eager", OURS))
+    ]
+    if not cases:
+        return []
+    cases.sort(key=lambda item: -item[1]["eager"]["microseconds"])
+    longest = cases[0][1]["eager"]["microseconds"]
+    figure, axes = pyplot.subplots(figsize=(8.5, 1.5 + 0.78 * len(cases)), layout="constrained")
+    for row, (_, case) in enumerate(cases):
+        before, after = case["eager"]["microseconds"], case[OURS]["microseconds"]
+        least, end = limit(case), after
+        without = axes.barh(row - 0.19, before, 0.36, color=_LIGHT)
+        graphed = axes.barh(row + 0.19, after, 0.36, color=_DARK)
+        if least is not None:
+            axes.plot([least] * 2, [row - 0.03, row + 0.43], color="black", lw=1.8)
+            end = max(after, least)
+        gap = longest * 0.012
+        axes.text(before + gap, row - 0.19, f"{before:,.0f} µs", va="center")
+        after_text = f"{after:,.0f} µs, {before / after:.1f}x faster"
+        axes.text(end + gap, row + 0.19, after_text, va="center", fontweight="bold")
+    axes.set_yticks(range(len(cases)), [title for title, _ in cases])
+    axes.invert_yaxis()
+    axes.set_xlim(0, longest * 1.13)
+    axes.xaxis.set_visible(False)
+    axes.tick_params(left=False)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    title = f"Time of one batch in trainer.{stage}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=15, fontweight="bold")
+    figure.supxlabel(where, x=0.99, ha="right", fontsize=8.5, color="#505050")
+    legend = {"eager, as Lightning runs it": without, "with the callback": graphed}
+    if any(limit(case) is not None for _, case in cases):
+        legend["limit: GPU time, or Lightning's empty loop"] = Line2D(
+            [], [], color="black", lw=1.8, marker="|", markersize=14, ls="none", markeredgewidth=1.8
+        )
+    # the longest bars are above, so this corner is free
+    axes.legend(legend.values(), legend.keys(), loc="lower right", frameon=False, handlelength=1.2)
+    files = [path.with_suffix(".svg"), path.with_suffix(".png")]
+    figure.savefig(files[0], metadata={"Date": None})
+    figure.savefig(files[1], dpi=150, metadata={"Software": None})
+    pyplot.close(figure)
+    return files

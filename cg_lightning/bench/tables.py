@@ -1,0 +1,191 @@
+"""The tables of the benchmark: of a run, and those in README and docs, made from its records."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cg_lightning.bench.cases import CASES
+from cg_lightning.bench.contestants import PEERS
+from cg_lightning.bench.records import (
+    OURS,
+    Record,
+    by_case,
+    contestants_of,
+    describe_environment,
+    gpu_time,
+    limit,
+    read_environment,
+    read_lines,
+)
+
+_HEADERS = {
+    "loop": "empty loop",
+    "eager": "eager",
+    "piecewise": "PIECEWISE",
+    "full": "FULL",
+    OURS: "**callback**",
+    "compile": "`torch.compile`",
+    "reduce_overhead": "`reduce-overhead`",
+    "make_graphed_callables": "`make_graphed_callables`",
+    "compiled_full": "callback, net compiled",
+}
+_SHORT = ("eager", "reduce_overhead", "make_graphed_callables", OURS)
+"""The columns of the README."""
+
+
+def table(records: list[Record]) -> str:
+    """Return microseconds per batch as a Markdown table, with the spread of rounds in brackets."""
+    contestants = contestants_of(records)
+    lines = [
+        " | ".join(["stage, case", "limit", "replay", *contestants]),
+        "|".join(["---"] * (len(contestants) + 3)),
+    ]
+    for (stage, name), case in by_case(records).items():
+        cells = [
+            f"{stage}, {name}",
+            f"{limit(case) or float('nan'):.0f}",
+            f"{gpu_time(case) or float('nan'):.0f}",
+        ]
+        for contestant in contestants:
+            record = case.get(contestant, {})
+            times = (
+                f"{record['microseconds']:.0f} ({record['spread']:.0f})"
+                if "microseconds" in record
+                else "-"
+            )
+            cells.append("fails" if "error" in record else times)
+        lines.append(" | ".join(cells))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _rows(records: list[Record], stage: str) -> list[tuple[str, dict[str, Record]]]:
+    """Return title and records of each case, in the order of ``CASES``.
+
+    The saturated case is left out: there the GPU is the limit, so it has a table of its own.
+    """
+    cases = by_case(records)
+    return [
+        (case.title.replace("\n", ", "), cases[stage, name])
+        for name, case in CASES.items()
+        if (stage, name) in cases and name != "saturated"
+    ]
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("| --- ", "|---") + "\n"
+
+
+def _microseconds(case: dict[str, Record], name: str) -> float | None:
+    time: float | None = case.get(name, {}).get("microseconds")
+    return time
+
+
+def _cell(time: float | None, spread: str = "", bold: bool = False) -> str:
+    if time is None:
+        return "-"
+    return (f"**{time:.0f}**" if bold else f"{time:.0f}") + spread
+
+
+def _faster(case: dict[str, Record], others: Sequence[str]) -> float | None:
+    """Return how many times faster the callback is than the fastest of ``others``."""
+    ours = _microseconds(case, OURS)
+    times = [time for name in others if (time := _microseconds(case, name)) is not None]
+    return min(times) / ours if ours and times else None
+
+
+def results(records: list[Record], stage: str = "validate") -> str:
+    """Return the short table: the limit, eager, two peers, the callback, and its factor."""
+    rows = []
+    for title, case in _rows(records, stage):
+        times = [_cell(_microseconds(case, name), bold=name == OURS) for name in _SHORT]
+        factor = _faster(case, ["eager"])
+        rows.append([title, _cell(limit(case)), *times, f"{factor:.1f}x" if factor else "-"])
+    columns = [_HEADERS[name] for name in _SHORT]
+    return _markdown([f"`{stage}`", "limit", *columns, "faster than eager"], rows)
+
+
+def details(records: list[Record], stage: str) -> str:
+    """Return the long table: all contestants, with the spread of the rounds in brackets."""
+    names = [name for name in _HEADERS if name in contestants_of(records) and name != "loop"]
+    rows = []
+    for title, case in _rows(records, stage):
+        row = [title, _cell(limit(case))]
+        for name in names:
+            spread = f" ({case.get(name, {}).get('spread', 0):.0f})"
+            row.append(_cell(_microseconds(case, name), spread, bold=name == OURS))
+        rows.append(row)
+    return _markdown([f"`{stage}`", "limit", *(_HEADERS[name] for name in names)], rows)
+
+
+def _range(factors: Sequence[float]) -> str:
+    return f"{min(factors):.2g} to {max(factors):.2g}"
+
+
+def speed(records: list[Record]) -> str:
+    """Return between which factors the callback is faster than eager in ``validate``."""
+    rows = [case for _, case in _rows(records, "validate")]
+    return f"{_range([f for case in rows if (f := _faster(case, ['eager']))])} times faster"
+
+
+def facts(records: list[Record]) -> str:
+    """Return what follows from the table of ``validate``, one fact a line."""
+    rows = [case for _, case in _rows(records, "validate")]
+    peers = [factor for case in rows if (factor := _faster(case, PEERS))]
+    pairs = [(_microseconds(case, OURS), limit(case)) for case in rows]
+    of_limit = [ours / least for ours, least in pairs if ours and least]
+    near = [factor for factor in of_limit if factor < 1.1]
+    lines = [f"It is {speed(records)} than eager."]
+    if peers:
+        lines.append(
+            f"It is {_range(peers)} times faster than the best peer (geometric mean "
+            f"{statistics.geometric_mean(peers):.1f}). No peer captures loss, metrics and logging."
+        )
+    if near:
+        lines.append(
+            f"It takes {min(near):.3f} to {max(near):.3f} times the limit in {len(near)} of "
+            f"{len(of_limit)} cases."
+        )
+    return "".join(f"- {line}\n" for line in lines)
+
+
+_BLOCKS: dict[str, Callable[[list[Record]], str]] = {
+    "results": results,
+    "speed": speed,
+    "facts": facts,
+    "validate": lambda records: details(records, "validate"),
+    "predict": lambda records: details(records, "predict"),
+}
+
+
+def fill_page(text: str, records: Path) -> str:
+    """Return a page with the figures of a file of records.
+
+    They stand between ``<!-- bench: NAME -->`` and ``<!-- /bench -->``. NAME is ``results``,
+    ``speed``, ``facts``, ``validate``, ``predict``, or ``machine``: hardware and versions.
+
+    Args:
+        text: The page, in Markdown.
+        records: The file.
+
+    Raises:
+        ValueError: The page has a block with another name.
+    """
+    measured = read_lines(records)
+
+    def block(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name == "machine":
+            made = describe_environment(read_environment(records))
+        elif name in _BLOCKS:
+            made = _BLOCKS[name](measured)
+        else:
+            names = ", ".join(("machine", *_BLOCKS))
+            raise ValueError(f"<!-- bench: {name} --> has no such figures; choose from {names}")
+        line_break = "\n" if made.endswith("\n") else ""
+        return f"<!-- bench: {name} -->{line_break}{made}<!-- /bench -->"
+
+    return re.sub(r"<!-- bench: (?P<name>\S+) -->.*?<!-- /bench -->", block, text, flags=re.DOTALL)

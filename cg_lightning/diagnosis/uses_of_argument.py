@@ -1,0 +1,395 @@
+"""Where a step uses one of its arguments, read from byte code and source.
+
+It answers for the closed world, so each doubt is a use. An argument is not used where it is deleted,
+or passed on to a function that does not use it, and it is only *compared* where the source has it
+at the left of an operator or of a comparison: ``batch_idx % self.every == 0``, ``if batch_idx``.
+``cg_lightning/guards/comparisons.py`` says what that is good for. Everything else uses the value:
+``isinstance``, ``int(batch_idx)``, an f-string, an index, an argument of a function nobody can read.
+"""
+
+from __future__ import annotations
+
+import ast
+import dis
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from cg_lightning.diagnosis.definitions import Definition, definition_of, parents_in
+from cg_lightning.diagnosis.findings import UNKNOWN
+from cg_lightning.guards.comparisons import Comparison
+
+_MOST_CALLS = 5
+"""How deep an argument is followed into the functions to which it is passed on."""
+_ARITHMETIC: dict[type[ast.operator], str] = {
+    **{ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.FloorDiv: "//", ast.Mod: "%"}
+}
+_COMPARISONS: dict[type[ast.cmpop], str] = {
+    **{ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
+}
+_MIRRORED = {"==": "==", "!=": "!=", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
+_OTHER_FRAMES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.GeneratorExp, ast.ClassDef)
+"""What runs later, or in another namespace."""
+_READ_ALL = ("locals", "eval", "exec")
+_READ_FRAMES = ("_getframe", "currentframe")
+_READ_ALL_WITHOUT_ARGUMENTS = ("vars", "dir")
+
+
+class _Callee(NamedTuple):
+    """A function that is called, and how many of its first parameters the call does not give."""
+
+    function: Any
+    owner: type | None
+    """The class that defines it, where its ``self`` is the module."""
+    offset: int
+
+
+def _line_of(code: CodeType | None, line: int | None = None) -> str:
+    return UNKNOWN if code is None else f"{code.co_filename}:{line or code.co_firstlineno}"
+
+
+def _names(code: CodeType, name: str, *kinds: str) -> bool:
+    """Whether an instruction of these kinds, such as ``LOAD``, has a name."""
+    named = (
+        instruction.argval
+        for instruction in dis.get_instructions(code)
+        if instruction.opname.startswith(kinds)
+    )
+    # newer Pythons have instructions for two names
+    return any(name == value or (isinstance(value, tuple) and name in value) for value in named)
+
+
+def _reads_all_locals(code: CodeType) -> bool:
+    """Whether a function may read its arguments without naming them."""
+    names = {
+        instruction.argval
+        for instruction in dis.get_instructions(code)
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
+    if names.intersection(_READ_ALL) or set(code.co_names).intersection(_READ_FRAMES):
+        return True
+    if not names.intersection(_READ_ALL_WITHOUT_ARGUMENTS):
+        return False
+    definition = definition_of(code)
+    return definition is None or any(
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in _READ_ALL_WITHOUT_ARGUMENTS
+        and not node.args
+        for node in ast.walk(definition)
+    )
+
+
+def _class_around(function: FunctionType) -> Any:
+    """Return the class whose ``super()`` a function means."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
+    return next((cell.cell_contents for name, cell in cells if name == "__class__"), None)
+
+
+def _name_of(decorator: Callable[..., Any], function: Callable[..., Any]) -> str | None:
+    """Return the name by which a decorator knows the function that it has closed over."""
+    cells = getattr(decorator, "__closure__", None) or ()
+    names = decorator.__code__.co_freevars
+    found = [name for name, cell in zip(names, cells, strict=False) if _cell_is(cell, function)]
+    return found[0] if found else None
+
+
+def _cell_is(cell: types.CellType, value: Any) -> bool:
+    """Whether a cell holds this very object."""
+    try:
+        return cell.cell_contents is value
+    except ValueError:  # empty
+        return False
+
+
+def _uses_in_varargs(code: CodeType, position: int, decorated: str | None) -> bool:
+    """Whether a function may use an argument that is one of its ``*args``.
+
+    Args:
+        code: The code of the function.
+        position: The position of the argument.
+        decorated: The name of the function to which a decorator passes on its ``*args``.
+    """
+    if not code.co_flags & inspect.CO_VARARGS:
+        return False
+    definition = definition_of(code)
+    if definition is None:
+        return True
+    nodes = list(ast.walk(definition))
+    name = code.co_varnames[code.co_argcount + code.co_kwonlyargcount]
+    harmless = {
+        id(argument.value)
+        for node in nodes
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == decorated
+        for argument in node.args
+        if isinstance(argument, ast.Starred)
+    }
+    before = range(position - code.co_argcount)
+    for node in nodes:  # ``args[0]``, in the step that Lightning predicts with by default
+        if (
+            isinstance(node, ast.Subscript)
+            and isinstance(node.slice, ast.Constant)
+            and node.slice.value in before
+        ):
+            harmless.add(id(node.value))
+    return any(
+        isinstance(node, ast.Name) and node.id == name and id(node) not in harmless
+        for node in nodes
+    )
+
+
+def _constant(node: ast.expr) -> int | float | None:
+    """Return the number that an expression is, if it is a constant."""
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        value = _constant(node.operand)
+        return None if value is None else -value
+    if not isinstance(node, ast.Constant):
+        return None
+    return node.value if type(node.value) in (int, float) else None  # type: ignore[return-value]
+
+
+def _is_number(node: ast.expr) -> bool:
+    return _constant(node) is not None
+
+
+def _is_pair(left: ast.expr, sign: ast.cmpop, right: ast.expr, node: ast.AST) -> bool:
+    """Whether ``left sign right`` only compares ``node``, which is one of the two."""
+    if isinstance(sign, (ast.Is, ast.IsNot)):
+        other = right if node is left else left
+        return isinstance(other, ast.Constant) and other.value is None
+    if isinstance(sign, (ast.In, ast.NotIn)):  # a set asks for the hash
+        is_list = node is left and isinstance(right, (ast.List, ast.Tuple))
+        return is_list and all(map(_is_number, right.elts))  # type: ignore[attr-defined]
+    return type(sign) in _COMPARISONS and (node is left or _is_number(left))
+
+
+def is_only_compared(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
+    """Return whether an expression is only compared, so that nothing else of its value is seen."""
+    outer = parents[node]
+    while isinstance(outer, ast.BinOp) and outer.left is node:
+        if type(outer.op) not in _ARITHMETIC:
+            return False
+        node, outer = outer, parents[outer]
+    if isinstance(outer, ast.Compare):
+        operands = [outer.left, *outer.comparators]
+        pairs = zip(operands, outer.ops, operands[1:], strict=False)
+        return all(_is_pair(*pair, node) for pair in pairs if node in (pair[0], pair[2]))
+    return is_test(node, parents)
+
+
+def is_test(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
+    """Return whether only the truth of an expression is asked for: ``if``, ``not``, ``and``."""
+    outer = parents[node]
+    while isinstance(outer, ast.BoolOp):
+        node, outer = outer, parents[outer]
+    if isinstance(outer, ast.UnaryOp):
+        return isinstance(outer.op, ast.Not)
+    if isinstance(outer, (ast.If, ast.IfExp, ast.While, ast.Assert)):
+        return outer.test is node
+    return isinstance(outer, ast.comprehension) and node in outer.ifs
+
+
+def comparisons_with_constants(
+    node: ast.AST, parents: dict[ast.AST, ast.AST]
+) -> list[Comparison] | None:
+    """Return how an expression is compared, if it is compared with constants only; else None."""
+    if not is_only_compared(node, parents):
+        return None
+    outer, arithmetic = parents[node], []
+    while isinstance(outer, ast.BinOp):
+        operand = _constant(outer.right)
+        if type(operand) is not int:
+            return None
+        arithmetic.append((_ARITHMETIC[type(outer.op)], operand))
+        node, outer = outer, parents[outer]
+    if not isinstance(outer, ast.Compare):
+        return [Comparison(tuple(arithmetic), "!=", 0)]
+    operands = [outer.left, *outer.comparators]
+    found: list[Comparison] = []
+    for left, sign, right in zip(operands, outer.ops, operands[1:], strict=False):
+        if node not in (left, right) or isinstance(sign, (ast.Is, ast.IsNot)):
+            continue
+        other = right if node is left else left
+        is_list = isinstance(other, (ast.List, ast.Tuple))
+        text = "==" if is_list else _COMPARISONS[type(sign)]
+        text = text if node is left else _MIRRORED[text]
+        for value in map(_constant, other.elts if is_list else [other]):  # type: ignore[attr-defined]
+            if value is None:
+                return None
+            found.append(Comparison(tuple(arithmetic), text, value))
+    return found
+
+
+def _is_in_other_frame(node: ast.AST, definition: Definition, parents: Any) -> bool:
+    while (node := parents[node]) is not definition:
+        if isinstance(node, _OTHER_FRAMES):
+            return True
+    return False
+
+
+class ArgumentUses:
+    """Searches the steps of one module for uses of an argument.
+
+    Args:
+        module: The module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self.compared_at: str | None = None
+        """The first line that compares the argument."""
+
+    def find(self, step_name: str, position: int) -> str | None:
+        """Return the line that uses an argument for more than comparisons; None if none does.
+
+        Args:
+            step_name: The method.
+            position: The position of the argument in a call of the method, from 0.
+        """
+        callee = self._method(step_name, type(self._module).__mro__)
+        if callee is None:
+            return None
+        return self._find_at(callee, callee.offset + position, 0)
+
+    def _method(self, name: str, order: tuple[type, ...]) -> _Callee | None:
+        """Return what ``self.name`` is."""
+        cls = type(self._module)
+        if name in vars(self._module):  # set on the instance
+            return _Callee(vars(self._module)[name], cls, 0)
+        owner = next((each for each in order if name in vars(each)), None)
+        return None if owner is None else _Callee(vars(owner)[name], owner, 1)
+
+    def _find_at(self, callee: _Callee, position: int, depth: int) -> str | None:
+        """Return the line that uses the argument at ``position``, or else that of the function."""
+        function, owner = callee.function, callee.owner
+        if isinstance(function, types.MethodType):
+            is_own = function.__self__ is self._module
+            inner = _Callee(function.__func__, type(self._module) if is_own else None, 0)
+            return self._find_at(inner, position + 1 - callee.offset, depth)
+        if isinstance(function, functools.partialmethod):
+            inner = _Callee(function.func, owner, 0)
+            return self._find_at(inner, position + len(function.args), depth + 1)
+        if isinstance(function, functools.partial) and not callee.offset:
+            inner = _Callee(function.func, None, 0)
+            return self._find_at(inner, position + len(function.args), depth + 1)
+        code = getattr(function, "__code__", None)
+        if isinstance(function, staticmethod):
+            return _line_of(getattr(function.__func__, "__code__", None))
+        while (inner_function := getattr(function, "__wrapped__", None)) is not None:
+            if (
+                code is None
+                or position < code.co_argcount
+                or _reads_all_locals(code)
+                or _uses_in_varargs(code, position, _name_of(function, inner_function))
+            ):
+                return _line_of(code)
+            function = inner_function
+            code = getattr(function, "__code__", None)
+        if code is None or not isinstance(function, FunctionType):
+            return _line_of(code)
+        if position >= code.co_argcount:
+            used = _uses_in_varargs(code, position, None)
+            return _line_of(code) if used or _reads_all_locals(code) else None
+        return self._find_named(function, owner, code.co_varnames[position], depth)
+
+    def _find_named(
+        self, function: FunctionType, owner: type | None, name: str, depth: int
+    ) -> str | None:
+        code = function.__code__
+        if _reads_all_locals(code):
+            return _line_of(code)
+        if not _names(code, name, "LOAD"):
+            return None
+        definition = definition_of(code)
+        if definition is None or depth > _MOST_CALLS:
+            return _line_of(code)
+        parents = parents_in(definition)
+        for node in ast.walk(definition):
+            if not isinstance(node, ast.Name) or node.id != name or isinstance(node.ctx, ast.Del):
+                continue
+            if isinstance(node.ctx, ast.Store):
+                if isinstance(parents[node], ast.AugAssign):
+                    return _line_of(code, node.lineno)
+                continue
+            if _is_in_other_frame(node, definition, parents):
+                return _line_of(code, node.lineno)
+            if is_only_compared(node, parents):
+                self.compared_at = self.compared_at or _line_of(code, node.lineno)
+                continue
+            used = self._find_passed_on(node, parents, function, owner, depth)
+            if used is not None:
+                return used
+        return None
+
+    def _find_passed_on(
+        self,
+        node: ast.Name,
+        parents: dict[ast.AST, ast.AST],
+        function: FunctionType,
+        owner: type | None,
+        depth: int,
+    ) -> str | None:
+        """Return the line where a called function uses the argument, or else the line itself."""
+        here = _line_of(function.__code__, node.lineno)
+        outer = parents[node]
+        keyword = outer if isinstance(outer, ast.keyword) else None
+        call = parents[outer] if keyword is not None else outer
+        if not isinstance(call, ast.Call) or call.func is node:
+            return here
+        callee = self._callee(call, function, owner)
+        if callee is None:
+            return here
+        if keyword is None:
+            index = call.args.index(node)
+            if any(isinstance(argument, ast.Starred) for argument in call.args[:index]):
+                return here
+            return self._find_at(callee, callee.offset + index, depth + 1)
+        inner = callee.function
+        code = getattr(inner, "__code__", None)
+        if not isinstance(inner, FunctionType) or hasattr(inner, "__wrapped__") or code is None:
+            return here
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        if keyword.arg is None or keyword.arg not in names:
+            return here
+        return self._find_named(inner, callee.owner, keyword.arg, depth + 1)
+
+    def _callee(self, call: ast.Call, function: FunctionType, owner: type | None) -> _Callee | None:
+        """Return what ``self.name(...)``, ``super().name(...)`` or ``name(...)`` calls, if known."""
+        code, called = function.__code__, call.func
+        if isinstance(called, ast.Name):
+            if called.id in (*code.co_varnames, *code.co_cellvars, *code.co_freevars):
+                return None
+            found: Callable[..., Any] | None = function.__globals__.get(called.id)
+            return _Callee(found, None, 0) if isinstance(found, FunctionType) else None
+        if not isinstance(called, ast.Attribute):
+            return None
+        target, order = called.value, type(self._module).__mro__
+        if isinstance(target, ast.Name):
+            if target.id != "self" or owner is None or not self._has_own_self(code):
+                return None
+            return self._method(called.attr, order)
+        if (
+            isinstance(target, ast.Call)
+            and isinstance(target.func, ast.Name)
+            and target.func.id == "super"
+            and not target.args
+            and (defined_in := _class_around(function)) in order
+            and owner is not None
+            and self._has_own_self(code)
+        ):
+            after = order[order.index(defined_in) + 1 :]
+            cls = next((each for each in after if called.attr in vars(each)), None)
+            return None if cls is None else _Callee(vars(cls)[called.attr], cls, 1)
+        return None
+
+    def _has_own_self(self, code: CodeType) -> bool:
+        """Whether ``self`` is the first argument of a method, and nothing else."""
+        is_first = code.co_argcount and code.co_varnames[0] == "self"
+        return bool(is_first) and not _names(code, "self", "STORE", "DELETE")

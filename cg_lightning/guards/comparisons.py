@@ -1,0 +1,180 @@
+"""How a step compares a number, and what comes out of it.
+
+``batch_idx`` is another number in each batch, so it cannot be guarded as it is. In
+``if batch_idx % 10 == 0`` it decides nothing but which branch is taken. So a graph is used while
+all comparisons of its step come out as they did then.
+
+Which comparisons a step makes is recorded while it is watched: it gets a :class:`ComparedNumber`.
+What they compare with (``self.every``) is read and guarded as everything else, so as long as the
+outcomes are equal, the step takes the same path and makes the same comparisons.
+
+What does not work alone is such an ``int``: code in C (``x * batch_idx``, ``names[batch_idx]``,
+``range(batch_idx)``, ``"%d" % batch_idx``) reads its value and calls nothing of it. What does not
+work alone is the source: it cannot say what ``self.every`` is. So the source must show that the
+number is nowhere but at the left of an operator, where Python calls the number first
+(``cg_lightning/diagnosis/uses_of_argument.py``), and the number says what it was compared with.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from cg_lightning.guards.sources import Source
+
+ARITHMETIC: dict[str, Callable[[int, int], int]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "//": operator.floordiv,
+    "%": operator.mod,
+}
+"""Arithmetic that a number may go through before it is compared, by its sign."""
+COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+"""Comparisons, by their sign."""
+MOST_COMPARISONS = 32
+"""Maximum number of comparisons of one number in one step."""
+
+
+class Comparison(NamedTuple):
+    """One comparison: ``batch_idx % 10 == 0`` is ``(("%", 10),), "==", 0``."""
+
+    arithmetic: tuple[tuple[str, int], ...]
+    comparison: str
+    operand: Any
+
+    def outcome(self, number: int) -> bool:
+        """Return what comes out for a number."""
+        for sign, operand in self.arithmetic:
+            number = ARITHMETIC[sign](number, operand)
+        return COMPARISONS[self.comparison](number, self.operand)
+
+    def describe(self, name: str) -> str:
+        """Return it as the user wrote it, but with values: ``batch_idx % 10 == 0``."""
+        for sign, operand in self.arithmetic:
+            name = f"{name} {sign} {operand!r}"
+        return f"{name} {self.comparison} {self.operand!r}"
+
+
+class ComparisonNotes:
+    """The comparisons of one number in one watched step.
+
+    Args:
+        used: Is called with what else the step does with the number: ``== Tensor``.
+    """
+
+    def __init__(self, used: Callable[[str], None]) -> None:
+        self.outcomes: dict[Comparison, bool] = {}
+        self.used = used
+
+    def compared(self, comparison: Comparison, outcome: bool) -> None:
+        """Note one comparison."""
+        if len(self.outcomes) == MOST_COMPARISONS and comparison not in self.outcomes:
+            self.used(f"in more than {MOST_COMPARISONS} comparisons")
+            return
+        self.outcomes[comparison] = outcome
+
+
+class ComparedNumber(int):
+    """A number that notes what it is compared with. For code in C it is an ordinary ``int``."""
+
+    _notes: ComparisonNotes
+    _arithmetic: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def of(cls, number: int, notes: ComparisonNotes) -> ComparedNumber:
+        """Return such a number."""
+        return cls(number)._with(notes, ())
+
+    def _with(
+        self, notes: ComparisonNotes, arithmetic: tuple[tuple[str, int], ...]
+    ) -> ComparedNumber:
+        self._notes, self._arithmetic = notes, arithmetic
+        return self
+
+    def __bool__(self) -> bool:
+        return bool(self != 0)
+
+    def __hash__(self) -> int:  # for a set or a dictionary: few comparisons follow, or none
+        self._notes.used("hash")
+        return super().__hash__()
+
+
+def _arithmetic_method(sign: str) -> Callable[[ComparedNumber, Any], Any]:
+    original = getattr(int, f"__{ARITHMETIC[sign].__name__}__")
+
+    def method(self: ComparedNumber, other: Any) -> Any:
+        result = original(self, other)
+        if type(other) not in (int, bool) or type(result) is not int:
+            self._notes.used(f"{sign} {type(other).__name__}")
+            return result
+        return ComparedNumber(result)._with(self._notes, (*self._arithmetic, (sign, other)))
+
+    return method
+
+
+def _comparison_method(sign: str) -> Callable[[ComparedNumber, Any], Any]:
+    original = getattr(int, f"__{COMPARISONS[sign].__name__}__")
+
+    def method(self: ComparedNumber, other: Any) -> Any:
+        if type(other) not in (int, bool, float):
+            self._notes.used(f"{sign} {type(other).__name__}")
+            return original(self, other)
+        comparison = Comparison(self._arithmetic, sign, other)
+        outcome = COMPARISONS[sign](int(self), other)
+        self._notes.compared(comparison, outcome)
+        return outcome
+
+    return method
+
+
+for _sign, _function in ARITHMETIC.items():
+    setattr(ComparedNumber, f"__{_function.__name__}__", _arithmetic_method(_sign))
+for _sign, _function in COMPARISONS.items():
+    setattr(ComparedNumber, f"__{_function.__name__}__", _comparison_method(_sign))
+
+
+class ComparedSource:
+    """A number whose comparisons must come out as they did in the watched step.
+
+    Args:
+        source: Where the number is now.
+        outcomes: What came out.
+    """
+
+    def __init__(self, source: Source, outcomes: dict[Comparison, bool]) -> None:
+        self._source = source
+        self._outcomes = list(outcomes.items())
+        self.key = (*source.key, *outcomes)
+        """What tells it from others."""
+
+    @classmethod
+    def now(cls, source: Source, comparisons: Iterable[Comparison]) -> ComparedSource:
+        """Return one with the outcomes for the number that is there now."""
+        number = source.value()
+        return cls(source, {each: each.outcome(number) for each in comparisons})
+
+    def holds(self) -> bool:
+        """Return whether all outcomes are the same."""
+        number = self._source.value()
+        for comparison, outcome in self._outcomes:  # noqa: SIM110  # a generator takes longer
+            if comparison.outcome(number) is not outcome:
+                return False
+        return True
+
+    def explain(self) -> str:
+        """Return the first outcome that differs: ``batch_idx == 0: now False, before True``."""
+        number = self._source.value()
+        for comparison, outcome in self._outcomes:
+            if comparison.outcome(number) is not outcome:
+                text = comparison.describe(self._source.path)
+                return f"{text}: now {not outcome}, before {outcome}"
+        return ""

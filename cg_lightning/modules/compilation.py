@@ -1,0 +1,95 @@
+"""Compile the networks of a module for the time of a stage."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from cg_lightning.backends.capture_scope import autocast_cache_off
+from cg_lightning.modules.compiled import COMPILED_IN_PLACE, is_compiled
+from cg_lightning.modules.kinds import is_metric
+
+
+class Compilation:
+    """Runs submodules under ``torch.compile`` while it is installed.
+
+    The compiled calls are kept, so a later :meth:`install` compiles nothing anew. Compiled are the largest submodules that have parameters and a ``forward``. It
+    leaves metrics, ``torch.jit`` and what the user has compiled as they are, and it does *not*
+    compile the step itself.
+
+    Args:
+        arguments: Arguments of ``torch.compile``. None: nothing is compiled.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any] | None) -> None:
+        self._arguments = arguments
+        self._calls: dict[nn.Module, Any] = {}
+        self._installed: list[nn.Module] = []
+
+    def install(self, root: nn.Module) -> None:
+        """Run the submodules of ``root`` compiled; idempotent."""
+        if self._arguments is None:
+            return
+        for module in _networks(root):
+            if module not in self._calls:
+                self._calls[module] = _compiled(module, self._arguments)
+            vars(module)[COMPILED_IN_PLACE] = self._calls[module]
+            self._installed.append(module)
+
+    def remove(self) -> None:
+        """Let all submodules run as they are written; idempotent."""
+        for module in self._installed:
+            vars(module).pop(COMPILED_IN_PLACE, None)
+        self._installed.clear()
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Let all submodules run as they are written inside, to compare with eager."""
+        installed = list(self._installed)
+        self.remove()
+        try:
+            yield
+        finally:
+            for module in installed:
+                vars(module)[COMPILED_IN_PLACE] = self._calls[module]
+            self._installed = installed
+
+
+def _compiled(module: nn.Module, arguments: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return the compiled call of a module.
+
+    The compiler skips functions of torch, so ``module.compile()`` of a ``Linear`` or ``Sequential``
+    compiles nothing (torch 2.13). It keeps its results, and their limit, for each code object, so
+    each module gets one of its own. It also compiles anew for another state of the autocast cache,
+    which is off in captures.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace()
+    compiled = torch.compile(call, **arguments)
+
+    @functools.wraps(compiled)
+    def call_compiled(*args: Any, **kwargs: Any) -> Any:
+        with autocast_cache_off():
+            return compiled(*args, **kwargs)
+
+    return call_compiled
+
+
+def _networks(root: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules to compile."""
+    for child in root.children():
+        is_scripted = "training" not in vars(child)
+        if is_metric(child) or is_compiled(child) or is_scripted:
+            continue
+        if type(child).forward is nn.Module.forward:  # a ModuleList, for example
+            yield from _networks(child)
+        elif next(child.parameters(), None) is not None:
+            yield child

@@ -1,0 +1,97 @@
+"""Copy batches to the device beside the computation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+
+from cg_lightning.backends.base import BatchCopies
+from cg_lightning.core.tree import flatten
+from cg_lightning.modules.kinds import is_lightnings_own
+from cg_lightning.report.stats import CUDAGraphStats
+
+_LEAST_BYTES = 1024 * 1024
+"""Copies of fewer bytes take less time than the host needs to overlap them (about 100 us)."""
+_PLAIN = (int, float, bool, str, bytes, type(None))
+
+
+def overlapped_transfer(
+    strategy: Strategy, owners: Sequence[object], copies: BatchCopies | None, stats: CUDAGraphStats
+) -> OverlappedTransfer | None:
+    """Return what transfers batches instead of Lightning. None: Lightning does it itself.
+
+    Args:
+        strategy: The strategy of the Trainer.
+        owners: The objects whose hook ``transfer_batch_to_device`` Lightning may call, or None for
+            one that is absent.
+        copies: Copies beside the computation. None: the user or the device does not allow it.
+        stats: Counts.
+    """
+    if copies is None or not is_lightnings_own(strategy, "batch_to_device"):
+        return None
+    present = [owner for owner in owners if owner is not None]
+    if not all(is_lightnings_own(owner, "transfer_batch_to_device") for owner in present):
+        return None
+    return OverlappedTransfer(strategy, copies, stats)
+
+
+class OverlappedTransfer:
+    """Copies the tensors of a batch on a stream of their own, before Lightning's hooks see them.
+
+    During a stage, the strategy *object* has an attribute ``batch_to_device``. It copies the batch,
+    and then calls Lightning's method, which finds the batch on the device and calls the hooks of
+    the user on the stream that computes. Batches with other objects than tensors and plain values,
+    small ones, and those that are on the device already are left to Lightning.
+
+    Args:
+        strategy: The strategy of the Trainer.
+        copies: Copies beside the computation.
+        stats: Counts the batches.
+    """
+
+    def __init__(self, strategy: Strategy, copies: BatchCopies, stats: CUDAGraphStats) -> None:
+        self._strategy = strategy
+        self._copies = copies
+        self._stats = stats
+
+    def install(self) -> None:
+        """Transfer the batches of the strategy; idempotent.
+
+        If the user has set an attribute of that name since, it stays.
+        """
+        vars(self._strategy).setdefault("batch_to_device", self._batch_to_device)
+
+    def remove(self) -> None:
+        """Leave the batches to Lightning; idempotent."""
+        if vars(self._strategy).get("batch_to_device") == self._batch_to_device:
+            del vars(self._strategy)["batch_to_device"]
+
+    def _batch_to_device(
+        self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
+    ) -> Any:
+        target = device or self._strategy.root_device
+        if _is_worth_it(batch):
+            moved = self._copies.run(lambda: move_data_to_device(batch, target))
+            self._stats.overlapped_copies += 1
+        else:
+            moved = batch
+        transfer = type(self._strategy).batch_to_device
+        return transfer(self._strategy, moved, device, dataloader_idx)
+
+
+def _is_worth_it(batch: Any) -> bool:
+    """Return True if all of a batch is known, and much of it is on the host."""
+    num_bytes = 0
+    for leaf in flatten(batch)[0]:
+        if type(leaf) is Tensor:
+            if leaf.layout is not torch.strided:
+                return False
+            num_bytes += leaf.nbytes if leaf.device.type == "cpu" else 0
+        elif not isinstance(leaf, _PLAIN):
+            return False
+    return num_bytes > _LEAST_BYTES

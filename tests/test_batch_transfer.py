@@ -1,0 +1,223 @@
+"""Batches are copied beside the computation, and nobody can tell but by the clock."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tests.harness import assert_same
+
+LARGE = 400_000  # values: above the size from which copies overlap
+CYCLES = 2_000_000  # about a millisecond on the device
+
+
+class Slow(LightningModule):
+    """The device is still busy with a step when the host copies the next batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = batch["x"]
+        if x.is_cuda:
+            torch.cuda._sleep(CYCLES)
+        loss = (x * self.scale).sum() + batch["y"].sum()
+        self.log("loss", loss)
+        return x * self.scale
+
+    predict_step = validation_step
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        if not self.trainer.predicting:
+            super().log(*args, **kwargs)
+
+
+class KeepsAll(Callback):
+    """Keeps each batch and each output, and reads the batch as soon as it is there."""
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+        self.outputs: list[Any] = []
+        self.at_start: list[Tensor] = []
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, *_: Any) -> None:
+        self.at_start.append(batch["x"].clone())
+        self.batches.append(batch)
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, *_: Any) -> None:
+        self.outputs.append(outputs)
+
+
+def batches(number: int, pinned: bool = False, shapes: int = 3) -> list[dict[str, Any]]:
+    made = []
+    for index in range(number):
+        size = LARGE * (1 + index % shapes)
+        batch = {"x": torch.randn(size), "y": torch.arange(8) + index, "name": f"b{index}"}
+        if pinned:
+            batch = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.items()}
+        made.append(batch)
+    return made
+
+
+def loader(items: list[Any]) -> DataLoader:
+    return DataLoader(items, batch_size=None)
+
+
+def expected_copies(harness, number: int) -> int:
+    return number if harness.backend == "cuda" else 0
+
+
+@pytest.mark.parametrize("pinned", [False, True], ids=["pageable", "pinned"])
+@pytest.mark.parametrize("shapes", [1, 5])
+def test_batches_and_results_are_those_of_eager(harness, shapes, pinned):
+    if pinned and harness.backend != "cuda":
+        pytest.skip("memory is pinned for a GPU only")
+    items = batches(40, pinned, shapes)
+    runs = []
+    for callback in (None, harness.callback(mode="FULL")):
+        keeps = KeepsAll()
+        trainer = harness.trainer(*filter(None, (callback, keeps)))
+        trainer.validate(Slow(), loader(items), verbose=False)
+        runs.append((keeps, trainer.callback_metrics))
+    (one, metrics), (other, other_metrics) = runs
+    for name in ("batches", "at_start", "outputs"):
+        assert_same(getattr(one, name), getattr(other, name))
+    assert_same([batch["x"].cpu() for batch in other.batches], [item["x"] for item in items])
+    assert_same(metrics, other_metrics)
+    assert callback.stats.overlapped_copies == expected_copies(harness, 40)
+
+
+def test_memory_of_many_queued_batches_is_bounded(harness):
+    if harness.backend != "cuda":
+        pytest.skip("the recorder has no streams")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    items = batches(60, shapes=1)
+    callback = harness.callback(mode="FULL")
+    trainer = harness.trainer(callback)
+    trainer.validate(Slow(), loader(items), verbose=False)
+    assert callback.stats.overlapped_copies == 60
+    # copies, static input, outputs of three steps; without a bound there are sixty batches
+    assert torch.cuda.max_memory_allocated() - before < 20 * items[0]["x"].nbytes
+
+
+class OwnTransfer(Slow):
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        assert batch["x"].device.type == "cpu"
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+
+class OwnTransferInData(LightningDataModule):
+    def __init__(self, items: list[Any]) -> None:
+        super().__init__()
+        self.items = items
+
+    def val_dataloader(self):
+        return loader(self.items)
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        assert batch["x"].device.type == "cpu"
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+
+class AfterTransfer(Slow):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        assert batch["x"].device == self.device
+        return {**batch, "x": batch["x"] + 1}
+
+
+class BeforeTransfer(Slow):
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        assert batch["x"].device.type == "cpu"
+        return {**batch, "x": batch["x"] + 1}
+
+
+@pytest.mark.parametrize(
+    ("model", "overlaps"), [(OwnTransfer, False), (AfterTransfer, True), (BeforeTransfer, True)]
+)
+def test_hooks_of_the_module_see_what_they_see_in_eager(harness, model, overlaps):
+    items, results = batches(8), []
+    for callback in (None, harness.callback(mode="FULL")):
+        keeps = KeepsAll()
+        trainer = harness.trainer(*filter(None, (callback, keeps)))
+        trainer.validate(model(), loader(items), verbose=False)
+        results.append((keeps.batches, keeps.outputs))
+    assert_same(*results)
+    assert callback.stats.overlapped_copies == (expected_copies(harness, 8) if overlaps else 0)
+
+
+def test_a_transfer_of_the_datamodule_stays(harness):
+    callback = harness.callback(mode="FULL")
+    data = OwnTransferInData(batches(8))
+    harness.trainer(callback).validate(Slow(), datamodule=data, verbose=False)
+    assert callback.stats.overlapped_copies == 0
+
+
+class Odd:
+    """An object that moves itself to a device, as batches of graphs do."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def to(self, device, **_: Any) -> Odd:
+        moved = copy.copy(self)
+        moved.x = self.x.to(device)
+        return moved
+
+
+class TakesOdd(LightningModule):
+    def predict_step(self, batch, batch_idx):
+        return batch["odd"].x * 2 if isinstance(batch, dict) else batch * 2
+
+
+@pytest.mark.parametrize("case", ["an object", "small", "on the device", "switched off"])
+def test_what_is_left_to_lightning(harness, device, case):
+    made: dict[str, Any] = {
+        "an object": [{"x": torch.randn(LARGE), "odd": Odd(torch.randn(4))} for _ in range(6)],
+        "small": [torch.randn(4, 4) for _ in range(6)],
+        "on the device": [torch.randn(LARGE, device=device) for _ in range(6)],
+        "switched off": [torch.randn(LARGE) for _ in range(6)],
+    }
+    items = made[case]
+    expected = harness.trainer().predict(TakesOdd(), loader(items))
+    callback = harness.callback(overlap_copies=case != "switched off")
+    trainer = harness.trainer(callback)
+    assert_same(trainer.predict(TakesOdd(), loader(items)), expected)
+    assert callback.stats.overlapped_copies == 0
+
+
+def test_the_strategy_is_as_before(harness):
+    class Looks(Callback):
+        def __init__(self) -> None:
+            self.seen: list[bool] = []
+
+        def on_predict_batch_start(self, trainer, *_: Any) -> None:
+            self.seen.append("batch_to_device" in vars(trainer.strategy))
+
+        def on_predict_end(self, trainer, *_: Any) -> None:
+            self.seen.append("batch_to_device" in vars(trainer.strategy))
+
+    looks = Looks()
+    trainer = harness.trainer(harness.callback(), looks)
+    trainer.predict(TakesOdd(), loader([torch.randn(LARGE) for _ in range(3)]))
+    assert looks.seen == [harness.backend == "cuda"] * 3 + [False]
+
+
+def test_the_strategy_is_as_before_after_an_exception(harness):
+    class Raises(Slow):
+        def predict_step(self, batch, batch_idx):
+            if batch_idx == 2:
+                raise KeyError("mine")
+            return batch["x"]
+
+    trainer = harness.trainer(harness.callback())
+    with pytest.raises(KeyError, match="mine"):
+        trainer.predict(Raises(), loader(batches(4)))
+    assert "batch_to_device" not in vars(trainer.strategy)
