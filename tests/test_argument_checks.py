@@ -104,11 +104,7 @@ def test_the_error_is_eagers(harness, name, verify_replays):
     x[24:28] = -x[24:28]
     raised = []
     for extra in ([harness.callback(verify_replays=verify_replays)], []):
-        with (
-            pytest.raises(ValueError, match=".")
-            if name != "cholesky"
-            else pytest.raises(torch.linalg.LinAlgError) as caught
-        ):
+        with pytest.raises((ValueError, torch.linalg.LinAlgError)) as caught:
             predict(loader(x))(harness.trainer(*extra), Uses(ERRORS[name], nn.Identity()))
         raised.append((type(caught.value), str(caught.value)))
     assert raised[0] == raised[1]

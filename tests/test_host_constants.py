@@ -96,6 +96,7 @@ CONSTANTS: dict[str, Use] = {
     "index": lambda m, x: x[torch.tensor([0, 1, 0], device=x.device)],
     "booleans": lambda m, x: torch.where(torch.tensor([True, False], device=x.device), x, 7.0),
     "written in place": lambda m, x: torch.tensor([1.0, 2.0], device=x.device).add_(x.sum()),
+    "a number of the host": lambda m, x: (x * torch.tensor(3.0), torch.tensor(0.5)),
     "a total": lambda m, x: torch.tensor(0.0, device=x.device).add_(x.sum()),
     "returned": lambda m, x: {"x": x, "weights": torch.tensor(m.weights, device=x.device)},
     "two": lambda m, x: by_default(x) + torch.tensor([[1, 2], [3, 4]], device=x.device).sum(),
@@ -178,6 +179,20 @@ def test_constants_are_part_of_the_graph(harness, name):
     """Hazard 12."""
     callback = compare(harness, CONSTANTS[name], verify_replays=0)
     assert callback.stats.steps["FULL"] == 9, callback.summary()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m, x: x * torch.tensor([1.0, 2.0]).to(x.device),
+        lambda m, x: x * torch.from_numpy(np.array([1.0, 2.0])).to(x),
+        lambda m, x: x[torch.tensor([1, 0])],
+    ],
+)
+def test_a_tensor_of_the_host_is_no_constant(harness, use):
+    """A copy from the host is illegal in a capture, so the recorder refuses it as well."""
+    callback = compare(harness, use)
+    assert callback.stats.steps["FULL"] == 0, callback.summary()
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

@@ -73,8 +73,16 @@ class MakerCall:
         others = [name for name in given if name not in ("self", "data", "obj", *_OPTIONS)]
         if _without_modes is None or others or given.get("requires_grad"):
             return False
-        shares_memory = self.name in ("as_tensor", "asarray") and device.type == "cpu"
+        on_cpu = device.type == "cpu"
+        shares_memory = self.name in ("as_tensor", "asarray") and on_cpu
+        # on a machine with a GPU it would be a tensor of the host, which no graph can copy
+        if on_cpu and not self._names_device and type(self._data) not in _NUMBERS:
+            return False
         return self.is_made_on(device) and _count_plain(self._data, shares_memory) <= _MOST_VALUES
+
+    @property
+    def _names_device(self) -> bool:
+        return self.arguments.get("device") is not None or self.name == "new_tensor"
 
     def is_made_on(self, device: torch.device) -> bool:
         """Return True if the call makes a tensor on ``device``, the one of the graphs."""
