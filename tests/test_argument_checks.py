@@ -21,6 +21,7 @@ from torch.distributions import (
 )
 from torch.nn import functional as F
 
+from cg_lightning.metrics.argument_checks import checks_sample
 from cg_lightning.metrics.caught_errors import may_be_caught
 from tests.harness import features, loader, predict
 from tests.models import Body, Predictor
@@ -167,3 +168,15 @@ def test_who_catches():
     assert run(lambda: calls(may_be_caught))
     assert not run(after_try)
     assert not run(may_be_caught)
+
+
+def test_with_gradients_nothing_is_deferred():
+    """An optimizer would make a step with what eager refuses."""
+    distribution = Normal(torch.zeros(2), torch.ones(2))
+    run = "def run(step): return step()"
+    namespace: dict[str, Any] = {"__name__": "cg_lightning.runtime.step_runner"}
+    exec(run, namespace)
+    applies = lambda: checks_sample(distribution, torch.ones(2))
+    assert not namespace["run"](applies)
+    with torch.no_grad():
+        assert namespace["run"](applies)

@@ -24,6 +24,11 @@ _NO_SHAPE = torch.Size()
 _ARITHMETIC = (Normal, Laplace, Cauchy, Exponential, HalfNormal)
 
 
+def _may_come_later() -> bool:
+    """Return True if an error may be raised after the step: nobody catches it, or trains meanwhile."""
+    return not torch.is_grad_enabled() and not may_be_caught()
+
+
 class RepeatedCall(NamedTuple):
     """A call that raises what eager would have raised."""
 
@@ -45,7 +50,7 @@ def cholesky(
 
 def takes_one_matrix(*args: Any, **kwargs: Any) -> bool:
     """Return True for ``cholesky(A)`` and ``cholesky(A, upper=...)``."""
-    return len(args) == 1 and set(kwargs) <= {"upper"} and not may_be_caught()
+    return len(args) == 1 and set(kwargs) <= {"upper"} and _may_come_later()
 
 
 def gaussian_nll_loss(
@@ -77,7 +82,7 @@ def gaussian_nll_loss(
 def takes_tensors(input: Any, target: Any, var: Any, *_: Any, **__: Any) -> bool:
     """Return True if the variance is a tensor."""
     tensors = all(type(given) is Tensor for given in (input, target, var))
-    return tensors and not may_be_caught()
+    return tensors and _may_come_later()
 
 
 def _parameters(distribution: Any) -> dict[str, Tensor]:
@@ -107,7 +112,7 @@ def checks_parameters(
 ) -> bool:
     """Return True if the distribution is in the list, and checks its parameters."""
     checks = distribution._validate_args if validate_args is None else validate_args
-    return bool(checks) and type(distribution) in _ARITHMETIC and not may_be_caught()
+    return bool(checks) and type(distribution) in _ARITHMETIC and _may_come_later()
 
 
 def repeat_init(original: Any, distribution: Any, *_: Any, **__: Any) -> RepeatedCall:
@@ -125,7 +130,7 @@ def valid_sample(checked: CheckedCalls, original: Any, distribution: Any, value:
 def checks_sample(distribution: Any, value: Any) -> bool:
     """Return True if the distribution is in the list, and the value is a tensor."""
     is_known = type(distribution) in _ARITHMETIC and type(value) is Tensor
-    return is_known and not may_be_caught()
+    return is_known and _may_come_later()
 
 
 def repeat_sample(original: Any, distribution: Any, value: Tensor) -> RepeatedCall:
