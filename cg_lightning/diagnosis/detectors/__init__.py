@@ -10,6 +10,7 @@
 - ``host_constants.py``: tensors that a step makes of Python values: a graph clones what was made
   before its capture.
 - ``host_reads.py``: calls that wait for the device, and that the dispatcher does not show.
+- ``host_values.py``: reads on the host whose values are known before the step.
 - ``logging.py``: ``self.log`` and ``self.log_dict``.
 - ``metric_updates.py``: what a step does to metrics that a graph cannot hold, or a replay not bring
   up to date.

@@ -11,8 +11,9 @@ from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
 from cg_lightning.core.causes import Cause
+from cg_lightning.diagnosis.clocks import caller_of, clock_in_c, clock_in_python
 from cg_lightning.diagnosis.detector import Detector
-from cg_lightning.diagnosis.findings import AT_THE_END
+from cg_lightning.diagnosis.findings import AT_THE_END, is_step_calling
 from cg_lightning.diagnosis.functions import (
     codes_inside,
     find_functions,
@@ -39,8 +40,8 @@ class GlobalReads(Detector):
     """Notes the globals that the user's functions name, and what these functions hold.
 
     A function holds what it has closed over, its defaults and its attributes. What the step changes
-    of all that is reported, and so is what nobody can look into. If something else profiles the
-    thread, it sees nothing.
+    of all that is reported, and so is what nobody can look into, clocks included. If something else
+    profiles the thread, it sees nothing.
     """
 
     causes = (Cause.STATE_REBOUND, Cause.OPAQUE)
@@ -90,13 +91,17 @@ class GlobalReads(Detector):
         readers += self._unguarded.get(key, [])
         self.watch.report(cause, words, location=location, module="", calls=readers)
 
-    def _on_event(self, frame: FrameType, event: str, _: Any) -> None:
+    def _on_event(self, frame: FrameType, event: str, function: Any) -> None:
+        if event == "c_call" and (clock := clock_in_c(function)):
+            self._report_clock(clock, frame)
         if event != "call":
             return
         code = frame.f_code
         known = self._known.get(id(code))
         if known is None:
             known = self._known[id(code)] = self._look_at(frame)
+        if known.clock:
+            self._report_clock(known.clock, caller_of(frame))
         for source in known.sources:
             self._read(source)
         for function, sources in known.functions:
@@ -104,10 +109,14 @@ class GlobalReads(Detector):
                 for source in sources:
                     self._note(source, known.location)
 
+    def _report_clock(self, name: str, caller: FrameType) -> None:
+        if is_step_calling(caller):
+            self.watch.report(Cause.OPAQUE, name)
+
     def _look_at(self, frame: FrameType) -> _Code:
         code = frame.f_code
         if not is_user_file(code.co_filename) or self.watch.is_paused:
-            return _Code(code, "", [], [])
+            return _Code(code, "", [], [], clock_in_python(code))
         functions: list[FunctionType] = []
         caches: list[Any] = []
         if code.co_filename != _GENERATED:
@@ -118,7 +127,7 @@ class GlobalReads(Detector):
         for source in sources:
             self._remember(source, location)
         held = [(function, sources_of_function(function)) for function in functions]
-        return _Code(code, location, sources, held)
+        return _Code(code, location, sources, held, "")
 
     def _note(self, source: Source, location: str) -> None:
         self._remember(source, location)
@@ -157,6 +166,8 @@ class _Code(NamedTuple):
     """The globals that it names."""
     functions: list[tuple[FunctionType, list[Source]]]
     """The functions that have it, and what each holds."""
+    clock: str
+    """What it asks that nobody can guard; empty if nothing."""
 
 
 def _words(source: Source) -> str:
