@@ -77,7 +77,8 @@ class CUDAGraphCallback(Callback):
         sync_free_metrics: In captures of whole steps, replace functions of torchmetrics that wait
             for the device by equal ones that do not (:mod:`cg_lightning.metrics.sync_free`). If a
             metric refuses its input, the error is raised when its state is read, at the end of the
-            epoch at the latest. False: such metrics keep their step out of mode FULL.
+            epoch at the latest. Likewise for functions of PyTorch that check their arguments
+            (``torch.linalg.cholesky``, ``Normal``). False: they keep their step out of mode FULL.
         compile: Run the networks under ``torch.compile`` during a stage, and graph the result; or
             the arguments of ``torch.compile`` as a dictionary. Compiled are the largest submodules
             with parameters; afterwards they are as before. A compiler rounds differently, so

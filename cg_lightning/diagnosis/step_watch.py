@@ -110,6 +110,7 @@ class StepWatch:
         self.set_aside: list[Finding] | None = None
         """Receives the findings of the step while a call runs that may follow it."""
         self._is_paused = False
+        self._spared: tuple[Cause, ...] = ()
         self._is_in_framework = False
         self._did_one_time_work = False
         self._written = WrittenTensors()
@@ -138,7 +139,7 @@ class StepWatch:
             calls: The calls that get the finding; None: all that are under way.
         """
         calls = self.stack[self._first :] if calls is None else list(calls)
-        if self._is_paused or not calls:
+        if self._is_paused or cause in self._spared or not calls:
             return
         where = find_location() if location is None else Location(location, "")
         module = self.stack[-1].path if module is None else module
@@ -232,6 +233,15 @@ class StepWatch:
             yield
         finally:
             self._is_paused = before
+
+    @contextlib.contextmanager
+    def sparing(self, *causes: Cause) -> Iterator[None]:
+        """While something runs that a capture does before the graph: these causes are ignored."""
+        before, self._spared = self._spared, causes
+        try:
+            yield
+        finally:
+            self._spared = before
 
     @contextlib.contextmanager
     def only_for_submodules(self) -> Iterator[None]:
