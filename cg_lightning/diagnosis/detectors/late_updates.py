@@ -33,8 +33,10 @@ from cg_lightning.guards.values import addresses_of
 from cg_lightning.metrics.units import METHODS, calls_from_outside
 from cg_lightning.modules.interception import Interception, ModuleHandler
 
+_LOGS = ("to", "items")
+"""What ``self.log`` and ``self.log_dict`` call, and a replay calls again."""
 _READ_BY_CALLERS = ("__class__", *METHODS)
-_READ_BY_LOG = (*_READ_BY_CALLERS, "device", "_device", VALUE)
+_READ_BY_LOG = (*_READ_BY_CALLERS, "device", "_device", "_enable_compute_groups", VALUE)
 
 
 class LateUpdates(Detector):
@@ -126,7 +128,7 @@ class LateUpdates(Detector):
         finally:
             self._current = None
         self._random = HostRandomState()
-        is_unused = method == "to" or (method == "update" and output is None)
+        is_unused = method in _LOGS or (method == "update" and output is None)
         if not is_unused and not is_value_dropped(next(callers())):
             late.refuse("whose value is used")
         return output
@@ -139,13 +141,13 @@ class LateUpdates(Detector):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        if (method == "to") is not self.watch.is_in_framework:
-            late.refuse("that the step moves")
+        if (method in _LOGS) is not self.watch.is_in_framework or (method == "items" and args):
+            late.refuse("that the step uses otherwise")
         if method == "__call__" and late.is_logged:
             late.refuse("that is logged before it is updated")
         if kernel_flags() != self._flags:
             late.refuse("that is updated under settings of its own")
-        if method != "to" and any(map(is_exception_handled, callers())):
+        if method not in _LOGS and any(map(is_exception_handled, callers())):
             late.refuse("that is updated inside try or with")
         for leaf in flatten((args, kwargs))[0]:
             if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
