@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from cg_lightning.backends import CapturedGraph, GraphBackend
 from cg_lightning.backends.capture_scope import autocast_cache_off
+from cg_lightning.capture.answered_reads import AnsweredReads
 from cg_lightning.capture.cache import GraphCache
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.capture.graph import capture_graph, weak_ref_tensors
@@ -33,6 +36,8 @@ from cg_lightning.core.tree import rebuild
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.effects.recorder import NoEffects, Recorder
 from cg_lightning.effects.step_state import HeldByModules, StepState
+from cg_lightning.host_values.path import HostRead
+from cg_lightning.metrics.deferred_checks import CheckedCalls
 from cg_lightning.metrics.units import MetricUnit
 from cg_lightning.modules.compiled import is_compiled
 from cg_lightning.report.stats import EntryRecord
@@ -95,6 +100,7 @@ class CaptureTarget:
         storage_addresses: The addresses of the storages of parameters and buffers.
         record: The row in the statistics.
         changed: What has changed since an earlier capture; empty if nothing has.
+        reads: What the watched step read on the host, and a capture cannot read.
         late: The metrics that are updated after the step; see ``effects/late_updates.py``.
     """
 
@@ -104,6 +110,7 @@ class CaptureTarget:
     storage_addresses: set[int]
     record: EntryRecord
     changed: str = ""
+    reads: Sequence[HostRead] = ()
     late: Sequence[MetricUnit] = ()
 
 
@@ -175,7 +182,8 @@ class Capturer:
 
         def run() -> tuple[OutputPlan, list[Tensor], list[Any], list[Tensor], Any]:
             with recorder.step() as recording:
-                output = call.run_with(inputs.leaves)
+                with self._answering(target.reads, recorder.checked_calls):
+                    output = call.run_with(inputs.leaves)
                 effects, tensors = recording.finish()
                 late, arguments = recording.late()
             if late is not None:
@@ -207,6 +215,13 @@ class Capturer:
         )
         entry.late = late
         return entry
+
+    def _answering(
+        self, reads: Sequence[HostRead], checked: CheckedCalls
+    ) -> AbstractContextManager[None]:
+        if not reads:
+            return contextlib.nullcontext()
+        return AnsweredReads(reads, checked, self._backend.device.type).answering()
 
     def _compile_ahead(self, target: CaptureTarget, call: GraphCall) -> None:
         """Run the call once with static inputs, so that ``torch.compile`` compiles before it.

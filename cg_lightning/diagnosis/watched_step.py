@@ -14,6 +14,7 @@ from cg_lightning.diagnosis.findings import Finding
 from cg_lightning.guards.comparisons import ComparedSource, Comparison
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues, addresses_of
+from cg_lightning.host_values.path import ReadPath
 from cg_lightning.metrics.units import MetricUnit
 
 
@@ -92,6 +93,7 @@ class WatchedStep:
         step: The step, with its calls.
         written: The tensors that it changed in place.
         did_one_time_work: See the attribute.
+        path: See the attribute.
         late: See the attribute.
     """
 
@@ -100,11 +102,16 @@ class WatchedStep:
         step: ModuleCall,
         written: WrittenTensors,
         did_one_time_work: bool,
+        path: ReadPath | None = None,
         late: Sequence[MetricUnit] = (),
     ) -> None:
         self._step = step
         self._calls = list(step.all_calls())
-        self.findings = step.findings
+        self.path = path
+        """What the step reads on the host, if all of it is known before the step."""
+        self.findings = [
+            finding for finding in step.findings if path is None or not finding.is_known_before
+        ]
         """Why the whole step cannot be one graph; empty if it can."""
         self.comparisons = step.comparisons
         """How the step compares ``batch_idx``, and what comes out."""

@@ -75,6 +75,10 @@ class Recorder(Protocol):
     def has_unreserved_checks(self) -> bool:
         """Whether the last captured step made checks without reserved memory."""
 
+    @property
+    def checked_calls(self) -> CheckedCalls:
+        """The checked calls of the step that is being captured."""
+
     def prepared(self) -> AbstractContextManager[None]:
         """While this is entered, metrics have states at fixed addresses."""
 
@@ -97,6 +101,11 @@ class NoEffects:
     """The recorder for a submodule, whose calls have no effects: others are not captured."""
 
     has_unreserved_checks = False
+
+    @property
+    def checked_calls(self) -> CheckedCalls:
+        """Calls that nobody reads."""
+        return CheckedCalls()
 
     def prepared(self) -> AbstractContextManager[None]:
         """Return a context that does nothing."""
@@ -146,6 +155,11 @@ class EffectRecorder:
     def has_unreserved_checks(self) -> bool:
         """Whether the last captured step made checks without reserved memory."""
         return len(self._checked.seen) > len(self._reserved)
+
+    @property
+    def checked_calls(self) -> CheckedCalls:
+        """The checked calls of the step that is being captured."""
+        return self._checked
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:

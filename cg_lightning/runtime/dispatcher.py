@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from cg_lightning.core.causes import Cause
@@ -119,6 +119,19 @@ class Guards(Protocol):
         """Return the guard that failed, with both values."""
 
 
+class Path(Protocol):
+    """What a variant's step reads on the host, as the dispatcher sees it."""
+
+    def holds(self, leaves: Sequence[Any]) -> bool:
+        """Return True if a batch with these leaves gives the values that were read."""
+
+    def explain(self) -> str:
+        """Return the read that gave another value, with both values. Empty if none did."""
+
+    def varying(self) -> str:
+        """Return the read that gave another value."""
+
+
 class Entry(Protocol):
     """A graph, as the dispatcher sees it."""
 
@@ -188,8 +201,16 @@ class Variant:
     """Where the time of its PIECEWISE steps is added."""
     entry: Entry | None = None
     """The graph; None before the capture and after the graph was dropped."""
+    path: Path | None = None
+    """What the step reads on the host; None if it reads nothing, or if it is no graph."""
     verify_at: int = -1
     """The number of replays after which the next one is compared with eager; -1 = never."""
+
+    def explain(self) -> str:
+        """Return what has changed, with both values. Call it only after the variant did not hold."""
+        if self.path is not None and self.guards.check():
+            return self.path.explain()
+        return self.guards.explain()
 
     @property
     def mode(self) -> CUDAGraphMode:
@@ -331,12 +352,17 @@ class CUDAGraphDispatcher:
                 self._forget_unused()
         return state
 
-    def plan(self, state: KeyState) -> Plan:
-        """Decide what to do with the current step. Call it exactly once for each step."""
+    def plan(self, state: KeyState, leaves: Sequence[Any] = ()) -> Plan:
+        """Decide what to do with the current step. Call it exactly once for each step.
+
+        Args:
+            state: The state of its key.
+            leaves: The leaves of its batch.
+        """
         state.sights += 1
         if state.sights == 2:
             self._unrepeated.discard(state.descriptor.fields)
-        variant = self._current_variant(state)
+        variant = self._current_variant(state, leaves)
         if variant is None:
             return self._plan_without_variant(state)
         if state.miss is not None and state.miss.is_met():
@@ -366,7 +392,7 @@ class CUDAGraphDispatcher:
         return self._unprofitable(state, variant)
 
     def _plan_without_variant(self, state: KeyState) -> Plan:
-        changed = state.variants[0].guards.explain() if state.variants else ""
+        changed = state.variants[0].explain() if state.variants else ""
         if changed:
             state.ledger.note(Status.UNPROFITABLE, changed)
         if not self._watches:
@@ -390,9 +416,9 @@ class CUDAGraphDispatcher:
     def _unprofitable(self, state: KeyState, variant: Variant | None) -> Plan:
         return Plan(Action.EAGER, state, variant, state.ledger.reason())
 
-    def _current_variant(self, state: KeyState) -> Variant | None:
+    def _current_variant(self, state: KeyState, leaves: Sequence[Any] = ()) -> Variant | None:
         for index, variant in enumerate(state.variants):
-            if variant.guards.check():
+            if variant.guards.check() and (variant.path is None or variant.path.holds(leaves)):
                 # the last one used is asked first and dropped last; one that always holds stays last
                 if index and not isinstance(variant.guards, Unguarded):
                     state.variants.insert(0, state.variants.pop(index))
@@ -441,6 +467,22 @@ class CUDAGraphDispatcher:
         alike = [variant for variant in state.variants if variant.reason == full]
         return sum(not variant.guards.check() for variant in alike) < MOST_BRANCHES
 
+    def varying(self, state: KeyState) -> Reason | None:
+        """Return why a step that was watched is no graph, although it is one for its host values.
+
+        None if the key has few host values so far.
+        """
+        paths = [
+            variant.path
+            for variant in state.variants
+            if variant.path is not None and variant.guards.check()
+        ]
+        if len(paths) < MOST_VARIANTS:
+            return None
+        return Reason(
+            Status.UNPROFITABLE, f"another host value in each batch: {paths[0].varying()}"
+        )
+
     def watched(
         self, state: KeyState, variant: Variant, replacing: Variant | None = None
     ) -> list[Entry]:
@@ -467,7 +509,9 @@ class CUDAGraphDispatcher:
         # one that always holds comes last: those with guards are asked first
         if isinstance(variant.guards, Unguarded):
             guarded = [each for each in state.variants if not isinstance(each.guards, Unguarded)]
-            state.variants = [*guarded, variant]
+            # host values that did not come again are not computed any more
+            kept = [each for each in guarded if each.path is None or each.entry is not None]
+            state.variants = [*kept, variant]
             return []
         state.variants.insert(0, variant)
         gone = state.variants[MOST_VARIANTS:]
@@ -487,6 +531,15 @@ class CUDAGraphDispatcher:
         state.ledger.spend(CAPTURE_COST - 1)  # the step itself ran from it
         variant.entry = entry
         variant.verify_at = self._next_verification(1)
+
+    def captured_ahead(self, variant: Variant) -> None:
+        """Record that the captured graph has not run any step yet."""
+        variant.verify_at = self._next_verification(0)
+
+    def forget(self, descriptor: BatchDescriptor) -> None:
+        """Forget a key without a graph, as if none of its steps had run."""
+        self._states.pop(descriptor.fields, None)
+        self._unrepeated.discard(descriptor.fields)
 
     def evicted(self, state: KeyState, why: str) -> None:
         """Record that a graph of this key was dropped to make room for another one."""
