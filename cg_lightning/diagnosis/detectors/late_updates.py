@@ -88,9 +88,10 @@ class LateUpdates(Detector):
             stack.callback(self._arguments.clear)
             stack.enter_context(calls_from_outside([late.unit for late in units], self._call))
             yield
-        for late in units:
-            if not late.is_late:
-                self.watch.step.findings.extend(map(late.explain, late.findings))
+        findings = self.watch.step.findings
+        for late in sorted(units, key=lambda late: late.position, reverse=True):
+            if not late.is_late:  # in the order of the step: the first one is its reason
+                findings[late.position : late.position] = map(late.explain, late.findings)
 
     def returned(self, call: Any, output: Any) -> None:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
@@ -114,7 +115,8 @@ class LateUpdates(Detector):
         assert late is not None
         self._check_draws()
         self._check_call(late, metric, method, args, kwargs)
-        late.is_called = True
+        if not late.is_called:
+            late.is_called, late.position = True, len(self.watch.step.findings)
         self._called.append(late)
         with self.watch.paused():
             self._own = _addresses_inside(late)
