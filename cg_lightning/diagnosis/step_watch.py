@@ -210,8 +210,11 @@ class StepWatch:
 
     @property
     def is_about_step(self) -> bool:
-        """Whether what is reported now is reported of the step as well, and not only of calls."""
-        return self._first == 0
+        """Whether a graph of the whole step holds what runs now.
+
+        It does not if it holds something else in its place, or if that may follow the step.
+        """
+        return self._first == 0 and self._set_aside is None
 
     @property
     def is_in_framework(self) -> bool:
