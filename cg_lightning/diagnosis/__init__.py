@@ -4,6 +4,8 @@
 - ``detector.py``: what all detectors have in common.
 - ``findings.py``: findings, and where in the user's code something happened.
 - ``functions.py``: the function objects behind the frames that a profiler is shown.
+- ``hidden_modules.py``: modules that are no submodules, and what they hold.
+- ``module_state.py``: what a module holds, to be compared later.
 - ``report.py``: what stands in the way of graphs, as an object and as a table.
 - ``step_watch.py``: the step that is watched: the stack of calls under way, and what detectors
   report.
