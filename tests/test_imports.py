@@ -110,7 +110,7 @@ def test_every_package_is_shipped():
 
 
 LAYERS = ("app", "bench", "callback", "offline", "plain_loop", "trainer", "runtime", "diagnosis", "capture", "effects", "metrics",
-          "guards", "modules", "backends", "report", "core")  # fmt: skip
+          "guards", "host_values", "modules", "backends", "report", "core")  # fmt: skip
 """From top to bottom: each imports only from those below it."""
 MAY_IMPORT = {
     "lightning": {"app", "bench", "callback", "trainer"},

@@ -141,6 +141,8 @@ def find_illegal(
         return (
             Cause.DATA_DEPENDENT_SHAPE if by_tensor and kwargs.get("output_size") is None else None
         )
+    if name == "aten::where" and len(args) == 1:
+        return Cause.DATA_DEPENDENT_SHAPE
     if name == "aten::index" and _reads_a_mask(args[1]):
         return Cause.DATA_DEPENDENT_SHAPE
     if name in (

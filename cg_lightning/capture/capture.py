@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from cg_lightning.backends import CapturedGraph, GraphBackend
 from cg_lightning.backends.capture_scope import autocast_cache_off
+from cg_lightning.capture.answered_reads import AnsweredReads
 from cg_lightning.capture.cache import GraphCache
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.capture.graph import capture_graph, weak_ref_tensors
@@ -33,6 +36,8 @@ from cg_lightning.core.tree import rebuild
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.effects.recorder import NoEffects, Recorder
 from cg_lightning.effects.step_state import HeldByModules, StepState
+from cg_lightning.host_values.path import HostRead
+from cg_lightning.metrics.deferred_checks import CheckedCalls
 from cg_lightning.modules.compiled import is_compiled
 from cg_lightning.report.stats import EntryRecord
 
@@ -94,6 +99,7 @@ class CaptureTarget:
         storage_addresses: The addresses of the storages of parameters and buffers.
         record: The row in the statistics.
         changed: What has changed since an earlier capture; empty if nothing has.
+        reads: What the watched step read on the host, and a capture cannot read.
     """
 
     mode: CUDAGraphMode
@@ -102,6 +108,7 @@ class CaptureTarget:
     storage_addresses: set[int]
     record: EntryRecord
     changed: str = ""
+    reads: Sequence[HostRead] = ()
 
 
 class Capturer:
@@ -172,7 +179,8 @@ class Capturer:
 
         def run() -> tuple[OutputPlan, list[Tensor], list[Any], list[Tensor]]:
             with recorder.step() as recording:
-                output = call.run_with(inputs.leaves)
+                with self._answering(target.reads, recorder.checked_calls):
+                    output = call.run_with(inputs.leaves)
                 effects, tensors = recording.finish()
             plan, computed = OutputPlan.make(output, inputs.leaves, target.storage_addresses)
             # outputs that are not copied out must not share memory with those of other graphs
@@ -198,6 +206,13 @@ class Capturer:
         return GraphEntry(
             graph, inputs, plan, computed, effects, tensors, settings.copy_outputs, target.record
         )
+
+    def _answering(
+        self, reads: Sequence[HostRead], checked: CheckedCalls
+    ) -> AbstractContextManager[None]:
+        if not reads:
+            return contextlib.nullcontext()
+        return AnsweredReads(reads, checked, self._backend.device.type).answering()
 
     def _compile_ahead(self, target: CaptureTarget, call: GraphCall) -> None:
         """Run the call once with static inputs, so that ``torch.compile`` compiles before it.

@@ -36,7 +36,7 @@ class Cause(enum.Enum):
 
 
 _REMEDIES = {
-    Cause.HOST_SYNC: "keep the value on the device; read it after the epoch",
+    Cause.HOST_SYNC: "keep it on the device: log the tensor, read it after the epoch",
     Cause.CROSS_DEVICE_COPY: "move it before the step, or register it as a buffer",
     Cause.TENSOR_FROM_PYTHON: "make the tensor once, as a buffer",
     Cause.DATA_DEPENDENT_SHAPE: (

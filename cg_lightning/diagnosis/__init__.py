@@ -1,5 +1,6 @@
 """Watching one eager step for what a graph could not hold, or would freeze.
 
+- ``clocks.py``: functions whose result nobody can guard: clocks, counts of memory.
 - ``definitions.py``: the source of a function as a tree, if it is the source of the code that runs.
 - ``detector.py``: what all detectors have in common.
 - ``findings.py``: findings, and where in the user's code something happened.

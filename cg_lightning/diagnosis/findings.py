@@ -44,6 +44,8 @@ class Finding:
 
     Empty if the user's own code did it.
     """
+    is_known_before: bool = False
+    """True for a read of a value that is known before the step, so that a graph of it holds it."""
 
     @property
     def remedy(self) -> str:
@@ -53,8 +55,7 @@ class Finding:
     @property
     def where(self) -> str:
         """The user's line, and the library's if there is one."""
-        library = f", in {self.library_location}" if self.library_location else ""
-        return f"{self.location}{library}"
+        return str(Location(self.location, self.library_location))
 
     def reason(self, path: str = "") -> Reason:
         """Returns the reason of a step or, if ``path`` is given, of that submodule."""
@@ -72,6 +73,9 @@ class Location(NamedTuple):
 
     user: str
     library: str
+
+    def __str__(self) -> str:
+        return f"{self.user}, in {self.library}" if self.library else self.user
 
 
 @functools.lru_cache(maxsize=8192)
@@ -133,6 +137,11 @@ def is_called_by_step(detector: str) -> bool:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename == detector:
         frame = frame.f_back
+    return is_step_calling(frame)
+
+
+def is_step_calling(frame: FrameType | None) -> bool:
+    """Whether the user's code, or a library that it calls, does what a frame does now."""
     while frame is not None:
         file = frame.f_code.co_filename
         if is_user_file(file):

@@ -24,11 +24,14 @@ from cg_lightning.diagnosis.watched_step import ModuleCall, WatchedStep, Written
 from cg_lightning.guards.comparisons import ComparedSource
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues
+from cg_lightning.host_values.path import ReadPath
 from cg_lightning.metrics.members import metrics_of
 from cg_lightning.modules.compiled import is_compiled, modules_inside, modules_that_run
 from cg_lightning.modules.kinds import is_metric
 
 _LIGHTNING = ("lightning", "pytorch_lightning")
+_READS = (Cause.HOST_SYNC, Cause.DATA_DEPENDENT_SHAPE)
+"""What an operation may be reported for that reads a value on the host."""
 
 
 class Effects(Protocol):
@@ -95,6 +98,10 @@ class StepWatch:
         self.step = ModuleCall("", None, tensors_in(batch))
         self.stack: list[ModuleCall] = [self.step]
         """The step, and the calls of modules that are under way."""
+        self.reads_host_value = False
+        """Whether an operation is under way that reads a value which is known before the step."""
+        self.read_path: ReadPath | None = None
+        """What the step reads, if all of it is known before the step."""
         self._first = 0
         self._is_paused = False
         self._is_in_framework = False
@@ -129,7 +136,8 @@ class StepWatch:
             return
         where = find_location() if location is None else Location(location, "")
         module = self.stack[-1].path if module is None else module
-        finding = Finding(cause, operation, module, where.user, where.library)
+        is_known = self.reads_host_value and cause in _READS
+        finding = Finding(cause, operation, module, where.user, where.library, is_known)
         for call in calls:
             call.findings.append(finding)
 
@@ -180,6 +188,11 @@ class StepWatch:
     def is_paused(self) -> bool:
         """Whether we ourselves compare something."""
         return self._is_paused
+
+    @property
+    def is_about_step(self) -> bool:
+        """Whether what is reported now is reported of the step as well, and not only of calls."""
+        return self._first == 0
 
     @property
     def is_in_framework(self) -> bool:
@@ -291,7 +304,7 @@ class StepWatch:
     def result(self) -> WatchedStep:
         """Returns what the step showed; it holds no tensor that a call was given."""
         self.step.inputs.clear()
-        return WatchedStep(self.step, self._written, self._did_one_time_work)
+        return WatchedStep(self.step, self._written, self._did_one_time_work, self.read_path)
 
 
 class UnreadableError(Exception):

@@ -14,6 +14,7 @@ from cg_lightning.diagnosis.findings import Finding
 from cg_lightning.guards.comparisons import ComparedSource, Comparison
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues, addresses_of
+from cg_lightning.host_values.path import ReadPath
 
 
 @dataclasses.dataclass(eq=False)
@@ -91,12 +92,23 @@ class WatchedStep:
         step: The step, with its calls.
         written: The tensors that it changed in place.
         did_one_time_work: See the attribute.
+        path: See the attribute.
     """
 
-    def __init__(self, step: ModuleCall, written: WrittenTensors, did_one_time_work: bool) -> None:
+    def __init__(
+        self,
+        step: ModuleCall,
+        written: WrittenTensors,
+        did_one_time_work: bool,
+        path: ReadPath | None = None,
+    ) -> None:
         self._step = step
         self._calls = list(step.all_calls())
-        self.findings = step.findings
+        self.path = path
+        """What the step reads on the host, if all of it is known before the step."""
+        self.findings = [
+            finding for finding in step.findings if path is None or not finding.is_known_before
+        ]
         """Why the whole step cannot be one graph; empty if it can."""
         self.comparisons = step.comparisons
         """How the step compares ``batch_idx``, and what comes out."""
@@ -122,14 +134,19 @@ class WatchedStep:
         return [finding for call in calls for finding in call.findings] if calls else None
 
     def largest_capturable(self) -> dict[str, nn.Module]:
-        """Returns the fewest, largest submodules with parameters and without findings, by path."""
+        """Returns the fewest, largest submodules with parameters and without findings, by path.
+
+        A call without a key (one argument is an object, for example a cache) cannot be captured,
+        but calls inside it may.
+        """
         unclean = {id(call.module) for call in self._calls if call.findings}
         chosen: dict[str, nn.Module] = {}
 
         def choose(outer: ModuleCall) -> None:
             for call in outer.calls:
                 assert call.module is not None
-                if id(call.module) in unclean or next(call.module.parameters(), None) is None:
+                has_parameters = next(call.module.parameters(), None) is not None
+                if id(call.module) in unclean or call.descriptor is None or not has_parameters:
                     choose(call)
                 else:
                     chosen[call.path] = call.module

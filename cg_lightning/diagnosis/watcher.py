@@ -17,6 +17,7 @@ from cg_lightning.diagnosis.detectors.compiled import CompiledModules
 from cg_lightning.diagnosis.detectors.global_reads import GlobalReads
 from cg_lightning.diagnosis.detectors.hooks import ForwardHooks
 from cg_lightning.diagnosis.detectors.host_reads import HostReads
+from cg_lightning.diagnosis.detectors.host_values import HostValues
 from cg_lightning.diagnosis.detectors.logging import Logging
 from cg_lightning.diagnosis.detectors.metric_updates import MetricUpdates
 from cg_lightning.diagnosis.detectors.mutations import Mutations
@@ -44,6 +45,7 @@ DETECTORS: tuple[type[Detector], ...] = (
     RandomNumbers,
     ForwardHooks,
     Mutations,
+    HostValues,  # before those that report reads: it says which of them a capture can answer
     Operations,
     HostReads,  # after all that compare tensors: on a GPU a comparison waits for the device
     GlobalReads,  # stays last: its profiler is called for each function, ours included

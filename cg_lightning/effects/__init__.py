@@ -2,6 +2,7 @@
 
 - ``containers.py``: ContainersSnapshot: containers and objects, compared and restored.
 - ``effect.py``: Effect and its kinds: one side effect of a captured step.
+- ``logged_numbers.py``: ``self.log`` of Python numbers: a graph makes the tensor on the device.
 - ``logged_values.py``: the interface to ``self.log``, which ``trainer/`` implements.
 - ``module_effects.py``: all side effects of the steps of one module.
 - ``recorder.py``: EffectRecorder: the order in which captures of a step are recorded.

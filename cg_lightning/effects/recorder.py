@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from cg_lightning.core.errors import CaptureError
 from cg_lightning.effects.effect import Effect, ReadChecksLater
+from cg_lightning.effects.logged_numbers import numbers_as_tensors
 from cg_lightning.effects.logged_values import LoggedValues
 from cg_lightning.effects.recording import StepRecording
 from cg_lightning.effects.step_state import AttributesSnapshot
@@ -67,6 +68,10 @@ class Recorder(Protocol):
     def has_unreserved_checks(self) -> bool:
         """Whether the last captured step made checks without reserved memory."""
 
+    @property
+    def checked_calls(self) -> CheckedCalls:
+        """The checked calls of the step that is being captured."""
+
     def prepared(self) -> AbstractContextManager[None]:
         """While this is entered, metrics have states at fixed addresses."""
 
@@ -86,6 +91,11 @@ class NoEffects:
     """The recorder for a submodule, whose calls have no effects: others are not captured."""
 
     has_unreserved_checks = False
+
+    @property
+    def checked_calls(self) -> CheckedCalls:
+        """Calls that nobody reads."""
+        return CheckedCalls()
 
     def prepared(self) -> AbstractContextManager[None]:
         """Return a context that does nothing."""
@@ -133,6 +143,11 @@ class EffectRecorder:
         """Whether the last captured step made checks without reserved memory."""
         return len(self._checked.seen) > len(self._reserved)
 
+    @property
+    def checked_calls(self) -> CheckedCalls:
+        """The checked calls of the step that is being captured."""
+        return self._checked
+
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
         """While this is entered, metrics have states at fixed addresses.
@@ -172,7 +187,9 @@ class EffectRecorder:
             stack.enter_context(recording.watching(self._checked))
             if self._sync_free:
                 stack.enter_context(sync_free(self._checked))
-            if not self._logged.is_supported():
+            if self._logged.is_supported():
+                stack.enter_context(numbers_as_tensors(self._module))
+            else:
                 recording.log_calls = stack.enter_context(self._logged.calls.collected())
             yield recording
 

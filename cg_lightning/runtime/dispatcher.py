@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import WARM_UP, Reason, Status
@@ -47,6 +48,8 @@ Beyond it, a new key is watched when it is seen for the second time.
 """
 MOST_VARIANTS = 8
 """Maximum number of variants of one key. The oldest one is dropped first."""
+MOST_BRANCHES = 4
+"""Number of branches with the same reason after which it counts as one of all branches."""
 MOST_KEYS = 2048
 """Maximum number of stored keys. Beyond it, the oldest keys without a graph are dropped."""
 
@@ -114,6 +117,19 @@ class Guards(Protocol):
 
     def explain(self) -> str:
         """Return the guard that failed, with both values."""
+
+
+class Path(Protocol):
+    """What a variant's step reads on the host, as the dispatcher sees it."""
+
+    def holds(self, leaves: Sequence[Any]) -> bool:
+        """Return True if a batch with these leaves gives the values that were read."""
+
+    def explain(self) -> str:
+        """Return the read that gave another value, with both values. Empty if none did."""
+
+    def varying(self) -> str:
+        """Return the read that gave another value."""
 
 
 class Entry(Protocol):
@@ -185,8 +201,16 @@ class Variant:
     """Where the time of its PIECEWISE steps is added."""
     entry: Entry | None = None
     """The graph; None before the capture and after the graph was dropped."""
+    path: Path | None = None
+    """What the step reads on the host; None if it reads nothing, or if it is no graph."""
     verify_at: int = -1
     """The number of replays after which the next one is compared with eager; -1 = never."""
+
+    def explain(self) -> str:
+        """Return what has changed, with both values. Call it only after the variant did not hold."""
+        if self.path is not None and self.guards.check():
+            return self.path.explain()
+        return self.guards.explain()
 
     @property
     def mode(self) -> CUDAGraphMode:
@@ -328,12 +352,17 @@ class CUDAGraphDispatcher:
                 self._forget_unused()
         return state
 
-    def plan(self, state: KeyState) -> Plan:
-        """Decide what to do with the current step. Call it exactly once for each step."""
+    def plan(self, state: KeyState, leaves: Sequence[Any] = ()) -> Plan:
+        """Decide what to do with the current step. Call it exactly once for each step.
+
+        Args:
+            state: The state of its key.
+            leaves: The leaves of its batch.
+        """
         state.sights += 1
         if state.sights == 2:
             self._unrepeated.discard(state.descriptor.fields)
-        variant = self._current_variant(state)
+        variant = self._current_variant(state, leaves)
         if variant is None:
             return self._plan_without_variant(state)
         if state.miss is not None and state.miss.is_met():
@@ -363,7 +392,7 @@ class CUDAGraphDispatcher:
         return self._unprofitable(state, variant)
 
     def _plan_without_variant(self, state: KeyState) -> Plan:
-        changed = state.variants[0].guards.explain() if state.variants else ""
+        changed = state.variants[0].explain() if state.variants else ""
         if changed:
             state.ledger.note(Status.UNPROFITABLE, changed)
         if not self._watches:
@@ -387,9 +416,9 @@ class CUDAGraphDispatcher:
     def _unprofitable(self, state: KeyState, variant: Variant | None) -> Plan:
         return Plan(Action.EAGER, state, variant, state.ledger.reason())
 
-    def _current_variant(self, state: KeyState) -> Variant | None:
+    def _current_variant(self, state: KeyState, leaves: Sequence[Any] = ()) -> Variant | None:
         for index, variant in enumerate(state.variants):
-            if variant.guards.check():
+            if variant.guards.check() and (variant.path is None or variant.path.holds(leaves)):
                 # the last one used is asked first and dropped last; one that always holds stays last
                 if index and not isinstance(variant.guards, Unguarded):
                     state.variants.insert(0, state.variants.pop(index))
@@ -423,6 +452,37 @@ class CUDAGraphDispatcher:
                 reasons.append(reason)
         return modes, reasons[0] if reasons else None
 
+    def is_of_one_branch(self, state: KeyState, full: Reason) -> bool:
+        """Return True if another branch of a step may be one graph, although this one cannot.
+
+        If a reason came up in several branches, it counts as one of all branches. So a step that
+        is never one graph is not watched again and again.
+
+        Args:
+            state: The key of the step.
+            full: Why the step cannot be one graph in this branch.
+        """
+        if not (self._policy.has_full_cudagraphs() and isinstance(full.kind, Cause)):
+            return False
+        alike = [variant for variant in state.variants if variant.reason == full]
+        return sum(not variant.guards.check() for variant in alike) < MOST_BRANCHES
+
+    def varying(self, state: KeyState) -> Reason | None:
+        """Return why a step that was watched is no graph, although it is one for its host values.
+
+        None if the key has few host values so far.
+        """
+        paths = [
+            variant.path
+            for variant in state.variants
+            if variant.path is not None and variant.guards.check()
+        ]
+        if len(paths) < MOST_VARIANTS:
+            return None
+        return Reason(
+            Status.UNPROFITABLE, f"another host value in each batch: {paths[0].varying()}"
+        )
+
     def watched(
         self, state: KeyState, variant: Variant, replacing: Variant | None = None
     ) -> list[Entry]:
@@ -449,7 +509,9 @@ class CUDAGraphDispatcher:
         # one that always holds comes last: those with guards are asked first
         if isinstance(variant.guards, Unguarded):
             guarded = [each for each in state.variants if not isinstance(each.guards, Unguarded)]
-            state.variants = [*guarded, variant]
+            # host values that did not come again are not computed any more
+            kept = [each for each in guarded if each.path is None or each.entry is not None]
+            state.variants = [*kept, variant]
             return []
         state.variants.insert(0, variant)
         gone = state.variants[MOST_VARIANTS:]

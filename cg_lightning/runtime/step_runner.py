@@ -110,7 +110,7 @@ class StepRunner:
             )
         except UnkeyableBatchError as error:
             return self._run_without_key(args, kwargs, loader, training, reason_of(error))
-        plan = self._dispatcher.plan(self._state(fields, args[0]))
+        plan = self._dispatcher.plan(self._state(fields, args[0]), leaves)
         if plan.action is Action.REPLAY:
             assert plan.variant is not None and isinstance(plan.variant.entry, GraphEntry)  # noqa: PT018
             if session.ranges.is_on:

@@ -15,6 +15,7 @@ from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.guards.module_guard import ModuleGuard
+from cg_lightning.host_values.path import ReadPath
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.dispatcher import Action, CUDAGraphDispatcher, Plan
 from cg_lightning.runtime.outcome import Outcome
@@ -93,6 +94,7 @@ class GraphTarget:
             self.guard.storage_addresses(),
             self._stats.entry(self.mode.name, name, call.descriptor),
             plan.state.ledger.why,
+            variant.path.reads if isinstance(variant.path, ReadPath) else [],
         )
         get_entry = functools.partial(self._get_entry, target, plan, call)
         prefix = f"{name}: " if self.mode is CUDAGraphMode.PIECEWISE else ""

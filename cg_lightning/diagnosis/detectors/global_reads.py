@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import decimal
 import dis
 import sys
 import types
@@ -12,8 +11,9 @@ from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
 from cg_lightning.core.causes import Cause
+from cg_lightning.diagnosis.clocks import caller_of, clock_in_c, clock_in_python
 from cg_lightning.diagnosis.detector import Detector
-from cg_lightning.diagnosis.findings import AT_THE_END
+from cg_lightning.diagnosis.findings import AT_THE_END, is_step_calling
 from cg_lightning.diagnosis.functions import (
     codes_inside,
     find_functions,
@@ -34,8 +34,6 @@ from cg_lightning.modules.kinds import is_user_file
 _FUNCTIONS = (types.FunctionType, classmethod, staticmethod, property)
 
 
-_CONTEXTS = (decimal.getcontext, decimal.setcontext, decimal.localcontext)
-"""What gives and sets the context of a thread, which nothing else refers to."""
 _CLASS_OF = frozenset({"type", "__class__"})
 """How a function asks for the class of an object."""
 _GENERATED = "<string>"
@@ -46,8 +44,8 @@ class GlobalReads(Detector):
     """Notes the globals that the user's functions name, and what these functions hold.
 
     A function holds what it has closed over, its defaults and its attributes. What the step changes
-    of all that is reported, and so is what nobody can look into. If something else profiles the
-    thread, it sees nothing.
+    of all that is reported, and so is what nobody can look into, clocks included. If something else
+    profiles the thread, it sees nothing.
     """
 
     causes = (Cause.STATE_REBOUND, Cause.OPAQUE)
@@ -110,16 +108,16 @@ class GlobalReads(Detector):
         self.watch.report(cause, words, location=location, module="", calls=readers)
 
     def _on_event(self, frame: FrameType, event: str, function: Any) -> None:
+        if event == "c_call" and (clock := clock_in_c(function)):
+            self._report_clock(clock, frame)
         if event != "call":
-            if event == "c_call" and function in _CONTEXTS:
-                self.watch.report_unless_found(
-                    Cause.OPAQUE, f"{function.__name__}: decimal.Context"
-                )
             return
         code = frame.f_code
         known = self._known.get(id(code))
         if known is None:
             known = self._known[id(code)] = self._look_at(frame)
+        if known.clock:
+            self._report_clock(known.clock, caller_of(frame))
         for source in known.sources:
             self._read(source)
         if known.asks_for_class:
@@ -130,10 +128,14 @@ class GlobalReads(Detector):
                 for source in sources:
                     self._note(source, known.location)
 
+    def _report_clock(self, name: str, caller: FrameType) -> None:
+        if is_step_calling(caller):
+            self.watch.report(Cause.OPAQUE, name)
+
     def _look_at(self, frame: FrameType) -> _Code:
         code = frame.f_code
         if not is_user_file(code.co_filename) or self.watch.is_paused:
-            return _Code(code, "", [], [], asks_for_class=False)
+            return _Code(code, "", [], [], clock_in_python(code), asks_for_class=False)
         functions: list[FunctionType] = []
         caches: list[Any] = []
         if code.co_filename != _GENERATED:
@@ -145,7 +147,7 @@ class GlobalReads(Detector):
             self._remember(source, location)
         held = [(function, _sources_held_by(function)) for function in functions]
         asks = not _CLASS_OF.isdisjoint(code.co_names)
-        return _Code(code, location, sources, held, asks_for_class=asks)
+        return _Code(code, location, sources, held, "", asks_for_class=asks)
 
     def _sources_of_own_class(self, frame: FrameType, known: _Code) -> list[Source]:
         """What a function reads of the class of its first argument: ``type(self).scale``."""
@@ -209,6 +211,8 @@ class _Code(NamedTuple):
     """The globals that it names."""
     functions: list[tuple[FunctionType, list[Source]]]
     """The functions that have it, and what each holds."""
+    clock: str
+    """What it asks that nobody can guard; empty if nothing."""
     asks_for_class: bool
     """Whether it may ask for the class of an object."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
+from cg_lightning.effects.logged_numbers import with_tensor
 from cg_lightning.modules.interception import replaced_method
 
 LOGGING_METHODS = ("log", "log_dict")
@@ -41,6 +42,8 @@ class Logging(Detector):
             with self.watch.paused():
                 is_made_later = effects is not None and not effects.logs_in_graph()
             with self.watch.in_framework(), self._held_by_a_step_if(is_made_later):
+                if name == "log" and effects is not None and not is_made_later:
+                    args, kwargs = with_tensor(self.watch.root, args, kwargs)
                 return original(*args, **kwargs)
 
         return log

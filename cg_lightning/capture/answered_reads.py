@@ -1,0 +1,151 @@
+"""Answers what a captured step reads on the host: with what the watched step read there.
+
+What is hard here:
+
+- Answers go by position. The step takes the path of the watched one, since its guards hold and the
+  batch gives the same values. Whatever deviates is an error, and no graph.
+- A graph computes once more what was read, and sets a flag if that is something else. The flags are
+  deferred checks (``metrics/deferred_checks.py``): reading one here would wait for the device.
+- A tensor whose shape depends on a count is made with the count that was read:
+  ``nonzero_static`` in place of ``nonzero``, with the same strides. Missing rows are -1, which is
+  an index that exists, so nothing is read out of bounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from cg_lightning.backends.dispatch_mode import EagerDispatchMode
+from cg_lightning.core.errors import CaptureError, CUDAGraphError
+from cg_lightning.host_values.exact_operations import (
+    COUNTING,
+    SCALAR_READS,
+    counted_masks,
+    masks_in,
+)
+from cg_lightning.host_values.path import HostRead
+from cg_lightning.metrics.deferred_checks import CheckedCalls
+
+_GIVE_ROWS = ("aten::nonzero", "aten::argwhere")
+"""Operations that return all indices in one tensor; others return one for each dimension."""
+
+
+class AnsweredReads(EagerDispatchMode):
+    """Answers the reads of one captured step.
+
+    Args:
+        reads: What the watched step read, in order.
+        checked: Takes the conditions under which an answer is wrong.
+        device_type: Type of the device of the graphs.
+    """
+
+    def __init__(self, reads: Sequence[HostRead], checked: CheckedCalls, device_type: str) -> None:
+        super().__init__(device_type)
+        self._reads = reads
+        self._checked = checked
+        self._given = 0
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Answer the reads inside.
+
+        Raises:
+            CaptureError: The step makes other reads than the watched one.
+        """
+        with self.watching():
+            yield
+        if self._given != len(self._reads):
+            raise CaptureError(
+                f"the captured step read {self._given} values on the host, "
+                f"the watched one {len(self._reads)}"
+            )
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        if name in SCALAR_READS:
+            read = self._next(name)
+            if not read.is_constant:
+                self._check(read, _is_other(name, args, read.value))
+            return read.value
+        masks = counted_masks(name, args)
+        if not masks:
+            return self.call(func, args, kwargs)
+        if name == "aten::masked_select":
+            return self._selected(args[0], masks[0])
+        if name in COUNTING:
+            rows = self._rows(name, masks[0])
+            return rows if name in _GIVE_ROWS else list(rows.unbind(1))
+        indices: list[Any] = []
+        for index in args[1]:
+            indices += self._rows(name, index).unbind(1) if masks_in([index]) else [index]
+        return self.call(func, (args[0], indices, *args[2:]), kwargs)
+
+    def _counted(self, name: str, mask: Tensor) -> HostRead:
+        read = self._next(name)
+        if not read.is_constant:
+            self._check(read, torch.ne(mask.count_nonzero(), read.value))
+        return read
+
+    def _selected(self, tensor: Tensor, mask: Tensor) -> Tensor:
+        read = self._counted("aten::masked_select", mask)
+        tensor, wide = torch.broadcast_tensors(tensor, mask)
+        if not wide.numel():
+            return tensor.new_empty(0)
+        count = read.value * wide.numel() // mask.numel()
+        return tensor[tuple(torch.nonzero_static(wide, size=count).unbind(1))]
+
+    def _rows(self, name: str, mask: Tensor) -> Tensor:
+        """Return the indices of the elements that are not zero, of shape (count, dimensions)."""
+        read = self._counted(name, mask)
+        same = torch.empty_strided(
+            (read.value, mask.dim()), read.strides, dtype=torch.int64, device=mask.device
+        )
+        # an empty mask ends the process with torch 2.8 on a GPU
+        return same.copy_(torch.nonzero_static(mask, size=read.value)) if mask.numel() else same
+
+    def _next(self, name: str) -> HostRead:
+        read = self._reads[self._given] if self._given < len(self._reads) else None
+        if read is None or read.operation != name:
+            raise CaptureError(f"the captured step reads {name}, which the watched one did not")
+        self._given += 1
+        return read
+
+    def _check(self, read: HostRead, is_other: Tensor | None) -> None:
+        if is_other is not None:
+            with self._checked.during(_raise_other_value, (is_other, str(read)), {}):
+                self._checked.refuse_if(is_other)
+
+
+def _is_other(name: str, args: tuple[Any, ...], value: Any) -> Tensor | None:
+    """Return whether a read would give another value than ``value``; None if it cannot."""
+    if name == "aten::equal":
+        one, other = args
+        return None if one.shape != other.shape else torch.ne((one == other).all(), value)
+    scalar = args[0].reshape(())
+    if name == "aten::is_nonzero":
+        return torch.ne(scalar != 0, value)
+    if isinstance(value, float) and math.isnan(value):
+        return torch.logical_not(scalar.isnan())
+    return torch.ne(scalar, value)
+
+
+def _raise_other_value(_: Tensor, read: str) -> None:
+    raise CUDAGraphError(
+        f"A graph was replayed for a batch with another host value than the one that it holds: "
+        f"{read}. The results since then are wrong. This is a mistake of cg_lightning; please "
+        "report it. verify_replays=0 does not avoid it; mode='PIECEWISE' does."
+    )

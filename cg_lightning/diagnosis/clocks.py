@@ -1,0 +1,62 @@
+"""Functions whose result nobody can guard: clocks, the system's random numbers, counts of memory.
+
+They change nothing and keep nothing in Python. What they return is another value in each step. The
+context of ``decimal`` belongs to the thread, and nothing in Python refers to it.
+"""
+
+from __future__ import annotations
+
+from types import CodeType, FrameType
+from typing import Any
+
+_IN_C = {
+    "time": frozenset(
+        {
+            *("time", "monotonic", "perf_counter", "process_time", "thread_time"),
+            *("time_ns", "monotonic_ns", "perf_counter_ns", "process_time_ns", "thread_time_ns"),
+            *("clock_gettime", "clock_gettime_ns", "localtime", "gmtime", "ctime", "strftime"),
+        }
+    ),
+    "posix": frozenset({"times", "getloadavg", "urandom", "getrandom"}),
+    "resource": frozenset({"getrusage"}),
+    "gc": frozenset({"get_count", "get_stats", "get_objects"}),
+    "sys": frozenset({"getallocatedblocks", "getrefcount"}),
+    "datetime": frozenset({"now", "utcnow", "today"}),
+    "decimal": frozenset({"getcontext", "setcontext", "localcontext"}),  # of the thread
+}
+"""Names of functions by module."""
+_NAMES = frozenset().union(*_IN_C.values())
+_OF_MEMORY = frozenset(
+    {
+        *("memory_stats", "memory_stats_as_nested_dict", "mem_get_info", "memory_snapshot"),
+        *("get_memory_info", "device_memory_used"),
+    }
+)
+_MEMORY_FILES = ("torch/cuda/memory.py", "torch/accelerator/memory.py")
+
+
+def clock_in_c(function: Any) -> str:
+    """Return the name of a function of C that is a clock; empty if it is none."""
+    name = getattr(function, "__name__", "")
+    if name not in _NAMES:
+        return ""
+    module = getattr(function, "__module__", None)
+    owner = getattr(function, "__self__", None)
+    if module is None and isinstance(owner, type):  # ``datetime.now`` is a method of a class
+        module = owner.__module__
+    return f"{module}.{name}" if name in _IN_C.get(module or "", ()) else ""
+
+
+def clock_in_python(code: CodeType) -> str:
+    """Return the name of a function of PyTorch that counts memory; empty if it is none."""
+    if code.co_name in _OF_MEMORY and code.co_filename.endswith(_MEMORY_FILES):
+        return f"torch.cuda.{code.co_name}"
+    return ""
+
+
+def caller_of(frame: FrameType) -> FrameType:
+    """Return the frame that calls a function of PyTorch, and not the file of that function."""
+    caller = frame
+    while caller.f_back is not None and caller.f_code.co_filename.endswith(_MEMORY_FILES):
+        caller = caller.f_back
+    return caller

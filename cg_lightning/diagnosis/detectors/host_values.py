@@ -1,0 +1,57 @@
+"""Reads on the host whose values are known before the step, because they depend on its batch alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch._ops import OpOverload
+
+from cg_lightning.core.tree import flatten
+from cg_lightning.diagnosis.detector import Detector
+from cg_lightning.diagnosis.findings import find_location
+from cg_lightning.diagnosis.step_watch import StepWatch
+from cg_lightning.host_values.provenance import Provenance
+
+
+class HostValues(Detector):
+    """Tells the watch which reads a capture of the whole step can answer.
+
+    If a module is compiled, there are none: nobody sees its operations.
+    """
+
+    def __init__(self, watch: StepWatch) -> None:
+        super().__init__(watch)
+        self._provenance = Provenance(flatten(watch.batch)[0], _line)
+        if watch.hidden:
+            self._provenance.give_up()
+
+    @contextlib.contextmanager
+    def around_step(self) -> Iterator[None]:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        try:
+            yield
+            with self.watch.paused():
+                self.watch.read_path = self._provenance.path()
+        finally:
+            self._provenance.give_up()  # it holds the batch
+
+    def before_operation(
+        self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        self.watch.reads_host_value = self._provenance.begin(
+            function, args, kwargs, self.watch.is_about_step
+        )
+
+    def after_operation(
+        self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        self._provenance.end(function, args, kwargs, output)
+        self.watch.reads_host_value = False
+
+
+def _line() -> str:
+    return str(find_location())

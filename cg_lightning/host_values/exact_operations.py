@@ -1,0 +1,101 @@
+"""Operations that give the same bits on every device, and reads of what they compute.
+
+Integers and booleans are exact everywhere. Of floating point numbers that holds only if they are
+moved, cast or compared: a sum depends on its order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+
+SCALAR_READS = frozenset(
+    {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"}
+)
+"""Operations that return a number of Python, and that a graph cannot contain."""
+COUNTING = frozenset(
+    {"aten::nonzero", "aten::nonzero_numpy", "aten::argwhere", "aten::where", "aten::masked_select"}
+)
+"""Operations whose output has as many rows as a mask has elements that are not zero."""
+_INDEXING = frozenset(
+    {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+)
+_OF_FLOATS = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("_to_copy", "to", "clone", "copy_", "detach", "alias", "lift_fresh", "type_as"),
+        *("contiguous", "view", "reshape", "expand", "expand_as", "slice", "select", "unsqueeze"),
+        *("squeeze", "transpose", "permute", "t", "unbind", "split", "chunk", "flatten", "flip"),
+        *("index", "index_select", "gather", "cat", "stack", "where", "masked_fill", "repeat"),
+        *("fill_", "zero_", "ones", "zeros", "full", "ones_like", "zeros_like", "full_like"),
+        *("new_ones", "new_zeros", "new_full", "upsample_nearest2d", "pad", "constant_pad_nd"),
+        *("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "logical_not", "equal"),
+        *("item", "_local_scalar_dense", "is_nonzero", "nonzero", "count_nonzero"),
+    )
+)
+"""Operations that are exact for floating point numbers."""
+MOST_ELEMENTS = 65536
+"""Larger tensors are not computed before the step: the host would take longer than it saves."""
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Return True for a strided tensor that is no subclass and no lazy view."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout is torch.strided
+        and not (tensor.is_nested or tensor.is_quantized or tensor.is_neg() or tensor.is_conj())
+    )
+
+
+def is_exact(function: OpOverload, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
+    """Return True if an operation gives the same bits on every device, and takes little time."""
+    tensors = [*inputs, *outputs]
+    if function.namespace != "aten" or torch.Tag.nondeterministic_seeded in function.tags:
+        return False
+    if not all(map(is_plain, tensors)) or sum(t.numel() for t in tensors) > MOST_ELEMENTS:
+        return False
+    if not any(map(_is_inexact, tensors)):
+        return True
+    if function._schema.name not in _OF_FLOATS or any(tensor.is_complex() for tensor in tensors):
+        return False
+    # devices convert numbers that an integer cannot hold to different integers
+    to_integers = any(not _is_inexact(t) and t.dtype is not torch.bool for t in outputs)
+    return not (any(map(_is_inexact, inputs)) and to_integers)
+
+
+def _is_inexact(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def counted_masks(name: str, args: Sequence[Any]) -> list[Tensor]:
+    """Return the tensors whose elements an operation counts to know the shape of its output."""
+    if name == "aten::masked_select":
+        return [args[1]]
+    if name == "aten::where" and len(args) > 1:
+        return []
+    if name in COUNTING:
+        return [args[0]]
+    if name not in _INDEXING:
+        return []
+    if name != "aten::index" and _fills(args[1], args[2]):
+        return []
+    return masks_in(args[1])
+
+
+def masks_in(indices: Iterable[Any]) -> list[Tensor]:
+    """Return the masks among the indices of an indexing operation."""
+    return [
+        index
+        for index in indices
+        if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+    ]
+
+
+def _fills(indices: Sequence[Any], value: Any) -> bool:
+    """Return True if PyTorch calls ``masked_fill`` instead."""
+    given = [index for index in indices if index is not None]
+    return len(given) == 1 and isinstance(value, Tensor) and value.numel() == 1

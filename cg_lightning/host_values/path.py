@@ -1,0 +1,214 @@
+"""The values that one path through a step reads, as a program that is run before the step.
+
+A step that reads a value decides by it which operations follow. So a graph of it holds for batches
+that give the same values only. The program computes them with the very operations of the step, in
+their order, and stops at the first value that differs: what follows belongs to that value, and may
+fail for another one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cg_lightning.core.tree import tensors_in
+
+
+@dataclasses.dataclass(eq=False)
+class HostRead:
+    """One read of a watched step, whose value is known before the step."""
+
+    operation: str
+    """``aten::item``; or ``aten::nonzero``, whose value is the number of rows of its output."""
+    where: str
+    """The user's line, and that of a library that it called."""
+    value: Any = None
+    """The number that the watched step read."""
+    is_constant: bool = False
+    """True if the value does not depend on the batch."""
+    strides: tuple[int, ...] = ()
+    """For a number of rows: the strides of the indices of these rows."""
+
+    def __str__(self) -> str:
+        return f"{self.operation} ({self.where})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ref:
+    """A tensor in recorded arguments, by its number."""
+
+    number: int
+
+
+class Root(NamedTuple):
+    """A tensor of the batch that a program starts from."""
+
+    number: int
+    leaf: int
+    """Which leaf of the batch it is."""
+    is_written: bool
+    """True if the program writes to it, so it works on a copy."""
+
+
+class Operation(NamedTuple):
+    """One operation of a program."""
+
+    function: Any
+    args: Any
+    kwargs: Any
+    outputs: tuple[int | None, ...]
+    """The numbers of the tensors that it returns; None for one that it was given."""
+    returns_tensor: bool
+    """False if it returns several tensors, or a list."""
+
+
+class Read(NamedTuple):
+    """A point of a program where a value is compared."""
+
+    place: int
+    """Which read of the path it is, from 0."""
+    function: Any
+    args: Any
+
+
+class Mismatch(NamedTuple):
+    """A read that gave another value than in the watched step."""
+
+    place: int
+    """Which read of the path it is; -1 if the program has failed."""
+    value: Any
+
+
+Check = Callable[[Sequence[Any]], Mismatch | None]
+
+
+class ReadPath:
+    """What one path through a step reads.
+
+    Args:
+        reads: All reads, in order.
+        roots: What the program starts from.
+        slots: The program.
+    """
+
+    def __init__(
+        self, reads: list[HostRead], roots: list[Root], slots: list[Operation | Read]
+    ) -> None:
+        self.reads = reads
+        self._check = _compile(reads, roots, slots)
+        self._mismatch: Mismatch | None = None
+
+    def holds(self, leaves: Sequence[Any]) -> bool:
+        """Return True if a batch gives all the values that were read."""
+        try:
+            self._mismatch = self._check(leaves)
+        except (RuntimeError, IndexError) as error:
+            # the step takes another path, or fails as well: then it raises its own error
+            self._mismatch = Mismatch(-1, error)
+        return self._mismatch is None
+
+    def explain(self) -> str:
+        """Return which value differs; empty if none does."""
+        if self._mismatch is None:
+            return ""
+        place, value = self._mismatch
+        if place < 0:
+            return f"host values cannot be computed: {type(value).__name__}"
+        read = self.reads[place]
+        return f"{read}: now {value!r}, before {read.value!r}"
+
+    def varying(self) -> str:
+        """Return the reads whose values vary, after :meth:`holds` has returned False."""
+        place = 0 if self._mismatch is None else max(self._mismatch.place, 0)
+        return str(self.reads[place])
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Return True for equal bits: NaN equals itself, and 0.0 is not -0.0."""
+    if isinstance(one, float) and isinstance(other, float):
+        return one.hex() == other.hex()
+    return type(one) is type(other) and bool(one == other)
+
+
+_aten = torch.ops.aten
+_FASTER: dict[Any, Callable[..., Any]] = {
+    _aten.all.default: Tensor.all,
+    _aten.any.default: Tensor.any,
+    _aten.sum.default: Tensor.sum,
+    _aten.eq.Scalar: Tensor.eq,
+    _aten.ne.Scalar: Tensor.ne,
+    _aten.item.default: Tensor.item,
+    _aten._local_scalar_dense.default: Tensor.item,
+    _aten.is_nonzero.default: bool,
+    _aten.bitwise_not.default: Tensor.bitwise_not,
+}
+"""A method of a tensor parses its arguments three times as fast as the operation does."""
+
+
+class _Code:
+    """The source of one function, and the objects that it names."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, Any] = {}
+        self.lines: list[str] = []
+
+    def name(self, value: Any) -> str:
+        name = f"c{len(self.names)}"
+        self.names[name] = value
+        return name
+
+    def text(self, tree: Any) -> str:
+        if isinstance(tree, Ref):
+            return f"v{tree.number}"
+        if isinstance(tree, (tuple, list)) and any(_holds_ref(value) for value in tree):
+            return f"[{', '.join(map(self.text, tree))}]"
+        return self.name(tree)
+
+    def call(self, function: Any, args: Any, kwargs: dict[str, Any]) -> str:
+        given = [self.text(value) for value in args]
+        given += [f"{key}={self.text(value)}" for key, value in kwargs.items()]
+        return f"{self.name(_FASTER.get(function, function))}({', '.join(given)})"
+
+    def function(self) -> Check:
+        source = "\n    ".join(["def check(leaves):", *self.lines, "return None"])
+        exec(source, self.names)
+        check: Check = self.names["check"]
+        return check
+
+
+def _holds_ref(tree: Any) -> bool:
+    if isinstance(tree, (tuple, list)):
+        return any(map(_holds_ref, tree))
+    return isinstance(tree, Ref)
+
+
+def _compile(reads: list[HostRead], roots: list[Root], slots: list[Operation | Read]) -> Check:
+    """Return the program as one function, which is half as slow as a loop over its operations."""
+    code = _Code()
+    for root in roots:
+        copied = ".clone()" if root.is_written else ""
+        code.lines.append(f"v{root.number} = leaves[{root.leaf}]{copied}")
+    for slot in slots:
+        if isinstance(slot, Read):
+            value = reads[slot.place].value
+            call = code.call(slot.function, slot.args, {})
+            code.lines.append(f"r = {'int' if type(value) is int else ''}({call})")
+            if type(value) in (bool, int):
+                code.lines.append(f"if r != {value!r}:")
+            else:
+                code.lines.append(f"if not {code.name(same_value)}(r, {code.name(value)}):")
+            code.lines.append(f"    return {code.name(Mismatch)}({slot.place}, r)")
+            continue
+        call = code.call(slot.function, slot.args, slot.kwargs)
+        if not any(number is not None for number in slot.outputs):
+            code.lines.append(call)
+        elif slot.returns_tensor:
+            code.lines.append(f"v{slot.outputs[0]} = {call}")
+        else:
+            kept = ", ".join("_" if n is None else f"v{n}" for n in slot.outputs)
+            code.lines.append(f"{kept}, = {code.name(tensors_in)}({call})")
+    return code.function()

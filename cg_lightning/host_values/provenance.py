@@ -1,0 +1,405 @@
+"""Where the tensors of a watched step come from: which are made of its batch and of constants alone.
+
+What is hard here:
+
+- Writes. What a read gives depends on all earlier writes to the memory behind its tensor, through
+  any view. So a program holds the operations that made its tensors, and all earlier writes to
+  their storages. Tensors of the batch that it writes to are copied first.
+- Aliases that no operation makes (``x.data``, ``set_``). A tensor is known by the object *and* by
+  its storage and layout. A new object on a known storage that no operation returned is foreign.
+- Addresses are used again. So every known tensor is kept alive until the step ends, and a storage
+  that an operation allocates is a new one.
+- What another operation writes is foreign from then on, and so is what an operation was given that
+  raised. Operations that are not of PyTorch may write to what they do not declare.
+- Tensors that lived before the step, other than the batch, are foreign: they may change. So are
+  tensors made from Python values: ``torch.tensor`` takes tensors as well, and nobody sees it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from cg_lightning.host_values.exact_operations import (
+    SCALAR_READS,
+    counted_masks,
+    is_exact,
+    is_plain,
+)
+from cg_lightning.host_values.path import HostRead, Operation, Read, ReadPath, Ref, Root
+
+MOST_OPERATIONS = 96
+"""Longer programs are not run before each step."""
+_count = torch.ops.aten.count_nonzero.default
+
+
+@dataclasses.dataclass(eq=False)
+class _Known:
+    """A tensor that is made of the batch and of constants."""
+
+    tensor: Tensor
+    storage: int
+    layout: tuple[Any, ...]
+    made_by: int | None
+    """The operation that returned it; None for a leaf of the batch."""
+    leaf: int | None
+    """Which leaf of the batch it is."""
+
+
+@dataclasses.dataclass(eq=False)
+class _Recorded:
+    """An operation on known tensors."""
+
+    operation: Operation
+    inputs: list[int]
+    written: set[int]
+    """The storages that it writes to."""
+
+
+@dataclasses.dataclass(eq=False)
+class _RecordedRead:
+    """A read of known tensors."""
+
+    read: HostRead
+    position: int
+    """How many operations came before it."""
+    inputs: list[int]
+    function: OpOverload
+    args: Any
+
+
+@dataclasses.dataclass(eq=False)
+class _Started:
+    """An operation that is under way."""
+
+    tensors: list[Tensor]
+    numbers: list[int | None]
+    storages: list[int]
+    is_read: bool = False
+    read: HostRead | None = None
+    """The read whose value the operation returns."""
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return what tells the memory of a tensor from other memory; 0 if it has none of its own."""
+    if not is_plain(tensor):
+        return 0
+    return tensor.untyped_storage().data_ptr() or -id(tensor)
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+class Provenance:
+    """Records the operations of one watched step, and what it reads on the host.
+
+    Args:
+        leaves: The leaves of its batch.
+        where: Returns the user's line that runs now.
+    """
+
+    def __init__(self, leaves: Sequence[Any], where: Callable[[], str]) -> None:
+        self._where = where
+        self._known: list[_Known] = []
+        self._numbers: dict[int, int] = {}
+        """By the id of the tensor object."""
+        self._writes: dict[int, list[int]] = {}
+        """The operations that wrote to a storage of known tensors."""
+        self._foreign: set[int] = set()
+        """Storages with something in them that is not made of the batch."""
+        self._operations: list[_Recorded] = []
+        self._reads: list[_RecordedRead] = []
+        self._started: _Started | None = None
+        self._is_given_up = False
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and is_plain(leaf):
+                self._add(leaf, leaf=index)
+
+    def give_up(self) -> None:
+        """Forget everything: the step reads something else, so there is no path."""
+        self._is_given_up = True
+        for held in (self._known, self._numbers, self._writes, self._operations, self._reads):
+            held.clear()
+        self._started = None
+
+    # one operation
+
+    def begin(
+        self, function: OpOverload, args: Any, kwargs: dict[str, Any], is_of_step: bool
+    ) -> bool:
+        """An operation is about to run.
+
+        Args:
+            function: The operation.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            is_of_step: False if a capture of the whole step runs something else in its place.
+
+        Returns:
+            True if it reads a value that is known before the step.
+        """
+        if self._is_given_up:
+            return False
+        if self._started is not None:  # it has raised
+            self._spoil(self._started.tensors)
+            if self._started.is_read:
+                self.give_up()
+                return False
+        tensors = _tensors((args, kwargs))
+        numbers = [self._number(tensor) for tensor in tensors]
+        started = _Started(tensors, numbers, list(map(_storage, tensors)))
+        self._started = started
+        return is_of_step and self._read(function, args, started)
+
+    def _read(self, function: OpOverload, args: Any, started: _Started) -> bool:
+        name = function._schema.name
+        masks = counted_masks(name, args)
+        if name not in SCALAR_READS and not masks:
+            return False
+        numbers = [self._number(mask) for mask in masks] if masks else started.numbers
+        known = [number for number in numbers if number is not None]
+        is_answerable = is_exact(_count if masks else function, masks or started.tensors, [])
+        is_answerable &= all(mask.dim() > 0 for mask in masks)
+        if len(known) < len(numbers) or not is_answerable:
+            self.give_up()
+            return False
+        started.is_read = True
+        position, where = len(self._operations), self._where()
+        if not masks:
+            started.read = HostRead(name, where)
+            args = self._with_refs(args)
+            self._reads.append(_RecordedRead(started.read, position, known, function, args))
+        for number, mask in zip(known, masks, strict=bool(masks)):
+            rows = mask.nonzero()
+            read = HostRead(name, where, len(rows), strides=rows.stride())
+            self._reads.append(_RecordedRead(read, position, [number], _count, (Ref(number),)))
+        return True
+
+    def end(self, function: OpOverload, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """The operation has returned."""
+        started, self._started = self._started, None
+        if self._is_given_up or started is None:
+            return
+        if started.storages != list(map(_storage, started.tensors)):  # ``set_``, ``resize_``
+            self._foreign.update(started.storages)
+            self._spoil(started.tensors)
+            return
+        if started.read is not None:
+            started.read.value = output
+            return
+        outputs = _tensors(output)
+        if None in started.numbers or not is_exact(function, started.tensors, outputs):
+            self._note_foreign(function, args, kwargs, started, outputs)
+        else:
+            self._note(function, args, kwargs, started, output, outputs)
+
+    def _note(
+        self,
+        function: OpOverload,
+        args: Any,
+        kwargs: dict[str, Any],
+        started: _Started,
+        output: Any,
+        outputs: list[Tensor],
+    ) -> None:
+        position = len(self._operations)
+        args, kwargs = self._with_refs(args), self._with_refs(kwargs)
+        given = {id(tensor) for tensor in started.tensors}
+        numbers: list[int | None] = []
+        written = self._written(function, args, kwargs)
+        if torch.Tag.inplace_view in function.tags:
+            written |= set(started.storages)
+        for tensor in outputs:
+            if id(tensor) in given:
+                self._known[self._numbers[id(tensor)]].layout = _layout(tensor)
+                numbers.append(None)
+                continue
+            if _storage(tensor) not in started.storages:
+                self._foreign.discard(_storage(tensor))
+                self._writes[_storage(tensor)] = []
+            numbers.append(self._add(tensor, made_by=position))
+        returns_tensor = isinstance(output, Tensor)
+        operation = Operation(function, args, kwargs, tuple(numbers), returns_tensor)
+        inputs = [number for number in started.numbers if number is not None]
+        self._operations.append(_Recorded(operation, inputs, written))
+        for storage in written:
+            self._writes[storage].append(position)
+
+    def _written(self, function: OpOverload, args: Any, kwargs: Any) -> set[int]:
+        """Return the storages of the arguments, given as references, that are written."""
+        arguments = function._schema.arguments
+        pairs = list(zip(arguments, args, strict=False))
+        pairs += [(each, kwargs[each.name]) for each in arguments if each.name in kwargs]
+        return {
+            self._known[leaf.number].storage
+            for argument, value in pairs
+            if argument.alias_info is not None and argument.alias_info.is_write
+            for leaf in tree_leaves(value)
+            if isinstance(leaf, Ref)
+        }
+
+    def _note_foreign(
+        self,
+        function: OpOverload,
+        args: Any,
+        kwargs: dict[str, Any],
+        started: _Started,
+        outputs: list[Tensor],
+    ) -> None:
+        self._foreign.update(set(map(_storage, outputs)) - set(started.storages))
+        if function.namespace != "aten" or "norm" in function._schema.name:
+            self._spoil(started.tensors)  # it may write to what it does not declare
+            return
+        arguments = function._schema.arguments
+        pairs = list(zip(arguments, args, strict=False))
+        pairs += [(each, kwargs[each.name]) for each in arguments if each.name in kwargs]
+        for argument, value in pairs:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self._spoil(_tensors(value))
+
+    def _spoil(self, tensors: list[Tensor]) -> None:
+        self._foreign.update(map(_storage, tensors))
+
+    # tensors
+
+    def _add(
+        self,
+        tensor: Tensor,
+        *,
+        made_by: int | None = None,
+        leaf: int | None = None,
+    ) -> int:
+        number = len(self._known)
+        storage = _storage(tensor)
+        self._known.append(_Known(tensor, storage, _layout(tensor), made_by, leaf))
+        self._numbers[id(tensor)] = number
+        self._writes.setdefault(storage, [])
+        return number
+
+    def _number(self, tensor: Tensor) -> int | None:
+        """Return the number of a known tensor, and None for a foreign one."""
+        number = self._numbers.get(id(tensor))
+        if number is None or not is_plain(tensor):
+            return None
+        known = self._known[number]
+        storage = _storage(tensor)
+        if storage in self._foreign or storage != known.storage or _layout(tensor) != known.layout:
+            return None
+        return number
+
+    def _with_refs(self, tree: Any) -> Any:
+        return tree_map_only(Tensor, lambda tensor: Ref(self._numbers[id(tensor)]), tree)
+
+    # the path
+
+    def path(self) -> ReadPath | None:
+        """Return what the step reads; None if it cannot be known before the step."""
+        if self._is_given_up or not self._reads or self._started is not None:
+            return None
+        slices = [self._slice(recorded) for recorded in self._reads]
+        needed: set[int] = set()
+        numbers: set[int] = set()
+        for recorded, positions in zip(self._reads, slices, strict=True):
+            inputs = set(recorded.inputs)
+            inputs.update(*[self._operations[position].inputs for position in positions])
+            if all(self._known[number].leaf is None for number in inputs):
+                recorded.read.is_constant = True
+                continue
+            needed |= positions
+            numbers |= inputs
+        if len(needed) > MOST_OPERATIONS:
+            return None
+        written: set[int] = set()
+        written.update(*[self._operations[position].written for position in needed])
+        roots = [
+            Root(number, known.leaf, known.storage in written)
+            for number in sorted(numbers)
+            if (known := self._known[number]).leaf is not None
+        ]
+        slots = self._slots(needed)
+        reads = [recorded.read for recorded in self._reads]
+        return ReadPath(reads, roots, slots if written else _without_repeats(slots))
+
+    def _slots(self, needed: set[int]) -> list[Operation | Read]:
+        slots: list[Operation | Read] = []
+        done = 0
+        for index, recorded in enumerate(self._reads):
+            if recorded.read.is_constant:
+                continue
+            for position in range(done, recorded.position):
+                if position in needed:
+                    slots.append(self._operations[position].operation)
+            done = recorded.position
+            slots.append(Read(index, recorded.function, recorded.args))
+        return slots
+
+    def _slice(self, recorded: _RecordedRead) -> set[int]:
+        """Return the operations that a read needs: what made its tensors, and all earlier writes."""
+        needed: set[int] = set()
+        seen: set[int] = set()
+        numbers = list(recorded.inputs)
+        while numbers:
+            number = numbers.pop()
+            if number in seen:
+                continue
+            seen.add(number)
+            known = self._known[number]
+            positions = [p for p in self._writes[known.storage] if p < recorded.position]
+            if known.made_by is not None:
+                positions.append(known.made_by)
+            for position in positions:
+                if position not in needed:
+                    needed.add(position)
+                    operation = self._operations[position]
+                    numbers += operation.inputs
+                    numbers += [n for n in operation.operation.outputs if n is not None]
+        return needed
+
+
+def _without_repeats(slots: list[Operation | Read]) -> list[Operation | Read]:
+    """Compute equal operations on equal tensors once, and make equal reads once.
+
+    Nothing may be written in between.
+    """
+    same: dict[int, int] = {}
+    made: dict[Hashable, tuple[int | None, ...]] = {}
+    read: set[Hashable] = set()
+    kept: list[Operation | Read] = []
+
+    def canonical(tree: Any) -> Any:
+        return tree_map_only(Ref, lambda ref: Ref(same.get(ref.number, ref.number)), tree)
+
+    for slot in slots:
+        args = canonical(slot.args)
+        if isinstance(slot, Read):
+            if (slot.function, _hashable(args)) not in read:
+                read.add((slot.function, _hashable(args)))
+                kept.append(slot._replace(args=args))
+            continue
+        kwargs = canonical(slot.kwargs)
+        call = (slot.function, _hashable(args), _hashable(sorted(kwargs.items())))
+        if call in made:
+            for number, other in zip(slot.outputs, made[call], strict=True):
+                if number is not None and other is not None:
+                    same[number] = other
+        else:
+            made[call] = slot.outputs
+            kept.append(slot._replace(args=args, kwargs=kwargs))
+    return kept
+
+
+def _hashable(tree: Any) -> Hashable:
+    if isinstance(tree, (tuple, list)):
+        return (type(tree), tuple([_hashable(value) for value in tree]))
+    return (type(tree), tree.hex() if isinstance(tree, float) else tree)
