@@ -26,7 +26,7 @@ from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.summary import render_summary
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.targets import check_targets
-from cg_lightning.trainer.batch_transfer import overlapped_transfer
+from cg_lightning.trainer.batch_transfer import noted_transfer, overlapped_transfer
 from cg_lightning.trainer.installation import InertInstallation, Installation
 from cg_lightning.trainer.logged_results import LoggedResults
 from cg_lightning.trainer.preconditions import check_not_graphed_already, why_inert
@@ -243,7 +243,8 @@ class CUDAGraphCallback(Callback):
         transfer = overlapped_transfer(
             trainer.strategy, (pl_module, datamodule), copies, self.stats
         )
-        self._installation = Installation(trainer.strategy, pl_module, session, transfer)
+        noted = noted_transfer(trainer, pl_module, session.host_copies)
+        self._installation = Installation(trainer.strategy, pl_module, session, transfer, noted)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

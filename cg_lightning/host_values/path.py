@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from cg_lightning.core.tree import tensors_in
+from cg_lightning.host_values.host_copies import HostCopies
 
 
 @dataclasses.dataclass(eq=False)
@@ -83,7 +85,7 @@ class Mismatch(NamedTuple):
     value: Any
 
 
-Check = Callable[[Sequence[Any]], Mismatch | None]
+Check = Callable[[Sequence[Any] | dict[int, Tensor]], Mismatch | None]
 
 
 class ReadPath:
@@ -100,12 +102,24 @@ class ReadPath:
     ) -> None:
         self.reads = reads
         self._check = _compile(reads, roots, slots)
+        self._check_on_host = _compile(reads, roots, list(map(_on_host, slots)))
+        self._places = [root.leaf for root in roots]
+        self._copies: HostCopies | None = None
         self._mismatch: Mismatch | None = None
+
+    def use(self, copies: HostCopies) -> None:
+        """Compute the values on the host, where it has the batch."""
+        self._copies = copies
+        copies.are_wanted = True
 
     def holds(self, leaves: Sequence[Any]) -> bool:
         """Return True if a batch gives all the values that were read."""
+        copied = None if self._copies is None else self._copies.of(leaves, self._places)
         try:
-            self._mismatch = self._check(leaves)
+            if copied is None:
+                self._mismatch = self._check(leaves)
+            else:
+                self._mismatch = self._check_on_host(copied)
         except (RuntimeError, IndexError) as error:
             # the step takes another path, or fails as well: then it raises its own error
             self._mismatch = Mismatch(-1, error)
@@ -147,6 +161,16 @@ _FASTER: dict[Any, Callable[..., Any]] = {
     _aten.bitwise_not.default: Tensor.bitwise_not,
 }
 """A method of a tensor parses its arguments three times as fast as the operation does."""
+
+
+def _on_host(slot: Operation | Read) -> Operation | Read:
+    """Return a part of a program for tensors on the host."""
+    slot = slot._replace(args=_with_host(slot.args))
+    return slot if isinstance(slot, Read) else slot._replace(kwargs=_with_host(slot.kwargs))
+
+
+def _with_host(tree: Any) -> Any:
+    return tree_map_only(torch.device, lambda _: torch.device("cpu"), tree)
 
 
 class _Code:

@@ -41,9 +41,10 @@ class HostValues(Detector):
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
-        self.watch.reads_host_value = self._provenance.begin(
-            function, args, kwargs, self.watch.is_about_step
-        )
+        is_about_step = self.watch.is_about_step
+        with self.watch.paused():  # it may wait for the device
+            is_known = self._provenance.begin(function, args, kwargs, is_about_step)
+        self.watch.reads_host_value = is_known
 
     def after_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
