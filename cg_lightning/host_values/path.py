@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from cg_lightning.core.tree import tensors_in
+from cg_lightning.host_values.exact_operations import is_same_on_host
 from cg_lightning.host_values.host_copies import HostCopies
 
 
@@ -103,14 +104,16 @@ class ReadPath:
         self.reads = reads
         self._check = _compile(reads, roots, slots)
         self._check_on_host = _compile(reads, roots, list(map(_on_host, slots)))
+        self._is_same_on_host = all(is_same_on_host(slot.function) for slot in slots)
         self._places = [root.leaf for root in roots]
         self._copies: HostCopies | None = None
         self._mismatch: Mismatch | None = None
 
     def use(self, copies: HostCopies) -> None:
         """Compute the values on the host, where it has the batch."""
-        self._copies = copies
-        copies.are_wanted = True
+        if self._is_same_on_host:
+            self._copies = copies
+            copies.are_wanted = True
 
     def holds(self, leaves: Sequence[Any]) -> bool:
         """Return True if a batch gives all the values that were read."""
