@@ -15,8 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_config import run_project
-
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 SCRIPT = Path(sysconfig.get_path("scripts")) / "cg-lightning"
@@ -387,48 +385,3 @@ def test_a_difference_fails_the_run():
     other = Results(one.metrics, [torch.tensor([float("nan"), 2.0])])
     assert describe_difference(one, other).startswith("predictions[0] is ")
     assert describe_difference(one, Results({}, None)) == "metrics is built differently"
-
-
-def test_a_wheel_carries_the_configuration(tmp_path):
-    pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra demo)")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    source = tmp_path / "source"
-    shutil.copytree(
-        ROOT,
-        source,
-        ignore=shutil.ignore_patterns(".git", "build", "*.egg-info", ".venv", ".*_cache", "tests"),
-    )
-    try:
-        subprocess.run(
-            [*pip, "wheel", "--no-deps", "-w", tmp_path, source],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-    except subprocess.CalledProcessError as error:
-        if "No matching distribution" in error.stderr or "Could not find" in error.stderr:
-            pytest.skip("there is no package index to take setuptools from")
-        raise AssertionError(error.stderr) from error
-    (wheel,) = tmp_path.glob("*.whl")
-    installed = tmp_path / "installed"
-    subprocess.run([*pip, "install", "--no-deps", "--target", installed, wheel], check=True)
-    shutil.rmtree(source)
-    done = subprocess.run(
-        [sys.executable, "-m", "cg_lightning", "task=predict", "hydra.run.dir=out"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(installed)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert IDENTICAL in done.stdout, done.stdout + done.stderr
-    assert (installed / "cg_lightning/app/conf/config.yaml").exists()
-    project = tmp_path / "project"
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
-    done = run_project(
-        project,
-        "callbacks.cuda_graph.mode=FULL",
-        search_path="pkg://cg_lightning.conf",
-        environment=environment,
-    )
-    assert "CUDAGraphCallback(mode='FULL'" in done.stdout, done.stderr

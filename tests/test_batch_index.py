@@ -336,6 +336,7 @@ def run(harness, step, mode, verify, job=None):
 @pytest.mark.parametrize("step", COMPARES, ids=lambda step: step.__name__)
 @pytest.mark.parametrize(("mode", "verify"), MODES)
 def test_steps_that_compare_it_are_graphs(harness, step, mode, verify):
+    """Hazard 7."""
     callback = run(harness, step, mode, verify)
     if mode != "PIECEWISE":
         assert callback.stats.steps["FULL"] >= 4, callback.summary()
@@ -344,6 +345,7 @@ def test_steps_that_compare_it_are_graphs(harness, step, mode, verify):
 @pytest.mark.parametrize("step", USES, ids=lambda step: step.__name__)
 @pytest.mark.parametrize(("mode", "verify"), MODES)
 def test_steps_that_use_it_are_no_graphs(harness, step, mode, verify):
+    """Hazard 7."""
     callback = run(harness, step, mode, verify)
     assert callback.stats.steps["FULL"] == 0
     if mode == "FULL":
@@ -409,6 +411,27 @@ def test_the_first_batch_is_unlike_all_others(harness):
 
     callback = harness.compare(Unlike(), predict(features(60)))
     assert callback.stats.steps["FULL"] >= 10, callback.summary()
+
+
+def test_two_branches_with_the_same_reason(harness):
+    """``in (0, 1)`` has three sets of outcomes; only two of them print."""
+
+    class Prints(Base):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            x = self.net(batch[0])
+            if batch_idx in (0, 1):
+                print("first")
+            return x
+
+    callback = harness.compare(Prints(), predict(features(60)))
+    assert callback.stats.steps["FULL"] >= 11, callback.summary()
+
+
+def test_pieces_alone_need_no_branches(harness):
+    """With mode PIECEWISE a step is watched once, whatever its comparisons come out as."""
+    callback = harness.callback(mode="PIECEWISE", warmup_steps=1)
+    harness.compare(module_with(in_a_loop), predict(features(40)), callback)
+    assert callback.stats.steps["PIECEWISE"] == 9, callback.summary()
 
 
 def test_both_branches_wait_for_the_device(harness):

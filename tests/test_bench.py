@@ -95,8 +95,9 @@ def test_all_of_ours_log_what_eager_logs(tmp_path, backend):
     )
     assert "validate, mlp" in table(records)
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    charts.draw_all(records, tmp_path / "bench.png")
-    assert (tmp_path / "bench.png").stat().st_size > 1000
+    files = charts.draw_all(records, tmp_path / "bench")
+    assert [file.name for file in files] == ["bench.svg", "bench.png"]
+    assert all(file.stat().st_size > 1000 for file in files)
     for file in charts.draw_before_after(records, tmp_path / "before_after"):
         assert file.stat().st_size > 1000
 
@@ -104,11 +105,11 @@ def test_all_of_ours_log_what_eager_logs(tmp_path, backend):
 def test_the_chart_of_the_readme(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     records = Path(__file__).parent.parent / "notebooks" / "benchmark_h200.jsonl"
-    report.main([str(records), "--image", str(tmp_path / "chart")])
-    assert [Path(line).name for line in capsys.readouterr().out.split()] == [
-        "chart.svg",
-        "chart.png",
-    ]
+    arguments = ["--image", str(tmp_path / "chart"), "--all", str(tmp_path / "all")]
+    report.main([str(records), *arguments])
+    written = [Path(line) for line in capsys.readouterr().out.split()]
+    assert [file.name for file in written] == ["chart.svg", "chart.png", "all.svg", "all.png"]
+    assert all(file.stat().st_size > 1000 for file in written)
     assert "<svg" in (tmp_path / "chart.svg").read_text()
     assert (tmp_path / "chart.png").stat().st_size > 1000
     assert charts.draw_before_after(read_lines(records), tmp_path / "none", stage="test") == []

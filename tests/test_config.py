@@ -6,7 +6,9 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -165,6 +167,7 @@ from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 def main(config):
     callbacks = [instantiate(node, _convert_="all") for node in config.callbacks.values()]
     print([type(callback).__name__ for callback in callbacks], callbacks[-1])
+    print(callbacks[-1]._settings)
     settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(accelerator=config.trainer.accelerator, callbacks=callbacks, **settings)
     trainer.predict(BoringModel(), BoringDataModule())
@@ -190,13 +193,14 @@ def run_project(
     *overrides: str,
     search_path: str = f"file://{CONF}",
     environment: dict[str, str] | None = None,
+    python: str = sys.executable,
 ) -> subprocess.CompletedProcess[str]:
     for name, text in PROJECT.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text.replace("SEARCHPATH", search_path))
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
-        [sys.executable, "train.py", *overrides],
+        [python, "train.py", *overrides],
         cwd=folder,
         env=environment or {**os.environ, "PYTHONPATH": paths},
         capture_output=True,
@@ -220,13 +224,50 @@ def test_another_project_selects_the_callback_from_its_search_path(tmp_path):
     assert "CUDA graphs (backend: recorder)" in done.stdout
 
 
+def another_value(field: dataclasses.Field, hint: Any) -> tuple[str, Any]:
+    """A value of an option that is not its default, as an override, and as the callback keeps it."""
+    default = field.default
+    if isinstance(default, bool):
+        return str(not default).lower(), not default
+    if isinstance(default, int):
+        return str(default + 1), default + 1
+    literal = next((arm for arm in (hint, *get_args(hint)) if get_origin(arm) is Literal), None)
+    if literal is not None and not isinstance(default, tuple):
+        choice = next(value for value in get_args(literal) if value not in (default, "cuda"))
+        return choice, choice
+    if isinstance(default, tuple):
+        return f"[{default[-1]}]", default[-1:]
+    sequence = next(arm for arm in get_args(hint) if get_origin(arm) is Sequence)
+    item = {str: "layer", int: 4}[get_args(sequence)[0]]
+    return f"[{item}]", (item,)
+
+
+@pytest.mark.slow
+def test_another_project_sets_each_option(tmp_path):
+    hints = get_type_hints(Settings)
+    given = {
+        field.name: another_value(field, hints[field.name])
+        for field in dataclasses.fields(Settings)
+        if field.name not in ("options", "mode", "backend")
+    }
+    given |= {"mode": ("NONE", CUDAGraphMode.NONE), "backend": ("recorder", "recorder")}
+    overrides = [f"callbacks.cuda_graph.{name}={text}" for name, (text, _) in given.items()]
+    done = run_project(tmp_path, *overrides, "callbacks.cuda_graph.options.gc_disable=true")
+    assert done.returncode == 0, done.stderr
+    settings = next(line for line in done.stdout.splitlines() if line.startswith("Settings("))
+    for name, (_, kept) in given.items():
+        assert f"{name}={kept!r}" in settings, settings
+    assert "gc_disable=True" in settings
+
+
 @pytest.mark.slow
 def test_another_project_without_a_report_prints_nothing_of_ours(tmp_path):
     overrides = ["cuda_graph=piecewise", "callbacks.cuda_graph.report=false"]
     done = run_project(tmp_path, *overrides, "callbacks.cuda_graph.backend=recorder")
     assert done.returncode == 0, done.stderr
-    (line,) = done.stdout.splitlines()
+    line, settings = done.stdout.splitlines()
     assert "mode='PIECEWISE'" in line
+    assert "report=False" in settings
     assert "CUDA graph" not in done.stderr
 
 

@@ -14,6 +14,7 @@ from cg_lightning.runtime.dispatcher import (
     CAPTURE_COST,
     CREDIT,
     FIRST_WAIT,
+    MOST_BRANCHES,
     MOST_KEYS,
     MOST_UNREPEATED,
     MOST_VARIANTS,
@@ -342,3 +343,27 @@ def test_a_way_with_findings_does_not_hide_the_one_with_a_graph():
     assert runner.steps(3) == [REPLAY] * 3
     runner.world["value"] = 2
     assert runner.steps(3) == [Action.PIECEWISE] * 3
+
+
+def test_a_reason_that_is_in_many_branches_is_one_of_all_branches():
+    runner = Runner(CUDAGraphMode.FULL_AND_PIECEWISE)
+    runner.full = SYNC
+    state = runner.dispatcher.state(KEY.fields, KEY)
+    for value in range(MOST_BRANCHES):
+        runner.world["value"] = value
+        assert runner.dispatcher.is_of_one_branch(state, SYNC)
+        assert runner.step() is WATCH
+    assert runner.dispatcher.is_of_one_branch(state, SYNC), "the last branch is the one of now"
+    runner.world["value"] = MOST_BRANCHES
+    assert not runner.dispatcher.is_of_one_branch(state, SYNC)
+    assert runner.dispatcher.is_of_one_branch(state, Reason(Cause.PRINTED, "print"))
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [(PIECEWISE, SYNC), (FULL, Reason(Status.NO_KEY, "no key")), (FULL, NOTHING)],
+)
+def test_what_no_branch_changes(policy, reason):
+    """A mode that knows no whole steps, and a reason that is not in the code of the step."""
+    dispatcher = CUDAGraphDispatcher(policy)
+    assert not dispatcher.is_of_one_branch(dispatcher.state(KEY.fields, KEY), reason)

@@ -206,6 +206,7 @@ def run(harness, step, mode="FULL_AND_PIECEWISE", verify=2, **settings):
 @pytest.mark.parametrize("step", GRAPHS, ids=lambda step: step.__name__)
 @pytest.mark.parametrize(("mode", "verify"), MODES)
 def test_plain_values_are_guarded(harness, step, mode, verify):
+    """Hazard 7."""
     callback = run(harness, step, mode, verify)
     if mode != "PIECEWISE":
         assert callback.stats.steps["FULL"] >= 30, callback.summary()
@@ -253,6 +254,48 @@ class Sized(CSVLogger):
 
 def test_the_truth_of_a_logger_of_ones_own(harness, tmp_path):
     callback = run(harness, if_logger, logger=Sized(tmp_path))
+    assert callback.stats.steps["FULL"] == 0, callback.summary()
+
+
+class Anything:
+    """Stands in for a Trainer; its answer changes."""
+
+    asked = 0
+
+    def __init__(self, trainer: Any) -> None:
+        self._real = trainer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    @property
+    def sanity_checking(self) -> bool:
+        Anything.asked += 1
+        return Anything.asked % 2 == 0
+
+
+def test_a_trainer_of_ones_own(harness):
+    """A property that the user's class defines anew gives anything: no value of the Trainer."""
+
+    class Own(Fits):
+        step = sanity
+
+        @property
+        def trainer(self):
+            return Anything(self._trainer)
+
+        @trainer.setter
+        def trainer(self, trainer):
+            LightningModule.trainer.fset(self, trainer)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            return type(self).step(self, self.net(batch[0]))
+
+    def job(trainer, module):
+        Anything.asked = 0
+        trainer.validate(module, features(40), verbose=False)
+
+    callback = harness.compare(Own(), job)
     assert callback.stats.steps["FULL"] == 0, callback.summary()
 
 

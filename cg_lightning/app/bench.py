@@ -22,7 +22,7 @@ from cg_lightning.bench.tables import table
 def bench(config: DictConfig) -> None:
     """Measure, print a table, and write lines of JSON and two charts.
 
-    The charts are ``OUTPUT.png`` (all contestants) and ``OUTPUT_before_after.svg`` and ``.png``.
+    The charts are ``OUTPUT`` (all contestants) and ``OUTPUT_before_after``, each as SVG and PNG.
 
     Args:
         config: A config of the schema :class:`~cg_lightning.app.config.BenchConfig`.
@@ -54,7 +54,7 @@ def bench(config: DictConfig) -> None:
     print(table(records))
     if output is not None:
         try:
-            draw_all(records, output.with_suffix(".png"))
+            draw_all(records, output.with_suffix(""))
             before_after = output.with_name(f"{output.stem}_before_after")
             draw_before_after(records, before_after, where=describe_environment(environment()))
         except ModuleNotFoundError as error:

@@ -8,6 +8,17 @@ from typing import Any
 from cg_lightning.bench.cases import CASES
 from cg_lightning.bench.records import OURS, Record, by_case, contestants_of, limit
 
+TITLES = {
+    "eager": "eager",
+    "compile": "torch.compile",
+    "reduce_overhead": "reduce-overhead",
+    "make_graphed_callables": "make_graphed_callables",
+    "piecewise": "callback, PIECEWISE",
+    "full": "callback, FULL",
+    OURS: "callback",
+    "compiled_full": "callback, net compiled",
+}
+"""What charts call a contestant."""
 _LIGHT, _DARK = "#c8ccd2", "#1f4e85"  # far apart in grey as well
 
 
@@ -21,46 +32,69 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def draw_all(records: list[Record], path: Path) -> None:
-    """Draw all contestants of each case relative to eager, with the limit as a line.
+def draw_all(records: list[Record], path: Path) -> list[Path]:
+    """Draw the time of a batch of all contestants: a panel for each case, a row for each stage.
+
+    Args:
+        records: Records of a run. Cases without ``eager`` are left out.
+        path: The file to write, without a suffix. ``.svg`` and ``.png`` are added.
+
+    Returns:
+        The files written; none if there is no case to draw.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    pyplot = _pyplot()
     cases = {
         key: case
         for key, case in by_case(records).items()
         if "microseconds" in case.get("eager", {})
     }
-    contestants = [name for name in contestants_of(records) if name != "loop"]
-    figure, axes = pyplot.subplots(figsize=(2 + 1.6 * len(cases), 4), layout="constrained")
-    width = 0.8 / len(contestants)
-    for index, contestant in enumerate(contestants):
-        places, heights = [], []
-        for place, case in enumerate(cases.values()):
-            if "microseconds" in case.get(contestant, {}):
-                places.append(place + index * width)
-                heights.append(case[contestant]["microseconds"] / case["eager"]["microseconds"])
-        axes.bar(places, heights, width, label=contestant)
-    for place, case in enumerate(cases.values()):
-        if (least := limit(case)) is not None:
-            height = least / case["eager"]["microseconds"]
-            label = "limit: the loop alone, or the GPU's time" if not place else None
-            axes.plot(
-                [place - width / 2, place + 0.8 - width / 2],
-                [height, height],
-                color="black",
-                label=label,
-            )
-    axes.set_xticks(
-        [place + 0.4 - width / 2 for place in range(len(cases))],
-        [f"{case}\n{stage}" for stage, case in cases],
+    if not cases:
+        return []
+    pyplot = _pyplot()
+    shown = [name for name in contestants_of(records) if name != "loop"]
+    stages = list(dict.fromkeys(stage for stage, _ in cases))
+    names = list(dict.fromkeys(name for _, name in cases))
+    figure, grid = pyplot.subplots(
+        len(stages),
+        len(names),
+        figsize=(2.2 + 2.3 * len(names), (0.9 + 0.3 * len(shown)) * len(stages)),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
     )
-    axes.set_ylabel("time of a batch, eager = 1")
-    figure.legend(loc="outside upper center", fontsize="small", ncols=4)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    for stage, row in zip(stages, grid, strict=True):
+        row[0].set_ylabel(f"trainer.{stage}")
+        for name, axes in zip(names, row, strict=True):
+            _draw_panel(axes, cases.get((stage, name), {}), shown)
+            axes.set_title(CASES[name].title if name in CASES else name, fontsize="medium")
+    grid[0, 0].invert_yaxis()  # the axis is shared
+    figure.suptitle("Microseconds a batch; the line is the limit", ha="left", x=0.01)
+    return _save(figure, path)
+
+
+def _draw_panel(axes: Any, case: dict[str, Record], shown: list[str]) -> None:
+    """Draw a bar for each contestant, with its time, and a line for the limit."""
+    times = [case.get(name, {}).get("microseconds", 0.0) for name in shown]
+    colors = [_DARK if name == OURS else _LIGHT for name in shown]
+    bars = axes.barh([TITLES.get(name, name) for name in shown], times, color=colors)
+    axes.bar_label(bars, [f"{time:,.0f}" if time else "" for time in times], padding=3)
+    least = limit(case)
+    if least is not None:
+        axes.axvline(least, color="black", lw=1)
+    axes.set_xlim(0, max([*times, 1.0]) * 1.3)
+    axes.xaxis.set_visible(False)
+    axes.tick_params(left=False)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def _save(figure: Any, path: Path) -> list[Path]:
+    files = [path.with_suffix(".svg"), path.with_suffix(".png")]
+    figure.savefig(files[0], metadata={"Date": None})
+    figure.savefig(files[1], dpi=150, metadata={"Software": None})
+    _pyplot().close(figure)
+    return files
 
 
 def draw_before_after(
@@ -123,8 +157,4 @@ def draw_before_after(
         )
     # the longest bars are above, so this corner is free
     axes.legend(legend.values(), legend.keys(), loc="lower right", frameon=False, handlelength=1.2)
-    files = [path.with_suffix(".svg"), path.with_suffix(".png")]
-    figure.savefig(files[0], metadata={"Date": None})
-    figure.savefig(files[1], dpi=150, metadata={"Software": None})
-    pyplot.close(figure)
-    return files
+    return _save(figure, path)

@@ -84,6 +84,11 @@ class GuardSet:
             guard.check_epoch()  # stores what later ones are compared with
         self._hidden_flags = [guard.training_flags() for guard in self._hidden]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compare."""
+        return not (self.guards or self._compared)
+
     def _values(self) -> list[Any]:
         return [
             namespace.get(name, MISSING)

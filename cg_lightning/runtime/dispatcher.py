@@ -22,6 +22,7 @@ import enum
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import WARM_UP, Reason, Status
@@ -47,6 +48,8 @@ Beyond it, a new key is watched when it is seen for the second time.
 """
 MOST_VARIANTS = 8
 """Maximum number of variants of one key. The oldest one is dropped first."""
+MOST_BRANCHES = 4
+"""Number of branches with the same reason after which it counts as one of all branches."""
 MOST_KEYS = 2048
 """Maximum number of stored keys. Beyond it, the oldest keys without a graph are dropped."""
 
@@ -448,6 +451,21 @@ class CUDAGraphDispatcher:
             elif is_asked and not modes:
                 reasons.append(reason)
         return modes, reasons[0] if reasons else None
+
+    def is_of_one_branch(self, state: KeyState, full: Reason) -> bool:
+        """Return True if another branch of a step may be one graph, although this one cannot.
+
+        If a reason came up in several branches, it counts as one of all branches. So a step that
+        is never one graph is not watched again and again.
+
+        Args:
+            state: The key of the step.
+            full: Why the step cannot be one graph in this branch.
+        """
+        if not (self._policy.has_full_cudagraphs() and isinstance(full.kind, Cause)):
+            return False
+        alike = [variant for variant in state.variants if variant.reason == full]
+        return sum(not variant.guards.check() for variant in alike) < MOST_BRANCHES
 
     def varying(self, state: KeyState) -> Reason | None:
         """Return why a step that was watched is no graph, although it is one for its host values.

@@ -185,7 +185,7 @@ class Session:
         modes, reason = dispatcher.judge(full, piecewise)
         is_full = CUDAGraphMode.FULL in modes
         variant = Variant(
-            self._guards(plan, watched, None if is_full else reason),
+            self._guards(watched) if is_full else self._guards_of_branch(plan.state, watched, full),
             modes,
             reason,
             watched.needs_second_look,
@@ -200,27 +200,32 @@ class Session:
         if not is_full:
             self.find_submodules(plan.state.descriptor, variant, plan.state.warmup_runs)
 
-    def _guards(self, plan: Plan, watched: WatchedStep, lower: Reason | None) -> Guards:
-        """Return the guards of a variant.
+    def _guards(self, watched: WatchedStep, of_trainer_only: bool = False) -> GuardSet:
+        """Return the guards of a watched step: all, or those of the circumstances that it asks for.
 
         Args:
-            plan: The plan of the watched step.
             watched: The watched step.
-            lower: Why the step is not one graph; None if it is.
+            of_trainer_only: Only ``batch_idx`` and values of the Trainer.
         """
-        compared = watched.compared()
+        compared, sources = watched.compared(), watched.sources()
         if watched.comparisons:
             source = Source(self.arguments, BATCH_INDEX, BATCH_INDEX)
             compared.append(ComparedSource(source, watched.comparisons))
-        inside = self.target.guard.modules
-        if lower is None:
-            return GuardSet(watched.sources(), inside, compared)
-        # another batch may take a branch that can be one graph, unless the reason is in all branches
-        others = [each for each in plan.state.variants if each is not plan.variant]
-        of_trainer = [each for each in watched.sources() if each.belongs_to_trainer]
-        if not (compared or of_trainer) or any(each.reason == lower for each in others):
+        if of_trainer_only:
+            sources = [each for each in sources if each.belongs_to_trainer]
+        return GuardSet(sources, self.target.guard.modules, compared)
+
+    def _guards_of_branch(
+        self, state: KeyState, watched: WatchedStep, full: Reason | None
+    ) -> Guards:
+        """Return the guards of a step that is not one graph; ``full`` is the reason.
+
+        They hold always, unless another batch may take a branch that can be one graph.
+        """
+        if full is None or not self.target.dispatcher.is_of_one_branch(state, full):
             return Unguarded()
-        return GuardSet(of_trainer, inside, compared)
+        guards = self._guards(watched, of_trainer_only=True)
+        return Unguarded() if guards.is_empty else guards
 
     def _full_reason(self, state: KeyState, watched: WatchedStep) -> Reason | None:
         if state.descriptor in self.without_key:

@@ -53,6 +53,13 @@ class ReadNames(ModuleHandler):
         self._watch = watch
         self._cause = cause
         self._names = names
+        cls = lightning_class(type(module), "LightningModule")
+        self._overridden = {
+            name
+            for name in names
+            if getattr(type(module), name, None) is not getattr(cls, name, None)
+        }
+        """What the user's class defines anew: it may be anything."""
         self._values = TrainerValues(module)
         self._types = TrainerTypes(module)
         self._last: tuple[str, int, int] | None = None
@@ -78,7 +85,7 @@ class ReadNames(ModuleHandler):
             return
         if name in NAMES_OF_MODULE:
             self._last = (name, id(frame), frame.f_lasti)
-        if not self._is_guarded(name, frame):
+        if name in self._overridden or not self._is_guarded(name, frame):
             self._watch.report(self._cause, f"self.{name}")
 
     def _is_guarded(self, name: str, frame: FrameType) -> bool:

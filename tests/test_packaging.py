@@ -1,0 +1,136 @@
+"""The package as it is shipped: built, checked, installed into an empty environment, run elsewhere."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from email.parser import Parser
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+import yaml
+
+import cg_lightning
+from tests.test_app import IDENTICAL
+from tests.test_config import run_project
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 has a reader of TOML")
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NO_INDEX = ("No matching distribution", "Could not find a version")
+
+
+def shell(*command: object, **settings: object) -> str:
+    """Run a command, and return what it prints."""
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=False, **settings
+    )
+    if any(sign in done.stderr + done.stdout for sign in NO_INDEX):
+        pytest.skip("there is no package index")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The sdist, and the wheel that is built from it."""
+    for tool in ("build", "twine"):
+        pytest.importorskip(tool, reason=f"{tool} is not installed (extra test)")
+    folder = tmp_path_factory.mktemp("built")
+    ignored = shutil.ignore_patterns(".git", "build", "dist", "*.egg-info", ".venv", ".*_cache")
+    shutil.copytree(ROOT, folder / "source", ignore=ignored)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    shell(
+        sys.executable, "-m", "build", "--outdir", folder, folder / "source",
+        cwd=folder, env=environment,
+    )  # fmt: skip
+    shutil.rmtree(folder / "source")
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    return sdist, wheel
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory):
+    """The Python of an empty environment into which the wheel was installed by its name."""
+    wheel = built[1]
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    shell(
+        python, "-m", "pip", "--disable-pip-version-check", "install", "-q",
+        "-c", ROOT / "constraints.txt", "--find-links", wheel.parent, "cg-lightning[demo]",
+    )  # fmt: skip
+    return python
+
+
+@pytest.mark.slow
+def test_sdist_and_wheel_are_well_formed(built):
+    shell(sys.executable, "-m", "twine", "check", "--strict", *built)
+    with ZipFile(built[1]) as wheel:
+        names = set(wheel.namelist())
+        (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
+        described = Parser().parsestr(wheel.read(metadata).decode())
+    assert described["Version"] == cg_lightning.__version__
+    assert "all" in described.get_all("Provides-Extra")
+    assert "Typing :: Typed" in described.get_all("Classifier")
+    for file in ("py.typed", "app/conf/config.yaml", "conf/cuda_graph/full_and_piecewise.yaml"):
+        assert f"cg_lightning/{file}" in names
+    modules = {str(file.relative_to(ROOT)) for file in (ROOT / "cg_lightning").rglob("*.py")}
+    assert modules <= names
+    assert not [name for name in names if name.startswith(("tests", "notebooks"))]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_command_and_a_hydra_application_of_an_empty_environment(installed, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    version = "import cg_lightning; print(cg_lightning.__version__, cg_lightning.__file__)"
+    printed = shell(installed, "-c", version, cwd=tmp_path, env=environment).split()
+    assert printed[0] == cg_lightning.__version__
+    assert Path(printed[1]).is_relative_to(installed.parent.parent)
+    command = installed.parent / "cg-lightning"
+    assert IDENTICAL in shell(command, "task=predict", cwd=tmp_path, env=environment)
+    project = {
+        "search_path": "pkg://cg_lightning.conf",
+        "environment": environment,
+        "python": str(installed),
+    }
+    done = run_project(
+        tmp_path / "project", "--multirun", "cuda_graph=full,piecewise",
+        "callbacks.cuda_graph.backend=recorder", **project,
+    )  # fmt: skip
+    assert "CUDAGraphCallback(mode='FULL'" in done.stdout, done.stderr
+    assert "CUDAGraphCallback(mode='PIECEWISE'" in done.stdout
+    done = run_project(tmp_path / "project", "callbacks.cuda_graph.warmup_step=1", **project)
+    assert done.returncode != 0
+    assert "warmup_step" in done.stderr
+
+
+def test_one_version():
+    assert "version" in PROJECT["dynamic"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == cg_lightning.__version__
+    assert f"## [{cg_lightning.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_extra_all_has_what_users_may_install():
+    extras = PROJECT["optional-dependencies"]
+    (ours,) = [each for each in extras["all"] if each.startswith("cg-lightning")]
+    assert set(re.findall(r"[\w-]+", ours.split("[")[1])) == set(extras) - {"all", "test", "dev"}
+
+
+def test_pre_commit_runs_the_pinned_tools():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = [hook for repository in config["repos"] for hook in repository["hooks"]]
+    tools = {hook["entry"].split()[0] for hook in hooks}
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    assert tools == {"ruff", "mypy"} <= set(pinned)
+    named = {re.split("[>=]", each)[0] for each in PROJECT["optional-dependencies"]["dev"]}
+    assert {*tools, "pre-commit"} <= named
