@@ -191,12 +191,12 @@ def test_no_batch_is_kept_after_a_stage(harness):
     assert [ref() for ref in kept] == [None] * len(kept)
 
 
-def all_of_leaf(where: str = "") -> ReadPath:
+def all_of_leaf() -> ReadPath:
     """``leaves[1].all()`` was True."""
     operation = Operation(torch.ops.aten.all.default, (Ref(0),), {}, (1,), True)
     read = Read(0, torch.ops.aten.is_nonzero.default, (Ref(1),))
     return ReadPath(
-        [HostRead("aten::is_nonzero", where, True)], [Root(0, 1, False)], [operation, read]
+        [HostRead("aten::is_nonzero", "", value=True)], [Root(0, 1, False)], [operation, read]
     )
 
 
@@ -250,7 +250,7 @@ def test_a_value_that_is_another_one_in_each_batch(harness):
     callback = harness.callback()
     harness.compare(Drifts().eval(), predict(loader(batches(60))), callback)
     assert callback.stats.steps["PIECEWISE"] >= 25, callback.summary()
-    assert "another host value in each batch: aten::item" in callback.summary().replace("\n", " ")
+    assert "another value in each batch" in " ".join(callback.summary().split())
 
 
 def test_strict_accepts_new_values(harness):

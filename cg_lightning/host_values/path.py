@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from cg_lightning.core.causes import Cause
+from cg_lightning.core.reasons import Reason
 from cg_lightning.core.tree import tensors_in
-from cg_lightning.host_values.exact_operations import is_same_on_host
+from cg_lightning.host_values.exact_operations import SCALAR_READS, is_same_on_host
 from cg_lightning.host_values.host_copies import HostCopies
 
 
@@ -27,8 +29,10 @@ class HostRead:
 
     operation: str
     """``aten::item``; or ``aten::nonzero``, whose value is the number of rows of its output."""
-    where: str
-    """The user's line, and that of a library that it called."""
+    location: str
+    """The user's line."""
+    library_location: str = ""
+    """The line of a library that it called; empty if there is none."""
     value: Any = None
     """The number that the watched step read."""
     is_constant: bool = False
@@ -37,7 +41,8 @@ class HostRead:
     """For a number of rows: the strides of the indices of these rows."""
 
     def __str__(self) -> str:
-        return f"{self.operation} ({self.where})"
+        library = f", in {self.library_location}" if self.library_location else ""
+        return f"{self.operation} ({self.location}{library})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,10 +143,14 @@ class ReadPath:
         read = self.reads[place]
         return f"{read}: now {value!r}, before {read.value!r}"
 
-    def varying(self) -> str:
-        """Return the reads whose values vary, after :meth:`holds` has returned False."""
+    def varying(self) -> Reason:
+        """Return the reason of steps that have too many values, after one did not hold."""
         place = 0 if self._mismatch is None else max(self._mismatch.place, 0)
-        return str(self.reads[place])
+        read = self.reads[place]
+        is_scalar = read.operation in SCALAR_READS
+        cause = Cause.HOST_SYNC if is_scalar else Cause.DATA_DEPENDENT_SHAPE
+        text = f"{cause.value}: {read}, another value in each batch"
+        return Reason(cause, text, read.location)
 
 
 def same_value(one: Any, other: Any) -> bool:

@@ -128,8 +128,8 @@ class Path(Protocol):
     def explain(self) -> str:
         """Return the read that gave another value, with both values. Empty if none did."""
 
-    def varying(self) -> str:
-        """Return the read that gave another value."""
+    def varying(self) -> Reason:
+        """Return the reason of a key that has too many values."""
 
 
 class Entry(Protocol):
@@ -477,11 +477,7 @@ class CUDAGraphDispatcher:
             for variant in state.variants
             if variant.path is not None and variant.guards.check()
         ]
-        if len(paths) < MOST_VARIANTS:
-            return None
-        return Reason(
-            Status.UNPROFITABLE, f"another host value in each batch: {paths[0].varying()}"
-        )
+        return paths[0].varying() if len(paths) >= MOST_VARIANTS else None
 
     def watched(
         self, state: KeyState, variant: Variant, replacing: Variant | None = None

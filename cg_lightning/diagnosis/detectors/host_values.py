@@ -23,7 +23,7 @@ class HostValues(Detector):
 
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
-        self._provenance = Provenance(flatten(watch.batch)[0], _line)
+        self._provenance = Provenance(flatten(watch.batch)[0], find_location)
         if watch.hidden:
             self._provenance.give_up()
 
@@ -52,7 +52,3 @@ class HostValues(Detector):
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         self._provenance.end(function, args, kwargs, output)
         self.watch.reads_host_value = False
-
-
-def _line() -> str:
-    return str(find_location())
