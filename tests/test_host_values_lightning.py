@@ -215,6 +215,23 @@ def test_the_host_answers_for_the_very_tensors_that_were_copied():
     assert "now False, before True" in path.explain()
 
 
+def test_values_that_one_path_rules_out_are_not_computed_again():
+    def path(*values: Any) -> ReadPath:
+        reads = [HostRead("aten::item", "", value=value) for value in values]
+        slots = [Read(i, torch.ops.aten.item.default, (Ref(i),)) for i in range(len(values))]
+        return ReadPath(reads, [Root(i, i, False) for i in range(len(values))], slots)
+
+    batch = [torch.tensor(1), torch.tensor(2), torch.tensor(3)]
+    failed = path(1, 7, 3)
+    assert not failed.holds(batch)
+    assert path(1, 5).is_ruled_out_by(failed)
+    assert path(1, 7).is_ruled_out_by(failed)
+    assert not path(1, 2, 4).is_ruled_out_by(failed)
+    assert not path(0, 5).is_ruled_out_by(failed), "it makes another second read"
+    assert not path(1).is_ruled_out_by(failed)
+    assert path(1, 2, 3).holds(batch)
+
+
 class Clones(SingleDeviceStrategy):
     """A strategy that copies even on a CPU."""
 

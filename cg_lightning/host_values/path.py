@@ -133,6 +133,20 @@ class ReadPath:
             self._mismatch = Mismatch(-1, error)
         return self._mismatch is None
 
+    def is_ruled_out_by(self, failed: ReadPath) -> bool:
+        """Return True if this path does not hold, since another one has just failed as it did.
+
+        Both paths make the same reads as long as their values are equal.
+        """
+        if failed._mismatch is None or failed._mismatch.place < 0:
+            return False
+        place, value = failed._mismatch
+        values = [read.value for read in self.reads[: place + 1]]
+        if len(values) <= place or same_value(values[place], value):
+            return False
+        others = [read.value for read in failed.reads[:place]]
+        return all(map(same_value, values[:place], others))
+
     def explain(self) -> str:
         """Return which value differs; empty if none does."""
         if self._mismatch is None:
