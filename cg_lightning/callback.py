@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,17 +20,21 @@ from cg_lightning.core.settings import (
     Settings,
     StageName,
     Tolerance,
+    check_names,
 )
 from cg_lightning.core.stages import STEP_METHODS
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.modules.kinds import lightning_class
+from cg_lightning.report.logged import numbers_to_log
 from cg_lightning.report.stats import CUDAGraphStats
-from cg_lightning.report.summary import render_summary
+from cg_lightning.report.summary import Summary, print_summary, render_summary
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.targets import check_targets
 from cg_lightning.trainer.batch_transfer import noted_transfer, overlapped_transfer
+from cg_lightning.trainer.examples import BatchesAhead
 from cg_lightning.trainer.installation import InertInstallation, Installation
 from cg_lightning.trainer.logged_results import LoggedResults
+from cg_lightning.trainer.loggers import log_numbers
 from cg_lightning.trainer.preconditions import check_not_graphed_already, why_inert
 
 _NO_CUDA = (
@@ -91,6 +97,15 @@ class CUDAGraphCallback(Callback):
             ``auto`` (``cuda`` if the Trainer runs on CUDA, otherwise every step is eager).
         report: Print the summary of each run when the Trainer is done. Each call of ``fit``,
             ``validate``, ``test`` or ``predict`` is a run, with its own warm-up and captures.
+        capture_ahead: In the first batch of each stage, capture the step for a full and for the last
+            partial batch of the dataloader, made of the first items of its dataset. The dataset
+            must be map-style. For other batches, call :meth:`capture`. Later batches of these
+            shapes run from graphs at once. Modes FULL and FULL_AND_PIECEWISE only.
+        log_stats: At the end of each stage, send the statistics of the run so far to every logger
+            of the Trainer, in steps, microseconds and MiB:
+            ``cuda_graph/<stage>/replays``, ``.../eager/<cause>``, ``.../us_per_replay``,
+            ``.../us_per_eager_step`` and ``.../graph_mib``
+            (:func:`~cg_lightning.report.logged.numbers_to_log`).
         options: How graphs are captured.
 
     Raises:
@@ -136,6 +151,8 @@ class CUDAGraphCallback(Callback):
         strict: bool = False,
         backend: BackendName = "auto",
         report: bool = True,
+        capture_ahead: bool = False,
+        log_stats: bool = False,
         options: CUDAGraphOptions | None = None,
     ) -> None:
         self._settings = Settings(
@@ -154,11 +171,16 @@ class CUDAGraphCallback(Callback):
             strict=strict,
             backend=backend,
             report=report,
+            capture_ahead=capture_ahead,
+            log_stats=log_stats,
             options=options,
         )
         self.stats = CUDAGraphStats()
         """Counts of captures, replays and steps over all runs and Trainers of this callback."""
         self._installation: Installation | InertInstallation | None = None
+        self._given: dict[str, list[Any]] = {}
+        self._given_for: weakref.ref[LightningModule] | None = None
+        self._ahead: BatchesAhead | None = None
         self._stages_run: list[str] = []
         self._runs = 0
         self._before_run = CUDAGraphStats()
@@ -166,7 +188,13 @@ class CUDAGraphCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # graphs belong to this process and its module
-        return {**self.__dict__, "_installation": None}
+        mine: dict[str, Any] = {
+            "_installation": None,
+            "_given": {},
+            "_given_for": None,
+            "_ahead": None,
+        }
+        return {**self.__dict__, **mine}
 
     def __repr__(self) -> str:
         settings = self._settings
@@ -176,13 +204,64 @@ class CUDAGraphCallback(Callback):
             f"warmup_steps={settings.warmup_steps}, backend={settings.backend!r})"
         )
 
-    def summary(self) -> str:
+    def summary(self) -> Summary:
         """Return the counts of all runs: for each stage its graphs, and reasons with remedies.
 
-        It has at most 20 lines for each stage. :attr:`stats` has all counts.
+        It is a string of at most 20 lines for each stage, and shows itself in a notebook.
+        :attr:`stats` has all counts.
         """
         scope = f"all {self._runs} runs" if self._runs > 1 else ""
         return render_summary(self.stats, self._settings.backend, tuple(STEP_METHODS), scope)
+
+    def capture(
+        self,
+        trainer: Trainer,
+        model: LightningModule,
+        batches: Sequence[Any],
+        *,
+        stage: StageName | None = None,
+    ) -> None:
+        """Capture the step for batches like these ahead, in the first batch of each coming stage.
+
+        Call it before ``trainer.validate(model)`` and the like, or in a hook. In the first batch,
+        which runs and is watched as always, the step runs ``warmup_steps`` times on each given
+        batch and is captured, the largest one first. All state is put back after each run: of
+        metrics, logged values, modules and random generators. Later batches of these shapes run
+        from graphs at once. A batch that cannot be captured ahead is named in a warning.
+
+        Args:
+            trainer: The Trainer that will run the stage. It must have this callback.
+            model: The module that it will run.
+            batches: Batches as the dataloader gives them, of any shape and on any device. They are
+                kept, also for later runs of the same module. An empty list forgets them.
+            stage: One stage. None: all stages of this callback.
+
+        Raises:
+            ValueError: The Trainer does not have this callback, the mode has no whole steps, the
+                stage is unknown, or ``batches`` is no list of batches.
+        """
+        if self not in trainer.callbacks:  # type: ignore[attr-defined]
+            raise ValueError(
+                "callback.capture(trainer, ...): the Trainer does not have this callback; make it "
+                "with Trainer(callbacks=[callback])."
+            )
+        if not self._settings.runtime_policy.has_full_cudagraphs():
+            raise ValueError(
+                "callback.capture captures whole steps, and "
+                f"mode={self._settings.runtime_policy.name!r} has none; set mode='FULL' or "
+                "'FULL_AND_PIECEWISE'."
+            )
+        if not isinstance(batches, (list, tuple)):
+            raise ValueError(
+                f"callback.capture(..., batches): expected a list of batches, not a "
+                f"{type(batches).__name__}; for one batch, give [batch]."
+            )
+        stages = self._settings.stages
+        chosen = stages if stage is None else check_names("stage", stage, tuple(stages))
+        self._given = {**self._given, **{name: list(batches) for name in chosen}}
+        self._given_for = weakref.ref(model)
+        if isinstance(self._installation, Installation):
+            self._arrange_captures(trainer, self._installation)
 
     def graphs(self, mode: CUDAGraphMode | str) -> list[CapturedGraph]:
         """Return the stored graphs, to measure or inspect them.
@@ -245,6 +324,7 @@ class CUDAGraphCallback(Callback):
         )
         noted = noted_transfer(trainer, pl_module, session.host_copies)
         self._installation = Installation(trainer.strategy, pl_module, session, transfer, noted)
+        self._arrange_captures(trainer, self._installation)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -261,15 +341,15 @@ class CUDAGraphCallback(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._remove()
+        self._end(trainer, "validate")
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._remove()
+        self._end(trainer, "test")
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._remove()
+        self._end(trainer, "predict")
 
     @override
     def on_exception(
@@ -283,8 +363,18 @@ class CUDAGraphCallback(Callback):
         if self._settings.report and self._stages_run and trainer.is_global_zero:
             run = self.stats.since(self._before_run)
             scope = f"run {self._runs} only" if self._runs > 1 else ""
-            print(render_summary(run, self._settings.backend, self._stages_run, scope))
+            print_summary(render_summary(run, self._settings.backend, self._stages_run, scope))
         self._stages_run = []
+
+    def _arrange_captures(self, trainer: Trainer, installation: Installation) -> None:
+        """Hand the batches to capture ahead to the session."""
+        is_for_it = self._given_for is not None and self._given_for() is installation.module
+        given = self._given if is_for_it else {}
+        self._ahead = None
+        if any(given.values()) or self._settings.capture_ahead:
+            warn = functools.partial(self._report_once, rank_zero_warn)
+            self._ahead = BatchesAhead(trainer, given, self._settings.capture_ahead, warn)
+        installation.session.examples = self._ahead
 
     def _report_inert(self, why: str) -> None:
         message = f"CUDAGraphCallback is inert: {why}. Steps run as without it."
@@ -303,11 +393,17 @@ class CUDAGraphCallback(Callback):
         if self._installation is not None:
             self._installation.install(stage)
 
-    def _remove(self) -> None:
+    def _end(self, trainer: Trainer, stage: str) -> None:
         if self._installation is not None:
             self._installation.remove()
+            if self._ahead is not None and stage in self._stages_run:
+                self._ahead.warn_if_left(stage)
+        if self._settings.log_stats and stage in self._stages_run:
+            run = self.stats.since(self._before_run)
+            warn = functools.partial(self._report_once, rank_zero_warn)
+            log_numbers(trainer, numbers_to_log(run, stage), warn)
 
     def _close(self) -> None:
         if self._installation is not None:
             self._installation.close()
-            self._installation = None
+            self._installation = self._ahead = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from time import perf_counter
 from types import TracebackType
 from typing import Any
 
@@ -16,13 +17,14 @@ from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.core.settings import Settings
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.report.stats import CUDAGraphStats
-from cg_lightning.report.summary import render_summary
+from cg_lightning.report.summary import Summary, render_summary
+from cg_lightning.report.timeline import Ran
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner
 from cg_lightning.runtime.targets import check_targets
 
 _STAGE = "call"
-_NOT_HERE = ("stages", "report")
+_NOT_HERE = ("stages", "report", "log_stats", "capture_ahead")
 """Options of the callback that mean nothing without a Trainer."""
 _NO_CUDA = Reason(Status.INERT, "no CUDA device: backend='auto' runs eagerly")
 
@@ -57,7 +59,9 @@ class Graphed:
         if self._runner is None and not self._is_eager:
             self._open()
         if self._runner is None:
+            began = perf_counter()
             output = self._function(*args, **kwargs)
+            self.stats.timeline.add(_STAGE, Ran.EAGER, began, _NO_CUDA)
             self.stats.ran(_STAGE, "NONE", "-", _NO_CUDA)
             return output
         return self._runner.run(((args, kwargs),), {})
@@ -89,7 +93,7 @@ class Graphed:
         args, kwargs = arguments
         return self._function(*args, **kwargs)
 
-    def summary(self) -> str:
+    def summary(self) -> Summary:
         """Return the counts as a table."""
         return render_summary(self.stats, self._settings.backend, [_STAGE])
 
@@ -136,8 +140,8 @@ def graphed(
             arguments, including nested ones, are inputs of the graph. Other arguments are part of
             its key.
         module: The module whose parameters and submodules a plain function uses.
-        **options: The arguments of :class:`~cg_lightning.CUDAGraphCallback`, except ``stages`` and
-            ``report``.
+        **options: The arguments of :class:`~cg_lightning.CUDAGraphCallback`, except ``stages``,
+            ``report``, ``log_stats`` and ``capture_ahead``.
 
     Returns:
         A callable that is also a context manager. At its end nothing is left on the module.

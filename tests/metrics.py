@@ -60,6 +60,13 @@ def _one_image(metric: nn.Module, x: Tensor, label: Tensor) -> Any:
     )
 
 
+TEXTS = ["the cat sat on the mat", "a dog ran to the tree"]
+
+
+def _texts(metric: nn.Module, x: Tensor, label: Tensor) -> Any:
+    return metric(TEXTS, TEXTS[::-1])
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     make: Callable[[], nn.Module]
@@ -77,7 +84,7 @@ CASES: dict[str, Case] = {
     "Accuracy, ignore_index": Case(
         lambda: c.MulticlassAccuracy(CLASSES, ignore_index=0),
         _multiclass,
-        Cause.DATA_DEPENDENT_SHAPE,
+        None,
         Cause.DATA_DEPENDENT_SHAPE,
     ),
     "F1Score": Case(lambda: tm.F1Score("multiclass", num_classes=CLASSES), _multiclass),
@@ -108,26 +115,26 @@ CASES: dict[str, Case] = {
     "SumMetric of one value": Case(tm.SumMetric, lambda m, x, label: m(x.mean())),
     "MaxMetric of one value": Case(tm.MaxMetric, lambda m, x, label: m(x.max())),
     "MinMetric of one value": Case(tm.MinMetric, lambda m, x, label: m(x.min())),
-    "MeanMetric": Case(tm.MeanMetric, _value, Cause.HOST_SYNC, Cause.HOST_SYNC),
+    "MeanMetric": Case(tm.MeanMetric, _value, None, Cause.HOST_SYNC),
     "MeanMetric, nan_strategy=disable": Case(lambda: tm.MeanMetric(nan_strategy="disable"), _value),
-    "SumMetric": Case(tm.SumMetric, _value, Cause.HOST_SYNC, Cause.HOST_SYNC),
+    "SumMetric": Case(tm.SumMetric, _value, None, Cause.HOST_SYNC),
     "SumMetric, nan_strategy=disable": Case(lambda: tm.SumMetric(nan_strategy="disable"), _value),
-    "MaxMetric": Case(tm.MaxMetric, _value, Cause.HOST_SYNC, Cause.HOST_SYNC),
+    "MaxMetric": Case(tm.MaxMetric, _value, None, Cause.HOST_SYNC),
     "MaxMetric, nan_strategy=disable": Case(lambda: tm.MaxMetric(nan_strategy="disable"), _value),
-    "MinMetric": Case(tm.MinMetric, _value, Cause.HOST_SYNC, Cause.HOST_SYNC),
+    "MinMetric": Case(tm.MinMetric, _value, None, Cause.HOST_SYNC),
     "MinMetric, nan_strategy=disable": Case(lambda: tm.MinMetric(nan_strategy="disable"), _value),
-    "CatMetric": Case(tm.CatMetric, _value, Cause.HOST_SYNC, Cause.HOST_SYNC),
+    "CatMetric": Case(tm.CatMetric, _value, None, Cause.HOST_SYNC),
     "CatMetric, nan_strategy=disable": Case(lambda: tm.CatMetric(nan_strategy="disable"), _value),
     "Perplexity": Case(
         tm.text.Perplexity,
         lambda m, x, label: m(x[:, None, :CLASSES].softmax(-1), label[:, None]),
-        Cause.DATA_DEPENDENT_SHAPE,
+        None,
         Cause.DATA_DEPENDENT_SHAPE,
     ),
     "PeakSignalNoiseRatio": Case(
         lambda: tm.image.PeakSignalNoiseRatio(data_range=1.0),
         _images,
-        Cause.TENSOR_FROM_PYTHON,
+        None,
         Cause.TENSOR_FROM_PYTHON,
     ),
     "StructuralSimilarity": Case(
@@ -137,13 +144,13 @@ CASES: dict[str, Case] = {
     "RetrievalMRR": Case(
         RetrievalMRR,
         lambda m, x, label: m(x[:, 0].sigmoid(), label > 1, indexes=label % 2),
-        Cause.HOST_SYNC,
+        None,
         Cause.HOST_SYNC,
     ),
     "RunningMean": Case(
         lambda: Running(tm.MeanSquaredError(), window=3),
         _regression,
-        Cause.METRIC_UPDATED,
+        None,
         Cause.METRIC_UPDATED,
     ),
     "MetricTracker": Case(lambda: MetricTracker(tm.MeanSquaredError()), _regression),
@@ -156,11 +163,20 @@ CASES: dict[str, Case] = {
     "MultioutputWrapper": Case(
         lambda: MultioutputWrapper(tm.MeanSquaredError(), 2),
         lambda m, x, label: m(x[:, :2], x[:, 2:4]),
-        Cause.TENSOR_FROM_PYTHON,
+        None,
         Cause.TENSOR_FROM_PYTHON,
     ),
     # the number of draws of each row is random, so the first shape is random as well
-    "BootStrapper": Case(lambda: BootStrapper(tm.MeanSquaredError(), 3), _regression, ANY, ANY),
+    "BootStrapper": Case(lambda: BootStrapper(tm.MeanSquaredError(), 3), _regression, None, ANY),
+    "CharErrorRate": Case(tm.text.CharErrorRate, _texts, None, Cause.METRIC_UPDATED),
+    "WordErrorRate": Case(tm.text.WordErrorRate, _texts, None, Cause.METRIC_UPDATED),
+    "BLEUScore": Case(
+        tm.text.BLEUScore,
+        lambda m, x, label: m(TEXTS, [[text, "another one"] for text in TEXTS[::-1]]),
+        None,
+        (Cause.METRIC_UPDATED, Cause.HOST_SYNC),
+    ),
+    "EditDistance": Case(tm.text.EditDistance, _texts, None, Cause.METRIC_UPDATED),
     "MetricCollection": Case(
         lambda: tm.MetricCollection([c.MulticlassPrecision(CLASSES), c.MulticlassRecall(CLASSES)]),
         _multiclass,

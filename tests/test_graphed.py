@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,3 +166,16 @@ def test_options_are_those_of_the_callback():
     with pytest.raises(ValueError, match="matches no submodule"), torch.no_grad():
         graphed(Body(), targets=["nothing"], backend="recorder")(torch.ones(1, 8))
     graphed(Body(), options=CUDAGraphOptions(capture_error_mode="relaxed"))
+
+
+def test_the_examples_of_the_page_run(capsys):
+    page = Path(__file__).parent.parent / "docs" / "without-a-trainer.md"
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    torch.manual_seed(0)
+    for block in blocks:
+        exec(block, names)
+    printed = capsys.readouterr().out
+    assert printed.count("call: ") == 2
+    assert "{'NONE': 3, 'PIECEWISE': 0, 'FULL': 7}" in printed

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.text import Perplexity
 
 from cg_lightning.host_values.host_copies import HostCopies
 from cg_lightning.host_values.path import HostRead, Operation, Read, ReadPath, Ref, Root
@@ -99,6 +100,30 @@ def test_mask_checks_and_counts_of_labels(harness, job, mode, precision):
     harness.compare(model, job(loader(batches())), callback, precision=precision)
     if mode != "PIECEWISE":
         assert callback.stats.steps["FULL"] >= 12, callback.summary()
+
+
+class WithLateMetrics(Encoder):
+    """Metrics that count labels themselves, beside the reads of the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.perplexity = Perplexity(ignore_index=-100)
+        self.mean_of_many = MeanMetric()
+
+    def validation_step(self, batch, batch_idx):
+        logits = super().validation_step(batch, batch_idx)
+        self.perplexity.update(logits, batch["labels"])
+        self.mean_of_many.update(logits.mean(-1))
+        self.log("perplexity", self.perplexity)
+        self.log("mean_of_many", self.mean_of_many)
+        return logits
+
+
+@pytest.mark.parametrize("mode", ["FULL", "FULL_AND_PIECEWISE"])
+def test_reads_of_metrics_whose_updates_follow_the_step(harness, mode):
+    callback = harness.callback(mode=mode)
+    harness.compare(WithLateMetrics().eval(), validate(loader(batches())), callback)
+    assert callback.stats.steps["FULL"] >= 12, callback.summary()
 
 
 def test_fit_and_further_stages(harness):

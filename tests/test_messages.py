@@ -1,10 +1,5 @@
 """The user's mistakes are reported before the first batch, with the given value and choices."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -60,58 +55,6 @@ def test_of_the_options(options, parts):
         CUDAGraphOptions(**options)
     for part in parts:
         assert part in str(caught.value)
-
-
-def test_of_a_command_line(tmp_path):
-    """Lightning's CLI shows types, choices and defaults, and builds the callback."""
-    pytest.importorskip(
-        "jsonargparse", reason="jsonargparse is not installed: LightningCLI needs it"
-    )
-    (tmp_path / "cli.py").write_text(
-        "from lightning.pytorch.cli import LightningCLI\n"
-        "from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel\n"
-        "LightningCLI(BoringModel, BoringDataModule)\n"
-    )
-
-    def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-        paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-        return subprocess.run(
-            [sys.executable, "cli.py", *arguments],
-            cwd=tmp_path,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-                "COLUMNS": "200",
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    assert cli("predict", "--help").returncode == 0
-    shown = cli("predict", "--trainer.callbacks.help=cg_lightning.CUDAGraphCallback").stdout
-    for choice in (
-        "PIECEWISE",
-        "FULL_AND_PIECEWISE",
-        "{exact,close}",
-        "{auto,cuda,recorder}",
-        "default: 64",
-    ):
-        assert choice in shown, shown
-    built = (
-        "predict",
-        "--trainer.accelerator=cpu",
-        "--trainer.callbacks+=cg_lightning.CUDAGraphCallback",
-        "--trainer.callbacks.mode=FULL",
-        "--trainer.callbacks.backend=recorder",
-        "--trainer.logger=false",
-    )
-    done = cli(*built)
-    assert "predict: " in done.stdout, done.stderr
-    assert " FULL" in done.stdout
-    wrong = cli(*built[:-1], "--trainer.callbacks.verify_tolerance=loose")
-    assert wrong.returncode != 0
-    assert "loose" in wrong.stderr
 
 
 def run(tmp_path, callback, module=None):

@@ -10,8 +10,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchmetrics.classification import BinaryAccuracy
 
-from tests.harness import Harness, features, predict, validate
-from tests.models import Predictor
+from tests.harness import Harness, assert_same, features, predict, validate
+from tests.models import Body, Predictor
 
 MODES = ("FULL", "PIECEWISE")
 
@@ -445,3 +445,28 @@ def test_a_class_as_a_configuration(harness: Harness, mode, name):
     module, others = Predictor(Configured(name)), lambda: [Configures()]
     harness.compare(module, predict(features(60)), callback, others=others)
     assert callback.stats.replays >= 4, callback.summary()
+
+
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
+def test_a_buffer_that_nobody_can_write_to(harness, mode):
+    """An expanded buffer, and one that was made under inference mode and is met outside of it."""
+
+    class Masked(Predictor):
+        def __init__(self) -> None:
+            super().__init__(Body())
+            self.register_buffer("mask", torch.ones(1).expand(4, 8))
+            with torch.inference_mode():
+                self.register_buffer("made", torch.ones(8))
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().predict_step(batch, batch_idx) * self.mask * self.made
+
+    callback = harness.callback(mode=mode)
+    module, reference = Masked(), Masked()
+    reference.net.load_state_dict(module.net.state_dict())
+    outputs = [
+        harness.trainer(*extra, inference_mode=False).predict(net, features(40))
+        for net, extra in ((module, [callback]), (reference, []))
+    ]
+    assert_same(*outputs)
+    assert callback.stats.steps[mode] == 7, callback.summary()

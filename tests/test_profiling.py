@@ -20,12 +20,22 @@ def test_the_simple_profiler_shows_what_we_do(harness, mode, tmp_path):
     assert shown == {f"cuda_graph/{name}": number for name, number in expected.items()}
 
 
+def test_captures_ahead_are_shown(harness, tmp_path):
+    profiler = SimpleProfiler(dirpath=tmp_path, filename="profile")
+    callback = harness.callback(capture_ahead=True)
+    harness.trainer(callback, profiler=profiler).predict(Predictor(Body()), features(42))
+    counts = {name: len(times) for name, times in profiler.recorded_durations.items()}
+    assert counts["cuda_graph/capture"] == callback.stats.captures == 2
+    assert counts["cuda_graph/watch"] == 2  # the first batch, and the partial one
+
+
 def test_the_advanced_profiler_shows_what_we_do(harness, tmp_path):
     profiler = AdvancedProfiler(dirpath=tmp_path, filename="profile")
     trainer = harness.trainer(harness.callback(), profiler=profiler)
     trainer.predict(Predictor(Body()), features(40))
     written = "".join(file.read_text() for file in tmp_path.glob("*.txt"))
-    assert "Profile stats for: cuda_graph/replay" in written
+    for name in ("watch", "capture", "verify", "replay"):
+        assert f"Profile stats for: cuda_graph/{name}" in written
 
 
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # torch 2.11 warns its own users

@@ -13,6 +13,7 @@ from cg_lightning.app.tables import print_table
 from cg_lightning.backends import resolve_backend
 from cg_lightning.core.equality import same_leaf
 from cg_lightning.core.tree import flatten, leaf_paths
+from cg_lightning.report.summary import print_summary
 
 
 def _differing_leaf(one: Any, other: Any, root: str) -> str:
@@ -73,7 +74,7 @@ def run_and_compare(config: DictConfig) -> JobResult:
     steps = {words.get(mode, mode): n for mode, n in callback.stats.steps.items() if n}
     result = dataclasses.replace(result, steps=steps)
     if reports:
-        print(callback.summary())
+        print_summary(callback.summary())
     if not config.compare:
         return result
     without, _ = run(config, graphs=False)

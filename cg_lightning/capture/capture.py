@@ -38,6 +38,7 @@ from cg_lightning.effects.recorder import NoEffects, Recorder
 from cg_lightning.effects.step_state import HeldByModules, StepState
 from cg_lightning.host_values.path import HostRead
 from cg_lightning.metrics.deferred_checks import CheckedCalls
+from cg_lightning.metrics.units import MetricUnit
 from cg_lightning.modules.compiled import is_compiled
 from cg_lightning.report.stats import EntryRecord
 
@@ -100,6 +101,7 @@ class CaptureTarget:
         record: The row in the statistics.
         changed: What has changed since an earlier capture; empty if nothing has.
         reads: What the watched step read on the host, and a capture cannot read.
+        late: The metrics that are updated after the step; see ``effects/late_updates.py``.
     """
 
     mode: CUDAGraphMode
@@ -109,6 +111,7 @@ class CaptureTarget:
     record: EntryRecord
     changed: str = ""
     reads: Sequence[HostRead] = ()
+    late: Sequence[MetricUnit] = ()
 
 
 class Capturer:
@@ -175,19 +178,22 @@ class Capturer:
         settings, options = self.settings, self.settings.capture_options
         inputs = self._static_inputs(call)
         effects = target.effects
-        recorder: Recorder = NoEffects() if effects is None else effects.recorder()
+        recorder: Recorder = NoEffects() if effects is None else effects.recorder(target.late)
 
-        def run() -> tuple[OutputPlan, list[Tensor], list[Any], list[Tensor]]:
+        def run() -> tuple[OutputPlan, list[Tensor], list[Any], list[Tensor], Any]:
             with recorder.step() as recording:
                 with self._answering(target.reads, recorder.checked_calls):
                     output = call.run_with(inputs.leaves)
                 effects, tensors = recording.finish()
+                late, arguments = recording.late()
+            if late is not None:
+                output = (output, arguments)
             plan, computed = OutputPlan.make(output, inputs.leaves, target.storage_addresses)
             # outputs that are not copied out must not share memory with those of other graphs
             if options.weak_ref_output and settings.copy_outputs:
                 computed = weak_ref_tensors(computed, self._backend)
                 tensors = weak_ref_tensors(tensors, self._backend)
-            return plan, computed, effects, tensors
+            return plan, computed, effects, tensors, late
 
         def capture() -> tuple[CapturedGraph, Any]:
             return capture_graph(
@@ -202,10 +208,13 @@ class Capturer:
                 del captured
                 recorder.reserve_checks()
                 captured = capture()
-        graph, (plan, computed, effects, tensors) = captured
-        return GraphEntry(
-            graph, inputs, plan, computed, effects, tensors, settings.copy_outputs, target.record
+        graph, (plan, computed, effects, tensors, late) = captured
+        copies_outputs = settings.copy_outputs or late is not None
+        entry = GraphEntry(
+            graph, inputs, plan, computed, effects, tensors, copies_outputs, target.record
         )
+        entry.late = late
+        return entry
 
     def _answering(
         self, reads: Sequence[HostRead], checked: CheckedCalls
@@ -226,7 +235,7 @@ class Capturer:
         context = ForwardContext(CUDAGraphMode.NONE, call.descriptor)
         with autocast_cache_off(), override_forward_context(context):
             run = functools.partial(call.run_with, inputs.leaves)
-            run() if target.effects is None else target.effects.rehearse(run)
+            run() if target.effects is None else target.effects.rehearse(run, target.late)
         before.restore()
 
     def _static_inputs(self, call: GraphCall) -> StaticInputs:

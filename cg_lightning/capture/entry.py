@@ -29,6 +29,7 @@ from cg_lightning.backends import CapturedGraph
 from cg_lightning.capture.outputs import OutputPlan, copy_with_strides, is_cloned_with_strides
 from cg_lightning.capture.static_inputs import StaticInputs
 from cg_lightning.effects.effect import Effect, methods
+from cg_lightning.effects.late_updates import MakeLateCalls
 from cg_lightning.report.stats import EntryRecord
 
 
@@ -59,7 +60,7 @@ class GraphEntry:
             "_graph",
             "_inputs",
         ),
-        *("_is_built", "_outputs", "_value", "last_step", "record", "replays"),
+        *("_is_built", "_outputs", "_value", "last_step", "late", "record", "replays"),
     )
 
     def __init__(
@@ -89,6 +90,8 @@ class GraphEntry:
         self._effect_tensors = effect_tensors
         self._copies_outputs = copies_outputs
         self.record = record
+        self.late: MakeLateCalls | None = None
+        """Makes the late calls. If there are any, the output is a pair of output and arguments."""
         self.replays = 0
         """Number of replays whose result was returned to the user."""
         self.last_step = 0
@@ -141,7 +144,12 @@ class GraphEntry:
             copy = self._copy
             computed = [copy(tensor) for tensor in computed]
         if self._is_built:
-            return self._outputs.build(leaves, computed)
+            output = self._outputs.build(leaves, computed)
+            if self.late is None:
+                return output
+            output, arguments = output
+            self.late.run(arguments)
+            return output
         return computed[0] if computed else self._value
 
     def count(self) -> None:

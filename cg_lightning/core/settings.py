@@ -179,6 +179,10 @@ class Settings:
     """``cuda``, ``recorder`` or ``auto``."""
     report: bool = True
     """Print the summary when the Trainer is done."""
+    capture_ahead: bool = False
+    """Capture the shapes of each dataloader after the first batch, before later ones come."""
+    log_stats: bool = False
+    """Send the statistics of each stage to the loggers of the Trainer."""
     options: CUDAGraphOptions | None = None
     """How graphs are captured."""
 
@@ -202,8 +206,21 @@ class Settings:
         for name, least in (("warmup_steps", 0), ("verify_replays", 0), ("verify_every", 0)):
             check_at_least(name, getattr(self, name), least)
         check_at_least("max_graphs", self.max_graphs, 1)
-        for name in ("sync_free_metrics", "copy_outputs", "overlap_copies", "strict", "report"):
+        for name in (
+            "sync_free_metrics",
+            "copy_outputs",
+            "overlap_copies",
+            "strict",
+            "report",
+            "log_stats",
+            "capture_ahead",
+        ):
             check_bool(name, getattr(self, name))
+        if self.capture_ahead and not checked["mode"].has_full_cudagraphs():
+            raise ValueError(
+                f"capture_ahead=True captures whole steps, and mode={checked['mode'].name!r} has "
+                "none; set mode='FULL' or 'FULL_AND_PIECEWISE', or capture_ahead=False."
+            )
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

@@ -1,10 +1,14 @@
 """Watching one eager step for what a graph could not hold, or would freeze.
 
+- ``callers.py``: what the functions that are running do with a call that they have made.
 - ``clocks.py``: functions whose result nobody can guard: clocks, counts of memory.
 - ``definitions.py``: the source of a function as a tree, if it is the source of the code that runs.
 - ``detector.py``: what all detectors have in common.
 - ``findings.py``: findings, and where in the user's code something happened.
 - ``functions.py``: the function objects behind the frames that a profiler is shown.
+- ``late_unit.py``: what a watched step showed of one unit of metrics: whether its updates may
+  follow the step.
+- ``operands.py``: the tensors that a dispatched operation takes, makes and writes to.
 - ``report.py``: what stands in the way of graphs, as an object and as a table.
 - ``step_watch.py``: the step that is watched: the stack of calls under way, and what detectors
   report.

@@ -46,6 +46,10 @@ class Detector:
         """Is entered before a call of a module and left after it; ``call`` is on the stack."""
         return contextlib.nullcontext()
 
+    def around_update(self) -> AbstractContextManager[None]:
+        """Is entered before a call of a metric that may follow the step, and left after it."""
+        return contextlib.nullcontext()
+
     def returned(self, call: ModuleCall, output: Any) -> None:
         """Is called with what a call has returned, or the step: ``call`` is the last on the stack."""
 

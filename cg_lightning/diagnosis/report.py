@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 
 from cg_lightning.diagnosis.findings import Finding
 from cg_lightning.diagnosis.watched_step import WatchedStep
+from cg_lightning.report.html import html_paragraph, html_table
 
 _HEADERS = ("cause", "operation", "module", "location", "remedy")
 
@@ -65,18 +65,7 @@ class Diagnosis:
         return "\n".join([*lines, f"Largest capturable submodules: {pieces}"])
 
     def _repr_html_(self) -> str:
-        def row(cells: tuple[str, ...], tag: str) -> str:
-            return (
-                "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-            )
-
         if not self.findings:
-            return f"<p>{html.escape(str(self))}</p>"
+            return html_paragraph(str(self))
         notes = [line for line in (self.unkeyable, self.stopped) if line]
-        return (
-            "".join(f"<p>{html.escape(line)}</p>" for line in notes)
-            + "<table>"
-            + row(_HEADERS, "th")
-            + "".join(row(cells, "td") for cells in self._rows())
-            + "</table>"
-        )
+        return "".join(map(html_paragraph, notes)) + html_table(_HEADERS, self._rows())

@@ -20,12 +20,14 @@ from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.tree import flatten
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import Finding, Location, find_location
+from cg_lightning.diagnosis.late_unit import LateUnit
 from cg_lightning.diagnosis.watched_step import ModuleCall, WatchedStep, WrittenTensors
 from cg_lightning.guards.comparisons import ComparedSource
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues
 from cg_lightning.host_values.path import ReadPath
 from cg_lightning.metrics.members import metrics_of
+from cg_lightning.metrics.units import units_of
 from cg_lightning.modules.compiled import is_compiled, modules_inside, modules_that_run
 from cg_lightning.modules.kinds import is_metric
 
@@ -87,6 +89,8 @@ class StepWatch:
         """All metrics in ``root``."""
         self.all_metrics = self.metrics if effects is None else effects.metrics()
         """The same, and those behind ``self.log``."""
+        self.late_units = [] if effects is None else list(map(LateUnit, units_of(root)))
+        """The metrics in ``root`` whose updates may follow the step."""
         self.hidden = {
             id(module): [pair for pair in modules_inside(path, module) if not is_metric(pair[1])]
             for path, module in self.modules
@@ -103,6 +107,8 @@ class StepWatch:
         self.read_path: ReadPath | None = None
         """What the step reads, if all of it is known before the step."""
         self._first = 0
+        self._set_aside: list[Finding] | None = None
+        """Receives the findings of the step while a call runs that may follow it."""
         self._is_paused = False
         self._is_in_framework = False
         self._did_one_time_work = False
@@ -139,7 +145,8 @@ class StepWatch:
         is_known = self.reads_host_value and cause in _READS
         finding = Finding(cause, operation, module, where.user, where.library, is_known)
         for call in calls:
-            call.findings.append(finding)
+            is_aside = call is self.step and self._set_aside is not None
+            (self._set_aside if is_aside else call.findings).append(finding)  # type: ignore[union-attr]
 
     def report_unless_found(
         self, cause: Cause, operation: str, *, location: str | None = None
@@ -184,6 +191,17 @@ class StepWatch:
         """Returns the step and all its calls so far."""
         return [self.step, *self.step.all_calls()]
 
+    def late_unit(self, metric: nn.Module) -> LateUnit | None:
+        """Returns the unit of a metric; None if its updates cannot follow the step."""
+        return next(
+            (
+                late
+                for late in self.late_units
+                if any(other is metric for other in late.unit.metrics)
+            ),
+            None,
+        )
+
     @property
     def is_paused(self) -> bool:
         """Whether we ourselves compare something."""
@@ -191,8 +209,11 @@ class StepWatch:
 
     @property
     def is_about_step(self) -> bool:
-        """Whether what is reported now is reported of the step as well, and not only of calls."""
-        return self._first == 0
+        """Whether a graph of the step holds what runs now.
+
+        It may hold something else in its place, or leave it out.
+        """
+        return self._first == 0 and self._set_aside is None
 
     @property
     def is_in_framework(self) -> bool:
@@ -223,6 +244,19 @@ class StepWatch:
             yield
         finally:
             self._first = before
+
+    @contextlib.contextmanager
+    def setting_aside(self, findings: list[Finding]) -> Iterator[None]:
+        """While a call runs that may follow the step: ``findings`` receives those of the step."""
+        before = self._set_aside
+        with contextlib.ExitStack() as stack:
+            for detector in self._detectors:
+                stack.enter_context(detector.around_update())
+            self._set_aside = findings
+            try:
+                yield
+            finally:
+                self._set_aside = before
 
     @contextlib.contextmanager
     def in_framework(self) -> Iterator[None]:
@@ -304,7 +338,8 @@ class StepWatch:
     def result(self) -> WatchedStep:
         """Returns what the step showed; it holds no tensor that a call was given."""
         self.step.inputs.clear()
-        return WatchedStep(self.step, self._written, self._did_one_time_work, self.read_path)
+        late = [late.unit for late in self.late_units if late.is_late]
+        return WatchedStep(self.step, self._written, self._did_one_time_work, self.read_path, late)
 
 
 class UnreadableError(Exception):

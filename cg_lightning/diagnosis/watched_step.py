@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from cg_lightning.guards.comparisons import ComparedSource, Comparison
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues, addresses_of
 from cg_lightning.host_values.path import ReadPath
+from cg_lightning.metrics.units import MetricUnit
 
 
 @dataclasses.dataclass(eq=False)
@@ -93,6 +94,7 @@ class WatchedStep:
         written: The tensors that it changed in place.
         did_one_time_work: See the attribute.
         path: See the attribute.
+        late: See the attribute.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class WatchedStep:
         written: WrittenTensors,
         did_one_time_work: bool,
         path: ReadPath | None = None,
+        late: Sequence[MetricUnit] = (),
     ) -> None:
         self._step = step
         self._calls = list(step.all_calls())
@@ -116,6 +119,9 @@ class WatchedStep:
         """Tensors, other than states of metrics, that the step changed in place."""
         self.did_one_time_work = did_one_time_work
         """Whether something ran that runs once: metrics formed groups, a module was compiled."""
+
+        self.late = tuple(late)
+        """Metrics whose calls a graph of the whole step leaves out: they follow each replay."""
 
     @property
     def needs_second_look(self) -> bool:

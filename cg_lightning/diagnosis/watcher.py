@@ -18,6 +18,7 @@ from cg_lightning.diagnosis.detectors.global_reads import GlobalReads
 from cg_lightning.diagnosis.detectors.hooks import ForwardHooks
 from cg_lightning.diagnosis.detectors.host_reads import HostReads
 from cg_lightning.diagnosis.detectors.host_values import HostValues
+from cg_lightning.diagnosis.detectors.late_updates import LateUpdates
 from cg_lightning.diagnosis.detectors.logging import Logging
 from cg_lightning.diagnosis.detectors.metric_updates import MetricUpdates
 from cg_lightning.diagnosis.detectors.mutations import Mutations
@@ -38,6 +39,7 @@ DETECTORS: tuple[type[Detector], ...] = (
     ReboundState,  # before the next two: its comparisons then meet none of their interceptions
     AttributeReads,
     TrainerReads,
+    LateUpdates,  # before the next one, which reports at its end
     MetricUpdates,
     Logging,
     Printing,

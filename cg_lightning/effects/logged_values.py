@@ -58,6 +58,9 @@ class LoggedValues(Protocol):
     def begin(self) -> None:
         """Reset values as the first ``self.log`` of an epoch does. Otherwise do nothing."""
 
+    def begin_batch(self, batch: Any) -> None:
+        """Take the size of ``batch`` as the weight of what the next step logs."""
+
     def effect(self) -> Effect:
         """Return the side effects of ``self.log`` in the last step, except metric updates."""
 
@@ -108,6 +111,9 @@ class NothingLogged:
         """Do nothing."""
 
     def begin(self) -> None:
+        """Do nothing."""
+
+    def begin_batch(self, batch: Any) -> None:
         """Do nothing."""
 
     def effect(self) -> Effect:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from cg_lightning.effects.late_updates import CollectedCalls, LateStep, LateUpdates
 from cg_lightning.effects.logged_values import Calls, LoggedValues, NothingLogged
 from cg_lightning.effects.recorder import EffectRecorder
 from cg_lightning.metrics.deferred_checks import DeferredChecks
 from cg_lightning.metrics.members import metrics_of
 from cg_lightning.metrics.states import MetricStates
+from cg_lightning.metrics.units import MetricUnit
 
 
 class Comparison:
@@ -22,21 +24,36 @@ class Comparison:
     Made by :meth:`ModuleEffects.comparing`.
     """
 
-    def __init__(self, logged: LoggedValues) -> None:
+    def __init__(self, logged: LoggedValues, late: LateStep) -> None:
         self._logged = logged
-        self._runs: list[Calls] = []
+        self._late = late
+        self._runs: list[tuple[Calls, CollectedCalls]] = []
 
     def run(self, step: Callable[[], Any]) -> Any:
-        """Run ``step`` eagerly. If logging cannot be undone, only collect its log calls."""
-        if self._logged.is_supported():
-            return step()
-        with self._logged.calls.collected() as calls:
-            self._runs.append(calls)
+        """Run ``step`` eagerly. Only collect what must not run twice.
+
+        These are late calls of metrics, and log calls if logging cannot be undone.
+        """
+        with contextlib.ExitStack() as stack:
+            late_calls = stack.enter_context(self._late.collected())
+            log_calls: Calls = []
+            if not self._logged.is_supported():
+                log_calls = stack.enter_context(self._logged.calls.collected())
+            self._runs.append((log_calls, late_calls))
             return step()
 
-    def log_calls(self) -> Calls:
-        """Return the log calls that were collected in the first run."""
-        return self._runs[0] if self._runs else []
+    def late_arguments(self) -> list[tuple[str, Any]]:
+        """Return names and values of the arguments of late calls, of the latest run or replay."""
+        return self._late.updates.latest_arguments()
+
+    def finish(self) -> None:
+        """Make the calls that were collected in the first run."""
+        if not self._runs:
+            return
+        log_calls, late_calls = self._runs[0]
+        self._late.updates.make(late_calls.calls, late_calls.arguments)
+        self._late.updates.fill(self._logged.metrics())
+        self._logged.calls.make(log_calls)
 
 
 class ModuleEffects:
@@ -68,6 +85,7 @@ class ModuleEffects:
         self.logged: LoggedValues = NothingLogged() if logged is None else logged
         self.checks = DeferredChecks()
         self.states = MetricStates(device, self.checks.raise_if_met)
+        self._late = LateUpdates()
         self._module = module
 
     def metrics(self) -> list[nn.Module]:
@@ -82,30 +100,41 @@ class ModuleEffects:
         """Return True if graphs update logged values. If not, log calls follow each replay."""
         return self.logged.is_supported()
 
-    def recorder(self) -> EffectRecorder:
-        """Return a recorder for captures of one step."""
-        return EffectRecorder(self._module, self.states, self.logged, self.checks, self.sync_free)
+    def recorder(self, late: Sequence[MetricUnit] = ()) -> EffectRecorder:
+        """Return a recorder for captures of one step.
+
+        Args:
+            late: The metrics that are updated after the step.
+        """
+        step = LateStep(self._late, late)
+        return EffectRecorder(
+            self._module, self.states, self.logged, step, self.checks, self.sync_free
+        )
 
     @contextlib.contextmanager
-    def comparing(self) -> Iterator[Comparison]:
+    def comparing(self, late: Sequence[MetricUnit] = ()) -> Iterator[Comparison]:
         """While this is entered, a step runs several times, but the user sees only one run.
 
-        If logging cannot be undone, neither eager runs nor effects call ``self.log`` inside. The
-        calls of the first eager run are made at the end, even after an exception.
+        Neither eager runs nor effects make late calls of metrics inside; if logging cannot be
+        undone, they do not call ``self.log`` either. The calls of the first eager run are made at
+        the end, even after an exception.
+
+        Args:
+            late: The metrics that are updated after the step.
         """
-        comparison = Comparison(self.logged)
+        comparison = Comparison(self.logged, LateStep(self._late, late))
         try:
-            with self.logged.calls.held():
+            with self.logged.calls.held(), self._late.held():
                 yield comparison
         finally:
-            self.logged.calls.make(comparison.log_calls())
+            comparison.finish()
 
-    def rehearse(self, step: Callable[[], Any]) -> Any:
-        """Run ``step`` eagerly, without log calls that cannot be undone.
+    def rehearse(self, step: Callable[[], Any], late: Sequence[MetricUnit] = ()) -> Any:
+        """Run ``step`` eagerly, without calls that cannot be undone.
 
         The caller restores everything else (:class:`StepState`).
         """
-        return Comparison(self.logged).run(step)
+        return Comparison(self.logged, LateStep(self._late, late)).run(step)
 
     def release(self, check: bool) -> None:
         """Leave no trace, at the end of a stage. See :meth:`MetricStates.release` for ``check``."""

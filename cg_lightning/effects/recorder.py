@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from cg_lightning.core.errors import CaptureError
 from cg_lightning.effects.effect import Effect, ReadChecksLater
+from cg_lightning.effects.late_updates import Arguments, LateStep, MakeLateCalls
 from cg_lightning.effects.logged_numbers import numbers_as_tensors
 from cg_lightning.effects.logged_values import LoggedValues
 from cg_lightning.effects.recording import StepRecording
@@ -51,6 +52,12 @@ class Recording(Protocol):
 
         Raises:
             CaptureError: The step has a side effect that a replay cannot do again.
+        """
+
+    def late(self) -> tuple[MakeLateCalls | None, list[Arguments]]:
+        """Return what makes the late calls of the step, and their arguments.
+
+        None if there are none. Call it after :meth:`finish`.
         """
 
 
@@ -86,6 +93,9 @@ class _NoRecording:
     def finish(self) -> tuple[list[Effect], list[Tensor]]:
         return [], []
 
+    def late(self) -> tuple[MakeLateCalls | None, list[Arguments]]:
+        return None, []
+
 
 class NoEffects:
     """The recorder for a submodule, whose calls have no effects: others are not captured."""
@@ -116,6 +126,7 @@ class EffectRecorder:
         module: The module.
         states: The states of its metrics.
         logged: Its logged values.
+        late: The metrics that are updated after the step.
         checks: Receives the checks of the final graph.
         sync_free: Replace functions of torchmetrics that wait for the device.
     """
@@ -125,12 +136,14 @@ class EffectRecorder:
         module: nn.Module,
         states: MetricStates,
         logged: LoggedValues,
+        late: LateStep,
         checks: DeferredChecks,
         sync_free: bool,
     ) -> None:
         self._module = module
         self._states = states
         self._logged = logged
+        self._late = late
         self._checks = checks
         self._sync_free = sync_free
         self._metrics: list[nn.Module] = []
@@ -159,7 +172,8 @@ class EffectRecorder:
             CaptureError: That step made checks and was not captured again, so they would be lost.
         """
         self._logged.begin()
-        self._metrics = _without_repetition([*metrics_of(self._module), *self._logged.metrics()])
+        metrics = [*metrics_of(self._module), *self._logged.metrics()]
+        self._metrics = [m for m in _without_repetition(metrics) if not self._late.is_late(m)]
         logged_before = self._logged.snapshot()
         try:
             with self._states.held_for_capture(self._metrics) as metric_states:
@@ -182,8 +196,14 @@ class EffectRecorder:
         with contextlib.ExitStack() as stack:
             stack.callback(AttributesSnapshot(self._metrics).restore)
             recording = StepRecording(
-                self._metrics, self._metric_states, self._states, self._logged, effects
+                self._metrics,
+                self._metric_states,
+                self._states,
+                self._logged,
+                self._late,
+                effects,
             )
+            recording.late_calls = stack.enter_context(self._late.collected())
             stack.enter_context(recording.watching(self._checked))
             if self._sync_free:
                 stack.enter_context(sync_free(self._checked))

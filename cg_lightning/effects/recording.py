@@ -32,6 +32,13 @@ from cg_lightning.effects.effect import (
     RepeatLogCalls,
     SetAttributes,
 )
+from cg_lightning.effects.late_updates import (
+    Arguments,
+    CollectedCalls,
+    LateStep,
+    LateValue,
+    MakeLateCalls,
+)
 from cg_lightning.effects.logged_values import Calls, LoggedValues
 from cg_lightning.metrics.deferred_checks import CheckedCalls
 from cg_lightning.metrics.members import state_names, states_of
@@ -148,6 +155,7 @@ class StepRecording:
         metric_states: Their tensor states.
         states: The metric states of the whole run.
         logged: The logged values.
+        late: The metrics that are updated after the step.
         effects: Effects that are known already.
     """
 
@@ -157,11 +165,13 @@ class StepRecording:
         metric_states: list[MetricState],
         states: MetricStates,
         logged: LoggedValues,
+        late: LateStep,
         effects: list[ReadChecksLater],
     ) -> None:
         self._metric_states = metric_states
         self._states = states
         self._logged = logged
+        self._late = late
         self._effects: list[Effect] = [*effects]
         self._metrics = [
             _RecordedMetric(metric, [state for state in metric_states if state.metric is metric])
@@ -169,6 +179,9 @@ class StepRecording:
         ]
         self.log_calls: Calls = []
         """The calls of ``self.log`` in the step, if a replay has to repeat them."""
+        self.late_calls = CollectedCalls()
+        """The calls of metrics that the step leaves out."""
+        self._late_values: list[tuple[dict[str, Any], LateValue]] = []
 
     @contextlib.contextmanager
     def watching(self, checked: CheckedCalls) -> Iterator[None]:
@@ -206,6 +219,14 @@ class StepRecording:
             self._log_calls(tensors),
         ]
         return [*[effect for effect in found if effect is not None], *self._effects], tensors
+
+    def late(self) -> tuple[MakeLateCalls | None, list[Arguments]]:
+        """Return what makes the late calls, and their arguments. Call it after :meth:`finish`."""
+        collected = self.late_calls
+        if not collected.calls:
+            return None, []
+        make = MakeLateCalls(self._late.updates, collected.calls, self._late_values)
+        return make, collected.arguments
 
     def _log_effect(self) -> Effect | None:
         logged = set(map(id, self._logged.metrics()))
@@ -294,6 +315,9 @@ class StepRecording:
             for name in sorted(recorded.written - state_names(recorded.metric)):
                 value = recorded.attributes.get(name)
                 if name == _COUNTER and isinstance(value, CapturedCount):
+                    continue
+                if isinstance(value, LateValue):
+                    self._late_values.append((recorded.attributes, value))
                     continue
                 leaves = flatten(value)[0]
                 of_graph = _tensors_of_graph(recorded, name, leaves)

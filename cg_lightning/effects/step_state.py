@@ -14,7 +14,7 @@ from cg_lightning.backends import GraphBackend
 from cg_lightning.core.tree import flatten
 from cg_lightning.effects.containers import ContainersSnapshot
 from cg_lightning.metrics.members import states_of
-from cg_lightning.modules.attributes import names_of_frameworks
+from cg_lightning.modules.attributes import global_hooks, names_of_frameworks
 from cg_lightning.modules.kinds import is_metric
 
 if TYPE_CHECKING:
@@ -77,6 +77,29 @@ class HeldByModules:
         self._containers.restore()
 
 
+class TablesSnapshot:
+    """What the dictionaries of torch in modules hold: submodules, parameters, buffers, and hooks.
+
+    Args:
+        module: The module; its submodules and the global hooks are stored as well.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        tables: list[dict[Any, Any]] = [
+            value
+            for child in module.modules()
+            for name, value in vars(child).items()
+            if isinstance(value, dict) and name in names_of_frameworks(child)
+        ]
+        self._tables = [(table, dict(table)) for table in [*tables, *global_hooks()]]
+
+    def restore(self) -> None:
+        """Put everything back in place."""
+        for table, before in self._tables:
+            table.clear()
+            table.update(before)
+
+
 _TENSOR_TABLES = ("_buffers", "_parameters")
 
 
@@ -112,6 +135,14 @@ class HostRandomState:
             return ()
         name, keys, *rest = self._numpy
         return (name, keys.tobytes(), *rest)
+
+
+def can_be_written(tensor: Tensor) -> bool:
+    """Return False for a tensor that PyTorch lets nobody write to, so no step has done so."""
+    is_expanded = tensor.layout is torch.strided and any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+    return not is_expanded and (torch.is_inference_mode_enabled() or not tensor.is_inference())
 
 
 class StepState:
@@ -159,7 +190,8 @@ class StepState:
         """Restore everything in place. Tensors keep their addresses."""
         with torch.no_grad():
             for _, buffer, value in self._buffers:
-                buffer.copy_(value)
+                if can_be_written(buffer):
+                    buffer.copy_(value)
         self._attributes.restore()
         self.containers.restore()
         self._containers.restore()

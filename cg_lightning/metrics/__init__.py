@@ -5,4 +5,5 @@
 - ``states.py``: metric states at fixed addresses, which graphs read and write.
 - ``support.py``: the changes of a metric that a replay can reproduce.
 - ``sync_free.py``: replacements for functions of torchmetrics that wait for the device.
+- ``units.py``: metrics that are updated together, and their calls from outside.
 """

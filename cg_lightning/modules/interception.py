@@ -408,7 +408,7 @@ def base_method(module: nn.Module, name: str) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def replaced_method(
-    module: nn.Module, name: str, replacement: Callable[..., Any]
+    module: nn.Module, name: str, replacement: Callable[..., Any], *, cls: type | None = None
 ) -> Iterator[None]:
     """While this is entered, ``replacement(original, *args, **kwargs)`` replaces a method.
 
@@ -421,9 +421,10 @@ def replaced_method(
         module: The module.
         name: Name of the method, such as ``log``.
         replacement: Called with the original, bound to the module, and the arguments of the call.
+        cls: Place it in this class, which has the method, instead.
     """
     entry = _Entry(module, _get_thread(), replacement)
-    patch = _patch(defining_class(module, name), name)
+    patch = _patch(cls or defining_class(module, name), name)
     try:
         patch.add(entry)
         yield

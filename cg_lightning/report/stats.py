@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.report.timeline import Timeline
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST_SHAPES = 64
 """Shapes that are told apart for one stage, mode and reason; further ones are counted together."""
@@ -19,6 +24,9 @@ MOST_TIMES = 1024
 LEAST_EAGER_STEPS = 2
 """Eager steps of a shape for a comparison of times: the first one may still do what is done once."""
 OTHER_SHAPES = "other shapes"
+_NO_MATPLOTLIB = (
+    'stats.plot() draws with matplotlib, which is not installed: pip install "cg-lightning[plot]".'
+)
 
 
 @dataclasses.dataclass
@@ -77,6 +85,15 @@ class HostTime:
         self.fastest = min(self.fastest, seconds)
 
 
+class Times(NamedTuple):
+    """Host times of a step, on average over some graphs."""
+
+    graph: float | None
+    """The mean of the steps that were one replay, in seconds; None if none was timed."""
+    eager: float | None
+    """The fastest eager warm-up steps of their shapes, in seconds; None if there were none."""
+
+
 class Comparison(NamedTuple):
     """What one step takes on the host, on average over the shapes that ran in both ways."""
 
@@ -120,6 +137,8 @@ class CUDAGraphStats:
     def __init__(self) -> None:
         self.entries: list[EntryRecord] = []
         """A record for each key of each target that was captured."""
+        self.timeline = Timeline()
+        """The time of each of the latest batches. A copy has no batches."""
         self.overlapped_copies = 0
         """Batches that were copied to the device beside the computation."""
         self._records: dict[tuple[str, str, str, Reason | None], StepsRecord] = {}
@@ -212,6 +231,63 @@ class CUDAGraphStats:
         eager_seconds = sum(graph.steps * eager.fastest for graph, eager in both)
         graph_seconds = sum(graph.seconds for graph, _ in both)
         return Comparison(mode, eager_seconds / steps, graph_seconds / steps)
+
+    def times_of(self, entries: Sequence[EntryRecord]) -> Times:
+        """Return the host times of whole steps.
+
+        Args:
+            entries: Graphs of whole steps. Those of submodules have no times.
+        """
+        timed = sum(entry.timed for entry in entries)
+        eager = [
+            (entry.timed or 1, self._times.get((entry.stage, "NONE", entry.shapes), HostTime()))
+            for entry in entries
+            if entry.mode == "FULL"
+        ]
+        known = [(steps, time) for steps, time in eager if time.steps >= LEAST_EAGER_STEPS]
+        steps = sum(steps for steps, _ in known)
+        return Times(
+            sum(entry.host_seconds for entry in entries) / timed if timed else None,
+            sum(steps * time.fastest for steps, time in known) / steps if known else None,
+        )
+
+    def host_times(self, stage: str) -> Times:
+        """Return the host times of the steps of one stage: from graphs, whole or in pieces, and eager."""
+        entries = [entry for entry in self.entries if entry.stage == stage]
+        pieces = [time for key, time in self._times.items() if key[:2] == (stage, "PIECEWISE")]
+        steps = sum(entry.timed for entry in entries) + sum(time.steps for time in pieces)
+        seconds = sum(entry.host_seconds for entry in entries) + sum(
+            time.seconds for time in pieces
+        )
+        eager = [time for key, time in self._times.items() if key[:2] == (stage, "NONE")]
+        eager_steps = sum(time.steps for time in eager)
+        return Times(
+            seconds / steps if steps else None,
+            sum(time.steps * time.fastest for time in eager) / eager_steps if eager_steps else None,
+        )
+
+    def plot(self, stage: str | None = None) -> Figure:
+        """Draw the time of each batch: warm-up, capture, replay, and eager with its reason.
+
+        Times are those of the host, in milliseconds. The latest 10000 batches are kept.
+
+        Args:
+            stage: One stage. None: all stages that ran, one below the other.
+
+        Returns:
+            A figure of matplotlib. ``figure.savefig("batches.png")`` stores it.
+
+        Raises:
+            ValueError: No batch of that stage has run.
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        try:
+            from cg_lightning.report.plot import plot_batches
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] != "matplotlib":
+                raise
+            raise ModuleNotFoundError(_NO_MATPLOTLIB, name=error.name) from None
+        return plot_batches(self.timeline.batches, stage)
 
     def copy(self) -> CUDAGraphStats:
         """Return the counts as they are now, for :meth:`since`."""
@@ -312,6 +388,17 @@ class CUDAGraphStats:
             "overlapped_copies": self.overlapped_copies,
             "entries": [dataclasses.asdict(entry) for entry in self.entries],
         }
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that have run, in the order in which they came first."""
+        counted = [record.stage for record in self._records.values()]
+        return list(dict.fromkeys([*counted, *[entry.stage for entry in self.entries]]))
+
+    def _repr_html_(self) -> str:
+        from cg_lightning.report.summary import render_summary  # it is made of this class
+
+        return render_summary(self, "", self.stages)._repr_html_()
 
     def _of(self, mode: str) -> list[StepsRecord]:
         return [record for record in self._records.values() if record.mode == mode]

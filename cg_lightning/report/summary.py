@@ -1,14 +1,20 @@
-"""The counts as a plain table in 80 columns. What is alike is grouped: at most 20 lines a stage."""
+"""The counts as a table of at most 20 lines a stage: as plain text, by rich, and as HTML."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from cg_lightning.core.reasons import Reason, Status
-from cg_lightning.report.stats import OTHER_SHAPES, CUDAGraphStats, EntryRecord, StepsRecord
+from cg_lightning.report.html import html_paragraph, html_table
+from cg_lightning.report.stats import OTHER_SHAPES, CUDAGraphStats, EntryRecord, StepsRecord, Times
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 MOST_GRAPHS = 6
 """Rows of graphs that are shown for one stage."""
@@ -23,8 +29,122 @@ _MOST_LINES_OF_A_REASON = 4
 _MOST_SHAPES = 3
 _FEW_SHAPES = 5  # fewer shapes than this are none too many
 _WORDS = {"NONE": "eager", "PIECEWISE": "PIECEWISE", "FULL": "FULL"}
-_HEADERS = ("mode", "target", "shapes", "captures", "replays", "capture ms", "MiB")
+_HEADERS = ("mode", "target", "shapes", "captures", "replays", "us (eager)", "MiB")
 _NUMBERS = 3  # columns from here on are aligned to the right
+
+
+@dataclasses.dataclass(frozen=True)
+class ReasonLine:
+    """Steps that ran in a lower mode than asked for the same reason."""
+
+    text: str
+    """How many, in which mode, of which shapes, and why."""
+    remedy: str
+    """What the user can do about it; empty if there is nothing to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSummary:
+    """What is shown of one stage."""
+
+    title: str
+    """The stage, and its steps by mode."""
+    rows: list[tuple[str, ...]]
+    """A row for each graph or group of graphs."""
+    notes: list[str]
+    """Sentences about these graphs."""
+    reasons: list[ReasonLine]
+    """The most frequent reasons, as many as there is room for."""
+    rest: str
+    """How many reasons are left out; empty if all are shown."""
+
+
+class Summary(str):
+    """The table as text. A notebook shows it as HTML, and ``rich.print`` in colours.
+
+    Args:
+        heading: Its first line.
+        stages: What is shown of each stage.
+    """
+
+    heading: str
+    stages: list[StageSummary]
+
+    def __new__(cls, heading: str, stages: list[StageSummary]) -> Summary:  # noqa: D102
+        lines = [heading]
+        for stage in stages:
+            lines += ["", *_plain_lines(stage)]
+        self = super().__new__(cls, "\n".join(lines))
+        self.heading, self.stages = heading, stages
+        return self
+
+    def __getnewargs__(self) -> tuple[str, list[StageSummary]]:  # type: ignore[override]
+        return self.heading, self.stages
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        parts = [html_paragraph(self.heading)]
+        for stage in self.stages:
+            parts.append(html_paragraph(stage.title))
+            if stage.rows:
+                parts.append(html_table(_HEADERS, stage.rows))
+            parts += map(html_paragraph, stage.notes)
+            if stage.reasons:
+                reasons = [(reason.text, reason.remedy) for reason in stage.reasons]
+                parts.append(html_table(("reason", "remedy"), reasons))
+            if stage.rest:
+                parts.append(html_paragraph(stage.rest))
+        return "".join(parts)
+
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
+        from rich.padding import Padding
+        from rich.table import Table
+        from rich.text import Text
+
+        parts: list[RenderableType] = [Text(self.heading, "bold")]
+        for stage in self.stages:
+            parts += [Text(), Text(stage.title, "bold cyan")]
+            if stage.rows:
+                table = Table(box=None, pad_edge=False, header_style="dim")
+                for index, header in enumerate(_HEADERS):
+                    is_number = index >= _NUMBERS
+                    table.add_column(
+                        header,
+                        justify="right" if is_number else "left",
+                        overflow="ellipsis",
+                        no_wrap=True,
+                        min_width=len(header) if is_number else None,
+                    )
+                for row in stage.rows:
+                    table.add_row(*(Text(cell) for cell in row))
+                parts.append(Padding(table, (0, 0, 0, 2)))
+            parts += [Padding(Text(_relative(note)), (0, 0, 0, 2)) for note in stage.notes]
+            for reason in stage.reasons:
+                parts.append(Padding(Text(_relative(reason.text), "yellow"), (0, 0, 0, 2)))
+                if reason.remedy:
+                    remedy = Text(f"remedy: {reason.remedy}", "green")
+                    parts.append(Padding(remedy, (0, 0, 0, 4)))
+            if stage.rest:
+                parts.append(Padding(Text(stage.rest, "dim"), (0, 0, 0, 2)))
+        return Group(*parts)
+
+
+def print_summary(summary: Summary) -> None:
+    """Print it: by rich on a terminal or in a notebook if rich is installed, otherwise as text."""
+    try:
+        from rich import get_console
+    except ImportError:
+        print(summary)
+        return
+    # the console of Lightning's bar, so that a bar that still runs is not torn
+    console = get_console()
+    if console.is_terminal or console.is_jupyter:
+        console.print(summary)
+    else:
+        print(summary)
 
 
 def _shortened(text: str, width: int) -> str:
@@ -47,10 +167,14 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [line(headers), *(line(row) for row in rows)]
 
 
+def _relative(text: str) -> str:
+    """Shorten paths in the working directory."""
+    return text.replace(f"{os.getcwd()}{os.sep}", "")
+
+
 def _wrapped(text: str, indent: int = 2, most_lines: int | None = None) -> list[str]:
-    """Break a sentence into lines; paths in the working directory are shown relative to it."""
     return textwrap.wrap(
-        text.replace(f"{os.getcwd()}{os.sep}", ""),
+        _relative(text),
         WIDTH,
         initial_indent=" " * indent,
         subsequent_indent=" " * (indent + 2),
@@ -68,86 +192,96 @@ def _join(names: Sequence[str], what: str) -> str:
     return f"{len(shown)} {what}"
 
 
-def _row(entries: Sequence[EntryRecord]) -> tuple[str, ...]:
+def _microseconds(times: Times) -> str:
+    """Return the time of a step that is a replay and, in parentheses, of an eager one."""
+    graph, eager = ["-" if time is None else f"{time * 1e6:.0f}" for time in times]
+    return "-" if graph == eager == "-" else f"{graph} ({eager})"
+
+
+def _row(stats: CUDAGraphStats, entries: Sequence[EntryRecord]) -> tuple[str, ...]:
+    times = stats.times_of(entries)
     return (
         entries[0].mode,
         _join([entry.target for entry in entries], "targets"),
         _join([entry.shapes for entry in entries], "shapes"),
         str(sum(entry.captures for entry in entries)),
         str(sum(entry.replays for entry in entries)),
-        f"{sum(entry.seconds for entry in entries) * 1e3:.1f}",
+        _microseconds(times),
         f"{sum(entry.bytes for entry in entries) / 2**20:.1f}",
     )
 
 
-def _graph_rows(entries: Sequence[EntryRecord]) -> list[tuple[str, ...]]:
-    """Return a row for each graph; if there are too many, one for each target; if those are too many, one for the rest."""
+def _graph_rows(stats: CUDAGraphStats, entries: Sequence[EntryRecord]) -> list[tuple[str, ...]]:
+    """Return a row for each graph; if too many, for each target; if too many, one for the rest."""
     if len(entries) <= MOST_GRAPHS:
-        return [_row([entry]) for entry in entries]
+        return [_row(stats, [entry]) for entry in entries]
     groups: dict[tuple[str, str], list[EntryRecord]] = defaultdict(list)
     for entry in entries:
         groups[entry.mode, entry.target].append(entry)
     targets = sorted(groups.values(), key=lambda group: -sum(entry.replays for entry in group))
-    if len(targets) <= MOST_GRAPHS:
-        return [_row(group) for group in targets]
-    shown, rest = targets[: MOST_GRAPHS - 1], targets[MOST_GRAPHS - 1 :]
-    return [*(_row(group) for group in shown), _row([entry for group in rest for entry in group])]
+    if len(targets) > MOST_GRAPHS:
+        rest = [entry for group in targets[MOST_GRAPHS - 1 :] for entry in group]
+        targets = [*targets[: MOST_GRAPHS - 1], rest]
+    return [_row(stats, group) for group in targets]
 
 
-def _again_lines(entries: Sequence[EntryRecord]) -> list[str]:
+def _again_notes(entries: Sequence[EntryRecord]) -> list[str]:
     """Return what had changed for graphs that were captured again, each sentence once."""
     groups: dict[str, list[EntryRecord]] = defaultdict(list)
     for entry in entries:
         if entry.why_again:
             groups[entry.why_again].append(entry)
-    lines: list[str] = []
-    for why, group in list(groups.items())[:MOST_AGAIN]:
-        targets = _join([entry.target for entry in group], "targets")
-        lines += _wrapped(f"{targets} captured again: {why}")
-    return lines
+    return [
+        f"{_join([entry.target for entry in group], 'targets')} captured again: {why}"
+        for why, group in list(groups.items())[:MOST_AGAIN]
+    ]
 
 
-def _reason_lines(records: Sequence[StepsRecord], room: int) -> list[str]:
+def _reason_lines(reason: ReasonLine) -> list[str]:
+    lines = _wrapped(reason.text, most_lines=_MOST_LINES_OF_A_REASON)
+    return lines + (_wrapped(f"remedy: {reason.remedy}", indent=4) if reason.remedy else [])
+
+
+def _reasons(records: Sequence[StepsRecord], room: int) -> tuple[list[ReasonLine], str]:
+    """Return the reasons for which there is room, and how many are left out."""
     groups: dict[tuple[str, Reason], list[StepsRecord]] = defaultdict(list)
     for record in records:
         assert record.reason is not None, "only records with a reason are shown"
         groups[record.mode, record.reason].append(record)
     ordered = sorted(groups.items(), key=lambda item: -sum(record.steps for record in item[1]))
-    lines: list[str] = []
-    shown = 0
+    shown: list[ReasonLine] = []
     for (mode, reason), group in ordered[:MOST_REASONS]:
         steps = sum(record.steps for record in group)
         shapes = _join([record.shapes for record in group], "shapes")
-        text = f"{steps} {_WORDS[mode]} ({shapes}): {reason}"
-        block = _wrapped(text, most_lines=_MOST_LINES_OF_A_REASON)
-        if reason.remedy:
-            block += _wrapped(f"remedy: {reason.remedy}", indent=4)
-        if shown and len(lines) + len(block) + (shown + 1 < len(ordered)) > room:
+        line = ReasonLine(f"{steps} {_WORDS[mode]} ({shapes}): {reason}", reason.remedy)
+        room -= len(_reason_lines(line))
+        if shown and room < (len(shown) + 1 < len(ordered)):
             break
-        lines += block
-        shown += 1
-    rest = [record for _, group in ordered[shown:] for record in group]
-    if rest:
-        steps = sum(record.steps for record in rest)
-        lines.append(f"  {steps} steps for {len(ordered) - shown} other reasons: see stats.reasons")
-    return lines
+        shown.append(line)
+    rest = [record for _, group in ordered[len(shown) :] for record in group]
+    if not rest:
+        return shown, ""
+    steps = sum(record.steps for record in rest)
+    left_out = len(ordered) - len(shown)
+    return shown, f"{steps} steps for {left_out} other reasons: see stats.reasons"
 
 
-def _time_lines(stats: CUDAGraphStats, backend: str, stage: str) -> list[str]:
-    """What a step takes in graphs and without, as far as the host knows without waiting for a device."""
-    lines = []
+def _time_notes(stats: CUDAGraphStats, backend: str, stage: str) -> list[str]:
+    """What a step takes in graphs and without, as far as the host knows without waiting."""
+    notes = []
     for mode in ("FULL", "PIECEWISE"):
         times = stats.comparison(stage, mode)
         if times is not None:
             eager, graph = times.eager * 1e3, times.graph * 1e3
             # the recorder is there to try things without a GPU: its factor would say nothing
             factor = "no speed-up" if backend == "recorder" else f"factor {eager / graph:.1f}"
-            text = f"host time a step: eager {eager:.3f} ms, {mode} {graph:.3f} ms ({factor})"
-            lines += _wrapped(text)
-    return lines
+            notes.append(
+                f"host time a step: eager {eager:.3f} ms, {mode} {graph:.3f} ms ({factor})"
+            )
+    return notes
 
 
-def _hint_lines(stats: CUDAGraphStats, stage: str) -> list[str]:
+def _hint_notes(stats: CUDAGraphStats, stage: str) -> list[str]:
     """Say so if most steps were warm-ups, because there are many shapes and few batches of each."""
     warmups = [
         record
@@ -161,42 +295,63 @@ def _hint_lines(stats: CUDAGraphStats, stage: str) -> list[str]:
     if len(shapes) < _FEW_SHAPES or 2 * steps <= every:
         return []
     number = f"more than {len(shapes) - 1}" if OTHER_SHAPES in shapes else str(len(shapes))
-    return _wrapped(
-        f"{number} shapes in {every} batches, so most steps are warm-ups: pad batches to fewer shapes, or set "
-        "warmup_steps=1"
-    )
+    return [
+        f"{number} shapes in {every} batches, so most steps are warm-ups: pad batches to fewer "
+        "shapes, or set warmup_steps=1"
+    ]
+
+
+def _plain_lines(stage: StageSummary) -> list[str]:
+    lines = _lines_without_reasons(stage)
+    for reason in stage.reasons:
+        lines += _reason_lines(reason)
+    return [*lines, *_wrapped(stage.rest)]
+
+
+def _lines_without_reasons(stage: StageSummary) -> list[str]:
+    lines = [stage.title]
+    if stage.rows:
+        lines += _table(_HEADERS, stage.rows)
+    for note in stage.notes:
+        lines += _wrapped(note)
+    return lines
+
+
+def _summarize(
+    stats: CUDAGraphStats, backend: str, stage: str, counts: dict[str, int]
+) -> StageSummary:
+    steps = ", ".join(f"{number} steps {_WORDS[mode]}" for mode, number in counts.items())
+    entries = [
+        entry
+        for entry in stats.entries
+        if entry.stage == stage and (entry.captures or entry.replays)
+    ]
+    notes = [*(_time_notes(stats, backend, stage) if entries else []), *_again_notes(entries)]
+    if any(entry.within_spread for entry in entries):
+        notes.append("replays match eager within the difference between two eager runs")
+    notes += _hint_notes(stats, stage)
+    rows = _graph_rows(stats, entries) if entries else []
+    shown = StageSummary(f"{stage}: {steps}", rows, notes, [], "")
+    room = _MOST_LINES - len(_lines_without_reasons(shown))
+    records = [record for record in stats.reasons if record.stage == stage]
+    reasons, rest = _reasons(records, room)
+    return dataclasses.replace(shown, reasons=reasons, rest=rest)
 
 
 def render_summary(
     stats: CUDAGraphStats, backend: str, stages: Sequence[str], scope: str = ""
-) -> str:
-    """Return, for each of ``stages`` in that order, its graphs, and why steps ran in a lower mode than asked.
+) -> Summary:
+    """Return, for each of ``stages``, its graphs, and why steps ran in a lower mode than asked.
+
+    Times are those of the host, for a step: on a GPU, work may go on after the host is done.
 
     Args:
         stats: The counts.
-        backend: The name of the backend.
-        stages: The stages to show.
+        backend: The name of the backend; empty if it is unknown.
+        stages: The stages to show, in that order.
         scope: What the counts are of, if there is more than one run.
     """
-    lines = [f"CUDA graphs (backend: {backend}){f', {scope}' if scope else ''}"]
-    for stage in stages:
-        counts = stats.steps_of(stage)
-        if not counts:
-            continue
-        steps = ", ".join(f"{number} steps {_WORDS[mode]}" for mode, number in counts.items())
-        shown = [f"{stage}: {steps}"]
-        entries = [
-            entry
-            for entry in stats.entries
-            if entry.stage == stage and (entry.captures or entry.replays)
-        ]
-        if entries:
-            shown += _table(_HEADERS, _graph_rows(entries))
-            shown += _time_lines(stats, backend, stage)
-        shown += _again_lines(entries)
-        if any(entry.within_spread for entry in entries):
-            shown.append("  replays match eager within the difference between two eager runs")
-        shown += _hint_lines(stats, stage)
-        reasons = [record for record in stats.reasons if record.stage == stage]
-        lines += ["", *shown, *_reason_lines(reasons, _MOST_LINES - len(shown))]
-    return "\n".join(lines)
+    heading = f"CUDA graphs (backend: {backend})" if backend else "CUDA graphs"
+    counted = [(stage, stats.steps_of(stage)) for stage in stages]
+    shown = [_summarize(stats, backend, stage, counts) for stage, counts in counted if counts]
+    return Summary(f"{heading}{f', {scope}' if scope else ''}", shown)

@@ -1,7 +1,9 @@
 """Who runs a step, and how that is decided.
 
+- ``ahead.py``: captures graphs of batches that have not come yet.
 - ``changing_values.py``: plain values that differ in every batch, such as file names.
 - ``dispatcher.py``: the only place that decides in which mode a step or a call runs.
+- ``examples.py``: batches that are captured ahead, as the runtime sees them.
 - ``outcome.py``: the result of a step or a call, with its mode and its reason.
 - ``profiling.py``: ranges that profilers and traces show.
 - ``session.py``: one module in one run: builds, starts and stops the parts.

@@ -540,6 +540,15 @@ class CUDAGraphDispatcher:
         variant.entry = entry
         variant.verify_at = self._next_verification(1)
 
+    def captured_ahead(self, variant: Variant) -> None:
+        """Record that the captured graph has not run any step yet."""
+        variant.verify_at = self._next_verification(0)
+
+    def forget(self, descriptor: BatchDescriptor) -> None:
+        """Forget a key without a graph, as if none of its steps had run."""
+        self._states.pop(descriptor.fields, None)
+        self._unrepeated.discard(descriptor.fields)
+
     def evicted(self, state: KeyState, why: str) -> None:
         """Record that a graph of this key was dropped to make room for another one."""
         state.ledger.spend(CAPTURE_COST)

@@ -28,6 +28,7 @@ from cg_lightning.modules.compilation import Compilation
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.changing_values import ChangingValues
 from cg_lightning.runtime.dispatcher import Guards, KeyState, Plan, Unguarded, Variant
+from cg_lightning.runtime.examples import Examples
 from cg_lightning.runtime.profiling import Profiler, Ranges
 from cg_lightning.runtime.submodule_runner import SubmoduleRunner
 from cg_lightning.runtime.target import GraphTarget
@@ -77,12 +78,13 @@ class Session:
         self.watcher = StepWatcher(module, backend, effects=effects)
         self.changing_values = ChangingValues()
         self.host_copies = HostCopies()
-        self._written = WrittenTensors()
-        self._capturer = Capturer(backend, settings, self.cache, self._written)
+        self.written = WrittenTensors()
+        """Tensors, other than buffers, that steps were seen to write to."""
+        self._capturer = Capturer(backend, settings, self.cache, self.written)
         self._compilation = Compilation(settings.compile_arguments)
         is_compiled = settings.compile_arguments is not None
         tolerance = "close" if is_compiled else settings.verify_tolerance
-        self._verifier = Verifier(backend, tolerance, self._written, self._compilation.suspended)
+        self._verifier = Verifier(backend, tolerance, self.written, self._compilation.suspended)
         self.target = self._make_target(module, CUDAGraphMode.FULL, effects)
         self._submodules: dict[int, SubmoduleRunner] = {}
         self._is_installed = False
@@ -90,6 +92,8 @@ class Session:
         """The arguments of the current step that guards look at, by name."""
         self.without_key: dict[BatchDescriptor, Reason] = {}
         """Why batches cannot be part of a key, by the key that their steps have instead."""
+        self.examples: Examples | None = None
+        """Batches to capture ahead; None: none."""
         self.is_first_step = True
         """True until the first step after :meth:`install`."""
 
@@ -158,7 +162,7 @@ class Session:
         self.cache.drop_all()
         self.target.dispatcher.reset(text)
         self.changing_values = ChangingValues()
-        self._written.clear()
+        self.written.clear()
         for runner in self._submodules.values():
             runner.remove()
         self._submodules.clear()
@@ -177,7 +181,9 @@ class Session:
 
     def watched(self, plan: Plan, watched: WatchedStep) -> None:
         """Report a watched step to the dispatcher, and find the submodules to capture."""
-        full = self._full_reason(plan.state, watched)
+        full = self.full_reason(plan.state.descriptor, watched)
+        if full is None and watched.path is not None:
+            full = self.target.dispatcher.varying(plan.state)
         piecewise = None
         if self.settings.targets is None and not watched.largest_capturable():
             piecewise = NO_TARGET
@@ -196,7 +202,7 @@ class Session:
         if variant.path is not None and watched.path is not None:
             watched.path.use(self.host_copies)
         self._drop(dispatcher.watched(plan.state, variant, plan.variant))
-        self._written.update(watched.written)
+        self.written.update(watched.written)
         if not is_full:
             self.find_submodules(plan.state.descriptor, variant, plan.state.warmup_runs)
 
@@ -227,13 +233,13 @@ class Session:
         guards = self._guards(watched, of_trainer_only=True)
         return Unguarded() if guards.is_empty else guards
 
-    def _full_reason(self, state: KeyState, watched: WatchedStep) -> Reason | None:
-        if state.descriptor in self.without_key:
-            return self.without_key[state.descriptor]
+    def full_reason(self, descriptor: BatchDescriptor, watched: WatchedStep) -> Reason | None:
+        """Return why a watched step cannot be one graph; None if it can."""
+        if descriptor in self.without_key:
+            return self.without_key[descriptor]
         if watched.findings:
             return watched.findings[0].reason()
-        varying = None if watched.path is None else self.target.dispatcher.varying(state)
-        return varying or self.changing_values.reason(state.descriptor)
+        return self.changing_values.reason(descriptor)
 
     def find_submodules(self, step: BatchDescriptor, variant: Variant, runs: int) -> None:
         """Intercept the submodules of a watched step, and pass each one its findings.

@@ -26,6 +26,8 @@ from cg_lightning.core.forward_context import (
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import WARM_UP, Reason, Status
 from cg_lightning.report.stats import HostTime, StepsRecord
+from cg_lightning.report.timeline import Ran
+from cg_lightning.runtime.ahead import CaptureAhead
 from cg_lightning.runtime.dispatcher import Action, KeyState, Plan, Variant
 from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.session import BATCH_INDEX, Session
@@ -53,6 +55,17 @@ def first_parameter(step: Step) -> str:
     return names[0] if names else ""
 
 
+def _how(action: Action, outcome: Outcome) -> Ran:
+    """Return how a step ran that was no plain replay."""
+    if action in (Action.WATCH, Action.WARM_UP):
+        return Ran.WARM_UP
+    if outcome.mode is PIECEWISE:
+        return Ran.PIECEWISE
+    if outcome.mode is NONE:
+        return Ran.EAGER
+    return Ran.CAPTURE if action is Action.CAPTURE else Ran.COMPARED
+
+
 class StepRunner:
     """Runs each step of one stage in the mode that its batch allows.
 
@@ -73,6 +86,7 @@ class StepRunner:
         self._step = step
         self._batch_name = first_parameter(step)
         self._dispatcher = session.target.dispatcher
+        self._times = session.stats.timeline.rows
         self._compares_index = False
         """Whether a watched step has compared ``batch_idx``, so that guards look at it."""
 
@@ -119,7 +133,9 @@ class StepRunner:
             else:
                 output = plan.variant.entry.replay(leaves, session.cache.step)
             plan.variant.entry.count()
-            plan.variant.entry.took(perf_counter() - start)
+            seconds = perf_counter() - start
+            plan.variant.entry.took(seconds)
+            self._times.append((self._stage, Ran.REPLAY, seconds, None))
             return output
         return self._run(plan, args, kwargs, leaves)
 
@@ -155,6 +171,7 @@ class StepRunner:
         self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]
     ) -> Any:
         descriptor, variant = plan.state.descriptor, plan.variant
+        began = perf_counter()
         if plan.action in (Action.CAPTURE, Action.VERIFY):
             call = GraphCall(descriptor, self._invoke, args[0], leaves, args[1:], kwargs)
             with self._session.ranges.range(plan.action.name.lower()):
@@ -177,6 +194,8 @@ class StepRunner:
             outcome = self._run_eagerly(descriptor, args, kwargs, plan.reason)
             if plan.action is Action.WARM_UP:
                 self._host_time(NONE, descriptor).add(perf_counter() - start)
+        seconds, how = perf_counter() - began, _how(plan.action, outcome)
+        self._times.append((self._stage, how, seconds, outcome.reason))
         return self._finish(outcome, descriptor, variant)
 
     def _invoke(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -190,7 +209,15 @@ class StepRunner:
         if watched.comparisons:
             self._compares_index = True
             self._session.arguments[BATCH_INDEX] = args[1]
-        self._session.watched(plan, watched)
+        session, descriptor = self._session, plan.state.descriptor
+        session.watched(plan, watched)
+        if (
+            session.examples is not None
+            and session.full_reason(descriptor, watched) is None
+            and session.target.guard.check()  # or else the step has changed the module
+        ):
+            ahead = CaptureAhead(session, self._stage, self._name, self._invoke)
+            ahead.run(session.examples, descriptor.dataloader_idx, args[1:], kwargs)
         return Outcome(output, NONE, plan.reason)
 
     def _run_piecewise(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
@@ -232,7 +259,10 @@ class StepRunner:
         return self._session.stats.host_time(self._stage, mode.name, descriptor.shapes())
 
     def _eager(self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: Reason) -> Any:
-        return self._finish(self._run_eagerly(None, args, kwargs, reason), None, None)
+        began = perf_counter()
+        outcome = self._run_eagerly(None, args, kwargs, reason)
+        self._times.append((self._stage, Ran.EAGER, perf_counter() - began, reason))
+        return self._finish(outcome, None, None)
 
     def _finish(
         self, outcome: Outcome, descriptor: BatchDescriptor | None, variant: Variant | None

@@ -13,6 +13,7 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.core.errors import CaptureError, StateLeftError, UnkeyableBatchError
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.host_values.path import ReadPath
@@ -87,15 +88,7 @@ class GraphTarget:
         """
         variant = plan.variant
         assert variant is not None
-        target = CaptureTarget(
-            self.mode,
-            self.module,
-            self._effects,
-            self.guard.storage_addresses(),
-            self._stats.entry(self.mode.name, name, call.descriptor),
-            plan.state.ledger.why,
-            variant.path.reads if isinstance(variant.path, ReadPath) else [],
-        )
+        target = self._capture_target(name, plan, call)
         get_entry = functools.partial(self._get_entry, target, plan, call)
         prefix = f"{name}: " if self.mode is CUDAGraphMode.PIECEWISE else ""
         if plan.action is Action.CAPTURE and self._settings.next_verification(0) != 0:
@@ -115,6 +108,39 @@ class GraphTarget:
         assert isinstance(variant.entry, GraphEntry)
         variant.entry.count()
         return Outcome(verdict.output, self.mode)
+
+    def capture_ahead(self, name: str, plan: Plan, call: GraphCall) -> Reason | None:
+        """Capture the call, and do not run it. The first replay is compared with eager.
+
+        Args:
+            name: The name of the target in the statistics.
+            plan: The decision.
+            call: The call.
+
+        Returns:
+            Why it could not be captured; None if there is a graph.
+        """
+        assert plan.variant is not None
+        try:
+            self._get_entry(self._capture_target(name, plan, call), plan, call)
+        except (CaptureError, UnkeyableBatchError) as error:
+            return reason_of(error)
+        self.dispatcher.captured_ahead(plan.variant)
+        return None
+
+    def _capture_target(self, name: str, plan: Plan, call: GraphCall) -> CaptureTarget:
+        variant = plan.variant
+        assert variant is not None
+        return CaptureTarget(
+            self.mode,
+            self.module,
+            self._effects,
+            self.guard.storage_addresses(),
+            self._stats.entry(self.mode.name, name, call.descriptor),
+            plan.state.ledger.why,
+            variant.path.reads if isinstance(variant.path, ReadPath) else [],
+            variant.watched.late if isinstance(variant.watched, WatchedStep) else (),
+        )
 
     def _report(self, name: str, call: GraphCall, verdict: Verdict) -> Reason:
         """Warn about a replay that differs from eager, and return the reason for the lower mode."""

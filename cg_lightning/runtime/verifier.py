@@ -16,6 +16,7 @@ from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.core.equality import same_leaf
 from cg_lightning.core.errors import CaptureError, UnkeyableBatchError
 from cg_lightning.core.tree import flatten, leaf_paths
+from cg_lightning.effects.module_effects import Comparison
 from cg_lightning.effects.step_state import StepState
 
 _LIKELY_CAUSE = (
@@ -37,6 +38,12 @@ class Verdict(NamedTuple):
 
 def _leaves(output: Any, values: list[tuple[str, Any]]) -> list[Any]:
     return [*flatten(output)[0], *[value for _, value in values]]
+
+
+def _values(state: StepState, comparison: Comparison | None) -> list[tuple[str, Any]]:
+    """Return names and values of everything that the latest run has changed or handed out."""
+    late = [] if comparison is None else comparison.late_arguments()
+    return [*state.values(), *late]
 
 
 def _is_within(one: Any, other: Any, spread: float) -> bool:
@@ -103,17 +110,18 @@ class Verifier:
             step: The number of the current step.
         """
         comparing = (
-            contextlib.nullcontext() if target.effects is None else target.effects.comparing()
+            contextlib.nullcontext()
+            if target.effects is None
+            else target.effects.comparing(target.late)
         )
         with comparing as comparison:
+            return self._compare(target, call, comparison, get_entry, step)
 
-            def eager() -> Any:
-                with self._as_written():
-                    if comparison is None:
-                        return call.run_eagerly()
-                    return comparison.run(call.run_eagerly)
-
-            return self._compare(target, call, eager, get_entry, step)
+    def _run_eagerly(self, call: GraphCall, comparison: Comparison | None) -> Any:
+        with self._as_written():
+            if comparison is None:
+                return call.run_eagerly()
+            return comparison.run(call.run_eagerly)
 
     def _state(self, target: CaptureTarget, call: GraphCall) -> StepState:
         given = (call.tree, call.frozen_args, call.frozen_kwargs)
@@ -123,19 +131,19 @@ class Verifier:
         self,
         target: CaptureTarget,
         call: GraphCall,
-        eager: Callable[[], Any],
+        comparison: Comparison | None,
         get_entry: Callable[[], GraphEntry],
         step: int,
     ) -> Verdict:
         before = self._state(target, call)
         given = [(leaf, leaf.clone()) for leaf in call.leaves if isinstance(leaf, Tensor)]
-        expected = eager()
+        expected = self._run_eagerly(call, comparison)
         # a graph writes to its own copies
         if not all(same_leaf(leaf, value) for leaf, value in given):
             return Verdict(expected, "it changes a tensor that it is given")
         if before.containers.changed():
             return Verdict(expected, "it changes a container that it is given")
-        expected_values = before.values()
+        expected_values = _values(before, comparison)
         after_eager = self._state(target, call)
         before.restore()
         try:
@@ -145,7 +153,7 @@ class Verifier:
             return Verdict(expected, error=error)
         output = entry.replay(call.leaves, step)
         wanted = _leaves(expected, expected_values)
-        found = _leaves(output, before.values())
+        found = _leaves(output, _values(before, comparison))
         if len(wanted) != len(found):
             after_eager.restore()
             return Verdict(
@@ -158,7 +166,7 @@ class Verifier:
         if not differing:
             return Verdict(output)
         before.restore()
-        again = _leaves(eager(), before.values())
+        again = _leaves(self._run_eagerly(call, comparison), _values(before, comparison))
         after_eager.restore()
         if len(again) != len(wanted):
             return Verdict(

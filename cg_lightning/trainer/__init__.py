@@ -1,10 +1,13 @@
 """Everything that knows Lightning.
 
 - ``batch_transfer.py``: copies batches to the device beside the computation.
+- ``examples.py``: batches of a run that are captured ahead.
 - ``installation.py``: intercepts the steps of a stage at the strategy, and restores them.
 - ``log_calls.py``: repeats ``self.log`` after a replay, for a Lightning version that stores logged
   values in an unknown way.
 - ``logged_results.py``: adapter for Lightning's private results collection, which stores values
   passed to ``self.log``.
+- ``loggers.py``: sends numbers to the loggers of a Trainer.
 - ``preconditions.py``: conditions that are checked before the first batch.
+- ``progress.py``: a bar for captures ahead, of the same kind as the bar of the Trainer.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -14,6 +15,7 @@ from cg_lightning.backends import CapturedGraph
 from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.core.stages import STEP_METHODS
 from cg_lightning.report.stats import CUDAGraphStats
+from cg_lightning.report.timeline import Ran
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner
 from cg_lightning.trainer.batch_transfer import NotedTransfer, OverlappedTransfer
@@ -159,7 +161,9 @@ class InertInstallation:
 
     def _run_step(self, stage: str, *args: Any, **kwargs: Any) -> Any:
         step = getattr(type(self._strategy), STEP_METHODS[stage])
+        began = perf_counter()
         output = step(self._strategy, *args, **kwargs)
+        self._stats.timeline.add(stage, Ran.EAGER, began, self._reason)
         self._stats.ran(stage, "NONE", "-", self._reason)
         return output
 

@@ -96,6 +96,13 @@ class LoggedResults:
             self.collection.reset(metrics=False, fx=fx)
             self.connector._current_fx = fx
 
+    def begin_batch(self, batch: Any) -> None:
+        """Take the size of ``batch`` as the weight of what the next step logs, as Lightning does."""
+        results = self.collection
+        if results is not None:
+            results.batch = batch
+            results.batch_size = None
+
     def begin_stage(self) -> None:
         """Skip Lightning's per-step scan of logged values if none has ``on_step=True``."""
         results = self.collection

@@ -9,6 +9,8 @@
 - ``hooks.py``: forward hooks: arbitrary code around the call of a module.
 - ``host_reads.py``: calls that wait for the device, and that the dispatcher does not show.
 - ``host_values.py``: reads on the host whose values are known before the step.
+- ``late_updates.py``: updates of metrics that may follow the step, because the step uses nothing of
+  them.
 - ``logging.py``: ``self.log`` and ``self.log_dict``.
 - ``metric_updates.py``: what a step does to metrics that a graph cannot hold, or a replay not bring
   up to date.

@@ -107,7 +107,10 @@ class MetricUpdates(Detector):
                 stack.enter_context(replacing(self._only_for_submodules))
             yield
         for handler in handlers:
-            handler.finish()
+            late = self.watch.late_unit(handler.metric)
+            findings = self.watch.step.findings if late is None else late.findings
+            with self.watch.setting_aside(findings):
+                handler.finish()
         # a collection waits for the device when it forms its groups, and what is logged when it is
         # first given a place there
         formed_groups = any(collection._groups_checked for collection in ungrouped)

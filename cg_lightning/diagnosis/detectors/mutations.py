@@ -14,9 +14,9 @@ from torch.nn.parameter import is_lazy
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.equality import same_leaf
-from cg_lightning.core.tree import flatten
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import AT_THE_END
+from cg_lightning.diagnosis.operands import addresses_in, written_tensors
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall, WrittenTensors
 from cg_lightning.effects.containers import ContainersSnapshot
@@ -124,32 +124,19 @@ class Mutations(Detector):
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
-        if not function._schema.is_mutable:
-            return
-        arguments = function._schema.arguments
-        written = [
-            value
-            for argument, value in zip(arguments, args, strict=False)
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]
-        written += [
-            kwargs[argument.name]
-            for argument in arguments
-            if argument.alias_info is not None and argument.name in kwargs
-        ]
-        tensors = [leaf for leaf in flatten(written)[0] if isinstance(leaf, Tensor)]
+        tensors = written_tensors(function, args, kwargs)
         self._add(tensors, function._schema.name)
 
     def after_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
-        made = _addresses_in(output)
+        made = addresses_in(output)
         made -= self._made
         if made:
-            made -= _addresses_in(args)
+            made -= addresses_in(args)
             if kwargs:
-                made -= _addresses_in(list(kwargs.values()))
+                made -= addresses_in(list(kwargs.values()))
             self._made |= made
 
     def _add(self, tensors: list[Tensor], operation: str) -> None:
@@ -166,19 +153,6 @@ class Mutations(Detector):
             call for call in self.watch.stack if not addresses.isdisjoint(call.input_addresses)
         ]
         self.watch.report(Cause.INPUT_MUTATED, operation, calls=given)
-
-
-def _addresses_in(values: Any) -> set[int]:
-    """Where the storages of the tensors begin that an operation takes or returns."""
-    if isinstance(values, Tensor):
-        return addresses_of((values,))
-    if not isinstance(values, (tuple, list)):
-        return set()
-    found = addresses_of([value for value in values if isinstance(value, Tensor)])
-    for value in values:
-        if isinstance(value, (tuple, list)):
-            found |= _addresses_in(value)
-    return found
 
 
 class _TensorCopies:

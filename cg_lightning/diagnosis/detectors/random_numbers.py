@@ -44,9 +44,16 @@ class RandomNumbers(Detector):
     def around_step(self) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         with self._noticing_draws(), self._noticing_seeds():
-            before = self._state()
+            self._begin = self._state()
             yield
-            self._compare(before)
+            self._compare(self._begin)
+
+    @contextlib.contextmanager
+    def around_update(self) -> Iterator[None]:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`: ``LateUpdates`` compares it."""
+        self._compare(self._begin)
+        yield
+        self._begin = self._state()
 
     @contextlib.contextmanager
     def around_call(self, call: ModuleCall) -> Iterator[None]:

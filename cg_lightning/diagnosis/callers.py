@@ -1,0 +1,99 @@
+"""What the functions that are running do with a call that they have made."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType, FrameType
+
+import torch
+import torchmetrics
+
+from cg_lightning.diagnosis.findings import is_our_file
+
+_WATCHER = str(Path(__file__).with_name("watcher.py"))
+_TORCH = f"{Path(torch.__file__).parent}/"
+_TORCHMETRICS = f"{Path(torchmetrics.__file__).parent}/"
+
+
+def callers() -> Iterator[FrameType]:
+    """Yield the frames of the watched step, the innermost first: neither ours nor PyTorch's."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file == _WATCHER and frame.f_code.co_name == "watch":
+            return
+        if not (is_our_file(file) or file.startswith(_TORCH)):
+            yield frame
+        frame = frame.f_back
+
+
+def is_reader_ours(reader: FrameType) -> bool:
+    """Return True if we ourselves have called what reads an attribute, such as ``modules()``."""
+    frame: FrameType | None = reader
+    while frame is not None and frame.f_code.co_filename.startswith((_TORCH, _TORCHMETRICS)):
+        frame = frame.f_back
+    return frame is not None and is_our_file(frame.f_code.co_filename)
+
+
+def is_search_for_modules(reader: FrameType) -> bool:
+    """Return True if an attribute is only read to list modules, as the first ``self.log`` does.
+
+    Metrics read their states to be members of a set.
+    """
+    return reader.f_code.co_name in ("named_modules", "__hash__") and (
+        reader.f_code.co_filename.startswith((_TORCH, _TORCHMETRICS))
+    )
+
+
+def is_value_dropped(frame: FrameType) -> bool:
+    """Return True if nothing reads what the call returns that ``frame`` has made.
+
+    It is dropped at once, or stored in a local variable that the function never reads.
+    """
+    after = _instructions_after(frame.f_code).get(frame.f_lasti)
+    if after is None:
+        return False
+    if after.opname == "POP_TOP":
+        return True
+    if after.opname != "STORE_FAST":
+        return False
+    name = after.argval
+    names = frame.f_code.co_names
+    return not ({"locals", "eval", "exec", "vars", "dir"} & set(names)) and not any(
+        name == step.argval or (isinstance(step.argval, tuple) and name in step.argval)
+        for step in dis.get_instructions(frame.f_code)
+        if step.opname not in ("STORE_FAST", "DELETE_FAST")
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _instructions_after(code: CodeType) -> dict[int, dis.Instruction]:
+    """Return the instruction after each call, by the offset of the call."""
+    steps = list(dis.get_instructions(code))
+    return {
+        step.offset: after
+        for step, after in itertools.pairwise(steps)
+        if step.opname.startswith("CALL")
+    }
+
+
+def is_exception_handled(frame: FrameType) -> bool:
+    """Return True if ``frame`` is inside ``try`` or ``with``; also if that cannot be known."""
+    entries = getattr(dis.Bytecode(frame.f_code), "exception_entries", None)
+    if entries is None:  # Python 3.10
+        return True
+    handlers = {step.offset for step in _handlers(frame.f_code)}
+    return any(
+        entry.start <= frame.f_lasti < entry.end and entry.target in handlers for entry in entries
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _handlers(code: CodeType) -> list[dis.Instruction]:
+    """Return the first instruction of each handler. Inlined comprehensions have others."""
+    return [step for step in dis.get_instructions(code) if step.opname == "PUSH_EXC_INFO"]

@@ -1,0 +1,252 @@
+"""Updates of metrics that may follow the step, because the step uses nothing of them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+
+from cg_lightning.core.causes import Cause
+from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.core.equality import same_leaf
+from cg_lightning.core.kernel_flags import kernel_flags
+from cg_lightning.core.tree import flatten
+from cg_lightning.diagnosis.callers import (
+    callers,
+    is_exception_handled,
+    is_reader_ours,
+    is_search_for_modules,
+    is_value_dropped,
+)
+from cg_lightning.diagnosis.detector import Detector
+from cg_lightning.diagnosis.late_unit import LateUnit
+from cg_lightning.diagnosis.operands import addresses_in, written_tensors
+from cg_lightning.diagnosis.step_watch import StepWatch
+from cg_lightning.effects.late_updates import VALUE
+from cg_lightning.effects.step_state import HostRandomState
+from cg_lightning.guards.values import addresses_of
+from cg_lightning.metrics.units import METHODS, calls_from_outside
+from cg_lightning.modules.interception import Interception, ModuleHandler
+
+_READ_BY_CALLERS = ("__class__", *METHODS)
+_READ_BY_LOG = (*_READ_BY_CALLERS, "device", "_device", VALUE)
+
+
+class LateUpdates(Detector):
+    """Decides for each unit of metrics whether its calls may follow the step.
+
+    A graph then leaves the calls out, and what it could not hold in them is no finding of the
+    step. That is safe if the call and the rest of the step do not see each other:
+
+    - The step does not use the value of ``metric(...)``, and neither reads nor writes the metric.
+      ``self.log`` of it is repeated as well.
+    - After the call, the step writes to nothing that the call has read, arguments included. The
+      call writes to nothing but the metric.
+    - After the call, the step draws no random number.
+    - An error of the call leaves the step: nothing in the step handles it.
+    - Grad mode, autocast and the like are those of the whole step.
+    - A replay can make the arguments.
+    """
+
+    causes = (Cause.HOST_RANDOMNESS, Cause.METRIC_UPDATED)
+
+    def __init__(self, watch: StepWatch) -> None:
+        super().__init__(watch)
+        self._current: LateUnit | None = None
+        self._called: list[LateUnit] = []
+        self._flags: tuple[Any, ...] = ()
+        self._random: HostRandomState | None = None
+        """The state of the host's generators after the latest call."""
+        self._own: set[int] = set()
+        """Addresses of the metric's states, and of what the current call has made."""
+        self._seen: dict[int, tuple[Tensor, list[LateUnit]]] = {}
+        """What calls have read, by address, with a tensor that keeps the memory."""
+        self._arguments: list[tuple[LateUnit, Tensor, Tensor]] = []
+        """Arguments, with copies of them."""
+
+    @contextlib.contextmanager
+    def around_step(self) -> Iterator[None]:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        units = self.watch.late_units
+        if not units:
+            yield
+            return
+        self._flags = kernel_flags()
+        with contextlib.ExitStack() as stack:
+            for late in units:
+                for metric in late.unit.metrics:
+                    handler = _AccessHandler(self, late)
+                    stack.callback(Interception(metric, handler).remove)
+            stack.callback(self._seen.clear)
+            stack.callback(self._arguments.clear)
+            stack.enter_context(calls_from_outside([late.unit for late in units], self._call))
+            yield
+        for late in units:
+            if not late.is_late:
+                self.watch.step.findings.extend(map(late.explain, late.findings))
+
+    def returned(self, call: Any, output: Any) -> None:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        if call is not self.watch.step:
+            return
+        self._check_draws()
+        with self.watch.paused():
+            for late, tensor, before in self._arguments:
+                if not same_leaf(tensor, before):
+                    late.refuse("whose argument the step changes later")
+
+    def _call(
+        self,
+        metric: nn.Module,
+        method: str,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        late = self.watch.late_unit(metric)
+        assert late is not None
+        self._check_draws()
+        self._check_call(late, metric, method, args, kwargs)
+        late.is_called = True
+        self._called.append(late)
+        with self.watch.paused():
+            self._own = _addresses_inside(late)
+        self._current = late
+        before = HostRandomState()
+        try:
+            with self.watch.setting_aside(late.findings):
+                output = original(*args, **kwargs)
+                if before.was_drawn(self.watch.device_type):
+                    self.watch.report_unless_found(Cause.HOST_RANDOMNESS, "random state moved")
+        finally:
+            self._current = None
+        self._random = HostRandomState()
+        is_unused = method == "to" or (method == "update" and output is None)
+        if not is_unused and not is_value_dropped(next(callers())):
+            late.refuse("whose value is used")
+        return output
+
+    def _check_call(
+        self,
+        late: LateUnit,
+        metric: nn.Module,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        if (method == "to") is not self.watch.is_in_framework:
+            late.refuse("that the step moves")
+        if method == "__call__" and late.is_logged:
+            late.refuse("that is logged before it is updated")
+        if kernel_flags() != self._flags:
+            late.refuse("that is updated under settings of its own")
+        if method != "to" and any(map(is_exception_handled, callers())):
+            late.refuse("that is updated inside try or with")
+        for leaf in flatten((args, kwargs))[0]:
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+                self._see(late, leaf)
+                with self.watch.paused():
+                    self._arguments.append((late, leaf, leaf.clone()))
+            elif not is_plain_value(leaf):
+                late.refuse(f"that is given a {type(leaf).__name__}")
+            elif isinstance(leaf, str):  # what is computed from it is no work of the device
+                with self.watch.setting_aside(late.findings):
+                    words = f"{type(metric).__name__}.{method} reads a text"
+                    self.watch.report_unless_found(Cause.METRIC_UPDATED, words)
+
+    def _see(self, late: LateUnit, tensor: Tensor) -> None:
+        for address in addresses_of([tensor]) - self._own:
+            self._seen.setdefault(address, (tensor, []))[1].append(late)
+
+    def _check_draws(self) -> None:
+        """Refuse the units that were called if the step has drawn a number since then."""
+        if self._random is not None and self._random.was_drawn(self.watch.device_type):
+            self._refuse_called()
+
+    def _refuse_called(self) -> None:
+        for late in self._called:
+            late.refuse("after whose update the step draws a random number")
+
+    def access(self, late: LateUnit, name: str, is_write: bool) -> None:
+        """Note that something reads or sets an attribute of a metric."""
+        if self._current is late or self.watch.is_paused:
+            return
+        if is_reader_ours(sys._getframe(3)):  # below the handler and the interception
+            return
+        if self._current is not None:
+            late.refuse("that another metric uses")
+            self._current.refuse("that uses another metric")
+        elif is_write:
+            late.refuse("that the step changes")
+        elif not self.watch.is_in_framework:
+            if name not in _READ_BY_CALLERS:
+                late.refuse("that the step reads")
+        elif name == VALUE:
+            late.is_logged = True
+            effects = self.watch.effects
+            if effects is not None and not effects.logs_in_graph():
+                late.refuse("that is logged")
+        elif name not in _READ_BY_LOG and not is_search_for_modules(sys._getframe(3)):
+            late.refuse("that self.log reads")
+
+    def before_operation(
+        self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        if not self._called:
+            return
+        late = self._current
+        if late is None and torch.Tag.nondeterministic_seeded in function.tags:
+            self._refuse_called()
+        name = function._schema.name
+        if name == "aten::lift_fresh":  # torch.tensor has made it, which nothing else shows
+            self._own |= addresses_in(args)
+        # torch.tensor detaches what it has made, which changes no value
+        mutated = [] if name == "aten::detach_" else written_tensors(function, args, kwargs)
+        written = addresses_of(mutated)
+        if late is None:
+            for address in written & self._seen.keys():
+                for other in self._seen[address][1]:
+                    other.refuse("whose argument the step changes later")
+            return
+        if written - self._own:
+            late.refuse("that changes a tensor of the step")
+        for leaf in flatten((args, kwargs))[0]:
+            if isinstance(leaf, Tensor):
+                self._see(late, leaf)
+
+    def after_operation(
+        self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        if self._current is not None:
+            self._own |= addresses_in(output) - addresses_in((*args, *kwargs.values()))
+
+
+class _AccessHandler(ModuleHandler):
+    def __init__(self, detector: LateUpdates, late: LateUnit) -> None:
+        self._detector = detector
+        self._late = late
+
+    def on_read(self, name: str) -> None:
+        """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
+        self._detector.access(self._late, name, is_write=False)
+
+    def on_write(self, name: str, value: Any) -> None:
+        """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
+        self._detector.access(self._late, name, is_write=True)
+
+
+def _addresses_inside(late: LateUnit) -> set[int]:
+    modules = [module for metric in late.unit.metrics for module in metric.modules()]
+    return addresses_of(
+        leaf
+        for module in modules
+        for leaf in flatten(dict(vars(module)))[0]
+        if isinstance(leaf, Tensor) and leaf.layout is torch.strided
+    )

@@ -1,0 +1,43 @@
+"""What a watched step showed of one unit of metrics: whether its updates may follow the step."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from cg_lightning.diagnosis.findings import Finding
+from cg_lightning.metrics.units import MetricUnit
+
+
+class LateUnit:
+    """A unit of metrics in one watched step.
+
+    Args:
+        unit: The metrics.
+    """
+
+    def __init__(self, unit: MetricUnit) -> None:
+        self.unit = unit
+        self.findings: list[Finding] = []
+        """What a graph cannot hold, in calls of these metrics."""
+        self.is_called = False
+        """Whether the step has called one of these metrics."""
+        self.is_logged = False
+        """Whether ``self.log`` has read the value of one of these metrics."""
+        self.refusal = ""
+        """Why the calls cannot follow the step; empty if they can."""
+
+    def refuse(self, why: str) -> None:
+        """Note why the calls cannot follow the step. The first reason stays."""
+        self.refusal = self.refusal or why
+
+    @property
+    def is_late(self) -> bool:
+        """Whether a graph leaves the calls out, and they are made after each replay."""
+        return bool(self.findings) and self.is_called and not self.refusal
+
+    def explain(self, finding: Finding) -> Finding:
+        """Return a finding of these metrics that also says why the calls cannot follow the step."""
+        if not self.refusal:
+            return finding
+        operation = f"{finding.operation} of a metric {self.refusal}"
+        return dataclasses.replace(finding, operation=operation)

@@ -1,0 +1,194 @@
+"""Updates of metrics that no graph can hold: they run eagerly after each replay.
+
+The step uses nothing of what such a call returns or changes (``diagnosis/detectors/late_updates.py``
+decides that). So the captured step leaves the call out, and hands out its arguments like outputs.
+The call is then the one of eager, with the same arguments, in the same order.
+
+What is hard here: ``self.log`` of such a metric moves the metric to its device, and copies the
+metric's latest value. So ``to`` is a late call as well, and a :class:`LateValue` stands for the
+value until the calls are made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+from torchmetrics import Metric
+
+from cg_lightning.core.tree import flatten, leaf_paths
+from cg_lightning.metrics.units import MetricUnit, calls_from_outside
+from cg_lightning.modules.interception import Interception, ModuleHandler
+
+VALUE = "_forward_cache"
+"""The attribute in which torchmetrics stores the value of the latest ``metric(...)``."""
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class LateCall(NamedTuple):
+    """A call of a metric, without its arguments."""
+
+    metric: nn.Module
+    method: str
+
+
+class LateValue:
+    """Stands for the latest value of a metric until its late calls are made."""
+
+    def __init__(self, metric: nn.Module) -> None:
+        self.metric = metric
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LateValue) and other.metric is self.metric
+
+    def __hash__(self) -> int:
+        return id(self.metric)
+
+    def get(self) -> Any:
+        """Return the value."""
+        return vars(self.metric)[VALUE]
+
+
+class _ValueReader(ModuleHandler):
+    """Returns a :class:`LateValue` when the latest value is read."""
+
+    def __init__(self, value: LateValue) -> None:
+        self._value = value
+
+    def get_missing(self, name: str) -> LateValue:
+        if name != VALUE:
+            raise AttributeError(name)
+        return self._value
+
+
+class CollectedCalls:
+    """The calls of one run of a step, which left them out."""
+
+    def __init__(self) -> None:
+        self.calls: list[LateCall] = []
+        self.arguments: list[Arguments] = []
+
+    def add(
+        self,
+        metric: nn.Module,
+        method: str,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Store a call. Return what the step expects: nobody uses the value of an update."""
+        self.calls.append(LateCall(metric, method))
+        self.arguments.append((args, kwargs))
+        return metric if method == "to" else None
+
+
+class LateUpdates:
+    """Collects late calls, and makes them. There is one for each run."""
+
+    def __init__(self) -> None:
+        self._is_held = False
+        self._latest: tuple[Sequence[LateCall], list[Arguments]] = ([], [])
+        """The calls of the latest run that left its calls out."""
+
+    @contextlib.contextmanager
+    def collected(self, units: Sequence[MetricUnit]) -> Iterator[CollectedCalls]:
+        """While this is entered, a step leaves out all calls of the metrics in ``units``."""
+        found = CollectedCalls()
+        if self._is_held:
+            self._latest = (found.calls, found.arguments)
+        if not units:
+            yield found
+            return
+        metrics = [m for unit in units for m in unit.metrics if isinstance(m, Metric)]
+        before = [(vars(metric), vars(metric).pop(VALUE)) for metric in metrics]
+        with contextlib.ExitStack() as stack:
+            for attributes, value in before:
+                stack.callback(attributes.__setitem__, VALUE, value)
+            for metric in metrics:
+                reader = _ValueReader(LateValue(metric))
+                stack.callback(Interception(metric, reader).remove)
+            stack.enter_context(calls_from_outside(units, found.add))
+            yield found
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """While this is entered, :meth:`make` only stores the calls: a verified step runs twice."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+            self._latest = ([], [])
+
+    def make(self, calls: Sequence[LateCall], arguments: list[Arguments]) -> bool:
+        """Make the calls, or store them. Return True if they were made."""
+        if self._is_held:
+            self._latest = (calls, arguments)
+            return False
+        for (metric, method), (args, kwargs) in zip(calls, arguments, strict=True):
+            getattr(metric, method)(*args, **kwargs)
+        return True
+
+    def latest_arguments(self) -> list[tuple[str, Any]]:
+        """Return names and values of the arguments of the latest calls that were left out."""
+        found = []
+        for (metric, method), given in zip(*self._latest, strict=True):
+            name = f"argument of {type(metric).__name__}.{method}: "
+            paths = [f"{name}{path}" for path in leaf_paths(given, "")]
+            found += list(zip(paths, flatten(given)[0], strict=True))
+        return found
+
+    def fill(self, metrics: Iterable[nn.Module]) -> None:
+        """Put the values of metrics in the place of each :class:`LateValue` in ``metrics``."""
+        for metric in metrics:
+            value = vars(metric).get(VALUE)
+            if isinstance(value, LateValue):
+                vars(metric)[VALUE] = value.get()
+
+
+class LateStep(NamedTuple):
+    """A step, for which it was decided which metrics are updated after it."""
+
+    updates: LateUpdates
+    units: Sequence[MetricUnit]
+
+    def collected(self) -> contextlib.AbstractContextManager[CollectedCalls]:
+        """While this is entered, the step leaves out all calls of these metrics."""
+        return self.updates.collected(self.units)
+
+    def is_late(self, metric: nn.Module) -> bool:
+        """Return True if ``metric`` is updated after the step."""
+        return any(other is metric for unit in self.units for other in unit.metrics)
+
+
+class MakeLateCalls:
+    """The late calls of one captured step. They are made after each replay, and come last.
+
+    Args:
+        updates: Makes them.
+        calls: The calls, in order.
+        values: Attributes of logged values, with the value that each stands for.
+    """
+
+    def __init__(
+        self,
+        updates: LateUpdates,
+        calls: Sequence[LateCall],
+        values: Sequence[tuple[dict[str, Any], LateValue]],
+    ) -> None:
+        self._updates = updates
+        self._calls = list(calls)
+        self._values = list(values)
+
+    def run(self, arguments: list[Arguments]) -> None:
+        """Make the calls.
+
+        Args:
+            arguments: The arguments of each call, made by the replay.
+        """
+        is_made = self._updates.make(self._calls, arguments)
+        for attributes, value in self._values:
+            attributes[VALUE] = value.get() if is_made else value

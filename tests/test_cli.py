@@ -1,0 +1,157 @@
+"""LightningCLI: the callback from arguments and from a YAML file, and its help."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+
+from cg_lightning.core.settings import CUDAGraphOptions, Settings
+
+pytest.importorskip("jsonargparse", reason="LightningCLI needs jsonargparse")
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+
+NAME = "cg_lightning.CUDAGraphCallback"
+SCRIPT = """
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+LightningCLI(BoringModel, BoringDataModule)
+"""
+CONFIG = """
+seed_everything: 1
+trainer:
+  accelerator: cpu
+  max_epochs: 1
+  limit_val_batches: 10
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  callbacks:
+    - class_path: cg_lightning.CUDAGraphCallback
+      init_args:
+        mode: FULL
+        stages: [validate]
+        backend: recorder
+        warmup_steps: 2
+        capture_ahead: true
+        options:
+          gc_disable: true
+          capture_error_mode: relaxed
+"""
+
+
+def cli(*arguments: str) -> None:
+    from lightning.pytorch.cli import LightningCLI
+
+    LightningCLI(BoringModel, BoringDataModule, args=list(arguments), save_config_callback=None)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        cli(*arguments)
+    assert caught.value.code in (0, None)
+    return capsys.readouterr().out
+
+
+def shown_default(default: object) -> str:
+    return "null" if default is None else str(default)
+
+
+def test_the_help_has_every_option_with_its_default(capsys):
+    text = " ".join(printed(capsys, "predict", f"--trainer.callbacks.help={NAME}").split())
+    text = text.split("Help for")[1]
+    for field in dataclasses.fields(Settings):
+        start = text.index(f"--trainer.callbacks.{field.name} ")
+        end = text.find(" --trainer.callbacks.", text.index("(type:", start))
+        described = text[start : end if end > 0 else None]
+        assert f"default: {shown_default(field.default)})" in described, described
+        assert len(described.split("(type:")[0].split()) > 4, "no words say what it means"
+    for choices in (
+        "Literal['NONE', 'PIECEWISE', 'FULL', 'FULL_AND_PIECEWISE']",
+        "Literal['validate', 'test', 'predict']",
+        "{exact,close}",
+        "{auto,cuda,recorder}",
+        "{true,false}",
+    ):
+        assert choices in text
+
+
+def test_a_yaml_file(capsys):
+    Path("run.yaml").write_text(CONFIG)
+    cli("fit", "--config=run.yaml")
+    assert "validate: 9 steps FULL, 1 steps eager" in capsys.readouterr().out
+    config = printed(capsys, "fit", "--config=run.yaml", "--print_config")
+    for line in ("mode: FULL", "capture_ahead: true", "gc_disable: true", "max_graphs: 64"):
+        assert line in config
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "part"),
+    [
+        ("warmup_steps: 2", "warmup: 2", "warmup"),
+        ("gc_disable: true", "gc: true", "gc"),
+        ("mode: FULL", "mode: FAST", "FAST"),
+        ("stages: [validate]", "stages: [fit]", "fit"),
+        ("backend: recorder", "verify_tolerance: loose", "loose"),
+    ],
+)
+def test_mistakes_in_a_yaml_file_name_what_was_given(capsys, old, new, part):
+    Path("run.yaml").write_text(CONFIG.replace(old, new))
+    with pytest.raises(SystemExit) as caught:
+        cli("fit", "--config=run.yaml")
+    assert caught.value.code == 2
+    assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "part"),
+    [
+        ("warmup_steps: 2", "warmup_steps: -1", "warmup_steps=-1 must be a whole number"),
+        ("mode: FULL", "mode: PIECEWISE", "capture_ahead=True captures whole steps"),
+    ],
+)
+def test_values_that_the_callback_refuses(old, new, part):
+    Path("run.yaml").write_text(CONFIG.replace(old, new))
+    with pytest.raises(ValueError, match=part):
+        cli("fit", "--config=run.yaml")
+
+
+def test_options_of_captures_on_the_command_line(capsys):
+    options = ["--trainer.callbacks.targets=null", "--trainer.callbacks.stages=[predict]"]
+    options += ["--trainer.callbacks.options.capture_error_mode=relaxed"]
+    config = printed(capsys, "predict", f"--trainer.callbacks+={NAME}", *options, "--print_config")
+    assert "capture_error_mode: relaxed" in config
+    assert all(f"{field.name}:" in config for field in dataclasses.fields(CUDAGraphOptions))
+
+
+@pytest.mark.slow
+def test_started_from_a_shell(tmp_path):
+    Path("cli.py").write_text(SCRIPT)
+    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [
+            *(sys.executable, "cli.py", "predict"),
+            f"--trainer.callbacks+={NAME}",
+            "--trainer.callbacks.mode=FULL",
+            "--trainer.callbacks.backend=recorder",
+            "--trainer.accelerator=cpu",
+            "--trainer.logger=false",
+        ],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "predict: " in done.stdout, done.stderr
+    assert " FULL" in done.stdout

@@ -1,0 +1,121 @@
+"""The summary where people look: in a terminal, in a file, in a notebook."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from cg_lightning import CUDAGraphCallback
+from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.report.stats import CUDAGraphStats
+from cg_lightning.report.summary import Summary, print_summary, render_summary
+from tests.harness import Harness, features, images
+from tests.models import Body, ConvNetClassifier, Predictor
+
+
+@pytest.fixture
+def callback(harness: Harness) -> CUDAGraphCallback:
+    """A callback after a run with graphs of two shapes and a partial batch."""
+    made = harness.callback()
+    harness.trainer(made).validate(ConvNetClassifier(4), images(43), verbose=False)
+    assert made.stats.steps["FULL"] > 0
+    return made
+
+
+def rendered(summary: Summary, width: int) -> str:
+    console = pytest.importorskip("rich.console")
+    file = io.StringIO()
+    console.Console(file=file, width=width, force_terminal=True, color_system=None).print(summary)
+    return file.getvalue()
+
+
+def test_the_summary_is_text(callback):
+    summary = callback.summary()
+    assert isinstance(summary, str)
+    assert repr(summary) == str(summary)
+    assert "validation_step" in summary
+    assert max(map(len, summary.splitlines())) <= 80
+    for other in (pickle.loads(pickle.dumps(summary)), copy.deepcopy(summary)):
+        assert other == summary
+        assert other._repr_html_() == summary._repr_html_()
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_by_rich_it_says_the_same_in_as_many_lines(callback, width):
+    shown = rendered(callback.summary(), width)
+    for word in "\n".join(callback.summary().splitlines()).split():
+        assert word in shown, shown
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= width
+    assert len(lines) <= len(callback.summary().splitlines())
+
+
+def test_brackets_are_no_markup():
+    stats = CUDAGraphStats()
+    for _ in range(3):
+        stats.ran("predict", "NONE", "2x8", Reason(Status.CHANGED, "self.table['[bold]'] is new"))
+    summary = render_summary(stats, "cuda", ["predict"])
+    assert "self.table['[bold]'] is new" in rendered(summary, 100)
+    assert "<b>" not in render_summary(stats, "<b>", ["predict"])._repr_html_()
+
+
+def test_a_notebook_shows_tables(callback):
+    for shown in (callback.summary()._repr_html_(), callback.stats._repr_html_()):
+        assert shown.count("<table>") == shown.count("</table>") == 2
+        assert "<th>us (eager)</th>" in shown
+        assert "<td>validation_step</td>" in shown
+        assert "validate: " in shown
+
+
+def test_a_file_gets_plain_text(callback, capsys):
+    print_summary(callback.summary())
+    assert capsys.readouterr().out == f"{callback.summary()}\n"
+
+
+def test_a_terminal_gets_colours(callback, capsys, monkeypatch):
+    rich = pytest.importorskip("rich.console")
+    console = rich.Console(force_terminal=True, color_system="standard")
+    monkeypatch.setattr("rich._console", console)
+    print_summary(callback.summary())
+    assert "\x1b[" in capsys.readouterr().out
+
+
+def test_without_rich_it_is_plain_text(callback, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    print_summary(callback.summary())
+    assert capsys.readouterr().out == f"{callback.summary()}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bar", ["RichProgressBar", "TQDMProgressBar"])
+def test_a_progress_bar_does_not_tear_it(bar, tmp_path):
+    code = f"""
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import {bar}
+from cg_lightning import CUDAGraphCallback
+from tests.harness import features
+from tests.models import Body, Predictor
+callback = CUDAGraphCallback(backend="recorder")
+trainer = Trainer(callbacks=[callback, {bar}()], accelerator="cpu", logger=False)
+trainer.predict(Predictor(Body()), features(40))
+print("STATS", repr(str(callback.summary())))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    shown, said = done.stdout.split("STATS ")
+    summary = eval(said)
+    assert summary in shown, shown
+
+
+def test_the_statistics_of_nothing(harness):
+    callback = harness.callback()
+    assert callback.summary() == f"CUDA graphs (backend: {harness.backend})"
+    assert callback.stats._repr_html_() == "<p>CUDA graphs</p>"
+    harness.trainer(callback).predict(Predictor(Body()), features(4))
+    assert "1 steps eager" in callback.summary()
