@@ -30,7 +30,7 @@ from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.summary import Summary, print_summary, render_summary
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.targets import check_targets
-from cg_lightning.trainer.batch_transfer import overlapped_transfer
+from cg_lightning.trainer.batch_transfer import noted_transfer, overlapped_transfer
 from cg_lightning.trainer.examples import BatchesAhead
 from cg_lightning.trainer.installation import InertInstallation, Installation
 from cg_lightning.trainer.logged_results import LoggedResults
@@ -323,7 +323,8 @@ class CUDAGraphCallback(Callback):
         transfer = overlapped_transfer(
             trainer.strategy, (pl_module, datamodule), copies, self.stats
         )
-        self._installation = Installation(trainer.strategy, pl_module, session, transfer)
+        noted = noted_transfer(trainer, pl_module, session.host_copies)
+        self._installation = Installation(trainer.strategy, pl_module, session, transfer, noted)
         self._arrange_captures(trainer, self._installation)
 
     @override

@@ -84,6 +84,8 @@ CASES: dict[str, Case] = {
     "Accuracy, ignore_index": Case(
         lambda: c.MulticlassAccuracy(CLASSES, ignore_index=0),
         _multiclass,
+        None,
+        Cause.DATA_DEPENDENT_SHAPE,
     ),
     "F1Score": Case(lambda: tm.F1Score("multiclass", num_classes=CLASSES), _multiclass),
     "Precision": Case(lambda: c.MulticlassPrecision(CLASSES), _multiclass),
@@ -126,6 +128,8 @@ CASES: dict[str, Case] = {
     "Perplexity": Case(
         tm.text.Perplexity,
         lambda m, x, label: m(x[:, None, :CLASSES].softmax(-1), label[:, None]),
+        None,
+        Cause.DATA_DEPENDENT_SHAPE,
     ),
     "PeakSignalNoiseRatio": Case(
         lambda: tm.image.PeakSignalNoiseRatio(data_range=1.0),

@@ -107,7 +107,7 @@ class StepWatch:
         self.read_path: ReadPath | None = None
         """What the step reads, if all of it is known before the step."""
         self._first = 0
-        self.set_aside: list[Finding] | None = None
+        self._set_aside: list[Finding] | None = None
         """Receives the findings of the step while a call runs that may follow it."""
         self._is_paused = False
         self._spared: tuple[Cause, ...] = ()
@@ -146,8 +146,8 @@ class StepWatch:
         is_known = self.reads_host_value and cause in _READS
         finding = Finding(cause, operation, module, where.user, where.library, is_known)
         for call in calls:
-            is_aside = call is self.step and self.set_aside is not None
-            (self.set_aside if is_aside else call.findings).append(finding)  # type: ignore[union-attr]
+            is_aside = call is self.step and self._set_aside is not None
+            (self._set_aside if is_aside else call.findings).append(finding)  # type: ignore[union-attr]
 
     def report_unless_found(
         self, cause: Cause, operation: str, *, location: str | None = None
@@ -210,9 +210,9 @@ class StepWatch:
 
     @property
     def is_about_step(self) -> bool:
-        """Whether a graph of the whole step holds what runs now.
+        """Whether a graph of the step holds what runs now.
 
-        It does not if it holds something else in its place, or if that may follow the step.
+        It may hold something else in its place, or leave it out.
         """
         return self._first == 0 and self._set_aside is None
 
@@ -258,15 +258,15 @@ class StepWatch:
     @contextlib.contextmanager
     def setting_aside(self, findings: list[Finding]) -> Iterator[None]:
         """While a call runs that may follow the step: ``findings`` receives those of the step."""
-        before = self.set_aside
+        before = self._set_aside
         with contextlib.ExitStack() as stack:
             for detector in self._detectors:
                 stack.enter_context(detector.around_update())
-            self.set_aside = findings
+            self._set_aside = findings
             try:
                 yield
             finally:
-                self.set_aside = before
+                self._set_aside = before
 
     @contextlib.contextmanager
     def in_framework(self) -> Iterator[None]:

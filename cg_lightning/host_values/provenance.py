@@ -72,8 +72,6 @@ class _RecordedRead:
     inputs: list[int]
     function: OpOverload
     args: Any
-    part: object
-    """The part of the step that it belongs to."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -108,10 +106,10 @@ class Provenance:
 
     Args:
         leaves: The leaves of its batch.
-        where: Returns the user's line that runs now.
+        where: Returns the user's line that runs now, and that of a library which it called.
     """
 
-    def __init__(self, leaves: Sequence[Any], where: Callable[[], str]) -> None:
+    def __init__(self, leaves: Sequence[Any], where: Callable[[], tuple[str, str]]) -> None:
         self._where = where
         self._known: list[_Known] = []
         self._numbers: dict[int, int] = {}
@@ -122,10 +120,6 @@ class Provenance:
         """Storages with something in them that is not made of the batch."""
         self._operations: list[_Recorded] = []
         self._reads: list[_RecordedRead] = []
-        self._unknown: list[object] = []
-        """The parts of the step that read something else."""
-        self.part: object = None
-        """The part of the step that runs now; None if the step cannot do without it."""
         self._started: _Started | None = None
         self._is_given_up = False
         for index, leaf in enumerate(leaves):
@@ -138,12 +132,6 @@ class Provenance:
         for held in (self._known, self._numbers, self._writes, self._operations, self._reads):
             held.clear()
         self._started = None
-
-    def _give_up_part(self) -> None:
-        if self.part is None:
-            self.give_up()
-        else:
-            self._unknown.append(self.part)
 
     # one operation
 
@@ -166,9 +154,8 @@ class Provenance:
         if self._started is not None:  # it has raised
             self._spoil(self._started.tensors)
             if self._started.is_read:
-                self._give_up_part()
-                if self._is_given_up:
-                    return False
+                self.give_up()
+                return False
         tensors = _tensors((args, kwargs))
         numbers = [self._number(tensor) for tensor in tensors]
         started = _Started(tensors, numbers, list(map(_storage, tensors)))
@@ -185,22 +172,18 @@ class Provenance:
         is_answerable = is_exact(_count if masks else function, masks or started.tensors, [])
         is_answerable &= all(mask.dim() > 0 for mask in masks)
         if len(known) < len(numbers) or not is_answerable:
-            self._give_up_part()
+            self.give_up()
             return False
         started.is_read = True
         position, where = len(self._operations), self._where()
         if not masks:
-            started.read = HostRead(name, where)
+            started.read = HostRead(name, *where)
             args = self._with_refs(args)
-            self._reads.append(
-                _RecordedRead(started.read, position, known, function, args, self.part)
-            )
+            self._reads.append(_RecordedRead(started.read, position, known, function, args))
         for number, mask in zip(known, masks, strict=bool(masks)):
             rows = mask.nonzero()
-            read = HostRead(name, where, len(rows), strides=rows.stride())
-            self._reads.append(
-                _RecordedRead(read, position, [number], _count, (Ref(number),), self.part)
-            )
+            read = HostRead(name, *where, len(rows), strides=rows.stride())
+            self._reads.append(_RecordedRead(read, position, [number], _count, (Ref(number),)))
         return True
 
     def end(self, function: OpOverload, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -320,15 +303,9 @@ class Provenance:
 
     # the path
 
-    def path(self, left_out: Sequence[object] = ()) -> ReadPath | None:
-        """Return what the step reads; None if it cannot be known before the step.
-
-        Args:
-            left_out: The parts of the step that a graph leaves out.
-        """
-        self._reads = [read for read in self._reads if not _is_among(read.part, left_out)]
-        is_unknown = not all(_is_among(part, left_out) for part in self._unknown)
-        if self._is_given_up or is_unknown or not self._reads or self._started is not None:
+    def path(self) -> ReadPath | None:
+        """Return what the step reads; None if it cannot be known before the step."""
+        if self._is_given_up or not self._reads or self._started is not None:
             return None
         slices = [self._slice(recorded) for recorded in self._reads]
         needed: set[int] = set()
@@ -388,10 +365,6 @@ class Provenance:
                     numbers += operation.inputs
                     numbers += [n for n in operation.operation.outputs if n is not None]
         return needed
-
-
-def _is_among(part: object, parts: Sequence[object]) -> bool:
-    return any(part is other for other in parts)
 
 
 def _without_repeats(slots: list[Operation | Read]) -> list[Operation | Read]:

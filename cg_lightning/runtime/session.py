@@ -23,6 +23,7 @@ from cg_lightning.guards.comparisons import ComparedSource
 from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import Change
 from cg_lightning.guards.sources import Source
+from cg_lightning.host_values.host_copies import HostCopies
 from cg_lightning.modules.compilation import Compilation
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.changing_values import ChangingValues
@@ -76,6 +77,7 @@ class Session:
         self.cache = GraphCache(settings.max_graphs, backend.synchronize)
         self.watcher = StepWatcher(module, backend, effects=effects)
         self.changing_values = ChangingValues()
+        self.host_copies = HostCopies()
         self.written = WrittenTensors()
         """Tensors, other than buffers, that steps were seen to write to."""
         self._capturer = Capturer(backend, settings, self.cache, self.written)
@@ -123,6 +125,7 @@ class Session:
         for runner in self._submodules.values():
             runner.remove()
         self._compilation.remove()
+        self.host_copies.clear()
         self.effects.release(check)
 
     def close(self) -> None:
@@ -194,6 +197,8 @@ class Session:
             watched,
             path=watched.path if is_full else None,
         )
+        if variant.path is not None and watched.path is not None:
+            watched.path.use(self.host_copies)
         self._drop(dispatcher.watched(plan.state, variant, plan.variant))
         self.written.update(watched.written)
         if not is_full:

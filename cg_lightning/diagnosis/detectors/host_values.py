@@ -23,7 +23,7 @@ class HostValues(Detector):
 
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
-        self._provenance = Provenance(flatten(watch.batch)[0], _line)
+        self._provenance = Provenance(flatten(watch.batch)[0], find_location)
         if watch.hidden:
             self._provenance.give_up()
 
@@ -33,8 +33,7 @@ class HostValues(Detector):
         try:
             yield
             with self.watch.paused():
-                late = [late.findings for late in self.watch.late_units if late.is_late]
-                self.watch.read_path = self._provenance.path(left_out=late)
+                self.watch.read_path = self._provenance.path()
         finally:
             self._provenance.give_up()  # it holds the batch
 
@@ -42,10 +41,10 @@ class HostValues(Detector):
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
-        self._provenance.part = self.watch.set_aside
-        self.watch.reads_host_value = self._provenance.begin(
-            function, args, kwargs, self.watch.is_about_step
-        )
+        is_about_step = self.watch.is_about_step
+        with self.watch.paused():  # it may wait for the device
+            is_known = self._provenance.begin(function, args, kwargs, is_about_step)
+        self.watch.reads_host_value = is_known
 
     def after_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -53,7 +52,3 @@ class HostValues(Detector):
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         self._provenance.end(function, args, kwargs, output)
         self.watch.reads_host_value = False
-
-
-def _line() -> str:
-    return str(find_location())
