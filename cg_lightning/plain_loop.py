@@ -40,6 +40,15 @@ class Graphed:
     settings of layers (``eps``), strides of weights, values of classes, and containers with more
     than 256 items. Call :meth:`close` if you change one of them.
 
+    Example::
+
+        >>> import torch
+        >>> from cg_lightning import graphed
+        >>> with torch.inference_mode(), graphed(torch.nn.Linear(3, 2), backend="recorder") as run:
+        ...     outputs = [run(torch.ones(4, 3)) for _ in range(6)]
+        >>> run.stats.steps["FULL"]
+        3
+
     Attributes:
         stats: Counts, as in :class:`~cg_lightning.CUDAGraphCallback`. The stage is ``call``.
     """

@@ -291,8 +291,10 @@ def test_diagnose_says_why_and_exits_with_1(tmp_path):
     assert "Model.validation_step is not one graph." in done.stderr
     assert "Traceback" not in done.stderr
     done = start(tmp_path, "task=diagnose", "stage=predict", *mine)
-    assert "Nothing stands in the way of one graph." not in done.stdout  # it has no predict_step
     assert done.returncode == 1
+    sentence = "There is no step to diagnose: Model has neither predict_step nor forward."
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_diagnose_exits_with_0_if_the_step_is_one_graph(tmp_path):
@@ -377,6 +379,7 @@ def test_a_misspelt_key_is_named(tmp_path):
 def test_a_difference_fails_the_run():
     from cg_lightning.app.compare import describe_difference
     from cg_lightning.app.run import Results
+    from cg_lightning.core.equality import close_leaf
 
     one = Results({"loss": torch.tensor(1.0)}, [torch.tensor([float("nan"), 1.0])])
     assert describe_difference(one, Results(dict(one.metrics), [one.predictions[0].clone()])) == ""
@@ -385,3 +388,18 @@ def test_a_difference_fails_the_run():
     other = Results(one.metrics, [torch.tensor([float("nan"), 2.0])])
     assert describe_difference(one, other).startswith("predictions[0] is ")
     assert describe_difference(one, Results({}, None)) == "metrics is built differently"
+    near = Results({"loss": torch.tensor(1.0).nextafter(torch.tensor(2.0))}, one.predictions)
+    assert describe_difference(one, near, close_leaf) == ""
+    far = Results({"loss": torch.tensor(1.1)}, one.predictions)
+    assert describe_difference(one, far, close_leaf).startswith("metrics['loss'] is ")
+    assert close_leaf("a", "a")
+    assert not close_leaf("a", "b")
+    assert not close_leaf("a", torch.ones(1))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_tolerance_that_is_asked_for_is_that_of_the_comparison(tmp_path):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra demo)")
+    printed = run(tmp_path, "task=validate", "cuda_graph.verify_tolerance=close")
+    assert "The same validate without graphs gives close metrics and predictions" in printed
+    assert "compared within rounding" in printed

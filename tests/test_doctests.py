@@ -8,20 +8,7 @@ import pytest
 import cg_lightning
 
 NAMES = cg_lightning.__all__
-WITH_EXAMPLE = [
-    "BatchDescriptor",
-    "CUDAGraphCallback",
-    "CUDAGraphDispatcher",
-    "CUDAGraphMode",
-    "CUDAGraphWrapper",
-    "UnkeyableBatchError",
-    "diagnose",
-    "graphed",
-    "is_forward_context_available",
-    "set_cudagraph_capturing_enabled",
-    "set_forward_context",
-    "weak_ref_tensors",
-]
+WITH_EXAMPLE = [name for name in NAMES if name != "compilation_counter"]  # it is an object
 
 
 def examples(name: str) -> list[doctest.DocTest]:
@@ -45,11 +32,6 @@ def test_examples_run(name):
     found = examples(name)
     assert found
     assert [run(test) for test in found] == [""] * len(found)
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in WITH_EXAMPLE])
-def test_an_example_that_is_not_listed_here_is_noticed(name):
-    assert examples(name) == []
 
 
 def test_that_a_wrong_example_is_noticed():

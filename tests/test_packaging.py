@@ -134,3 +134,62 @@ def test_pre_commit_runs_the_pinned_tools():
     assert tools == {"ruff", "mypy"} <= set(pinned)
     named = {re.split("[>=]", each)[0] for each in PROJECT["optional-dependencies"]["dev"]}
     assert {*tools, "pre-commit"} <= named
+
+
+USER = """
+import torch
+from lightning.pytorch import Trainer
+
+from cg_lightning import BatchDescriptor, CUDAGraphCallback, CUDAGraphMode, Diagnosis
+from cg_lightning import CUDAGraphWrapper, diagnose, graphed, set_forward_context
+
+callback = CUDAGraphCallback(mode="FULL", stages=("validate",), verify_every=100)
+trainer = Trainer(callbacks=[callback])
+replays: int = callback.stats.replays
+steps: dict[str, int] = callback.stats.steps
+text: str = callback.summary()
+net = torch.nn.Linear(3, 2)
+found: Diagnosis = diagnose(net, torch.ones(4, 3))
+remedies: list[str] = [finding.remedy for finding in found.findings]
+with graphed(net) as run:
+    run(torch.ones(4, 3))
+wrapper = CUDAGraphWrapper(net, CUDAGraphMode.FULL)
+with set_forward_context(CUDAGraphMode.FULL, BatchDescriptor(batch_size=4)):
+    wrapper(torch.ones(4, 3))
+"""
+MISTAKES = """
+from cg_lightning import CUDAGraphCallback, diagnose
+
+CUDAGraphCallback(mode="FAST")
+CUDAGraphCallback(stages=["validation"])
+CUDAGraphCallback(warmup=3)
+"""
+
+
+@pytest.mark.slow
+def test_types_help_a_user_of_mypy(tmp_path):
+    pytest.importorskip("mypy", reason="mypy is not installed (extra dev)")
+    (tmp_path / "good.py").write_text(USER)
+    (tmp_path / "bad.py").write_text(MISTAKES)
+    check = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--cache-dir",
+        str(ROOT / ".mypy_cache/users"),
+    ]
+    check += ["--config-file", os.devnull, "good.py", "bad.py"]
+    environment = {**os.environ, "MYPYPATH": str(ROOT)}
+    done = subprocess.run(
+        check, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    errors = [line for line in done.stdout.splitlines() if ": error:" in line]
+    assert [error.split(":")[:2] for error in errors] == [
+        ["bad.py", "4"],
+        ["bad.py", "5"],
+        ["bad.py", "6"],
+    ], done.stdout + done.stderr
+    assert 'Argument "mode"' in errors[0]
+    assert "validation" in errors[1] or "List item 0" in errors[1]
+    assert 'Unexpected keyword argument "warmup"' in errors[2]

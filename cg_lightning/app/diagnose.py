@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from omegaconf import DictConfig
 
 from cg_lightning.app.jobs import JobResult
+from cg_lightning.app.run import why_skipped
 from cg_lightning.core.stages import STEP_METHODS
 from cg_lightning.diagnosis.report import Diagnosis
 from cg_lightning.offline import diagnose
@@ -62,6 +63,9 @@ def diagnose_step(config: DictConfig) -> JobResult:
     look = _FirstBatch(stage)
     model: LightningModule = instantiate(config.model, _convert_="all")
     data: LightningDataModule = instantiate(config.data, _convert_="all")
+    why = "" if stage == "validate" else why_skipped(stage, model, data)
+    if why:
+        return JobResult(f"There is no step to diagnose: {why}.")
     settings = {"logger": False, "enable_progress_bar": False, _LIMITS[stage]: 1}
     trainer: Trainer = instantiate(config.trainer, _convert_="all", callbacks=[look], **settings)
     quiet = {} if stage == "predict" else {"verbose": False}

@@ -19,6 +19,7 @@ from cg_lightning.capture.answered_reads import AnsweredReads
 from cg_lightning.capture.cache import GraphCache
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.capture.graph import capture_graph, weak_ref_tensors
+from cg_lightning.capture.host_constants import HostConstants
 from cg_lightning.capture.outputs import OutputPlan
 from cg_lightning.capture.static_inputs import StaticInputs
 from cg_lightning.core.causes import Cause
@@ -188,6 +189,7 @@ class Capturer:
     def _attempt(self, target: CaptureTarget, call: GraphCall) -> GraphEntry:
         settings, options = self.settings, self.settings.capture_options
         inputs = self._static_inputs(call)
+        constants = HostConstants(self._backend.device)
         effects = target.effects
         recorder: Recorder = NoEffects() if effects is None else effects.recorder(target.late)
         # what metrics and the user's lists keep is never graph memory
@@ -196,7 +198,7 @@ class Capturer:
         def run() -> tuple[OutputPlan, list[Tensor], list[Any], list[Tensor], _Afterwards]:
             changes = None
             with recording_changes(target.changes) as changing, recorder.step() as recording:
-                with self._answering(target.reads, recorder.checked_calls):
+                with self._answering(target.reads, recorder.checked_calls), answered():
                     output = call.run_with(inputs.leaves)
                 effects, tensors = recording.finish()
                 late, arguments = recording.late()
@@ -212,6 +214,10 @@ class Capturer:
                 tensors = weak_ref_tensors(tensors, self._backend)
             return plan, computed, effects, tensors, (late, changes)
 
+        # compiled code may have guards on the functions that are replaced
+        has_compiled = any(map(is_compiled, target.module.modules()))
+        answered = contextlib.nullcontext if has_compiled else constants.answered
+
         def capture() -> tuple[CapturedGraph, Any]:
             return capture_graph(
                 self._backend, run, target.mode, call.descriptor, options, collect_garbage=False
@@ -220,11 +226,13 @@ class Capturer:
         context = ForwardContext(target.mode, call.descriptor)
         with override_forward_context(context), recorder.prepared():
             captured = capture()
-            if recorder.has_unreserved_checks:
-                # checks need memory from outside the capture, and only a capture shows the checks
+            if recorder.has_unreserved_checks or constants.are_missing:
+                # both need memory from outside the capture, and only a capture shows them
                 del captured
                 recorder.reserve_checks()
+                constants.make()
                 captured = capture()
+        inputs.keep(constants.tensors)
         graph, (plan, computed, effects, tensors, (late, changes)) = captured
         entry = GraphEntry(
             graph, inputs, plan, computed, effects, tensors, copies_outputs, target.record

@@ -68,6 +68,11 @@ def set_cudagraph_capturing_enabled(enabled: bool) -> None:
 def validate_cudagraph_capturing_enabled() -> None:
     """Check that captures are allowed (vLLM: ``vllm/compilation/monitor.py``).
 
+    Example::
+
+        >>> from cg_lightning import validate_cudagraph_capturing_enabled
+        >>> validate_cudagraph_capturing_enabled()  # raises nothing: captures are allowed
+
     Raises:
         CUDAGraphError: ``set_cudagraph_capturing_enabled(False)`` forbids captures.
     """

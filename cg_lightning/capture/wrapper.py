@@ -25,6 +25,17 @@ class CUDAGraphEntry:
     """One captured graph of a :class:`CUDAGraphWrapper` (vLLM: ``compilation/cuda_graph.py``).
 
     The wrapper makes and stores it; do not make one yourself.
+
+    Example::
+
+        >>> import torch
+        >>> from cg_lightning import BatchDescriptor, CUDAGraphMode, CUDAGraphWrapper
+        >>> from cg_lightning import set_forward_context
+        >>> wrapper = CUDAGraphWrapper(torch.relu, CUDAGraphMode.FULL, backend="recorder")
+        >>> key = BatchDescriptor(batch_size=2)
+        >>> with set_forward_context(CUDAGraphMode.FULL, key):
+        ...     output = wrapper(torch.tensor([-1.0, 1.0]))
+        >>> wrapper.concrete_cudagraph_entries[key].cudagraph.replay()
     """
 
     batch_descriptor: BatchDescriptor

@@ -1,4 +1,4 @@
-"""Bitwise comparison of two leaves of an output."""
+"""Comparisons of two leaves of an output: bitwise, or within a tolerance."""
 
 from __future__ import annotations
 
@@ -31,3 +31,17 @@ def same_leaf(one: Any, other: Any) -> bool:
     integers = _INTEGERS[one.element_size()]
     equal = one.contiguous().view(integers) == other.contiguous().view(integers)
     return bool(equal.all()) or bool((equal | (one.isnan() & other.isnan())).all())
+
+
+def close_leaf(one: Any, other: Any) -> bool:
+    """Return True if two leaves are equal within the tolerance of ``torch.testing.assert_close``.
+
+    NaN equals NaN. Leaves that are neither tensors nor numbers must be the same.
+    """
+    try:
+        torch.testing.assert_close(one, other, equal_nan=True)
+    except AssertionError:
+        return False
+    except TypeError:  # it knows tensors and numbers only
+        return same_leaf(one, other)
+    return True

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 
 class CUDAGraphError(RuntimeError):
-    """Base class of the errors of this package. A wrong argument raises ``ValueError`` instead."""
+    """Base class of the errors of this package. A wrong argument raises ``ValueError`` instead.
+
+    Example::
+
+        >>> from cg_lightning import BatchDescriptor, CUDAGraphError
+        >>> try:
+        ...     BatchDescriptor.from_batch(object())
+        ... except CUDAGraphError as error:
+        ...     print(type(error).__name__)
+        UnkeyableBatchError
+    """
 
 
 class UnkeyableBatchError(CUDAGraphError):
@@ -37,6 +47,20 @@ class CaptureError(CUDAGraphError):
     If an exception stopped the capture, it is the ``__cause__``. The callback raises this error
     only with ``strict=True``. Otherwise it runs the step in a lower mode and counts the reason.
 
+    Example::
+
+        >>> import torch
+        >>> from cg_lightning import BatchDescriptor, CaptureError, CUDAGraphMode
+        >>> from cg_lightning import CUDAGraphWrapper, set_forward_context
+        >>> full = CUDAGraphMode.FULL
+        >>> wrapper = CUDAGraphWrapper(lambda x: x.sum().item(), full, backend="recorder")
+        >>> with set_forward_context(full, BatchDescriptor(batch_size=2)):
+        ...     try:
+        ...         wrapper(torch.ones(2))
+        ...     except CaptureError as error:
+        ...         print(type(error.__cause__).__name__)
+        IllegalOperationError
+
     Attributes:
         diagnosis: With ``strict=True``, the :class:`~cg_lightning.Diagnosis` of the watched step.
             None if no step was watched.
@@ -64,6 +88,15 @@ class VerificationError(CUDAGraphError):
 
     The callback raises it only with ``strict=True``. Otherwise it warns and returns eager's output.
 
+    Example::
+
+        >>> from cg_lightning import VerificationError
+        >>> try:
+        ...     raise VerificationError("validate step: output is 1.0, eager's is 2.0", 2.0)
+        ... except VerificationError as error:
+        ...     print(error.output)
+        2.0
+
     Attributes:
         output: The output of the eager run.
     """
@@ -78,4 +111,19 @@ class IllegalOperationError(CUDAGraphError):
 
     It is the ``__cause__`` of a :class:`CaptureError`. The message names the operation. On a GPU,
     the cause is an error of CUDA instead.
+
+    Example::
+
+        >>> import torch
+        >>> from cg_lightning import CaptureError, IllegalOperationError
+        >>> from cg_lightning import BatchDescriptor, CUDAGraphMode, CUDAGraphWrapper
+        >>> from cg_lightning import set_forward_context
+        >>> full = CUDAGraphMode.FULL
+        >>> wrapper = CUDAGraphWrapper(torch.nonzero, full, backend="recorder")
+        >>> with set_forward_context(full, BatchDescriptor(batch_size=2)):
+        ...     try:
+        ...         wrapper(torch.ones(2))
+        ...     except CaptureError as error:
+        ...         isinstance(error.__cause__, IllegalOperationError)
+        True
     """

@@ -44,6 +44,13 @@ class ForwardContext:
 
     Open it with :func:`set_forward_context`. It does *not* store a batch or a module.
 
+    Example::
+
+        >>> from cg_lightning import BatchDescriptor, CUDAGraphMode, ForwardContext
+        >>> context = ForwardContext(CUDAGraphMode.FULL, BatchDescriptor(batch_size=8))
+        >>> context.cudagraph_runtime_mode.name, context.batch_descriptor.batch_size
+        ('FULL', 8)
+
     Raises:
         ValueError: ``cudagraph_runtime_mode`` is a policy, or not a mode.
     """
@@ -98,6 +105,16 @@ def is_forward_context_available() -> bool:
 def get_forward_context() -> ForwardContext:
     """Return the current forward context of this thread (vLLM: ``vllm/forward_context.py``).
 
+    Example::
+
+        >>> from cg_lightning import get_forward_context, set_forward_context
+        >>> with set_forward_context():
+        ...     get_forward_context().cudagraph_runtime_mode.name
+        'NONE'
+
+    Returns:
+        The context that :func:`set_forward_context` opened, or that of the callback's step.
+
     Raises:
         RuntimeError: There is no context.
     """
@@ -130,6 +147,14 @@ def override_forward_context(
 
     At exit the earlier context is restored. vLLM has the same function
     (``vllm/forward_context.py``).
+
+    Example::
+
+        >>> from cg_lightning import is_forward_context_available, override_forward_context
+        >>> from cg_lightning import set_forward_context
+        >>> with set_forward_context(), override_forward_context(None):
+        ...     is_forward_context_available()
+        False
 
     Args:
         forward_context: The context. None means no context, so that wrappers call their runnables.

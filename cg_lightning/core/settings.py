@@ -114,6 +114,12 @@ def _check_compile(value: bool | Mapping[str, Any]) -> None:
 class CUDAGraphOptions:
     """How graphs are captured; the first three options are vLLM's.
 
+    Example::
+
+        >>> from cg_lightning import CUDAGraphOptions
+        >>> CUDAGraphOptions(check_addresses=True).capture_error_mode
+        'thread_local'
+
     Raises:
         ValueError: A value has another type, or ``capture_error_mode`` is unknown. The message names the option.
     """
@@ -164,7 +170,7 @@ class Settings:
     verify_tolerance: Tolerance = "exact"
     """``exact`` or ``close``."""
     sync_free_metrics: bool = True
-    """Replace functions of torchmetrics that wait for the device, in captures of whole steps."""
+    """In captures of whole steps, replace functions of torchmetrics, and checks by PyTorch, that wait."""
     compile: bool | Mapping[str, Any] = False
     """Compile the networks, and graph the result; or the arguments of ``torch.compile``."""
     copy_outputs: bool = True

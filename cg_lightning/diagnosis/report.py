@@ -16,6 +16,16 @@ class Diagnosis:
     """What an eager run showed of a module.
 
     It does *not* see what other batches would make the module do.
+
+    Example::
+
+        >>> import torch
+        >>> from cg_lightning import diagnose
+        >>> found = diagnose(torch.nn.Linear(3, 2), torch.ones(4, 3))
+        >>> found.findings, found.capturable()
+        ([], True)
+        >>> print(found)
+        Nothing stands in the way of one graph.
     """
 
     findings: list[Finding]

@@ -111,6 +111,7 @@ class StepWatch:
         self._set_aside: list[Finding] | None = None
         """Receives the findings of the step while a call runs that may follow it."""
         self._is_paused = False
+        self._spared: tuple[Cause, ...] = ()
         self._is_in_framework = False
         self._did_one_time_work = False
         self._written = WrittenTensors()
@@ -140,7 +141,7 @@ class StepWatch:
             calls: The calls that get the finding; None: all that are under way.
         """
         calls = self.stack[self._first :] if calls is None else list(calls)
-        if self._is_paused or not calls:
+        if self._is_paused or cause in self._spared or not calls:
             return
         where = find_location() if location is None else Location(location, "")
         module = self.stack[-1].path if module is None else module
@@ -224,8 +225,11 @@ class StepWatch:
 
     @property
     def is_about_step(self) -> bool:
-        """Whether what is reported now is reported of the step as well, and not only of calls."""
-        return self._first == 0
+        """Whether a graph of the step holds what runs now.
+
+        It may hold something else in its place, or leave it out.
+        """
+        return self._first == 0 and self._set_aside is None
 
     @property
     def is_in_framework(self) -> bool:
@@ -247,6 +251,15 @@ class StepWatch:
             yield
         finally:
             self._is_paused = before
+
+    @contextlib.contextmanager
+    def sparing(self, *causes: Cause) -> Iterator[None]:
+        """While something runs that a capture does before the graph: these causes are ignored."""
+        before, self._spared = self._spared, causes
+        try:
+            yield
+        finally:
+            self._spared = before
 
     @contextlib.contextmanager
     def only_for_submodules(self) -> Iterator[None]:

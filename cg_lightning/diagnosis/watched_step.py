@@ -146,8 +146,8 @@ class WatchedStep:
     def largest_capturable(self) -> dict[str, nn.Module]:
         """Returns the fewest, largest submodules with parameters and without findings, by path.
 
-        A call without a key (one argument is an object, for example a cache) cannot be captured,
-        but calls inside it may.
+        A call without a key (one argument is an object, for example a cache) cannot be captured. It
+        is returned only if no call inside it can be, so that its reason is told.
         """
         unclean = {id(call.module) for call in self._calls if call.findings}
         chosen: dict[str, nn.Module] = {}
@@ -155,11 +155,16 @@ class WatchedStep:
         def choose(outer: ModuleCall) -> None:
             for call in outer.calls:
                 assert call.module is not None
+                is_clean = id(call.module) not in unclean
                 has_parameters = next(call.module.parameters(), None) is not None
-                if id(call.module) in unclean or call.descriptor is None or not has_parameters:
-                    choose(call)
-                else:
+                # without a key, it is at least what the reason names, if nothing inside has one
+                has_key = call.descriptor is not None or not any(
+                    inner.descriptor is not None for inner in call.all_calls()
+                )
+                if is_clean and has_parameters and has_key:
                     chosen[call.path] = call.module
+                else:
+                    choose(call)
 
         choose(self._step)
         return chosen

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from cg_lightning.backends import GraphBackend
 from cg_lightning.capture.capture import CaptureTarget, GraphCall, WrittenTensors
 from cg_lightning.capture.entry import GraphEntry
-from cg_lightning.core.equality import same_leaf
+from cg_lightning.core.equality import close_leaf, same_leaf
 from cg_lightning.core.errors import CaptureError, UnkeyableBatchError
 from cg_lightning.core.tree import flatten, leaf_paths
 from cg_lightning.effects.module_effects import Comparison
@@ -52,14 +51,6 @@ def _is_within(one: Any, other: Any, spread: float) -> bool:
     return bool(((one - other).abs() <= spread).all())
 
 
-def _is_close(one: Any, other: Any) -> bool:
-    try:
-        torch.testing.assert_close(one, other, equal_nan=True)
-    except AssertionError:
-        return False
-    return True
-
-
 def _show(value: Any) -> str:
     if not isinstance(value, Tensor):
         return repr(value)
@@ -90,7 +81,7 @@ class Verifier:
     ) -> None:
         self._backend = backend
         self._as_written = as_written
-        self._is_same = same_leaf if tolerance == "exact" else _is_close
+        self._is_same = same_leaf if tolerance == "exact" else close_leaf
         self._written = written
 
     def check(

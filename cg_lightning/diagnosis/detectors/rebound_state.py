@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
-
-import torch
-from torch import nn
 
 from cg_lightning.core.causes import Cause
-from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.diagnosis.attribute_events import AttributeEvents, LastingValues
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import AT_THE_END
-from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
+from cg_lightning.diagnosis.module_state import ModuleState
+from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.sources import Source
-from cg_lightning.guards.values import FrozenValues
-from cg_lightning.modules.attributes import (
-    class_values,
-    is_same_value,
-    names_of_frameworks,
-    scripted_attributes,
-)
 from cg_lightning.modules.interception import Interception, can_intercept
 from cg_lightning.modules.kinds import is_metric, is_user_module
-
-_TABLES = ("_parameters", "_buffers", "_modules")
 
 
 class ReboundState(Detector):
@@ -52,13 +39,13 @@ class ReboundState(Detector):
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         watch = self.watch
         inside = [pair for pairs in watch.hidden.values() for pair in pairs]
-        before = [(path, _State(module)) for path, module in [*watch.modules, *inside]]
+        before = [(path, ModuleState(module)) for path, module in [*watch.modules, *inside]]
         known = {id(module) for module in watch.root.modules()}
         for path, state in list(before):
             for module in state.modules_inside():
                 if id(module) not in known and not is_metric(module):
                     known.add(id(module))
-                    before.append((path, _State(module)))
+                    before.append((path, ModuleState(module)))
         with self._noticing_events():
             yield
         changed = [(path, state, self._changed(state)) for path, state in before]
@@ -79,17 +66,17 @@ class ReboundState(Detector):
             yield
             return
         with self.watch.paused():
-            state = _State(self.watch.root)
+            state = ModuleState(self.watch.root)
         yield
         # the step gets its finding from the comparison at its end
         self._report(state, None, self._changed(state), self.watch.stack[1:])
 
-    def _changed(self, state: _State) -> list[str]:
+    def _changed(self, state: ModuleState) -> list[str]:
         with self.watch.paused():
             return sorted(state.changed())
 
     def _report(
-        self, state: _State, path: str | None, names: list[str], calls: list[ModuleCall]
+        self, state: ModuleState, path: str | None, names: list[str], calls: list[ModuleCall]
     ) -> None:
         """Reports what changed, by the line that changed it."""
         events = self._events.get(id(state.module))
@@ -117,7 +104,7 @@ class ReboundState(Detector):
                     stack.callback(Interception(module, events).remove)
             yield
 
-    def _repeated(self, changed: list[tuple[str, _State, list[str]]]) -> set[tuple[int, str]]:
+    def _repeated(self, changed: list[tuple[str, ModuleState, list[str]]]) -> set[tuple[int, str]]:
         """Notes what a replay can change as the step did; returns ids of modules and names."""
         watch = self.watch
         if not all(each.is_known_before for each in watch.step.findings):  # it will be no graph
@@ -136,7 +123,7 @@ class ReboundState(Detector):
         return {(id(attribute.module), attribute.name) for attribute in repeated}
 
     def _guard_what_is_set(
-        self, changed: list[tuple[str, _State, list[str]]], repeated: set[tuple[int, str]]
+        self, changed: list[tuple[str, ModuleState, list[str]]], repeated: set[tuple[int, str]]
     ) -> None:
         """Notes as read what was set to what it was: a graph does not set it again."""
         for path, state, names in changed:
@@ -153,63 +140,5 @@ class ReboundState(Detector):
                         call.sources.setdefault(source.key, source)
 
 
-class _State:
-    """What the attributes of a module and of its classes refer to, and what is in the user's own.
-
-    Args:
-        module: The module.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self._values = _values(module)
-        self._contents = {
-            name: contents
-            for name in self._values.keys() - names_of_frameworks(module)
-            if (contents := _contents(self._values[name])) is not None
-        }
-
-    def modules_inside(self) -> list[nn.Module]:
-        """Returns the modules that attributes hold in containers or objects, with theirs."""
-        held = [module for contents in self._contents.values() for module in contents.modules]
-        return [child for module in held for child in module.modules()]
-
-    def changed(self) -> list[str]:
-        """Returns the names of attributes that changed, came or went, or whose contents changed."""
-        missing, now = object(), _values(self.module)
-        changed = [
-            name
-            for name, value in now.items()
-            if not is_same_value(self._values.get(name, missing), value)
-        ]
-        gone = [name for name in self._values if name not in now]
-        inside = [name for name, contents in self._contents.items() if not contents.all_hold()]
-        return list(dict.fromkeys([*changed, *gone, *inside]))
-
-
 def _is_inside(path: str, outer: str) -> bool:
     return not outer or path == outer or path.startswith(f"{outer}.")
-
-
-def _values(module: nn.Module) -> dict[str, Any]:
-    attributes = {**vars(module), **scripted_attributes(module)}
-    # Lightning's cache of the names of metrics, made by the first ``self.log``
-    attributes.pop("_metric_attributes", None)
-    # torch.jit's cache of its compiled methods, made when they are first read
-    attributes = {k: v for k, v in attributes.items() if not isinstance(v, torch.ScriptMethod)}
-    members = {
-        f"{table}.{name}": member
-        for table in _TABLES
-        for name, member in attributes.pop(table, {}).items()
-    }
-    return {**dict(class_values(module)), **attributes, **members}
-
-
-def _contents(value: Any) -> FrozenValues | None:
-    """Returns what is in a value; None if nothing is, or if nobody can look into it."""
-    if is_plain_value(value):
-        return None
-    try:
-        return look_into(value)
-    except UnreadableError:  # AttributeReads reports whatever reads it
-        return None
