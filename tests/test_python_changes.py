@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torchmetrics import CatMetric
 
 from tests.harness import Harness, assert_same, images
 
@@ -575,3 +576,41 @@ def test_error_in_a_hook(harness) -> None:
             trainer.validate(module, images(24), verbose=False)
         trainer.validate(module, images(24), verbose=False)
     assert_same(model.history, reference.history)
+
+
+class WithHostValue(Classifier):
+    """What is added depends on a value that the batch decides."""
+
+    watched = ("kept", "count")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def keep(self, x, y, logits, loss):
+        has_three = bool((y == 3).any())
+        self.kept.append({"loss": loss, "y": y, "three": has_three})
+        self.count += int(has_three)
+        if has_three:
+            self.kept.append(loss * 3)
+        return loss
+
+
+class WithLateUpdate(Classifier):
+    """A metric that no graph can hold is updated after each replay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = CatMetric()
+
+    def keep(self, x, y, logits, loss):
+        self.mean.update(loss)
+        self.kept.append(loss)
+        return loss
+
+
+@pytest.mark.parametrize("verify", [0, 2])
+@pytest.mark.parametrize("kind", [WithHostValue, WithLateUpdate], ids=lambda kind: kind.__name__)
+def test_changes_with_what_else_a_graph_may_have(harness, kind, verify) -> None:
+    stats = run(harness, kind(), number=48, verify_replays=verify)
+    assert stats.steps["FULL"] > 0, stats.reasons
