@@ -59,6 +59,11 @@ from cg_lightning.core.tree import tensors_in
 _SYNC_WARNING = "called a synchronizing CUDA operation"
 
 
+def is_sync_warning(message: object) -> bool:
+    """Return True if PyTorch's sync debug mode warns of a call that waits for the device."""
+    return _SYNC_WARNING in str(message)
+
+
 def is_available() -> bool:
     """Return True if there is a CUDA device."""
     return torch.cuda.is_available()
@@ -123,7 +128,7 @@ class CUDABackend:
         thread, mode = threading.get_ident(), torch.cuda.get_sync_debug_mode()
 
         def notice(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-            if _SYNC_WARNING not in str(message):
+            if not is_sync_warning(message):
                 show(message, *args, **kwargs)
             elif threading.get_ident() == thread:
                 on_call(Cause.HOST_SYNC, "synchronizing CUDA operation")

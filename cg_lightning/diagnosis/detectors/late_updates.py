@@ -120,16 +120,17 @@ class LateUpdates(Detector):
         self._called.append(late)
         with self.watch.paused():
             self._own = _addresses_inside(late)
+            before = HostRandomState()
         self._current = late
-        before = HostRandomState()
         try:
             with self.watch.setting_aside(late.findings):
                 output = original(*args, **kwargs)
-                if before.was_drawn(self.watch.device_type):
+                if self._was_drawn(before):
                     self.watch.report_unless_found(Cause.HOST_RANDOMNESS, "random state moved")
         finally:
             self._current = None
-        self._random = HostRandomState()
+        with self.watch.paused():
+            self._random = HostRandomState()
         is_unused = method in _LOGS or (method == "update" and output is None)
         if not is_unused and not is_value_dropped(next(callers())):
             late.refuse("whose value is used")
@@ -167,9 +168,13 @@ class LateUpdates(Detector):
         for address in addresses_of([tensor]) - self._own:
             self._seen.setdefault(address, (tensor, []))[1].append(late)
 
+    def _was_drawn(self, before: HostRandomState) -> bool:
+        with self.watch.paused():  # the states are tensors
+            return before.was_drawn(self.watch.device_type)
+
     def _check_draws(self) -> None:
         """Refuse the units that were called if the step has drawn a number since then."""
-        if self._random is not None and self._random.was_drawn(self.watch.device_type):
+        if self._random is not None and self._was_drawn(self._random):
             self._refuse_called()
 
     def _refuse_called(self) -> None:

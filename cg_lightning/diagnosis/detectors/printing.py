@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
+from cg_lightning.backends.cuda import is_sync_warning
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.detectors.trainer_reads import noticed_reads
@@ -121,6 +122,7 @@ class Printing(Detector):
             # another receiver: the step catches its own warnings
             is_seen = getattr(warnings, "_showwarnmsg_impl", None) is receiver
             is_ours = self.watch.is_paused or self.watch.is_in_framework
+            is_ours |= is_sync_warning(message.message)  # the backend has asked for them
             if is_seen and not is_ours and threading.get_ident() == thread:
                 self.watch.report_unless_found(Cause.PRINTED, "warnings.warn")
                 self.watch.note_one_time_work()
