@@ -138,7 +138,7 @@ def profiled() -> Runs:
 
 def rebinds(m: Runs, x: torch.Tensor) -> torch.Tensor:
     y = m.inner(x)
-    m.cache = y  # here
+    m.cache = y if hasattr(m, "cache") else y * 2  # here
     return y
 
 

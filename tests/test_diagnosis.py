@@ -36,7 +36,7 @@ class Runs(nn.Module):
 
 
 def sets(module: nn.Module, name: str, value: Any) -> None:
-    setattr(module, name, value)
+    setattr(module, name, value if hasattr(module, name) else value * 2)
 
 
 HOOKED = Body()
@@ -383,7 +383,7 @@ class KeepsElsewhere(Predictor):
         if self.how == "object":
             self.meter.total = self.meter.total + output.sum()
         if self.how == "dict":
-            self.cache["last"] = output
+            self.cache["last"] = output if self.cache else None
         if self.how == "metric":
             self.metrics["error"].update(output, output + 1)
         if self.how == "trainer":

@@ -34,7 +34,13 @@ from cg_lightning.core.forward_context import ForwardContext, override_forward_c
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.settings import Settings
 from cg_lightning.core.tree import rebuild
+from cg_lightning.effects.late_updates import MakeLateCalls
 from cg_lightning.effects.module_effects import ModuleEffects
+from cg_lightning.effects.python_changes import (
+    ChangedAttribute,
+    RepeatChanges,
+    recording_changes,
+)
 from cg_lightning.effects.recorder import NoEffects, Recorder
 from cg_lightning.effects.step_state import HeldByModules, StepState
 from cg_lightning.host_values.path import HostRead
@@ -45,6 +51,9 @@ from cg_lightning.report.stats import EntryRecord
 
 # only before the first capture of a process, because it takes longer than ten captures
 _collect_once = functools.cache(gc.collect)
+
+
+_Afterwards = tuple[MakeLateCalls | None, RepeatChanges | None]
 
 
 class WrittenTensors(Protocol):
@@ -100,6 +109,7 @@ class CaptureTarget:
             effects is not captured.
         storage_addresses: The addresses of the storages of parameters and buffers.
         record: The row in the statistics.
+        changes: What the call changes in Python, and a replay changes as well.
         changed: What has changed since an earlier capture; empty if nothing has.
         reads: What the watched step read on the host, and a capture cannot read.
         late: The metrics that are updated after the step; see ``effects/late_updates.py``.
@@ -110,6 +120,7 @@ class CaptureTarget:
     effects: ModuleEffects | None
     storage_addresses: set[int]
     record: EntryRecord
+    changes: Sequence[ChangedAttribute] = ()
     changed: str = ""
     reads: Sequence[HostRead] = ()
     late: Sequence[MetricUnit] = ()
@@ -181,21 +192,27 @@ class Capturer:
         constants = HostConstants(self._backend.device)
         effects = target.effects
         recorder: Recorder = NoEffects() if effects is None else effects.recorder(target.late)
+        # what metrics and the user's lists keep is never graph memory
+        copies_outputs = settings.copy_outputs or bool(target.late or target.changes)
 
-        def run() -> tuple[OutputPlan, list[Tensor], list[Any], list[Tensor], Any]:
-            with recorder.step() as recording:
+        def run() -> tuple[OutputPlan, list[Tensor], list[Any], list[Tensor], _Afterwards]:
+            changes = None
+            with recording_changes(target.changes) as changing, recorder.step() as recording:
                 with self._answering(target.reads, recorder.checked_calls), answered():
                     output = call.run_with(inputs.leaves)
                 effects, tensors = recording.finish()
                 late, arguments = recording.late()
+                if target.changes:
+                    output, changes = changing.finish(output)
+                    effects.append(changes)
             if late is not None:
                 output = (output, arguments)
             plan, computed = OutputPlan.make(output, inputs.leaves, target.storage_addresses)
             # outputs that are not copied out must not share memory with those of other graphs
-            if options.weak_ref_output and settings.copy_outputs:
+            if options.weak_ref_output and copies_outputs:
                 computed = weak_ref_tensors(computed, self._backend)
                 tensors = weak_ref_tensors(tensors, self._backend)
-            return plan, computed, effects, tensors, late
+            return plan, computed, effects, tensors, (late, changes)
 
         # compiled code may have guards on the functions that are replaced
         has_compiled = any(map(is_compiled, target.module.modules()))
@@ -216,12 +233,11 @@ class Capturer:
                 constants.make()
                 captured = capture()
         inputs.keep(constants.tensors)
-        graph, (plan, computed, effects, tensors, late) = captured
-        copies_outputs = settings.copy_outputs or late is not None
+        graph, (plan, computed, effects, tensors, (late, changes)) = captured
         entry = GraphEntry(
             graph, inputs, plan, computed, effects, tensors, copies_outputs, target.record
         )
-        entry.late = late
+        entry.late, entry.changes = late, changes
         return entry
 
     def _answering(
@@ -239,7 +255,13 @@ class Capturer:
         can be on.
         """
         inputs = self._static_inputs(call)
-        before = StepState(target.module, self._backend, target.effects, self._written.now())
+        before = StepState(
+            target.module,
+            self._backend,
+            target.effects,
+            self._written.now(),
+            changes=target.changes,
+        )
         context = ForwardContext(CUDAGraphMode.NONE, call.descriptor)
         with autocast_cache_off(), override_forward_context(context):
             run = functools.partial(call.run_with, inputs.leaves)

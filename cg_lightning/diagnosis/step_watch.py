@@ -22,6 +22,7 @@ from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import Finding, Location, find_location
 from cg_lightning.diagnosis.late_unit import LateUnit
 from cg_lightning.diagnosis.watched_step import ModuleCall, WatchedStep, WrittenTensors
+from cg_lightning.effects.python_changes import ChangedAttribute
 from cg_lightning.guards.comparisons import ComparedSource
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues
@@ -114,6 +115,7 @@ class StepWatch:
         self._is_in_framework = False
         self._did_one_time_work = False
         self._written = WrittenTensors()
+        self._changes: list[ChangedAttribute] = []
         self._detectors: Sequence[Detector] = ()
         self._mode = _OperationMode(self)
         self._stance: Any = None
@@ -185,6 +187,19 @@ class StepWatch:
     def note_written(self, written: WrittenTensors) -> None:
         """Notes tensors that the step changed in place."""
         self._written.update(written)
+
+    def note_change(self, changed: ChangedAttribute) -> None:
+        """Notes an attribute that the step changes without looking at it, so a replay can as well.
+
+        A graph freezes no value of it.
+        """
+        self._changes.append(changed)
+        self.step.sources.pop((id(changed.module), changed.name), None)
+        if not changed.is_set:
+            source = changed.kind_source()
+            self.step.sources[source.key] = source
+        if changed.is_added_to:
+            self._written.add_attribute(changed.module, changed.name)
 
     # what detectors ask
 
@@ -349,7 +364,14 @@ class StepWatch:
         """Returns what the step showed; it holds no tensor that a call was given."""
         self.step.inputs.clear()
         late = [late.unit for late in self.late_units if late.is_late]
-        return WatchedStep(self.step, self._written, self._did_one_time_work, self.read_path, late)
+        return WatchedStep(
+            self.step,
+            self._written,
+            self._did_one_time_work,
+            changes=self._changes,
+            path=self.read_path,
+            late=late,
+        )
 
 
 class UnreadableError(Exception):

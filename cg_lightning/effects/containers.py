@@ -63,9 +63,10 @@ class ContainersSnapshot:
 
     Args:
         roots: Names and values. Modules and tensors are not looked into.
+        most: Maximum number of values that are looked into.
     """
 
-    def __init__(self, roots: Iterable[tuple[str, Any]]) -> None:
+    def __init__(self, roots: Iterable[tuple[str, Any]], most: float = MOST_VALUES) -> None:
         self._nodes: list[tuple[Any, ValueKind, _Items, str]] = []
         self._copies: list[tuple[Any, Any, str]] = []
         self._tensors: list[tuple[Tensor, dict[str, Any], str]] = []
@@ -73,7 +74,7 @@ class ContainersSnapshot:
         self._ids: set[int] = set()
         pending = list(roots)
         seen: set[int] = set()
-        while pending and len(seen) < MOST_VALUES:
+        while pending and len(seen) < most:
             path, value = pending.pop()
             if is_plain_value(value) or id(value) in seen:
                 continue
@@ -122,6 +123,18 @@ class ContainersSnapshot:
             if _memory_of(tensor) != memory:
                 return f"the memory of {path}"
         return ""
+
+    def new_items(self) -> list[tuple[str, Any]]:
+        """Return names and values of the items that were added or replaced."""
+        found = []
+        for value, kind, items, path in self._nodes:
+            before = dict(items)
+            found += [
+                (_name(path, key, kind), item)
+                for key, item in _items_of(value, kind)
+                if not is_same_value(before.get(key, _MISSING), item)
+            ]
+        return found
 
     def holds(self, output: Any) -> bool:
         """Return whether a nest contains one of the containers itself."""
