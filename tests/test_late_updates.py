@@ -453,7 +453,7 @@ LOWER = {
         "that the step",
     ),
     "state read": (ReadsState, "that the step reads"),
-    "reset": (Resets, "that the step reads"),
+    "reset": (Resets, "MeanMetric.reset"),
     "argument changed": (lambda: ChangesArgument(Keeps()), "whose argument the step changes later"),
     "view of argument changed": (
         lambda: ChangesViewOfArgument(Keeps()),
@@ -492,6 +492,47 @@ class GivenNumbers(Step):
 @pytest.mark.parametrize("verify_replays", [0, 2])
 def test_an_argument_that_is_another_number_in_each_batch(harness, verify_replays):
     run(harness, GivenNumbers(Keeps()), verify_replays=verify_replays)
+
+
+class GivenTexts(LightningModule):
+    """Texts of the batch, another one in each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(8, CLASSES)
+        self.metric = CharErrorRate()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        self.metric.update(batch["text"], ["a text"] * len(batch["text"]))
+        self.log("rate", self.metric)
+        return {"scores": self.net(batch["x"]), "name": batch["name"]}
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_texts_of_the_batch(harness, verify_replays):
+    """Whatever is part of the key, the update gets the texts of its own batch."""
+    x = torch.randn(48, 8)
+    rows = [{"x": x[i], "text": "a t" + "e" * (i % 5), "name": f"{i}.txt"} for i in range(len(x))]
+    batches = torch.utils.data.DataLoader(rows, batch_size=4)
+    run(harness, GivenTexts(), batches, verify_replays=verify_replays)
+
+
+class ReadsBatch(Step):
+    """The step reads a value of its batch on the host, and the update one of the network."""
+
+    def measure(self, x, label, scores):
+        if bool((label > 0).all()):
+            scores = scores * 2
+        self.metric.update(scores.flatten())
+        return scores
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_a_step_that_reads_its_batch_on_the_host(harness, verify_replays):
+    x, label = torch.randn(80, 8), torch.ones(80, dtype=torch.long)
+    label[::8] = 0
+    callback = run(harness, ReadsBatch(), loader(x, label), verify_replays=verify_replays)
+    assert_is_full(callback)
 
 
 class Raises(Step):
