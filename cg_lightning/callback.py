@@ -30,7 +30,7 @@ from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.summary import Summary, print_summary, render_summary
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.targets import check_targets
-from cg_lightning.trainer.batch_transfer import overlapped_transfer
+from cg_lightning.trainer.batch_transfer import noted_transfer, overlapped_transfer
 from cg_lightning.trainer.examples import BatchesAhead
 from cg_lightning.trainer.installation import InertInstallation, Installation
 from cg_lightning.trainer.logged_results import LoggedResults
@@ -77,7 +77,8 @@ class CUDAGraphCallback(Callback):
         sync_free_metrics: In captures of whole steps, replace functions of torchmetrics that wait
             for the device by equal ones that do not (:mod:`cg_lightning.metrics.sync_free`). If a
             metric refuses its input, the error is raised when its state is read, at the end of the
-            epoch at the latest. False: such metrics keep their step out of mode FULL.
+            epoch at the latest. Likewise for functions of PyTorch that check their arguments
+            (``torch.linalg.cholesky``, ``Normal``). False: they keep their step out of mode FULL.
         compile: Run the networks under ``torch.compile`` during a stage, and graph the result; or
             the arguments of ``torch.compile`` as a dictionary. Compiled are the largest submodules
             with parameters; afterwards they are as before. A compiler rounds differently, so
@@ -322,7 +323,8 @@ class CUDAGraphCallback(Callback):
         transfer = overlapped_transfer(
             trainer.strategy, (pl_module, datamodule), copies, self.stats
         )
-        self._installation = Installation(trainer.strategy, pl_module, session, transfer)
+        noted = noted_transfer(trainer, pl_module, session.host_copies)
+        self._installation = Installation(trainer.strategy, pl_module, session, transfer, noted)
         self._arrange_captures(trainer, self._installation)
 
     @override

@@ -135,7 +135,7 @@ CASES: dict[str, Case] = {
         lambda: tm.image.PeakSignalNoiseRatio(data_range=1.0),
         _images,
         None,
-        Cause.TENSOR_FROM_PYTHON,
+        Cause.METRIC_UPDATED,
     ),
     "StructuralSimilarity": Case(
         lambda: tm.image.StructuralSimilarityIndexMeasure(data_range=1.0), _images
@@ -164,7 +164,7 @@ CASES: dict[str, Case] = {
         lambda: MultioutputWrapper(tm.MeanSquaredError(), 2),
         lambda m, x, label: m(x[:, :2], x[:, 2:4]),
         None,
-        Cause.TENSOR_FROM_PYTHON,
+        Cause.DATA_DEPENDENT_SHAPE,
     ),
     # the number of draws of each row is random, so the first shape is random as well
     "BootStrapper": Case(lambda: BootStrapper(tm.MeanSquaredError(), 3), _regression, None, ANY),

@@ -16,6 +16,7 @@ from tests.harness import features, predict
 from tests.models import Body, Predictor
 
 LIMIT = 3
+SCALERS: list[Any] = []
 NAMES = [str(number) for number in range(40)]
 
 
@@ -32,6 +33,9 @@ def compares_self(self, batch, batch_idx):  # no method: ``self`` is any object
 
 
 class Other:
+    def __rmul__(self, x):
+        return x * 2
+
     def net(self, x):
         return x
 
@@ -65,6 +69,14 @@ def tells_another(step):
         return step(*args, **kwargs) + scales(*args)
 
     return decorated
+
+
+def scaled(module, factor, batch, batch_idx):
+    return module.net(batch[0]) * (factor if batch_idx % 2 else 1)
+
+
+def named(module, batch, batch_idx, factor):
+    return module.net(batch[0]) * factor
 
 
 class Base(Predictor):
@@ -518,6 +530,10 @@ def closure_that_compares(module):
         (lambda module: types.MethodType(multiplies, module), False),
         (lambda module: types.MethodType(to_a_method, module), True),
         (lambda module: types.MethodType(to_a_method, Other()), False),
+        (lambda module: types.MethodType(first, Other()), False),
+        (lambda module: functools.partial(scaled, module, 2.0), True),
+        (lambda module: functools.partial(named, module, factor=2.0), False),
+        (lambda module: functools.partial(scaled, module, Other()), False),
         (closure_without, True),
         (closure_that_multiplies, False),
         (closure_that_compares, True),
@@ -533,6 +549,33 @@ def test_a_step_set_on_an_instance(harness, make, is_graph):
     for one, other in zip(*outputs, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
     assert (callback.stats.steps["FULL"] > 0) == is_graph, callback.summary()
+
+
+def test_what_a_step_on_an_instance_is_bound_to(harness):
+    """A method of another object, whose attribute changes: nobody sees the read."""
+
+    class Scaler:
+        scale = 1.0
+
+        def __init__(self, module: Any) -> None:
+            self.module = module
+
+        def step(self, batch, batch_idx):
+            return self.module.net(batch[0]) * self.scale
+
+    class Scales(Base):
+        def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0):
+            SCALERS[-1].scale = float(batch_idx)
+
+    outputs = []
+    for extra in ([harness.callback(warmup_steps=1, verify_replays=0)], []):
+        torch.manual_seed(1)
+        module = Scales()
+        SCALERS.append(Scaler(module))
+        module.predict_step = SCALERS[-1].step
+        outputs.append(harness.trainer(*extra).predict(module, features(48)))
+    for one, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_a_method_set_on_an_instance_is_the_one_that_is_read(harness):

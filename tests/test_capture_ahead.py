@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from cg_lightning import CUDAGraphCallback
@@ -194,6 +194,49 @@ def test_metrics_that_share_states_and_keep_lists(harness, given):
     assert callback.stats.steps["FULL"] >= 5, callback.summary()
 
 
+class Tally(Metric):
+    """Keeps what it counts in Python, so it is updated after each replay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.counts: dict[int, int] = {}
+        self.nested = {"seen": [0]}
+
+    def update(self, x: Tensor) -> None:
+        key = int(x.sum().item() * 10) % 3
+        self.counts[key] = self.counts.get(key, 0) + 1
+        self.nested["seen"][0] += 1
+        self.total = self.total + key
+
+    def compute(self) -> Tensor:
+        return self.total
+
+
+@pytest.mark.parametrize("least", [0, 4], ids=["in each step", "in an example"])
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_metrics_that_count_in_python_are_put_back(harness, given, verify_replays, least):
+    class Tallies(Validates):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tally = Tally()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            output = super().validation_step(batch, batch_idx)
+            if output.shape[0] > least:
+                self.tally.update(output)
+            return output
+
+    def job(trainer, module):
+        result = trainer.validate(module, ragged(4, 5, 3, 4, 5, 3, 5, 5, 4), verbose=False)
+        return result, module.tally.counts, module.tally.nested, module.tally.compute()
+
+    callback = given(*batches(3, 5, 4), verify_replays=verify_replays, warmup_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which batches are captured ahead is not what this tests
+        harness.compare(Tallies(), job, callback)
+
+
 class Counts(Predictor):
     """Counts its steps in an attribute, so it is no graph."""
 
@@ -315,6 +358,37 @@ def test_values_in_the_batch_are_part_of_the_key(harness, given):
     assert steps(callback) == {"NONE": 3, "FULL": 9}
 
 
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_host_values_of_the_batch_decide_which_graph_runs(harness, given, verify_replays):
+    class Masks(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            x = self.net(batch["x"])
+            return x if batch["mask"].all() else x * batch["mask"].float().mean()
+
+    def make(padded: list[bool], seed: int) -> list[Any]:
+        xs = [x for (x,) in batches(*[4] * len(padded), seed=seed)]
+        masks = [torch.arange(4) < (3 if is_padded else 4) for is_padded in padded]
+        return [{"x": x, "mask": mask} for x, mask in zip(xs, masks, strict=True)]
+
+    data = make([False, True, False, True, True, False, False, True, True, False], 4)
+    callback = given(*make([True, False], 3), verify_replays=verify_replays)
+    harness.compare(Masks(Body()), predict(DataLoader(data, batch_size=None)), callback)
+
+
+def test_steps_that_compare_batch_idx(harness, given):
+    class Compares(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            x = self.net(batch[0])
+            return x * 2 if batch_idx < 2 else x
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that such a batch is not captured ahead is tested below
+        callback = given(*batches(5), warmup_steps=1, verify_replays=0)
+        harness.compare(Compares(Body()), predict(ragged(4, 5, 5, 4, 5, 4, 5, 5)), callback)
+    with pytest.warns(UserWarning, match="5x8 was not captured ahead: it compares batch_idx"):
+        harness.trainer(given(*batches(5))).predict(Compares(Body()), ragged(4))
+
+
 def test_the_batch_is_transferred_as_in_the_loop(harness, given):
     class Moves(Predictor):
         def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -357,6 +431,39 @@ def test_a_batch_that_the_step_cannot_run(harness, given, error):
     with pytest.warns(UserWarning, match=f"3x8 was not captured.*raised {type(error).__name__}"):
         harness.compare(Fails(), validate(ragged(4, 5, 4, 5, 5)), callback)
     assert steps(callback) == {"NONE": 2, "FULL": 3}
+
+
+def test_a_hook_of_the_transfer_that_fails(harness, given):
+    class Fails(Predictor):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            if batch[0].shape[0] == 3:
+                raise KeyError("mine")
+            return batch
+
+    callback = given(*batches(3, 5))
+    with pytest.warns(UserWarning, match="3x8 was not captured ahead.*raised KeyError"):
+        harness.compare(Fails(Body()), predict(ragged(4, 5, 4, 5)), callback)
+    assert callback.stats.captures == 1
+
+
+def test_a_dataset_that_only_workers_can_read(harness):
+    class Reads(Dataset):
+        seen = 0
+
+        def __len__(self) -> int:
+            return 20
+
+        def __getitem__(self, index: int) -> Any:
+            Reads.seen += 1
+            if Reads.seen == 5:  # the first item that is read ahead
+                raise OSError("no such file")
+            return (torch.full((8,), float(index)),)
+
+    callback = harness.callback(capture_ahead=True)
+    trainer = harness.trainer(callback)
+    with pytest.warns(UserWarning, match="could not make a batch.*OSError: no such file.*Instead"):
+        trainer.predict(Predictor(Body()), DataLoader(Reads(), batch_size=4))
+    assert callback.stats.steps["FULL"] == 2
 
 
 def test_an_interrupt_leaves_nothing(harness, given):

@@ -11,7 +11,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torchmetrics import CatMetric, MeanMetric, Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassAUROC,
+    MulticlassPrecision,
+    MulticlassRecall,
+)
 from torchmetrics.text import CharErrorRate
 
 from tests.harness import Harness, assert_same, loader
@@ -202,6 +207,34 @@ class Collection(Step):
         return scores
 
 
+class LoggedCollection(Step):
+    """Two metrics share their states, and one has states of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            MetricCollection(
+                {
+                    "precision": MulticlassPrecision(CLASSES, ignore_index=0),
+                    "recall": MulticlassRecall(CLASSES, ignore_index=0),
+                    "auroc": MulticlassAUROC(CLASSES, thresholds=5, ignore_index=0),
+                },
+                prefix="val_",
+            )
+        )
+
+    def measure(self, x, label, scores):
+        self.metric.update(scores, label)
+        self.log_dict(self.metric)
+        return scores
+
+
+class LoggedCollectionOfValues(LoggedCollection):
+    def measure(self, x, label, scores):
+        self.metric(scores, label)
+        self.log_dict(self.metric, on_step=True, on_epoch=True)
+        return scores
+
+
 class Shared(Step):
     """Two wrappers around one metric are one unit."""
 
@@ -238,6 +271,8 @@ FULL = {
     "in a submodule": lambda: InSubmodule(),
     "in a loop": lambda: Loop(),
     "a collection": lambda: Collection(),
+    "a collection, logged": lambda: LoggedCollection(),
+    "a collection, logged on_step": lambda: LoggedCollectionOfValues(),
     "shared by two": lambda: Shared(),
     "strings": lambda: Strings(),
 }
@@ -276,6 +311,13 @@ class Computes(Step):
     def measure(self, x, label, scores):
         self.metric.update(scores.flatten())
         return self.metric.compute()
+
+
+class ReadsItems(Step):
+    def measure(self, x, label, scores):
+        for _, metric in self.metric.items():
+            metric.update(scores.flatten())
+        return scores
 
 
 class ReadsState(Step):
@@ -406,6 +448,10 @@ LOWER = {
     "value returned": (UsedLater, "whose value is used"),
     "value logged": (LoggedValue, "whose value is used"),
     "compute": (Computes, "that the step reads"),
+    "items read": (
+        lambda: ReadsItems(MetricCollection([MeanMetric(), CatMetric()])),
+        "that the step",
+    ),
     "state read": (ReadsState, "that the step reads"),
     "reset": (Resets, "that the step reads"),
     "argument changed": (lambda: ChangesArgument(Keeps()), "whose argument the step changes later"),

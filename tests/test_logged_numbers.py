@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from cg_lightning.core.causes import Cause
-from tests.harness import features, validate
+from tests.harness import features, loader, validate
 from tests.models import Body, Predictor
 
 WEIGHT = 0.3
@@ -243,3 +243,22 @@ def test_a_default_dtype_of_the_users(harness):
         assert callback.stats.steps["FULL"] == 7, callback.summary()
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_numbers_that_the_batch_decides(harness):
+    """A count of the batch is a host value: part of what selects the graph, and so is its log."""
+
+    class Counts(Logs):
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            x = self.net(batch[0])
+            count = int((batch[1] > 0).sum().item())
+            self.log("count", count)
+            if batch_idx < count:
+                x = x * 2
+            self.log("x", x.mean())
+            return x
+
+    flags = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 1], [1, 1, 1, 1]] * 8).flatten()
+    data = loader(torch.randn(96, 8), flags)
+    callback = harness.compare(Counts(), validate(data))
+    assert callback.stats.steps["FULL"] >= 10, callback.summary()

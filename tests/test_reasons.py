@@ -82,8 +82,8 @@ def test_library_code_shows_the_librarys_line_and_the_users(harness):
             super().__init__(Body())
             self.perplexity = Perplexity()
 
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self.perplexity.update(self.net(batch[0])[None], batch[0].argmax(1)[None])
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.perplexity(self.net(batch[0])[None], batch[0].argmax(1)[None])
 
     callback = harness.callback(warmup_steps=1)
     harness.compare(Perplexed(), validate(features()), callback)

@@ -17,7 +17,7 @@ from cg_lightning.core.causes import Cause
 OnCall = Callable[[Cause, str], None]
 
 _READS = ("tolist", "numpy", "__array__", "cpu")
-_MAKERS = ("tensor", "as_tensor")
+_MAKERS = ("tensor", "as_tensor", "asarray")
 
 
 def _noticed(

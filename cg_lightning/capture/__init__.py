@@ -5,6 +5,7 @@
 - ``capture.py``: captures one call of a step or of a submodule.
 - ``entry.py``: a captured graph with everything that its replay needs: the fast path.
 - ``graph.py``: one capture: the switch, the counter, and weak references to outputs.
+- ``host_constants.py``: constants that a call makes of Python values, at fixed addresses.
 - ``outputs.py``: where each part of an output comes from.
 - ``static_inputs.py``: input tensors at fixed addresses.
 - ``wrapper.py``: the public, vLLM-shaped wrapper that captures and replays a callable.

@@ -19,6 +19,7 @@ from cg_lightning.capture.answered_reads import AnsweredReads
 from cg_lightning.capture.cache import GraphCache
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.capture.graph import capture_graph, weak_ref_tensors
+from cg_lightning.capture.host_constants import HostConstants
 from cg_lightning.capture.outputs import OutputPlan
 from cg_lightning.capture.static_inputs import StaticInputs
 from cg_lightning.core.causes import Cause
@@ -33,7 +34,13 @@ from cg_lightning.core.forward_context import ForwardContext, override_forward_c
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.settings import Settings
 from cg_lightning.core.tree import rebuild
+from cg_lightning.effects.late_updates import MakeLateCalls
 from cg_lightning.effects.module_effects import ModuleEffects
+from cg_lightning.effects.python_changes import (
+    ChangedAttribute,
+    RepeatChanges,
+    recording_changes,
+)
 from cg_lightning.effects.recorder import NoEffects, Recorder
 from cg_lightning.effects.step_state import HeldByModules, StepState
 from cg_lightning.host_values.path import HostRead
@@ -44,6 +51,9 @@ from cg_lightning.report.stats import EntryRecord
 
 # only before the first capture of a process, because it takes longer than ten captures
 _collect_once = functools.cache(gc.collect)
+
+
+_Afterwards = tuple[MakeLateCalls | None, RepeatChanges | None]
 
 
 class WrittenTensors(Protocol):
@@ -99,6 +109,7 @@ class CaptureTarget:
             effects is not captured.
         storage_addresses: The addresses of the storages of parameters and buffers.
         record: The row in the statistics.
+        changes: What the call changes in Python, and a replay changes as well.
         changed: What has changed since an earlier capture; empty if nothing has.
         reads: What the watched step read on the host, and a capture cannot read.
         late: The metrics that are updated after the step; see ``effects/late_updates.py``.
@@ -109,6 +120,7 @@ class CaptureTarget:
     effects: ModuleEffects | None
     storage_addresses: set[int]
     record: EntryRecord
+    changes: Sequence[ChangedAttribute] = ()
     changed: str = ""
     reads: Sequence[HostRead] = ()
     late: Sequence[MetricUnit] = ()
@@ -177,23 +189,34 @@ class Capturer:
     def _attempt(self, target: CaptureTarget, call: GraphCall) -> GraphEntry:
         settings, options = self.settings, self.settings.capture_options
         inputs = self._static_inputs(call)
+        constants = HostConstants(self._backend.device)
         effects = target.effects
         recorder: Recorder = NoEffects() if effects is None else effects.recorder(target.late)
+        # what metrics and the user's lists keep is never graph memory
+        copies_outputs = settings.copy_outputs or bool(target.late or target.changes)
 
-        def run() -> tuple[OutputPlan, list[Tensor], list[Any], list[Tensor], Any]:
-            with recorder.step() as recording:
-                with self._answering(target.reads, recorder.checked_calls):
+        def run() -> tuple[OutputPlan, list[Tensor], list[Any], list[Tensor], _Afterwards]:
+            changes = None
+            with recording_changes(target.changes) as changing, recorder.step() as recording:
+                with self._answering(target.reads, recorder.checked_calls), answered():
                     output = call.run_with(inputs.leaves)
                 effects, tensors = recording.finish()
                 late, arguments = recording.late()
+                if target.changes:
+                    output, changes = changing.finish(output)
+                    effects.append(changes)
             if late is not None:
                 output = (output, arguments)
             plan, computed = OutputPlan.make(output, inputs.leaves, target.storage_addresses)
             # outputs that are not copied out must not share memory with those of other graphs
-            if options.weak_ref_output and settings.copy_outputs:
+            if options.weak_ref_output and copies_outputs:
                 computed = weak_ref_tensors(computed, self._backend)
                 tensors = weak_ref_tensors(tensors, self._backend)
-            return plan, computed, effects, tensors, late
+            return plan, computed, effects, tensors, (late, changes)
+
+        # compiled code may have guards on the functions that are replaced
+        has_compiled = any(map(is_compiled, target.module.modules()))
+        answered = contextlib.nullcontext if has_compiled else constants.answered
 
         def capture() -> tuple[CapturedGraph, Any]:
             return capture_graph(
@@ -203,17 +226,18 @@ class Capturer:
         context = ForwardContext(target.mode, call.descriptor)
         with override_forward_context(context), recorder.prepared():
             captured = capture()
-            if recorder.has_unreserved_checks:
-                # checks need memory from outside the capture, and only a capture shows the checks
+            if recorder.has_unreserved_checks or constants.are_missing:
+                # both need memory from outside the capture, and only a capture shows them
                 del captured
                 recorder.reserve_checks()
+                constants.make()
                 captured = capture()
-        graph, (plan, computed, effects, tensors, late) = captured
-        copies_outputs = settings.copy_outputs or late is not None
+        inputs.keep(constants.tensors)
+        graph, (plan, computed, effects, tensors, (late, changes)) = captured
         entry = GraphEntry(
             graph, inputs, plan, computed, effects, tensors, copies_outputs, target.record
         )
-        entry.late = late
+        entry.late, entry.changes = late, changes
         return entry
 
     def _answering(
@@ -231,7 +255,13 @@ class Capturer:
         can be on.
         """
         inputs = self._static_inputs(call)
-        before = StepState(target.module, self._backend, target.effects, self._written.now())
+        before = StepState(
+            target.module,
+            self._backend,
+            target.effects,
+            self._written.now(),
+            changes=target.changes,
+        )
         context = ForwardContext(CUDAGraphMode.NONE, call.descriptor)
         with autocast_cache_off(), override_forward_context(context):
             run = functools.partial(call.run_with, inputs.leaves)

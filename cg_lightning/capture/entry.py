@@ -30,6 +30,7 @@ from cg_lightning.capture.outputs import OutputPlan, copy_with_strides, is_clone
 from cg_lightning.capture.static_inputs import StaticInputs
 from cg_lightning.effects.effect import Effect, methods
 from cg_lightning.effects.late_updates import MakeLateCalls
+from cg_lightning.effects.python_changes import RepeatChanges
 from cg_lightning.report.stats import EntryRecord
 
 
@@ -60,7 +61,7 @@ class GraphEntry:
             "_graph",
             "_inputs",
         ),
-        *("_is_built", "_outputs", "_value", "last_step", "late", "record", "replays"),
+        *("_is_built", "_outputs", "_value", "changes", "last_step", "late", "record", "replays"),
     )
 
     def __init__(
@@ -92,6 +93,8 @@ class GraphEntry:
         self.record = record
         self.late: MakeLateCalls | None = None
         """Makes the late calls. If there are any, the output is a pair of output and arguments."""
+        self.changes: RepeatChanges | None = None
+        """Changes what the step changes in Python. The output is then a pair of output and values."""
         self.replays = 0
         """Number of replays whose result was returned to the user."""
         self.last_step = 0
@@ -145,11 +148,10 @@ class GraphEntry:
             computed = [copy(tensor) for tensor in computed]
         if self._is_built:
             output = self._outputs.build(leaves, computed)
-            if self.late is None:
-                return output
-            output, arguments = output
-            self.late.run(arguments)
-            return output
+            if self.late is not None:
+                output, arguments = output
+                self.late.run(arguments)
+            return output if self.changes is None else self.changes.make(output)
         return computed[0] if computed else self._value
 
     def count(self) -> None:

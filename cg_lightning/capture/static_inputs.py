@@ -68,6 +68,7 @@ class StaticInputs:
         self._tensors: list[
             tuple[int, Tensor, int, bool]
         ] = []  # index, stored part, address, whether expanded
+        self._kept: list[Tensor] = []
         made: dict[int, Tensor] = {}  # a tensor that occurs twice gets one static tensor
         for index, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor):
@@ -92,7 +93,12 @@ class StaticInputs:
     @property
     def num_bytes(self) -> int:
         """Memory of the static tensors, in bytes."""
-        return sum(static.untyped_storage().nbytes() for _, static, _, _ in self._tensors)
+        tensors = [*[static for _, static, _, _ in self._tensors], *self._kept]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    def keep(self, tensors: list[Tensor]) -> None:
+        """Keep further tensors alive that the graph reads and that never change."""
+        self._kept = tensors
 
     def copy_from(self, leaves: list[Any]) -> None:
         """Copy the tensors of ``leaves`` with one grouped copy.

@@ -170,7 +170,7 @@ class Settings:
     verify_tolerance: Tolerance = "exact"
     """``exact`` or ``close``."""
     sync_free_metrics: bool = True
-    """Replace functions of torchmetrics that wait for the device, in captures of whole steps."""
+    """In captures of whole steps, replace functions of torchmetrics, and checks by PyTorch, that wait."""
     compile: bool | Mapping[str, Any] = False
     """Compile the networks, and graph the result; or the arguments of ``torch.compile``."""
     copy_outputs: bool = True

@@ -128,6 +128,16 @@ def rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
     return container.build(tree, keys, [rebuild(value, leaves) for value in values])
 
 
+def containers_in(tree: Any) -> Iterator[Any]:
+    """Yield the containers of ``tree``, the outermost first, except tuples: those never change."""
+    container = _container(tree)
+    if container is not None:
+        if not isinstance(tree, tuple):
+            yield tree
+        for value in container.children(tree)[1]:
+            yield from containers_in(value)
+
+
 def structure_paths(structure: Any, root: str) -> list[str]:
     """Return a readable path for each leaf, like :func:`leaf_paths`, from a stored structure."""
     if structure is None:

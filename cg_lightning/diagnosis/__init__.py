@@ -1,11 +1,14 @@
 """Watching one eager step for what a graph could not hold, or would freeze.
 
+- ``attribute_events.py``: what a step does to attributes, and what a replay can do again.
 - ``callers.py``: what the functions that are running do with a call that they have made.
 - ``clocks.py``: functions whose result nobody can guard: clocks, counts of memory.
 - ``definitions.py``: the source of a function as a tree, if it is the source of the code that runs.
 - ``detector.py``: what all detectors have in common.
 - ``findings.py``: findings, and where in the user's code something happened.
 - ``functions.py``: the function objects behind the frames that a profiler is shown.
+- ``hidden_modules.py``: modules that are no submodules, and what they hold.
+- ``module_state.py``: what a module holds, to be compared later.
 - ``late_unit.py``: what a watched step showed of one unit of metrics: whether its updates may
   follow the step.
 - ``operands.py``: the tensors that a dispatched operation takes, makes and writes to.
@@ -13,6 +16,7 @@
 - ``step_watch.py``: the step that is watched: the stack of calls under way, and what detectors
   report.
 - ``uses_of_argument.py``: where a step uses one of its arguments, read from byte code and source.
+- ``uses_of_attribute.py``: what a line does with an attribute that it reads, from its source.
 - ``watched_step.py``: what one watched step showed, by call of a submodule.
 - ``watcher.py``: watches one eager step under all detectors, without changing what it computes.
 """

@@ -1,6 +1,7 @@
 """Functions whose result nobody can guard: clocks, the system's random numbers, counts of memory.
 
-They change nothing and keep nothing in Python. What they return is another value in each step.
+They change nothing and keep nothing in Python. What they return is another value in each step. The
+context of ``decimal`` belongs to the thread, and nothing in Python refers to it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ _IN_C = {
     "gc": frozenset({"get_count", "get_stats", "get_objects"}),
     "sys": frozenset({"getallocatedblocks", "getrefcount"}),
     "datetime": frozenset({"now", "utcnow", "today"}),
+    "decimal": frozenset({"getcontext", "setcontext", "localcontext"}),  # of the thread
 }
 """Names of functions by module."""
 _NAMES = frozenset().union(*_IN_C.values())

@@ -75,11 +75,15 @@ def node_at(frame: FrameType) -> tuple[ast.AST | None, dict[ast.AST, ast.AST]]:
 
     None if the source is not known, and on Python 3.10, which does not tell columns.
     """
-    code = frame.f_code
+    return node_of(frame.f_code, frame.f_lasti)
+
+
+def node_of(code: CodeType, offset: int) -> tuple[ast.AST | None, dict[ast.AST, ast.AST]]:
+    """Return the expression of the instruction at an offset, as :func:`node_at` does."""
     definition = definition_of(code)
     if definition is None or not hasattr(code, "co_positions"):
         return None, {}
-    here = next(itertools.islice(code.co_positions(), frame.f_lasti // 2, None))
+    here = next(itertools.islice(code.co_positions(), offset // 2, None))
     found = [
         node
         for node in ast.walk(definition)

@@ -21,6 +21,8 @@ class LateUnit:
         """What a graph cannot hold, in calls of these metrics."""
         self.is_called = False
         """Whether the step has called one of these metrics."""
+        self.position = 0
+        """Number of findings of the step before the first call."""
         self.is_logged = False
         """Whether ``self.log`` has read the value of one of these metrics."""
         self.refusal = ""

@@ -22,6 +22,7 @@ from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import Finding, Location, find_location
 from cg_lightning.diagnosis.late_unit import LateUnit
 from cg_lightning.diagnosis.watched_step import ModuleCall, WatchedStep, WrittenTensors
+from cg_lightning.effects.python_changes import ChangedAttribute
 from cg_lightning.guards.comparisons import ComparedSource
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues
@@ -110,9 +111,11 @@ class StepWatch:
         self._set_aside: list[Finding] | None = None
         """Receives the findings of the step while a call runs that may follow it."""
         self._is_paused = False
+        self._spared: tuple[Cause, ...] = ()
         self._is_in_framework = False
         self._did_one_time_work = False
         self._written = WrittenTensors()
+        self._changes: list[ChangedAttribute] = []
         self._detectors: Sequence[Detector] = ()
         self._mode = _OperationMode(self)
         self._stance: Any = None
@@ -138,7 +141,7 @@ class StepWatch:
             calls: The calls that get the finding; None: all that are under way.
         """
         calls = self.stack[self._first :] if calls is None else list(calls)
-        if self._is_paused or not calls:
+        if self._is_paused or cause in self._spared or not calls:
             return
         where = find_location() if location is None else Location(location, "")
         module = self.stack[-1].path if module is None else module
@@ -185,6 +188,19 @@ class StepWatch:
         """Notes tensors that the step changed in place."""
         self._written.update(written)
 
+    def note_change(self, changed: ChangedAttribute) -> None:
+        """Notes an attribute that the step changes without looking at it, so a replay can as well.
+
+        A graph freezes no value of it.
+        """
+        self._changes.append(changed)
+        self.step.sources.pop((id(changed.module), changed.name), None)
+        if not changed.is_set:
+            source = changed.kind_source()
+            self.step.sources[source.key] = source
+        if changed.is_added_to:
+            self._written.add_attribute(changed.module, changed.name)
+
     # what detectors ask
 
     def calls(self) -> list[ModuleCall]:
@@ -209,8 +225,11 @@ class StepWatch:
 
     @property
     def is_about_step(self) -> bool:
-        """Whether what is reported now is reported of the step as well, and not only of calls."""
-        return self._first == 0
+        """Whether a graph of the step holds what runs now.
+
+        It may hold something else in its place, or leave it out.
+        """
+        return self._first == 0 and self._set_aside is None
 
     @property
     def is_in_framework(self) -> bool:
@@ -232,6 +251,15 @@ class StepWatch:
             yield
         finally:
             self._is_paused = before
+
+    @contextlib.contextmanager
+    def sparing(self, *causes: Cause) -> Iterator[None]:
+        """While something runs that a capture does before the graph: these causes are ignored."""
+        before, self._spared = self._spared, causes
+        try:
+            yield
+        finally:
+            self._spared = before
 
     @contextlib.contextmanager
     def only_for_submodules(self) -> Iterator[None]:
@@ -336,7 +364,14 @@ class StepWatch:
         """Returns what the step showed; it holds no tensor that a call was given."""
         self.step.inputs.clear()
         late = [late.unit for late in self.late_units if late.is_late]
-        return WatchedStep(self.step, self._written, self._did_one_time_work, self.read_path, late)
+        return WatchedStep(
+            self.step,
+            self._written,
+            self._did_one_time_work,
+            changes=self._changes,
+            path=self.read_path,
+            late=late,
+        )
 
 
 class UnreadableError(Exception):

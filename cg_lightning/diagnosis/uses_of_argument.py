@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.diagnosis.definitions import Definition, definition_of, parents_in
 from cg_lightning.diagnosis.findings import UNKNOWN
 from cg_lightning.guards.comparisons import Comparison
@@ -256,7 +257,21 @@ class ArgumentUses:
         callee = self._method(step_name, type(self._module).__mro__)
         if callee is None:
             return None
+        if callee.offset == 0 and not self._holds_nothing_unseen(callee.function):
+            return _line_of(getattr(inspect.unwrap(callee.function), "__code__", None))
         return self._find_at(callee, callee.offset + position, 0)
+
+    def _holds_nothing_unseen(self, step: Any) -> bool:
+        """Whether what a step on the instance reads is seen: functions, and methods of the module.
+
+        A method of another object reads that object, and a partial function has values of its own.
+        """
+        if isinstance(step, functools.partial) and not step.keywords:
+            values = [value for value in step.args if value is not self._module]
+            return all(map(is_plain_value, values)) and self._holds_nothing_unseen(step.func)
+        if isinstance(step, types.MethodType):
+            return step.__self__ is self._module
+        return isinstance(step, FunctionType)
 
     def _method(self, name: str, order: tuple[type, ...]) -> _Callee | None:
         """Return what ``self.name`` is."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.diagnosis.findings import Finding
+from cg_lightning.effects.python_changes import ChangedAttribute
 from cg_lightning.guards.comparisons import ComparedSource, Comparison
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues, addresses_of
@@ -93,6 +94,7 @@ class WatchedStep:
         step: The step, with its calls.
         written: The tensors that it changed in place.
         did_one_time_work: See the attribute.
+        changes: See the attribute.
         path: See the attribute.
         late: See the attribute.
     """
@@ -102,6 +104,7 @@ class WatchedStep:
         step: ModuleCall,
         written: WrittenTensors,
         did_one_time_work: bool,
+        changes: Sequence[ChangedAttribute] = (),
         path: ReadPath | None = None,
         late: Sequence[MetricUnit] = (),
     ) -> None:
@@ -119,7 +122,8 @@ class WatchedStep:
         """Tensors, other than states of metrics, that the step changed in place."""
         self.did_one_time_work = did_one_time_work
         """Whether something ran that runs once: metrics formed groups, a module was compiled."""
-
+        self.changes = tuple(changes)
+        """Attributes that the step changed in Python, and that a replay can change as well."""
         self.late = tuple(late)
         """Metrics whose calls a graph of the whole step leaves out: they follow each replay."""
 
@@ -142,8 +146,8 @@ class WatchedStep:
     def largest_capturable(self) -> dict[str, nn.Module]:
         """Returns the fewest, largest submodules with parameters and without findings, by path.
 
-        A call without a key (one argument is an object, for example a cache) cannot be captured,
-        but calls inside it may.
+        A call without a key (one argument is an object, for example a cache) cannot be captured. It
+        is returned only if no call inside it can be, so that its reason is told.
         """
         unclean = {id(call.module) for call in self._calls if call.findings}
         chosen: dict[str, nn.Module] = {}
@@ -151,11 +155,16 @@ class WatchedStep:
         def choose(outer: ModuleCall) -> None:
             for call in outer.calls:
                 assert call.module is not None
+                is_clean = id(call.module) not in unclean
                 has_parameters = next(call.module.parameters(), None) is not None
-                if id(call.module) in unclean or call.descriptor is None or not has_parameters:
-                    choose(call)
-                else:
+                # without a key, it is at least what the reason names, if nothing inside has one
+                has_key = call.descriptor is not None or not any(
+                    inner.descriptor is not None for inner in call.all_calls()
+                )
+                if is_clean and has_parameters and has_key:
                     chosen[call.path] = call.module
+                else:
+                    choose(call)
 
         choose(self._step)
         return chosen

@@ -16,6 +16,7 @@ from cg_lightning.diagnosis.detectors.batch_index import BatchIndex
 from cg_lightning.diagnosis.detectors.compiled import CompiledModules
 from cg_lightning.diagnosis.detectors.global_reads import GlobalReads
 from cg_lightning.diagnosis.detectors.hooks import ForwardHooks
+from cg_lightning.diagnosis.detectors.host_constants import HostConstants
 from cg_lightning.diagnosis.detectors.host_reads import HostReads
 from cg_lightning.diagnosis.detectors.host_values import HostValues
 from cg_lightning.diagnosis.detectors.late_updates import LateUpdates
@@ -50,6 +51,7 @@ DETECTORS: tuple[type[Detector], ...] = (
     HostValues,  # before those that report reads: it says which of them a capture can answer
     Operations,
     HostReads,  # after all that compare tensors: on a GPU a comparison waits for the device
+    HostConstants,  # after HostReads, which replaces the same functions and reports
     GlobalReads,  # stays last: its profiler is called for each function, ours included
 )
 

@@ -6,6 +6,7 @@
 - ``logged_numbers.py``: ``self.log`` of Python numbers: a graph makes the tensor on the device.
 - ``logged_values.py``: the interface to ``self.log``, which ``trainer/`` implements.
 - ``module_effects.py``: all side effects of the steps of one module.
+- ``python_changes.py``: what a step appends, adds and sets in Python, done again.
 - ``recorder.py``: EffectRecorder: the order in which captures of a step are recorded.
 - ``recording.py``: StepRecording: one captured step, and its effects.
 - ``step_state.py``: StepState: everything that a step may change; it can be restored.

@@ -10,9 +10,10 @@ import collections
 from collections.abc import Iterable, MutableMapping, MutableSequence, MutableSet
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.core.descriptor import is_inside_transform, is_plain_value
 from cg_lightning.guards.value_kinds import ValueKind, bound_to, contents_of, kind_of
 from cg_lightning.guards.values import MOST_VALUES
 from cg_lightning.modules.attributes import attributes_of, is_same_value, same_attributes
@@ -48,27 +49,39 @@ def _changed_key(now: _Items, before: _Items) -> Any:
     return next(iter(old), None)
 
 
+def _memory_of(tensor: Tensor) -> Any:
+    """Return where the values of a tensor are; None: nobody can say."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        return None
+    if is_inside_transform():
+        return None
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
 class ContainersSnapshot:
     """What some values hold, however deep.
 
     Args:
         roots: Names and values. Modules and tensors are not looked into.
+        most: Maximum number of values that are looked into.
     """
 
-    def __init__(self, roots: Iterable[tuple[str, Any]]) -> None:
+    def __init__(self, roots: Iterable[tuple[str, Any]], most: float = MOST_VALUES) -> None:
         self._nodes: list[tuple[Any, ValueKind, _Items, str]] = []
         self._copies: list[tuple[Any, Any, str]] = []
         self._tensors: list[tuple[Tensor, dict[str, Any], str]] = []
+        self._memory: list[tuple[Tensor, Any, str]] = []
         self._ids: set[int] = set()
         pending = list(roots)
         seen: set[int] = set()
-        while pending and len(seen) < MOST_VALUES:
+        while pending and len(seen) < most:
             path, value = pending.pop()
             if is_plain_value(value) or id(value) in seen:
                 continue
             seen.add(id(value))
             if isinstance(value, Tensor):
                 self._tensors.append((value, dict(vars(value)), path))
+                self._memory.append((value, _memory_of(value), path))
                 continue
             kind = kind_of(value)
             if kind in (ValueKind.CONTAINER, ValueKind.OBJECT):
@@ -106,7 +119,22 @@ class ContainersSnapshot:
         for tensor, attributes, path in self._tensors:
             if not same_attributes(vars(tensor), attributes):
                 return f"an attribute of {path}"
+        for tensor, memory, path in self._memory:
+            if _memory_of(tensor) != memory:
+                return f"the memory of {path}"
         return ""
+
+    def new_items(self) -> list[tuple[str, Any]]:
+        """Return names and values of the items that were added or replaced."""
+        found = []
+        for value, kind, items, path in self._nodes:
+            before = dict(items)
+            found += [
+                (_name(path, key, kind), item)
+                for key, item in _items_of(value, kind)
+                if not is_same_value(before.get(key, _MISSING), item)
+            ]
+        return found
 
     def holds(self, output: Any) -> bool:
         """Return whether a nest contains one of the containers itself."""

@@ -6,7 +6,8 @@ The call is then the one of eager, with the same arguments, in the same order.
 
 What is hard here: ``self.log`` of such a metric moves the metric to its device, and copies the
 metric's latest value. So ``to`` is a late call as well, and a :class:`LateValue` stands for the
-value until the calls are made.
+value until the calls are made. ``self.log_dict`` of a collection calls its ``items``, which gives
+all metrics of a compute group their states: this too is made late.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from cg_lightning.core.tree import flatten, leaf_paths
+from cg_lightning.effects.step_state import AttributesSnapshot
 from cg_lightning.metrics.units import MetricUnit, calls_from_outside
 from cg_lightning.modules.interception import Interception, ModuleHandler
 
@@ -82,6 +84,8 @@ class CollectedCalls:
         """Store a call. Return what the step expects: nobody uses the value of an update."""
         self.calls.append(LateCall(metric, method))
         self.arguments.append((args, kwargs))
+        if method == "items":
+            return original(**{**kwargs, "copy_state": False})
         return metric if method == "to" else None
 
 
@@ -103,11 +107,10 @@ class LateUpdates:
             yield found
             return
         metrics = [m for unit in units for m in unit.metrics if isinstance(m, Metric)]
-        before = [(vars(metric), vars(metric).pop(VALUE)) for metric in metrics]
         with contextlib.ExitStack() as stack:
-            for attributes, value in before:
-                stack.callback(attributes.__setitem__, VALUE, value)
+            stack.callback(AttributesSnapshot(m for unit in units for m in unit.metrics).restore)
             for metric in metrics:
+                del vars(metric)[VALUE]
                 reader = _ValueReader(LateValue(metric))
                 stack.callback(Interception(metric, reader).remove)
             stack.enter_context(calls_from_outside(units, found.add))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cg_lightning.backends import GraphBackend
 from cg_lightning.core.tree import flatten
 from cg_lightning.effects.containers import ContainersSnapshot
+from cg_lightning.effects.python_changes import ChangedAttribute, ChangedAttributesSnapshot
 from cg_lightning.metrics.members import states_of
 from cg_lightning.modules.attributes import global_hooks, names_of_frameworks
 from cg_lightning.modules.kinds import is_metric
@@ -157,6 +158,7 @@ class StepState:
         effects: The effects of its steps. None if the module runs as a submodule.
         written: Other tensors that steps write to.
         given: What the step is given: its containers are put back as well.
+        changes: What the step changes in Python and a replay changes as well.
     """
 
     def __init__(
@@ -166,8 +168,10 @@ class StepState:
         effects: ModuleEffects | None = None,
         written: Iterable[Tensor] = (),
         given: Any = None,
+        changes: Sequence[ChangedAttribute] = (),
     ) -> None:
         self._backend = backend
+        self._changes = ChangedAttributesSnapshot(changes)
         self._metrics = None if effects is None else MetricsSnapshot(effects)
         others = [(f"tensor of shape {tuple(tensor.shape)}", tensor) for tensor in written]
         self._buffers = [
@@ -195,15 +199,17 @@ class StepState:
         self._attributes.restore()
         self.containers.restore()
         self._containers.restore()
+        self._changes.restore()
         if self._metrics is not None:
             self._metrics.restore()
         self._host_random_state.restore()
         self._backend.set_random_state(self._device_random_state)
 
     def values(self) -> list[tuple[str, Any]]:
-        """Return names and copies of the current buffers and metric values."""
+        """Return names and copies of the current buffers, metric values, and Python changes."""
         buffers = [(f"buffer {name}", buffer.clone()) for name, buffer, _ in self._buffers]
-        return buffers if self._metrics is None else [*buffers, *self._metrics.values()]
+        values = [*buffers, *self._changes.values()]
+        return values if self._metrics is None else [*values, *self._metrics.values()]
 
 
 class MetricsSnapshot:

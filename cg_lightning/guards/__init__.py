@@ -1,5 +1,6 @@
 """What a graph has frozen, compared before each replay.
 
+- ``changed_values.py``: the kinds of values that a step changes and never looks at.
 - ``comparisons.py``: how a step compares a number, and what comes out of it.
 - ``guard_set.py``: what one graph has frozen of what its step read in Python.
 - ``module_guard.py``: what a graph has frozen of a module itself: members, addresses, hooks,

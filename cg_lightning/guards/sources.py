@@ -61,6 +61,14 @@ _VIEWS: dict[type, Callable[[Any], Any]] = {
 }
 
 
+class DerivedNamespace:
+    """A namespace that does not keep values but finds something out about them."""
+
+    def get(self, name: str, default: Any) -> Any:
+        """Return what is known of the value with this name; ``default`` if there is none."""
+        raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
     """A name in a namespace: an attribute of a module, of a class, a global, or what a function holds.
@@ -72,7 +80,8 @@ class Source:
     holder: Any
     """The module, class or object whose ``vars()`` have the name, or the dictionary of a module's globals.
 
-    Or a cell of a closure, a function for what it holds, one with a cache, or what knows a Trainer.
+    Or a cell of a closure, a function for what it holds, one with a cache, what knows a Trainer, or
+    a :class:`DerivedNamespace`.
     """
     name: str
     path: str
@@ -86,7 +95,7 @@ class Source:
     @property
     def namespace(self) -> Any:
         """The mapping that has the name; the same object each time."""
-        if isinstance(self.holder, dict) or self.belongs_to_trainer:
+        if isinstance(self.holder, (dict, DerivedNamespace)) or self.belongs_to_trainer:
             return self.holder
         view = _VIEWS.get(type(self.holder))
         return vars(self.holder) if view is None else view(self.holder)

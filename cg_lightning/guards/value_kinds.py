@@ -26,6 +26,7 @@ import pathlib
 import random
 import re
 import sys
+import threading
 import types
 import uuid
 import weakref
@@ -97,12 +98,18 @@ def _context_contents(value: contextvars.ContextVar[Any]) -> Any:
     return now if is_plain_value(now) else id(now)
 
 
+def _lock_contents(value: Any) -> bool:
+    return bool(value.locked())
+
+
 _CONTENTS: dict[type, Callable[[Any], Any]] = {
     set: frozenset,
     bytearray: bytes,
     memoryview: bytes,
     array.array: array.array.tobytes,
     contextvars.ContextVar: _context_contents,
+    type(threading.Lock()): _lock_contents,
+    type(threading.RLock()): repr,
 }
 
 

@@ -108,6 +108,7 @@ class FrozenValues:
         self._inside_large: list[FrozenValues] = []
         self._objects: list[tuple[dict[str, Any], dict[str, Any], _Path]] = []
         self._slotted: list[tuple[Any, dict[str, Any], _Path]] = []
+        self._types: list[tuple[Any, type, _Path]] = []
         self._classes: list[tuple[type, dict[str, Any], _Path]] = []
         self._class_values: list[tuple[Any, str, Any]] = []
         self._caches: list[tuple[Any, int, _Path]] = []
@@ -136,7 +137,7 @@ class FrozenValues:
         self.is_empty = not any(
             (
                 *(self.tensors, self._containers, self._objects),
-                *(self._slotted, self._classes, self._copies),
+                *(self._slotted, self._types, self._classes, self._copies),
             )
         )
         """Whether :meth:`hold` has nothing to compare."""
@@ -203,6 +204,7 @@ class FrozenValues:
             self._slotted.append((value, held, path))
         elif held or hasattr(value, "__dict__"):
             self._objects.append((vars(value), held, path))
+        self._types.append((value, cls, path))
         found = [(item, (path, name, _OF_OBJECT)) for name, item in held.items()]
         if id(cls) not in seen and (of_class := class_values_of(cls)):
             seen.add(id(cls))
@@ -239,6 +241,7 @@ class FrozenValues:
             and all(_leaves_hold(value, leaves, s) for value, leaves, s, _ in self._containers)
             and all(same_attributes(attributes, before) for attributes, before, _ in self._objects)
             and all(same_attributes(attributes_of(v), before) for v, before, _ in self._slotted)
+            and all(type(value) is cls for value, cls, _ in self._types)
             and all(
                 is_same_value(value, space.get(name)) for space, name, value in self._class_values
             )
@@ -272,6 +275,9 @@ class FrozenValues:
         for value, before, path in self._slotted:
             if not same_attributes(attributes_of(value), before):
                 return _explain_attributes(attributes_of(value), before, _format(path))
+        for value, cls, path in self._types:
+            if type(value) is not cls:
+                return f"{_format(path)}: now a {type(value).__name__}, before a {cls.__name__}"
         for cls, before, path in self._classes:
             if not same_attributes(class_values_of(cls), before):
                 return _explain_attributes(class_values_of(cls), before, _format(path))

@@ -1,7 +1,7 @@
-"""Operations that give the same bits on every device, and reads of what they compute.
+"""Operations that give the same bits each time, and reads of what they compute.
 
-Integers and booleans are exact everywhere. Of floating point numbers that holds only if they are
-moved, cast or compared: a sum depends on its order.
+Integers and booleans are exact. Of floating point numbers that holds only if they are moved, cast
+or compared: a sum depends on its order. Nearly all of them give these bits on every device.
 """
 
 from __future__ import annotations
@@ -38,6 +38,23 @@ _OF_FLOATS = frozenset(
     )
 )
 """Operations that are exact for floating point numbers."""
+_RACING = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("scatter", "scatter_", "index_put", "index_put_", "_index_put_impl_", "put", "put_"),
+        *("index_copy", "index_copy_", "masked_scatter", "masked_scatter_"),
+    )
+)
+"""Operations that may write twice to one element; which write comes last is not defined."""
+_OF_ONE_DEVICE = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("sort", "argsort", "msort", "topk", "kthvalue", "median", "nanmedian", "mode"),
+        *("argmax", "argmin", "max", "min", "aminmax", "cummax", "cummin", "upsample_nearest2d"),
+        *("bitwise_left_shift", "bitwise_right_shift", "__lshift__", "__rshift__"),
+    )
+)
+"""Operations that devices do differently: they order equal elements, for instance."""
 MOST_ELEMENTS = 65536
 """Larger tensors are not computed before the step: the host would take longer than it saves."""
 
@@ -52,9 +69,11 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def is_exact(function: OpOverload, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
-    """Return True if an operation gives the same bits on every device, and takes little time."""
+    """Return True if an operation gives the same bits each time, and takes little time."""
     tensors = [*inputs, *outputs]
     if function.namespace != "aten" or torch.Tag.nondeterministic_seeded in function.tags:
+        return False
+    if function._schema.name in _RACING:
         return False
     if not all(map(is_plain, tensors)) or sum(t.numel() for t in tensors) > MOST_ELEMENTS:
         return False
@@ -65,6 +84,14 @@ def is_exact(function: OpOverload, inputs: Sequence[Tensor], outputs: Sequence[T
     # devices convert numbers that an integer cannot hold to different integers
     to_integers = any(not _is_inexact(t) and t.dtype is not torch.bool for t in outputs)
     return not (any(map(_is_inexact, inputs)) and to_integers)
+
+
+def is_same_on_host(function: OpOverload) -> bool:
+    """Return True if an exact operation gives the same bits on the host as on the device."""
+    name = function._schema.name
+    if name in ("aten::max", "aten::min") and function._overloadname in ("default", "other"):
+        return True  # a value, and no index
+    return name not in _OF_ONE_DEVICE
 
 
 def _is_inexact(tensor: Tensor) -> bool:

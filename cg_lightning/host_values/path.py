@@ -14,8 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+from cg_lightning.core.causes import Cause
+from cg_lightning.core.reasons import Reason
 from cg_lightning.core.tree import tensors_in
+from cg_lightning.host_values.exact_operations import SCALAR_READS, is_same_on_host
+from cg_lightning.host_values.host_copies import HostCopies
 
 
 @dataclasses.dataclass(eq=False)
@@ -24,8 +29,10 @@ class HostRead:
 
     operation: str
     """``aten::item``; or ``aten::nonzero``, whose value is the number of rows of its output."""
-    where: str
-    """The user's line, and that of a library that it called."""
+    location: str
+    """The user's line."""
+    library_location: str = ""
+    """The line of a library that it called; empty if there is none."""
     value: Any = None
     """The number that the watched step read."""
     is_constant: bool = False
@@ -34,7 +41,8 @@ class HostRead:
     """For a number of rows: the strides of the indices of these rows."""
 
     def __str__(self) -> str:
-        return f"{self.operation} ({self.where})"
+        library = f", in {self.library_location}" if self.library_location else ""
+        return f"{self.operation} ({self.location}{library})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +91,7 @@ class Mismatch(NamedTuple):
     value: Any
 
 
-Check = Callable[[Sequence[Any]], Mismatch | None]
+Check = Callable[[Sequence[Any] | dict[int, Tensor]], Mismatch | None]
 
 
 class ReadPath:
@@ -100,16 +108,44 @@ class ReadPath:
     ) -> None:
         self.reads = reads
         self._check = _compile(reads, roots, slots)
+        self._check_on_host = _compile(reads, roots, list(map(_on_host, slots)))
+        self._is_same_on_host = all(is_same_on_host(slot.function) for slot in slots)
+        self._places = [root.leaf for root in roots]
+        self._copies: HostCopies | None = None
         self._mismatch: Mismatch | None = None
+
+    def use(self, copies: HostCopies) -> None:
+        """Compute the values on the host, where it has the batch."""
+        if self._is_same_on_host:
+            self._copies = copies
+            copies.are_wanted = True
 
     def holds(self, leaves: Sequence[Any]) -> bool:
         """Return True if a batch gives all the values that were read."""
+        copied = None if self._copies is None else self._copies.of(leaves, self._places)
         try:
-            self._mismatch = self._check(leaves)
+            if copied is None:
+                self._mismatch = self._check(leaves)
+            else:
+                self._mismatch = self._check_on_host(copied)
         except (RuntimeError, IndexError) as error:
             # the step takes another path, or fails as well: then it raises its own error
             self._mismatch = Mismatch(-1, error)
         return self._mismatch is None
+
+    def is_ruled_out_by(self, failed: ReadPath) -> bool:
+        """Return True if this path does not hold, since another one has just failed as it did.
+
+        Both paths make the same reads as long as their values are equal.
+        """
+        if failed._mismatch is None or failed._mismatch.place < 0:
+            return False
+        place, value = failed._mismatch
+        values = [read.value for read in self.reads[: place + 1]]
+        if len(values) <= place or same_value(values[place], value):
+            return False
+        others = [read.value for read in failed.reads[:place]]
+        return all(map(same_value, values[:place], others))
 
     def explain(self) -> str:
         """Return which value differs; empty if none does."""
@@ -121,10 +157,14 @@ class ReadPath:
         read = self.reads[place]
         return f"{read}: now {value!r}, before {read.value!r}"
 
-    def varying(self) -> str:
-        """Return the reads whose values vary, after :meth:`holds` has returned False."""
+    def varying(self) -> Reason:
+        """Return the reason of steps that have too many values, after one did not hold."""
         place = 0 if self._mismatch is None else max(self._mismatch.place, 0)
-        return str(self.reads[place])
+        read = self.reads[place]
+        is_scalar = read.operation in SCALAR_READS
+        cause = Cause.HOST_SYNC if is_scalar else Cause.DATA_DEPENDENT_SHAPE
+        text = f"{cause.value}: {read}, another value in each batch"
+        return Reason(cause, text, read.location)
 
 
 def same_value(one: Any, other: Any) -> bool:
@@ -147,6 +187,16 @@ _FASTER: dict[Any, Callable[..., Any]] = {
     _aten.bitwise_not.default: Tensor.bitwise_not,
 }
 """A method of a tensor parses its arguments three times as fast as the operation does."""
+
+
+def _on_host(slot: Operation | Read) -> Operation | Read:
+    """Return a part of a program for tensors on the host."""
+    slot = slot._replace(args=_with_host(slot.args))
+    return slot if isinstance(slot, Read) else slot._replace(kwargs=_with_host(slot.kwargs))
+
+
+def _with_host(tree: Any) -> Any:
+    return tree_map_only(torch.device, lambda _: torch.device("cpu"), tree)
 
 
 class _Code:

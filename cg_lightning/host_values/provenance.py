@@ -106,10 +106,10 @@ class Provenance:
 
     Args:
         leaves: The leaves of its batch.
-        where: Returns the user's line that runs now.
+        where: Returns the user's line that runs now, and that of a library which it called.
     """
 
-    def __init__(self, leaves: Sequence[Any], where: Callable[[], str]) -> None:
+    def __init__(self, leaves: Sequence[Any], where: Callable[[], tuple[str, str]]) -> None:
         self._where = where
         self._known: list[_Known] = []
         self._numbers: dict[int, int] = {}
@@ -177,12 +177,12 @@ class Provenance:
         started.is_read = True
         position, where = len(self._operations), self._where()
         if not masks:
-            started.read = HostRead(name, where)
+            started.read = HostRead(name, *where)
             args = self._with_refs(args)
             self._reads.append(_RecordedRead(started.read, position, known, function, args))
         for number, mask in zip(known, masks, strict=bool(masks)):
             rows = mask.nonzero()
-            read = HostRead(name, where, len(rows), strides=rows.stride())
+            read = HostRead(name, *where, len(rows), strides=rows.stride())
             self._reads.append(_RecordedRead(read, position, [number], _count, (Ref(number),)))
         return True
 

@@ -1,7 +1,7 @@
-"""Replacements for functions of torchmetrics that wait for the device. Only captures use them.
+"""Replacements for functions that wait for the device. Only captures use them.
 
 ===============================================  =================================================
-function of torchmetrics                         in a capture
+function                                         in a capture
 ===============================================  =================================================
 ``_bincount`` with a known ``minlength``         adds ones at the indices; refuses other indices
 ``_cast_and_nan_check_input`` of aggregators     refuses NaN, or skips it if there is one value
@@ -9,6 +9,8 @@ function of torchmetrics                         in a capture
 ``_*_stat_scores_tensor_validation``             counts or compares values on the device
 ``_*_confusion_matrix_tensor_validation``        likewise
 ``_*_precision_recall_curve_tensor_validation``  likewise
+``torch.linalg.cholesky``, ``gaussian_nll_loss`` check on the device (:mod:`.argument_checks`)
+``torch.distributions``: parameters and samples  likewise
 ===============================================  =================================================
 
 "Refuses" means that eager's error is raised later (:mod:`~cg_lightning.metrics.deferred_checks`).
@@ -35,6 +37,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MaxMetric, MeanMetric, MinMetric, SumMetric
 
+from cg_lightning.metrics import argument_checks
+from cg_lightning.metrics.argument_checks import RepeatedCall
 from cg_lightning.metrics.deferred_checks import CheckedCalls
 
 
@@ -50,6 +54,11 @@ class SyncFree:
     """The replacement: ``run(checked, original, *args, **kwargs)``."""
     applies: Callable[..., bool] = _always
     """Returns True if the replacement can be used for these arguments of the original."""
+    repeat: Callable[..., RepeatedCall] | None = None
+    """Returns the call that raises eager's error: ``repeat(original, *args, **kwargs)``.
+
+    None: the call itself. It must be given if the tensors are no arguments of the call.
+    """
 
 
 def _is_other_than(values: Tensor, *allowed: int | None) -> Tensor:
@@ -178,6 +187,7 @@ def _knows_length(x: Tensor, minlength: int | None = None) -> bool:
 
 _CLASSIFICATION = "torchmetrics.functional.classification"
 _CURVE = f"{_CLASSIFICATION}.precision_recall_curve"
+_DISTRIBUTION = "torch.distributions.distribution.Distribution"
 SYNC_FREE: dict[str, SyncFree] = {
     "torchmetrics.utilities.data._bincount": SyncFree(bincount, _knows_length),
     "torchmetrics.utilities.compute.normalize_logits_if_needed": SyncFree(
@@ -206,6 +216,20 @@ SYNC_FREE: dict[str, SyncFree] = {
     f"{_CURVE}._multiclass_precision_recall_curve_tensor_validation": SyncFree(
         as_many_targets_as_classes
     ),
+    "torch.linalg.cholesky": SyncFree(argument_checks.cholesky, argument_checks.takes_one_matrix),
+    "torch.nn.functional.gaussian_nll_loss": SyncFree(
+        argument_checks.gaussian_nll_loss, argument_checks.takes_tensors
+    ),
+    f"{_DISTRIBUTION}.__init__": SyncFree(
+        argument_checks.valid_parameters,
+        argument_checks.checks_parameters,
+        argument_checks.repeat_init,
+    ),
+    f"{_DISTRIBUTION}._validate_sample": SyncFree(
+        argument_checks.valid_sample,
+        argument_checks.checks_sample,
+        argument_checks.repeat_sample,
+    ),
 }
 
 
@@ -222,9 +246,10 @@ _places: dict[str, tuple[int, list[tuple[Any, str]]]] = {}
 
 
 def _where_it_is_called(path: str) -> list[tuple[Any, str]]:
-    """Return the modules of torchmetrics that use the function, with its name in each.
+    """Return the modules that use the function, with its name in each.
 
-    For a method, return its class and its name.
+    For a method, return its class and its name. A function of PyTorch may have another name only in
+    torchmetrics: the diagnosis then finds it elsewhere.
     """
     original = _original(path)
     owner, _, name = path.rpartition(".")
@@ -232,16 +257,11 @@ def _where_it_is_called(path: str) -> list[tuple[Any, str]]:
         return [(pkgutil.resolve_name(owner), name)]
     known, places = _places.get(path, (0, []))
     if original is not None and known != len(sys.modules):
-        modules = [
-            module
-            for name, module in list(sys.modules.items())
-            if name.split(".")[0] == "torchmetrics"
-        ]
         places = [
-            (module, name)
-            for module in modules
-            for name, value in vars(module).items()
-            if value is original
+            (module, used)
+            for path, module in list(sys.modules.items())
+            for used in (vars(module) if path.split(".")[0] == "torchmetrics" else (name,))
+            if getattr(module, "__dict__", {}).get(used) is original
         ]
         _places[path] = len(sys.modules), places
     return places
@@ -287,7 +307,10 @@ def sync_free(checked: CheckedCalls) -> contextlib.AbstractContextManager[None]:
         def function(*args: Any, **kwargs: Any) -> Any:
             if not replacement.applies(*args, **kwargs):
                 return original(*args, **kwargs)
-            with checked.during(original, args, kwargs):
+            call = RepeatedCall(original, args, kwargs)
+            if replacement.repeat is not None:
+                call = replacement.repeat(original, *args, **kwargs)
+            with checked.during(*call):
                 return replacement.run(checked, original, *args, **kwargs)
 
         return function

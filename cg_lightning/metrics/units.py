@@ -18,8 +18,11 @@ from cg_lightning.modules.interception import (
 )
 from cg_lightning.modules.kinds import is_metric
 
-METHODS = ("update", "to")
-"""The methods of a metric, other than its call, that code outside of a metric calls."""
+METHODS = ("update", "to", "items")
+"""The methods of a metric, other than its call, that code outside of a metric calls.
+
+``self.log`` calls ``to``, and ``self.log_dict`` calls ``items`` of a collection.
+"""
 
 OnCall = Callable[[nn.Module, str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Replaces a call: ``on_call(metric, method, original, args, kwargs)``."""
@@ -88,7 +91,7 @@ def calls_from_outside(units: Iterable[MetricUnit], on_call: OnCall) -> Iterator
     with contextlib.ExitStack() as stack:
         for metric in [metric for unit in units for metric in unit.metrics]:
             stack.callback(Interception(metric, _CallHandler(metric, call)).remove)
-            for method in METHODS:
+            for method in [name for name in METHODS if hasattr(type(metric), name)]:
                 stack.enter_context(_replaced(metric, method, call))
         yield
 

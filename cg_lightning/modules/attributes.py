@@ -152,6 +152,31 @@ def plain_values_of(classes: Iterable[type]) -> list[tuple[type, str]]:
     return [(cls, name) for cls, name, value in named if is_plain_value(value)]
 
 
+@functools.lru_cache(maxsize=4096)
+def _names_in_methods(cls: type) -> frozenset[str]:
+    """Give the names that the methods of a class mention."""
+    functions = [
+        value
+        for base in cls.__mro__
+        for value in vars(base).values()
+        if isinstance(value, types.FunctionType)
+    ]
+    return frozenset(name for function in functions for name in function.__code__.co_names)
+
+
+def has_attributes_of_users(module: nn.Module) -> bool:
+    """Return True if a module of torch holds something that its own class does not know.
+
+    Plain values are among :func:`layer_settings`.
+    """
+    cls: type = type(module)
+    known = names_of_frameworks(module) | _names_in_methods(cls)
+    attributes: dict[str, Any] = object.__getattribute__(module, "__dict__")
+    return any(
+        name not in known and not is_plain_value(value) for name, value in attributes.items()
+    )
+
+
 def is_plain_attribute(module: nn.Module, name: str) -> bool:
     """Return True if ``name`` is a user's attribute and not a method.
 

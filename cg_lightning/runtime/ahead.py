@@ -20,6 +20,7 @@ from cg_lightning.core.forward_context import (
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.diagnosis.watched_step import WatchedStep
+from cg_lightning.effects.containers import ContainersSnapshot
 from cg_lightning.effects.step_state import (
     HeldByModules,
     HostRandomState,
@@ -77,7 +78,13 @@ class CaptureAhead:
         taken = examples.take(self._stage, loader)
         random.restore()
         for example in examples.progress(taken):
-            reason = self._capture(example, loader, args, kwargs)
+            try:
+                reason = self._capture(example, loader, args, kwargs)
+            except Exception as error:
+                if self._session.settings.strict:
+                    raise
+                text = f"the step raised {type(error).__name__}: {error}"
+                reason = Reason(Status.CAPTURE_FAILED, text)
             if reason is not None:
                 examples.not_captured(example, reason)
 
@@ -99,16 +106,14 @@ class CaptureAhead:
         if state is not None and any(v.entry and v.entry.is_valid() for v in state.variants):
             return None
         call = GraphCall(descriptor, self._step, batch, leaves, args, kwargs)
+        is_captured = False
         try:
             reason = self._capture_call(call)
-        except Exception as error:
-            if self._session.settings.strict:
-                raise
-            text = f"the step raised {type(error).__name__}: {error}"
-            reason = Reason(Status.CAPTURE_FAILED, text)
-        if reason is not None and is_new:
-            self._dispatcher.forget(descriptor)  # its first real batch begins with nothing
-        return reason
+            is_captured = reason is None
+            return reason
+        finally:
+            if is_new and not is_captured:
+                self._dispatcher.forget(descriptor)  # its first real batch begins with nothing
 
     def _capture_call(self, call: GraphCall) -> Reason | None:
         session = self._session
@@ -116,29 +121,23 @@ class CaptureAhead:
             return Reason(
                 Status.EVICTED, f"more graphs than max_graphs={session.settings.max_graphs}"
             )
-        watched = None
-        if self._dispatcher.known(call.descriptor.fields) is None:
-            watched = self._watch(call)
-            if reason := self._why_not(call, watched):
-                return reason
         state = self._dispatcher.state(call.descriptor.fields, call.descriptor)
-        plan = self._warm_up(call, state, watched)
+        plan = self._warm_up(call, state)
         if plan.action is not Action.CAPTURE:
             return plan.reason or Reason(Status.NO_TARGET, "the step is no graph")
         capture = functools.partial(session.target.capture_ahead, self._name, plan, call)
         with session.ranges.range("capture"):
             return self._undone(capture, call.tree)
 
-    def _warm_up(self, call: GraphCall, state: KeyState, watched: WatchedStep | None) -> Plan:
+    def _warm_up(self, call: GraphCall, state: KeyState) -> Plan:
         """Run the step until its key is warm; return what the dispatcher wants then."""
         for _ in range(self._session.settings.warmup_steps + _MOST_LOOKS):
             plan = self._dispatcher.plan(state, call.leaves)
             if plan.action is Action.WATCH:
-                watched = watched or self._watch(call)
-                if reason := self._why_not(call, watched):
+                watched = self._watch(call)
+                if reason := self._why_not(state, watched):
                     return Plan(Action.EAGER, state, None, reason)
                 self._session.watched(plan, watched)
-                watched = None
             elif plan.action is Action.WARM_UP:
                 self._dispatcher.ran_eagerly(state)
                 self._run(call, call.run)
@@ -152,14 +151,16 @@ class CaptureAhead:
         with self._session.ranges.range("watch"):
             return self._run(call, lambda: watcher.watch(step, call.tree, call.frozen_args)[1])
 
-    def _why_not(self, call: GraphCall, watched: WatchedStep) -> Reason | None:
+    def _why_not(self, state: KeyState, watched: WatchedStep) -> Reason | None:
         """Return why a step cannot be captured ahead; None if it can."""
-        reason = self._session.full_reason(call.descriptor, watched)
+        reason = self._session.full_reason(state, watched)
         if reason is not None:
             return reason
         if watched.comparisons:
             # guards look at the batch_idx of the current step, which is that of another batch
             return Reason(Cause.BATCH_INDEX_USED, "it compares batch_idx")
+        if watched.late:
+            return Reason(Cause.METRIC_UPDATED, "it updates a metric that no graph can hold")
         kept = {id(tensor) for tensor in self._tensors()}
         if any(id(tensor) not in kept for tensor in watched.written.now()):
             return Reason(Cause.STATE_REBOUND, "it writes to a tensor that no module holds")
@@ -180,6 +181,12 @@ class CaptureAhead:
         before = StepState(session.module, session.backend, session.effects, self._tensors(), batch)
         held = HeldByModules(session.module, session.effects)  # attributes of buffers as well
         tables = TablesSnapshot(session.module)
+        of_metrics = ContainersSnapshot(
+            (name, value)
+            for metric in session.effects.metrics()
+            for name, value in vars(metric).items()
+            if name not in names_of_frameworks(metric)
+        )
         try:
             session.effects.logged.begin_batch(batch)
             return function()
@@ -187,6 +194,7 @@ class CaptureAhead:
             tables.restore()
             before.restore()
             held.restore()
+            of_metrics.restore()
 
     def _tensors(self) -> list[Tensor]:
         """Return the tensors that modules hold in attributes, and others that steps write to."""

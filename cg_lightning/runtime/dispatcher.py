@@ -125,11 +125,14 @@ class Path(Protocol):
     def holds(self, leaves: Sequence[Any]) -> bool:
         """Return True if a batch with these leaves gives the values that were read."""
 
+    def is_ruled_out_by(self, failed: Any) -> bool:
+        """Return True if it does not hold, since another path did not."""
+
     def explain(self) -> str:
         """Return the read that gave another value, with both values. Empty if none did."""
 
-    def varying(self) -> str:
-        """Return the read that gave another value."""
+    def varying(self) -> Reason:
+        """Return the reason of a key that has too many values."""
 
 
 class Entry(Protocol):
@@ -417,12 +420,21 @@ class CUDAGraphDispatcher:
         return Plan(Action.EAGER, state, variant, state.ledger.reason())
 
     def _current_variant(self, state: KeyState, leaves: Sequence[Any] = ()) -> Variant | None:
+        failed: Path | None = None
         for index, variant in enumerate(state.variants):
-            if variant.guards.check() and (variant.path is None or variant.path.holds(leaves)):
-                # the last one used is asked first and dropped last; one that always holds stays last
-                if index and not isinstance(variant.guards, Unguarded):
-                    state.variants.insert(0, state.variants.pop(index))
-                return variant
+            if not variant.guards.check():
+                continue
+            path = variant.path
+            if path is not None:
+                if failed is not None and path.is_ruled_out_by(failed):
+                    continue
+                if not path.holds(leaves):
+                    failed = path
+                    continue
+            # the last one used is asked first and dropped last; one that always holds stays last
+            if index and not isinstance(variant.guards, Unguarded):
+                state.variants.insert(0, state.variants.pop(index))
+            return variant
         return None
 
     def _is_warm(self, state: KeyState, variant: Variant) -> bool:
@@ -477,11 +489,7 @@ class CUDAGraphDispatcher:
             for variant in state.variants
             if variant.path is not None and variant.guards.check()
         ]
-        if len(paths) < MOST_VARIANTS:
-            return None
-        return Reason(
-            Status.UNPROFITABLE, f"another host value in each batch: {paths[0].varying()}"
-        )
+        return paths[0].varying() if len(paths) >= MOST_VARIANTS else None
 
     def watched(
         self, state: KeyState, variant: Variant, replacing: Variant | None = None

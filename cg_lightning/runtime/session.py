@@ -23,6 +23,7 @@ from cg_lightning.guards.comparisons import ComparedSource
 from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import Change
 from cg_lightning.guards.sources import Source
+from cg_lightning.host_values.host_copies import HostCopies
 from cg_lightning.modules.compilation import Compilation
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.changing_values import ChangingValues
@@ -76,6 +77,7 @@ class Session:
         self.cache = GraphCache(settings.max_graphs, backend.synchronize)
         self.watcher = StepWatcher(module, backend, effects=effects)
         self.changing_values = ChangingValues()
+        self.host_copies = HostCopies()
         self.written = WrittenTensors()
         """Tensors, other than buffers, that steps were seen to write to."""
         self._capturer = Capturer(backend, settings, self.cache, self.written)
@@ -123,6 +125,7 @@ class Session:
         for runner in self._submodules.values():
             runner.remove()
         self._compilation.remove()
+        self.host_copies.clear()
         self.effects.release(check)
 
     def close(self) -> None:
@@ -178,9 +181,7 @@ class Session:
 
     def watched(self, plan: Plan, watched: WatchedStep) -> None:
         """Report a watched step to the dispatcher, and find the submodules to capture."""
-        full = self.full_reason(plan.state.descriptor, watched)
-        if full is None and watched.path is not None:
-            full = self.target.dispatcher.varying(plan.state)
+        full = self.full_reason(plan.state, watched)
         piecewise = None
         if self.settings.targets is None and not watched.largest_capturable():
             piecewise = NO_TARGET
@@ -196,6 +197,8 @@ class Session:
             watched,
             path=watched.path if is_full else None,
         )
+        if variant.path is not None and watched.path is not None:
+            watched.path.use(self.host_copies)
         self._drop(dispatcher.watched(plan.state, variant, plan.variant))
         self.written.update(watched.written)
         if not is_full:
@@ -228,13 +231,14 @@ class Session:
         guards = self._guards(watched, of_trainer_only=True)
         return Unguarded() if guards.is_empty else guards
 
-    def full_reason(self, descriptor: BatchDescriptor, watched: WatchedStep) -> Reason | None:
+    def full_reason(self, state: KeyState, watched: WatchedStep) -> Reason | None:
         """Return why a watched step cannot be one graph; None if it can."""
-        if descriptor in self.without_key:
-            return self.without_key[descriptor]
+        if state.descriptor in self.without_key:
+            return self.without_key[state.descriptor]
         if watched.findings:
             return watched.findings[0].reason()
-        return self.changing_values.reason(descriptor)
+        varying = None if watched.path is None else self.target.dispatcher.varying(state)
+        return varying or self.changing_values.reason(state.descriptor)
 
     def find_submodules(self, step: BatchDescriptor, variant: Variant, runs: int) -> None:
         """Intercept the submodules of a watched step, and pass each one its findings.

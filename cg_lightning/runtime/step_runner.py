@@ -209,15 +209,17 @@ class StepRunner:
         if watched.comparisons:
             self._compares_index = True
             self._session.arguments[BATCH_INDEX] = args[1]
-        session, descriptor = self._session, plan.state.descriptor
+        session = self._session
         session.watched(plan, watched)
         if (
             session.examples is not None
-            and session.full_reason(descriptor, watched) is None
+            and session.full_reason(plan.state, watched) is None
+            and not watched.late  # nobody can put back what these metrics hold in Python
             and session.target.guard.check()  # or else the step has changed the module
         ):
             ahead = CaptureAhead(session, self._stage, self._name, self._invoke)
-            ahead.run(session.examples, descriptor.dataloader_idx, args[1:], kwargs)
+            loader = plan.state.descriptor.dataloader_idx
+            ahead.run(session.examples, loader, args[1:], kwargs)
         return Outcome(output, NONE, plan.reason)
 
     def _run_piecewise(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:

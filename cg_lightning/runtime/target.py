@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -15,10 +16,11 @@ from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.effects.module_effects import ModuleEffects
+from cg_lightning.effects.python_changes import ChangedAttribute
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.host_values.path import ReadPath
 from cg_lightning.report.stats import CUDAGraphStats
-from cg_lightning.runtime.dispatcher import Action, CUDAGraphDispatcher, Plan
+from cg_lightning.runtime.dispatcher import Action, CUDAGraphDispatcher, Plan, Variant
 from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.verifier import Verdict, Verifier
 
@@ -109,6 +111,11 @@ class GraphTarget:
         variant.entry.count()
         return Outcome(verdict.output, self.mode)
 
+    def _changes(self, variant: Variant) -> Sequence[ChangedAttribute]:
+        if self._effects is None or not isinstance(variant.watched, WatchedStep):
+            return ()
+        return variant.watched.changes
+
     def capture_ahead(self, name: str, plan: Plan, call: GraphCall) -> Reason | None:
         """Capture the call, and do not run it. The first replay is compared with eager.
 
@@ -137,6 +144,7 @@ class GraphTarget:
             self._effects,
             self.guard.storage_addresses(),
             self._stats.entry(self.mode.name, name, call.descriptor),
+            self._changes(variant),
             plan.state.ledger.why,
             variant.path.reads if isinstance(variant.path, ReadPath) else [],
             variant.watched.late if isinstance(variant.watched, WatchedStep) else (),

@@ -116,7 +116,14 @@ class Verifier:
 
     def _state(self, target: CaptureTarget, call: GraphCall) -> StepState:
         given = (call.tree, call.frozen_args, call.frozen_kwargs)
-        return StepState(target.module, self._backend, target.effects, self._written.now(), given)
+        return StepState(
+            target.module,
+            self._backend,
+            target.effects,
+            self._written.now(),
+            given,
+            target.changes,
+        )
 
     def _compare(
         self,

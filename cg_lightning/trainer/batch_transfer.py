@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import Strategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from cg_lightning.backends.base import BatchCopies
 from cg_lightning.core.tree import flatten
+from cg_lightning.host_values.host_copies import HostCopies
 from cg_lightning.modules.kinds import is_lightnings_own
 from cg_lightning.report.stats import CUDAGraphStats
 
 _LEAST_BYTES = 1024 * 1024
 """Copies of fewer bytes take less time than the host needs to overlap them (about 100 us)."""
+_TRANSFER_HOOKS = ("transfer_batch_to_device", "on_after_batch_transfer")
+_START_HOOKS = ("on_validation_batch_start", "on_test_batch_start", "on_predict_batch_start")
 _PLAIN = (int, float, bool, str, bytes, type(None))
 
 
@@ -82,6 +87,76 @@ class OverlappedTransfer:
             moved = batch
         transfer = type(self._strategy).batch_to_device
         return transfer(self._strategy, moved, device, dataloader_idx)
+
+
+def noted_transfer(trainer: Trainer, module: nn.Module, copies: HostCopies) -> NotedTransfer | None:
+    """Return what notes the batches of a Trainer on the host.
+
+    None if code of others may change a batch on the device before its step: hooks of the user, and
+    callbacks that are called when a batch starts. Nobody sees what they write.
+
+    Args:
+        trainer: The Trainer.
+        module: The LightningModule.
+        copies: Takes the notes.
+    """
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    owners = [module] if datamodule is None else [module, datamodule]
+    if not is_lightnings_own(trainer.strategy, "batch_to_device"):
+        return None
+    if not all(is_lightnings_own(owner, hook) for owner in owners for hook in _TRANSFER_HOOKS):
+        return None
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    others = [each for each in callbacks if not type(each).__module__.startswith("cg_lightning.")]
+    if not all(
+        is_lightnings_own(each, hook) for each in [module, *others] for hook in _START_HOOKS
+    ):
+        return None
+    return NotedTransfer(trainer.strategy, copies)
+
+
+class NotedTransfer:
+    """Notes what the host has of each batch, after whoever copies it.
+
+    During a stage, the strategy *object* has an attribute ``batch_to_device``, which calls the one
+    that was there.
+
+    Args:
+        strategy: The strategy of the Trainer.
+        copies: Takes the notes.
+    """
+
+    def __init__(self, strategy: Strategy, copies: HostCopies) -> None:
+        self._strategy = strategy
+        self._copies = copies
+        self._before: Any = None
+
+    def install(self) -> None:
+        """Note the batches of the strategy."""
+        self._before = vars(self._strategy).get("batch_to_device")
+        vars(self._strategy)["batch_to_device"] = self._batch_to_device
+
+    def remove(self) -> None:
+        """Restore the strategy; idempotent."""
+        if vars(self._strategy).get("batch_to_device") == self._batch_to_device:
+            del vars(self._strategy)["batch_to_device"]
+            if self._before is not None:
+                vars(self._strategy)["batch_to_device"] = self._before
+
+    def _batch_to_device(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        transfer = self._before
+        if transfer is None:
+            transfer = functools.partial(type(self._strategy).batch_to_device, self._strategy)
+        if not self._copies.are_wanted:
+            return transfer(batch, *args, **kwargs)
+        on_host, structure = flatten(batch)  # before: some batches move themselves
+        moved = transfer(batch, *args, **kwargs)
+        on_device, structure_there = flatten(moved)
+        if structure == structure_there:
+            self._copies.note(on_host, on_device)
+        else:
+            self._copies.clear()
+        return moved
 
 
 def _is_worth_it(batch: Any) -> bool:

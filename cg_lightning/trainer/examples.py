@@ -109,7 +109,7 @@ class BatchesAhead:
             )
 
     def _first_items(self, stage: str, dataloader_idx: int) -> list[Any]:
-        """Return a batch of each size that the loader makes, of its first items."""
+        """Return batches of the first items of a dataloader; none if it cannot be read."""
         loaders = CombinedLoader(getattr(self._trainer, _LOADERS[stage])).flattened
         loader = loaders[dataloader_idx]
         if why := _why_unreadable(loader):
@@ -118,17 +118,29 @@ class BatchesAhead:
                 f"{dataloader_idx} of stage {stage!r}: {why}. Instead, {_BY_HAND}."
             )
             return []
-        sampler = loader.batch_sampler
-        if sampler is None:
-            return [loader.collate_fn(loader.dataset[0])]
-        number, batch_size = len(sampler.sampler), sampler.batch_size
-        sizes = {min(batch_size, number)}
-        if not sampler.drop_last:
-            sizes.add(number % batch_size)
-        return [
-            loader.collate_fn([loader.dataset[index] for index in range(size)])
-            for size in sizes - {0}
-        ]
+        try:
+            return _first_batches(loader)
+        except Exception as error:
+            self._warn(
+                f"CUDAGraphCallback: capture_ahead=True could not make a batch of dataloader "
+                f"{dataloader_idx} of stage {stage!r} in this process: {type(error).__name__}: "
+                f"{error}. Instead, {_BY_HAND}."
+            )
+            return []
+
+
+def _first_batches(loader: DataLoader[Any]) -> list[Any]:
+    """Return a batch of each size that a loader makes, of the first items of its dataset."""
+    sampler: Any = loader.batch_sampler
+    if sampler is None:
+        return [loader.collate_fn(loader.dataset[0])]
+    number, batch_size = len(sampler.sampler), sampler.batch_size
+    sizes = {min(batch_size, number)}
+    if not sampler.drop_last:
+        sizes.add(number % batch_size)
+    return [
+        loader.collate_fn([loader.dataset[index] for index in range(size)]) for size in sizes - {0}
+    ]
 
 
 def _why_unreadable(loader: Any) -> str:

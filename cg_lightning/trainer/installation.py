@@ -18,7 +18,7 @@ from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.timeline import Ran
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner
-from cg_lightning.trainer.batch_transfer import OverlappedTransfer
+from cg_lightning.trainer.batch_transfer import NotedTransfer, OverlappedTransfer
 
 _CONTEXTS = {
     "validate": "val_step_context",
@@ -43,6 +43,7 @@ class Installation:
         module: The LightningModule.
         session: The runtime state of the module.
         transfer: Copies batches during a stage, if Lightning does not.
+        noted: Notes what the host has of each batch. None: hooks may write to it on the device.
     """
 
     def __init__(
@@ -51,11 +52,12 @@ class Installation:
         module: LightningModule,
         session: Session,
         transfer: OverlappedTransfer | None = None,
+        noted: NotedTransfer | None = None,
     ) -> None:
         self.module = module
         self.session = session
         self._strategy = strategy
-        self._transfer = transfer
+        self._transfers = [each for each in (transfer, noted) if each is not None]
         self._runners: dict[str, StepRunner] = {}
         self._definitions: dict[str, Any] = {}
         self._stage: str | None = None
@@ -68,8 +70,8 @@ class Installation:
         self.session.install()
         self._stage = stage
         vars(self._strategy)[STEP_METHODS[stage]] = functools.partial(self._run_step, stage)
-        if self._transfer is not None:
-            self._transfer.install()
+        for transfer in self._transfers:
+            transfer.install()
 
     def graphs(self, mode: str) -> list[CapturedGraph]:
         """Return the stored graphs of one mode."""
@@ -80,8 +82,8 @@ class Installation:
         if self._stage is not None:
             vars(self._strategy).pop(STEP_METHODS[self._stage], None)
             self._stage = None
-            if self._transfer is not None:
-                self._transfer.remove()
+            for transfer in reversed(self._transfers):
+                transfer.remove()
             self.session.remove(check)
 
     def close(self) -> None:

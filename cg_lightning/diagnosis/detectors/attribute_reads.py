@@ -11,10 +11,12 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import is_read_by_user
+from cg_lightning.diagnosis.hidden_modules import hidden_modules, opaque_in, sources_in
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.sources import Source
 from cg_lightning.modules.attributes import (
+    has_attributes_of_users,
     holding_class,
     is_plain_attribute,
     plain_attributes,
@@ -22,7 +24,7 @@ from cg_lightning.modules.attributes import (
     values_of_classes,
 )
 from cg_lightning.modules.interception import Interception, ModuleHandler, can_intercept
-from cg_lightning.modules.kinds import is_user_class, is_user_module
+from cg_lightning.modules.kinds import is_metric, is_user_class, is_user_module
 
 
 class AttributeReads(Detector):
@@ -49,7 +51,11 @@ class AttributeReads(Detector):
             watch.read(source)
         with contextlib.ExitStack() as stack:
             for _, module in watch.modules:
-                is_read = is_user_module(module) or module is watch.root
+                is_read = (
+                    is_user_module(module)
+                    or module is watch.root
+                    or (not is_metric(module) and has_attributes_of_users(module))
+                )
                 if is_read and id(module) not in watch.hidden and can_intercept(module):
                     handler = _ReadHandler(watch, self._attributes[id(module)], module)
                     stack.callback(Interception(module, handler).remove)
@@ -100,15 +106,17 @@ class _Attributes:
         cls = holding_class(module, name)
         if cls is not None and not is_user_class(cls):  # a property of a framework's
             return []
-        path = f"{self._prefix}{name}"
+        path, inside = f"{self._prefix}{name}", list[Source]()
         value = vars(module).get(name) if cls is None else vars(cls)[name]
         if not (is_plain_value(value) or (cls is not None and hasattr(type(value), "__get__"))):
             try:
-                opaque = look_into(value, path).opaque()
+                contents = look_into(value, path)
+                inside = sources_in(hidden_modules(self._watch, contents.modules), path)
+                opaque = [*contents.opaque(), *opaque_in(inside)]
                 self._problems[name] = [(Cause.OPAQUE, words) for words in opaque]
             except UnreadableError as error:
                 self._problems[name] = [(Cause.STATE_REBOUND, f"{path} {error}")]
-        sources = [Source(module, name, path)]
+        sources = [Source(module, name, path), *inside]
         if cls is not None:
             sources.append(Source(cls, name, f"{cls.__name__}.{name}"))
         held = value if cls is None else vars(cls)[name]

@@ -22,6 +22,8 @@ from cg_lightning.diagnosis.functions import (
     source_of_cache,
     sources_of_function,
 )
+from cg_lightning.diagnosis.hidden_modules import hidden_modules, opaque_in, sources_in
+from cg_lightning.diagnosis.module_state import ModuleState
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.sources import Source
@@ -32,6 +34,8 @@ from cg_lightning.modules.kinds import is_user_file
 _FUNCTIONS = (types.FunctionType, classmethod, staticmethod, property)
 
 
+_CLASS_OF = frozenset({"type", "__class__"})
+"""How a function asks for the class of an object."""
 _GENERATED = "<string>"
 """The file of methods that dataclasses and named tuples make."""
 
@@ -53,7 +57,13 @@ class GlobalReads(Detector):
         self._made_here: set[int] = set()
         """The code of functions that functions of the step make, by id."""
         self._before: dict[tuple[int, str], tuple[Source, Any, FrozenValues]] = {}
+        self._modules: dict[tuple[int, str], list[ModuleState]] = {}
+        """The modules that a source holds."""
+        self._inside: dict[tuple[int, str], list[Source]] = {}
+        """What these hold."""
         self._problems: dict[tuple[int, str], list[tuple[Cause, str, str]]] = {}
+        self._of_classes: dict[tuple[int, type], list[Source]] = {}
+        """What the functions with some code read of the class of their first argument."""
         self._unguarded: dict[tuple[int, str], list[ModuleCall]] = {}
         """Which calls read what only the step itself is expected to change."""
 
@@ -73,6 +83,12 @@ class GlobalReads(Detector):
         for key, (source, value, contents) in self._before.items():
             if not (is_same_value(value, source.value()) and contents.all_hold()):
                 self._report(key, Cause.STATE_REBOUND, _words(source), AT_THE_END)
+            for state in self._modules.get(key, ()):
+                with self.watch.paused():
+                    changed = state.changed()
+                if changed:
+                    words = f"{_words(source)}: {type(state.module).__name__}.{changed[0]}"
+                    self._report(key, Cause.STATE_REBOUND, words, AT_THE_END)
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
@@ -104,6 +120,9 @@ class GlobalReads(Detector):
             self._report_clock(known.clock, caller_of(frame))
         for source in known.sources:
             self._read(source)
+        if known.asks_for_class:
+            for source in self._sources_of_own_class(frame, known):
+                self._read(source)
         for function, sources in known.functions:
             if len(known.functions) == 1 or is_running(function, frame):
                 for source in sources:
@@ -116,7 +135,7 @@ class GlobalReads(Detector):
     def _look_at(self, frame: FrameType) -> _Code:
         code = frame.f_code
         if not is_user_file(code.co_filename) or self.watch.is_paused:
-            return _Code(code, "", [], [], clock_in_python(code))
+            return _Code(code, "", [], [], clock_in_python(code), asks_for_class=False)
         functions: list[FunctionType] = []
         caches: list[Any] = []
         if code.co_filename != _GENERATED:
@@ -126,8 +145,25 @@ class GlobalReads(Detector):
         sources = [*_sources_of(frame), *map(source_of_cache, caches)]
         for source in sources:
             self._remember(source, location)
-        held = [(function, sources_of_function(function)) for function in functions]
-        return _Code(code, location, sources, held, "")
+        held = [(function, _sources_held_by(function)) for function in functions]
+        asks = not _CLASS_OF.isdisjoint(code.co_names)
+        return _Code(code, location, sources, held, "", asks_for_class=asks)
+
+    def _sources_of_own_class(self, frame: FrameType, known: _Code) -> list[Source]:
+        """What a function reads of the class of its first argument: ``type(self).scale``."""
+        code = known.code
+        if not code.co_argcount:
+            return []
+        cls = type(frame.f_locals.get(code.co_varnames[0]))
+        key = (id(code), cls)
+        if key not in self._of_classes:
+            found = []
+            if _is_users_namespace(cls):
+                found = _sources_in(cls, cls.__name__, _names_in(code), set())
+            self._of_classes[key] = found
+            for source in found:
+                self._remember(source, known.location)
+        return self._of_classes[key]
 
     def _note(self, source: Source, location: str) -> None:
         self._remember(source, location)
@@ -136,6 +172,8 @@ class GlobalReads(Detector):
     def _read(self, source: Source) -> None:
         if source.name != "__dict__" or source.value():
             self.watch.read(source)
+            for inside in self._inside.get(source.key, ()):
+                self.watch.read(inside)
             return
         # hardly any function has attributes: a guard of each would cost more than the rest
         readers = self._unguarded.setdefault(source.key, [])
@@ -148,11 +186,18 @@ class GlobalReads(Detector):
         value = source.value()
         try:
             contents = look_into(value, source.path)
+            modules = hidden_modules(self.watch, contents.modules) if contents.modules else []
+            inside = sources_in(modules, source.path)
+            opaque = [*contents.opaque(), *opaque_in(inside)]
         except UnreadableError as error:
             words = f"{_words(source)} {error}"
             self._problems[key] = [(Cause.STATE_REBOUND, words, AT_THE_END)]
             return
-        if opaque := contents.opaque():
+        if modules:
+            self._inside[key] = inside
+            with self.watch.paused():
+                self._modules[key] = [ModuleState(module) for module in modules]
+        if opaque:
             self._problems[key] = [(Cause.OPAQUE, words, location) for words in opaque]
         self._before[key] = (source, value, contents)
 
@@ -168,6 +213,8 @@ class _Code(NamedTuple):
     """The functions that have it, and what each holds."""
     clock: str
     """What it asks that nobody can guard; empty if nothing."""
+    asks_for_class: bool
+    """Whether it may ask for the class of an object."""
 
 
 def _words(source: Source) -> str:
@@ -203,6 +250,24 @@ def _sources_in(namespace: Any, path: str, names: tuple[str, ...], seen: set[int
     return found
 
 
+def _names_in(code: CodeType) -> tuple[str, ...]:
+    """The names that a function mentions, also as a text: ``getattr(type(self), "scale")``."""
+    return (*code.co_names, *[each for each in code.co_consts if isinstance(each, str)])
+
+
+def _sources_held_by(function: FunctionType) -> list[Source]:
+    """What a function holds, and what it may read of modules and classes that it holds."""
+    found = sources_of_function(function)
+    names = _names_in(function.__code__)
+    for source in list(found):
+        value = source.value()
+        if isinstance(value, (types.ModuleType, type)) and _is_users_namespace(value):
+            found += _sources_in(value, value.__name__, names, set())
+        elif isinstance(value, types.FunctionType):
+            found += _attributes_of_function(value)
+    return found
+
+
 def _attributes_of_function(function: FunctionType) -> list[Source]:
     if not is_user_file(function.__code__.co_filename):
         return []
@@ -220,7 +285,7 @@ def _sources_of(frame: FrameType) -> list[Source]:
         if isinstance(value, (types.ModuleType, type)):
             if _is_users_namespace(value):
                 path = value.__name__ if isinstance(value, type) else name
-                found += _sources_in(value, path, code.co_names, set())
+                found += _sources_in(value, path, _names_in(code), set())
         elif isinstance(value, types.FunctionType):
             found += _attributes_of_function(value)
         elif name in namespace and not isinstance(value, _FUNCTIONS):

@@ -23,7 +23,7 @@ class HostValues(Detector):
 
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
-        self._provenance = Provenance(flatten(watch.batch)[0], _line)
+        self._provenance = Provenance(flatten(watch.batch)[0], find_location)
         if watch.hidden:
             self._provenance.give_up()
 
@@ -41,9 +41,10 @@ class HostValues(Detector):
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
-        self.watch.reads_host_value = self._provenance.begin(
-            function, args, kwargs, self.watch.is_about_step
-        )
+        is_about_step = self.watch.is_about_step
+        with self.watch.paused():  # it may wait for the device
+            is_known = self._provenance.begin(function, args, kwargs, is_about_step)
+        self.watch.reads_host_value = is_known
 
     def after_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -51,7 +52,3 @@ class HostValues(Detector):
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         self._provenance.end(function, args, kwargs, output)
         self.watch.reads_host_value = False
-
-
-def _line() -> str:
-    return str(find_location())

@@ -33,8 +33,10 @@ from cg_lightning.guards.values import addresses_of
 from cg_lightning.metrics.units import METHODS, calls_from_outside
 from cg_lightning.modules.interception import Interception, ModuleHandler
 
+_LOGS = ("to", "items")
+"""What ``self.log`` and ``self.log_dict`` call, and a replay calls again."""
 _READ_BY_CALLERS = ("__class__", *METHODS)
-_READ_BY_LOG = (*_READ_BY_CALLERS, "device", "_device", VALUE)
+_READ_BY_LOG = (*_READ_BY_CALLERS, "device", "_device", "_enable_compute_groups", VALUE)
 
 
 class LateUpdates(Detector):
@@ -86,9 +88,10 @@ class LateUpdates(Detector):
             stack.callback(self._arguments.clear)
             stack.enter_context(calls_from_outside([late.unit for late in units], self._call))
             yield
-        for late in units:
-            if not late.is_late:
-                self.watch.step.findings.extend(map(late.explain, late.findings))
+        findings = self.watch.step.findings
+        for late in sorted(units, key=lambda late: late.position, reverse=True):
+            if not late.is_late:  # in the order of the step: the first one is its reason
+                findings[late.position : late.position] = map(late.explain, late.findings)
 
     def returned(self, call: Any, output: Any) -> None:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
@@ -112,7 +115,8 @@ class LateUpdates(Detector):
         assert late is not None
         self._check_draws()
         self._check_call(late, metric, method, args, kwargs)
-        late.is_called = True
+        if not late.is_called:
+            late.is_called, late.position = True, len(self.watch.step.findings)
         self._called.append(late)
         with self.watch.paused():
             self._own = _addresses_inside(late)
@@ -126,7 +130,7 @@ class LateUpdates(Detector):
         finally:
             self._current = None
         self._random = HostRandomState()
-        is_unused = method == "to" or (method == "update" and output is None)
+        is_unused = method in _LOGS or (method == "update" and output is None)
         if not is_unused and not is_value_dropped(next(callers())):
             late.refuse("whose value is used")
         return output
@@ -139,13 +143,13 @@ class LateUpdates(Detector):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        if (method == "to") is not self.watch.is_in_framework:
-            late.refuse("that the step moves")
+        if (method in _LOGS) is not self.watch.is_in_framework or (method == "items" and args):
+            late.refuse("that the step uses otherwise")
         if method == "__call__" and late.is_logged:
             late.refuse("that is logged before it is updated")
         if kernel_flags() != self._flags:
             late.refuse("that is updated under settings of its own")
-        if method != "to" and any(map(is_exception_handled, callers())):
+        if method not in _LOGS and any(map(is_exception_handled, callers())):
             late.refuse("that is updated inside try or with")
         for leaf in flatten((args, kwargs))[0]:
             if isinstance(leaf, Tensor) and leaf.layout is torch.strided:

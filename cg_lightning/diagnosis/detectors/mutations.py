@@ -17,7 +17,7 @@ from cg_lightning.core.equality import same_leaf
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import AT_THE_END
 from cg_lightning.diagnosis.operands import addresses_in, written_tensors
-from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
+from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into, tensors_in
 from cg_lightning.diagnosis.watched_step import ModuleCall, WrittenTensors
 from cg_lightning.effects.containers import ContainersSnapshot
 from cg_lightning.guards.values import FrozenValues, addresses_of
@@ -37,7 +37,7 @@ class Mutations(Detector):
     copies there. States of metrics do not count: they have effects of their own.
     """
 
-    causes = (Cause.INPUT_MUTATED,)
+    causes = (Cause.INPUT_MUTATED, Cause.STATE_REBOUND)
 
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
@@ -79,6 +79,13 @@ class Mutations(Detector):
 
     def returned(self, call: ModuleCall, output: Any) -> None:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        known = set(map(id, call.inputs))
+        for tensor in tensors_in(output):
+            is_made = id(tensor) not in known and type(tensor) is Tensor
+            if is_made and vars(tensor) and not self._persistent.holds(tensor):
+                name = next(iter(vars(tensor)))
+                words = f"{name}, an attribute of its output"
+                self.watch.report(Cause.STATE_REBOUND, words, calls=[call])
         containers = self._containers.get(id(call))
         if containers is None or isinstance(output, Tensor):
             return
@@ -202,6 +209,20 @@ class _PersistentTensors:
             if id(module) in ids
             for tensor in values.tensors
         ]
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Returns whether a tensor is a parameter, a buffer, or held by an attribute."""
+        modules = [self._root, *self._hidden]
+        members = _of(
+            each for module in modules for each in (module.parameters(), module.buffers())
+        )
+        return any(
+            each is tensor
+            for each in (
+                *members,
+                *(t for _, _, values in self._attributes for t in values.tensors),
+            )
+        )
 
     def written(self, outside: dict[int, Tensor]) -> WrittenTensors:
         """Returns which tensors were changed.

@@ -1,4 +1,4 @@
-"""``print``, ``self.print``, standard output, the user's loggers and the Trainer's."""
+"""``print``, ``self.print``, standard output, warnings, the user's loggers and the Trainer's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -62,6 +63,7 @@ class Printing(Detector):
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._noticing_python())
             stack.enter_context(self._noticing_streams())
+            stack.enter_context(self._noticing_warnings())
             if self.watch.is_lightning:
                 stack.enter_context(replaced_method(self.watch.root, "print", self._print))
             stack.enter_context(noticed_reads(self.watch, Cause.PRINTED, ("logger", "loggers")))
@@ -102,6 +104,29 @@ class Printing(Detector):
                     write = self._noticed(f"sys.{name}.write", stream.write)
                     stack.enter_context(_replaced_write(name, write))
             stack.enter_context(patch.object(os, "write", self._noticed("os.write", os.write)))
+            yield
+
+    @contextlib.contextmanager
+    def _noticing_warnings(self) -> Iterator[None]:
+        """Most warnings are shown once, so the next step is watched as well."""
+        # private; C code looks it up for each warning that is shown
+        show = getattr(warnings, "_showwarnmsg", None)
+        receiver = getattr(warnings, "_showwarnmsg_impl", None)
+        if show is None:
+            yield
+            return
+        thread = threading.get_ident()
+
+        def noticed(message: Any) -> None:
+            # another receiver: the step catches its own warnings
+            is_seen = getattr(warnings, "_showwarnmsg_impl", None) is receiver
+            is_ours = self.watch.is_paused or self.watch.is_in_framework
+            if is_seen and not is_ours and threading.get_ident() == thread:
+                self.watch.report_unless_found(Cause.PRINTED, "warnings.warn")
+                self.watch.note_one_time_work()
+            show(message)
+
+        with patch.object(warnings, "_showwarnmsg", noticed):
             yield
 
     def _noticed(self, name: str, write: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
-
-import torch
-from torch import nn
 
 from cg_lightning.core.causes import Cause
-from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.diagnosis.attribute_events import AttributeEvents, LastingValues
 from cg_lightning.diagnosis.detector import Detector
-from cg_lightning.diagnosis.findings import AT_THE_END, find_location
-from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
+from cg_lightning.diagnosis.findings import AT_THE_END
+from cg_lightning.diagnosis.module_state import ModuleState
+from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.watched_step import ModuleCall
-from cg_lightning.guards.values import FrozenValues
-from cg_lightning.modules.attributes import (
-    class_values,
-    is_same_value,
-    names_of_frameworks,
-    scripted_attributes,
-)
-from cg_lightning.modules.interception import Interception, ModuleHandler, can_intercept
+from cg_lightning.guards.sources import Source
+from cg_lightning.modules.interception import Interception, can_intercept
 from cg_lightning.modules.kinds import is_metric, is_user_module
-
-_TABLES = ("_parameters", "_buffers", "_modules")
 
 
 class ReboundState(Detector):
     """Compares the attributes of all modules before the step and after it.
 
-    The line is known if an attribute was set; what changed inside a container is only seen by the
+    What the step changes without looking at it, a replay changes as well
+    (:class:`~cg_lightning.diagnosis.attribute_events.AttributeEvents`). All else is reported. The
+    line is known if an attribute was set; what changed inside a container is only seen by the
     comparison. The state of ``root`` is compared around its calls too, because its step may change
     it outside of them.
     """
@@ -40,31 +31,33 @@ class ReboundState(Detector):
 
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
-        self._locations: dict[tuple[int, str], str] = {}
-        """Where an attribute was first set to another value."""
+        self._events: dict[int, AttributeEvents] = {}
+        """What was done to the attributes of each module, by its id."""
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         watch = self.watch
         inside = [pair for pairs in watch.hidden.values() for pair in pairs]
-        before = [(path, _State(module)) for path, module in [*watch.modules, *inside]]
+        before = [(path, ModuleState(module)) for path, module in [*watch.modules, *inside]]
         known = {id(module) for module in watch.root.modules()}
         for path, state in list(before):
             for module in state.modules_inside():
                 if id(module) not in known and not is_metric(module):
                     known.add(id(module))
-                    before.append((path, _State(module)))
-        with self._noticing_writes():
+                    before.append((path, ModuleState(module)))
+        with self._noticing_events():
             yield
-        for path, state in before:
-            for location, names in self._changed(state).items():
-                calls = [watch.step]
-                if path:  # the calls of ``root`` compared its state themselves
-                    calls += [c for c in watch.step.all_calls() if _is_inside(path, c.path)]
-                watch.report(
-                    Cause.STATE_REBOUND, names, location=location, module=path, calls=calls
-                )
+        changed = [(path, state, self._changed(state)) for path, state in before]
+        repeated = self._repeated(changed)
+        self._guard_what_is_set(changed, repeated)
+        for path, state, names in changed:
+            calls: list[ModuleCall] = []
+            if path:  # the calls of ``root`` compared its state themselves
+                calls = [c for c in watch.step.all_calls() if _is_inside(path, c.path)]
+            own = [name for name in names if (id(state.module), name) not in repeated]
+            self._report(state, path, own, [watch.step, *calls])
+            self._report(state, path, [name for name in names if name not in own], calls)
 
     @contextlib.contextmanager
     def around_call(self, call: ModuleCall) -> Iterator[None]:
@@ -73,106 +66,79 @@ class ReboundState(Detector):
             yield
             return
         with self.watch.paused():
-            state = _State(self.watch.root)
+            state = ModuleState(self.watch.root)
         yield
-        for location, names in self._changed(state).items():
-            # the step gets its finding from the comparison at its end
+        # the step gets its finding from the comparison at its end
+        self._report(state, None, self._changed(state), self.watch.stack[1:])
+
+    def _changed(self, state: ModuleState) -> list[str]:
+        with self.watch.paused():
+            return sorted(state.changed())
+
+    def _report(
+        self, state: ModuleState, path: str | None, names: list[str], calls: list[ModuleCall]
+    ) -> None:
+        """Reports what changed, by the line that changed it."""
+        events = self._events.get(id(state.module))
+        found: dict[str, list[str]] = {}
+        for name in names:
+            attribute = name.removeprefix("_buffers.").removeprefix("_parameters.")
+            location = AT_THE_END if events is None else events.location(attribute)
+            found.setdefault(location, []).append(name)
+        for location, together in found.items():
             self.watch.report(
-                Cause.STATE_REBOUND, names, location=location, calls=self.watch.stack[1:]
+                Cause.STATE_REBOUND,
+                ", ".join(together),
+                location=location,
+                module=path,
+                calls=calls,
             )
 
-    def _changed(self, state: _State) -> dict[str, str]:
-        """Returns the names of what changed, by the line that changed it."""
-        with self.watch.paused():
-            names = state.changed()
-        found: dict[str, list[str]] = {}
-        for name in sorted(names):
-            attribute = name.removeprefix("_buffers.").removeprefix("_parameters.")
-            location = self._locations.get((id(state.module), attribute), AT_THE_END)
-            found.setdefault(location, []).append(name)
-        return {location: ", ".join(names) for location, names in found.items()}
-
     @contextlib.contextmanager
-    def _noticing_writes(self) -> Iterator[None]:
+    def _noticing_events(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            for _, module in self.watch.modules:
+            for path, module in self.watch.modules:
                 is_written = is_user_module(module) and id(module) not in self.watch.hidden
                 if is_written and can_intercept(module):
-                    handler = _WriteHandler(module, self._locations)
-                    stack.callback(Interception(module, handler).remove)
+                    events = self._events[id(module)] = AttributeEvents(self.watch, path, module)
+                    stack.callback(Interception(module, events).remove)
             yield
 
+    def _repeated(self, changed: list[tuple[str, ModuleState, list[str]]]) -> set[tuple[int, str]]:
+        """Notes what a replay can change as the step did; returns ids of modules and names."""
+        watch = self.watch
+        if not all(each.is_known_before for each in watch.step.findings):  # it will be no graph
+            return set()
+        names = {id(state.module): own for _, state, own in changed}
+        with watch.paused():
+            candidates = [
+                attribute
+                for key, events in self._events.items()
+                for attribute in events.changes(names[key])
+            ]
+            lasting = LastingValues(watch, candidates) if candidates else None
+            repeated = [each for each in candidates if lasting and not lasting.are_in(each)]
+        for attribute in repeated:
+            watch.note_change(attribute)
+        return {(id(attribute.module), attribute.name) for attribute in repeated}
 
-class _WriteHandler(ModuleHandler):
-    def __init__(self, module: nn.Module, locations: dict[tuple[int, str], str]) -> None:
-        self._module = module
-        self._locations = locations
-
-    def on_write(self, name: str, value: Any) -> None:
-        """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
-        key = (id(self._module), name)
-        attributes = object.__getattribute__(self._module, "__dict__")
-        if key not in self._locations and not is_same_value(attributes.get(name), value):
-            self._locations[key] = find_location().user
-
-
-class _State:
-    """What the attributes of a module and of its classes refer to, and what is in the user's own.
-
-    Args:
-        module: The module.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self._values = _values(module)
-        self._contents = {
-            name: contents
-            for name in self._values.keys() - names_of_frameworks(module)
-            if (contents := _contents(self._values[name])) is not None
-        }
-
-    def modules_inside(self) -> list[nn.Module]:
-        """Returns the modules that attributes hold in containers or objects, with theirs."""
-        held = [module for contents in self._contents.values() for module in contents.modules]
-        return [child for module in held for child in module.modules()]
-
-    def changed(self) -> list[str]:
-        """Returns the names of attributes that changed, came or went, or whose contents changed."""
-        missing, now = object(), _values(self.module)
-        changed = [
-            name
-            for name, value in now.items()
-            if not is_same_value(self._values.get(name, missing), value)
-        ]
-        gone = [name for name in self._values if name not in now]
-        inside = [name for name, contents in self._contents.items() if not contents.all_hold()]
-        return list(dict.fromkeys([*changed, *gone, *inside]))
+    def _guard_what_is_set(
+        self, changed: list[tuple[str, ModuleState, list[str]]], repeated: set[tuple[int, str]]
+    ) -> None:
+        """Notes as read what was set to what it was: a graph does not set it again."""
+        for path, state, names in changed:
+            events = self._events.get(id(state.module))
+            for name in [] if events is None else events.set_first():
+                source = Source(
+                    state.module, name, f"self.{path}.{name}" if path else f"self.{name}"
+                )
+                if name not in names:
+                    calls = [c for c in self.watch.step.all_calls() if _is_inside(path, c.path)]
+                    if source.key not in repeated:
+                        calls.append(self.watch.step)
+                    for call in calls:
+                        call.sources.setdefault(source.key, source)
 
 
 def _is_inside(path: str, outer: str) -> bool:
     return not outer or path == outer or path.startswith(f"{outer}.")
-
-
-def _values(module: nn.Module) -> dict[str, Any]:
-    attributes = {**vars(module), **scripted_attributes(module)}
-    # Lightning's cache of the names of metrics, made by the first ``self.log``
-    attributes.pop("_metric_attributes", None)
-    # torch.jit's cache of its compiled methods, made when they are first read
-    attributes = {k: v for k, v in attributes.items() if not isinstance(v, torch.ScriptMethod)}
-    members = {
-        f"{table}.{name}": member
-        for table in _TABLES
-        for name, member in attributes.pop(table, {}).items()
-    }
-    return {**dict(class_values(module)), **attributes, **members}
-
-
-def _contents(value: Any) -> FrozenValues | None:
-    """Returns what is in a value; None if nothing is, or if nobody can look into it."""
-    if is_plain_value(value):
-        return None
-    try:
-        return look_into(value)
-    except UnreadableError:  # AttributeReads reports whatever reads it
-        return None

@@ -1,4 +1,4 @@
-"""Files, processes and sockets that a step uses: a graph would use them once, when it is captured."""
+"""Files, processes, threads and sockets that a step uses: a graph would use them once, when it is captured."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
@@ -45,7 +46,8 @@ class World(Detector):
     """Reports what a step does outside its process, from the audit events of Python.
 
     Writes to files that are open already are no events: such files are opaque objects. What PyTorch
-    and Lightning open for themselves does not count, nor what an import opens.
+    and Lightning open for themselves does not count, nor what an import opens. Threads are seen when
+    they are started, since nothing that they do is seen.
     """
 
     causes = (Cause.WORLD,)
@@ -57,8 +59,16 @@ class World(Detector):
         thread = threading.get_ident()
         before = _listeners.get(thread)
         _listeners[thread] = self._notice
+        start_thread = threading.Thread.start
+
+        def noticed(started: threading.Thread) -> None:
+            if threading.get_ident() == thread:
+                self._notice("threading.Thread.start")
+            start_thread(started)
+
         try:
-            yield
+            with patch.object(threading.Thread, "start", noticed):
+                yield
         finally:
             del _listeners[thread]
             if before is not None:

@@ -1,0 +1,160 @@
+"""Functions that make a tensor of Python values: ``torch.tensor`` and the like."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils import _python_dispatch
+
+TensorMaker = Callable[..., Tensor]
+
+_POSITIONAL = {
+    "tensor": ("data",),
+    "as_tensor": ("data",),
+    "asarray": ("obj",),
+    "new_tensor": ("self", "data"),
+}
+_OPTIONS = ("dtype", "device", "copy", "requires_grad")
+_ORIGINALS: dict[str, TensorMaker] = {
+    "tensor": torch.tensor,
+    "as_tensor": torch.as_tensor,
+    "asarray": torch.asarray,
+    "new_tensor": Tensor.new_tensor,
+}
+_NUMBERS = (bool, int, float, complex)
+_SEQUENCES = (list, tuple, range, torch.Size)
+_MOST_VALUES = 256
+"""What has more values is compared once an epoch only (``guards/values.py``), so it may change."""
+# private. Without it, the recorder would record what we do beside the step, so nothing is constant
+_without_modes = getattr(_python_dispatch, "_disable_current_modes", None)
+
+
+@contextlib.contextmanager
+def beside_the_step() -> Iterator[None]:
+    """While this is entered, no mode of ours or of a user sees an operation."""
+    assert _without_modes is not None
+    with _without_modes(), torch.inference_mode(False):
+        yield
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MakerCall:
+    """One call of a function that makes a tensor.
+
+    Attributes:
+        name: ``tensor``, ``as_tensor``, ``asarray`` or ``new_tensor``.
+        run: Makes the call.
+        arguments: The arguments by name.
+    """
+
+    name: str
+    run: Callable[[], Tensor]
+    arguments: dict[str, Any]
+
+    @property
+    def _data(self) -> Any:
+        return self.arguments.get("data", self.arguments.get("obj"))
+
+    def is_constant_on(self, device: torch.device) -> bool:
+        """Return True if the call makes a tensor on ``device`` of a few Python values alone.
+
+        A tensor among the values is no such value: it can be another one in the next step.
+        """
+        given = self.arguments
+        others = [name for name in given if name not in ("self", "data", "obj", *_OPTIONS)]
+        if _without_modes is None or others or given.get("requires_grad"):
+            return False
+        on_cpu = device.type == "cpu"
+        shares_memory = self.name in ("as_tensor", "asarray") and on_cpu
+        # on a machine with a GPU it would be a tensor of the host, which no graph can copy
+        if on_cpu and not self._names_device and type(self._data) not in _NUMBERS:
+            return False
+        return self.is_made_on(device) and _count_plain(self._data, shares_memory) <= _MOST_VALUES
+
+    @property
+    def _names_device(self) -> bool:
+        return self.arguments.get("device") is not None or self.name == "new_tensor"
+
+    def is_made_on(self, device: torch.device) -> bool:
+        """Return True if the call makes a tensor on ``device``, the one of the graphs."""
+        made_on = self._device()
+        return made_on.type == device.type and made_on.index in (None, device.index)
+
+    def _device(self) -> torch.device:
+        if self.arguments.get("device") is not None:
+            return torch.device(self.arguments["device"])
+        if self.name == "new_tensor":
+            own: torch.device = self.arguments["self"].device
+            return own
+        return torch.get_default_device()
+
+    def on_host(self) -> Tensor:
+        """Return what the call makes, on the CPU and in memory of its own. Nothing dispatches it."""
+        options = {name: self.arguments.get(name) for name in ("dtype",)}
+        given = [self.arguments["self"]] if self.name == "new_tensor" else []
+        with beside_the_step():
+            made = _ORIGINALS[self.name](*given, self._data, **options, device="cpu")
+            return made.clone()
+
+
+AnswerCall = Callable[[MakerCall], Tensor]
+
+
+@contextlib.contextmanager
+def answered_makers(answer: AnswerCall) -> Iterator[None]:
+    """Call ``answer`` instead of each function that makes a tensor, in this thread.
+
+    The names are replaced, because a ``TorchFunctionMode`` would take attention off its fast path.
+    """
+    with contextlib.ExitStack() as stack:
+        makers = {}
+        for name in _POSITIONAL:
+            owner: Any = Tensor if name == "new_tensor" else torch
+            original = getattr(owner, name)
+            makers[name] = original, _answered(name, original, answer)
+        # ``from torch import tensor``, as torchmetrics does
+        for module in list(sys.modules.values()):
+            names = getattr(module, "__dict__", {})
+            for name, (original, maker) in makers.items():
+                if names.get(name) is original:
+                    stack.enter_context(patch.object(module, name, maker))
+        stack.enter_context(patch.object(Tensor, "new_tensor", makers["new_tensor"][1]))
+        yield
+
+
+def _answered(name: str, original: TensorMaker, answer: AnswerCall) -> TensorMaker:
+    thread = threading.get_ident()
+
+    def make(*args: Any, **kwargs: Any) -> Tensor:
+        if threading.get_ident() != thread or len(args) > len(_POSITIONAL[name]):
+            return original(*args, **kwargs)
+        arguments = {**dict(zip(_POSITIONAL[name], args, strict=False)), **kwargs}
+        return answer(MakerCall(name, lambda: original(*args, **kwargs), arguments))
+
+    return make
+
+
+def _count_plain(value: Any, shares_memory: bool) -> float:
+    """Return the number of values in numbers, nested sequences of them, and NumPy's arrays.
+
+    It is infinite for all else, and for an array whose memory the tensor would share.
+    """
+    if type(value) in _NUMBERS:
+        return 1
+    if type(value) in _SEQUENCES:
+        many = len(value) > _MOST_VALUES
+        return math.inf if many else sum(_count_plain(item, shares_memory) for item in value)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.number | numpy.bool_):
+        return 1
+    is_array = numpy is not None and type(value) is numpy.ndarray and value.dtype != object
+    return value.size if is_array and not shares_memory else math.inf

@@ -1,0 +1,83 @@
+"""Constants that a call makes of Python values, at fixed addresses outside the graph.
+
+What is hard here:
+
+- A graph cannot contain a copy from the host. So each constant is made before the capture, and the
+  graph clones it, because steps write to what they have made.
+- A constant needs memory from outside the capture: other graphs of the pool, and earlier kernels of
+  this graph, may write to memory that a capture has allocated. But only a capture shows the
+  constants. So a call with constants is captured twice, and the first graph is dropped.
+- The second capture must ask for the same constants in the same order. Otherwise it would freeze a
+  value that changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cg_lightning.backends.tensor_makers import MakerCall, answered_makers, beside_the_step
+from cg_lightning.core.equality import same_leaf
+from cg_lightning.core.errors import CaptureError
+
+
+class HostConstants:
+    """The constants of one call, in the order in which it makes them.
+
+    Args:
+        device: The device of the graphs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._asked_for: list[Tensor] = []
+        self._made_of: list[Tensor] = []
+        self.tensors: list[Tensor] = []
+        """The constants on the device. A graph that clones them does not keep them alive."""
+
+    @property
+    def are_missing(self) -> bool:
+        """Whether the last capture asked for constants that are not made yet."""
+        return len(self._asked_for) > len(self.tensors)
+
+    def make(self) -> None:
+        """Make the constants that the last capture asked for. Call it outside a capture."""
+        with torch.inference_mode(False):
+            self._made_of = self._asked_for
+            self.tensors = [tensor.to(self._device, copy=True) for tensor in self._asked_for]
+
+    @contextlib.contextmanager
+    def answered(self) -> Iterator[None]:
+        """While this is entered, one captured call gets clones of its constants.
+
+        Raises:
+            CaptureError: The call makes other constants than in the capture before.
+        """
+        self._asked_for = []
+        with answered_makers(self._answer):
+            yield
+        if self.tensors and len(self._asked_for) != len(self.tensors):
+            raise _other_constants()
+
+    def _answer(self, call: MakerCall) -> Tensor:
+        if not call.is_constant_on(self._device):
+            return call.run()
+        value = call.on_host()
+        number = len(self._asked_for)
+        self._asked_for.append(value)
+        if not self.tensors:
+            # this graph is dropped: a GPU computes nothing in a capture, the recorder does
+            is_host = self._device.type == "cpu"
+            return value.clone() if is_host else torch.empty_like(value, device=self._device)
+        with beside_the_step():
+            is_known = number < len(self.tensors) and same_leaf(value, self._made_of[number])
+        if not is_known:
+            raise _other_constants()
+        return self.tensors[number].clone()
+
+
+def _other_constants() -> CaptureError:
+    return CaptureError("the step makes other tensors of Python values each time that it runs")

@@ -1,0 +1,78 @@
+"""What a module holds, to be compared later."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.diagnosis.step_watch import UnreadableError, look_into
+from cg_lightning.guards.values import FrozenValues
+from cg_lightning.modules.attributes import (
+    class_values,
+    is_same_value,
+    names_of_frameworks,
+    scripted_attributes,
+)
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+class ModuleState:
+    """What the attributes of a module and of its classes refer to, and what is in the user's own.
+
+    Args:
+        module: The module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._values = _values(module)
+        self._contents = {
+            name: contents
+            for name in self._values.keys() - names_of_frameworks(module)
+            if (contents := _contents(self._values[name])) is not None
+        }
+
+    def modules_inside(self) -> list[nn.Module]:
+        """Returns the modules that attributes hold in containers or objects, with theirs."""
+        held = [module for contents in self._contents.values() for module in contents.modules]
+        return [child for module in held for child in module.modules()]
+
+    def changed(self) -> list[str]:
+        """Returns the names of attributes that changed, came or went, or whose contents changed."""
+        missing, now = object(), _values(self.module)
+        changed = [
+            name
+            for name, value in now.items()
+            if not is_same_value(self._values.get(name, missing), value)
+        ]
+        gone = [name for name in self._values if name not in now]
+        inside = [name for name, contents in self._contents.items() if not contents.all_hold()]
+        return list(dict.fromkeys([*changed, *gone, *inside]))
+
+
+def _values(module: nn.Module) -> dict[str, Any]:
+    attributes = {**vars(module), **scripted_attributes(module)}
+    # Lightning's cache of the names of metrics, made by the first ``self.log``
+    attributes.pop("_metric_attributes", None)
+    # torch.jit's cache of its compiled methods, made when they are first read
+    attributes = {k: v for k, v in attributes.items() if not isinstance(v, torch.ScriptMethod)}
+    members = {
+        f"{table}.{name}": member
+        for table in _TABLES
+        for name, member in attributes.pop(table, {}).items()
+    }
+    return {**dict(class_values(module)), **attributes, **members, "__class__": type(module)}
+
+
+def _contents(value: Any) -> FrozenValues | None:
+    """Returns what is in a value; None if nothing is, or if nobody can look into it."""
+    if is_plain_value(value):
+        return None
+    try:
+        return look_into(value)
+    except UnreadableError:  # AttributeReads reports whatever reads it
+        return None

@@ -1,0 +1,414 @@
+"""Changes that a step makes in Python, done again after each replay: appended, added, set.
+
+What is hard here:
+
+- A step may change only what it does not look at: then its graph holds whatever is there. The
+  watched step has shown that (``diagnosis/uses_of_attribute.py``). A capture proves it again: a
+  :class:`_StandIn` takes the place of each such value. It records changes and can do nothing else.
+- So the user's own containers are not touched by a capture, and nothing has to be undone in them.
+- What is appended or set becomes a part of the output of the graph, so it is copied out of graph
+  memory, and it is the batch's own tensor where eager has the batch's own tensor.
+- A change is made as the user's line makes it: ``+=`` of Python, on the value that is there.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import enum
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.core.errors import CaptureError
+from cg_lightning.core.tree import containers_in, flatten
+from cg_lightning.effects.containers import ContainersSnapshot
+from cg_lightning.effects.effect import Effect
+from cg_lightning.guards.changed_values import (
+    LISTS,
+    MAPPINGS,
+    NUMBER,
+    KindsToChange,
+    is_plain_object,
+    kind_to_change,
+)
+from cg_lightning.guards.sources import MISSING, Source
+
+_FACTORIES = (list, dict, int, float, collections.deque)
+
+
+class ChangedAttribute(NamedTuple):
+    """An attribute of a module that the watched step changed and did not look at."""
+
+    module: nn.Module
+    name: str
+    path: str
+    """As the user would write it: ``self.outputs``."""
+    is_set: bool
+    """True if the step sets it before it reads it. False if it changes what is there."""
+    is_added_to: bool = False
+    """Whether a line of the step adds to it. If it is a tensor, that changes it in place."""
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The attributes of the module."""
+        found: dict[str, Any] = object.__getattribute__(self.module, "__dict__")
+        return found
+
+    def kind_source(self) -> Source:
+        """Return the kind of its value, as something to guard."""
+        return Source(KindsToChange(self.attributes), self.name, self.path)
+
+
+class Place(NamedTuple):
+    """Where a value is that a step changes: ``self.store.items["val"]``."""
+
+    namespace: dict[str, Any]
+    """The attributes of a module."""
+    steps: tuple[tuple[bool, Any], ...]
+    """The way from there: keys, or (False) names of attributes."""
+    path: str
+
+    def inside(self, is_key: bool, key: Any) -> Place:
+        """Return a place in the value that is here."""
+        path = f"{self.path}[{key!r}]" if is_key else f"{self.path}.{key}"
+        return Place(self.namespace, (*self.steps, (is_key, key)), path)
+
+    def holder(self) -> Any:
+        """Return what has the value: its container, object or module."""
+        value: Any = self.namespace
+        for is_key, key in self.steps[:-1]:
+            value = value[key] if is_key else vars(value)[key]
+        return value
+
+    def value(self) -> Any:
+        """Return the value."""
+        is_key, key = self.steps[-1]
+        return self.holder()[key] if is_key else vars(self.holder())[key]
+
+    def set(self, value: Any) -> None:
+        """Set the value."""
+        is_key, key = self.steps[-1]
+        holder = self.holder()
+        (holder if is_key else vars(holder))[key] = value
+
+    def kind(self) -> Any:
+        """Return the kind of the value; None if it is not there. Nothing of the user's is called."""
+        value: Any = self.namespace
+        for is_key, key in self.steps:
+            value = _look_up(value, is_key, key)
+        return None if value is MISSING else kind_to_change(value)
+
+    def can_be_set(self) -> bool:
+        """Return whether a value can be set here in the usual way."""
+        value: Any = self.namespace
+        for is_key, key in self.steps[:-1]:
+            value = _look_up(value, is_key, key)
+        is_key, key = self.steps[-1]
+        if type(value) in MAPPINGS:
+            return is_key
+        if is_key:
+            return _look_up(value, is_key, key) is not MISSING
+        return is_plain_object(value) and not hasattr(getattr(type(value), key, None), "__set__")
+
+
+def _look_up(value: Any, is_key: bool, key: Any) -> Any:
+    """Return what a container or object has, if it gives it in the usual way; else MISSING."""
+    cls: type = type(value)
+    if not is_key:
+        is_set_by_class = hasattr(getattr(cls, key, None), "__set__")
+        if is_set_by_class or not is_plain_object(value):
+            return MISSING
+        return vars(value).get(key, MISSING)
+    if cls in MAPPINGS:
+        if (
+            key not in value
+            and cls is collections.defaultdict
+            and value.default_factory in _FACTORIES
+        ):
+            return value.default_factory()
+        return value.get(key, MISSING)
+    if cls in LISTS and type(key) is int and -len(value) <= key < len(value):
+        return value[key]
+    return MISSING
+
+
+class Verb(enum.Enum):
+    """Kinds of changes."""
+
+    APPEND = "append"
+    ADD = "+="
+    SET = "="
+
+
+class Change(NamedTuple):
+    """One change of the captured step, without its value."""
+
+    verb: Verb
+    place: Place
+    kind: Any
+    """The kind of the value that is changed; None if it is set."""
+
+    def is_possible(self) -> bool:
+        """Return whether the change does what it did in the watched step."""
+        if self.verb is Verb.SET:
+            return self.place.can_be_set()
+        return self.kind is not None and self.place.kind() == self.kind
+
+    def takes(self, value: Any) -> bool:
+        """Return whether the outcome is known if the change is made with this value."""
+        if self.verb is Verb.SET:
+            return True
+        if self.verb is Verb.APPEND:
+            return self.kind in LISTS
+        if self.kind is list:
+            return type(value) in (list, tuple)
+        return self.kind in (NUMBER, str) and kind_to_change(value) == self.kind
+
+    def make(self, value: Any) -> None:
+        """Make the change."""
+        if self.verb is Verb.APPEND:
+            self.place.value().append(value)
+        elif self.verb is Verb.ADD:
+            total = self.place.value()
+            total += value
+            self.place.set(total)
+        else:
+            self.place.set(value)
+
+
+class _StandIn:
+    """Is in the place of a value while its step is captured, and records what is done to it."""
+
+    __slots__ = ("_place", "_record")
+    _place: Place
+    _record: ChangeRecording
+
+    def __init__(self, place: Place, record: ChangeRecording) -> None:
+        object.__setattr__(self, "_place", place)
+        object.__setattr__(self, "_record", record)
+
+    def append(self, value: Any) -> None:
+        self._record.add(Verb.APPEND, self._place, value)
+
+    def __iadd__(self, value: Any) -> Any:
+        self._record.add(Verb.ADD, self._place, value)
+        return self
+
+    def __getattr__(self, name: str) -> _StandIn:
+        if name.startswith("__"):
+            self._refuse()
+        return _StandIn(self._place.inside(False, name), self._record)
+
+    def __getitem__(self, key: Any) -> _StandIn:
+        return _StandIn(self._place.inside(True, _known(key)), self._record)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not isinstance(value, _StandIn):  # what += has returned
+            self._record.add(Verb.SET, self._place.inside(False, name), value)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if not isinstance(value, _StandIn):
+            self._record.add(Verb.SET, self._place.inside(True, _known(key)), value)
+
+    def _refuse(self, *_: Any) -> Any:
+        raise CaptureError(f"{self._place.path} is read, which the watched step did not do")
+
+    __bool__ = __len__ = __iter__ = __contains__ = __call__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse
+    __int__ = __float__ = __index__ = _refuse
+
+
+def _known(key: Any) -> Any:
+    if is_plain_value(key):
+        return key
+    raise CaptureError(f"an entry is set under a {type(key).__qualname__}, which no guard compares")
+
+
+class _NotSet:
+    """Is in the place of an attribute until the captured step sets it."""
+
+
+class ChangeRecording:
+    """The changes of one captured step.
+
+    Args:
+        attributes: What the step changes.
+    """
+
+    def __init__(self, attributes: Sequence[ChangedAttribute]) -> None:
+        self._attributes = attributes
+        self._changes: list[tuple[Verb, Place]] = []
+        self._values: list[Any] = []
+        self._before: list[Any] = []
+        self._put: list[Any] = []
+
+    def add(self, verb: Verb, place: Place, value: Any) -> None:
+        """Add one change."""
+        self._changes.append((verb, place))
+        self._values.append(_as_it_is_now(value) if verb is Verb.ADD else value)
+
+    def begin(self) -> None:
+        """Put something in the place of each value."""
+        for attribute in self._attributes:
+            attributes = attribute.attributes
+            self._before.append(attributes.get(attribute.name, MISSING))
+            put = _NotSet() if attribute.is_set else _StandIn(_place_of(attribute), self)
+            self._put.append(put)
+            if not (attribute.is_set and self._before[-1] is MISSING):
+                attributes[attribute.name] = put
+
+    def restore(self) -> None:
+        """Put the values back; idempotent."""
+        for attribute, before in zip(self._attributes, self._before, strict=False):
+            if before is MISSING:
+                attribute.attributes.pop(attribute.name, None)
+            else:
+                attribute.attributes[attribute.name] = before
+        self._before.clear()
+
+    def finish(self, output: Any) -> tuple[Any, RepeatChanges]:
+        """Return the output together with the values of the changes, and the changes.
+
+        Call it after the step. All values are put back.
+
+        Raises:
+            CaptureError: A replay could not make the changes.
+        """
+        for attribute, put in zip(self._attributes, self._put, strict=True):
+            now = attribute.attributes.get(attribute.name, MISSING)
+            is_as_put = now is put or now is MISSING
+            if attribute.is_set is is_as_put:
+                raise CaptureError(f"{attribute.path} is not set as in the watched step")
+            if attribute.is_set:
+                self.add(Verb.SET, _place_of(attribute), now)
+        self.restore()
+        changes = []
+        for (verb, place), value in zip(self._changes, self._values, strict=True):
+            change = Change(verb, place, None if verb is Verb.SET else place.kind())
+            if not (change.is_possible() and change.takes(value)):
+                raise CaptureError(f"{place.path} is changed in a way that a replay cannot repeat")
+            changes.append(change)
+        parts, first = _without_repeats([output, *self._values])
+        return (parts[0], parts[1:]), RepeatChanges(changes, first)
+
+
+def _place_of(attribute: ChangedAttribute) -> Place:
+    return Place(attribute.attributes, ((True, attribute.name),), attribute.path)
+
+
+def _as_it_is_now(value: Any) -> Any:
+    """Return what a step adds to something; it may change it in place later."""
+    if type(value) is list:
+        return list(value)
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _without_repeats(parts: list[Any]) -> tuple[list[Any], list[int]]:
+    """Return parts of an output, with None for a container that is there already, and its place.
+
+    Raises:
+        CaptureError: Two parts share a container inside. Each would get one of its own.
+    """
+    kept: list[Any] = []
+    first: list[int] = []
+    owners: dict[int, int] = {}
+    for index, part in enumerate(parts):
+        own = list(containers_in(part))
+        before = owners.get(id(part), index) if own and own[0] is part else index
+        if before != index and parts[before] is part:
+            kept.append(None)
+            first.append(before)
+            continue
+        if any(owners.setdefault(id(container), index) != index for container in own):
+            raise CaptureError("what the step keeps and what it returns share a container")
+        kept.append(part)
+        first.append(index)
+    return kept, first
+
+
+class RepeatChanges(Effect):
+    """Makes the changes of the captured step again.
+
+    Args:
+        changes: The changes, in order.
+        first: For the output and each value, the first of them that is the same container.
+    """
+
+    def __init__(self, changes: Sequence[Change], first: Sequence[int]) -> None:
+        self._changes = list(changes)
+        self._first = list(first)
+        # guards look at attributes of modules, and at nothing inside
+        self._inside = [change for change in changes if len(change.place.steps) > 1]
+        self._has_repeats = list(first) != list(range(len(first)))
+
+    def is_valid(self) -> bool:
+        """Return False if what is to be changed is gone, or of another kind."""
+        for change in self._inside:  # noqa: SIM110  # a generator takes longer
+            if not change.is_possible():
+                return False
+        return True
+
+    def make(self, built: tuple[Any, list[Any]]) -> Any:
+        """Make the changes, and return the output.
+
+        Args:
+            built: The output, and the values, of the current replay.
+        """
+        output, values = built
+        if self._has_repeats:
+            parts = [output, *values]
+            values = [parts[index] for index in self._first[1:]]
+        for change, value in zip(self._changes, values, strict=True):
+            change.make(value)
+        return output
+
+
+class ChangedAttributesSnapshot:
+    """What a step is about to change in Python: put back, and compared after the step.
+
+    Args:
+        attributes: What the step changes.
+    """
+
+    def __init__(self, attributes: Sequence[ChangedAttribute]) -> None:
+        self._before = [
+            (each, each.attributes.get(each.name, MISSING), each.path) for each in attributes
+        ]
+        filled = [(path, value) for each, value, path in self._before if not each.is_set]
+        self._containers = ContainersSnapshot(filled, most=math.inf)
+
+    def restore(self) -> None:
+        """Put back what is in containers and objects; attributes are somebody else's business."""
+        self._containers.restore()
+
+    def values(self) -> list[tuple[str, Any]]:
+        """Return names and copies of what is new."""
+        new = [*self._containers.new_items()]
+        for attribute, before, path in self._before:
+            now = attribute.attributes.get(attribute.name, MISSING)
+            if now is not before or isinstance(now, Tensor):
+                new.append((path, now))
+        return [
+            (path, leaf.clone() if isinstance(leaf, Tensor) else leaf)
+            for path, value in new
+            for leaf in flatten(value)[0]
+        ]
+
+
+@contextlib.contextmanager
+def recording_changes(attributes: Sequence[ChangedAttribute]) -> Iterator[ChangeRecording]:
+    """While this is entered, the changes of a step are recorded, and not made.
+
+    Args:
+        attributes: What the step changes.
+    """
+    recording = ChangeRecording(attributes)
+    try:
+        recording.begin()
+        yield recording
+    finally:
+        recording.restore()

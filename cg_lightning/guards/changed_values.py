@@ -1,0 +1,61 @@
+"""The kinds of values that a step changes and never looks at.
+
+What is in such a value does not matter to a graph. Its kind does: to append to a list is something
+else than to append to an object of the user's.
+"""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+from torch import Tensor
+
+from cg_lightning.guards.sources import DerivedNamespace
+from cg_lightning.guards.value_kinds import ValueKind, kind_of
+
+NUMBER = "a number or a tensor"
+"""A total may begin as 0 and be a tensor later. Python adds to both."""
+LISTS = (list, collections.deque)
+MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict)
+_NUMBERS = (bool, int, float, complex, Tensor)
+
+
+def kind_to_change(value: Any) -> Any:
+    """Return the kind of a value that a step changes; None if nobody knows what a change does.
+
+    Classes derived from lists and the like may have methods of their own, so they have no kind.
+    """
+    cls: type = type(value)
+    if cls in _NUMBERS:
+        return NUMBER
+    if cls in (*LISTS, *MAPPINGS, str) or is_plain_object(value):
+        return cls
+    return None
+
+
+def is_plain_object(value: Any) -> bool:
+    """Return whether an object keeps attributes, and reads and sets them in the usual way."""
+    cls: Any = type(value)
+    return (
+        kind_of(value) is ValueKind.OBJECT
+        and cls.__getattribute__ is object.__getattribute__
+        and cls.__setattr__ is object.__setattr__
+        and hasattr(value, "__dict__")
+    )
+
+
+class KindsToChange(DerivedNamespace):
+    """The kinds of the values in a namespace, as a namespace.
+
+    Args:
+        namespace: The attributes of a module.
+    """
+
+    def __init__(self, namespace: dict[str, Any]) -> None:
+        self._namespace = namespace
+
+    def get(self, name: str, default: Any) -> Any:
+        """Return the kind of a value."""
+        value = self._namespace.get(name, default)
+        return default if value is default else kind_to_change(value)

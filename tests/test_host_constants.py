@@ -1,0 +1,309 @@
+"""Tensors that a step makes of Python values: made before the capture, and cloned in the graph."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import functools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor, nn, tensor
+
+from cg_lightning import graphed
+from cg_lightning.backends.tensor_makers import MakerCall, answered_makers
+from cg_lightning.capture.host_constants import HostConstants
+from cg_lightning.core.causes import Cause
+from cg_lightning.core.errors import CaptureError
+from tests.harness import assert_same, features
+from tests.models import Body, Predictor
+
+Use = Callable[[Any, Tensor], Any]
+SETTINGS = [{"verify_replays": 0}, {"verify_replays": 2}, {"mode": "FULL"}, {"mode": "PIECEWISE"}]
+WEIGHTS = [1.0, 2.0]
+
+
+def by_default(x: Tensor, weights: list[float] = [3.0, 4.0]) -> Tensor:  # noqa: B006
+    return x * torch.tensor(weights, device=x.device)
+
+
+class Uses(Predictor):
+    """Returns what ``use`` makes of its output."""
+
+    def __init__(self, use: Use) -> None:
+        super().__init__(nn.Linear(8, 2))
+        self.use = use
+        self.weights = [1.0, 2.0]
+        self.tables = {"a": {"b": collections.deque([1.0, 2.0])}}
+        self.array = np.array([1.0, 2.0])
+        self.many = [float(number) for number in range(1000)]
+        self.tensor = torch.tensor([1.0, 2.0])
+        self.count = 0
+        self.numbers = iter(range(100))
+
+    def predict_step(self, batch: Any) -> Any:
+        return self.use(self, self.net(batch[0]))
+
+
+class Changes(Callback):
+    """Changes something in Python before each batch from the eighth on."""
+
+    def __init__(self, change: Callable[[Any, int], Any]) -> None:
+        self.change = change
+        self.batches = 0
+
+    def on_predict_batch_start(self, trainer, pl_module, *_: Any) -> None:
+        self.batches += 1
+        if self.batches > 7:
+            self.change(pl_module, self.batches)
+
+
+def run(harness, use: Use, change: Callable[[Any, int], Any], *callbacks: Any) -> Any:
+    WEIGHTS[:] = [1.0, 2.0]
+    by_default.__defaults__[0][:] = [3.0, 4.0]
+    torch.manual_seed(1)
+    random.seed(1)
+    trainer = harness.trainer(*callbacks, Changes(change))
+    return trainer.predict(Uses(use), features(48))
+
+
+def compare(harness, use: Use, change: Any = lambda *_: None, **settings: Any) -> Any:
+    callback = harness.callback(**settings)
+    assert_same(run(harness, use, change, callback), run(harness, use, change))
+    return callback
+
+
+def add(module: Any) -> int:
+    module.count += 1
+    return module.count
+
+
+CONSTANTS: dict[str, Use] = {
+    "tensor": lambda m, x: x * torch.tensor([1.0, 2.0], device=x.device),
+    "imported by name": lambda m, x: x * tensor([1.0, 2.0], device=x.device),
+    "number": lambda m, x: x * torch.tensor(3.0, device=x.device),
+    "as_tensor": lambda m, x: x * torch.as_tensor([1.0, 2.0], dtype=torch.float64, device=x.device),
+    "asarray": lambda m, x: x * torch.asarray((1.0, 2.0), device=x.device),
+    "new_tensor": lambda m, x: x * x.new_tensor([1, 2]),
+    "array": lambda m, x: x * torch.tensor(np.array([1.0, 2.0]), device=x.device),
+    "no elements": lambda m, x: torch.cat([torch.tensor([], device=x.device), x.flatten()]),
+    "shape": lambda m, x: x.sum() * torch.tensor(x.shape, device=x.device),
+    "index": lambda m, x: x[torch.tensor([0, 1, 0], device=x.device)],
+    "booleans": lambda m, x: torch.where(torch.tensor([True, False], device=x.device), x, 7.0),
+    "written in place": lambda m, x: torch.tensor([1.0, 2.0], device=x.device).add_(x.sum()),
+    "a number of the host": lambda m, x: (x * torch.tensor(3.0), torch.tensor(0.5)),
+    "a total": lambda m, x: torch.tensor(0.0, device=x.device).add_(x.sum()),
+    "returned": lambda m, x: {"x": x, "weights": torch.tensor(m.weights, device=x.device)},
+    "two": lambda m, x: by_default(x) + torch.tensor([[1, 2], [3, 4]], device=x.device).sum(),
+}
+CHANGES: dict[str, tuple[Use, Callable[[Any, int], Any]]] = {
+    "an attribute in place": (
+        lambda m, x: x * torch.tensor(m.weights, device=x.device),
+        lambda m, n: m.weights.__setitem__(0, float(n % 3)),
+    ),
+    "another list": (
+        lambda m, x: x * x.new_tensor(m.weights),
+        lambda m, n: setattr(m, "weights", [float(n % 2), 1.0]),
+    ),
+    "another length": (
+        lambda m, x: x.sum() * torch.tensor(m.weights, device=x.device),
+        lambda m, n: m.weights.append(float(n)),
+    ),
+    "the sign of zero": (
+        lambda m, x: x / torch.tensor([0.0 * m.weights[0], 1.0], device=x.device),
+        lambda m, n: m.weights.__setitem__(0, -1.0 if n % 2 else 1.0),
+    ),
+    "nested": (
+        lambda m, x: x * torch.tensor(list(m.tables["a"]["b"]), device=x.device),
+        lambda m, n: m.tables["a"]["b"].__setitem__(1, float(n)),
+    ),
+    "an array": (
+        lambda m, x: x * torch.tensor(m.array, device=x.device),
+        lambda m, n: m.array.__setitem__(0, n),
+    ),
+    "an element of an array": (
+        lambda m, x: x * torch.tensor([m.array[0]], device=x.device),
+        lambda m, n: m.array.__setitem__(0, n),
+    ),
+    "shared memory": (
+        lambda m, x: x * torch.as_tensor(m.array, device=x.device),
+        lambda m, n: m.array.__setitem__(0, n),
+    ),
+    "a global": (
+        lambda m, x: x * torch.tensor(WEIGHTS, device=x.device),
+        lambda m, n: WEIGHTS.__setitem__(0, float(n)),
+    ),
+    "a default": (
+        lambda m, x: by_default(x),
+        lambda m, n: by_default.__defaults__[0].__setitem__(0, float(n)),
+    ),
+    "one of many": (
+        lambda m, x: x.sum() * torch.tensor(m.many, device=x.device),
+        lambda m, n: m.many.__setitem__(567, float(n)),
+    ),
+    "a tensor on the host": (
+        lambda m, x: x * torch.tensor([float(m.tensor[0]), 1.0], device=x.device),
+        lambda m, n: m.tensor.data.__setitem__(0, float(n)),
+    ),
+    "a tensor in a list": (
+        lambda m, x: x * torch.tensor([m.tensor[0], 1.0], device=x.device),
+        lambda m, n: m.tensor.data.__setitem__(0, float(n)),
+    ),
+    "a counter": (lambda m, x: x * torch.tensor([add(m)], device=x.device), lambda m, n: None),
+    "an iterator": (
+        lambda m, x: x * torch.tensor([next(m.numbers)], device=x.device),
+        lambda m, n: None,
+    ),
+    "random numbers": (
+        lambda m, x: x * torch.tensor([random.random()], device=x.device),
+        lambda m, n: None,
+    ),
+    "numbers of the network": (
+        lambda m, x: x * torch.tensor(x[0].tolist(), device=x.device),
+        lambda m, n: None,
+    ),
+    "tensors of the network": (
+        lambda m, x: x * torch.tensor([x.sum(), 1.0], device=x.device),
+        lambda m, n: None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(CONSTANTS))
+def test_constants_are_part_of_the_graph(harness, name):
+    """Hazard 12."""
+    callback = compare(harness, CONSTANTS[name], verify_replays=0)
+    assert callback.stats.steps["FULL"] == 9, callback.summary()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m, x: x * torch.tensor([1.0, 2.0]).to(x.device),
+        lambda m, x: x * torch.from_numpy(np.array([1.0, 2.0])).to(x),
+        lambda m, x: x[torch.tensor([1, 0])],
+    ],
+)
+def test_a_tensor_of_the_host_is_no_constant(harness, use):
+    """A copy from the host is illegal in a capture, so the recorder refuses it as well."""
+    callback = compare(harness, use)
+    assert callback.stats.steps["FULL"] == 0, callback.summary()
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("name", ["returned", "written in place", "two"])
+def test_constants_in_each_mode(harness, name, settings):
+    compare(harness, CONSTANTS[name], **settings)
+
+
+@pytest.mark.parametrize("settings", SETTINGS[:2])
+@pytest.mark.parametrize("name", list(CHANGES))
+def test_values_that_change_are_never_frozen(harness, name, settings):
+    """Hazard 7."""
+    compare(harness, *CHANGES[name], **settings)
+
+
+@pytest.mark.parametrize("name", ["tensors of the network", "a tensor in a list", "one of many"])
+def test_what_is_no_constant_is_named(harness, name):
+    callback = compare(harness, *CHANGES[name])
+    kinds = {record.reason.kind for record in callback.stats.reasons}
+    assert callback.stats.steps["FULL"] == 0
+    assert kinds & {Cause.TENSOR_FROM_PYTHON, Cause.HOST_SYNC}, callback.summary()
+
+
+def test_a_logged_number(harness):
+    class Logs(Predictor):
+        def validation_step(self, batch):
+            self.log_dict({"rate": 0.1, "mean": self.net(batch[0]).mean()})
+
+    seen = []
+    callback = harness.callback(verify_replays=0)
+    torch.manual_seed(2)
+    module = Logs(Body())
+    for one, extra in ((copy.deepcopy(module), [callback]), (module, [])):
+        trainer = harness.trainer(*extra)
+        seen.append([trainer.validate(one, features(40), verbose=False) for _ in range(2)])
+    assert_same(*seen)
+    assert callback.stats.steps["FULL"] > 0, callback.summary()
+
+
+def test_constants_of_a_submodule(harness):
+    class Scales(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.linear(x) * torch.tensor([2.0, 3.0], device=x.device)
+
+    class Steps(Predictor):
+        def predict_step(self, batch):
+            out = self.net(batch[0])
+            return out * float(out.sum())  # the step is no graph
+
+    callback = harness.callback(verify_replays=0)
+    harness.compare(Steps(Scales()), lambda t, m: t.predict(m, features(40)), callback)
+    assert {entry.target for entry in callback.stats.entries} == {"net"}, callback.summary()
+
+
+def test_without_a_trainer(backend, device):
+    net = nn.Linear(8, 2).to(device).requires_grad_(False)
+
+    def forward(x):
+        return net(x) * torch.tensor([2.0, 3.0], device=x.device)
+
+    batches = [torch.randn(4, 8, device=device) for _ in range(8)]
+    with torch.no_grad():
+        expected = [forward(x) for x in batches]
+        with graphed(forward, module=net, backend=backend) as fast:
+            found = [fast(x) for x in batches]
+        assert_same(found, expected)
+        assert fast.stats.steps["FULL"] > 0, fast.stats.reasons
+
+
+def test_a_capture_that_asks_for_other_constants(device):
+    """The second capture of a call must ask for what the first one did."""
+    values = iter([[1.0], [1.0], [-0.0], [2.0, 3.0]])
+    constants = HostConstants(device)
+
+    def ask(times: int = 1) -> None:
+        with constants.answered():
+            for _ in range(times):
+                torch.tensor(next(values), device=device)
+
+    ask()
+    assert constants.are_missing
+    constants.make()
+    ask()
+    assert not constants.are_missing
+    for times in (1, 1, 0):
+        with pytest.raises(CaptureError, match="other tensors of Python values"):
+            ask(times)
+
+
+def test_other_threads_and_other_devices_are_left_alone(device):
+    import threading
+
+    calls: list[MakerCall] = []
+
+    def answer(call: MakerCall) -> Tensor:
+        calls.append(call)
+        return call.run()
+
+    originals = torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor
+    with answered_makers(answer):
+        thread = threading.Thread(target=functools.partial(torch.tensor, [1.0]))
+        thread.start()
+        thread.join()
+        assert not calls
+        torch.tensor([1.0], device="meta")
+        assert not calls[0].is_constant_on(device)
+        torch.ones(2, device=device).new_tensor([1])
+        assert calls[1].is_constant_on(device)
+        assert calls[1].on_host().dtype is torch.float32
+    assert (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor) == originals
