@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 SKIPPED = {"_trainer", "_fabric", "_fabric_optimizers"}
 """Attributes of a LightningModule that lead to the Trainer."""
@@ -124,6 +125,11 @@ class _Picture:
             name: list(item.values()) for name, item in names.items() if name.endswith("_hooks")
         }
         fields = [(name, self.of(item)) for name, item in sorted(names.items())]
+        if isinstance(value, Metric):
+            # a reset in the step makes inference tensors, and a graph's states are none
+            for _, shown in fields:
+                if isinstance(shown, tuple) and isinstance(shown[1], dict):
+                    shown[1].pop("is_inference", None)
         if isinstance(value, nn.Module) and type(value).__module__ == OURS:
             fields.append(("class", self.of(type(value))))
         return fields

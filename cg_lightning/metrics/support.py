@@ -34,8 +34,6 @@ def unsupported_read(metric: nn.Module, name: str, written: set[str]) -> str:
     """
     if name in _COUNTS and not _is_read_by_a_framework():
         return f"{type(metric).__name__}.{name} is read"
-    if name == "reset" and not _is_read_by_a_framework():
-        return f"{type(metric).__name__}.reset is used"
     if name == "_computed" and name not in written and vars(metric).get(name) is not None:
         return f"{type(metric).__name__} returns the result of an earlier step"
     return ""
