@@ -245,7 +245,8 @@ def test_a_failed_capture_is_eager_for_good(harness, warmup_steps):
             self.linear = nn.Linear(8, 8)
 
         def forward(self, x):
-            return self.linear(x)[x[:, 0] > 0]
+            y = self.linear(x)
+            return y[y[:, 0] > 0]
 
     for settings in ({"targets": ["net"]}, {"mode": "FULL"}):
         callback = harness.callback(warmup_steps=warmup_steps, **settings)

@@ -198,6 +198,8 @@ def seeded(trainer, module):
 @pytest.mark.parametrize("step", SAME_EACH_TIME, ids=lambda step: step.__name__)
 @pytest.mark.parametrize("verify", [0, 2])
 def test_other_numbers(harness, step, verify):
+    if step is memory and harness.backend == "cuda":
+        pytest.skip("graphs take memory of the device, so its number differs")
     callback = harness.callback(verify_replays=verify)
     harness.compare(module_with(step), seeded, callback)
 

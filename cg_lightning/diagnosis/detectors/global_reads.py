@@ -218,7 +218,8 @@ class _Code(NamedTuple):
 
 
 def _words(source: Source) -> str:
-    return source.path if source.belongs_to_function else f"global {source.name}"
+    is_attribute = source.belongs_to_function or isinstance(source.holder, type)
+    return source.path if is_attribute else f"global {source.name}"
 
 
 def _is_users_namespace(value: Any) -> bool:
