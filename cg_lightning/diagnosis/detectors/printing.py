@@ -18,6 +18,7 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.detectors.trainer_reads import noticed_reads
 from cg_lightning.diagnosis.findings import is_called_by_step
+from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.modules.interception import replaced_method
 from cg_lightning.modules.kinds import is_user_file
 
@@ -57,6 +58,19 @@ class Printing(Detector):
     """Reports what a step says: a graph would say it once, when it is captured."""
 
     causes = (Cause.PRINTED,)
+
+    def __init__(self, watch: StepWatch) -> None:
+        super().__init__(watch)
+        self._is_suspended = False
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """What the compiler warns of while it compiles is said once, by itself."""
+        before, self._is_suspended = self._is_suspended, True
+        try:
+            yield
+        finally:
+            self._is_suspended = before
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
@@ -121,7 +135,7 @@ class Printing(Detector):
         def noticed(message: Any) -> None:
             # another receiver: the step catches its own warnings
             is_seen = getattr(warnings, "_showwarnmsg_impl", None) is receiver
-            is_ours = self.watch.is_paused or self.watch.is_in_framework
+            is_ours = self._is_suspended or self.watch.is_paused or self.watch.is_in_framework
             is_ours |= is_sync_warning(message.message)  # the backend has asked for them
             if is_seen and not is_ours and threading.get_ident() == thread:
                 self.watch.report_unless_found(Cause.PRINTED, "warnings.warn")
