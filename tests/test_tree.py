@@ -1,6 +1,7 @@
 """Nested batches: flatten, paths, rebuild."""
 
 import collections
+import copy
 import dataclasses
 import types
 
@@ -60,3 +61,29 @@ def test_model_output_of_transformers():
     assert type(again) is type(tree)
     assert again.last_hidden_state is tree.last_hidden_state
     assert again["hidden_states"][1] is tree.hidden_states[1]
+
+
+@dataclasses.dataclass
+class Output(collections.OrderedDict):
+    """As an output of transformers: a copy has its items in the order of the fields."""
+
+    first: int | None = None
+    second: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) is not None:
+                self[field.name] = getattr(self, field.name)
+
+    def __reduce__(self):
+        make, _, *rest = super().__reduce__()
+        return (make, tuple(getattr(self, field.name) for field in dataclasses.fields(self)), *rest)
+
+
+def test_items_keep_their_order():
+    output = Output(second=2)
+    output["first"] = output.first = 1
+    tree = {"inner": output}
+    assert list(output) != list(copy.copy(output))  # or else this shows nothing
+    assert list(rebuild(tree, iter([20, 10]))["inner"].items()) == [("second", 20), ("first", 10)]
+    assert flatten(rebuild(tree, iter([20, 10]))) == ([20, 10], flatten(tree)[1])

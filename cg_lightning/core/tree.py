@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -44,6 +45,9 @@ def _build_mapping(node: Any, keys: tuple[Any, ...], values: list[Any]) -> Any:
     new = copy.copy(node)  # keeps attributes other than the items (default_factory, encodings)
     for key, value in zip(keys, values, strict=True):
         new[key] = value
+    if isinstance(new, OrderedDict) and tuple(new) != keys:  # outputs of transformers copy anew
+        for key in keys:
+            OrderedDict.move_to_end(new, key)
     return new
 
 
