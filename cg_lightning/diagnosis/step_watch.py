@@ -105,8 +105,6 @@ class StepWatch:
         """The step, and the calls of modules that are under way."""
         self.reads_host_value = False
         """Whether an operation is under way that reads a value which is known before the step."""
-        self.latest_reads_host_value = False
-        """The same for the latest operation that began."""
         self.read_path: ReadPath | None = None
         """What the step reads, if all of it is known before the step."""
         self._first = 0
@@ -284,15 +282,6 @@ class StepWatch:
                 yield
             finally:
                 self._set_aside = before
-
-    @contextlib.contextmanager
-    def latest_operation(self) -> Iterator[None]:
-        """While something is reported of the latest operation, which may have returned."""
-        before, self.reads_host_value = self.reads_host_value, self.latest_reads_host_value
-        try:
-            yield
-        finally:
-            self.reads_host_value = before
 
     @contextlib.contextmanager
     def in_framework(self) -> Iterator[None]:

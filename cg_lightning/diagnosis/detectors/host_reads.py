@@ -17,13 +17,5 @@ class HostReads(Detector):
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
-        with self.watch.backend.noticing_host_syncs(self._notice):
+        with self.watch.backend.noticing_host_syncs(self.watch.report):
             yield
-
-    def _notice(self, cause: Cause, operation: str) -> None:
-        if self.watch.device_type == "cpu":
-            self.watch.report(cause, operation)
-            return
-        # PyTorch warns of a wait when the call that waited returns to Python: after its operation
-        with self.watch.latest_operation():
-            self.watch.report(cause, operation)

@@ -44,7 +44,7 @@ class HostValues(Detector):
         is_about_step = self.watch.is_about_step
         with self.watch.paused():  # it may wait for the device
             is_known = self._provenance.begin(function, args, kwargs, is_about_step)
-        self.watch.reads_host_value = self.watch.latest_reads_host_value = is_known
+        self.watch.reads_host_value = is_known
 
     def after_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
