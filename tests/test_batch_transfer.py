@@ -91,6 +91,8 @@ def test_batches_and_results_are_those_of_eager(harness, shapes, pinned):
         assert_same(getattr(one, name), getattr(other, name))
     assert_same([batch["x"].cpu() for batch in other.batches], [item["x"] for item in items])
     assert_same(metrics, other_metrics)
+    said = "40 batches copied ahead" in callback.summary()
+    assert said is (harness.backend == "cuda")
     assert callback.stats.overlapped_copies == expected_copies(harness, 40)
 
 

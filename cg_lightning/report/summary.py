@@ -352,6 +352,8 @@ def render_summary(
         scope: What the counts are of, if there is more than one run.
     """
     heading = f"CUDA graphs (backend: {backend})" if backend else "CUDA graphs"
+    if stats.overlapped_copies:
+        scope = f"{scope + ', ' if scope else ''}{stats.overlapped_copies} batches copied ahead"
     counted = [(stage, stats.steps_of(stage)) for stage in stages]
     shown = [_summarize(stats, backend, stage, counts) for stage, counts in counted if counts]
     return Summary(f"{heading}{f', {scope}' if scope else ''}", shown)
