@@ -1,7 +1,7 @@
 """CUDA graphs for the evaluation loops of PyTorch Lightning.
 
-Names are imported when they are first used: torch and Lightning take seconds, and the command's help and shell
-completion need neither.
+Names are imported when they are first used: torch and Lightning take seconds, and the command's
+help and shell completion need neither.
 """
 
 from __future__ import annotations
@@ -102,7 +102,10 @@ _NAMES = {
     "runtime.dispatcher": ("CUDAGraphDispatcher",),
 }
 _MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
-"""Where each public name is. No module may have the name of what it defines, or importing it would hide that."""
+"""Where each public name is.
+
+No module may have the name of what it defines, or importing it would hide that.
+"""
 
 
 def __getattr__(name: str) -> Any:

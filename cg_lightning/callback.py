@@ -88,9 +88,9 @@ class CUDAGraphCallback(Callback):
             replay of its graph.
         overlap_copies: Copy each batch to the device on a stream of its own, while the device still
             computes the batch before. It applies to Lightning's own transfer of batches of more
-            than 1 MiB on the host, to eager steps as well. At most two steps are queued on the device, because
-            the memory of a batch is held until its step is done. False: Lightning copies on the
-            stream that computes.
+            than 1 MiB on the host, to eager steps as well. At most two steps are queued on the
+            device, because the memory of a batch is held until its step is done. False: Lightning
+            copies on the stream that computes.
         max_graphs: Maximum number of graphs. The least recently used graph is dropped first.
         strict: Raise if a step runs in a lower mode than asked after its warm-up. With FULL, any
             lower mode raises. With the other modes, only a step without any graph raises.
@@ -98,10 +98,10 @@ class CUDAGraphCallback(Callback):
             ``auto`` (``cuda`` if the Trainer runs on CUDA, otherwise every step is eager).
         report: Print the summary of each run when the Trainer is done. Each call of ``fit``,
             ``validate``, ``test`` or ``predict`` is a run, with its own warm-up and captures.
-        capture_ahead: In the first batch of each stage, capture the step for a full and for the last
-            partial batch of the dataloader, made of the first items of its dataset. The dataset
-            must be map-style. For other batches, call :meth:`capture`. Later batches of these
-            shapes run from graphs at once. Modes FULL and FULL_AND_PIECEWISE only.
+        capture_ahead: In the first batch of each stage, capture the step for a full and for the
+            last partial batch of the dataloader, made of the first items of its dataset. The
+            dataset must be map-style. For other batches, call :meth:`capture`. Later batches of
+            these shapes run from graphs at once. Modes FULL and FULL_AND_PIECEWISE only.
         log_stats: At the end of each stage, send the statistics of the run so far to every logger
             of the Trainer, in steps, microseconds and MiB:
             ``cuda_graph/<stage>/replays``, ``.../eager/<cause>``, ``.../us_per_replay``,

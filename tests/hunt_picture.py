@@ -1,4 +1,7 @@
-"""A picture of an object, however deep, as plain values that can be compared: bit for bit, and with its identities."""
+"""A picture of an object, however deep, as plain values that can be compared.
+
+They are compared bit for bit, and with the identities of the object.
+"""
 
 from __future__ import annotations
 
@@ -155,7 +158,8 @@ class _Picture:
         if value.__module__ != OURS:
             return value.__qualname__
         own = [(name, self.of(item)) for name, item in vars(value).items()
-               if name not in ("__dict__", "__weakref__", "__doc__", "__abstractmethods__", "_abc_impl")]  # fmt: skip
+               if name not in ("__dict__", "__weakref__", "__doc__", "__abstractmethods__",
+                               "_abc_impl")]  # fmt: skip
         return (value.__qualname__, own, [self.of(base) for base in value.__bases__])
 
 

@@ -192,7 +192,8 @@ class Model(LightningModule):
 
 class DataModule(LightningDataModule):
     def train_dataloader(self):
-        return DataLoader(torch.randn(40, 8, generator=torch.Generator().manual_seed(0)), batch_size=4)
+        data = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+        return DataLoader(data, batch_size=4)
 
     val_dataloader = test_dataloader = predict_dataloader = train_dataloader
 """

@@ -1,4 +1,4 @@
-"""A step is one graph only if all that it does in Python is known: harmless, compared, or replayed."""
+"""A step is one graph only if all it does in Python is known: harmless, compared or replayed."""
 
 from __future__ import annotations
 
@@ -416,7 +416,7 @@ COUNTERS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("where", ["attribute", "global", "closure", "container", "object"])
 @pytest.mark.parametrize("name", COUNTERS)
 def test_functions_that_count(harness: Harness, name: str, where: str, settings: Any) -> None:
-    """Hazards 36 and 47: closures, defaults, attributes of functions, and what they are bound to."""
+    """Hazards 36 and 47: closures, defaults, attributes and bound objects of functions."""
 
     def make() -> Any:
         global NUMBERS

@@ -227,7 +227,7 @@ def test_another_project_selects_the_callback_from_its_search_path(tmp_path):
 
 
 def another_value(field: dataclasses.Field, hint: Any) -> tuple[str, Any]:
-    """A value of an option that is not its default, as an override, and as the callback keeps it."""
+    """A value of an option other than its default, as an override, and as the callback keeps it."""
     default = field.default
     if isinstance(default, bool):
         return str(not default).lower(), not default

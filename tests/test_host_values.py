@@ -1,4 +1,4 @@
-"""Values that a step reads on the host and that depend on its batch alone: a graph for each of them."""
+"""Values that a step reads on the host and that depend on its batch alone: a graph for each."""
 
 from __future__ import annotations
 

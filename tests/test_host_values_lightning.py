@@ -1,4 +1,4 @@
-"""Host values under a Trainer: metrics, logs, hooks that write to the batch, and copies on the host."""
+"""Host values under a Trainer: metrics, logs, hooks that write to the batch, copies on the host."""
 
 from __future__ import annotations
 

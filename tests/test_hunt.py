@@ -1,6 +1,7 @@
 """The hunt: small steps that hold, change or emit something, each with and without the callback.
 
-Everything that a user can see is compared. hunt_cases.py has the rows, hunt_modes.txt the modes that they reach.
+Everything that a user can see is compared. hunt_cases.py has the rows, hunt_modes.txt the modes
+that they reach.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ Printed = Callable[[], Any]
 
 
 class Sees(Callback):
-    """Pictures of outputs and batches when their step has ended; and both as they are at the end."""
+    """Pictures of outputs and batches after their step; and both as they are at the end."""
 
     def __init__(self) -> None:
         self.kept: list[Any] = []
@@ -222,7 +223,10 @@ def test_a_user_sees_what_eager_shows(
 
 
 def test_the_table_has_every_row():
-    """hunt_modes.txt is made by ``python -m tests.test_hunt > tests/hunt_modes.txt``; read the changes."""
+    """hunt_modes.txt has a line for each row.
+
+    Make it with ``python -m tests.test_hunt > tests/hunt_modes.txt``, and read the changes.
+    """
     assert len(ROWS) >= 150
     assert list(TABLE) == list(ROWS)
 
@@ -275,7 +279,7 @@ def test_the_comparison_can_fail(tmp_path, capfd, name):
 
 @pytest.mark.parametrize("use", hunt_cases.ALL_USES, ids=lambda use: use.name)
 def test_a_picture_shows_each_change(tmp_path, monkeypatch, use):
-    """Two new objects are alike; one that a step has used is another one, or the step's output is."""
+    """Two new objects are alike; one that a step has used differs, or the step's output does."""
     monkeypatch.chdir(tmp_path)
     assert not difference(picture(use.make()), picture(use.make()))
     x = torch.ones(1, 4)

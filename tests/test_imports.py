@@ -33,7 +33,7 @@ with contextlib.suppress(SystemExit):
 @pytest.mark.parametrize(
     "statement",
     [
-        "import cg_lightning; dir(cg_lightning); cg_lightning.CUDAGraphOptions(); cg_lightning.CUDAGraphMode.FULL",
+        "import cg_lightning as cg; dir(cg); cg.CUDAGraphOptions(); cg.CUDAGraphMode.FULL",
         "import cg_lightning.app.config as config; config.register_configs()",
         HELP.format("--help"),
         HELP.format("--shell-completion=query=bash"),
@@ -47,7 +47,8 @@ def test_help_and_completion_load_no_torch(statement):
 @pytest.mark.slow
 def test_importing_loads_no_hydra_and_initialises_no_cuda():
     statement = (
-        "import torch, cg_lightning\nfor name in cg_lightning.__all__: getattr(cg_lightning, name)\n"
+        "import torch, cg_lightning\n"
+        "for name in cg_lightning.__all__: getattr(cg_lightning, name)\n"
         "assert not torch.cuda.is_initialized()"
     )
     assert imported(statement, "hydra", "omegaconf") == []
@@ -82,7 +83,10 @@ def test_every_public_name_is_there():
 
 
 def test_the_function_diagnose_stays_the_function():
-    code = "import cg_lightning.offline, cg_lightning; from cg_lightning import diagnose; assert callable(diagnose)"
+    code = (
+        "import cg_lightning.offline, cg_lightning; "
+        "from cg_lightning import diagnose; assert callable(diagnose)"
+    )
     assert imported(f"{code}; assert callable(cg_lightning.diagnose)") == []
 
 
@@ -109,8 +113,9 @@ def test_every_package_is_shipped():
     assert set(setuptools["packages"]) == there | {"cg_lightning.conf"}
 
 
-LAYERS = ("app", "bench", "callback", "offline", "plain_loop", "trainer", "runtime", "diagnosis", "capture", "effects", "metrics",
-          "guards", "host_values", "modules", "backends", "report", "core")  # fmt: skip
+LAYERS = ("app", "bench", "callback", "offline", "plain_loop", "trainer", "runtime",
+          "diagnosis", "capture", "effects", "metrics", "guards", "host_values", "modules",
+          "backends", "report", "core")  # fmt: skip
 """From top to bottom: each imports only from those below it."""
 MAY_IMPORT = {
     "lightning": {"app", "bench", "callback", "trainer"},

@@ -1,4 +1,4 @@
-"""The package as it is shipped: built, checked, installed into an empty environment, run elsewhere."""
+"""The package as shipped: built, checked, installed into an empty environment, run elsewhere."""
 
 import os
 import re

@@ -248,8 +248,8 @@ def test_the_summary_fits_80_columns(monkeypatch, tmp_path):
     stats = CUDAGraphStats()
     for number in range(12):
         text = (
-            f"host sync {number}: aten::item in encoder.layers.{number} ({tmp_path}/models/net.py:{number}), "
-            + "and " * 60
+            f"host sync {number}: aten::item in encoder.layers.{number} "
+            f"({tmp_path}/models/net.py:{number}), " + "and " * 60
         )
         steps_record(stats, Cause.HOST_SYNC, text, 12 - number)
     key = BatchDescriptor.from_batch(
@@ -277,7 +277,10 @@ def test_many_shapes_in_few_batches_get_a_hint(harness):
         [(torch.randn(length, 8),) for length in shapes], batch_size=None, shuffle=False
     )
     harness.trainer(callback).predict(Predictor(Body()), data)
-    hint = "50 shapes in 90 batches, so most steps are warm-ups: pad batches to fewer shapes, or set warmup_steps=1"
+    hint = (
+        "50 shapes in 90 batches, so most steps are warm-ups: "
+        "pad batches to fewer shapes, or set warmup_steps=1"
+    )
     assert hint in " ".join(callback.summary().split())
     callback = harness.callback()
     harness.trainer(callback).predict(Predictor(Body()), features(10))

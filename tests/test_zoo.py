@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from cg_lightning import is_forward_context_available
 from cg_lightning.backends import resolve_backend
 from cg_lightning.bench import zoo
 from cg_lightning.bench.measure import Settings
@@ -42,8 +43,24 @@ class Noisy(torch.nn.Linear):
         return super().forward(x) + Noisy.calls
 
 
-def test_a_difference_is_seen(backend, monkeypatch):
+class Asks(torch.nn.Linear):
+    """Gives other values under the callback."""
+
+    def forward(self, x):
+        return super().forward(x) + is_forward_context_available()
+
+
+def test_what_does_not_repeat_itself_is_no_difference(backend, monkeypatch):
     model = ZooModel("torch", lambda: Noisy(4, 4), lambda seed: {"x": torch.randn(2, 4)})
+    monkeypatch.setitem(MODELS, "noisy", model)
+    results = visit(backend, "noisy")
+    assert not any(result.is_wrong for result in results)
+    assert "| eager does not repeat itself |" in zoo.zoo_table(results)
+    assert "0 differ from eager" in zoo.zoo_table(results)
+
+
+def test_a_difference_is_seen(backend, monkeypatch):
+    model = ZooModel("torch", lambda: Asks(4, 4), lambda seed: {"x": torch.ones(2, 4)})
     monkeypatch.setitem(MODELS, "noisy", model)
     results = visit(backend, "noisy")
     assert [result.difference for result in results] == ["batch 0, leaf 0"] * 2
@@ -69,6 +86,6 @@ def test_what_cannot_be_run_is_named(backend, monkeypatch):
 @pytest.mark.parametrize("name", MODELS)
 def test_no_model_differs(name):
     for result in visit("cuda", name):
-        assert not result.difference, result
+        assert not result.is_wrong, result
         if not result.mode:
             pytest.skip(result.reason)

@@ -40,7 +40,10 @@ class DiagnosedStage(Enum):
 
 
 def _type_for_hydra(hint: Any) -> Any:
-    """Return the type that OmegaConf checks in place of a type of ours; it knows no Literal and no Sequence."""
+    """Return the type that OmegaConf checks in place of a type of ours.
+
+    OmegaConf knows no Literal and no Sequence.
+    """
     if hint is CUDAGraphOptions or hint == CUDAGraphOptions | None:
         return OptionsConfig
     if hint == CUDAGraphMode | ModeName or get_origin(hint) is Literal:
@@ -91,7 +94,7 @@ CUDAGraphConfig = _schema("CUDAGraphConfig", "CUDAGraphCallback", Settings, _con
 
 @dataclasses.dataclass
 class BenchConfig:
-    """Schema of the group ``bench``, with the arguments of :func:`cg_lightning.bench.run.measure`."""
+    """Schema of the group ``bench``: the arguments of :func:`cg_lightning.bench.run.measure`."""
 
     cases: list[str] = MISSING
     contestants: list[str] = MISSING
@@ -125,7 +128,10 @@ class AppConfig:
 
 
 class _LibraryConfigs(SearchPathPlugin):
-    """Lets the command, and no other application in this process, find the groups that other projects use as well."""
+    """Lets the command find the groups that other projects use as well.
+
+    It does so for no other application in this process.
+    """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """See :class:`hydra.plugins.search_path_plugin.SearchPathPlugin`."""
@@ -146,7 +152,7 @@ def register_configs() -> None:
 
 
 def config_dir() -> str:
-    """Return the absolute path of the command's own groups: task, model, data, trainer, benchmark."""
+    """Return the absolute path of the command's groups: task, model, data, trainer, benchmark."""
     return str(Path(__file__).resolve().parent / "conf")
 
 

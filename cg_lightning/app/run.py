@@ -72,7 +72,10 @@ def choose_backend(config: DictConfig) -> None:
 
 
 def report_at_the_end(config: DictConfig) -> bool:
-    """Keep the callback from printing a summary after each stage, and return whether one is to be printed at the end."""
+    """Keep the callback from printing a summary after each stage.
+
+    Return whether one is to be printed at the end.
+    """
     graphs = config.get("cuda_graph")
     if graphs is None:
         return True

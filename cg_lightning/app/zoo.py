@@ -42,5 +42,5 @@ def zoo(config: DictConfig) -> None:
         print(result, flush=True)
         results.append(result)
     print(zoo_table(results))
-    if any(result.difference for result in results):
+    if any(result.is_wrong for result in results):
         raise SystemExit(1)

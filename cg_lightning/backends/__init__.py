@@ -7,7 +7,8 @@
 - ``host_reads.py``: calls that wait for a GPU and that the dispatcher does not show.
 - ``illegal_operations.py``: the table of operations that a CUDA graph cannot contain.
 - ``recorder.py``: a graph API for devices without one: records operations and replays them.
-- ``tensor_makers.py``: functions that make a tensor of Python values: ``torch.tensor`` and the like.
+- ``tensor_makers.py``: functions that make a tensor of Python values: ``torch.tensor`` and the
+  like.
 """
 
 from __future__ import annotations

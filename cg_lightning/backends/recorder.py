@@ -105,7 +105,7 @@ class _Operation:
 
 
 class _Pool:
-    """The graphs of one device and thread. Each may use memory that another one holds only weakly."""
+    """The graphs of one device and thread. Each may use memory that another holds only weakly."""
 
     def __init__(self) -> None:
         self.graphs: weakref.WeakSet[RecordedGraph] = weakref.WeakSet()

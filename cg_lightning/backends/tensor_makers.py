@@ -98,7 +98,7 @@ class MakerCall:
         return torch.get_default_device()
 
     def on_host(self) -> Tensor:
-        """Return what the call makes, on the CPU and in memory of its own. Nothing dispatches it."""
+        """Return what the call makes, on the CPU in memory of its own. Nothing dispatches it."""
         options = {name: self.arguments.get(name) for name in ("dtype",)}
         given = [self.arguments["self"]] if self.name == "new_tensor" else []
         with beside_the_step():

@@ -94,7 +94,7 @@ class GraphEntry:
         self.late: MakeLateCalls | None = None
         """Makes the late calls. If there are any, the output is a pair of output and arguments."""
         self.changes: RepeatChanges | None = None
-        """Changes what the step changes in Python. The output is then a pair of output and values."""
+        """Changes what the step changes in Python. The output is then a pair: output and values."""
         self.replays = 0
         """Number of replays whose result was returned to the user."""
         self.last_step = 0

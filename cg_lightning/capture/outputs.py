@@ -24,7 +24,7 @@ class _Source(enum.Enum):
 
 
 class _View(NamedTuple):
-    """A view of the tensor with this number; the offset counts from the first element of that one."""
+    """A view of the tensor with this number; the offset counts from that one's first element."""
 
     number: int
     shape: tuple[int, ...]
@@ -73,8 +73,8 @@ class OutputPlan:
             module_storages: The addresses of the storages of parameters and buffers.
 
         Raises:
-            CaptureError: A leaf is neither a tensor nor a plain value, so a replay cannot make it; or
-                it shares memory with another one under another dtype.
+            CaptureError: A leaf is neither a tensor nor a plain value, so a replay cannot make it;
+                or it shares memory with another one under another dtype.
         """
         leaves, structure = flatten(output)
         positions = {
@@ -160,7 +160,10 @@ def _check_same_kind(one: Tensor, other: Tensor, output: Any, index: int) -> Non
 def _join_shared(
     sources: list[tuple[_Source, Any]], tensors: list[Tensor], leaves: list[Any], output: Any
 ) -> list[Tensor]:
-    """Return the tensors, with one that spans them in place of those that share memory, so that copies share memory too."""
+    """Return the tensors, with one that spans them in place of those that share memory.
+
+    So copies share memory too.
+    """
     groups: dict[tuple[bool, int], list[int]] = {}
     for index, tensor in enumerate(tensors):
         key = (True, _storage(tensor)) if tensor.numel() else (False, index)
@@ -193,7 +196,10 @@ def _join_shared(
 
 
 def copy_with_strides(tensor: Tensor) -> Tensor:
-    """Return a copy with the same strides, also where ``clone`` would make other ones: of a slice, for example."""
+    """Return a copy with the same strides.
+
+    It has them also where ``clone`` would make other ones: of a slice, for example.
+    """
     stored = without_repeats(tensor)
     if overlaps_itself(stored):
         begin, end = _span(tensor)

@@ -94,6 +94,7 @@ def autocast_flags(device_type: str) -> tuple[bool, torch.dtype | None]:
 def kernel_flags() -> tuple[Any, ...]:
     """Return all switches as a hashable tuple.
 
-    They are grad mode, inference mode, default dtype, function modes, determinism, TF32, cuDNN, SDPA and autocast.
+    They are grad mode, inference mode, default dtype, function modes, determinism, TF32, cuDNN,
+    SDPA and autocast.
     """
     return (*[get() for get in _GETTERS], autocast_flags("cuda"), autocast_flags("cpu"))

@@ -1,6 +1,7 @@
 """Every option: its type, its default, what it means, and what is refused.
 
-The callback builds :class:`Settings` from its arguments, and the schema for Hydra is made of the same fields.
+The callback builds :class:`Settings` from its arguments, and the schema for Hydra is made of the
+same fields.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def check_names(
     """Return the names as a tuple; a single name may be given as a string.
 
     Raises:
-        ValueError: The value is no sequence of strings, is empty, or has a name that is not among ``choices``.
+        ValueError: The value is no sequence of strings, is empty, or has a name that is not among
+            ``choices``.
     """
     names = (
         (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else ()
@@ -105,8 +107,8 @@ def _check_compile(value: bool | Mapping[str, Any]) -> None:
     has_graphs = (value.get("options") or {}).get("triton.cudagraphs")
     if value.get("mode") in GRAPHING_COMPILE_MODES or has_graphs:
         raise ValueError(
-            f"compile={dict(value)!r} asks for the compiler's own CUDA graphs, which cannot be part "
-            "of ours; choose mode='default' or mode='max-autotune-no-cudagraphs'."
+            f"compile={dict(value)!r} asks for the compiler's own CUDA graphs, which cannot be "
+            "part of ours; choose mode='default' or mode='max-autotune-no-cudagraphs'."
         )
 
 
@@ -121,7 +123,8 @@ class CUDAGraphOptions:
         'thread_local'
 
     Raises:
-        ValueError: A value has another type, or ``capture_error_mode`` is unknown. The message names the option.
+        ValueError: A value has another type, or ``capture_error_mode`` is unknown. The message
+            names the option.
     """
 
     debug_log_enable: bool = True
@@ -129,9 +132,15 @@ class CUDAGraphOptions:
     gc_disable: bool = False
     """Do not collect garbage before a capture. During a capture the collector never runs."""
     weak_ref_output: bool = True
-    """Hold outputs weakly, so that later captures may use their memory: read or copy them before the next replay."""
+    """Hold outputs weakly, so that later captures may use their memory.
+
+    Read or copy them before the next replay.
+    """
     check_addresses: bool | None = None
-    """Compare input addresses before each replay. None: if the ``cg_lightning`` logger is at level DEBUG."""
+    """Compare input addresses before each replay.
+
+    None: if the ``cg_lightning`` logger is at level DEBUG.
+    """
     capture_error_mode: CaptureErrorMode = "thread_local"
     """``global``, ``thread_local`` or ``relaxed``, as in ``torch.cuda.graph``."""
 
@@ -152,7 +161,8 @@ class Settings:
     """The options of :class:`~cg_lightning.CUDAGraphCallback`, checked.
 
     Raises:
-        ValueError: A value is out of its range. The message names the option, the value and the choices.
+        ValueError: A value is out of its range. The message names the option, the value and the
+            choices.
     """
 
     mode: CUDAGraphMode | ModeName = "FULL_AND_PIECEWISE"
@@ -170,7 +180,7 @@ class Settings:
     verify_tolerance: Tolerance = "exact"
     """``exact`` or ``close``."""
     sync_free_metrics: bool = True
-    """In captures of whole steps, replace functions of torchmetrics, and checks by PyTorch, that wait."""
+    """In captures of whole steps, replace torchmetrics functions and PyTorch checks that wait."""
     compile: bool | Mapping[str, Any] = False
     """Compile the networks, and graph the result; or the arguments of ``torch.compile``."""
     copy_outputs: bool = True
@@ -196,7 +206,8 @@ class Settings:
         options = CUDAGraphOptions() if self.options is None else self.options
         if not isinstance(options, CUDAGraphOptions):
             raise ValueError(
-                f"options={options!r} must be CUDAGraphOptions(...), not a {type(options).__name__}; "
+                f"options={options!r} must be CUDAGraphOptions(...), not a "
+                f"{type(options).__name__}; "
                 "for example options=CUDAGraphOptions(check_addresses=True)."
             )
         targets = None if self.targets is None else check_names("targets", self.targets, None)

@@ -1,9 +1,9 @@
 """What a step does to the attributes of a module, event by event, and what a replay can do again.
 
 There are two such things. An attribute may be *set* before anything reads it: the step cannot
-depend on what was there. Or its value is only *changed*: each line that reads it appends to it, adds
-to it or sets an entry (``uses_of_attribute.py``). An attribute of which one read is anything else is
-state, and its value may decide what the step computes.
+depend on what was there. Or its value is only *changed*: each line that reads it appends to it,
+adds to it or sets an entry (``uses_of_attribute.py``). An attribute of which one read is anything
+else is state, and its value may decide what the step computes.
 """
 
 from __future__ import annotations

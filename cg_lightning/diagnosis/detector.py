@@ -51,7 +51,7 @@ class Detector:
         return contextlib.nullcontext()
 
     def returned(self, call: ModuleCall, output: Any) -> None:
-        """Is called with what a call has returned, or the step: ``call`` is the last on the stack."""
+        """Is called with what a call (or the step), the last on the stack, has returned."""
 
     def before_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -3,7 +3,8 @@
 A frame has the code and the values of what its function has closed over, and not the function. It
 is looked for where its name says that it is: among the globals, in the classes of its first
 argument, and below decorators there. Only if it is at neither place (a lambda, a function that a
-function has returned) and may have closed over something or have defaults, the garbage collector is asked who refers to the code (30 ms for 400,000 objects).
+function has returned) and may have closed over something or have defaults, the garbage collector is
+asked who refers to the code (30 ms for 400,000 objects).
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def find_functions(frame: FrameType, is_made_here: bool) -> tuple[list[FunctionT
 
 
 def is_running(function: FunctionType, frame: FrameType) -> bool:
-    """Return whether a frame is one of this function: its free variables are what is in the cells."""
+    """Return whether a frame is of this function: its free variables are what is in the cells."""
     values = frame.f_locals
     for name, cell in zip(frame.f_code.co_freevars, function.__closure__ or (), strict=False):
         source = Source(cell, name, name)

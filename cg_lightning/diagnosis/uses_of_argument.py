@@ -1,10 +1,11 @@
 """Where a step uses one of its arguments, read from byte code and source.
 
-It answers for the closed world, so each doubt is a use. An argument is not used where it is deleted,
-or passed on to a function that does not use it, and it is only *compared* where the source has it
-at the left of an operator or of a comparison: ``batch_idx % self.every == 0``, ``if batch_idx``.
-``cg_lightning/guards/comparisons.py`` says what that is good for. Everything else uses the value:
-``isinstance``, ``int(batch_idx)``, an f-string, an index, an argument of a function nobody can read.
+It answers for the closed world, so each doubt is a use. An argument is not used where it is
+deleted, or passed on to a function that does not use it, and it is only *compared* where the source
+has it at the left of an operator or of a comparison: ``batch_idx % self.every == 0``,
+``if batch_idx``. ``cg_lightning/guards/comparisons.py`` says what that is good for. Everything else
+uses the value: ``isinstance``, ``int(batch_idx)``, an f-string, an index, an argument of a function
+nobody can read.
 """
 
 from __future__ import annotations
@@ -376,7 +377,7 @@ class ArgumentUses:
         return self._find_named(inner, callee.owner, keyword.arg, depth + 1)
 
     def _callee(self, call: ast.Call, function: FunctionType, owner: type | None) -> _Callee | None:
-        """Return what ``self.name(...)``, ``super().name(...)`` or ``name(...)`` calls, if known."""
+        """Return what ``self.name()``, ``super().name()`` or ``name()`` calls, if it is known."""
         code, called = function.__code__, call.func
         if isinstance(called, ast.Name):
             if called.id in (*code.co_varnames, *code.co_cellvars, *code.co_freevars):

@@ -2,7 +2,8 @@
 
 - ``containers.py``: ContainersSnapshot: containers and objects, compared and restored.
 - ``effect.py``: Effect and its kinds: one side effect of a captured step.
-- ``late_updates.py``: updates of metrics that no graph can hold: they run eagerly after each replay.
+- ``late_updates.py``: updates of metrics that no graph can hold: they run eagerly after each
+  replay.
 - ``logged_numbers.py``: ``self.log`` of Python numbers: a graph makes the tensor on the device.
 - ``logged_values.py``: the interface to ``self.log``, which ``trainer/`` implements.
 - ``module_effects.py``: all side effects of the steps of one module.

@@ -1,6 +1,7 @@
 """Containers and objects as they were: compared later, and put back.
 
-Tensors in them are compared by identity, and by the attributes that users set on them. What is written *into* a tensor is somebody else's business
+Tensors in them are compared by identity, and by the attributes that users set on them. What is
+written *into* a tensor is somebody else's business
 (:class:`~cg_lightning.effects.step_state.StepState`), and so is what modules hold.
 """
 

@@ -96,7 +96,7 @@ class Place(NamedTuple):
         (holder if is_key else vars(holder))[key] = value
 
     def kind(self) -> Any:
-        """Return the kind of the value; None if it is not there. Nothing of the user's is called."""
+        """Return the kind of the value; None if it is not there. No code of the user is called."""
         value: Any = self.namespace
         for is_key, key in self.steps:
             value = _look_up(value, is_key, key)

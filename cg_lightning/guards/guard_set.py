@@ -1,21 +1,23 @@
 """What one graph has frozen of what its step read in Python.
 
-The way of Dynamo: a graph carries its guards, a lookup takes the first graph whose guards hold, and the message is made
-only after a failure.
+The way of Dynamo: a graph carries its guards, a lookup takes the first graph whose guards hold, and
+the message is made only after a failure.
 
-- ``check()`` runs before each replay, so it is flat: one list of namespaces, one of names, one of expected values, compared
-  by identity first. Reading a name is one ``dict.get``; no attribute of the user's object is asked, because that could run
-  code of theirs (a property, ``__getattr__``).
-- Identity is not enough: a list stays the same object when something is appended. What is inside values is compared by
-  :class:`~cg_lightning.guards.values.FrozenValues`, and modules that no module tree contains by a guard of their own.
-- A value that compares equal is the same only if it is plain (a number, a string, a dtype). Two equal tensors at two
-  addresses are two different things to a graph.
-- A name that a module does not have itself is looked up in its class: both places are guarded, since an attribute of the
-  instance may come later and hide that of the class.
-- ``check_epoch()`` compares what takes too long for each step. It must run before the first replay of an epoch and never
-  alone: it does not repeat what ``check()`` does.
-- Order: expected values are read when the set is made. It must be made after the step that was watched, and before anything
-  else runs: if the step itself changes a value, that is a finding, and no graph.
+- ``check()`` runs before each replay, so it is flat: one list of namespaces, one of names, one of
+  expected values, compared by identity first. Reading a name is one ``dict.get``; no attribute of
+  the user's object is asked, because that could run code of theirs (a property, ``__getattr__``).
+- Identity is not enough: a list stays the same object when something is appended. What is inside
+  values is compared by :class:`~cg_lightning.guards.values.FrozenValues`, and modules that no
+  module tree contains by a guard of their own.
+- A value that compares equal is the same only if it is plain (a number, a string, a dtype). Two
+  equal tensors at two addresses are two different things to a graph.
+- A name that a module does not have itself is looked up in its class: both places are guarded,
+  since an attribute of the instance may come later and hide that of the class.
+- ``check_epoch()`` compares what takes too long for each step. It must run before the first replay
+  of an epoch and never alone: it does not repeat what ``check()`` does.
+- Order: expected values are read when the set is made. It must be made after the step that was
+  watched, and before anything else runs: if the step itself changes a value, that is a finding, and
+  no graph.
 """
 
 from __future__ import annotations
@@ -113,13 +115,19 @@ class GuardSet:
         )
 
     def check_epoch(self) -> bool:
-        """Return whether large containers, and settings of modules that no module tree contains, are unchanged."""
+        """Return whether what is compared once per epoch is unchanged.
+
+        That is large containers, and settings of modules that no module tree contains.
+        """
         return self._contents.large_ones_hold() and all(
             guard.epoch_failure() is None for guard in self._hidden
         )
 
     def explain(self) -> str:
-        """Return what has changed: ``self.scale: now 2.0, before 1.0``. Call it only after a check has failed."""
+        """Return what has changed: ``self.scale: now 2.0, before 1.0``.
+
+        Call it only after a check has failed.
+        """
         for compared in self._compared:
             if changed := compared.explain():
                 return changed

@@ -171,7 +171,7 @@ class ModuleGuard:
         return failure
 
     def epoch_failure(self) -> GuardFailure | None:
-        """Compare settings and the layout of tensors with those of the latest :meth:`check_epoch`."""
+        """Compare settings and layouts of tensors with those of the latest :meth:`check_epoch`."""
         if self._settings is None:
             return None
         before, settings_now = self._settings, self._current_settings()

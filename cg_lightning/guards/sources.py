@@ -71,14 +71,14 @@ class DerivedNamespace:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """A name in a namespace: an attribute of a module, of a class, a global, or what a function holds.
+    """A name in a namespace: an attribute of a module or class, a global, or what a function holds.
 
-    Two sources are the same if their :attr:`key` is. It holds the namespace, not the value: what the name refers to is
-    looked up each time.
+    Two sources are the same if their :attr:`key` is. It holds the namespace, not the value: what
+    the name refers to is looked up each time.
     """
 
     holder: Any
-    """The module, class or object whose ``vars()`` have the name, or the dictionary of a module's globals.
+    """The module, class or object whose ``vars()`` have the name, or a dictionary of globals.
 
     Or a cell of a closure, a function for what it holds, one with a cache, what knows a Trainer, or
     a :class:`DerivedNamespace`.

@@ -1,7 +1,7 @@
-"""What a step may read of the Trainer and still be one graph: plain values, compared before each replay.
+"""What a step may read of the Trainer and still be one graph: plain values.
 
-Reading them has no side effects, and most of them do not change within a stage. The Trainer itself
-is no value that can be compared: it knows the whole run.
+They are compared before each replay. Reading them has no side effects, and most of them do not
+change within a stage. The Trainer itself is no value that can be compared: it knows the whole run.
 """
 
 from __future__ import annotations

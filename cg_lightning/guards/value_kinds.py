@@ -128,8 +128,8 @@ def _numpy_state(value: Any) -> str:
 def state_of_generator(value: Any) -> Callable[[Any], Any] | None:
     """Return what copies the state of a random generator for a comparison; None if nothing does.
 
-    A step that reads a generator draws from it: that is opaque. One that reads an object which has a
-    generator (a tokenizer, a data set) mostly does not, so there the states are compared.
+    A step that reads a generator draws from it: that is opaque. One that reads an object which has
+    a generator (a tokenizer, a data set) mostly does not, so there the states are compared.
     """
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.random.Generator):

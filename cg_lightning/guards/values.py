@@ -83,9 +83,9 @@ def _format(path: _Path) -> str:
 class FrozenValues:
     """Stores what is inside some values, and compares it later.
 
-    Containers are compared by their leaves, objects by their attributes, both as deep as they go, and tensors by their
-    addresses. A value that has nothing inside is for the caller to compare, and what nobody can
-    look into is in ``opaque``.
+    Containers are compared by their leaves, objects by their attributes, both as deep as they go,
+    and tensors by their addresses. A value that has nothing inside is for the caller to compare,
+    and what nobody can look into is in ``opaque``.
 
     Args:
         values: The values.

@@ -1,4 +1,4 @@
-"""Where the tensors of a watched step come from: which are made of its batch and of constants alone.
+"""Where the tensors of a watched step come from: which are made of its batch and constants alone.
 
 What is hard here:
 
@@ -345,7 +345,7 @@ class Provenance:
         return slots
 
     def _slice(self, recorded: _RecordedRead) -> set[int]:
-        """Return the operations that a read needs: what made its tensors, and all earlier writes."""
+        """Return the operations a read needs: what made its tensors, and all earlier writes."""
         needed: set[int] = set()
         seen: set[int] = set()
         numbers = list(recorded.inputs)

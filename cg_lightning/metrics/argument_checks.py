@@ -3,8 +3,8 @@
 They compute what the original computes, with the same operations. Only the check is made on the
 device, and eager's error is raised later (:mod:`~cg_lightning.metrics.deferred_checks`). What comes
 after the check must be harmless for arguments that eager refuses. So only distributions whose
-methods are plain arithmetic are in the list: ``Categorical``, for example, would read out of bounds.
-And nobody may catch the error, so a call inside ``try`` or ``with`` is left as it is.
+methods are plain arithmetic are in the list: ``Categorical``, for example, would read out of
+bounds. And nobody may catch the error, so a call inside ``try`` or ``with`` is left as it is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ARITHMETIC = (Normal, Laplace, Cauchy, Exponential, HalfNormal)
 
 
 def _may_come_later() -> bool:
-    """Return True if an error may be raised after the step: nobody catches it, or trains meanwhile."""
+    """Return True if an error may come after the step: nobody catches it, or trains meanwhile."""
     return not torch.is_grad_enabled() and not may_be_caught()
 
 
@@ -40,7 +40,7 @@ class RepeatedCall(NamedTuple):
 def cholesky(
     checked: CheckedCalls, original: Any, matrices: Tensor, *, upper: bool = False
 ) -> Tensor:
-    """Decompose matrices of shape ``(..., n, n)``, and refuse those that are not positive-definite."""
+    """Decompose matrices of shape ``(..., n, n)``; refuse those that are not positive-definite."""
     del original
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrices, upper=upper)

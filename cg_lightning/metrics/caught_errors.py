@@ -16,8 +16,8 @@ _INSIDE = "cg_lightning.runtime.submodule_runner"
 def may_be_caught() -> bool:
     """Return True if a ``try`` or ``with`` of the step is around what runs now.
 
-    A ``with`` may swallow errors as well: ``contextlib.suppress``. Before Python 3.11, code does not
-    tell, so the answer is True.
+    A ``with`` may swallow errors as well: ``contextlib.suppress``. Before Python 3.11, code does
+    not tell, so the answer is True.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

@@ -110,7 +110,7 @@ class MetricStates:
         """Return the tensor states of ``metrics``. The objects are reused as long as they fit.
 
         Raises:
-            CaptureError: A state is no tensor at the moment: it was reset to a number, for instance.
+            CaptureError: A state is no tensor at the moment: it was reset to a number, for example.
         """
         return [
             self._state(metric, name)

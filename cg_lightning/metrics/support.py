@@ -52,7 +52,7 @@ def unsupported_update(metric: nn.Module, written: set[str]) -> str:
 
 
 def _is_read_by_a_framework() -> bool:
-    """Return True if the innermost function that is not ours is one of torchmetrics or Lightning."""
+    """Return True if the innermost function that is not ours is of torchmetrics or Lightning."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         package = str(frame.f_globals.get("__name__", "")).split(".")[0]

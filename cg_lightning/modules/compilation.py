@@ -18,9 +18,9 @@ from cg_lightning.modules.kinds import is_metric
 class Compilation:
     """Runs submodules under ``torch.compile`` while it is installed.
 
-    The compiled calls are kept, so a later :meth:`install` compiles nothing anew. Compiled are the largest submodules that have parameters and a ``forward``. It
-    leaves metrics, ``torch.jit`` and what the user has compiled as they are, and it does *not*
-    compile the step itself.
+    The compiled calls are kept, so a later :meth:`install` compiles nothing anew. Compiled are the
+    largest submodules that have parameters and a ``forward``. It leaves metrics, ``torch.jit`` and
+    what the user has compiled as they are, and it does *not* compile the step itself.
 
     Args:
         arguments: Arguments of ``torch.compile``. None: nothing is compiled.

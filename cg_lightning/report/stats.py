@@ -22,7 +22,7 @@ MOST_REASONS = 64
 MOST_TIMES = 1024
 """Stages, modes and shapes whose time on the host is kept."""
 LEAST_EAGER_STEPS = 2
-"""Eager steps of a shape for a comparison of times: the first one may still do what is done once."""
+"""Eager steps of a shape for a comparison of times: the first may still do what is done once."""
 OTHER_SHAPES = "other shapes"
 _NO_MATPLOTLIB = (
     'stats.plot() draws with matplotlib, which is not installed: pip install "cg-lightning[plot]".'
@@ -31,12 +31,18 @@ _NO_MATPLOTLIB = (
 
 @dataclasses.dataclass
 class EntryRecord:
-    """The graphs of one key of one target: a graph that is captured again is counted in the same record."""
+    """The graphs of one key of one target.
+
+    A graph that is captured again is counted in the same record.
+    """
 
     stage: str
     mode: str
     target: str
-    """Dotted path of the submodule, ``forward`` for that of the LightningModule, or the name of the step."""
+    """Dotted path of the submodule, or the name of the step.
+
+    It is ``forward`` for that of the LightningModule.
+    """
     shapes: str
     captures: int = 0
     replays: int = 0
@@ -52,7 +58,7 @@ class EntryRecord:
     host_seconds: float = 0.0
     """Time of those on the host, for the whole step, in seconds."""
     within_spread: bool = False
-    """Whether a verified replay differed from eager, by no more than two eager runs differ from each other."""
+    """Whether a verified replay differed from eager, by no more than two eager runs differ."""
 
     def captured(self, seconds: float, num_bytes: int, why_again: str) -> None:
         """Count a capture.
@@ -71,7 +77,10 @@ class EntryRecord:
 
 @dataclasses.dataclass
 class HostTime:
-    """The time that steps of one mode and shape took on the host, without those that were watched, captured or compared."""
+    """The time that steps of one mode and shape took on the host.
+
+    Steps that were watched, captured or compared are left out.
+    """
 
     steps: int = 0
     seconds: float = 0.0
@@ -209,7 +218,8 @@ class CUDAGraphStats:
             mode: ``FULL`` or ``PIECEWISE``.
 
         Returns:
-            Both times; None if no shape ran in both ways. On a GPU, work may go on after the host is done.
+            Both times; None if no shape ran in both ways. On a GPU, work may go on after the host
+            is done.
         """
         graphs: dict[str, HostTime] = {}
         for entry in self.entries:
@@ -252,7 +262,7 @@ class CUDAGraphStats:
         )
 
     def host_times(self, stage: str) -> Times:
-        """Return the host times of the steps of one stage: from graphs, whole or in pieces, and eager."""
+        """Return the host times of a stage's steps: from graphs, whole or in pieces, and eager."""
         entries = [entry for entry in self.entries if entry.stage == stage]
         pieces = [time for key, time in self._times.items() if key[:2] == (stage, "PIECEWISE")]
         steps = sum(entry.timed for entry in entries) + sum(time.steps for time in pieces)
@@ -365,7 +375,10 @@ class CUDAGraphStats:
         return sum(entry.bytes for entry in self.entries)
 
     def steps_of(self, stage: str) -> dict[str, int]:
-        """Return the number of steps of one stage by mode, the highest mode first; modes without steps are left out."""
+        """Return the number of steps of one stage by mode, the highest mode first.
+
+        Modes without steps are left out.
+        """
         entries = [entry for entry in self.entries if entry.stage == stage]
         counts = {
             "FULL": sum(entry.replays for entry in entries if entry.mode == "FULL"),

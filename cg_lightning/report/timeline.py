@@ -40,7 +40,10 @@ class Timeline:
 
     def __init__(self) -> None:
         self.rows: deque[tuple[str, Ran, float, Reason | None]] = deque(maxlen=MOST_BATCHES)
-        """The fields of each batch. The step runner appends here, because a replay has no time for more."""
+        """The fields of each batch.
+
+        The step runner appends here, because a replay has no time for more.
+        """
 
     @property
     def batches(self) -> list[BatchTime]:

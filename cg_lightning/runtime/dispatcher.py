@@ -210,7 +210,7 @@ class Variant:
     """The number of replays after which the next one is compared with eager; -1 = never."""
 
     def explain(self) -> str:
-        """Return what has changed, with both values. Call it only after the variant did not hold."""
+        """Return what has changed, with both values. Call it only if the variant did not hold."""
         if self.path is not None and self.guards.check():
             return self.path.explain()
         return self.guards.explain()

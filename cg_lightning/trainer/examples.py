@@ -25,7 +25,7 @@ _BY_HAND = "give batches like its own to callback.capture(trainer, model, batche
 
 
 class HostBatch:
-    """One batch as a loader makes it. It implements :class:`~cg_lightning.runtime.ahead.Example`."""
+    """One batch as a loader makes it; implements :class:`~cg_lightning.runtime.ahead.Example`."""
 
     def __init__(self, batch: Any, dataloader_idx: int, trainer: Trainer) -> None:
         tensors = [leaf for leaf in flatten(batch)[0] if isinstance(leaf, Tensor)]

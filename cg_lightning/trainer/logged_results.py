@@ -97,7 +97,7 @@ class LoggedResults:
             self.connector._current_fx = fx
 
     def begin_batch(self, batch: Any) -> None:
-        """Take the size of ``batch`` as the weight of what the next step logs, as Lightning does."""
+        """Weight what the next step logs by the size of ``batch``, as Lightning does."""
         results = self.collection
         if results is not None:
             results.batch = batch

@@ -1,8 +1,8 @@
 """One detector a file; each states the causes that it finds. ``watcher.py`` has the order.
 
 - ``attribute_reads.py``: attributes of modules that a step reads: a graph freezes their values.
-- ``batch_index.py``: whether a step does anything with the number of its batch, other than comparing
-  it.
+- ``batch_index.py``: whether a step does anything with the number of its batch, other than
+  comparing it.
 - ``compiled.py``: modules that ``torch.compile`` runs: they are watched from outside.
 - ``global_reads.py``: globals that a step reads, and what its functions hold: a graph freezes them
   all the same.

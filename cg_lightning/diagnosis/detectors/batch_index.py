@@ -65,7 +65,7 @@ class BatchIndex(Detector):
 
 
 def find_use_of_batch_index(module: nn.Module, step_name: str) -> str | None:
-    """Return the line of a step that does more with ``batch_idx`` than comparing it; None if none."""
+    """Return the line of a step that does more with ``batch_idx`` than compare it, or None."""
     return ArgumentUses(module).find(step_name, _POSITION)
 
 

@@ -1,4 +1,4 @@
-"""Reads on the host whose values are known before the step, because they depend on its batch alone."""
+"""Reads on the host whose values are known before the step: they depend on its batch alone."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """What a step reads from the Trainer: plain values are guarded, and the rest a graph would freeze.
 
-``self.trainer`` gives the whole Trainer away, and what is read of it then, nobody sees. But the line
-that reads it is known, to the column: if it says ``self.trainer.sanity_checking``, nothing else is
-read. ``self.current_epoch > 3`` is guarded by what comes out, ``self.current_epoch`` by its value.
+``self.trainer`` gives the whole Trainer away, and what is read of it then, nobody sees. But the
+line that reads it is known, to the column: if it says ``self.trainer.sanity_checking``, nothing
+else is read. ``self.current_epoch > 3`` is guarded by what comes out, ``self.current_epoch`` by its
+value.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Files, processes, threads and sockets that a step uses: a graph would use them once, when it is captured."""
+"""Files, processes, threads and sockets that a step uses.
+
+A graph would use them once, when it is captured.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +49,8 @@ class World(Detector):
     """Reports what a step does outside its process, from the audit events of Python.
 
     Writes to files that are open already are no events: such files are opaque objects. What PyTorch
-    and Lightning open for themselves does not count, nor what an import opens. Threads are seen when
-    they are started, since nothing that they do is seen.
+    and Lightning open for themselves does not count, nor what an import opens. Threads are seen
+    when they are started, since nothing that they do is seen.
     """
 
     causes = (Cause.WORLD,)
