@@ -453,7 +453,7 @@ LOWER = {
         "that the step",
     ),
     "state read": (ReadsState, "that the step reads"),
-    "reset": (Resets, "MeanMetric.reset"),
+    "reset": (Resets, "that the step reads"),
     "argument changed": (lambda: ChangesArgument(Keeps()), "whose argument the step changes later"),
     "view of argument changed": (
         lambda: ChangesViewOfArgument(Keeps()),
