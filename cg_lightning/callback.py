@@ -319,10 +319,7 @@ class CUDAGraphCallback(Callback):
             profiler = None
         session = Session(pl_module, backend, self._settings, self.stats, effects, profiler)
         copies = backend.batch_copies() if self._settings.overlap_copies else None
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        transfer = overlapped_transfer(
-            trainer.strategy, (pl_module, datamodule), copies, self.stats
-        )
+        transfer = overlapped_transfer(trainer, pl_module, copies, self.stats)
         noted = noted_transfer(trainer, pl_module, session.host_copies)
         self._installation = Installation(trainer.strategy, pl_module, session, transfer, noted)
         self._arrange_captures(trainer, self._installation)

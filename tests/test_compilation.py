@@ -181,5 +181,10 @@ def test_bad_arguments(value, message):
         CUDAGraphCallback(compile=value)
 
 
+def test_a_mode_without_graphs_compiles_nothing():
+    with pytest.raises(ValueError, match="mode='NONE' has none; choose another mode"):
+        CUDAGraphCallback(mode="NONE", compile=True)
+
+
 def test_the_names_of_arguments_are_those_of_torch():
     assert set(COMPILE_ARGUMENTS) <= set(inspect.signature(torch.compile).parameters)

@@ -31,9 +31,9 @@ def zoo(config: DictConfig) -> None:
             raise SystemExit(f"zoo={patterns}: {pattern!r} matches none of {', '.join(MODELS)}.")
     names = [name for name in MODELS if any(fnmatchcase(name, pattern) for pattern in patterns)]
     try:
-        backend = backend_to_measure(config.bench.backend)
+        backend = backend_to_measure(config.bench.backend, task="zoo")
     except ValueError as error:
-        raise SystemExit(str(error).replace("task=bench", "task=zoo")) from error
+        raise SystemExit(str(error)) from error
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")  # of the models' libraries
     settings = Settings(config.bench.batches, config.bench.warmup, config.bench.rounds)

@@ -54,6 +54,7 @@ from cg_lightning.backends.capture_scope import (
 from cg_lightning.backends.dispatch_mode import EagerDispatchMode
 from cg_lightning.backends.host_reads import OnCall, invisible_calls
 from cg_lightning.backends.illegal_operations import find_illegal
+from cg_lightning.backends.operation_writes import may_write_undeclared
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.errors import IllegalOperationError
 from cg_lightning.core.settings import BackendName
@@ -129,15 +130,8 @@ _recording = threading.local()
 
 
 def _may_write(function: OpOverload) -> bool:
-    """Return True if the operation may write to its arguments.
-
-    Batch norm updates its statistics and its schema does not declare it.
-    """
-    return (
-        function._schema.is_mutable
-        or "norm" in function._schema.name
-        or function.namespace != "aten"
-    )
+    """Return True if the operation may write to its arguments."""
+    return function._schema.is_mutable or may_write_undeclared(function)
 
 
 class _Recorder(EagerDispatchMode):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -115,6 +117,25 @@ class Measurement:
         return max(self.times) - min(self.times)
 
 
+def bare_trainer(backend: GraphBackend, callbacks: list[Callback]) -> Trainer:
+    """Return a Trainer on the device of ``backend`` that does nothing but evaluate."""
+    return Trainer(
+        accelerator="gpu" if backend.device.type == "cuda" else "cpu",
+        devices=1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def batches_in_turn(distinct: Sequence[Any], number: int) -> DataLoader[Any]:
+    """Return a loader of ``number`` batches, which repeats the distinct ones in turn."""
+    items = list(itertools.islice(itertools.cycle(distinct), number))
+    return DataLoader(items, batch_size=None)  # type: ignore[arg-type]  # a list will do
+
+
 def run_once(
     stage: str, module: LightningModule, callbacks: list[Callback], data: DataLoader[Any],
     settings: Settings, backend: GraphBackend, measurement: Measurement,
@@ -134,15 +155,7 @@ def run_once(
         (callback for callback in callbacks if isinstance(callback, CUDAGraphCallback)), None
     )
     timer = BatchTimer(settings, backend, graphs)
-    trainer = Trainer(
-        accelerator="gpu" if backend.device.type == "cuda" else "cpu",
-        devices=1,
-        callbacks=[timer, *callbacks],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = bare_trainer(backend, [timer, *callbacks])
     if stage == "validate":
         trainer.validate(module, data, verbose=False)
         measurement.values = dict(trainer.callback_metrics)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader
 from cg_lightning.backends import GraphBackend, resolve_backend
 from cg_lightning.bench.cases import CASES, Case, check_cases
 from cg_lightning.bench.contestants import CONTESTANTS, OTHER_ORDER, make
-from cg_lightning.bench.measure import STAGES, Measurement, Settings, run_once
+from cg_lightning.bench.measure import STAGES, Measurement, Settings, batches_in_turn, run_once
 from cg_lightning.core.equality import same_leaf
 from cg_lightning.core.settings import check_names
 
@@ -32,8 +31,7 @@ def loader(case: Case, settings: Settings, device: torch.device) -> DataLoader[A
     }
     put = place[settings.batches_on]
     distinct = [tuple(map(put, case.batch(seed))) for seed in range(_DISTINCT_BATCHES)]
-    in_turn = itertools.islice(itertools.cycle(distinct), settings.warmup + settings.batches)
-    return DataLoader(list(in_turn), batch_size=None)  # type: ignore[arg-type]  # a list will do
+    return batches_in_turn(distinct, settings.warmup + settings.batches)
 
 
 def _check(name: str, measurement: Measurement, eager: Measurement) -> None:
@@ -45,8 +43,8 @@ def _check(name: str, measurement: Measurement, eager: Measurement) -> None:
             raise AssertionError(f"{name}: {key} is {own}, eager's is {value}")
 
 
-def backend_to_measure(name: str) -> GraphBackend:
-    """Return the backend of that name.
+def backend_to_measure(name: str, task: str = "bench") -> GraphBackend:
+    """Return the backend of that name, for a task of the command.
 
     Raises:
         ValueError: The name is unknown, or there is no CUDA device.
@@ -54,7 +52,7 @@ def backend_to_measure(name: str) -> GraphBackend:
     backend = resolve_backend(name)
     if backend is None:
         raise ValueError(
-            "task=bench needs a CUDA device. bench.backend=recorder runs it without one, "
+            f"task={task} needs a CUDA device. bench.backend=recorder runs it without one, "
             "but the times mean nothing."
         )
     return backend

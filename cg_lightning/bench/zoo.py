@@ -10,12 +10,18 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from cg_lightning.backends import GraphBackend
-from cg_lightning.bench.measure import STAGES, Measurement, Settings, run_once
+from cg_lightning.bench.measure import (
+    STAGES,
+    Measurement,
+    Settings,
+    bare_trainer,
+    batches_in_turn,
+    run_once,
+)
 from cg_lightning.bench.zoo_models import MODELS, ZooModel
 from cg_lightning.callback import CUDAGraphCallback
 from cg_lightning.core.equality import same_leaf
@@ -151,11 +157,6 @@ def _visit(
     return result
 
 
-def _repeat(distinct: list[Any], number: int) -> DataLoader[Any]:
-    items = [distinct[index % len(distinct)] for index in range(number)]
-    return DataLoader(items, batch_size=None)  # type: ignore[arg-type]  # a list will do
-
-
 def _outputs(
     stage: str,
     step: ZooStep,
@@ -165,16 +166,8 @@ def _outputs(
 ) -> list[Any]:
     """Return all outputs and logged values of a run."""
     keeps = _Keeps()
-    trainer = Trainer(
-        accelerator="gpu" if backend.device.type == "cuda" else "cpu",
-        devices=1,
-        callbacks=[keeps] if callback is None else [keeps, callback],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    data = _repeat(distinct, _CHECKED_BATCHES)
+    trainer = bare_trainer(backend, [keeps] if callback is None else [keeps, callback])
+    data = batches_in_turn(distinct, _CHECKED_BATCHES)
     if stage == "validate":
         trainer.validate(step, data, verbose=False)
     else:
@@ -202,7 +195,7 @@ def _time(
     backend: GraphBackend,
 ) -> float:
     measurement = Measurement([], [], {})
-    data = _repeat(distinct, settings.warmup + settings.batches)
+    data = batches_in_turn(distinct, settings.warmup + settings.batches)
     for _ in range(settings.rounds):
         run_once(stage, step, callbacks, data, settings, backend, measurement)
     return measurement.median

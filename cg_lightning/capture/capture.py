@@ -34,11 +34,10 @@ from cg_lightning.core.forward_context import ForwardContext, override_forward_c
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.settings import Settings
 from cg_lightning.core.tree import rebuild
-from cg_lightning.effects.late_updates import MakeLateCalls
+from cg_lightning.effects.effect import Effect, Taker
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.effects.python_changes import (
     ChangedAttribute,
-    RepeatChanges,
     recording_changes,
 )
 from cg_lightning.effects.recorder import NoEffects, Recorder
@@ -53,7 +52,7 @@ from cg_lightning.report.stats import EntryRecord
 _collect_once = functools.cache(gc.collect)
 
 
-_Afterwards = tuple[MakeLateCalls | None, RepeatChanges | None]
+_Captured = tuple[OutputPlan, list[Tensor], list[Effect], list[Tensor], list[Taker]]
 
 
 class WrittenTensors(Protocol):
@@ -195,8 +194,8 @@ class Capturer:
         # what metrics and the user's lists keep is never graph memory
         copies_outputs = settings.copy_outputs or bool(target.late or target.changes)
 
-        def run() -> tuple[OutputPlan, list[Tensor], list[Any], list[Tensor], _Afterwards]:
-            changes = None
+        def run() -> _Captured:
+            takers: list[Taker] = []
             with recording_changes(target.changes) as changing, recorder.step() as recording:
                 with self._answering(target.reads, recorder.checked_calls), answered():
                     output = call.run_with(inputs.leaves)
@@ -205,14 +204,16 @@ class Capturer:
                 if target.changes:
                     output, changes = changing.finish(output)
                     effects.append(changes)
+                    takers.append(changes)
             if late is not None:
                 output = (output, arguments)
+                takers.insert(0, late)
             plan, computed = OutputPlan.make(output, inputs.leaves, target.storage_addresses)
             # outputs that are not copied out must not share memory with those of other graphs
             if options.weak_ref_output and copies_outputs:
                 computed = weak_ref_tensors(computed, self._backend)
                 tensors = weak_ref_tensors(tensors, self._backend)
-            return plan, computed, effects, tensors, (late, changes)
+            return plan, computed, effects, tensors, takers
 
         # compiled code may have guards on the functions that are replaced
         has_compiled = any(map(is_compiled, target.module.modules()))
@@ -233,12 +234,10 @@ class Capturer:
                 constants.make()
                 captured = capture()
         inputs.keep(constants.tensors)
-        graph, (plan, computed, effects, tensors, (late, changes)) = captured
-        entry = GraphEntry(
-            graph, inputs, plan, computed, effects, tensors, copies_outputs, target.record
+        graph, (plan, computed, effects, tensors, takers) = captured
+        return GraphEntry(
+            graph, inputs, plan, computed, effects, tensors, copies_outputs, target.record, takers
         )
-        entry.late, entry.changes = late, changes
-        return entry
 
     def _answering(
         self, reads: Sequence[HostRead], checked: CheckedCalls

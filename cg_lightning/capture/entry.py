@@ -20,7 +20,7 @@ What is hard here:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -28,9 +28,7 @@ from torch import Tensor
 from cg_lightning.backends import CapturedGraph
 from cg_lightning.capture.outputs import OutputPlan, copy_with_strides, is_cloned_with_strides
 from cg_lightning.capture.static_inputs import StaticInputs
-from cg_lightning.effects.effect import Effect, methods
-from cg_lightning.effects.late_updates import MakeLateCalls
-from cg_lightning.effects.python_changes import RepeatChanges
+from cg_lightning.effects.effect import Effect, Taker, methods
 from cg_lightning.report.stats import EntryRecord
 
 
@@ -48,6 +46,8 @@ class GraphEntry:
         effect_tensors: The tensors that the graph computes for the effects, in their order.
         copies_outputs: True if outputs are copied out of graph memory.
         record: The row in the statistics.
+        takers: Use what the graph hands out beside the output. Each makes an output of a pair, the
+            first one of what the graph gives.
     """
 
     __slots__ = (
@@ -61,7 +61,7 @@ class GraphEntry:
             "_graph",
             "_inputs",
         ),
-        *("_is_built", "_outputs", "_value", "changes", "last_step", "late", "record", "replays"),
+        *("_is_built", "_outputs", "_takers", "_value", "last_step", "record", "replays"),
     )
 
     def __init__(
@@ -74,6 +74,7 @@ class GraphEntry:
         effect_tensors: list[Tensor],
         copies_outputs: bool,
         record: EntryRecord,
+        takers: Sequence[Taker] = (),
     ) -> None:
         self._graph: CapturedGraph | None = graph
         self._inputs: StaticInputs | None = inputs
@@ -91,10 +92,7 @@ class GraphEntry:
         self._effect_tensors = effect_tensors
         self._copies_outputs = copies_outputs
         self.record = record
-        self.late: MakeLateCalls | None = None
-        """Makes the late calls. If there are any, the output is a pair of output and arguments."""
-        self.changes: RepeatChanges | None = None
-        """Changes what the step changes in Python. The output is then a pair: output and values."""
+        self._takers = takers
         self.replays = 0
         """Number of replays whose result was returned to the user."""
         self.last_step = 0
@@ -148,10 +146,9 @@ class GraphEntry:
             computed = [copy(tensor) for tensor in computed]
         if self._is_built:
             output = self._outputs.build(leaves, computed)
-            if self.late is not None:
-                output, arguments = output
-                self.late.run(arguments)
-            return output if self.changes is None else self.changes.make(output)
+            for taker in self._takers:
+                output = taker.take(output)
+            return output
         return computed[0] if computed else self._value
 
     def count(self) -> None:

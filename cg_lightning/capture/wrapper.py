@@ -17,7 +17,7 @@ from cg_lightning.core.errors import CUDAGraphError
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.settings import CUDAGraphOptions
-from cg_lightning.core.tree import flatten, leaf_paths
+from cg_lightning.core.tree import flatten, leaf_paths, tensors_in
 
 
 @dataclasses.dataclass
@@ -57,7 +57,7 @@ def _named_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[
 
 
 def _input_addresses(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
-    return [leaf.data_ptr() for leaf in flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    return [tensor.data_ptr() for tensor in tensors_in((args, kwargs))]
 
 
 class CUDAGraphWrapper:

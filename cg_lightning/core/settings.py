@@ -233,6 +233,11 @@ class Settings:
             "capture_ahead",
         ):
             check_bool(name, getattr(self, name))
+        if self.compile_arguments is not None and checked["mode"] is CUDAGraphMode.NONE:
+            raise ValueError(
+                f"compile={self.compile!r} compiles what graphs run, and mode='NONE' has none; "
+                "choose another mode, or set compile=False."
+            )
         if self.capture_ahead and not checked["mode"].has_full_cudagraphs():
             raise ValueError(
                 f"capture_ahead=True captures whole steps, and mode={checked['mode'].name!r} has "

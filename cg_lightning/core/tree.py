@@ -155,6 +155,6 @@ def structure_paths(structure: Any, root: str) -> list[str]:
     ]
 
 
-def tensors_in(tree: Any) -> list[Any]:
+def tensors_in(tree: Any) -> list[Tensor]:
     """Return the tensors among the leaves of ``tree``, in order."""
     return [leaf for leaf in flatten(tree)[0] if isinstance(leaf, Tensor)]

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch._ops import OpOverload
 
-from cg_lightning.core.tree import flatten
+from cg_lightning.backends.operation_writes import written_arguments
+from cg_lightning.core.tree import tensors_in
 from cg_lightning.guards.values import addresses_of
 
 
@@ -15,20 +16,7 @@ def written_tensors(
     function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[Tensor]:
     """Return the arguments that the operation changes in place."""
-    if not function._schema.is_mutable:
-        return []
-    arguments = function._schema.arguments
-    written = [
-        value
-        for argument, value in zip(arguments, args, strict=False)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]
-    written += [
-        kwargs[argument.name]
-        for argument in arguments
-        if argument.alias_info is not None and argument.name in kwargs
-    ]
-    return [leaf for leaf in flatten(written)[0] if isinstance(leaf, Tensor)]
+    return tensors_in(written_arguments(function, args, kwargs))
 
 
 def addresses_in(values: Any) -> set[int]:

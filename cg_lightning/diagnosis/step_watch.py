@@ -17,7 +17,7 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor, describe_call, is_inside_transform
 from cg_lightning.core.errors import UnkeyableBatchError
 from cg_lightning.core.forward_context import current_forward_context
-from cg_lightning.core.tree import flatten
+from cg_lightning.core.tree import flatten, tensors_in
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import Finding, Location, find_location
 from cg_lightning.diagnosis.late_unit import LateUnit
@@ -389,11 +389,6 @@ def look_into(value: Any, path: str = "") -> FrozenValues:
     except Exception as error:
         words = f"cannot be looked into: {type(error).__name__}: {error}"
         raise UnreadableError(words) from error
-
-
-def tensors_in(values: Any) -> list[Tensor]:
-    """Returns the tensors in nested containers."""
-    return [leaf for leaf in flatten(values)[0] if isinstance(leaf, Tensor)]
 
 
 def _is_lightning_module(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ small step takes only a few microseconds: states are copied with one call.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -48,6 +48,17 @@ class Effect:
 
     def drop(self) -> None:
         """Release resources. It is called once, when the graph is dropped."""
+
+
+class Taker(Protocol):
+    """Uses values that a graph hands out beside the output: they are made like outputs."""
+
+    def take(self, built: tuple[Any, Any]) -> Any:
+        """Use the values, and return the output.
+
+        Args:
+            built: The output and the values, of the current replay.
+        """
 
 
 def methods(effects: Iterable[Effect], name: str) -> list[Callable[..., Any]]:

@@ -187,12 +187,14 @@ class MakeLateCalls:
         self._calls = list(calls)
         self._values = list(values)
 
-    def run(self, arguments: list[Arguments]) -> None:
-        """Make the calls.
+    def take(self, built: tuple[Any, list[Arguments]]) -> Any:
+        """Make the calls; see :class:`~cg_lightning.effects.effect.Taker`.
 
         Args:
-            arguments: The arguments of each call, made by the replay.
+            built: The output, and the arguments of each call.
         """
+        output, arguments = built
         is_made = self._updates.make(self._calls, arguments)
         for attributes, value in self._values:
             attributes[VALUE] = value.get() if is_made else value
+        return output

@@ -352,12 +352,8 @@ class RepeatChanges(Effect):
                 return False
         return True
 
-    def make(self, built: tuple[Any, list[Any]]) -> Any:
-        """Make the changes, and return the output.
-
-        Args:
-            built: The output, and the values, of the current replay.
-        """
+    def take(self, built: tuple[Any, list[Any]]) -> Any:
+        """Make the changes; see :class:`~cg_lightning.effects.effect.Taker`."""
         output, values = built
         if self._has_repeats:
             parts = [output, *values]

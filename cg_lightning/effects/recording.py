@@ -17,7 +17,7 @@ from torchmetrics import Metric
 
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.errors import CaptureError
-from cg_lightning.core.tree import flatten, rebuild
+from cg_lightning.core.tree import flatten, rebuild, tensors_in
 from cg_lightning.effects.effect import (
     AddToCounters,
     Appended,
@@ -343,7 +343,7 @@ class StepRecording:
         if not self.log_calls:
             return None
         effect = RepeatLogCalls(self._logged.calls, self.log_calls)
-        tensors.extend([leaf for leaf in flatten(self.log_calls)[0] if isinstance(leaf, Tensor)])
+        tensors.extend(tensors_in(self.log_calls))
         return effect
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import array
 import collections
 import contextvars
-import dataclasses
 import datetime
 import decimal
 import enum
@@ -238,11 +237,6 @@ def has_attributes(container: Any) -> bool:
     if isinstance(container, (list, tuple, dict, collections.deque)):
         return bool(getattr(container, "__dict__", None))
     return False
-
-
-def is_dataclass_instance(value: Any) -> bool:
-    """Return whether a value is an instance of a dataclass."""
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def class_values_of(cls: type) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from cg_lightning.backends.operation_writes import may_write_undeclared, written_arguments
 from cg_lightning.host_values.exact_operations import (
     SCALAR_READS,
     counted_masks,
@@ -238,14 +239,9 @@ class Provenance:
 
     def _written(self, function: OpOverload, args: Any, kwargs: Any) -> set[int]:
         """Return the storages of the arguments, given as references, that are written."""
-        arguments = function._schema.arguments
-        pairs = list(zip(arguments, args, strict=False))
-        pairs += [(each, kwargs[each.name]) for each in arguments if each.name in kwargs]
         return {
             self._known[leaf.number].storage
-            for argument, value in pairs
-            if argument.alias_info is not None and argument.alias_info.is_write
-            for leaf in tree_leaves(value)
+            for leaf in tree_leaves(written_arguments(function, args, kwargs))
             if isinstance(leaf, Ref)
         }
 
@@ -258,15 +254,10 @@ class Provenance:
         outputs: list[Tensor],
     ) -> None:
         self._foreign.update(set(map(_storage, outputs)) - set(started.storages))
-        if function.namespace != "aten" or "norm" in function._schema.name:
-            self._spoil(started.tensors)  # it may write to what it does not declare
-            return
-        arguments = function._schema.arguments
-        pairs = list(zip(arguments, args, strict=False))
-        pairs += [(each, kwargs[each.name]) for each in arguments if each.name in kwargs]
-        for argument, value in pairs:
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                self._spoil(_tensors(value))
+        if may_write_undeclared(function):
+            self._spoil(started.tensors)
+        else:
+            self._spoil(_tensors(written_arguments(function, args, kwargs)))
 
     def _spoil(self, tensors: list[Tensor]) -> None:
         self._foreign.update(map(_storage, tensors))

@@ -190,11 +190,10 @@ class StepRunner:
         else:
             if plan.action is Action.WARM_UP:
                 self._dispatcher.ran_eagerly(plan.state)
-            start = perf_counter()
             outcome = self._run_eagerly(descriptor, args, kwargs, plan.reason)
-            if plan.action is Action.WARM_UP:
-                self._host_time(NONE, descriptor).add(perf_counter() - start)
         seconds, how = perf_counter() - began, _how(plan.action, outcome)
+        if plan.action is Action.WARM_UP:
+            self._host_time(NONE, descriptor).add(seconds)
         self._times.append((self._stage, how, seconds, outcome.reason))
         return self._finish(outcome, descriptor, variant)
 

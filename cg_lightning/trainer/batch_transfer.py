@@ -20,29 +20,25 @@ from cg_lightning.report.stats import CUDAGraphStats
 
 _LEAST_BYTES = 1024 * 1024
 """Copies of fewer bytes take less time than the host needs to overlap them (about 100 us)."""
-_TRANSFER_HOOKS = ("transfer_batch_to_device", "on_after_batch_transfer")
+_TRANSFER, _AFTER_TRANSFER = "transfer_batch_to_device", "on_after_batch_transfer"
 _START_HOOKS = ("on_validation_batch_start", "on_test_batch_start", "on_predict_batch_start")
 _PLAIN = (int, float, bool, str, bytes, type(None))
 
 
 def overlapped_transfer(
-    strategy: Strategy, owners: Sequence[object], copies: BatchCopies | None, stats: CUDAGraphStats
+    trainer: Trainer, module: nn.Module, copies: BatchCopies | None, stats: CUDAGraphStats
 ) -> OverlappedTransfer | None:
     """Return what transfers batches instead of Lightning. None: Lightning does it itself.
 
     Args:
-        strategy: The strategy of the Trainer.
-        owners: The objects whose hook ``transfer_batch_to_device`` Lightning may call, or None for
-            one that is absent.
+        trainer: The Trainer.
+        module: The LightningModule.
         copies: Copies beside the computation. None: the user or the device does not allow it.
         stats: Counts.
     """
-    if copies is None or not is_lightnings_own(strategy, "batch_to_device"):
+    if copies is None or not _is_lightnings_transfer(trainer, module, (_TRANSFER,)):
         return None
-    present = [owner for owner in owners if owner is not None]
-    if not all(is_lightnings_own(owner, "transfer_batch_to_device") for owner in present):
-        return None
-    return OverlappedTransfer(strategy, copies, stats)
+    return OverlappedTransfer(trainer.strategy, copies, stats)
 
 
 class OverlappedTransfer:
@@ -100,11 +96,7 @@ def noted_transfer(trainer: Trainer, module: nn.Module, copies: HostCopies) -> N
         module: The LightningModule.
         copies: Takes the notes.
     """
-    datamodule = trainer.datamodule  # type: ignore[attr-defined]
-    owners = [module] if datamodule is None else [module, datamodule]
-    if not is_lightnings_own(trainer.strategy, "batch_to_device"):
-        return None
-    if not all(is_lightnings_own(owner, hook) for owner in owners for hook in _TRANSFER_HOOKS):
+    if not _is_lightnings_transfer(trainer, module, (_TRANSFER, _AFTER_TRANSFER)):
         return None
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     others = [each for each in callbacks if not type(each).__module__.startswith("cg_lightning.")]
@@ -157,6 +149,15 @@ class NotedTransfer:
         else:
             self._copies.clear()
         return moved
+
+
+def _is_lightnings_transfer(trainer: Trainer, module: nn.Module, hooks: Sequence[str]) -> bool:
+    """Return True if neither the strategy nor one of these hooks of the user moves batches."""
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    owners = [module] if datamodule is None else [module, datamodule]
+    return is_lightnings_own(trainer.strategy, "batch_to_device") and all(
+        is_lightnings_own(owner, hook) for owner in owners for hook in hooks
+    )
 
 
 def _is_worth_it(batch: Any) -> bool:

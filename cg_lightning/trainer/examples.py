@@ -7,12 +7,11 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.reasons import Reason
-from cg_lightning.core.tree import flatten
+from cg_lightning.core.tree import tensors_in
 from cg_lightning.runtime.examples import Example
 from cg_lightning.trainer.progress import progress_of
 
@@ -25,10 +24,10 @@ _BY_HAND = "give batches like its own to callback.capture(trainer, model, batche
 
 
 class HostBatch:
-    """One batch as a loader makes it; implements :class:`~cg_lightning.runtime.ahead.Example`."""
+    """One batch as a loader makes it: a :class:`~cg_lightning.runtime.examples.Example`."""
 
     def __init__(self, batch: Any, dataloader_idx: int, trainer: Trainer) -> None:
-        tensors = [leaf for leaf in flatten(batch)[0] if isinstance(leaf, Tensor)]
+        tensors = tensors_in(batch)
         self.size = sum(tensor.numel() for tensor in tensors)
         """Number of elements."""
         self.shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in tensors) or "-"
@@ -52,7 +51,7 @@ class HostBatch:
 class BatchesAhead:
     """The batches to capture ahead in one run of a Trainer.
 
-    It implements :class:`~cg_lightning.runtime.ahead.Examples`.
+    It implements :class:`~cg_lightning.runtime.examples.Examples`.
 
     Args:
         trainer: The Trainer.

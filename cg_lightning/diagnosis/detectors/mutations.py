@@ -14,10 +14,11 @@ from torch.nn.parameter import is_lazy
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.equality import same_leaf
+from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import AT_THE_END
 from cg_lightning.diagnosis.operands import addresses_in, written_tensors
-from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into, tensors_in
+from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall, WrittenTensors
 from cg_lightning.effects.containers import ContainersSnapshot
 from cg_lightning.guards.values import FrozenValues, addresses_of
