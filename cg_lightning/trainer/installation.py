@@ -134,6 +134,7 @@ class InertInstallation:
     def __init__(self, strategy: Strategy, stats: CUDAGraphStats, why: str) -> None:
         self._strategy = strategy
         self._stats = stats
+        self.why = why
         self._reason = Reason(Status.INERT, why)
         self._stage: str | None = None
 
