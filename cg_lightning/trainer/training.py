@@ -126,7 +126,8 @@ class TrainingInstallation:
         # the signature is that of the user's step, and its first parameter is looked at
         @functools.wraps(self._module.training_step)
         def compute(given: ClosureInput, *args: Any) -> Any:
-            return self._step.compute(given, *args)
+            with self.session.backend.capture_stream():
+                return self._step.compute(given, *args)
 
         return compute
 
@@ -145,7 +146,8 @@ class TrainingInstallation:
             result: ClosureResult = output.result
             return result
         if isinstance(output, UnfinishedClosure):
-            return self._step.finish_as_lightning(closure, output)
+            with self.session.backend.capture_stream():
+                return self._step.finish_as_lightning(closure, output)
         return self._step.finish(closure, output)
 
     def _run_step(self, closure: _InterceptedClosure) -> Any:
@@ -166,7 +168,8 @@ class TrainingInstallation:
 
     def _as_it_is(self, *_: Any) -> FinishedClosure:
         assert self._closure is not None
-        return FinishedClosure(self._closure.as_it_is())
+        with self.session.backend.capture_stream():
+            return FinishedClosure(self._closure.as_it_is())
 
     def _scale(self) -> Tensor | None:
         """Return what the gradient scaler multiplies losses by; None if there is no scaler."""
