@@ -31,7 +31,7 @@ class RecordingLogger(Logger):
     version = 0
 
     def log_metrics(self, metrics, step=None):
-        self.calls.append((dict(metrics), step))
+        self.calls.append(({name: repr(value) for name, value in metrics.items()}, step))
 
     def log_hyperparams(self, *_, **__):
         pass

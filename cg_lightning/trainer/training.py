@@ -184,10 +184,11 @@ class TrainingInstallation:
         if closure._backward_fn is None:
             return _NO_BACKWARD
         for owner in self._trainer.callbacks:  # type: ignore[attr-defined]
-            if _is_overridden(owner, Callback):
+            if _is_overridden(owner, Callback, _BEFORE_BACKWARD):
                 return _hook(f"{type(owner).__name__}.{_BEFORE_BACKWARD}")
-        if _is_overridden(self._module, LightningModule):
-            return _hook(f"{type(self._module).__name__}.{_BEFORE_BACKWARD}")
+        for name in (_BEFORE_BACKWARD, "backward"):
+            if _is_overridden(self._module, LightningModule, name):
+                return _hook(f"{type(self._module).__name__}.{name}")
         for name, parameter in self._step.parameters().items():
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 return _hook(f"a gradient hook of {name}")
@@ -203,10 +204,8 @@ def _hook(words: str) -> Reason:
     return Reason(Status.CLOSURE_HOOK, f"{Status.CLOSURE_HOOK.value}: {words}")
 
 
-def _is_overridden(owner: object, base: type) -> bool:
-    return _BEFORE_BACKWARD in vars(owner) or (
-        getattr(type(owner), _BEFORE_BACKWARD, None) is not getattr(base, _BEFORE_BACKWARD)
-    )
+def _is_overridden(owner: object, base: type, name: str) -> bool:
+    return name in vars(owner) or getattr(type(owner), name, None) is not getattr(base, name)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,8 @@ class Backward(Detector):
     """Reports a backward that a graph of the closure cannot hold.
 
     A graph computes new gradients, and the parameters have those of the iteration before until
-    then. So a step must not read ``parameter.grad``.
+    then. So a step must not read ``parameter.grad``. Other tensors have no gradients after a
+    replay, so a step must not ask for them by ``retain_grad``.
     """
 
     causes = (Cause.BACKWARD,)
@@ -57,9 +58,16 @@ class Backward(Detector):
                 watch.report(Cause.BACKWARD, "the step reads a gradient")
             return inherited.__get__(tensor)  # type: ignore[no-any-return]
 
+        def retain_grad(tensor: Tensor) -> None:
+            watch.report(Cause.BACKWARD, "retain_grad")
+            original(tensor)
+
+        original: Any = Tensor.retain_grad  # of the base class, like the property
         assert "grad" not in vars(Tensor), "somebody else has replaced Tensor.grad"
         setattr(Tensor, "grad", property(get, inherited.__set__, inherited.__delete__))  # noqa: B010
+        setattr(Tensor, "retain_grad", retain_grad)  # noqa: B010
         try:
             yield
         finally:
             del Tensor.grad
+            del Tensor.retain_grad
