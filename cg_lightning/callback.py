@@ -31,7 +31,14 @@ from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.summary import Summary, print_summary, render_summary
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.targets import check_targets
-from cg_lightning.trainer.batch_transfer import noted_transfer, overlapped_transfer
+from cg_lightning.trainer.batch_transfer import (
+    EVALUATION_HOOKS,
+    TRAINING_HOOKS,
+    NotedTransfer,
+    OverlappedTransfer,
+    noted_transfer,
+    overlapped_transfer,
+)
 from cg_lightning.trainer.examples import BatchesAhead
 from cg_lightning.trainer.installation import InertInstallation, Installation
 from cg_lightning.trainer.logged_results import LoggedResults
@@ -326,10 +333,8 @@ class CUDAGraphCallback(Callback):
             self._installation = InertInstallation(trainer.strategy, self.stats, why)
             return
         session = self._session(trainer, pl_module, backend)
-        copies = backend.batch_copies() if self._settings.overlap_copies else None
-        transfer = overlapped_transfer(trainer, pl_module, copies, self.stats)
-        noted = noted_transfer(trainer, pl_module, session.host_copies)
-        self._installation = Installation(trainer.strategy, pl_module, session, transfer, noted)
+        transfers = self._transfers(trainer, pl_module, session, EVALUATION_HOOKS)
+        self._installation = Installation(trainer.strategy, pl_module, session, transfers)
         self._arrange_captures(trainer, self._installation)
 
     @override
@@ -345,8 +350,8 @@ class CUDAGraphCallback(Callback):
         else:
             backend = self._installation.session.backend
             session = self._session(trainer, pl_module, backend, has_backward=True)
-            noted = noted_transfer(trainer, pl_module, session.host_copies)
-            self._training = TrainingInstallation(trainer, pl_module, session, noted)
+            transfers = self._transfers(trainer, pl_module, session, TRAINING_HOOKS)
+            self._training = TrainingInstallation(trainer, pl_module, session, transfers)
         self._resume_training()
 
     @override
@@ -427,6 +432,14 @@ class CUDAGraphCallback(Callback):
         return Session(
             module, backend, settings, self.stats, effects, profiler, has_backward=has_backward
         )
+
+    def _transfers(
+        self, trainer: Trainer, module: LightningModule, session: Session, hooks: Sequence[str]
+    ) -> list[OverlappedTransfer | NotedTransfer]:
+        copies = session.backend.batch_copies() if self._settings.overlap_copies else None
+        overlapped = overlapped_transfer(trainer, module, copies, self.stats)
+        noted = noted_transfer(trainer, module, session.host_copies, hooks)
+        return [each for each in (overlapped, noted) if each is not None]
 
     def _why_no_training(self, trainer: Trainer, module: LightningModule) -> str:
         if not self._settings.runtime_policy.has_full_cudagraphs():

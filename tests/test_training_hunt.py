@@ -261,7 +261,6 @@ class LogsWithGraph(Step):
         self.log("with graph", loss * 2, enable_graph=True)
         self.log("largest", loss, reduce_fx="max", on_step=False, on_epoch=True)
         self.log("number", 3.5, batch_size=2, on_epoch=True)
-        self.log("of batch", float(batch_idx))
         return loss
 
 

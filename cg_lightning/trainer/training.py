@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -21,7 +21,7 @@ from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.core.stages import STEP_METHODS, TRAIN
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner
-from cg_lightning.trainer.batch_transfer import NotedTransfer
+from cg_lightning.trainer.batch_transfer import NotedTransfer, OverlappedTransfer
 from cg_lightning.trainer.training_step import TrainingStep
 
 _NAME = STEP_METHODS[TRAIN]
@@ -68,7 +68,7 @@ class TrainingInstallation:
         trainer: The Trainer.
         module: The LightningModule.
         session: The runtime state of the module in training.
-        noted: Notes what the host has of each batch. None: hooks may write to it on the device.
+        transfers: Copy and note batches while it is installed, in this order.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class TrainingInstallation:
         trainer: Trainer,
         module: LightningModule,
         session: Session,
-        noted: NotedTransfer | None = None,
+        transfers: Sequence[OverlappedTransfer | NotedTransfer] = (),
     ) -> None:
         self._trainer = trainer
         self._module = module
         self.session = session
-        self._noted = noted
+        self._transfers = transfers
         self._loop = trainer.fit_loop.epoch_loop.automatic_optimization
         self._step = TrainingStep(trainer, module, session.target.guard)
         self._runner = StepRunner(session, TRAIN, _NAME, self._described_step(), self._as_it_is)
@@ -96,8 +96,8 @@ class TrainingInstallation:
         self._is_installed = True
         self.session.install()
         vars(self._loop)[_MAKE_CLOSURE] = self._make_closure
-        if self._noted is not None:
-            self._noted.install()
+        for transfer in self._transfers:
+            transfer.install()
 
     def begin_epoch(self) -> None:
         """Let the next closure look at what is only compared once an epoch."""
@@ -109,8 +109,8 @@ class TrainingInstallation:
             return
         self._is_installed = False
         vars(self._loop).pop(_MAKE_CLOSURE, None)
-        if self._noted is not None:
-            self._noted.remove()
+        for transfer in reversed(self._transfers):
+            transfer.remove()
         self.session.remove(check)
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -50,6 +51,7 @@ class Backward(Detector):
     @contextlib.contextmanager
     def _noticing_reads(self) -> Iterator[None]:
         inherited: Any = Tensor.grad  # of a base class that is written in C
+        original: Any = Tensor.retain_grad
         watch = self.watch
 
         def get(tensor: Tensor) -> Tensor | None:
@@ -62,12 +64,6 @@ class Backward(Detector):
             watch.report(Cause.BACKWARD, "retain_grad")
             original(tensor)
 
-        original: Any = Tensor.retain_grad  # of the base class, like the property
-        assert "grad" not in vars(Tensor), "somebody else has replaced Tensor.grad"
-        setattr(Tensor, "grad", property(get, inherited.__set__, inherited.__delete__))  # noqa: B010
-        setattr(Tensor, "retain_grad", retain_grad)  # noqa: B010
-        try:
+        grad = property(get, inherited.__set__, inherited.__delete__)
+        with patch.object(Tensor, "grad", grad), patch.object(Tensor, "retain_grad", retain_grad):
             yield
-        finally:
-            del Tensor.grad
-            del Tensor.retain_grad
