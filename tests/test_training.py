@@ -172,12 +172,13 @@ def resnet():
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
-        self.lstm = nn.LSTM(2, 6, num_layers=2, dropout=0.2, batch_first=True)
+        self.lstm = nn.LSTM(2, 6, num_layers=2, batch_first=True)
+        self.dropout = nn.Dropout(0.2)  # that of cuDNN has states of its own
         self.head = nn.Linear(6, 4)
 
     def forward(self, x):
         out, _ = self.lstm(x.unflatten(1, (4, 2)))
-        return self.head(out[:, -1])
+        return self.head(self.dropout(out[:, -1]))
 
 
 class Attending(nn.Module):
@@ -355,6 +356,7 @@ class BetweenIterations(Callback):
 
 @pytest.mark.parametrize("batches", [1, 2])
 def test_gradients_that_others_change(fit, batches):
+    """Hazard 43."""
     callback = fit(
         Classifier(), others=lambda: [BetweenIterations()], accumulate_grad_batches=batches
     )
