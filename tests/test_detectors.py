@@ -278,7 +278,9 @@ def test_a_draw_that_no_module_function_made_is_seen_by_the_comparison():
 
 
 def test_a_draw_on_the_host_names_its_line_where_steps_run_on_a_device():
-    backend: Any = types.SimpleNamespace(device=torch.device("cuda"))
+    backend: Any = types.SimpleNamespace(
+        device=torch.device("cuda"), ignoring_host_syncs=contextlib.nullcontext
+    )
     function = lambda m, x: x + torch.rand(8)
     module = Runs(function)
     watcher = StepWatcher(module, backend, effects=None, detectors=(RandomNumbers,))

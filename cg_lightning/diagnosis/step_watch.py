@@ -247,10 +247,11 @@ class StepWatch:
     def paused(self) -> Iterator[None]:
         """While we ourselves compare something: reports and reads are ignored."""
         before, self._is_paused = self._is_paused, True
-        try:
-            yield
-        finally:
-            self._is_paused = before
+        with self.backend.ignoring_host_syncs():
+            try:
+                yield
+            finally:
+                self._is_paused = before
 
     @contextlib.contextmanager
     def sparing(self, *causes: Cause) -> Iterator[None]:
@@ -454,7 +455,11 @@ class _OperationMode(EagerDispatchMode):
             return self.call(func, args, kwargs)
         for before in self._before:
             before(func, args, kwargs)
-        output = self.call(func, args, kwargs)
+        if self._watch.reads_host_value:
+            with self._watch.backend.ignoring_host_syncs():
+                output = self.call(func, args, kwargs)
+        else:
+            output = self.call(func, args, kwargs)
         for after in self._after:
             after(func, args, kwargs, output)
         return output
