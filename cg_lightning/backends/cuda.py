@@ -155,6 +155,9 @@ class CUDABackend:
     def ignoring_host_syncs(self) -> Iterator[None]:
         """See :class:`~cg_lightning.backends.base.GraphBackend`."""
         mode = torch.cuda.get_sync_debug_mode()
+        if not mode:  # the first change of the mode gives a warning, which somebody may see
+            yield
+            return
         torch.cuda.set_sync_debug_mode("default")
         try:
             yield

@@ -146,7 +146,15 @@ class StepWatch:
         where = find_location() if location is None else Location(location, "")
         module = self.stack[-1].path if module is None else module
         is_known = self.reads_host_value and cause in _READS
-        finding = Finding(cause, operation, module, where.user, where.library, is_known)
+        finding = Finding(
+            cause,
+            operation,
+            module,
+            where.user,
+            where.library,
+            is_known_before=is_known,
+            is_of_logging=self._is_in_framework,
+        )
         for call in calls:
             is_aside = call is self.step and self._set_aside is not None
             (self._set_aside if is_aside else call.findings).append(finding)  # type: ignore[union-attr]
