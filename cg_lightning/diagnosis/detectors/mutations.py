@@ -83,8 +83,8 @@ class Mutations(Detector):
         known = set(map(id, call.inputs))
         for tensor in tensors_in(output):
             is_made = id(tensor) not in known and type(tensor) is Tensor
-            # torch.compile marks what it returns for its next compilation
-            names = [name for name in vars(tensor) if not name.startswith("_dynamo_")]
+            # private: marks of dimensions, for the next compilation
+            names = [name for name in vars(tensor) if "_dynamo_" not in name]
             if is_made and names and not self._persistent.holds(tensor):
                 words = f"{names[0]}, an attribute of its output"
                 self.watch.report(Cause.STATE_REBOUND, words, calls=[call])
