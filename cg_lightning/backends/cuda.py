@@ -123,6 +123,9 @@ class CUDABackend:
 
         The mode misses ``torch.cuda.synchronize``, so that function is replaced as well. The mode
         belongs to the process: if another thread waits while it ends, PyTorch's warning may appear.
+
+        PyTorch warns of a wait when the function that Python called returns. That may be several
+        operations after the one that waited.
         """
         show, original = warnings.showwarning, torch.cuda.synchronize
         thread, mode = threading.get_ident(), torch.cuda.get_sync_debug_mode()
@@ -147,6 +150,19 @@ class CUDABackend:
                 yield
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
+
+    @contextlib.contextmanager
+    def ignoring_host_syncs(self) -> Iterator[None]:
+        """See :class:`~cg_lightning.backends.base.GraphBackend`."""
+        mode = torch.cuda.get_sync_debug_mode()
+        if not mode:  # the first change of the mode gives a warning, which somebody may see
+            yield
+            return
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
 
     def get_random_state(self) -> Tensor:
         """Return the state of the default CUDA generator."""

@@ -222,7 +222,7 @@ class StepRunner:
         session.watched(plan, watched)
         if (
             session.examples is not None
-            and session.full_reason(plan.state, watched) is None
+            and (watched.may_be_full_next_time or not session.full_reason(plan.state, watched))
             and not watched.late  # nobody can put back what these metrics hold in Python
             and session.target.guard.check()  # or else the step has changed the module
         ):
