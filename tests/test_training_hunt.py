@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning",
         "ignore:`training_step` returned `None`",
+        "ignore:.*deterministic",
         "ignore:torch.utils.checkpoint:",
         "ignore:The ``compute`` method of metric MeanMetric was called before",
         "ignore:You requested to overfit",
