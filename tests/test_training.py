@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchmetrics
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers.logger import Logger
 from torch import nn
 from torch.nn import functional as F
@@ -236,21 +237,22 @@ def test_samples_and_further_outputs(fit):
     assert replayed(fit(Autoencoder())) > 15
 
 
+class KeepsGradients(torch.optim.SGD):
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none=False)
+
+
 OPTIMIZERS = {
     "sgd": functools.partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
     "adam": functools.partial(torch.optim.Adam, lr=1e-2),
     "rmsprop": functools.partial(torch.optim.RMSprop, lr=1e-3),
-    "keeps gradients": functools.partial(torch.optim.SGD, lr=1e-2),
+    "keeps gradients": functools.partial(KeepsGradients, lr=1e-2),
 }
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers(fit, name):
-    class Keeping(Classifier):
-        def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
-            optimizer.zero_grad(set_to_none=name != "keeps gradients")
-
-    assert replayed(fit(Keeping(optimizer=OPTIMIZERS[name]))) > 15
+    assert replayed(fit(Classifier(optimizer=OPTIMIZERS[name]))) > 15
 
 
 @pytest.mark.parametrize("batches", [2, 3])
@@ -371,7 +373,7 @@ class LogsGradients(Classifier):
         norms = [p.grad.norm() for p in self.parameters() if p.grad is not None]
         self.log("norm", torch.stack(norms).norm(), on_step=True)
 
-    def on_before_zero_grad(self, optimizer):
+    def on_before_optimizer_step(self, optimizer):
         self.log("before", torch.ones(()), on_step=True)
 
 
@@ -391,6 +393,50 @@ def test_a_hook_inside_the_closure_is_named(fit):
     callback = fit(Classifier(), others=lambda: [LooksAtLoss()])
     assert replayed(callback) == 0
     assert "LooksAtLoss.on_before_backward" in str(callback.stats.eager_reasons)
+
+
+def _shrink(module):
+    for parameter in module.parameters():
+        parameter.data.mul_(0.9)  # the backward that follows notices nothing
+
+
+class ShrinksBeforeZeroGrad(Classifier):
+    def on_before_zero_grad(self, optimizer):
+        if self.global_step % 4 == 3:
+            _shrink(self)
+
+
+class ShrinksInZeroGrad(Classifier):
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        _shrink(self)
+        optimizer.zero_grad()
+
+
+class Shrinks(Callback):
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        _shrink(pl_module)
+
+
+SHRINKING = {
+    "ShrinksBeforeZeroGrad.on_before_zero_grad": (ShrinksBeforeZeroGrad, list),
+    "ShrinksInZeroGrad.optimizer_zero_grad": (ShrinksInZeroGrad, list),
+    "Shrinks.on_before_zero_grad": (Classifier, lambda: [Shrinks()]),
+    "LambdaCallback.on_before_zero_grad": (
+        Classifier,
+        lambda: [LambdaCallback(on_before_zero_grad=Shrinks().on_before_zero_grad)],
+    ),
+}
+
+
+@pytest.mark.parametrize("hook", SHRINKING)
+@pytest.mark.parametrize("batches", [1, 2])
+def test_weights_that_change_between_the_step_and_its_backward(fit, hook, batches):
+    make, others = SHRINKING[hook]
+    layers = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    settings = {"verify_replays": 0}
+    callback = fit(make(layers), others=others, accumulate_grad_batches=batches, settings=settings)
+    assert replayed(callback) == 0
+    assert hook in str(callback.stats.eager_reasons)
 
 
 def test_a_hook_of_a_parameter_is_named(fit):

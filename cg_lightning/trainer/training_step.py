@@ -9,6 +9,7 @@ What is hard here:
   gradient sees it change.
 - **The order is another one, and nobody can see it.** Lightning runs the step, then ``zero_grad``,
   then the backward. Here ``zero_grad`` comes after the backward, which has set all gradients aside.
+  Where a hook of the user's runs in between, Lightning runs the closure (``training.py``).
   A step that reads a gradient, or computes some itself, is therefore no graph
   (``diagnosis/detectors/backward.py``). ``on_after_backward`` is the last thing in a closure, and
   comes last here.
