@@ -283,12 +283,134 @@ class Skips(Step):
         return -1 if self.current_epoch == 1 and batch_idx == 5 else None
 
 
+class Freezes(Step):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.net[0].requires_grad_(batch_idx % 2 == 0)
+        return loss
+
+
+class TeacherInList(Step):
+    """The teacher is no submodule; its weights follow."""
+
+    def on_train_start(self):
+        self.teachers = [copy.deepcopy(self.net).eval()]
+
+    def loss(self, x, y):
+        with torch.no_grad():
+            target = self.teachers[0](x)
+        return super().loss(x, y) + F.mse_loss(self.output(x), target)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        with torch.no_grad():
+            for mine, other in zip(
+                self.teachers[0].parameters(), self.net.parameters(), strict=True
+            ):
+                mine.lerp_(other, 0.3)
+
+
+class TeacherReplaced(TeacherInList):
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if batch_idx % 3 == 2:
+            self.teachers[0] = copy.deepcopy(self.net).eval()
+
+
+class ScaledByGradients(Step):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+
+    def loss(self, x, y):
+        return super().loss(x, y) * self.scale
+
+    def on_after_backward(self):
+        self.scale.copy_(1 / (1 + self.net[0].weight.grad.norm()))
+
+
+class MeanOfGradients(Step):
+    def on_train_start(self):
+        self.kept = []
+
+    def on_after_backward(self):
+        self.kept = [*self.kept[-2:], [p.grad for p in self.parameters()]]
+        for parameter, gradients in zip(
+            self.parameters(), zip(*self.kept, strict=True), strict=True
+        ):
+            parameter.grad = torch.stack(gradients).mean(0)
+
+
+class ChangesWhatItReturned(Step):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.kept = loss.detach()
+        rows = {"weight": self.net[0].weight, "row": self.net[0].weight[0]}
+        return {"loss": loss, "view": loss.detach().view(1), **rows}
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.log("kept", self.kept)
+        outputs["view"].add_(1)
+        self.kept.mul_(2)
+
+
+class LossIsParameter(Step):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0))
+
+    def training_step(self, batch, batch_idx):
+        return self.weight if batch_idx % 2 else self.weight * 1
+
+
+class EvalInTurn(Step):
+    def on_train_batch_start(self, batch, batch_idx):
+        self.net.train(batch_idx % 3 != 1)
+
+
+class EvalStays(Step):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.net.train(batch_idx % 3 != 1)
+        return loss
+
+
+def _halve(parameter):
+    parameter.grad.mul_(0.5)
+
+
+class HookForTwoBatches(Step):
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.current_epoch == 1 and batch_idx == 4:
+            weight = self.net[0].weight
+            self.handle = weight.register_post_accumulate_grad_hook(_halve)
+        if self.current_epoch == 1 and batch_idx == 6:
+            self.handle.remove()
+
+
+class Shrinks(Callback):
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        for parameter in pl_module.parameters():
+            parameter.data.mul_(0.9)
+
+
+class HookForOneEpoch(Step):
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)))
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.trainer.callbacks.append(Shrinks())
+        if self.current_epoch == 2:
+            self.trainer.callbacks.pop()
+
+
 STEPS = [
     *(Groups, UnusedByBatch, UnusedByIndex, NeverUsed, Extras, ByEpoch, SmoothedBySchedule),
     *(SmoothedInSteps, Mixup, MixupOfNumpy, MixupBeforeTheStep, Inplace, CheckpointedParts),
     *(weight_norm, OwnClipping, OwnOptimizerStep, ClosureTwice, Toggled, TogglesInside),
     *(AlternatesDetached, TwoLossesAndWeights, FirstUnlikeOthers, ReplacesParameter, ResetsHead),
-    *(SchedulesByMetric, Skips),
+    *(SchedulesByMetric, Skips, Freezes, TeacherInList, TeacherReplaced, ScaledByGradients),
+    *(MeanOfGradients, ChangesWhatItReturned, LossIsParameter, EvalInTurn, EvalStays),
+    *(HookForTwoBatches, HookForOneEpoch),
 ]
 
 
