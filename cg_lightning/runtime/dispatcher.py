@@ -206,6 +206,8 @@ class Variant:
     """The graph; None before the capture and after the graph was dropped."""
     path: Path | None = None
     """What the step reads on the host; None if it reads nothing, or if it is no graph."""
+    padding: Any = None
+    """How batches of the key are padded, to run from the graph of another key; None: not."""
     verify_at: int = -1
     """The number of replays after which the next one is compared with eager; -1 = never."""
 
@@ -438,6 +440,8 @@ class CUDAGraphDispatcher:
         return None
 
     def _is_warm(self, state: KeyState, variant: Variant) -> bool:
+        if variant.padding is not None:
+            return True  # the graph is that of another key
         if variant.did_one_time_work and state.warmup_runs < 2:
             return False
         return state.warmup_runs >= max(self._warmup_steps, 1)
@@ -539,6 +543,16 @@ class CUDAGraphDispatcher:
         state.ledger.spend(CAPTURE_COST - 1)  # the step itself ran from it
         variant.entry = entry
         variant.verify_at = self._next_verification(1)
+
+    def borrowed(self, state: KeyState, variant: Variant, entry: Entry) -> None:
+        """Record that batches of this key are padded, and run from the graph of another key."""
+        state.ledger.spend(1)  # a comparison with eager
+        variant.entry = entry
+        variant.verify_at = self._next_verification(entry.replays + 1)
+
+    def not_padded(self, variant: Variant) -> None:
+        """Record that batches of this key are not padded: they may have a graph of their own."""
+        variant.entry = variant.padding = None
 
     def captured_ahead(self, variant: Variant) -> None:
         """Record that the captured graph has not run any step yet."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 
 from cg_lightning.backends import CapturedGraph, GraphBackend
 from cg_lightning.capture.cache import GraphCache
-from cg_lightning.capture.capture import Capturer
+from cg_lightning.capture.capture import Capturer, GraphCall
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.modes import CUDAGraphMode
@@ -25,6 +25,7 @@ from cg_lightning.guards.module_guard import Change
 from cg_lightning.guards.sources import Source
 from cg_lightning.host_values.host_copies import HostCopies
 from cg_lightning.modules.compilation import Compilation
+from cg_lightning.padding.leaves import PaddedLeaves
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.changing_values import ChangingValues
 from cg_lightning.runtime.dispatcher import Guards, KeyState, Plan, Unguarded, Variant
@@ -33,7 +34,7 @@ from cg_lightning.runtime.profiling import Profiler, Ranges
 from cg_lightning.runtime.submodule_runner import SubmoduleRunner
 from cg_lightning.runtime.target import GraphTarget
 from cg_lightning.runtime.targets import match_targets
-from cg_lightning.runtime.verifier import Verifier
+from cg_lightning.runtime.verifier import Replayed, Verdict, Verifier
 
 BATCH_INDEX = "batch_idx"
 """The name of the number of the batch in :attr:`Session.arguments`."""
@@ -176,11 +177,19 @@ class Session:
 
     def _drop(self, entries: Iterable[object]) -> None:
         for entry in entries:
-            assert isinstance(entry, GraphEntry)
-            self.cache.drop(entry)
+            if isinstance(entry, GraphEntry):  # the graph of a padded entry belongs to another key
+                self.cache.drop(entry)
 
-    def watched(self, plan: Plan, watched: WatchedStep) -> None:
-        """Report a watched step to the dispatcher, and find the submodules to capture."""
+    def watched(
+        self, plan: Plan, watched: WatchedStep, padding: PaddedLeaves | None = None
+    ) -> None:
+        """Report a watched step to the dispatcher, and find the submodules to capture.
+
+        Args:
+            plan: The decision to watch.
+            watched: The watched step.
+            padding: How its batch is padded, if it is to run from the graph of a padded batch.
+        """
         full = self.full_reason(plan.state, watched)
         piecewise = None
         if self.settings.targets is None and not watched.largest_capturable():
@@ -196,6 +205,7 @@ class Session:
             watched.did_one_time_work,
             watched,
             path=watched.path if is_full else None,
+            padding=padding if is_full else None,
         )
         if variant.path is not None and watched.path is not None:
             watched.path.use(self.host_copies)
@@ -273,6 +283,24 @@ class Session:
                 )
             if self._is_installed:
                 self._submodules[id(module)].install()
+
+    def compare(
+        self, name: str, plan: Plan, call: GraphCall, get_entry: Callable[[], Replayed]
+    ) -> Verdict:
+        """Compare a whole step with eager.
+
+        Args:
+            name: The name of the step in the statistics.
+            plan: The decision.
+            call: The step.
+            get_entry: See :meth:`Verifier.check`.
+        """
+        target = self.target.capture_target(name, plan, call)
+        return self._verifier.check(target, call, get_entry, self.cache.step)
+
+    def difference(self, found: Any, expected: Any) -> str:
+        """Return the first leaf of an output that differs from eager's; empty if none does."""
+        return self._verifier.difference(found, expected)
 
     def graphs(self, mode: str) -> list[CapturedGraph]:
         """Return the stored graphs of one mode."""
