@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
 
 from cg_lightning import CUDAGraphCallback
 from cg_lightning.core.causes import Cause
@@ -349,8 +350,7 @@ def test_rows_and_positions_together(harness):
     assert callback.stats.captures == 1
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_an_encoder_of_transformers(harness, attention):
+def bert(attention: str) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
         vocab_size=50,
@@ -361,14 +361,234 @@ def test_an_encoder_of_transformers(harness, attention):
         max_position_embeddings=32,
         attn_implementation=attention,
     )
+    return transformers.BertModel(config)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_an_encoder_of_transformers(harness, attention):
     model = Step(lambda self, batch: self.bert(**batch))
-    model.bert = transformers.BertModel(config)
+    model.bert = bert(attention)
     data = texts(*LENGTHS)
     data[7]["attention_mask"].fill_(1)
     data[10]["attention_mask"].fill_(1)  # it reads on the host whether something is masked
     callback = run(harness, model, data, pad_dims=rules())
     assert padded_steps(callback) >= 6, callback.summary()
     assert not causes(callback)
+
+
+# steps that are padded in pieces
+
+
+class Validated(Step):
+    """Logs a loss and an accuracy of the first position, and keeps what its steps return."""
+
+    def __init__(self, function: Any = None) -> None:
+        super().__init__(function)
+        self.encoder = Encoder()
+        self.accuracy = MulticlassAccuracy(3)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.function is not None:
+            return self.function(self, batch)
+        logits = self.net(self.encoder(**batch)[:, 0])
+        target = batch["input_ids"][:, 0] % 3
+        loss = nn.functional.cross_entropy(logits, target)
+        self.accuracy.update(logits, target)
+        self.log("loss", loss)
+        self.log("accuracy", self.accuracy)
+        return {"loss": loss, "logits": logits}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.net(self.encoder(**batch)).square().mean()
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.calls = 0
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        return self.layer(x, src_key_padding_mask=attention_mask == 0)
+
+
+def compare_validation(harness, model, data, *others, epochs=1, fit=False, **settings):
+    callback = harness.callback(**{"verify_tolerance": "close", **settings})
+    reference = copy.deepcopy(model)
+    results = []
+    for module, extra in ((model, [callback]), (reference, [])):
+        torch.manual_seed(1)
+        kept = KeepOutputs()
+        trainer = harness.trainer(*extra, kept, *[make() for make in others], max_epochs=epochs)
+        loader = DataLoader(data, batch_size=None)
+        if fit:
+            trainer.fit(module, loader, loader)
+            logged = [dict(trainer.callback_metrics)]
+        else:
+            logged = [trainer.validate(module, loader, verbose=False) for _ in range(epochs)]
+        results.append((logged, kept.kept, dict(module.state_dict())))
+    (leaves, structure), (wanted, wanted_structure) = map(flatten, results)
+    assert structure == wanted_structure
+    for leaf, other in zip(leaves, wanted, strict=True):
+        torch.testing.assert_close(leaf, other, equal_nan=True)
+    return callback
+
+
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
+def test_a_step_with_a_loss_is_padded_in_pieces(harness, mode):
+    callback = compare_validation(
+        harness, Validated(), texts(*LENGTHS), epochs=2, pad_dims=rules(), mode=mode
+    )
+    assert padded_steps(callback) >= 12, callback.summary()
+    assert {record.target for record in callback.stats.padding} == {"encoder"}
+    assert callback.stats.steps["PIECEWISE"] >= 12
+
+
+def test_partial_batches_of_a_step_with_a_loss(harness):
+    data = [*texts(*[8] * 6), *texts(8, 8, 8, rows=3), *texts(8, 8, 8, rows=2)]
+    callback = compare_validation(harness, Validated(), data, epochs=2, capture_sizes=[4])
+    assert {record.target for record in callback.stats.padding} == {"encoder", "net"}
+    assert padded_steps(callback) >= 12, callback.summary()
+
+
+def test_validation_inside_fit(harness):
+    data = texts(5, 7, 8, 5, 7, 5, 7, 12, 5, 7, 12)
+    callback = compare_validation(harness, Validated(), data, epochs=3, fit=True, pad_dims=rules())
+    assert padded_steps(callback) >= 16, callback.summary()
+
+
+def test_a_whole_step_of_validate_is_never_padded(harness):
+    callback = compare_validation(
+        harness, Validated(), texts(*LENGTHS), pad_dims=rules(), mode="FULL"
+    )
+    assert callback.stats.padding == []
+
+
+def _siamese(self, batch):
+    one = self.encoder(**batch)
+    other = self.encoder(batch["input_ids"].flip(0), batch["attention_mask"].flip(0))
+    return {"distance": (one - other).square().mean(), "one": one, "other": other}
+
+
+def _loss_inside(self, batch):
+    return {"loss": self.pool(**batch)}
+
+
+class Pool(Encoder):
+    def forward(self, input_ids, attention_mask):
+        return super().forward(input_ids, attention_mask).exp().mean()
+
+
+class Counting(Encoder):
+    def forward(self, input_ids, attention_mask):
+        self.calls += 1
+        return super().forward(input_ids, attention_mask) * (1 + self.calls % 2)
+
+
+class Drawing(Encoder):
+    def forward(self, input_ids, attention_mask):
+        x = super().forward(input_ids, attention_mask)
+        return x + torch.rand_like(x)
+
+
+class Switching(Encoder):
+    """Reads on the host whether anything is masked, and does something else then."""
+
+    def forward(self, input_ids, attention_mask):
+        x = super().forward(input_ids, attention_mask)
+        return x * 2 if bool(attention_mask.all()) else x
+
+
+class ByLength(Encoder):
+    def forward(self, input_ids, attention_mask):
+        x = super().forward(input_ids, attention_mask)
+        return x if input_ids.shape[1] > 6 else x * 3
+
+
+@pytest.mark.parametrize("kind", [Encoder, Pool, Counting, Drawing, Switching, ByLength])
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_submodules_of_all_kinds_give_the_numbers_of_eager(harness, kind, verify_replays):
+    data = texts(*LENGTHS)
+    for index in (5, 6, 8, 9):
+        data[index]["attention_mask"].fill_(1)
+    model = Validated(lambda self, batch: {"y": self.encoder(**batch)})
+    model.encoder = kind()
+    compare_validation(
+        harness,
+        model,
+        data,
+        epochs=2,
+        pad_dims=rules(),
+        capture_sizes=[2, 4],
+        verify_replays=verify_replays,
+    )
+
+
+def test_a_submodule_that_is_called_twice(harness):
+    callback = compare_validation(
+        harness, Validated(_siamese), texts(*LENGTHS), epochs=2, pad_dims=rules()
+    )
+    assert padded_steps(callback) >= 8, callback.summary()
+
+
+def test_a_submodule_that_reduces_over_positions_says_so(harness):
+    model = Validated(_loss_inside)
+    model.pool = Pool()
+    callback = compare_validation(harness, model, texts(*LENGTHS), epochs=2, pad_dims=rules())
+    assert causes(callback) == {Cause.POSITIONS_NOT_INDEPENDENT}
+    assert padded_steps(callback) == 0
+
+
+def test_a_submodule_that_is_replaced(harness):
+    class Replace(KeepOutputs):
+        def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, *_):
+            if batch_idx == 8:
+                torch.manual_seed(4)
+                pl_module.encoder = Encoder().eval()
+            if batch_idx == 12:
+                pl_module.encoder.layer.linear1.weight.data = torch.ones(16, 8)
+
+    compare_validation(harness, Validated(), texts(*LENGTHS), Replace, pad_dims=rules())
+
+
+def test_an_exception_in_a_padded_piece_leaves_nothing(harness):
+    class Failing(Encoder):
+        def forward(self, input_ids, attention_mask):
+            if input_ids.shape[1] == 13:
+                raise RuntimeError("thirteen")
+            return super().forward(input_ids, attention_mask)
+
+    model = Validated()
+    model.encoder = Failing()
+    callback = harness.callback(verify_tolerance="close", pad_dims=rules())
+    data = texts(5, 7, 5, 7, 5, 7, 13)
+    with pytest.raises(RuntimeError, match="thirteen"):
+        harness.trainer(callback).validate(model, DataLoader(data, batch_size=None), verbose=False)
+    copy.deepcopy(model)
+    assert padded_steps(callback) >= 2
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_an_encoder_of_transformers_as_a_submodule(harness, attention):
+    model = Validated(_with_bert)
+    model.bert = bert(attention)
+    data = texts(*LENGTHS)
+    for index in (7, 10):
+        data[index]["attention_mask"].fill_(1)
+    callback = compare_validation(harness, model, data, epochs=2, pad_dims=rules())
+    assert padded_steps(callback) >= 10, callback.summary()
+    assert not causes(callback)
+    assert {record.target for record in callback.stats.padding} == {"bert"}
+
+
+def _with_bert(self, batch):
+    hidden = self.bert(**batch).last_hidden_state
+    logits = self.head(hidden[:, 0]) if hasattr(self, "head") else hidden[:, 0]
+    loss = nn.functional.cross_entropy(logits, batch["input_ids"][:, 0] % 3)
+    self.log("loss", loss)
+    return {"logits": logits, "loss": loss}
 
 
 # settings

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.pad_rules import PadDims, PadRule
-from cg_lightning.core.tree import dotted_paths
+from cg_lightning.core.tree import dotted_paths, flatten
 from cg_lightning.padding.leaves import PaddedLeaf, PaddedLeaves
 
 
@@ -73,6 +74,19 @@ class Padder:
                 padded[index] = PaddedLeaf(tuple(tensor.shape), tuple(shape), values)
         elements = sum(tensor.numel() for tensor in tensors.values())
         return PaddedLeaves(padded, elements) if padded else None
+
+
+class PadderOfCalls(Padder):
+    """Pads arguments of a submodule: those that are leaves of the batch of the current step."""
+
+    def rules_of(self, batch: Any, leaves: Sequence[Any]) -> dict[int, dict[int, PadRule]]:
+        """See :meth:`Padder.rules_of`; ``batch`` and ``leaves`` are those of the arguments."""
+        context = current_forward_context()
+        assert context is not None and context.step is not None  # noqa: PT018
+        given = flatten(context.step.batch)[0]
+        rules = super().rules_of(context.step.batch, given)
+        known = {id(given[index]): rule for index, rule in rules.items()}
+        return {index: known[id(leaf)] for index, leaf in enumerate(leaves) if id(leaf) in known}
 
 
 def _check_rule(path: str, dim: int, rule: PadRule, leaf: Any) -> None:

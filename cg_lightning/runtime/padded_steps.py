@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -17,6 +17,7 @@ from cg_lightning.core.errors import CaptureError, NotIndependentError, Unkeyabl
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.core.tree import flatten, rebuild
+from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.host_values.path import ReadPath
 from cg_lightning.padding.entry import PaddedEntry
 from cg_lightning.padding.leaves import Fill, PaddedLeaves
@@ -24,20 +25,26 @@ from cg_lightning.padding.output_cut import OutputCut
 from cg_lightning.padding.padder import Padder
 from cg_lightning.padding.path import PaddedPath
 from cg_lightning.runtime.ahead import CaptureAhead
-from cg_lightning.runtime.dispatcher import KeyState, Plan, Variant
+from cg_lightning.runtime.dispatcher import KeyState, Plan, Unguarded, Variant
 from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.target import reason_of
 from cg_lightning.runtime.verifier import Verdict
 
-WHOLE_STAGE = "predict"
-"""The stage whose steps are padded whole: others reduce over the batch."""
+IN_PIECES = Reason(
+    Status.PADDED_IN_PIECES,
+    "not padded as a whole, since it may reduce over its batch: its submodules are",
+)
 
 
-def pads(session: Session, stage: str) -> bool:
-    """Return True if whole steps of a stage are padded."""
-    settings = session.settings
-    return settings.pads and stage == WHOLE_STAGE and settings.runtime_policy.has_full_cudagraphs()
+class Pieces(Protocol):
+    """Submodules that can be padded where the step around them is not."""
+
+    def are_known(self) -> bool:
+        """Return True if a step has shown them."""
+
+    def add(self, watched: WatchedStep) -> bool:
+        """Pad the submodules of a watched step. Return False if there are none."""
 
 
 class PaddedSteps:
@@ -53,14 +60,26 @@ class PaddedSteps:
         stage: The stage.
         name: The name of the step in the statistics.
         step: The step: ``step(batch, *args, **kwargs)``.
+        padder: Decides how a batch is padded.
+        is_whole: Whether whole steps are padded.
+        pieces: What is padded where whole steps are not; None: nothing.
     """
 
-    def __init__(self, session: Session, stage: str, name: str, step: Callable[..., Any]) -> None:
-        settings = session.settings
+    def __init__(
+        self,
+        session: Session,
+        stage: str,
+        name: str,
+        step: Callable[..., Any],
+        padder: Padder,
+        is_whole: bool = True,
+        pieces: Pieces | None = None,
+    ) -> None:
         self._session = session
-        self._stage = stage
         self._name = name
-        self._padder = Padder(settings.capture_sizes or (), settings.pad_rules)
+        self._padder = padder
+        self._is_whole = is_whole and session.settings.runtime_policy.has_full_cudagraphs()
+        self._pieces = pieces
         self._ahead = CaptureAhead(session, stage, name, step)
         self._dispatcher = session.target.dispatcher
         self._refused: dict[tuple[Any, ...], Reason] = {}
@@ -76,6 +95,8 @@ class PaddedSteps:
         Raises:
             ValueError: A setting does not fit the batch.
         """
+        if not self._is_whole and self._pieces is None:
+            return None
         leaves = flatten(batch)[0]
         padding = self._padder.pad(leaves, self._padder.rules_of(batch, leaves))
         if padding is None:
@@ -83,6 +104,38 @@ class PaddedSteps:
         padded = rebuild(batch, iter(padding.pad(leaves)))
         fields = self._describe(padded, state.descriptor)[0]
         return None if fields in self._refused else padding
+
+    def begin(self, state: KeyState, batch: Any) -> None:
+        """Let a new key run in pieces at once, if another step has shown which these are.
+
+        Args:
+            state: The key.
+            batch: A batch with this key.
+        """
+        if self._is_whole or self._pieces is None or not self._pieces.are_known():
+            return
+        padding = self.padding_of(state, batch)
+        if padding is not None:
+            modes, reason = self._dispatcher.judge(IN_PIECES, None)
+            variant = Variant(Unguarded(), modes, reason, padding=padding)
+            self._dispatcher.add_variant(state, variant)
+
+    def watched(self, plan: Plan, watched: WatchedStep, padding: PaddedLeaves | None) -> None:
+        """Report a watched step.
+
+        Args:
+            plan: The decision to watch.
+            watched: The watched step.
+            padding: How its batch is padded.
+        """
+        session = self._session
+        is_whole = self._is_whole and session.full_reason(plan.state, watched) is None
+        if padding is None or is_whole:
+            session.watched(plan, watched, padding)
+        elif self._pieces is not None and self._pieces.add(watched):
+            session.watched(plan, watched, padding, IN_PIECES)
+        else:
+            session.watched(plan, watched)
 
     def run(self, plan: Plan, call: GraphCall) -> Outcome:
         """Compare the step from the graph of the padded batch with eager.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -36,6 +36,20 @@ from cg_lightning.runtime.target import GraphTarget
 from cg_lightning.runtime.targets import match_targets
 from cg_lightning.runtime.verifier import Replayed, Verdict, Verifier
 
+
+class Piece(Protocol):
+    """A submodule that is padded in steps that are not."""
+
+    def install(self) -> None:
+        """Intercept it; idempotent."""
+
+    def remove(self, check: bool) -> None:
+        """Leave no trace. ``check`` is as in :meth:`Session.remove`."""
+
+    def close(self) -> None:
+        """Drop all graphs."""
+
+
 BATCH_INDEX = "batch_idx"
 """The name of the number of the batch in :attr:`Session.arguments`."""
 NO_TARGET = Reason(
@@ -58,6 +72,7 @@ class Session:
         stats: Counts.
         effects: The side effects of the steps.
         profiler: The profiler of the Trainer, if it has one.
+        sharing: The session of a larger module, whose graphs and host copies it shares.
     """
 
     def __init__(
@@ -68,6 +83,7 @@ class Session:
         stats: CUDAGraphStats,
         effects: ModuleEffects,
         profiler: Profiler | None = None,
+        sharing: Session | None = None,
     ) -> None:
         self.ranges = Ranges(backend, profiler)
         self.module = module
@@ -75,10 +91,14 @@ class Session:
         self.settings = settings
         self.stats = stats
         self.effects = effects
-        self.cache = GraphCache(settings.max_graphs, backend.synchronize)
+        self.cache: GraphCache = (
+            GraphCache(settings.max_graphs, backend.synchronize)
+            if sharing is None
+            else sharing.cache
+        )
         self.watcher = StepWatcher(module, backend, effects=effects)
         self.changing_values = ChangingValues()
-        self.host_copies = HostCopies()
+        self.host_copies: HostCopies = HostCopies() if sharing is None else sharing.host_copies
         self.written = WrittenTensors()
         """Tensors, other than buffers, that steps were seen to write to."""
         self._capturer = Capturer(backend, settings, self.cache, self.written)
@@ -88,6 +108,8 @@ class Session:
         self._verifier = Verifier(backend, tolerance, self.written, self._compilation.suspended)
         self.target = self._make_target(module, CUDAGraphMode.FULL, effects)
         self._submodules: dict[int, SubmoduleRunner] = {}
+        self.pieces: dict[tuple[str, int], Piece] = {}
+        """Submodules that are padded, by stage and ``id`` of the module."""
         self._is_installed = False
         self.arguments: dict[str, Any] = {}
         """The arguments of the current step that guards look at, by name."""
@@ -114,6 +136,14 @@ class Session:
             self._add_submodules(match_targets(self.module, tuple(targets))[0])
         for runner in self._submodules.values():
             runner.install()
+        for piece in self.pieces.values():
+            piece.install()
+
+    def add_piece(self, key: tuple[str, int], piece: Piece) -> None:
+        """Intercept a submodule that is padded, from now on."""
+        self.pieces[key] = piece
+        if self._is_installed:
+            piece.install()
 
     def remove(self, check: bool = True) -> None:
         """Leave no trace in any submodule. Graphs are kept for the next stage.
@@ -125,6 +155,8 @@ class Session:
         self._is_installed = False
         for runner in self._submodules.values():
             runner.remove()
+        for piece in self.pieces.values():
+            piece.remove(check)
         self._compilation.remove()
         self.host_copies.clear()
         self.effects.release(check)
@@ -132,6 +164,9 @@ class Session:
     def close(self) -> None:
         """Drop every graph."""
         self.remove(check=False)
+        for piece in self.pieces.values():
+            piece.close()
+        self.pieces.clear()
         self.cache.drop_all()
         self.effects.close()
         self.target.dispatcher.reset()
@@ -167,6 +202,9 @@ class Session:
         for runner in self._submodules.values():
             runner.remove()
         self._submodules.clear()
+        for piece in self.pieces.values():
+            piece.close()
+        self.pieces.clear()
         if self._is_installed:
             self.install()
 
@@ -181,7 +219,11 @@ class Session:
                 self.cache.drop(entry)
 
     def watched(
-        self, plan: Plan, watched: WatchedStep, padding: PaddedLeaves | None = None
+        self,
+        plan: Plan,
+        watched: WatchedStep,
+        padding: PaddedLeaves | None = None,
+        in_pieces: Reason | None = None,
     ) -> None:
         """Report a watched step to the dispatcher, and find the submodules to capture.
 
@@ -189,8 +231,9 @@ class Session:
             plan: The decision to watch.
             watched: The watched step.
             padding: How its batch is padded, if it is to run from the graph of a padded batch.
+            in_pieces: Why only its submodules are padded; None if it is padded whole, or not.
         """
-        full = self.full_reason(plan.state, watched)
+        full = self.full_reason(plan.state, watched) or in_pieces
         piecewise = None
         if self.settings.targets is None and not watched.largest_capturable():
             piecewise = NO_TARGET
@@ -205,13 +248,13 @@ class Session:
             watched.did_one_time_work,
             watched,
             path=watched.path if is_full else None,
-            padding=padding if is_full else None,
+            padding=padding,
         )
         if variant.path is not None and watched.path is not None:
             watched.path.use(self.host_copies)
         self._drop(dispatcher.watched(plan.state, variant, plan.variant))
         self.written.update(watched.written)
-        if not is_full:
+        if not is_full and in_pieces is None:
             self.find_submodules(plan.state.descriptor, variant, plan.state.warmup_runs)
 
     def _guards(self, watched: WatchedStep, of_trainer_only: bool = False) -> GuardSet:

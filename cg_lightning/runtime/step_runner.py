@@ -32,7 +32,7 @@ from cg_lightning.report.timeline import Ran
 from cg_lightning.runtime.ahead import CaptureAhead
 from cg_lightning.runtime.dispatcher import Action, KeyState, Plan, Variant
 from cg_lightning.runtime.outcome import Outcome
-from cg_lightning.runtime.padded_steps import PaddedSteps, pads
+from cg_lightning.runtime.padded_steps import PaddedSteps
 from cg_lightning.runtime.session import BATCH_INDEX, Session
 from cg_lightning.runtime.target import reason_of
 
@@ -84,9 +84,17 @@ class StepRunner:
         stage: ``validate``, ``test`` or ``predict``.
         name: The name of the step in the statistics.
         step: The step method.
+        padded: Pads batches. None: they run in their own shape.
     """
 
-    def __init__(self, session: Session, stage: str, name: str, step: Step) -> None:
+    def __init__(
+        self,
+        session: Session,
+        stage: str,
+        name: str,
+        step: Step,
+        padded: PaddedSteps | None = None,
+    ) -> None:
         self._session = session
         self._stage = stage
         self._name = name
@@ -94,9 +102,7 @@ class StepRunner:
         self._batch_name = first_parameter(step)
         self._dispatcher = session.target.dispatcher
         self._times = session.stats.timeline.rows
-        self._padded = (
-            PaddedSteps(session, stage, name, self._invoke) if pads(session, stage) else None
-        )
+        self._padded = padded
         self._compares_index = False
         """Whether a watched step has compared ``batch_idx``, so that guards look at it."""
 
@@ -175,7 +181,10 @@ class StepRunner:
         general = self._session.changing_values.without_changing_values(
             descriptor, batch, state is not None
         )
-        return self._dispatcher.state(general.fields, general)
+        state = self._dispatcher.state(general.fields, general)
+        if self._padded is not None:
+            self._padded.begin(state, batch)
+        return state
 
     def _run(
         self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]
@@ -224,7 +233,10 @@ class StepRunner:
             self._compares_index = True
             self._session.arguments[BATCH_INDEX] = args[1]
         session = self._session
-        session.watched(plan, watched, padding)
+        if padded is None:
+            session.watched(plan, watched)
+        else:
+            padded.watched(plan, watched, padding)
         if (
             session.examples is not None
             and session.full_reason(plan.state, watched) is None
@@ -239,6 +251,8 @@ class StepRunner:
     def _run_piecewise(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
         assert plan.variant is not None
         progress = StepInProgress()
+        if plan.variant.padding is not None:
+            progress.batch = args[0]
         context = ForwardContext(PIECEWISE, plan.state.descriptor, progress)
         start = perf_counter()
         with override_forward_context(context):
