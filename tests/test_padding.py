@@ -99,6 +99,7 @@ SIZES = (4, 4, 4, 4, 3, 2, 3, 2, 3, 2, 4, 1, 1, 1, 3)
 @pytest.mark.parametrize("verify_replays", [0, 2])
 @pytest.mark.parametrize("mode", ["FULL", "FULL_AND_PIECEWISE"])
 def test_partial_batches_run_from_the_graph_of_the_full_one(harness, mode, verify_replays):
+    """Hazard 11."""
     callback = run(
         harness,
         Step(plain),
@@ -171,12 +172,24 @@ def _read_host(self, x):
         pytest.param(lambda self, x: self.net(x)[-1], id="last row"),
         pytest.param(lambda self, x: torch.rand_like(self.net(x)), id="random"),
         pytest.param(lambda self, x: self.net(x).flatten(), id="flattened"),
+        pytest.param(
+            lambda self, x: self.net(x) * (x.std(0, correction=0).amax() < 9), id="rare threshold"
+        ),
+        pytest.param(lambda self, x: self.net(x) * (x.amax() < 2), id="threshold"),
+        pytest.param(lambda self, x: self.net(x)[x.sum(1).argsort()], id="sorted"),
+        pytest.param(lambda self, x: self.net(x) + (x > 1).sum(), id="count"),
+        pytest.param(lambda self, x: self.net(x).cumsum(0).flip(0), id="flipped sums"),
+        pytest.param(lambda self, x: self.net(x)[torch.arange(len(x) - 1, -1, -1)], id="reversed"),
+        pytest.param(lambda self, x: nn.functional.normalize(x, dim=0), id="normalized"),
+        pytest.param(lambda self, x: x[x[:, 0] > 0], id="selected rows"),
+        pytest.param(lambda self, x: {f"row {i}": y for i, y in enumerate(x)}, id="keys"),
         pytest.param(_accumulate, id="counter"),
         pytest.param(_write_buffer, id="buffer"),
         pytest.param(_branch_on_rows, id="branch on rows"),
     ],
 )
 def test_what_looks_at_the_whole_batch_gives_the_numbers_of_eager(harness, function):
+    """Hazard 11."""
     run(harness, Step(function), batches(*SIZES), capture_sizes=[4])
     run(harness, Step(function), batches(*SIZES[4:]), capture_sizes=[4], verify_replays=0)
 
@@ -191,6 +204,7 @@ def test_what_looks_at_the_whole_batch_gives_the_numbers_of_eager(harness, funct
     ],
 )
 def test_dependent_rows_keep_their_shapes_for_this_reason(harness, function):
+    """Hazard 11."""
     callback = run(harness, Step(function), batches(*SIZES * 2), capture_sizes=[4])
     assert causes(callback) == {Cause.ROWS_NOT_INDEPENDENT}
     assert padded_steps(callback) == 0
@@ -341,6 +355,42 @@ def test_dependent_positions_keep_their_shapes_for_this_reason(harness, function
     assert padded_steps(callback) == 0
 
 
+def test_a_threshold_that_padding_may_cross_later_is_found_at_once(harness):
+    step = Step(lambda self, x: self.net(x) * (x.std(0, correction=0).amax() < 9))
+    callback = run(harness, step, batches(*SIZES), capture_sizes=[4])
+    assert causes(callback) == {Cause.ROWS_NOT_INDEPENDENT}
+
+
+def test_leaves_are_named_by_their_place_in_nested_batches(harness):
+    data = [(text["input_ids"], [{"mask": text["attention_mask"]}]) for text in texts(*LENGTHS)]
+    rule = {1: {"sizes": "pow2"}}
+
+    def step(self, batch):
+        return _masked_attention(
+            self, {"input_ids": batch[0], "attention_mask": batch[1][0]["mask"]}
+        )
+
+    callback = run(harness, Step(step), data, pad_dims={"0": rule, "1.0.mask": rule})
+    assert padded_steps(callback) >= 7, callback.summary()
+
+
+def test_batches_without_a_key_and_names_that_change(harness):
+    data = [{**text, "file": object()} for text in texts(5, 7, 5, 7, 5, 7)]
+    run(harness, Step(_masked_attention), data, pad_dims=rules(), capture_sizes=[4])
+    data = [{**text, "file": f"{i}"} for i, text in enumerate(texts(*[5, 7, 8] * 8))]
+    run(harness, Step(_masked_attention), data, pad_dims=rules(), capture_sizes=[4])
+
+
+def test_strict_does_not_raise_for_a_padding_that_is_refused(harness):
+    step = Step(lambda self, x: self.net(x.softmax(0)))
+    run(harness, step, batches(*SIZES), capture_sizes=[4], strict=True, mode="FULL")
+
+
+def test_every_nth_replay_is_compared(harness):
+    run(harness, Step(plain), batches(*SIZES), capture_sizes=[4], verify_every=1, verify_replays=0)
+    run(harness, Step(plain), batches(*SIZES), capture_sizes=[4], verify_every=2)
+
+
 def test_rows_and_positions_together(harness):
     data = [*texts(5, 7, 8, 5, 7, 7), *texts(5, 7, 5, 7, 6, 6, 6, rows=3)]
     callback = run(
@@ -447,6 +497,7 @@ def test_a_step_with_a_loss_is_padded_in_pieces(harness, mode):
 
 
 def test_partial_batches_of_a_step_with_a_loss(harness):
+    """Hazard 11."""
     data = [*texts(*[8] * 6), *texts(8, 8, 8, rows=3), *texts(8, 8, 8, rows=2)]
     callback = compare_validation(harness, Validated(), data, epochs=2, capture_sizes=[4])
     assert {record.target for record in callback.stats.padding} == {"encoder", "net"}
@@ -551,6 +602,16 @@ def test_a_submodule_that_is_replaced(harness):
                 pl_module.encoder.layer.linear1.weight.data = torch.ones(16, 8)
 
     compare_validation(harness, Validated(), texts(*LENGTHS), Replace, pad_dims=rules())
+
+
+def test_a_hook_that_is_added_to_a_padded_piece_runs(harness):
+    class Add(KeepOutputs):
+        def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, *_):
+            if batch_idx == 8:
+                hook = lambda module, args, output: output * 2
+                pl_module.encoder.register_forward_hook(hook)
+
+    compare_validation(harness, Validated(), texts(*LENGTHS), Add, epochs=2, pad_dims=rules())
 
 
 def test_an_exception_in_a_padded_piece_leaves_nothing(harness):

@@ -31,7 +31,7 @@ class PaddedEntry:
         replays: What it counts from.
     """
 
-    __slots__ = ("_graph", "_guards", "_outputs", "_padding", "_record", "record", "replays")
+    __slots__ = ("_graph", "_guards", "_outputs", "_record", "padding", "record", "replays")
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class PaddedEntry:
     ) -> None:
         self._graph = graph
         self._guards = guards
-        self._padding = padding
+        self.padding = padding
         self._outputs = outputs
         self._record = record
         self.record = graph.record
@@ -63,7 +63,7 @@ class PaddedEntry:
             step: The number of the current step.
             fill: What the padding is filled with.
         """
-        padded = self._padding.pad(leaves, fill)
+        padded = self.padding.pad(leaves, fill)
         output = self._graph.replay(padded, step)
         return self._outputs.cut(output, padded, leaves)
 
@@ -71,7 +71,7 @@ class PaddedEntry:
         """Count a replay whose result is returned to the user."""
         self.replays += 1
         self.record.replays += 1
-        self._record.ran(self._padding.elements, self._padding.padded_elements)
+        self._record.ran(self.padding.elements, self.padding.padded_elements)
 
     def took(self, seconds: float) -> None:
         """Add the host time of a step that was one replay, in seconds."""

@@ -16,6 +16,8 @@ class Fill(enum.Enum):
     GIVEN = "rows: the last row again; other dimensions: the value of the settings"
     OTHER = "other values than those of the last row and of the first position; in masks: as given"
     """For the check that nothing depends on it."""
+    NAN = "rows of floats: NaN; all else as in OTHER"
+    """It spreads to whatever is computed of it."""
 
 
 class PaddedLeaf(NamedTuple):
@@ -33,7 +35,7 @@ class PaddedLeaf(NamedTuple):
         order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
         new = torch.empty_permuted(self.padded, order, dtype=tensor.dtype, device=tensor.device)
         new[tuple([slice(size) for size in self.real])] = tensor
-        is_varied = fill is Fill.OTHER and not _is_mask(tensor)
+        is_varied = fill is not Fill.GIVEN and not _is_mask(tensor)
         other = _mirrored(tensor) if is_varied else tensor
         for dim, value in self.values.items():
             size = self.real[dim]
@@ -48,6 +50,8 @@ class PaddedLeaf(NamedTuple):
             if is_varied:
                 part = new[rows:][tuple([slice(size) for size in self._without(0)])]
                 part.copy_(other[rows - 1].expand_as(part))
+                if fill is Fill.NAN and tensor.is_floating_point():
+                    part.fill_(float("nan"))
         return new
 
     def _without(self, dim: int) -> list[int | None]:

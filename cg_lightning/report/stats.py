@@ -447,6 +447,7 @@ class CUDAGraphStats:
             "graph_bytes": self.graph_bytes,
             "overlapped_copies": self.overlapped_copies,
             "entries": [dataclasses.asdict(entry) for entry in self.entries],
+            "padding": [record.to_dict() for record in self.padding],
         }
 
     @property

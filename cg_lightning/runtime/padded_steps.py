@@ -95,7 +95,9 @@ class PaddedSteps:
         Raises:
             ValueError: A setting does not fit the batch.
         """
-        if not self._is_whole and self._pieces is None:
+        if (not self._is_whole and self._pieces is None) or (
+            state.descriptor in self._session.without_key
+        ):
             return None
         leaves = flatten(batch)[0]
         padding = self._padder.pad(leaves, self._padder.rules_of(batch, leaves))
@@ -169,15 +171,14 @@ class PaddedSteps:
                 owner.entry, owner.guards, padding, eager.cut(), record, settings.verify_replays
             )
             if owner.entry not in self._checked:
-                other = padding.pad(call.leaves, Fill.OTHER)
-                if owner.path is not None and not owner.path.holds(other):
-                    raise NotIndependentError(f"with another padding, {owner.path.explain()}")
-                self._check_other_fill(entry, call, eager.output)
+                for fill in (Fill.OTHER, Fill.NAN):
+                    self._check_fill(fill, owner, entry, call, eager.output)
+                self._checked = [each for each in self._checked if each.is_valid()]
                 self._checked.append(owner.entry)
             self._dispatcher.borrowed(plan.state, variant, entry)
             return entry
 
-        verdict = self._session.compare(self._name, plan, eager.call, get_entry)
+        verdict = self._session.compare(self._name, plan, eager.call, get_entry, padded)
         reason = self._reason(verdict, padding)
         if reason is None:
             assert isinstance(variant.entry, PaddedEntry)
@@ -238,14 +239,18 @@ class PaddedSteps:
             None,
         )
 
-    def _check_other_fill(self, entry: PaddedEntry, call: GraphCall, expected: Any) -> None:
+    def _check_fill(
+        self, fill: Fill, owner: Variant, entry: PaddedEntry, call: GraphCall, expected: Any
+    ) -> None:
         """Compare a replay with another padding with eager.
 
         Raises:
             NotIndependentError: They differ.
         """
+        if owner.path is not None and not owner.path.holds(entry.padding.pad(call.leaves, fill)):
+            raise NotIndependentError(f"with another padding, {owner.path.explain()}")
         step = self._session.cache.step
-        found = self._ahead.undone(lambda: entry.replay(call.leaves, step, Fill.OTHER), call.tree)
+        found = self._ahead.undone(lambda: entry.replay(call.leaves, step, fill), call.tree)
         difference = self._session.difference(found, expected)
         if difference:
             raise NotIndependentError(f"with another padding, {difference}")

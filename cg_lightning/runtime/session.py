@@ -328,7 +328,12 @@ class Session:
                 self._submodules[id(module)].install()
 
     def compare(
-        self, name: str, plan: Plan, call: GraphCall, get_entry: Callable[[], Replayed]
+        self,
+        name: str,
+        plan: Plan,
+        call: GraphCall,
+        get_entry: Callable[[], Replayed],
+        padded: GraphCall,
     ) -> Verdict:
         """Compare a whole step with eager.
 
@@ -337,8 +342,9 @@ class Session:
             plan: The decision.
             call: The step.
             get_entry: See :meth:`Verifier.check`.
+            padded: The step with the padded batch, whose graph is compared.
         """
-        target = self.target.capture_target(name, plan, call)
+        target = self.target.capture_target(name, plan, padded)
         return self._verifier.check(target, call, get_entry, self.cache.step)
 
     def difference(self, found: Any, expected: Any) -> str:
