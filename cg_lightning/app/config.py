@@ -27,6 +27,7 @@ class Task(Enum):
     test = "test"
     predict = "predict"
     diagnose = "diagnose"
+    shapes = "shapes"
     bench = "bench"
     zoo = "zoo"
 

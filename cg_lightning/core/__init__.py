@@ -13,6 +13,7 @@ It imports torch, and nothing of this package outside ``core``.
 - ``pad_rules.py``: how sizes of padded batches are written, and what is refused.
 - ``settings.py``: checks of arguments. Each one names the argument, its value, and the choices.
 - ``reasons.py``: why a step runs in a lower mode than asked, as a record.
+- ``shape_proposal.py``: which sizes batches should be padded to, from the shapes that were seen.
 - ``stages.py``: the stages and their step methods.
 - ``tree.py``: nested batches and outputs: flatten, name and rebuild them.
 """
