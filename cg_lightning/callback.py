@@ -406,6 +406,8 @@ class CUDAGraphCallback(Callback):
             self._installation.remove()
             if self._ahead is not None and stage in self._stages_run:
                 self._ahead.warn_if_left(stage)
+            if said := self._installation.hint(stage):
+                self._report_once(rank_zero_warn, said)
         if self._settings.log_stats and stage in self._stages_run:
             run = self.stats.since(self._before_run)
             warn = functools.partial(self._report_once, rank_zero_warn)

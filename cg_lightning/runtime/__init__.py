@@ -8,6 +8,7 @@
 - ``padded_pieces.py``: submodules that are padded, in steps that are not.
 - ``padded_steps.py``: steps whose batches are padded up to a size that is captured.
 - ``profiling.py``: ranges that profilers and traces show.
+- ``seen_shapes.py``: the shapes that a stage has seen, and which settings would have caught them.
 - ``session.py``: one module in one run: builds, starts and stops the parts.
 - ``step_runner.py``: replaces one step method of a module.
 - ``submodule_runner.py``: replaces the calls of one submodule in steps that run PIECEWISE.

@@ -577,6 +577,10 @@ class CUDAGraphDispatcher:
         variant.reason = reason
         variant.modes = [mode for mode in variant.modes if mode is not self._graph_mode]
 
+    def states(self) -> list[KeyState]:
+        """Return all keys."""
+        return list(self._states.values())
+
     def entries(self) -> list[Entry]:
         """Return the graphs of all keys and forget them. The caller must drop them."""
         found: list[Entry] = []

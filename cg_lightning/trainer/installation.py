@@ -19,6 +19,7 @@ from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.timeline import Ran
 from cg_lightning.runtime.padded_pieces import PaddedPieces
 from cg_lightning.runtime.padded_steps import PaddedSteps
+from cg_lightning.runtime.seen_shapes import hint
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner
 from cg_lightning.trainer.batch_transfer import NotedTransfer, OverlappedTransfer
@@ -79,6 +80,10 @@ class Installation:
     def graphs(self, mode: str) -> list[CapturedGraph]:
         """Return the stored graphs of one mode."""
         return self.session.graphs(mode)
+
+    def hint(self, stage: str) -> str:
+        """Return what to say about the shapes of a stage; empty if nothing."""
+        return hint(self.session, stage)
 
     def remove(self, check: bool = True) -> None:
         """Restore the step; idempotent. ``check`` is as in :meth:`Session.remove`."""
@@ -165,6 +170,10 @@ class InertInstallation:
     def graphs(self, mode: str) -> list[CapturedGraph]:
         """Return an empty list, because there are no graphs."""
         return []
+
+    def hint(self, stage: str) -> str:
+        """Return nothing: no shape would run from a graph."""
+        return ""
 
     def remove(self) -> None:
         """Restore the step; idempotent."""
