@@ -652,6 +652,24 @@ def _with_bert(self, batch):
     return {"logits": logits, "loss": loss}
 
 
+def test_shapes_that_never_repeat_are_not_watched_for_good(harness):
+    data = batches(4, *[4] * 4, width=8)
+    data += [torch.randn(4, width) for width in range(100, 200)]
+
+    def step(self, x):
+        return torch.relu(x * 2)
+
+    rule = {1: {"sizes": "pow2"}}
+    wrapped = [{"x": each} for each in data]
+    callback = run(harness, Step(lambda self, b: step(self, b["x"])), wrapped, pad_dims={"x": rule})
+    watched = [r for r in callback.stats.reasons if "did not come again" in str(r.reason)]
+    assert sum(record.steps for record in watched) >= 30
+    callback = run(
+        harness, Step(lambda self, b: step(self, b["x"])), wrapped * 3, pad_dims={"x": rule}
+    )
+    assert padded_steps(callback) >= 100
+
+
 # settings
 
 

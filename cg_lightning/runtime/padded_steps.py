@@ -108,16 +108,17 @@ class PaddedSteps:
         return None if fields in self._refused else padding
 
     def begin(self, state: KeyState, batch: Any) -> None:
-        """Let a new key run in pieces at once, if another step has shown which these are.
+        """Prepare a new key. It runs in pieces at once, if another step has shown which these are.
 
         Args:
             state: The key.
             batch: A batch with this key.
         """
-        if self._is_whole or self._pieces is None or not self._pieces.are_known():
-            return
         padding = self.padding_of(state, batch)
-        if padding is not None:
+        state.is_padded = padding is not None
+        if padding is None or self._is_whole or self._pieces is None:
+            return
+        if self._pieces.are_known():
             modes, reason = self._dispatcher.judge(IN_PIECES, None)
             variant = Variant(Unguarded(), modes, reason, padding=padding)
             self._dispatcher.add_variant(state, variant)
