@@ -41,9 +41,10 @@ def show_shapes(config: DictConfig) -> JobResult:
     print("\n".join(proposal.histograms()))
     print(
         f"\n{proposal.graphs} graphs, and {proposal.waste:.1%} of all elements would be padding:\n"
-        f"CUDAGraphCallback({proposal.arguments})\n"
-        "The value 0 of the padding is a guess: set the value that the model ignores."
+        f"CUDAGraphCallback({proposal.arguments})"
     )
+    if proposal.pad_dims:
+        print("The value 0 of the padding is a guess: set the value that the model ignores.")
     return JobResult()
 
 

@@ -29,6 +29,7 @@ class Cause(enum.Enum):
     GRADIENTS = "gradients enabled"
     ROWS_NOT_INDEPENDENT = "rows not independent"
     POSITIONS_NOT_INDEPENDENT = "positions not independent"
+    BACKWARD = "backward outside the graph"
     GRAPHED_ALREADY = "compiled with CUDA graphs of its own"
 
     @property
@@ -73,6 +74,9 @@ _REMEDIES = {
     ),
     Cause.POSITIONS_NOT_INDEPENDENT: (
         "give the step a mask of the padding and pad it with the value that hides a position"
+    ),
+    Cause.BACKWARD: (
+        "return a loss that depends on parameters of the module alone; read gradients in a hook"
     ),
     Cause.GRAPHED_ALREADY: "compile with mode='default' or 'max-autotune-no-cudagraphs'",
 }

@@ -15,7 +15,7 @@ from cg_lightning.core.pad_rules import PadDims, check_pad_dims, check_sizes
 from cg_lightning.core.stages import STEP_METHODS
 
 ModeName = Literal["NONE", "PIECEWISE", "FULL", "FULL_AND_PIECEWISE"]
-StageName = Literal["validate", "test", "predict"]
+StageName = Literal["validate", "test", "predict", "train"]
 BackendName = Literal["auto", "cuda", "recorder"]
 CaptureErrorMode = Literal["global", "thread_local", "relaxed"]
 Tolerance = Literal["exact", "close"]
@@ -293,6 +293,17 @@ class Settings:
         """:attr:`options`, never None."""
         assert self.options is not None
         return self.options
+
+    def for_training(self) -> Settings:
+        """Return the options for closures of training: whole, as written, with copied gradients."""
+        return dataclasses.replace(
+            self,
+            mode=CUDAGraphMode.FULL,
+            targets=None,
+            compile=False,
+            copy_outputs=True,
+            capture_ahead=False,
+        )
 
     def next_verification(self, replays: int) -> int:
         """Return the number of replays after which the next one is compared with eager.

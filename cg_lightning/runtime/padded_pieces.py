@@ -91,7 +91,7 @@ class PaddedPiece(ModuleHandler):
         )
         padder = PadderOfCalls(settings.capture_sizes or (), settings.pad_rules)
         padded = PaddedSteps(self._session, stage, path, self._run_module, padder)
-        self._runner = StepRunner(self._session, stage, path, self._run_module, padded)
+        self._runner = StepRunner(self._session, stage, path, self._run_module, padded=padded)
         self._interception: Interception | None = None
 
     def install(self) -> None:

@@ -41,8 +41,9 @@ def hint(session: Session, stage: str) -> str:
         *proposal.histograms(),
         f"With {proposal.graphs} graphs and {proposal.waste:.0%} padding, these would run from "
         f"graphs: CUDAGraphCallback({proposal.arguments}).",
-        "The value 0 is a guess. See docs/shapes.md for what is padded and how it is checked.",
     ]
+    if proposal.pad_dims:
+        lines.append("The value 0 of the padding is a guess: set the value that the model ignores.")
     return "\n".join(lines)
 
 

@@ -73,6 +73,7 @@ class Session:
         effects: The side effects of the steps.
         profiler: The profiler of the Trainer, if it has one.
         sharing: The session of a larger module, whose graphs and host copies it shares.
+        has_backward: Whether the steps compute their gradients themselves.
     """
 
     def __init__(
@@ -83,6 +84,8 @@ class Session:
         stats: CUDAGraphStats,
         effects: ModuleEffects,
         profiler: Profiler | None = None,
+        *,
+        has_backward: bool = False,
         sharing: Session | None = None,
     ) -> None:
         self.ranges = Ranges(backend, profiler)
@@ -96,7 +99,7 @@ class Session:
             if sharing is None
             else sharing.cache
         )
-        self.watcher = StepWatcher(module, backend, effects=effects)
+        self.watcher = StepWatcher(module, backend, effects=effects, has_backward=has_backward)
         self.changing_values = ChangingValues()
         self.host_copies: HostCopies = HostCopies() if sharing is None else sharing.host_copies
         self.written = WrittenTensors()

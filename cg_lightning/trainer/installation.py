@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -46,8 +46,7 @@ class Installation:
         strategy: The strategy of the Trainer.
         module: The LightningModule.
         session: The runtime state of the module.
-        transfer: Copies batches during a stage, if Lightning does not.
-        noted: Notes what the host has of each batch. None: hooks may write to it on the device.
+        transfers: Copy and note batches during a stage, in this order.
     """
 
     def __init__(
@@ -55,13 +54,12 @@ class Installation:
         strategy: Strategy,
         module: LightningModule,
         session: Session,
-        transfer: OverlappedTransfer | None = None,
-        noted: NotedTransfer | None = None,
+        transfers: Sequence[OverlappedTransfer | NotedTransfer] = (),
     ) -> None:
         self.module = module
         self.session = session
         self._strategy = strategy
-        self._transfers = [each for each in (transfer, noted) if each is not None]
+        self._transfers = transfers
         self._runners: dict[str, StepRunner] = {}
         self._definitions: dict[str, Any] = {}
         self._stage: str | None = None
@@ -113,7 +111,7 @@ class Installation:
             self._definitions.clear()
         step = _step(self.module, name)
         padded = self._padded_steps(stage, name, step)
-        self._runners[stage] = StepRunner(self.session, stage, name, step, padded)
+        self._runners[stage] = StepRunner(self.session, stage, name, step, padded=padded)
         self._definitions[stage] = definition
 
     def _padded_steps(self, stage: str, name: str, step: Callable[..., Any]) -> PaddedSteps | None:
@@ -154,6 +152,7 @@ class InertInstallation:
     def __init__(self, strategy: Strategy, stats: CUDAGraphStats, why: str) -> None:
         self._strategy = strategy
         self._stats = stats
+        self.why = why
         self._reason = Reason(Status.INERT, why)
         self._stage: str | None = None
 
