@@ -52,6 +52,7 @@ class Step(LightningModule):
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.scale, self.total = 1.0, 0
         self.register_buffer("seen", torch.zeros(()))
+        self.kept = torch.zeros(())
         self.function = function
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
@@ -145,6 +146,16 @@ def _write_buffer(self, x):
     return self.net(x)
 
 
+def _write_tensor(self, x):
+    self.kept.add_(x.amax())
+    return self.net(x)
+
+
+def _one_hot_max(self, x):
+    hot = x["hot"]
+    return self.net(x["x"]) + hot.amax(0)[:3]
+
+
 def _branch_on_rows(self, x):
     return self.net(x) if len(x) > 2 else self.net(x) * 2
 
@@ -185,6 +196,7 @@ def _read_host(self, x):
         pytest.param(lambda self, x: {f"row {i}": y for i, y in enumerate(x)}, id="keys"),
         pytest.param(_accumulate, id="counter"),
         pytest.param(_write_buffer, id="buffer"),
+        pytest.param(_write_tensor, id="tensor"),
         pytest.param(_branch_on_rows, id="branch on rows"),
     ],
 )
@@ -353,6 +365,37 @@ def test_dependent_positions_keep_their_shapes_for_this_reason(harness, function
     callback = run(harness, Step(function), texts(*LENGTHS), pad_dims=rules())
     assert causes(callback) == {Cause.POSITIONS_NOT_INDEPENDENT}
     assert padded_steps(callback) == 0
+
+
+def test_maxima_of_masks_over_rows(harness):
+    generator = torch.Generator().manual_seed(9)
+    data = [
+        {"x": x, "hot": (torch.rand(x.shape, generator=generator) < 0.3).float()}
+        for x in batches(*SIZES * 2)
+    ]
+    run(harness, Step(_one_hot_max), data, capture_sizes=[4])
+    data = [{"x": each["x"], "hot": each["hot"].bool()} for each in data]
+    step = Step(lambda self, b: self.net(b["x"]) + b["hot"].any(0)[:3])
+    run(harness, step, data, capture_sizes=[4])
+
+
+def test_positions_are_checked_although_rows_were(harness):
+    """The graph is checked with padded rows first, and runs padded positions later."""
+    data = [*texts(*[8] * 5), *texts(*[8] * 4, rows=3), *texts(*[5, 6, 7] * 5)]
+    callback = run(harness, Step(_max), data, pad_dims=rules(), capture_sizes=[4])
+    assert Cause.POSITIONS_NOT_INDEPENDENT in causes(callback)
+
+
+def test_a_refused_padding_leaves_the_own_graph_of_a_shape(harness):
+    """The step reads on the host, so its own graph needs the reads of its own shape."""
+
+    def step(self, x):
+        y = self.net(x) * (2 if bool((x > -1e9).all()) else 1)
+        return y.softmax(0)
+
+    callback = run(harness, Step(step), batches(*SIZES * 2), capture_sizes=[4])
+    assert padded_steps(callback) == 0
+    assert callback.stats.steps["FULL"] >= 10, callback.summary()
 
 
 def test_a_threshold_that_padding_may_cross_later_is_found_at_once(harness):

@@ -14,7 +14,7 @@ class Fill(enum.Enum):
     """What padding is filled with."""
 
     GIVEN = "rows: the last row again; other dimensions: the value of the settings"
-    OTHER = "other values than those of the last row and of the first position; in masks: as given"
+    OTHER = "mirrored values of the last row and of the first position; no other positions of masks"
     """For the check that nothing depends on it."""
     NAN = "rows of floats: NaN; all else as in OTHER"
     """It spreads to whatever is computed of it."""
@@ -35,8 +35,8 @@ class PaddedLeaf(NamedTuple):
         order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
         new = torch.empty_permuted(self.padded, order, dtype=tensor.dtype, device=tensor.device)
         new[tuple([slice(size) for size in self.real])] = tensor
+        other = tensor if fill is Fill.GIVEN else _mirrored(tensor)
         is_varied = fill is not Fill.GIVEN and not _is_mask(tensor)
-        other = _mirrored(tensor) if is_varied else tensor
         for dim, value in self.values.items():
             size = self.real[dim]
             padding = new.narrow(dim, size, self.padded[dim] - size)
@@ -47,7 +47,7 @@ class PaddedLeaf(NamedTuple):
         rows = self.real[0]
         if rows < self.padded[0]:
             new[rows:] = new[rows - 1]
-            if is_varied:
+            if fill is not Fill.GIVEN:
                 part = new[rows:][tuple([slice(size) for size in self._without(0)])]
                 part.copy_(other[rows - 1].expand_as(part))
                 if fill is Fill.NAN and tensor.is_floating_point():
@@ -67,6 +67,8 @@ def _mirrored(tensor: Tensor) -> Tensor:
     """Return values that the tensor may have, in other places. Those of floats lie outside it."""
     if tensor.is_complex():
         return -2 * tensor
+    if tensor.dtype is torch.bool:
+        return tensor ^ (tensor.any() & ~tensor.all())
     mirrored = tensor.amin() + (tensor.amax() - tensor)
     return 4 * mirrored + 1 if tensor.is_floating_point() else mirrored
 

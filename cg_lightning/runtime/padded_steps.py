@@ -52,8 +52,8 @@ class PaddedSteps:
 
     The shape of a batch keeps its own key: its step is watched, so its guards and host values are
     known. Instead of a graph of its own, the key uses that of the padded batch, which is captured
-    ahead, with all state put back. It is compared with eager on the real batch: once for each
-    shape, and once more for each graph, with another padding.
+    ahead, with all state put back. For each shape, the graph is compared with eager on a real
+    batch, with several paddings.
 
     Args:
         session: The runtime state of the module.
@@ -83,7 +83,6 @@ class PaddedSteps:
         self._ahead = CaptureAhead(session, stage, name, step)
         self._dispatcher = session.target.dispatcher
         self._refused: dict[tuple[Any, ...], Reason] = {}
-        self._checked: list[GraphEntry] = []
 
     def padding_of(self, state: KeyState, batch: Any) -> PaddedLeaves | None:
         """Return how the batches of a key are padded; None if they run in their own shape.
@@ -155,6 +154,8 @@ class PaddedSteps:
         padding = variant.padding
         padded = self._padded_call(call, padding)
         eager = _EagerRun(call, self._session)
+        real = variant.path.real if isinstance(variant.path, PaddedPath) else variant.path
+        assert real is None or isinstance(real, ReadPath)
 
         def get_entry() -> PaddedEntry:
             if padded.descriptor.fields in self._refused:
@@ -162,20 +163,16 @@ class PaddedSteps:
             eager.check()
             owner = self._owner(padded)
             assert isinstance(owner.entry, GraphEntry)
-            if isinstance(owner.path, ReadPath):
-                real = variant.path.real if isinstance(variant.path, PaddedPath) else variant.path
-                assert real is None or isinstance(real, ReadPath)
-                variant.path = PaddedPath(real, owner.path, padding)
             record = self._session.stats.padded(self._name, padded.descriptor)
             settings = self._session.settings
             entry = PaddedEntry(
                 owner.entry, owner.guards, padding, eager.cut(), record, settings.verify_replays
             )
-            if owner.entry not in self._checked:
-                for fill in (Fill.OTHER, Fill.NAN):
-                    self._check_fill(fill, owner, entry, call, eager.output)
-                self._checked = [each for each in self._checked if each.is_valid()]
-                self._checked.append(owner.entry)
+            self._check_fill(Fill.OTHER, owner, entry, call, eager.output)
+            if padding.has_rows:
+                self._check_fill(Fill.NAN, owner, entry, call, eager.output)
+            if isinstance(owner.path, ReadPath):
+                variant.path = PaddedPath(real, owner.path, padding)
             self._dispatcher.borrowed(plan.state, variant, entry)
             return entry
 
@@ -185,6 +182,7 @@ class PaddedSteps:
             assert isinstance(variant.entry, PaddedEntry)
             variant.entry.count()
             return Outcome(verdict.output, CUDAGraphMode.FULL)
+        variant.path = real
         self._dispatcher.ran_eagerly(plan.state)
         if reason.kind not in (Status.UNPROFITABLE, Status.WARM_UP):
             self._refused[padded.descriptor.fields] = reason
@@ -295,7 +293,8 @@ class _EagerRun:
         self.output: Any = None
         self._function = call.function
         self._backend = session.backend
-        self._before = [(buffer, buffer.clone()) for buffer in session.module.buffers()]
+        written = [*session.module.buffers(), *session.written.now()]
+        self._before = [(tensor, tensor.clone()) for tensor in written]
         self._random_state = session.backend.get_random_state()
         self._has_run = False
         self._effect = ""
@@ -306,7 +305,7 @@ class _EagerRun:
             self._has_run = True
             self.output = output
             if not all(same_leaf(now, before) for now, before in self._before):
-                self._effect = "the step writes to a buffer"
+                self._effect = "the step writes to a tensor that it keeps"
             elif not torch.equal(self._random_state, self._backend.get_random_state()):
                 self._effect = "the step draws random numbers, more of them for a padded batch"
             self._before = []
