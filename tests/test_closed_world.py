@@ -839,26 +839,26 @@ def test_code_that_asks_whether_it_is_captured(
 ) -> None:
     """Hazard 40: it hears in a capture what it hears in eager."""
     if harness.backend == "recorder":  # no stream captures: the truth is that of the recorder
-        from cg_lightning.backends import capture_scope, recorder
+        from cg_lightning.backends import recorder
 
         truth = lambda: getattr(recorder._recording, "recorder", None) is not None
-        monkeypatch.setattr(capture_scope, "is_stream_capturing", truth)
-        for module in (torch.cuda, torch.cuda.graphs, sys.modules[__name__]):
-            name = (
-                "imported_before" if module.__name__ == __name__ else "is_current_stream_capturing"
-            )
-            monkeypatch.setattr(module, name, truth)
+        monkeypatch.setattr(torch.cuda.graphs, "_cuda_isCurrentStreamCapturing", truth)
     callback = compare(harness, lambda: Predictor(Asks()), **settings)
     assert callback.stats.replays == 7, callback.summary()
 
 
-def test_pytorch_hears_the_truth(monkeypatch) -> None:
+@pytest.mark.parametrize("has_private_name", [True, False])
+def test_pytorch_hears_the_truth(monkeypatch, has_private_name: bool) -> None:
     from cg_lightning.backends import capture_scope
 
-    monkeypatch.setattr(capture_scope, "is_stream_capturing", lambda: True)
-    monkeypatch.setattr(
-        torch.cuda, "is_current_stream_capturing", capture_scope.is_stream_capturing
-    )
+    if has_private_name:
+        monkeypatch.setattr(torch.cuda.graphs, capture_scope._ASKED, lambda: True)
+    else:
+        monkeypatch.delattr(torch.cuda.graphs, capture_scope._ASKED)
+        truth = lambda: True
+        for module in (torch.cuda, capture_scope):
+            monkeypatch.setattr(module, "is_current_stream_capturing", truth)
+    before = torch.cuda.is_current_stream_capturing
     with capture_scope.capture_looks_eager():
         ask = torch.cuda.is_current_stream_capturing
         heard = {
@@ -876,7 +876,8 @@ def test_pytorch_hears_the_truth(monkeypatch) -> None:
         "transformers.utils": False,
         "mine": False,
     }
-    assert torch.cuda.is_current_stream_capturing is capture_scope.is_stream_capturing
+    assert torch.cuda.is_current_stream_capturing is before
+    assert before()
 
 
 # without verification
