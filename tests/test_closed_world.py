@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import contextvars
+import cProfile
 import dataclasses
 import enum
 import functools
@@ -18,7 +20,8 @@ import re
 import sqlite3
 import sys
 import threading
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -185,6 +188,48 @@ def test_opaque_objects(harness: Harness, name: str, settings: Any) -> None:
     if "mode" not in settings:
         assert "opaque object used" in reasons(callback)
         assert words in reasons(callback)
+
+
+@contextlib.contextmanager
+def profiled_by_a_function() -> Iterator[None]:
+    profile = lambda frame, event, argument: None
+    sys.setprofile(profile)
+    try:
+        yield
+        assert sys.getprofile() is profile
+    finally:
+        sys.setprofile(None)
+
+
+PROFILERS = {
+    "cProfile": cProfile.Profile,
+    "a function": profiled_by_a_function,
+    "torch.profiler": lambda: torch.profiler.profile(with_stack=True),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("profiler", PROFILERS)
+def test_what_is_seen_under_a_profiler(harness: Harness, profiler: str, settings: Any) -> None:
+    """Hazard 37: a thread has one profiler, and what a function holds is seen by ours."""
+    make, use, words = OPAQUE["closed over"]
+    with PROFILERS[profiler]():
+        callback = compare(harness, lambda: Uses(make(), lambda _, held: use(held)), **settings)
+    assert callback.stats.steps["FULL"] == 0
+    if "mode" not in settings:
+        hidden = "cannot be paused (TraceContext)" if profiler == "torch.profiler" else words
+        assert hidden in reasons(callback)
+
+
+def test_a_python_profiler_goes_on_after_a_watched_step(harness: Harness) -> None:
+    with cProfile.Profile() as profile:
+        compare(harness, lambda: Predictor(Body()))
+    calls = {
+        entry.code.co_name: entry.callcount
+        for entry in profile.getstats()
+        if isinstance(entry.code, types.CodeType)
+    }
+    assert calls["predict_step"] >= 8
 
 
 NUMBERS: Any = None
