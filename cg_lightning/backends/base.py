@@ -82,6 +82,9 @@ class GraphBackend(Protocol):
     def batch_copies(self) -> BatchCopies | None:
         """Return what copies batches beside the computation. None: the device has no streams."""
 
+    def capture_stream(self) -> AbstractContextManager[None]:
+        """Run eager work inside where captures run, ordered with what runs before and after."""
+
     def range(self, name: str) -> AbstractContextManager[None]:
         """Mark what runs inside, for traces of the device."""
 

@@ -154,6 +154,9 @@ class CUDABackend:
     def ignoring_host_syncs(self) -> Iterator[None]:
         """See :class:`~cg_lightning.backends.base.GraphBackend`."""
         mode = torch.cuda.get_sync_debug_mode()
+        if not mode:  # the first change of the mode gives a warning, which somebody may see
+            yield
+            return
         torch.cuda.set_sync_debug_mode("default")
         try:
             yield
@@ -171,6 +174,25 @@ class CUDABackend:
     def batch_copies(self) -> CUDABatchCopies:
         """Return copies on a stream of their own."""
         return CUDABatchCopies(self.device)
+
+    @contextlib.contextmanager
+    def capture_stream(self) -> Iterator[None]:
+        """Run on the stream of captures what a later capture may meet again.
+
+        A parameter has one node that takes its gradient. It belongs to the stream of the forward
+        that made it, and lives as long as a tensor of that forward. A capture whose backward meets
+        a node of another stream fails.
+        """
+        caller = torch.cuda.current_stream(self.device)
+        if caller == self._stream:
+            yield
+            return
+        self._stream.wait_stream(caller)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            caller.wait_stream(self._stream)
 
     @contextlib.contextmanager
     def range(self, name: str) -> Iterator[None]:
