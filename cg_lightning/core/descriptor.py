@@ -144,6 +144,29 @@ def is_tensor_key(leaf: Hashable) -> TypeGuard[tuple[Any, ...]]:
     return isinstance(leaf, tuple) and leaf[0] is Tensor
 
 
+_PASSED_ON = "passed on"
+
+
+def passed_on(leaf: Hashable) -> Hashable:
+    """Return what stands in a key for a plain value that the step only passes on.
+
+    Args:
+        leaf: The item of :attr:`BatchDescriptor.leaves` that describes the value.
+    """
+    assert isinstance(leaf, tuple)
+    return (_PASSED_ON, leaf[0])
+
+
+def is_passed_on(leaf: Hashable) -> bool:
+    """Return True for what :func:`passed_on` makes."""
+    return isinstance(leaf, tuple) and leaf[0] is _PASSED_ON
+
+
+def is_text(leaf: Hashable) -> bool:
+    """Return True if an item of :attr:`BatchDescriptor.leaves` describes a str or bytes."""
+    return isinstance(leaf, tuple) and leaf[0] in (str, bytes)
+
+
 def is_plain_value(leaf: Any) -> bool:
     """Return True if ``leaf`` is not a tensor and can be part of a key."""
     return type(leaf) in _VALUE_KEYS or isinstance(leaf, enum.Enum)

@@ -25,6 +25,7 @@ class Status(enum.Enum):
     EVICTED = "evicted"
     CHANGED = "changed since the capture"
     UNPROFITABLE = "captures do not pay"
+    VALUE_READ = "value of the batch read"
 
     @property
     def remedy(self) -> str:
@@ -41,6 +42,7 @@ _REMEDIES = {
     Status.VERIFICATION: "keep the value that differs in an attribute or in the batch",
     Status.EVICTED: "raise max_graphs, or use fewer shapes",
     Status.CHANGED: "change it between epochs, not between batches",
+    Status.VALUE_READ: "make what varies a tensor, or leave it out of the batch",
     Status.UNPROFITABLE: "make what varies a tensor, or leave it out of the batch",
 }
 

@@ -114,6 +114,7 @@ class StepWatch:
         self._spared: tuple[Cause, ...] = ()
         self._is_in_framework = False
         self._did_one_time_work = False
+        self._unseen_use = ""
         self._written = WrittenTensors()
         self._changes: list[ChangedAttribute] = []
         self._detectors: Sequence[Detector] = ()
@@ -183,6 +184,10 @@ class StepWatch:
     def note_one_time_work(self) -> None:
         """Notes that something ran that runs once, so that the next step may show less."""
         self._did_one_time_work = True
+
+    def note_unseen_use(self, location: str) -> None:
+        """Notes code that may use a value of the batch in a way that a capture does not see."""
+        self._unseen_use = self._unseen_use or location
 
     def note_written(self, written: WrittenTensors) -> None:
         """Notes tensors that the step changed in place."""
@@ -371,6 +376,7 @@ class StepWatch:
             changes=self._changes,
             path=self.read_path,
             late=late,
+            unseen_use=self._unseen_use,
         )
 
 

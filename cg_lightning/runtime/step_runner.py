@@ -42,7 +42,7 @@ _GRADIENTS = Reason(Status.GRADIENTS, "gradients are enabled")
 _NO_WARM_TARGET = Reason(
     Status.NO_TARGET, "no target was called with a warm key; calls from compiled code do not count"
 )
-_MAY_BE_STRICT_ABOUT = {Status.WARM_UP, Status.CHANGED}
+_MAY_BE_STRICT_ABOUT = {Status.WARM_UP, Status.CHANGED, Status.VALUE_READ}
 """``strict`` does not raise for these reasons, because such steps prepare a capture."""
 
 
@@ -129,9 +129,9 @@ class StepRunner:
             assert plan.variant is not None and isinstance(plan.variant.entry, GraphEntry)  # noqa: PT018
             if session.ranges.is_on:
                 with session.ranges.range("replay"):
-                    output = plan.variant.entry.replay(leaves, session.cache.step)
+                    output = plan.variant.entry.replay(leaves, session.cache.step, args[0])
             else:
-                output = plan.variant.entry.replay(leaves, session.cache.step)
+                output = plan.variant.entry.replay(leaves, session.cache.step, args[0])
             plan.variant.entry.count()
             seconds = perf_counter() - start
             plan.variant.entry.took(seconds)
@@ -162,9 +162,11 @@ class StepRunner:
                 self._session.changing_values.note_repeat(state.descriptor)
             return state
         descriptor = BatchDescriptor(*fields) if state is None else state.descriptor
-        general = self._session.changing_values.without_changing_values(
-            descriptor, batch, state is not None
-        )
+        values = self._session.changing_values
+        general = values.without_changing_values(descriptor, batch, state is not None)
+        if general is not descriptor:
+            for key in values.take_keys_before(general):
+                self._dispatcher.forget(key)
         return self._dispatcher.state(general.fields, general)
 
     def _run(
@@ -177,6 +179,8 @@ class StepRunner:
             with self._session.ranges.range(plan.action.name.lower()):
                 outcome = self._session.target.run(self._name, plan, call)
             assert variant is not None
+            if variant.reason is not None and variant.reason.kind is Status.VALUE_READ:
+                self._session.changing_values.note_read(descriptor)
             if variant.mode is not FULL:
                 self._session.find_submodules(descriptor, variant, plan.state.warmup_runs)
             if outcome is None and variant.mode is PIECEWISE:

@@ -149,7 +149,7 @@ class Verifier:
         except (CaptureError, UnkeyableBatchError) as error:
             after_eager.restore()
             return Verdict(expected, error=error)
-        output = entry.replay(call.leaves, step)
+        output = entry.replay(call.leaves, step, call.tree)
         wanted = _leaves(expected, expected_values)
         found = _leaves(output, _values(before, comparison))
         if len(wanted) != len(found):

@@ -31,8 +31,7 @@ class Mutations(Detector):
     """Reports inputs that are changed in place, and notes all other tensors that are.
 
     The containers of the batch, and of the arguments of each call, are compared before and after: a
-    replay adds, replaces and removes no entries. One that returns such a container would return a
-    copy.
+    replay adds, replaces and removes no entries.
 
     Compiled code and kernels of the user's own show no operation, so tensors are compared with
     copies there. States of metrics do not count: they have effects of their own.
@@ -88,12 +87,12 @@ class Mutations(Detector):
                 words = f"{name}, an attribute of its output"
                 self.watch.report(Cause.STATE_REBOUND, words, calls=[call])
         containers = self._containers.get(id(call))
-        if containers is None or isinstance(output, Tensor):
+        if containers is None or isinstance(output, Tensor) or call is self.watch.step:
             return
         with self.watch.paused():
             is_returned = containers.holds(output)
         if is_returned:
-            what = "a container of its arguments" if call.path else "a container of its batch"
+            what = "a container of its arguments"
             self.watch.report(Cause.INPUT_MUTATED, f"returns {what}", calls=[call])
 
     @contextlib.contextmanager
