@@ -5,6 +5,7 @@ Behaviour against eager, on the same batches; see ``capture/passed_on.py``.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -134,7 +135,15 @@ class AsksForNone(Net):
         return self.net(batch["x"]) if name is not None else batch["x"]
 
 
-@pytest.mark.parametrize("kind", [ReturnsAll, Regroups, Ignores, Swaps, IntoTheModel, AsksForNone])
+class ReturnsBatch(Net):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        self.net(batch["x"])
+        return batch
+
+
+@pytest.mark.parametrize(
+    "kind", [ReturnsBatch, ReturnsAll, Regroups, Ignores, Swaps, IntoTheModel, AsksForNone]
+)
 def test_steps_that_pass_names_on(harness: Harness, kind: type[Net]):
     callback = harness.compare(kind(), predict(batches()))
     assert steps(callback) == {"NONE": FIRST, "FULL": BATCHES - FIRST}
@@ -318,6 +327,75 @@ def test_numbers_of_the_batch_that_are_read(harness: Harness):
 
     callback = harness.compare(Scale(), predict(batches(30, scale=float)))
     assert not callback.stats.steps.get("FULL")
+
+
+class Meta:
+    """Equal only to itself, as most objects are."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Meta, lambda i: [Meta(i), {"at": Meta(-i)}], lambda i: Path(f"{i}.png"), lambda i: {i, "a"}],
+)
+def test_objects_that_are_passed_on(harness: Harness, make: Any):
+    callback = harness.compare(Net(), predict(batches(name=Once(make))))
+    assert steps(callback) == {"NONE": 3, "FULL": BATCHES - 3}
+
+
+class Once:
+    """Makes each value once, so that two Trainers get the very same objects."""
+
+    def __init__(self, make: Any) -> None:
+        self._make = make
+        self._made: dict[int, Any] = {}
+
+    def __call__(self, index: int) -> Any:
+        return self._made.setdefault(index, self._make(index))
+
+
+class ReadsObject(Net):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.net(batch["x"]) * batch["name"].index
+
+
+class ChangesObject(Net):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        y = self.net(batch["x"])
+        batch["name"].y = y.sum()
+        return y, batch["name"]
+
+
+class AsksObject(Net):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        y = self.net(batch["x"])
+        return y * 2 if getattr(batch["name"], "index", 0) > 7 else y
+
+
+class AsksIfObject(Net):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return (self.net(batch["x"]) if batch["name"] else batch["x"]), batch["name"]
+
+
+@pytest.mark.parametrize("verify", [0, 2])
+@pytest.mark.parametrize("kind", [ReadsObject, ChangesObject, AsksObject, AsksIfObject])
+def test_objects_that_are_read(harness: Harness, kind: type[Net], verify: int):
+    callback = harness.callback(verify_replays=verify)
+    harness.compare(kind(), predict(batches(20, name=Once(Meta))), callback)
+    assert set(steps(callback)) == {"NONE", "PIECEWISE"}
+
+
+def test_objects_of_changing_types(harness: Harness):
+    class OnlySome(Net):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            y = self.net(batch["x"])
+            return y if batch["name"] is None else y + 1
+
+    given = batches(24, name=lambda index: Meta(index) if index % 3 else None)
+    callback = harness.compare(OnlySome(), predict(given))
+    assert steps(callback)["FULL"] > 12
 
 
 class Writer(Callback):

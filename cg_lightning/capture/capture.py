@@ -30,7 +30,6 @@ from cg_lightning.core.errors import (
     OutOfGraphMemoryError,
     RecompileNeededError,
     StateLeftError,
-    ValueReadError,
 )
 from cg_lightning.core.forward_context import ForwardContext, override_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
@@ -238,9 +237,10 @@ class Capturer:
                     self._backend, run, target.mode, call.descriptor, options, collect_garbage=False
                 )
             except CaptureError as error:
-                if passed_on.is_empty or type(error) is not CaptureError:
+                cause = passed_on.cause_of(error)
+                if cause is error:
                     raise
-                raise ValueReadError(str(error)) from error
+                raise cause from error
 
         context = ForwardContext(target.mode, call.descriptor)
         with override_forward_context(context), recorder.prepared():

@@ -18,7 +18,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 from cg_lightning.core.descriptor import is_passed_on
-from cg_lightning.core.errors import ValueReadError
+from cg_lightning.core.errors import CaptureError, ValueReadError
 from cg_lightning.modules.kinds import is_user_file
 
 
@@ -62,6 +62,12 @@ class PassedOnValues:
             self._is_step_running = False
         if self._read_at is not None:
             raise self._error()
+
+    def cause_of(self, error: CaptureError) -> CaptureError:
+        """Return why a capture has failed with ``error``: a value was read, or may have been."""
+        if self.is_empty or type(error) is not CaptureError:
+            return error
+        return ValueReadError(str(error)) if self._read_at is None else self._error()
 
     def note_use(self) -> None:
         """A stand-in is used.

@@ -233,6 +233,7 @@ def describe_fields(
     training: tuple[bool, ...] = (),
     call: int = 0,
     repeats: bool = False,
+    objects: bool = False,
 ) -> tuple[tuple[Any, ...], list[Any]]:
     """Return the fields of the descriptor of a batch together with its leaves, flattened once.
 
@@ -246,6 +247,7 @@ def describe_fields(
         call: The number of the call within one step.
         repeats: True if one tensor may occur several times, as in ``attention(x, x, x)``. Its
             positions are then part of the key.
+        objects: True if objects may be leaves. Only their types are then part of the key.
 
     Raises:
         UnkeyableBatchError: As in :meth:`BatchDescriptor.from_batch`.
@@ -257,6 +259,8 @@ def describe_fields(
         if type(leaf) in _KINDS_OF_TENSOR:
             tensors.append(leaf)
             keys.append(_tensor_key(leaf, index, batch))
+        elif objects and not (isinstance(leaf, Tensor) or is_plain_value(leaf)):
+            keys.append((_PASSED_ON, type(leaf)))
         else:
             keys.append(_value_leaf_key(leaf, index, batch))
     if len(tensors) > 1:

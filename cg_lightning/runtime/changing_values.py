@@ -103,6 +103,11 @@ class ChangingValues:
         """Return True if ``key`` leaves out values that its step may only pass on."""
         return any(map(is_passed_on, key.leaves))
 
+    def are_read(self, key: BatchDescriptor) -> bool:
+        """Return True if a step is known to read values that its key leaves out."""
+        family = self._families.get(key.family)
+        return family is not None and family.is_read
+
     def note_read(self, key: BatchDescriptor) -> None:
         """A step reads values that its key leaves out, so from now on they belong to it."""
         family = self._families[key.family]
@@ -119,5 +124,5 @@ class ChangingValues:
         return seen
 
     def reason(self, key: BatchDescriptor) -> Reason | None:
-        """Return why the steps of a key cannot be one graph. None if their values do not stop it."""
+        """Return why the steps of a key cannot be one graph; None if values do not stop it."""
         return self._reasons.get(key)

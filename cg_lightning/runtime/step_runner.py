@@ -123,7 +123,10 @@ class StepRunner:
                 args[0], stage=self._stage, dataloader_idx=loader, training=training
             )
         except UnkeyableBatchError as error:
-            return self._run_without_key(args, kwargs, loader, training, reason_of(error))
+            described = self._describe_with_objects(args[0], loader, training)
+            if described is None:
+                return self._run_without_key(args, kwargs, loader, training, reason_of(error))
+            fields, leaves = described
         plan = self._dispatcher.plan(self._state(fields, args[0]), leaves)
         if plan.action is Action.REPLAY:
             assert plan.variant is not None and isinstance(plan.variant.entry, GraphEntry)  # noqa: PT018
@@ -138,6 +141,27 @@ class StepRunner:
             self._times.append((self._stage, Ran.REPLAY, seconds, None))
             return output
         return self._run(plan, args, kwargs, leaves)
+
+    def _describe_with_objects(
+        self, batch: Any, loader: int, training: tuple[bool, ...]
+    ) -> tuple[tuple[Any, ...], list[Any]] | None:
+        """Return the key of a batch with objects that the step may pass on; None if it may not."""
+        if not self._session.settings.runtime_policy.has_full_cudagraphs():
+            return None
+        try:
+            fields, leaves = describe_fields(
+                batch,
+                stage=self._stage,
+                dataloader_idx=loader,
+                training=training,
+                objects=True,
+            )
+        except UnkeyableBatchError:
+            return None
+        key = BatchDescriptor(*fields)
+        # a step without tensors in its batch takes them from the objects
+        is_read = self._session.changing_values.are_read(key) or key.batch_size is None
+        return None if is_read else (fields, leaves)
 
     def _run_without_key(
         self,
