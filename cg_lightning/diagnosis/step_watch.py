@@ -107,6 +107,8 @@ class StepWatch:
         """Whether an operation is under way that reads a value which is known before the step."""
         self.read_path: ReadPath | None = None
         """What the step reads, if all of it is known before the step."""
+        self.sees_functions = False
+        """Whether all functions of the user's that the step calls are seen."""
         self._first = 0
         self._set_aside: list[Finding] | None = None
         """Receives the findings of the step while a call runs that may follow it."""
@@ -184,6 +186,10 @@ class StepWatch:
     def note_one_time_work(self) -> None:
         """Notes that something ran that runs once, so that the next step may show less."""
         self._did_one_time_work = True
+
+    def note_sees_functions(self) -> None:
+        """Notes that all functions of the user's that the step calls are seen."""
+        self.sees_functions = True
 
     def note_unseen_use(self, location: str) -> None:
         """Notes code that may use a value of the batch in a way that a capture does not see."""

@@ -73,6 +73,7 @@ class GlobalReads(Detector):
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         if sys.getprofile() is None:
             sys.setprofile(self._on_event)
+            self.watch.note_sees_functions()
         else:
             self.watch.note_unseen_use(UNKNOWN)
         try:
