@@ -433,3 +433,34 @@ def test_an_epoch_after_texts_were_read(harness: Harness):
         return found
 
     harness.compare(Switches(), job)
+
+
+class Unfreezes(Callback):
+    """Other weights are frozen in each iteration."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        for number, parameter in enumerate(pl_module.net.parameters()):
+            parameter.requires_grad_(bool((batch_idx + 1) >> number & 1) or number == 5)
+
+
+@pytest.mark.parametrize("verify", [0, 2])
+@pytest.mark.parametrize("others", [list, lambda: [Unfreezes()]], ids=["names", "frozen"])
+def test_training_with_names_and_frozen_weights(harness: Harness, others: Any, verify: int):
+    class Trains(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+            self.net[0].register_forward_hook(lambda layer, args, output: output * 2)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return {"loss": self.net(batch["x"]).square().mean(), "names": batch["name"]}
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def job(trainer, module):
+        trainer.fit(module, batches(40, name=names))
+        return [parameter.detach().clone() for parameter in module.parameters()]
+
+    callback = harness.callback(stages=["train"], verify_replays=verify)
+    harness.compare(Trains(), job, callback, others, max_epochs=1)

@@ -12,6 +12,7 @@ from typing import Any
 
 from cg_lightning.core.descriptor import BatchDescriptor, is_passed_on, is_text, passed_on
 from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.core.stages import TRAIN
 from cg_lightning.core.tree import leaf_paths
 
 MOST_VALUES = 16
@@ -64,7 +65,7 @@ class ChangingValues:
             batch: The batch.
             was_seen: True if a step with exactly this key has run before.
         """
-        family = self._families.setdefault(key.family, KeyFamily(key.leaves))
+        family = self._family(key)
         pairs = enumerate(zip(family.first, key.leaves, strict=True))
         family.differing |= {index for index, (one, other) in pairs if one != other}
         if not family.changing:
@@ -99,18 +100,22 @@ class ChangingValues:
         if family is not None:
             family.has_repeats = True
 
+    def _family(self, key: BatchDescriptor) -> KeyFamily:
+        # a closure of training does not read all that it depends on: which weights are frozen
+        made = KeyFamily(key.leaves, is_read=key.stage == TRAIN)
+        return self._families.setdefault(key.family, made)
+
     def has_passed_on(self, key: BatchDescriptor) -> bool:
         """Return True if ``key`` leaves out values that its step may only pass on."""
         return any(map(is_passed_on, key.leaves))
 
     def are_read(self, key: BatchDescriptor) -> bool:
         """Return True if a step is known to read values that its key leaves out."""
-        family = self._families.get(key.family)
-        return family is not None and family.is_read
+        return self._family(key).is_read
 
     def note_read(self, key: BatchDescriptor) -> None:
         """A step reads values that its key leaves out, so from now on they belong to it."""
-        family = self._families[key.family]
+        family = self._family(key)
         family.is_read = True
         family.changing.clear()
 
