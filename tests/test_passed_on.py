@@ -444,8 +444,13 @@ class Unfreezes(Callback):
 
 
 @pytest.mark.parametrize("verify", [0, 2])
-@pytest.mark.parametrize("others", [list, lambda: [Unfreezes()]], ids=["names", "frozen"])
-def test_training_with_names_and_frozen_weights(harness: Harness, others: Any, verify: int):
+@pytest.mark.parametrize(
+    ("others", "name"),
+    [(list, names), (lambda: [Unfreezes()], names), (lambda: [Unfreezes()], lambda index: "same")],
+)
+def test_training_with_names_and_frozen_weights(
+    harness: Harness, others: Any, name: Any, verify: int
+):
     class Trains(LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -459,7 +464,7 @@ def test_training_with_names_and_frozen_weights(harness: Harness, others: Any, v
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     def job(trainer, module):
-        trainer.fit(module, batches(40, name=names))
+        trainer.fit(module, batches(40, name=name))
         return [parameter.detach().clone() for parameter in module.parameters()]
 
     callback = harness.callback(stages=["train"], verify_replays=verify)
