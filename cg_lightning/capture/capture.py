@@ -34,7 +34,8 @@ from cg_lightning.core.errors import (
 from cg_lightning.core.forward_context import ForwardContext, override_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.settings import Settings
-from cg_lightning.core.tree import rebuild
+from cg_lightning.core.tree import containers_in, rebuild
+from cg_lightning.effects.batch_entries import BatchEntries, SetBatchEntries
 from cg_lightning.effects.effect import Effect, Taker
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.effects.python_changes import (
@@ -116,6 +117,7 @@ class CaptureTarget:
         changed: What has changed since an earlier capture; empty if nothing has.
         reads: What the watched step read on the host, and a capture cannot read.
         late: The metrics that are updated after the step; see ``effects/late_updates.py``.
+        fills_batch: Whether the call sets entries of its batch.
     """
 
     mode: CUDAGraphMode
@@ -127,6 +129,7 @@ class CaptureTarget:
     changed: str = ""
     reads: Sequence[HostRead] = ()
     late: Sequence[MetricUnit] = ()
+    fills_batch: bool = False
 
 
 class Capturer:
@@ -199,12 +202,15 @@ class Capturer:
         effects = target.effects
         recorder: Recorder = NoEffects() if effects is None else effects.recorder(target.late)
         # what metrics and the user's lists keep is never graph memory
-        copies_outputs = settings.copy_outputs or bool(target.late or target.changes)
+        copies_outputs = settings.copy_outputs or bool(
+            target.late or target.changes or target.fills_batch
+        )
 
         def run() -> _Captured:
             takers: list[Taker] = []
             with recording_changes(target.changes) as changing, recorder.step() as recording:
                 tree = rebuild(call.tree, iter(leaves))
+                containers, entries = list(containers_in(tree)), BatchEntries(tree)
                 with (
                     self._answering(target.reads, recorder.checked_calls),
                     answered(),
@@ -220,7 +226,10 @@ class Capturer:
             if late is not None:
                 output = (output, arguments)
                 takers.insert(0, late)
-            plan, computed = OutputPlan.make(output, leaves, target.storage_addresses, tree)
+            if target.fills_batch:
+                takers.insert(0, SetBatchEntries(entries, output, containers))
+                output = (output, entries.new())
+            plan, computed = OutputPlan.make(output, leaves, target.storage_addresses, containers)
             # outputs that are not copied out must not share memory with those of other graphs
             if options.weak_ref_output and copies_outputs:
                 computed = weak_ref_tensors(computed, self._backend)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -73,7 +74,11 @@ class OutputPlan:
 
     @classmethod
     def make(
-        cls, output: Any, inputs: list[Any], module_storages: set[int], tree: Any = None
+        cls,
+        output: Any,
+        inputs: list[Any],
+        module_storages: set[int],
+        containers: Sequence[Any] = (),
     ) -> tuple[OutputPlan, list[Tensor]]:
         """Return the plan and the computed tensors, without duplicates.
 
@@ -81,13 +86,13 @@ class OutputPlan:
             output: The output of the captured call.
             inputs: The leaves of the arguments of the captured call.
             module_storages: The addresses of the storages of parameters and buffers.
-            tree: The containers of the inputs that the call was given.
+            containers: The containers of the inputs, as the call was given them.
 
         Raises:
             CaptureError: A leaf is neither a tensor nor a plain value, so a replay cannot make it;
                 or it shares memory with another one under another dtype.
         """
-        output = _with_given_containers(output, tree)
+        output = _with_given_containers(output, containers)
         leaves, structure = flatten(output)
         positions = {
             id(leaf): index for index, leaf in enumerate(inputs) if not is_plain_value(leaf)
@@ -172,9 +177,9 @@ class OutputPlan:
         return rebuild(self.template, iter(leaves)) if self.is_nested else leaves[0]
 
 
-def _with_given_containers(output: Any, tree: Any) -> Any:
+def _with_given_containers(output: Any, containers: Sequence[Any]) -> Any:
     """Return the output with a leaf in the place of each container that the call was given."""
-    given = {id(container): index for index, container in enumerate(containers_in(tree))}
+    given = {id(container): index for index, container in enumerate(containers)}
     found = {
         id(container): _Given(given[id(container)])
         for container in containers_in(output)

@@ -120,6 +120,7 @@ class StepWatch:
         self._is_in_framework = False
         self._did_one_time_work = False
         self._unseen_use = ""
+        self._fills_batch = False
         self._written = WrittenTensors()
         self._changes: list[ChangedAttribute] = []
         self._detectors: Sequence[Detector] = ()
@@ -197,6 +198,10 @@ class StepWatch:
     def note_one_time_work(self) -> None:
         """Notes that something ran that runs once, so that the next step may show less."""
         self._did_one_time_work = True
+
+    def note_batch_filled(self) -> None:
+        """Notes that the step sets entries of its batch, and changes nothing else there."""
+        self._fills_batch = True
 
     def note_sees_functions(self) -> None:
         """Notes that all functions of the user's that the step calls are seen."""
@@ -395,6 +400,7 @@ class StepWatch:
             path=self.read_path,
             late=late,
             unseen_use=self._unseen_use,
+            fills_batch=self._fills_batch,
         )
 
 

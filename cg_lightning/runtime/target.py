@@ -155,6 +155,7 @@ class GraphTarget:
             plan.state.ledger.why,
             variant.path.reads if isinstance(variant.path, ReadPath) else [],
             variant.watched.late if isinstance(variant.watched, WatchedStep) else (),
+            isinstance(variant.watched, WatchedStep) and variant.watched.fills_batch,
         )
 
     def _report(self, name: str, call: GraphCall, verdict: Verdict) -> Reason:

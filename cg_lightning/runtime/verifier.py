@@ -139,7 +139,7 @@ class Verifier:
         # a graph writes to its own copies
         if not all(same_leaf(leaf, value) for leaf, value in given):
             return Verdict(expected, "it changes a tensor that it is given")
-        if before.containers.changed():
+        if before.containers.changed() and not target.fills_batch:
             return Verdict(expected, "it changes a container that it is given")
         expected_values = _values(before, comparison)
         after_eager = self._state(target, call)
