@@ -110,8 +110,6 @@ class StepWatch:
         """Whether an operation is under way that reads a value which is known before the step."""
         self.read_path: ReadPath | None = None
         """What the step reads, if all of it is known before the step."""
-        self.sees_functions = False
-        """Whether all functions of the user's that the step calls are seen."""
         self._first = 0
         self._set_aside: list[Finding] | None = None
         """Receives the findings of the step while a call runs that may follow it."""
@@ -202,10 +200,6 @@ class StepWatch:
     def note_batch_filled(self) -> None:
         """Notes that the step sets entries of its batch, and changes nothing else there."""
         self._fills_batch = True
-
-    def note_sees_functions(self) -> None:
-        """Notes that all functions of the user's that the step calls are seen."""
-        self.sees_functions = True
 
     def note_unseen_use(self, location: str) -> None:
         """Notes code that may use a value of the batch in a way that a capture does not see."""

@@ -44,8 +44,8 @@ class ForwardHooks(Detector):
 
     def _report(self, call: ModuleCall, tables: list[dict[int, Any]]) -> None:
         hooks = [hook for table in tables for hook in table.values()]
-        is_seen = self.watch.sees_functions and not call.hidden and not any(global_hooks())
-        is_code_of_step = is_seen and all(map(self._is_code_of_step, hooks))
+        is_code_of_step = not call.hidden and not any(global_hooks())
+        is_code_of_step &= all(map(self._is_code_of_step, hooks))
         around = self.watch.only_for_submodules if is_code_of_step else contextlib.nullcontext
         with around():
             self.watch.report(Cause.FORWARD_HOOK, type(call.module).__name__)
