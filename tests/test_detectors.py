@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import logging
@@ -126,7 +127,7 @@ def graphed_by_compiler() -> Runs:
 
 def hooked() -> Runs:
     module = Runs(lambda m, x: m.inner(x))
-    module.inner.register_forward_hook(lambda *_: None)
+    module.inner.register_forward_hook(functools.partial(lambda *_: None))
     return module
 
 

@@ -424,6 +424,30 @@ def test_batches_without_a_key_and_names_that_change(harness):
     run(harness, Step(_masked_attention), data, pad_dims=rules(), capture_sizes=[4])
 
 
+def test_names_and_objects_that_are_passed_on(harness):
+    class Name:
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+    class Indices(KeepOutputs):
+        def on_predict_batch_end(self, trainer, pl_module, outputs, *_: Any) -> None:
+            seen.append((outputs["name"], outputs["object"].index))
+
+    seen: list[Any] = []
+    data = [
+        {"x": x, "name": f"{i}", "object": Name(i)}
+        for i, x in enumerate(batches(*[4, 4, 3, 2, 3, 4, 3, 2, 3] * 3))
+    ]
+
+    def step(self, batch):
+        return {"x": self.net(batch["x"]), "name": batch["name"], "object": batch["object"]}
+
+    for extra in ([harness.callback(capture_sizes=[4], verify_tolerance="close")], []):
+        trainer = harness.trainer(*extra, Indices())
+        trainer.predict(Step(step), DataLoader(data, batch_size=None))
+    assert seen[:27] == seen[27:] == [(f"{i}", i) for i in range(27)]
+
+
 def test_strict_does_not_raise_for_a_padding_that_is_refused(harness):
     step = Step(lambda self, x: self.net(x.softmax(0)))
     run(harness, step, batches(*SIZES), capture_sizes=[4], strict=True, mode="FULL")

@@ -130,7 +130,9 @@ class GraphEntry:
     @property
     def only_computes(self) -> bool:
         """Whether a replay computes its output, and neither changes nor checks anything else."""
-        return not self._takers and all(
+        if self._takers or self._outputs.gives_containers:
+            return False
+        return all(
             isinstance(effect, ReadChecksLater) and effect.calls() <= {raise_other_value}
             for effect in self._effects
         )
@@ -144,12 +146,13 @@ class GraphEntry:
                 return False
         return True
 
-    def replay(self, leaves: list[Any], step: int) -> Any:
+    def replay(self, leaves: list[Any], step: int, tree: Any = None) -> Any:
         """Run the step from its graph, with all its side effects, and return the output.
 
         Args:
             leaves: The leaves of the batch. Tensors must have the shapes of the capture.
             step: The number of the current step.
+            tree: The batch.
         """
         assert self._graph is not None and self._inputs is not None  # noqa: PT018
         self.last_step = step
@@ -169,7 +172,7 @@ class GraphEntry:
                 copy = self._copy
                 computed = [copy(tensor) for tensor in computed]
         if self._is_built:
-            output = self._outputs.build(leaves, computed)
+            output = self._outputs.build(leaves, computed, tree)
             for taker in self._takers:
                 output = taker.take(output)
             return output

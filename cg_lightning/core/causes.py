@@ -51,7 +51,8 @@ _REMEDIES = {
     Cause.COLLECTIVE: "gather after the step",
     Cause.INPUT_MUTATED: "work on a copy of the input",
     Cause.FORWARD_HOOK: (
-        "remove the hook for evaluation, or accept that this submodule runs eagerly"
+        "make it a function or a method of the module that keeps nothing itself; no graph of a "
+        "submodule holds a hook"
     ),
     Cause.PROFILER_HOOK: "profile without module names: PyTorchProfiler(record_module_names=False)",
     Cause.METRIC_UPDATED: (

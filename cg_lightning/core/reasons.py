@@ -27,6 +27,7 @@ class Status(enum.Enum):
     CHANGED = "changed since the capture"
     UNPROFITABLE = "captures do not pay"
     PADDED_IN_PIECES = "not padded as a whole"
+    VALUE_READ = "value of the batch read"
 
     @property
     def remedy(self) -> str:
@@ -47,6 +48,7 @@ _REMEDIES = {
     Status.EVICTED: "raise max_graphs, or use fewer shapes",
     Status.CHANGED: "change it between epochs, not between batches",
     Status.PADDED_IN_PIECES: "give the dataloader batches of a captured size",
+    Status.VALUE_READ: "make what varies a tensor, or leave it out of the batch",
     Status.UNPROFITABLE: "make what varies a tensor, or leave it out of the batch",
 }
 

@@ -167,6 +167,22 @@ def containers_in(tree: Any) -> Iterator[Any]:
             yield from containers_in(value)
 
 
+def with_leaves_for(tree: Any, leaves: dict[int, Any]) -> Any:
+    """Return a copy of the containers of ``tree``, with leaves in the place of some of them.
+
+    Args:
+        tree: The tree.
+        leaves: The leaves, by the id of the container.
+    """
+    if id(tree) in leaves:
+        return leaves[id(tree)]
+    container = _container(tree)
+    if container is None:
+        return tree
+    keys, values = container.children(tree)
+    return container.build(tree, keys, [with_leaves_for(value, leaves) for value in values])
+
+
 def structure_paths(structure: Any, root: str) -> list[str]:
     """Return a readable path for each leaf, like :func:`leaf_paths`, from a stored structure."""
     if structure is None:

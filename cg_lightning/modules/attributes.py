@@ -167,13 +167,14 @@ def _names_in_methods(cls: type) -> frozenset[str]:
 def has_attributes_of_users(module: nn.Module) -> bool:
     """Return True if a module of torch holds something that its own class does not know.
 
-    Plain values are among :func:`layer_settings`.
+    Marks of other libraries (``_is_hf_initialized``) are among :func:`layer_settings` only.
     """
     cls: type = type(module)
     known = names_of_frameworks(module) | _names_in_methods(cls)
     attributes: dict[str, Any] = object.__getattribute__(module, "__dict__")
     return any(
-        name not in known and not is_plain_value(value) for name, value in attributes.items()
+        name not in known and not (name.startswith("_") and is_plain_value(value))
+        for name, value in attributes.items()
     )
 
 

@@ -55,12 +55,15 @@ class PaddedEntry:
         """Return True if the graph exists and its guards hold."""
         return self._graph.is_valid() and self._guards.check()
 
-    def replay(self, leaves: list[Any], step: int, fill: Fill = Fill.GIVEN) -> Any:
+    def replay(
+        self, leaves: list[Any], step: int, tree: Any = None, fill: Fill = Fill.GIVEN
+    ) -> Any:
         """Run the step for a batch from the graph of the padded batch.
 
         Args:
             leaves: The leaves of the batch.
             step: The number of the current step.
+            tree: The batch. The graph only computes, so it needs none.
             fill: What the padding is filled with.
         """
         padded = self.padding.pad(leaves, fill)

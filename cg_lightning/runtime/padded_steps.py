@@ -98,6 +98,12 @@ class PaddedSteps:
             state.descriptor in self._session.without_key
         ):
             return None
+        try:
+            own = self._describe(batch, state.descriptor)[0]
+        except UnkeyableBatchError:
+            return None
+        if own != state.descriptor.fields:  # a value that is passed on is no part of the key
+            return None
         leaves = flatten(batch)[0]
         padding = self._padder.pad(leaves, self._padder.rules_of(batch, leaves))
         if padding is None:
@@ -249,7 +255,7 @@ class PaddedSteps:
         if owner.path is not None and not owner.path.holds(entry.padding.pad(call.leaves, fill)):
             raise NotIndependentError(f"with another padding, {owner.path.explain()}")
         step = self._session.cache.step
-        found = self._ahead.undone(lambda: entry.replay(call.leaves, step, fill), call.tree)
+        found = self._ahead.undone(lambda: entry.replay(call.leaves, step, fill=fill), call.tree)
         difference = self._session.difference(found, expected)
         if difference:
             raise NotIndependentError(f"with another padding, {difference}")

@@ -58,6 +58,12 @@ NO_TARGET = Reason(
 )
 
 
+_MAY_READ = (
+    "the step may read a value of its batch that is another one in each batch: it handles errors, "
+    "or asks for classes"
+)
+
+
 class Session:
     """Runtime state for one module: the dispatcher, the graphs, the submodules, and counters.
 
@@ -243,6 +249,8 @@ class Session:
         dispatcher = self.target.dispatcher
         modes, reason = dispatcher.judge(full, piecewise)
         is_full = CUDAGraphMode.FULL in modes
+        if full is not None and full.kind is Status.VALUE_READ:
+            self.changing_values.note_read(plan.state.descriptor)
         variant = Variant(
             self._guards(watched) if is_full else self._guards_of_branch(plan.state, watched, full),
             modes,
@@ -293,6 +301,8 @@ class Session:
             return self.without_key[state.descriptor]
         if watched.findings:
             return watched.findings[0].reason()
+        if watched.unseen_use and self.changing_values.has_passed_on(state.descriptor):
+            return Reason(Status.VALUE_READ, _MAY_READ, watched.unseen_use)
         varying = None if watched.path is None else self.target.dispatcher.varying(state)
         return varying or self.changing_values.reason(state.descriptor)
 

@@ -47,7 +47,7 @@ _NO_WARM_TARGET = Reason(
 )
 _ENTRIES = (GraphEntry, PaddedEntry)
 _MAY_BE_STRICT_ABOUT = {
-    *(Status.WARM_UP, Status.CHANGED),
+    *(Status.WARM_UP, Status.CHANGED, Status.VALUE_READ),
     *(Cause.ROWS_NOT_INDEPENDENT, Cause.POSITIONS_NOT_INDEPENDENT),
 }
 """``strict`` does not raise for these reasons, because a capture may follow such steps."""
@@ -143,21 +143,45 @@ class StepRunner:
                 args[0], stage=self._stage, dataloader_idx=loader, training=training
             )
         except UnkeyableBatchError as error:
-            return self._run_without_key(args, kwargs, loader, training, reason_of(error))
+            described = self._describe_with_objects(args[0], loader, training)
+            if described is None:
+                return self._run_without_key(args, kwargs, loader, training, reason_of(error))
+            fields, leaves = described
         plan = self._dispatcher.plan(self._state(fields, args[0]), leaves)
         if plan.action is Action.REPLAY:
             assert plan.variant is not None and isinstance(plan.variant.entry, _ENTRIES)  # noqa: PT018
             if session.ranges.is_on:
                 with session.ranges.range("replay"):
-                    output = plan.variant.entry.replay(leaves, session.cache.step)
+                    output = plan.variant.entry.replay(leaves, session.cache.step, args[0])
             else:
-                output = plan.variant.entry.replay(leaves, session.cache.step)
+                output = plan.variant.entry.replay(leaves, session.cache.step, args[0])
             plan.variant.entry.count()
             seconds = perf_counter() - start
             plan.variant.entry.took(seconds)
             self._times.append((self._stage, Ran.REPLAY, seconds, None))
             return output
         return self._run(plan, args, kwargs, leaves)
+
+    def _describe_with_objects(
+        self, batch: Any, loader: int, training: tuple[bool, ...]
+    ) -> tuple[tuple[Any, ...], list[Any]] | None:
+        """Return the key of a batch with objects that the step may pass on; None if it may not."""
+        if not self._session.settings.runtime_policy.has_full_cudagraphs():
+            return None
+        try:
+            fields, leaves = describe_fields(
+                batch,
+                stage=self._stage,
+                dataloader_idx=loader,
+                training=training,
+                objects=True,
+            )
+        except UnkeyableBatchError:
+            return None
+        key = BatchDescriptor(*fields)
+        # a step without tensors in its batch takes them from the objects
+        is_read = self._session.changing_values.are_read(key) or key.batch_size is None
+        return None if is_read else (fields, leaves)
 
     def _run_without_key(
         self,
@@ -182,9 +206,11 @@ class StepRunner:
                 self._session.changing_values.note_repeat(state.descriptor)
             return state
         descriptor = BatchDescriptor(*fields) if state is None else state.descriptor
-        general = self._session.changing_values.without_changing_values(
-            descriptor, batch, state is not None
-        )
+        values = self._session.changing_values
+        general = values.without_changing_values(descriptor, batch, state is not None)
+        if general is not descriptor:
+            for key in values.take_keys_before(general):
+                self._dispatcher.forget(key)
         state = self._dispatcher.state(general.fields, general)
         if self._padded is not None:
             self._padded.begin(state, batch)
@@ -203,6 +229,8 @@ class StepRunner:
                 else:
                     outcome = self._session.target.run(self._name, plan, call)
             assert variant is not None
+            if variant.reason is not None and variant.reason.kind is Status.VALUE_READ:
+                self._session.changing_values.note_read(descriptor)
             if variant.mode is not FULL:
                 self._session.find_submodules(descriptor, variant, plan.state.warmup_runs)
             if outcome is None and variant.mode is PIECEWISE:

@@ -128,11 +128,12 @@ class SubmoduleRunner(ModuleHandler):
         plan = self._plan(state, key, step)
         if plan.action is Action.REPLAY:
             assert plan.variant is not None and isinstance(plan.variant.entry, GraphEntry)  # noqa: PT018
+            given = (args, kwargs)
             if self._ranges.is_on:
                 with self._ranges.range("replay"):
-                    output = plan.variant.entry.replay(leaves, self.target.cache.step)
+                    output = plan.variant.entry.replay(leaves, self.target.cache.step, given)
             else:
-                output = plan.variant.entry.replay(leaves, self.target.cache.step)
+                output = plan.variant.entry.replay(leaves, self.target.cache.step, given)
             plan.variant.entry.count()
             step.graphs += 1
             return output

@@ -11,7 +11,12 @@ from torch import nn
 from cg_lightning.capture.capture import Capturer, CaptureTarget, GraphCall
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.core.causes import Cause
-from cg_lightning.core.errors import CaptureError, StateLeftError, UnkeyableBatchError
+from cg_lightning.core.errors import (
+    CaptureError,
+    StateLeftError,
+    UnkeyableBatchError,
+    ValueReadError,
+)
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.diagnosis.watched_step import WatchedStep
@@ -32,6 +37,8 @@ def reason_of(error: Exception, prefix: str = "") -> Reason:
         kind = Status.NO_KEY
     elif isinstance(error, StateLeftError):
         kind = Cause.STATE_REBOUND
+    elif isinstance(error, ValueReadError):
+        kind = Status.VALUE_READ
     return Reason(kind, f"{prefix}{error}")
 
 
@@ -99,7 +106,7 @@ class GraphTarget:
             except (CaptureError, UnkeyableBatchError) as error:
                 self.dispatcher.refused(variant, reason_of(error, prefix))
                 return None
-            output = entry.replay(call.leaves, self.cache.step)
+            output = entry.replay(call.leaves, self.cache.step, call.tree)
             entry.count()
             return Outcome(output, self.mode)
         verdict = self._verifier.check(target, call, get_entry, self.cache.step)
@@ -149,6 +156,7 @@ class GraphTarget:
             plan.state.ledger.why,
             variant.path.reads if isinstance(variant.path, ReadPath) else [],
             variant.watched.late if isinstance(variant.watched, WatchedStep) else (),
+            isinstance(variant.watched, WatchedStep) and variant.watched.fills_batch,
         )
 
     def _report(self, name: str, call: GraphCall, verdict: Verdict) -> Reason:

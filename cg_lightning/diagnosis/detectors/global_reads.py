@@ -37,6 +37,7 @@ _FUNCTIONS = (types.FunctionType, classmethod, staticmethod, property)
 
 _CLASS_OF = frozenset({"type", "__class__"})
 """How a function asks for the class of an object."""
+_LOOK_AT_ANYTHING = frozenset({"type", "id", "suppress", "eval", "exec"})
 _GENERATED = "<string>"
 """The file of methods that dataclasses and named tuples make."""
 
@@ -150,6 +151,8 @@ class GlobalReads(Detector):
         if code.co_filename != _GENERATED:
             functions, caches = find_functions(frame, id(code) in self._made_here)
         self._made_here.update(map(id, codes_inside(code)))
+        if _may_use_unseen(code):
+            self.watch.note_unseen_use(f"{code.co_filename}:{code.co_firstlineno}")
         location = f"{code.co_filename}:{code.co_firstlineno}"
         sources = [*_sources_of(frame), *map(source_of_cache, caches)]
         for source in sources:
@@ -282,6 +285,14 @@ def _attributes_of_function(function: FunctionType) -> list[Source]:
     if not is_user_file(function.__code__.co_filename):
         return []
     return [source_of_attributes(function)]
+
+
+def _may_use_unseen(code: CodeType) -> bool:
+    """Whether a function may handle an error, or looks at objects without asking them."""
+    if not _LOOK_AT_ANYTHING.isdisjoint(code.co_names):
+        return True
+    names = [step.opname for step in dis.get_instructions(code)]
+    return names.count("PUSH_EXC_INFO") > names.count("WITH_EXCEPT_START")
 
 
 def _sources_of(frame: FrameType) -> list[Source]:
