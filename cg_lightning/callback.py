@@ -36,6 +36,7 @@ from cg_lightning.trainer.installation import InertInstallation, Installation
 from cg_lightning.trainer.logged_results import LoggedResults
 from cg_lightning.trainer.loggers import log_numbers
 from cg_lightning.trainer.preconditions import check_not_graphed_already, why_inert
+from cg_lightning.trainer.stage_length import TrainerStageLength
 
 _NO_CUDA = (
     "CUDAGraphCallback: there is no CUDA device and backend='auto', so every step runs eagerly, as "
@@ -91,6 +92,11 @@ class CUDAGraphCallback(Callback):
             than 1 MiB on the host, to eager steps as well. At most two steps are queued on the
             device, because the memory of a batch is held until its step is done. False: Lightning
             copies on the stream that computes.
+        min_saving: The share of a step's time that a graph must save. The first replays are timed
+            on host and device. If they do not save enough, a few steps run eagerly to compare, and
+            then a graph that saves less is dropped. Its key runs eagerly from then on, with the
+            reason ``no gain``. A stage with too few batches to win back a capture runs eagerly. 0
+            keeps every graph, and so do ``strict=True`` and the recorder, which is no speed-up.
         max_graphs: Maximum number of graphs. The least recently used graph is dropped first.
         strict: Raise if a step runs in a lower mode than asked after its warm-up. With FULL, any
             lower mode raises. With the other modes, only a step without any graph raises.
@@ -148,6 +154,7 @@ class CUDAGraphCallback(Callback):
         compile: bool | Mapping[str, Any] = False,
         copy_outputs: bool = True,
         overlap_copies: bool = True,
+        min_saving: float = 0.03,
         max_graphs: int = 64,
         strict: bool = False,
         backend: BackendName = "auto",
@@ -168,6 +175,7 @@ class CUDAGraphCallback(Callback):
             compile=compile,
             copy_outputs=copy_outputs,
             overlap_copies=overlap_copies,
+            min_saving=min_saving,
             max_graphs=max_graphs,
             strict=strict,
             backend=backend,
@@ -318,6 +326,8 @@ class CUDAGraphCallback(Callback):
         if lightning_class(type(profiler), "PassThroughProfiler"):
             profiler = None
         session = Session(pl_module, backend, self._settings, self.stats, effects, profiler)
+        if session.must_save_time:
+            session.stage_length = TrainerStageLength(trainer)
         copies = backend.batch_copies() if self._settings.overlap_copies else None
         transfer = overlapped_transfer(trainer, pl_module, copies, self.stats)
         noted = noted_transfer(trainer, pl_module, session.host_copies)

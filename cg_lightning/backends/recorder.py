@@ -300,6 +300,9 @@ class RecorderBackend:
     def batch_copies(self) -> None:
         """Return None, because the recorder knows no streams."""
 
+    def stopwatch(self, began: float) -> None:
+        """Return None, because a replay is slower than eager by nature."""
+
     def range(self, name: str) -> AbstractContextManager[None]:
         """Do nothing: there is no trace of a device."""
         return contextlib.nullcontext()

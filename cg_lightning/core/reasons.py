@@ -25,6 +25,9 @@ class Status(enum.Enum):
     EVICTED = "evicted"
     CHANGED = "changed since the capture"
     UNPROFITABLE = "captures do not pay"
+    TIMED = "timed against its graph"
+    NO_GAIN = "no gain"
+    TOO_SHORT = "stage too short"
 
     @property
     def remedy(self) -> str:
@@ -42,6 +45,8 @@ _REMEDIES = {
     Status.EVICTED: "raise max_graphs, or use fewer shapes",
     Status.CHANGED: "change it between epochs, not between batches",
     Status.UNPROFITABLE: "make what varies a tensor, or leave it out of the batch",
+    Status.NO_GAIN: "lower min_saving, or set min_saving=0 to keep every graph",
+    Status.TOO_SHORT: "set min_saving=0 to capture all the same",
 }
 
 

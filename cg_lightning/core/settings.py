@@ -62,6 +62,17 @@ def check_at_least(argument: str, value: int, least: int) -> int:
     return value
 
 
+def check_share(argument: str, value: float) -> float:
+    """Return the number.
+
+    Raises:
+        ValueError: The value is no number, is less than 0, or is 1 or more.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"{argument}={value!r} must be a number of at least 0 and less than 1.")
+    return value
+
+
 def check_bool(argument: str, value: bool, expected: str = "True or False") -> bool:
     """Return the value.
 
@@ -187,6 +198,9 @@ class Settings:
     """Copy outputs out of graph memory."""
     overlap_copies: bool = True
     """Copy batches to the device on a stream of their own, while the device computes."""
+    min_saving: float = 0.03
+    """Share of a step's time that its graph must save, or else it is dropped; 0: keep every graph.
+    """
     max_graphs: int = 64
     """The most graphs that are kept; the least recently used one goes first."""
     strict: bool = False
@@ -223,6 +237,7 @@ class Settings:
         for name, least in (("warmup_steps", 0), ("verify_replays", 0), ("verify_every", 0)):
             check_at_least(name, getattr(self, name), least)
         check_at_least("max_graphs", self.max_graphs, 1)
+        check_share("min_saving", self.min_saving)
         for name in (
             "sync_free_metrics",
             "copy_outputs",

@@ -7,9 +7,11 @@
 - ``outcome.py``: the result of a step or a call, with its mode and its reason.
 - ``profiling.py``: ranges that profilers and traces show.
 - ``session.py``: one module in one run: builds, starts and stops the parts.
+- ``stage_length.py``: the number of batches of a stage, as the runtime sees it.
 - ``step_runner.py``: replaces one step method of a module.
 - ``submodule_runner.py``: replaces the calls of one submodule in steps that run PIECEWISE.
 - ``target.py``: a step or a submodule that may run from graphs.
 - ``targets.py``: the submodules that the user named.
+- ``trial.py``: finds out if graphs save time.
 - ``verifier.py``: compares replays with eager, on the user's own batches.
 """

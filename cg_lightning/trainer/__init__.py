@@ -10,4 +10,5 @@
 - ``loggers.py``: sends numbers to the loggers of a Trainer.
 - ``preconditions.py``: conditions that are checked before the first batch.
 - ``progress.py``: a bar for captures ahead, of the same kind as the bar of the Trainer.
+- ``stage_length.py``: the number of batches that a Trainer runs in a stage.
 """
