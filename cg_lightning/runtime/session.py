@@ -301,9 +301,11 @@ class Session:
             entry.record.saved(settled.saving)
         for piece, saving in settled.pieces.items():
             piece.note_saving(plan.state.descriptor, saving)
+        unused = list(settled.entries)
         for piece in settled.left_alone:
-            piece.leave_alone(plan.state.descriptor, settled.pieces[piece])
-        self._drop(settled.entries)
+            unused += piece.leave_alone(plan.state.descriptor, settled.pieces[piece])
+        if self.settings.copy_outputs:  # or else the user may still read what is in their memory
+            self._drop(unused)
 
     def graphs(self, mode: str) -> list[CapturedGraph]:
         """Return the stored graphs of one mode."""

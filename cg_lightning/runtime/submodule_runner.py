@@ -22,7 +22,7 @@ from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import Change
 from cg_lightning.modules.interception import Interception, ModuleHandler
 from cg_lightning.report.stats import Saving
-from cg_lightning.runtime.dispatcher import Action, KeyState, Miss, Plan, Variant, no_gain
+from cg_lightning.runtime.dispatcher import Action, Entry, KeyState, Miss, Plan, Variant, no_gain
 from cg_lightning.runtime.profiling import Ranges
 from cg_lightning.runtime.target import GraphTarget, reason_of
 
@@ -96,19 +96,23 @@ class SubmoduleRunner(ModuleHandler):
             assert isinstance(entry, GraphEntry)
             entry.record.saved(saving)
 
-    def leave_alone(self, step: BatchDescriptor, saving: Saving) -> None:
+    def leave_alone(self, step: BatchDescriptor, saving: Saving) -> list[Entry]:
         """Run eagerly in steps with this key from now on, because graphs do not save time.
 
         Args:
             step: The key of the step.
             saving: The times of the calls of this submodule in a step.
+
+        Returns:
+            Graphs that the caller must drop, because no step uses them any more.
         """
         self._guards.pop(step, None)
         self._refusals[step] = no_gain(saving, f"{self.name}: ")
-        if not self._guards:
-            self._drop(self.target.dispatcher.entries())
-            self.remove()
-            self._is_idle = True
+        if self._guards:
+            return []
+        self.remove()
+        self._is_idle = True
+        return self.target.dispatcher.entries()
 
     def begin_epoch(self) -> None:
         """Forget permissions whose large containers have changed."""
