@@ -56,11 +56,14 @@ def slow_replays(timed, monkeypatch) -> None:
 
 
 def burn(seconds: float) -> int:
-    """Return how often to count for about so long."""
-    began = perf_counter()
-    for _ in range(100_000):
-        pass
-    return int(100_000 * seconds / (perf_counter() - began))
+    """Return how often to count for at least so long."""
+    fastest = float("inf")
+    for _ in range(20):
+        began = perf_counter()
+        for _ in range(10_000):
+            pass
+        fastest = min(fastest, perf_counter() - began)
+    return int(10_000 * seconds / fastest)
 
 
 class Slow(nn.Module):

@@ -102,6 +102,9 @@ class GraphBackend(Protocol):
             A stopwatch. None: times of this backend do not tell if graphs pay.
         """
 
+    def capture_stream(self) -> AbstractContextManager[None]:
+        """Run eager work inside where captures run, ordered with what runs before and after."""
+
     def range(self, name: str) -> AbstractContextManager[None]:
         """Mark what runs inside, for traces of the device."""
 

@@ -182,6 +182,25 @@ class CUDABackend:
         return CUDAStopwatch(torch.cuda.current_stream(self.device), began)
 
     @contextlib.contextmanager
+    def capture_stream(self) -> Iterator[None]:
+        """Run on the stream of captures what a later capture may meet again.
+
+        A parameter has one node that takes its gradient. It belongs to the stream of the forward
+        that made it, and lives as long as a tensor of that forward. A capture whose backward meets
+        a node of another stream fails.
+        """
+        caller = torch.cuda.current_stream(self.device)
+        if caller == self._stream:
+            yield
+            return
+        self._stream.wait_stream(caller)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            caller.wait_stream(self._stream)
+
+    @contextlib.contextmanager
     def range(self, name: str) -> Iterator[None]:
         """Mark an NVTX range."""
         torch.cuda.nvtx.range_push(name)

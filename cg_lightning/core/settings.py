@@ -14,7 +14,7 @@ from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.stages import STEP_METHODS
 
 ModeName = Literal["NONE", "PIECEWISE", "FULL", "FULL_AND_PIECEWISE"]
-StageName = Literal["validate", "test", "predict"]
+StageName = Literal["validate", "test", "predict", "train"]
 BackendName = Literal["auto", "cuda", "recorder"]
 CaptureErrorMode = Literal["global", "thread_local", "relaxed"]
 Tolerance = Literal["exact", "close"]
@@ -279,6 +279,21 @@ class Settings:
         """:attr:`options`, never None."""
         assert self.options is not None
         return self.options
+
+    def for_training(self) -> Settings:
+        """Return the options for closures of training: whole, as written, with copied gradients.
+
+        A replay leaves a part of the closure to what follows it, so times cannot be compared.
+        """
+        return dataclasses.replace(
+            self,
+            mode=CUDAGraphMode.FULL,
+            targets=None,
+            compile=False,
+            copy_outputs=True,
+            min_saving=0,
+            capture_ahead=False,
+        )
 
     def next_verification(self, replays: int) -> int:
         """Return the number of replays after which the next one is compared with eager.

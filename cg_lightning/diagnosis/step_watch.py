@@ -66,6 +66,7 @@ class StepWatch:
         effects: What a graph of the whole step can hold; None: neither ``self.log`` nor updates of
             metrics.
         run_logging: Whether ``self.log`` and ``self.print`` are executed.
+        has_backward: Whether the step computes its gradients itself.
     """
 
     def __init__(
@@ -76,12 +77,14 @@ class StepWatch:
         *,
         effects: Effects | None = None,
         run_logging: bool = True,
+        has_backward: bool = False,
     ) -> None:
         self.root = root
         self.backend = backend
         self.device_type = backend.device.type
         self.effects = effects
         self.run_logging = run_logging
+        self.has_backward = has_backward
         self.is_lightning = _is_lightning_module(root)
         """Whether ``root`` is a LightningModule."""
         self.modules = list(modules_that_run(root))
