@@ -226,18 +226,22 @@ def test_a_whole_step_that_costs_time_runs_eagerly(harness, slow_replays):
     assert text in callback.summary()
 
 
-def test_the_graph_of_a_step_without_gain_is_freed(harness, slow_replays):
-    callback = harness.callback(min_saving=0.03)
+@pytest.mark.parametrize("copy_outputs", [True, False])
+def test_the_graph_of_a_step_without_gain_is_freed(harness, slow_replays, copy_outputs):
+    """Unless its latest output may still be read: without copies, that is in its memory."""
+    callback = harness.callback(min_saving=0.03, copy_outputs=copy_outputs)
     seen = []
 
     class Looks(Predictor):
         def on_predict_batch_end(self, *_: Any) -> None:
             seen.append(len(callback.graphs("FULL")))
 
-    harness.compare(Looks(nn.Linear(8, 8)), predict(features(4 * 40)), callback)
+    trainer = harness.trainer(callback)
+    trainer.predict(Looks(nn.Linear(8, 8)), features(4 * 40), return_predictions=False)
     if harness.backend != "cuda":
+        assert reasons(callback)["NONE: no gain"] > 0
         assert max(seen) == 1
-        assert seen[-1] == 0
+        assert seen[-1] == (0 if copy_outputs else 1)
 
 
 def test_a_whole_step_that_saves_much_is_kept(harness, timed):
@@ -425,3 +429,15 @@ def test_a_plain_loop_has_no_length(backend, device, timed):
         for _ in range(5):
             call(torch.ones(4, 8, device=device))
     assert call.stats.captures == 1
+
+
+def test_training_is_not_compared(harness, slow_replays):
+    callback = harness.callback(min_saving=0.03, stages=["train"])
+    harness.compare(
+        Predictor(nn.Linear(8, 8)),
+        lambda trainer, module: trainer.fit(module, features(4 * 40), features(8)),
+        callback,
+        max_epochs=1,
+    )
+    assert callback.stats.captures == 1
+    assert "NONE: timed against its graph" not in reasons(callback)
