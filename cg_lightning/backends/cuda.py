@@ -49,7 +49,6 @@ from cg_lightning.backends.capture_scope import (
     autocast_cache_off,
     capture_looks_eager,
     garbage_collection_paused,
-    is_stream_capturing,
     release_frames,
 )
 from cg_lightning.backends.host_reads import OnCall
@@ -97,7 +96,7 @@ class CUDABackend:
 
     def is_capturing(self) -> bool:
         """Return True if the current stream is capturing."""
-        return is_stream_capturing()
+        return torch.cuda.is_current_stream_capturing()
 
     def capture(
         self, function: Callable[[], Any], *, collect_garbage: bool, capture_error_mode: str
@@ -273,7 +272,7 @@ class CUDABackend:
     ) -> None:
         """Repair the state of the process after a failed capture. It never raises."""
         pool, self._pool = self._pool, None
-        if began and is_stream_capturing():
+        if began and torch.cuda.is_current_stream_capturing():
             # it reports the error that is already being raised
             with contextlib.suppress(Exception):
                 graph.capture_end()
