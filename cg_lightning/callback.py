@@ -48,6 +48,7 @@ from cg_lightning.trainer.preconditions import (
     why_inert,
     why_no_training,
 )
+from cg_lightning.trainer.stage_length import TrainerStageLength
 from cg_lightning.trainer.training import TrainingInstallation
 
 _NO_CUDA = (
@@ -113,6 +114,11 @@ class CUDAGraphCallback(Callback):
         pad_dims: Pad other dimensions, for example
             ``{"input_ids": {1: {"sizes": "pow2", "value": 0}}}``: for each leaf of the batch and
             each dimension the sizes, a list or ``"pow2"``, and the value of the padding.
+        min_saving: The share of a step's time that a graph must save. The first replays are timed
+            on host and device. If they do not save enough, a few steps run eagerly to compare, and
+            then a graph that saves less is dropped. Its key runs eagerly from then on, with the
+            reason ``no gain``. A stage with too few batches to win back a capture runs eagerly. 0
+            keeps every graph, and so do ``strict=True`` and the recorder, which is no speed-up.
         max_graphs: Maximum number of graphs. The least recently used graph is dropped first.
         strict: Raise if a step runs in a lower mode than asked after its warm-up. With FULL, any
             lower mode raises. With the other modes, only a step without any graph raises.
@@ -172,6 +178,7 @@ class CUDAGraphCallback(Callback):
         overlap_copies: bool = True,
         capture_sizes: Sequence[int] | None = None,
         pad_dims: Mapping[str, Any] | None = None,
+        min_saving: float = 0.03,
         max_graphs: int = 64,
         strict: bool = False,
         backend: BackendName = "auto",
@@ -194,6 +201,7 @@ class CUDAGraphCallback(Callback):
             overlap_copies=overlap_copies,
             capture_sizes=capture_sizes,
             pad_dims=pad_dims,
+            min_saving=min_saving,
             max_graphs=max_graphs,
             strict=strict,
             backend=backend,
@@ -343,6 +351,8 @@ class CUDAGraphCallback(Callback):
             self._installation = InertInstallation(trainer.strategy, self.stats, why)
             return
         session = self._session(trainer, pl_module, backend)
+        if session.must_save_time:
+            session.stage_length = TrainerStageLength(trainer)
         transfers = self._transfers(trainer, pl_module, session, EVALUATION_HOOKS)
         self._installation = Installation(trainer.strategy, pl_module, session, transfers)
         self._arrange_captures(trainer, self._installation)

@@ -232,6 +232,8 @@ def another_value(field: dataclasses.Field, hint: Any) -> tuple[str, Any]:
         return str(not default).lower(), not default
     if isinstance(default, int):
         return str(default + 1), default + 1
+    if isinstance(default, float):
+        return str(default / 2), default / 2
     literal = next((arm for arm in (hint, *get_args(hint)) if get_origin(arm) is Literal), None)
     if literal is not None and not isinstance(default, tuple):
         choice = next(value for value in get_args(literal) if value not in (default, "cuda"))

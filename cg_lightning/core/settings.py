@@ -63,6 +63,17 @@ def check_at_least(argument: str, value: int, least: int) -> int:
     return value
 
 
+def check_share(argument: str, value: float) -> float:
+    """Return the number.
+
+    Raises:
+        ValueError: The value is no number, is less than 0, or is 1 or more.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"{argument}={value!r} must be a number of at least 0 and less than 1.")
+    return value
+
+
 def check_bool(argument: str, value: bool, expected: str = "True or False") -> bool:
     """Return the value.
 
@@ -192,6 +203,9 @@ class Settings:
     """Pad batches along dimension 0 up to the next of these sizes. None: not at all."""
     pad_dims: Mapping[str, Any] | None = None
     """Pad other dimensions: for each leaf and dimension, sizes and a value. None: not at all."""
+    min_saving: float = 0.03
+    """Share of a step's time that its graph must save, or else it is dropped; 0: keep every graph.
+    """
     max_graphs: int = 64
     """The most graphs that are kept; the least recently used one goes first."""
     strict: bool = False
@@ -228,6 +242,7 @@ class Settings:
         for name, least in (("warmup_steps", 0), ("verify_replays", 0), ("verify_every", 0)):
             check_at_least(name, getattr(self, name), least)
         check_at_least("max_graphs", self.max_graphs, 1)
+        check_share("min_saving", self.min_saving)
         for name in (
             "sync_free_metrics",
             "copy_outputs",
@@ -295,13 +310,17 @@ class Settings:
         return self.options
 
     def for_training(self) -> Settings:
-        """Return the options for closures of training: whole, as written, with copied gradients."""
+        """Return the options for closures of training: whole, as written, with copied gradients.
+
+        A replay leaves a part of the closure to what follows it, so times cannot be compared.
+        """
         return dataclasses.replace(
             self,
             mode=CUDAGraphMode.FULL,
             targets=None,
             compile=False,
             copy_outputs=True,
+            min_saving=0,
             capture_ahead=False,
         )
 

@@ -129,14 +129,14 @@ class ModuleGuard:
         return all(map(operator.is_, members, self._members))
 
     def _scripted_hold(self) -> bool:
-        if not self._scripted:
-            return True
         now = map(scripted_attributes, self._scripted)
         return all(map(same_attributes, now, self._scripted_values))
 
     def check(self) -> bool:
         """Return True if members, their addresses and hooks are unchanged."""
-        return self._members_hold() and self._addresses.check() and self._scripted_hold()
+        if not (self._members_hold() and self._addresses.check()):
+            return False
+        return not self._scripted or self._scripted_hold()
 
     def failure(self) -> GuardFailure:
         """Return the change. Call it after :meth:`check` has failed and before :meth:`refresh`."""

@@ -29,6 +29,23 @@ _NO_MATPLOTLIB = (
 )
 
 
+class Saving(NamedTuple):
+    """The time of a step, or of the calls of a submodule in a step, with graphs and without.
+
+    On a GPU it is the longer one of the times of host and device.
+    """
+
+    eager: float
+    """Without graphs, in seconds."""
+    graph: float
+    """With graphs, in seconds."""
+
+    @property
+    def share(self) -> float:
+        """The share of the time that graphs save. Negative if they cost time."""
+        return 1 - self.graph / self.eager if self.eager else 0.0
+
+
 @dataclasses.dataclass
 class EntryRecord:
     """The graphs of one key of one target.
@@ -57,8 +74,19 @@ class EntryRecord:
     """Replays whose time was taken: those that were neither captures nor compared with eager."""
     host_seconds: float = 0.0
     """Time of those on the host, for the whole step, in seconds."""
+    eager_seconds: float | None = None
+    """Time of an eager step, or of the submodule's calls in one. None: it was not compared."""
+    graph_seconds: float | None = None
+    """The same from graphs. Both are the longer ones of the times of host and device."""
+    saving: float | None = None
+    """The share of the time that graphs save. Negative if they cost time."""
     within_spread: bool = False
     """Whether a verified replay differed from eager, by no more than two eager runs differ."""
+
+    def saved(self, saving: Saving) -> None:
+        """Store what graphs save."""
+        self.eager_seconds, self.graph_seconds = saving
+        self.saving = saving.share
 
     def captured(self, seconds: float, num_bytes: int, why_again: str) -> None:
         """Count a capture.

@@ -31,9 +31,11 @@ from cg_lightning.runtime.changing_values import ChangingValues
 from cg_lightning.runtime.dispatcher import Guards, KeyState, Plan, Unguarded, Variant
 from cg_lightning.runtime.examples import Examples
 from cg_lightning.runtime.profiling import Profiler, Ranges
+from cg_lightning.runtime.stage_length import StageLength
 from cg_lightning.runtime.submodule_runner import SubmoduleRunner
 from cg_lightning.runtime.target import GraphTarget
 from cg_lightning.runtime.targets import match_targets
+from cg_lightning.runtime.trial import Trial
 from cg_lightning.runtime.verifier import Replayed, Verdict, Verifier
 
 
@@ -119,6 +121,14 @@ class Session:
         self._submodules: dict[int, SubmoduleRunner] = {}
         self.pieces: dict[tuple[str, int], Piece] = {}
         """Submodules that are padded, by stage and ``id`` of the module."""
+        self.must_save_time = (
+            settings.min_saving > 0
+            and not settings.strict  # which asks for graphs at any price
+            and backend.stopwatch(0.0) is not None
+        )
+        """Whether graphs that do not save time are dropped."""
+        self.stage_length: StageLength | None = None
+        """How many batches are left in a stage; None: captures need not pay within it."""
         self._is_installed = False
         self.arguments: dict[str, Any] = {}
         """The arguments of the current step that guards look at, by name."""
@@ -260,6 +270,11 @@ class Session:
             watched,
             path=watched.path if is_full else None,
             padding=padding,
+            trial=(
+                Trial(self.settings.min_saving, plan.state.warm_up_times if is_full else [])
+                if modes and self.must_save_time and padding is None  # who pads asks for graphs
+                else None
+            ),
         )
         if variant.path is not None and watched.path is not None:
             watched.path.use(self.host_copies)
@@ -363,6 +378,24 @@ class Session:
     def difference(self, found: Any, expected: Any) -> str:
         """Return the first leaf of an output that differs from eager's; empty if none does."""
         return self._verifier.difference(found, expected)
+
+    def settle(self, plan: Plan) -> None:
+        """Find out if graphs pay, after a step whose time was taken. Drop those that do not."""
+        variant = plan.variant
+        assert variant is not None and variant.trial is not None  # noqa: PT018
+        entry = variant.entry
+        settled = self.target.dispatcher.settle(plan.state, variant)
+        if settled is None:
+            return
+        if isinstance(entry, GraphEntry):
+            entry.record.saved(settled.saving)
+        for piece, saving in settled.pieces.items():
+            piece.note_saving(plan.state.descriptor, saving)
+        unused = list(settled.entries)
+        for piece in settled.left_alone:
+            unused += piece.leave_alone(plan.state.descriptor, settled.pieces[piece])
+        if self.settings.copy_outputs:  # or else the user may still read what is in their memory
+            self._drop(unused)
 
     def graphs(self, mode: str) -> list[CapturedGraph]:
         """Return the stored graphs of one mode."""

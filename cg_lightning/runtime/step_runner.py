@@ -35,6 +35,7 @@ from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.padded_steps import PaddedSteps
 from cg_lightning.runtime.session import BATCH_INDEX, Session
 from cg_lightning.runtime.target import reason_of
+from cg_lightning.runtime.trial import StepTimes
 
 Step = Callable[..., Any]
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
@@ -149,18 +150,26 @@ class StepRunner:
             fields, leaves = described
         plan = self._dispatcher.plan(self._state(fields, args[0]), leaves)
         if plan.action is Action.REPLAY:
-            assert plan.variant is not None and isinstance(plan.variant.entry, _ENTRIES)  # noqa: PT018
-            if session.ranges.is_on:
-                with session.ranges.range("replay"):
-                    output = plan.variant.entry.replay(leaves, session.cache.step, args[0])
-            else:
-                output = plan.variant.entry.replay(leaves, session.cache.step, args[0])
-            plan.variant.entry.count()
-            seconds = perf_counter() - start
-            plan.variant.entry.took(seconds)
-            self._times.append((self._stage, Ran.REPLAY, seconds, None))
-            return output
+            return self._replay(plan, leaves, args[0], start)
         return self._run(plan, args, kwargs, leaves)
+
+    def _replay(self, plan: Plan, leaves: list[Any], batch: Any, start: float) -> Any:
+        session, variant = self._session, plan.variant
+        assert variant is not None and isinstance(variant.entry, _ENTRIES)  # noqa: PT018
+        times = None if variant.trial is None else self._step_times(start)
+        entry = variant.entry
+        if session.ranges.is_on:
+            with session.ranges.range("replay"):
+                output = entry.replay(leaves, session.cache.step, batch)
+        else:
+            output = entry.replay(leaves, session.cache.step, batch)
+        entry.count()
+        seconds = perf_counter() - start
+        entry.took(seconds)
+        self._times.append((self._stage, Ran.REPLAY, seconds, None))
+        if times is not None:
+            self._timed(plan, times, is_eager=False)
+        return output
 
     def _describe_with_objects(
         self, batch: Any, loader: int, training: tuple[bool, ...]
@@ -219,8 +228,13 @@ class StepRunner:
     def _run(
         self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]
     ) -> Any:
-        descriptor, variant = plan.state.descriptor, plan.variant
         began = perf_counter()
+        length = self._session.stage_length
+        if length is not None and self._session.examples is None and len(args) > 1:
+            loader = plan.state.descriptor.dataloader_idx
+            left = length.steps_left(self._stage, loader, args[1])
+            plan = self._dispatcher.within(plan, left)
+        descriptor, variant = plan.state.descriptor, plan.variant
         if plan.action in (Action.CAPTURE, Action.VERIFY):
             call = GraphCall(descriptor, self._invoke, args[0], leaves, args[1:], kwargs)
             with self._session.ranges.range(plan.action.name.lower()):
@@ -241,10 +255,14 @@ class StepRunner:
             outcome = self._run_piecewise(plan, args, kwargs)
         elif plan.action is Action.WATCH:
             outcome = self._watch(plan, args, kwargs)
+        elif plan.action is Action.WARM_UP:
+            outcome = self._warm_up(plan, args, kwargs)
+        elif plan.action is Action.TRIAL:
+            outcome = self._run_in_trial(plan, args, kwargs)
         else:
-            if plan.action is Action.WARM_UP:
-                self._dispatcher.ran_eagerly(plan.state)
-            outcome = self._run_eagerly(descriptor, args, kwargs, plan.reason)
+            # without a key, submodules look at nothing
+            seen = descriptor if variant is None or variant.modes else None
+            outcome = self._run_eagerly(seen, args, kwargs, plan.reason)
         seconds, how = perf_counter() - began, _how(plan.action, outcome)
         if plan.action is Action.WARM_UP:
             self._host_time(NONE, descriptor).add(seconds)
@@ -280,6 +298,33 @@ class StepRunner:
             ahead.run(session.examples, loader, args[1:], kwargs)
         return Outcome(output, NONE, plan.reason)
 
+    def _warm_up(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
+        self._dispatcher.ran_eagerly(plan.state)
+        if not self._session.must_save_time:
+            return self._run_eagerly(plan.state.descriptor, args, kwargs, plan.reason)
+        times = self._step_times(perf_counter())
+        outcome = self._run_eagerly(plan.state.descriptor, args, kwargs, plan.reason)
+        times.stop()
+        plan.state.warm_up_times.append(times)
+        return outcome
+
+    def _run_in_trial(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
+        """Run eagerly a step that has a graph, or whose submodules have graphs."""
+        times = self._step_times(perf_counter())
+        outcome = self._run_eagerly(None, args, kwargs, plan.reason, times)
+        self._timed(plan, times, is_eager=True)
+        return outcome
+
+    def _step_times(self, began: float) -> StepTimes:
+        return StepTimes(self._session.backend.stopwatch, began)
+
+    def _timed(self, plan: Plan, times: StepTimes, is_eager: bool) -> None:
+        """Hand the time of a step that has just run to its trial."""
+        times.stop()
+        assert plan.variant is not None and plan.variant.trial is not None  # noqa: PT018
+        plan.variant.trial.add(times, is_eager)
+        self._session.settle(plan)
+
     def _run_piecewise(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
         assert plan.variant is not None
         progress = StepInProgress()
@@ -287,8 +332,13 @@ class StepRunner:
             progress.batch = args[0]
         context = ForwardContext(PIECEWISE, plan.state.descriptor, progress)
         start = perf_counter()
+        if plan.variant.trial is not None:
+            progress.times = self._step_times(start)
         with override_forward_context(context):
             output = self._step(*args, **kwargs)
+        seconds, reason = perf_counter() - start, plan.variant.reason
+        if progress.times is not None and progress.graphs and progress.is_warm:
+            self._timed(plan, progress.times, is_eager=False)
         if progress.misses:
             plan.state.miss = progress.misses[0]
         if progress.graphs:
@@ -297,11 +347,11 @@ class StepRunner:
                 if time is None:
                     time = plan.variant.time = self._host_time(PIECEWISE, plan.state.descriptor)
                 time.steps += 1
-                time.seconds += perf_counter() - start
-            return Outcome(output, PIECEWISE, plan.variant.reason)
+                time.seconds += seconds
+            return Outcome(output, PIECEWISE, reason)
         reasons = list(dict.fromkeys(progress.reasons.values()))
         if not reasons:
-            return Outcome(output, NONE, plan.variant.reason or _NO_WARM_TARGET)
+            return Outcome(output, NONE, reason or _NO_WARM_TARGET)
         if len(reasons) == 1:
             return Outcome(output, NONE, reasons[0])
         text = "; ".join(map(str, reasons))
@@ -313,8 +363,11 @@ class StepRunner:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         reason: Reason | None,
+        times: StepTimes | None = None,
     ) -> Outcome:
-        with override_forward_context(ForwardContext(NONE, descriptor, StepInProgress())):
+        progress = StepInProgress()
+        progress.times = times
+        with override_forward_context(ForwardContext(NONE, descriptor, progress)):
             return Outcome(self._as_it_is(*args, **kwargs), NONE, reason)
 
     def _host_time(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> HostTime:
@@ -344,7 +397,7 @@ class StepRunner:
         record = None if variant is None else variant.record
         if (
             isinstance(record, StepsRecord)
-            and outcome.mode is PIECEWISE
+            and record.mode == outcome.mode.name
             and record.reason is outcome.reason
         ):
             record.steps += 1
@@ -354,7 +407,7 @@ class StepRunner:
         if outcome.mode is NONE:
             reason = reason or WARM_UP
         record = self._session.stats.ran(self._stage, outcome.mode.name, shapes, reason)
-        if variant is not None and outcome.mode is PIECEWISE:
+        if variant is not None:
             variant.record = record
 
     def _refuse(self, outcome: Outcome, reason: Reason, variant: Variant | None) -> None:

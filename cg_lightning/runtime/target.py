@@ -77,6 +77,7 @@ class GraphTarget:
             settings.warmup_steps,
             settings.next_verification,
             watches=mode is CUDAGraphMode.FULL,
+            least_steps=settings.verify_replays + 2,
         )
         self._settings = settings
         self._capturer = capturer

@@ -211,9 +211,12 @@ class _StandIn:
 
 def _definition(module: LightningModule, name: str) -> Any:
     """Return the definition of a method, because bound methods are new objects at each access."""
-    if name in vars(module):
-        return vars(module)[name]
-    return next((vars(cls)[name] for cls in type(module).__mro__ if name in vars(cls)), None)
+    if name in module.__dict__:
+        return module.__dict__[name]
+    for cls in type(module).__mro__:  # each step comes here, and a generator takes three times
+        if name in cls.__dict__:
+            return cls.__dict__[name]
+    return None
 
 
 def _step(module: LightningModule, name: str) -> Callable[..., Any]:
