@@ -23,6 +23,7 @@ from cg_lightning.guards.comparisons import ComparedSource
 from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import Change
 from cg_lightning.guards.sources import Source
+from cg_lightning.guards.written_settings import WrittenSettings
 from cg_lightning.host_values.host_copies import HostCopies
 from cg_lightning.modules.compilation import Compilation
 from cg_lightning.report.stats import CUDAGraphStats
@@ -78,6 +79,8 @@ class Session:
         self.watcher = StepWatcher(module, backend, effects=effects)
         self.changing_values = ChangingValues()
         self.host_copies = HostCopies()
+        self._written_settings = WrittenSettings()
+        self._written_settings.add(module.named_modules())
         self.written = WrittenTensors()
         """Tensors, other than buffers, that steps were seen to write to."""
         self._capturer = Capturer(backend, settings, self.cache, self.written)
@@ -113,6 +116,7 @@ class Session:
             self._add_submodules(match_targets(self.module, tuple(targets))[0])
         for runner in self._submodules.values():
             runner.install()
+        self._written_settings.install()
 
     def remove(self, check: bool = True) -> None:
         """Leave no trace in any submodule. Graphs are kept for the next stage.
@@ -125,6 +129,7 @@ class Session:
         for runner in self._submodules.values():
             runner.remove()
         self._compilation.remove()
+        self._written_settings.remove()
         self.host_copies.clear()
         self.effects.release(check)
 
@@ -163,6 +168,8 @@ class Session:
         self.target.dispatcher.reset(text)
         self.changing_values = ChangingValues()
         self.written.clear()
+        self._written_settings.clear()
+        self._written_settings.add(self.module.named_modules())
         for runner in self._submodules.values():
             runner.remove()
         self._submodules.clear()
@@ -217,7 +224,19 @@ class Session:
             compared.append(ComparedSource(source, watched.comparisons))
         if of_trainer_only:
             sources = [each for each in sources if each.belongs_to_trainer]
-        return GuardSet(sources, self.target.guard.modules, compared)
+        return self._guard_set(sources, compared, None if of_trainer_only else self.module)
+
+    def _guard_set(
+        self,
+        sources: Iterable[Source],
+        compared: Iterable[ComparedSource],
+        module: nn.Module | None,
+    ) -> GuardSet:
+        """Return guards of what was read in Python, and of the settings inside a module."""
+        settings = self._written_settings.frozen(() if module is None else module.modules())
+        guards = GuardSet(sources, self.target.guard.modules, compared, settings)
+        self._written_settings.add((type(each).__name__, each) for each in guards.hidden_modules)
+        return guards
 
     def _guards_of_branch(
         self, state: KeyState, watched: WatchedStep, full: Reason | None
@@ -259,9 +278,7 @@ class Session:
                 runner.refuse(step, findings[0].reason(runner.path))
             elif findings is not None:
                 module = runner.module
-                guards = GuardSet(
-                    watched.sources(module), self.target.guard.modules, watched.compared(module)
-                )
+                guards = self._guard_set(watched.sources(module), watched.compared(module), module)
                 runner.allow(step, guards, watched.keys_of_calls(runner.module), runs)
 
     def _add_submodules(self, submodules: dict[str, nn.Module]) -> None:

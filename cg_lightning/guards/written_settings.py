@@ -1,0 +1,136 @@
+"""Settings of submodules (``eps``, ``p``, ``threshold``) that somebody sets during a stage.
+
+A network has hundreds of settings, so they are compared once a stage. Between two stages anything
+may change them. During a stage it is seen when one is set, and from then on the few that were set
+are compared before each replay.
+
+What is written to ``vars(layer)`` is seen by nobody, so it counts at the next stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.guards.sources import MISSING, Source, describe_change
+from cg_lightning.modules.attributes import is_same_value, names_of_frameworks
+from cg_lightning.modules.interception import Interception, ModuleHandler, can_intercept
+from cg_lightning.modules.kinds import is_metric, is_user_module, lightning_class
+
+
+class _Written(NamedTuple):
+    source: Source
+    before: Any
+    """The value before it was set for the first time."""
+
+
+_Key = tuple[int, str]
+"""The key of a source."""
+
+
+class WrittenSettings:
+    """Notes each setting that is set while :meth:`install` is in effect."""
+
+    def __init__(self) -> None:
+        self.written: dict[_Key, _Written] = {}
+        self._modules: dict[int, tuple[str, nn.Module]] = {}
+        self._interceptions: dict[int, Interception] = {}
+        self._is_installed = False
+
+    def add(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+        """Look at some modules, which have these paths, from now on."""
+        for path, module in modules:
+            # Lightning itself sets attributes of a LightningModule all the time
+            if can_intercept(module) and lightning_class(type(module), "LightningModule") is None:
+                self._modules.setdefault(id(module), (path, module))
+        if self._is_installed:
+            self.install()
+
+    def install(self) -> None:
+        """Notice what is set from now on; idempotent."""
+        self._is_installed = True
+        for key, (path, module) in self._modules.items():
+            if key not in self._interceptions:
+                handler = _Handler(self.written, path, module)
+                self._interceptions[key] = Interception(module, handler)
+
+    def remove(self) -> None:
+        """Leave no trace in any module. What was noted is kept for the next stage."""
+        self._is_installed = False
+        for interception in self._interceptions.values():
+            interception.remove()
+        self._interceptions.clear()
+
+    def clear(self) -> None:
+        """Forget all modules and what was noted. Nothing made by :meth:`frozen` may be used."""
+        was_installed = self._is_installed
+        self.remove()
+        self._is_installed = was_installed
+        self._modules.clear()
+        self.written = {}
+
+    def frozen(self, modules: Iterable[nn.Module]) -> FrozenSettings:
+        """Return what compares settings of these modules with what they are now."""
+        return FrozenSettings(self.written, modules)
+
+
+class FrozenSettings:
+    """Compares settings that were written with what they were when this was made.
+
+    Args:
+        written: All settings that were written until now, and that are from now on.
+        modules: The modules whose settings are compared.
+    """
+
+    def __init__(self, written: dict[_Key, _Written], modules: Iterable[nn.Module]) -> None:
+        self.written = written
+        """All settings that were written. As long as it is empty, all of them hold."""
+        self._modules = set(map(id, modules))
+        self._values = {key: each.source.value() for key, each in written.items()}
+
+    def add(self, modules: Iterable[nn.Module]) -> None:
+        """Compare settings of these modules as well."""
+        self._modules.update(map(id, modules))
+
+    def hold(self) -> bool:
+        """Return whether all settings have the values that they had."""
+        return not self.explain()
+
+    def explain(self) -> str:
+        """Return what has changed: ``self.net.drop.p: now 0.5, before 0.1``; empty if nothing."""
+        for key, (source, before) in self.written.items():
+            if key[0] in self._modules:
+                expected, now = self._values.get(key, before), source.value()
+                if not is_same_value(expected, now):
+                    return describe_change(source.path, now, expected)
+        return ""
+
+
+class _Handler(ModuleHandler):
+    """Notes the settings of one module that are set."""
+
+    def __init__(self, written: dict[_Key, _Written], path: str, module: nn.Module) -> None:
+        self._written = written
+        self._path = path
+        self._module = module
+
+    def on_write(self, name: str, value: Any) -> None:
+        """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
+        attributes = object.__getattribute__(self._module, "__dict__")
+        before = attributes.get(name, MISSING)
+        if not is_same_value(before, value) and self._is_setting(name, value):
+            path = ".".join(filter(None, ["self", self._path, name]))
+            source = Source(self._module, name, path)
+            self._written.setdefault(source.key, _Written(source, before))
+
+    def _is_setting(self, name: str, value: Any) -> bool:
+        """Return whether an epoch compares it (``layer_settings`` in ``modules/attributes.py``)."""
+        module = self._module
+        if name in names_of_frameworks(module):
+            return False
+        if is_metric(module):
+            return is_plain_value(value) and not name.startswith("_")
+        return not is_user_module(module) or callable(getattr(type(module), name, None))
