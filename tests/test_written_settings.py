@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchmetrics.classification import BinaryAccuracy
 
 from tests.harness import features, validate
@@ -140,3 +141,44 @@ def test_another_value_is_named(harness):
     callback = harness.callback(mode="PIECEWISE")
     harness.compare(Model(), validate(features(48)), callback, lambda: [Sets(SETTERS["once"])])
     assert "self.net.norm.eps: now 5.0, before 1e-05" in str(callback.summary())
+
+
+class Late(Model):
+    """The first batches do not call the net. They are of another shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(8, 8)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.net(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+    def on_train_epoch_start(self) -> None:
+        self.net.norm.eps = 1e-5
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        out = self.other(batch[0])
+        return self.net(out) if len(out) == 4 else out
+
+
+def test_a_setting_that_was_set_before_the_first_watched_call(harness):
+    """No graph looked at it then; the next epoch begins with the value that was before."""
+    batches = [*features(4, 2), *features(24)]
+    loader = DataLoader(batches, batch_size=None)
+
+    def set_in_first_epoch(model: Model, batch_idx: int) -> None:
+        if batch_idx == 1 and model.current_epoch == 0:
+            model.net.norm.eps = 3.0
+
+    callback = harness.compare(
+        Late(),
+        lambda trainer, model: trainer.fit(model, features(4), loader),
+        harness.callback(mode="PIECEWISE"),
+        lambda: [Sets(set_in_first_epoch)],
+        max_epochs=3,
+        num_sanity_val_steps=0,
+    )
+    assert callback.stats.steps["PIECEWISE"], callback.summary()

@@ -9,7 +9,7 @@ What is written to ``vars(layer)`` is seen by nobody, so it counts at the next s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -32,7 +32,11 @@ _Key = tuple[int, str]
 
 
 class WrittenSettings:
-    """Notes each setting that is set while :meth:`install` is in effect."""
+    """Notes each setting that is set while :meth:`install` is in effect.
+
+    It looks at modules whose settings are part of a graph's guards, and at no others, so that what
+    runs eagerly pays nothing.
+    """
 
     def __init__(self) -> None:
         self.written: dict[_Key, _Written] = {}
@@ -43,8 +47,7 @@ class WrittenSettings:
     def add(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
         """Look at some modules, which have these paths, from now on."""
         for path, module in modules:
-            # Lightning itself sets attributes of a LightningModule all the time
-            if can_intercept(module) and lightning_class(type(module), "LightningModule") is None:
+            if _can_be_seen(module):
                 self._modules.setdefault(id(module), (path, module))
         if self._is_installed:
             self.install()
@@ -72,9 +75,19 @@ class WrittenSettings:
         self._modules.clear()
         self.written = {}
 
-    def frozen(self, modules: Iterable[nn.Module]) -> FrozenSettings:
-        """Return what compares settings of these modules with what they are now."""
-        return FrozenSettings(self.written, modules)
+    def contains(self, modules: Iterable[tuple[str, nn.Module]]) -> bool:
+        """Return whether it looks at all these modules, as far as it can."""
+        return all(id(module) in self._modules for _, module in modules if _can_be_seen(module))
+
+    def frozen(self, modules: Sequence[tuple[str, nn.Module]]) -> FrozenSettings:
+        """Return what compares settings of modules, which have these paths, with those of now."""
+        self.add(modules)
+        return FrozenSettings(self.written, [module for _, module in modules])
+
+
+def _can_be_seen(module: nn.Module) -> bool:
+    # Lightning itself sets attributes of a LightningModule all the time
+    return can_intercept(module) and lightning_class(type(module), "LightningModule") is None
 
 
 class FrozenSettings:

@@ -26,6 +26,7 @@ from cg_lightning.guards.sources import Source
 from cg_lightning.guards.written_settings import WrittenSettings
 from cg_lightning.host_values.host_copies import HostCopies
 from cg_lightning.modules.compilation import Compilation
+from cg_lightning.modules.kinds import is_metric
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.changing_values import ChangingValues
 from cg_lightning.runtime.dispatcher import Guards, KeyState, Plan, Unguarded, Variant
@@ -80,7 +81,6 @@ class Session:
         self.changing_values = ChangingValues()
         self.host_copies = HostCopies()
         self._written_settings = WrittenSettings()
-        self._written_settings.add(module.named_modules())
         self.written = WrittenTensors()
         """Tensors, other than buffers, that steps were seen to write to."""
         self._capturer = Capturer(backend, settings, self.cache, self.written)
@@ -139,6 +139,7 @@ class Session:
         self.cache.drop_all()
         self.effects.close()
         self.target.dispatcher.reset()
+        self._written_settings.clear()
         self._submodules.clear()
 
     def check_module(self) -> None:
@@ -169,7 +170,6 @@ class Session:
         self.changing_values = ChangingValues()
         self.written.clear()
         self._written_settings.clear()
-        self._written_settings.add(self.module.named_modules())
         for runner in self._submodules.values():
             runner.remove()
         self._submodules.clear()
@@ -224,16 +224,20 @@ class Session:
             compared.append(ComparedSource(source, watched.comparisons))
         if of_trainer_only:
             sources = [each for each in sources if each.belongs_to_trainer]
-        return self._guard_set(sources, compared, None if of_trainer_only else self.module)
+        modules = () if of_trainer_only else self.module.named_modules()
+        return self._guard_set(sources, compared, modules)
 
     def _guard_set(
         self,
         sources: Iterable[Source],
         compared: Iterable[ComparedSource],
-        module: nn.Module | None,
+        modules: Iterable[tuple[str, nn.Module]],
     ) -> GuardSet:
-        """Return guards of what was read in Python, and of the settings inside a module."""
-        settings = self._written_settings.frozen(() if module is None else module.modules())
+        """Return guards of what was read in Python, and of the settings of modules, by path."""
+        named = list(modules)
+        if not self._written_settings.contains(named):
+            self.target.guard.check_epoch()  # nobody has noted what was set since the last one
+        settings = self._written_settings.frozen(named)
         guards = GuardSet(sources, self.target.guard.modules, compared, settings)
         self._written_settings.add((type(each).__name__, each) for each in guards.hidden_modules)
         return guards
@@ -278,7 +282,10 @@ class Session:
                 runner.refuse(step, findings[0].reason(runner.path))
             elif findings is not None:
                 module = runner.module
-                guards = self._guard_set(watched.sources(module), watched.compared(module), module)
+                # in pieces, metrics are never in a graph
+                named = module.named_modules(prefix=runner.path)
+                inside = [(path, child) for path, child in named if not is_metric(child)]
+                guards = self._guard_set(watched.sources(module), watched.compared(module), inside)
                 runner.allow(step, guards, watched.keys_of_calls(runner.module), runs)
 
     def _add_submodules(self, submodules: dict[str, nn.Module]) -> None:
