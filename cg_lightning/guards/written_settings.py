@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from cg_lightning.core.descriptor import is_plain_value
-from cg_lightning.guards.sources import MISSING, Source, describe_change
-from cg_lightning.modules.attributes import is_same_value, names_of_frameworks
+from cg_lightning.guards.sources import DerivedNamespace, Source, describe_change
+from cg_lightning.modules.attributes import is_same_value, names_of_frameworks, value_in_class
 from cg_lightning.modules.interception import Interception, ModuleHandler, can_intercept
 from cg_lightning.modules.kinds import is_metric, is_user_module, lightning_class
 
@@ -28,7 +28,18 @@ class _Written(NamedTuple):
 
 
 _Key = tuple[int, str]
-"""The key of a source."""
+"""The id of the module, and the name."""
+
+
+class _Class(DerivedNamespace):
+    """The class of a module, which is an attribute that is in no namespace."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def get(self, name: str, default: Any) -> Any:
+        """Return the class."""
+        return type(self._module)
 
 
 class WrittenSettings:
@@ -132,18 +143,21 @@ class _Handler(ModuleHandler):
 
     def on_write(self, name: str, value: Any) -> None:
         """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
-        attributes = object.__getattribute__(self._module, "__dict__")
-        before = attributes.get(name, MISSING)
+        if (id(self._module), name) in self._written:
+            return
+        holder = _Class(self._module) if name == "__class__" else self._module
+        source = Source(holder, name, ".".join(filter(None, ["self", self._path, name])))
+        before = source.value()
         if not is_same_value(before, value) and self._is_setting(name, value):
-            path = ".".join(filter(None, ["self", self._path, name]))
-            source = Source(self._module, name, path)
-            self._written.setdefault(source.key, _Written(source, before))
+            self._written[id(self._module), name] = _Written(source, before)
 
     def _is_setting(self, name: str, value: Any) -> bool:
         """Return whether an epoch compares it (``layer_settings`` in ``modules/attributes.py``)."""
         module = self._module
+        if name == "__class__":
+            return True
         if name in names_of_frameworks(module):
             return False
         if is_metric(module):
             return is_plain_value(value) and not name.startswith("_")
-        return not is_user_module(module) or callable(getattr(type(module), name, None))
+        return not is_user_module(module) or callable(value_in_class(type(module), name))
