@@ -298,7 +298,8 @@ OBJECTS = [
     *((have_a_holder, work) for work in (
         reads_a_counted_descriptor, sets_a_stored_descriptor, reads_a_cached_property,
         clears_a_cached_property, reads_a_virtual_attribute, asks_for_its_length,
-        asks_for_its_truth, compares_it, iterates_over_it, asks_whether_it_contains, subscripts_it, calls_it, enters_it,
+        asks_for_its_truth, compares_it, iterates_over_it, asks_whether_it_contains,
+        subscripts_it, calls_it, enters_it,
         multiplies_by_it)),
 ]  # fmt: skip
 
