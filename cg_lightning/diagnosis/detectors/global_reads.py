@@ -82,7 +82,9 @@ class GlobalReads(Detector):
             for cause, words, location in problems:
                 self._report(key, cause, words, location)
         for key, (source, value, contents) in self._before.items():
-            if not (is_same_value(value, source.value()) and contents.all_hold()):
+            with self.watch.paused():
+                now = source.value()
+            if not (is_same_value(value, now) and contents.all_hold()):
                 self._report(key, Cause.STATE_REBOUND, _words(source), AT_THE_END)
             for state in self._modules.get(key, ()):
                 with self.watch.paused():
@@ -183,7 +185,8 @@ class GlobalReads(Detector):
         key = source.key
         if key in self._before or key in self._problems:
             return
-        value = source.value()
+        with self.watch.paused():  # to look at a module is no read of the step's
+            value = source.value()
         try:
             contents = look_into(value, source.path)
             modules = hidden_modules(self.watch, contents.modules) if contents.modules else []
