@@ -11,7 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from cg_lightning.backends import CapturedGraph, resolve_backend
+from cg_lightning.backends import CapturedGraph, GraphBackend, resolve_backend
+from cg_lightning.core.errors import CaptureError
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.settings import (
     BackendName,
@@ -22,7 +23,7 @@ from cg_lightning.core.settings import (
     Tolerance,
     check_names,
 )
-from cg_lightning.core.stages import STEP_METHODS
+from cg_lightning.core.stages import EVALUATING, STEP_METHODS, TRAIN
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.modules.kinds import lightning_class
 from cg_lightning.report.logged import numbers_to_log
@@ -30,12 +31,24 @@ from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.summary import Summary, print_summary, render_summary
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.targets import check_targets
-from cg_lightning.trainer.batch_transfer import noted_transfer, overlapped_transfer
+from cg_lightning.trainer.batch_transfer import (
+    EVALUATION_HOOKS,
+    TRAINING_HOOKS,
+    NotedTransfer,
+    OverlappedTransfer,
+    noted_transfer,
+    overlapped_transfer,
+)
 from cg_lightning.trainer.examples import BatchesAhead
 from cg_lightning.trainer.installation import InertInstallation, Installation
 from cg_lightning.trainer.logged_results import LoggedResults
 from cg_lightning.trainer.loggers import log_numbers
-from cg_lightning.trainer.preconditions import check_not_graphed_already, why_inert
+from cg_lightning.trainer.preconditions import (
+    check_not_graphed_already,
+    why_inert,
+    why_no_training,
+)
+from cg_lightning.trainer.training import TrainingInstallation
 
 _NO_CUDA = (
     "CUDAGraphCallback: there is no CUDA device and backend='auto', so every step runs eagerly, as "
@@ -51,16 +64,19 @@ class CUDAGraphCallback(Callback):
     step is captured once for each input shape (FULL), and replayed. If the step does not allow
     that, the submodules that it calls are captured instead (PIECEWISE). Logged, returned and
     predicted values are those of eager. If a step cannot be captured, it runs eagerly, and
-    :attr:`stats` and :meth:`summary` say why. Between stages, in training and after an exception,
-    nothing of the callback is on the module. It does *not* graph training, and it does *not* save
-    anything in checkpoints. The modes are vLLM's (``vllm/config/compilation.py``).
+    :attr:`stats` and :meth:`summary` say why. Between stages and after an exception, nothing of the
+    callback is on the module. Training runs as without it, unless ``stages`` names
+    ``train``. It does *not* save anything in checkpoints. The modes are vLLM's
+    (``vllm/config/compilation.py``).
 
     Args:
         mode: A :class:`CUDAGraphMode` or its name. NONE: no graphs. PIECEWISE: submodules. FULL:
             whole steps, including their metrics and logged values. FULL_AND_PIECEWISE: whole steps
             if possible, otherwise submodules.
-        stages: Any of ``validate`` (also inside ``fit``), ``test`` and ``predict``. The sanity
-            check is always eager.
+        stages: Any of ``validate`` (also inside ``fit``), ``test``, ``predict`` and ``train``. The
+            sanity check is always eager. With ``train``, step and backward of automatic
+            optimization are one graph in the modes FULL and FULL_AND_PIECEWISE; the optimizer stays
+            eager. Training is never compiled, captured ahead or in pieces.
         targets: Submodules for PIECEWISE: patterns of :mod:`fnmatch` for the names in
             ``named_modules()``. None: the largest submodules with parameters that the step calls
             and that can be captured. With FULL_AND_PIECEWISE, targets apply only to steps that are
@@ -179,6 +195,7 @@ class CUDAGraphCallback(Callback):
         self.stats = CUDAGraphStats()
         """Counts of captures, replays and steps over all runs and Trainers of this callback."""
         self._installation: Installation | InertInstallation | None = None
+        self._training: TrainingInstallation | InertInstallation | None = None
         self._given: dict[str, list[Any]] = {}
         self._given_for: weakref.ref[LightningModule] | None = None
         self._ahead: BatchesAhead | None = None
@@ -191,6 +208,7 @@ class CUDAGraphCallback(Callback):
         # graphs belong to this process and its module
         mine: dict[str, Any] = {
             "_installation": None,
+            "_training": None,
             "_given": {},
             "_given_for": None,
             "_ahead": None,
@@ -257,7 +275,12 @@ class CUDAGraphCallback(Callback):
                 f"callback.capture(..., batches): expected a list of batches, not a "
                 f"{type(batches).__name__}; for one batch, give [batch]."
             )
-        stages = self._settings.stages
+        stages = tuple(each for each in self._settings.stages if each in EVALUATING)
+        if not stages:
+            raise ValueError(
+                "callback.capture captures steps that evaluate, and "
+                f"stages={self._settings.stages!r} has none."
+            )
         chosen = stages if stage is None else check_names("stage", stage, tuple(stages))
         self._given = {**self._given, **{name: list(batches) for name in chosen}}
         self._given_for = weakref.ref(model)
@@ -279,7 +302,8 @@ class CUDAGraphCallback(Callback):
             ValueError: ``mode`` is unknown.
         """
         name = CUDAGraphMode.parse(mode).name
-        return [] if self._installation is None else self._installation.graphs(name)
+        installations = [each for each in (self._installation, self._training) if each is not None]
+        return [graph for each in installations for graph in each.graphs(name)]
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -308,24 +332,44 @@ class CUDAGraphCallback(Callback):
             self._report_once(rank_zero_info, _NO_CUDA)
             self._installation = InertInstallation(trainer.strategy, self.stats, why)
             return
-        effects = ModuleEffects(
-            pl_module,
-            backend.device,
-            sync_free=self._settings.sync_free_metrics,
-            logged=LoggedResults(pl_module),
-        )
-        profiler: Any = trainer.profiler  # type: ignore[attr-defined]
-        if lightning_class(type(profiler), "PassThroughProfiler"):
-            profiler = None
-        session = Session(pl_module, backend, self._settings, self.stats, effects, profiler)
-        copies = backend.batch_copies() if self._settings.overlap_copies else None
-        transfer = overlapped_transfer(trainer, pl_module, copies, self.stats)
-        noted = noted_transfer(trainer, pl_module, session.host_copies)
-        self._installation = Installation(trainer.strategy, pl_module, session, transfer, noted)
+        session = self._session(trainer, pl_module, backend)
+        transfers = self._transfers(trainer, pl_module, session, EVALUATION_HOOKS)
+        self._installation = Installation(trainer.strategy, pl_module, session, transfers)
         self._arrange_captures(trainer, self._installation)
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if TRAIN not in self._settings.stages or self._installation is None:
+            return
+        self._stages_run.append(TRAIN)
+        if isinstance(self._installation, InertInstallation):
+            self._training = InertInstallation(trainer.strategy, self.stats, self._installation.why)
+        elif why := self._why_no_training(trainer, pl_module):
+            self._refuse_training(why)
+            self._training = InertInstallation(trainer.strategy, self.stats, why)
+        else:
+            backend = self._installation.session.backend
+            session = self._session(trainer, pl_module, backend, has_backward=True)
+            transfers = self._transfers(trainer, pl_module, session, TRAINING_HOOKS)
+            self._training = TrainingInstallation(trainer, pl_module, session, transfers)
+        self._resume_training()
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(self._training, TrainingInstallation):
+            self._training.begin_epoch()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._training is not None:
+            self._training.close()
+            self._training = None
+            self._log_stats(trainer, TRAIN)
+
+    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._training is not None:
+            self._training.remove()
         if not trainer.sanity_checking:
             self._install("validate")
 
@@ -340,6 +384,7 @@ class CUDAGraphCallback(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end(trainer, "validate")
+        self._resume_training()
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -363,6 +408,58 @@ class CUDAGraphCallback(Callback):
             scope = f"run {self._runs} only" if self._runs > 1 else ""
             print_summary(render_summary(run, self._settings.backend, self._stages_run, scope))
         self._stages_run = []
+
+    def _session(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        backend: GraphBackend,
+        *,
+        has_backward: bool = False,
+    ) -> Session:
+        settings = self._settings
+        if has_backward:
+            settings = settings.for_training()
+        effects = ModuleEffects(
+            module,
+            backend.device,
+            sync_free=settings.sync_free_metrics,
+            logged=LoggedResults(module),
+        )
+        profiler: Any = trainer.profiler  # type: ignore[attr-defined]
+        if lightning_class(type(profiler), "PassThroughProfiler"):
+            profiler = None
+        return Session(
+            module, backend, settings, self.stats, effects, profiler, has_backward=has_backward
+        )
+
+    def _transfers(
+        self, trainer: Trainer, module: LightningModule, session: Session, hooks: Sequence[str]
+    ) -> list[OverlappedTransfer | NotedTransfer]:
+        copies = session.backend.batch_copies() if self._settings.overlap_copies else None
+        overlapped = overlapped_transfer(trainer, module, copies, self.stats)
+        noted = noted_transfer(trainer, module, session.host_copies, hooks)
+        return [each for each in (overlapped, noted) if each is not None]
+
+    def _why_no_training(self, trainer: Trainer, module: LightningModule) -> str:
+        if not self._settings.runtime_policy.has_full_cudagraphs():
+            return f"mode={self._settings.runtime_policy.name}: training has no pieces"
+        return why_no_training(trainer, module)
+
+    def _refuse_training(self, why: str) -> None:
+        message = (
+            f"CUDAGraphCallback(stages={list(self._settings.stages)!r}): {TRAIN!r} can have no "
+            f"graph here: {why}."
+        )
+        if self._settings.strict:
+            raise CaptureError(f"{message} Remove {TRAIN!r} from stages, or set strict=False.")
+        self._report_once(rank_zero_warn, f"{message} Training runs as without the callback.")
+
+    def _resume_training(self) -> None:
+        if isinstance(self._training, InertInstallation):
+            self._training.install(TRAIN)
+        elif self._training is not None:
+            self._training.install()
 
     def _arrange_captures(self, trainer: Trainer, installation: Installation) -> None:
         """Hand the batches to capture ahead to the session."""
@@ -396,12 +493,18 @@ class CUDAGraphCallback(Callback):
             self._installation.remove()
             if self._ahead is not None and stage in self._stages_run:
                 self._ahead.warn_if_left(stage)
+        self._log_stats(trainer, stage)
+
+    def _log_stats(self, trainer: Trainer, stage: str) -> None:
         if self._settings.log_stats and stage in self._stages_run:
             run = self.stats.since(self._before_run)
             warn = functools.partial(self._report_once, rank_zero_warn)
             log_numbers(trainer, numbers_to_log(run, stage), warn)
 
     def _close(self) -> None:
+        if self._training is not None:
+            self._training.close()
+            self._training = None
         if self._installation is not None:
             self._installation.close()
             self._installation = self._ahead = None

@@ -21,7 +21,7 @@ from cg_lightning.core.forward_context import (
     override_forward_context,
 )
 from cg_lightning.core.modes import CUDAGraphMode
-from cg_lightning.core.stages import STEP_METHODS
+from cg_lightning.core.stages import EVALUATING, STEP_METHODS
 from cg_lightning.diagnosis.report import Diagnosis
 from cg_lightning.diagnosis.watcher import StepWatcher
 from cg_lightning.effects.module_effects import ModuleEffects
@@ -126,8 +126,8 @@ def diagnose(
             stops there, and :attr:`Diagnosis.stopped <cg_lightning.Diagnosis>` says so.
     """
     check_backend(backend)
-    if stage not in STEP_METHODS:
-        raise ValueError(f"stage={stage!r} is unknown; choose one of {', '.join(STEP_METHODS)}.")
+    if stage not in EVALUATING:
+        raise ValueError(f"stage={stage!r} is unknown; choose one of {', '.join(EVALUATING)}.")
     module = copy.deepcopy(module)
     module.eval()
     is_lightning = _is_lightning(module)

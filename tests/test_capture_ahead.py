@@ -282,15 +282,12 @@ def test_attributes_of_tensors_are_put_back(harness, given):
             self.mark.count = getattr(self.mark, "count", 0) + 1
             return self.net(batch[0])
 
-    counts = []
+        def on_predict_end(self) -> None:
+            counts.append(getattr(self.mark, "count", None))
 
-    def job(trainer, module):
-        result = trainer.predict(module, ragged(4, 5, 4, 5, 4))
-        counts.append(getattr(module.mark, "count", None))
-        return result
-
+    counts: list[Any] = []
     with pytest.warns(UserWarning, match="5x8 was not captured ahead"):
-        harness.compare(Marks(), job, given(*batches(5)))
+        harness.compare(Marks(), predict(ragged(4, 5, 4, 5, 4)), given(*batches(5)))
     assert counts[0] == counts[1] == 5
 
 

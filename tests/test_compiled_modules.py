@@ -15,7 +15,7 @@ from cg_lightning import CUDAGraphCallback
 from cg_lightning.modules.compiled import is_graphed_by_compiler
 from cg_lightning.modules.interception import Interception, ModuleHandler
 from tests.conftest import modules_with_a_trace
-from tests.harness import Harness, assert_same, features
+from tests.harness import Harness, assert_same, features, predict
 from tests.models import Body, Predictor
 
 
@@ -126,6 +126,18 @@ def test_what_nobody_can_watch_is_compared(harness, kind, how, mode):
         seen.append((kept, layer.calls, list(layer.kept), layer.memory))
     assert_same(*seen)
     assert callback.stats.replays > 0
+
+
+def test_marks_of_the_compiler_on_outputs_are_none_of_ours(harness):
+    class Marked(Layer):
+        def forward(self, x):
+            output = self.linear(x)
+            torch._dynamo.maybe_mark_dynamic(output, 0)  # compiled code does it by itself
+            return output
+
+    callback = harness.callback(mode="PIECEWISE", warmup_steps=1)
+    harness.compare(Residual(Marked(), "as it is"), predict(features(32)), callback)
+    assert [entry.target for entry in callback.stats.entries] == ["first", "layer"]
 
 
 class CompiledMethods(Predictor):

@@ -278,13 +278,38 @@ def test_a_draw_that_no_module_function_made_is_seen_by_the_comparison():
 
 
 def test_a_draw_on_the_host_names_its_line_where_steps_run_on_a_device():
-    backend: Any = types.SimpleNamespace(device=torch.device("cuda"))
+    backend: Any = types.SimpleNamespace(
+        device=torch.device("cuda"), ignoring_host_syncs=contextlib.nullcontext
+    )
     function = lambda m, x: x + torch.rand(8)
     module = Runs(function)
     watcher = StepWatcher(module, backend, effects=None, detectors=(RandomNumbers,))
     x = torch.randn(4, 8)
     (finding,) = watcher.watch(lambda: module.predict_step(x), x)[1].findings
     assert (finding.operation, finding.location) == ("aten::rand", line_of(function))
+
+
+@pytest.mark.parametrize(
+    ("dropout", "training", "found"), [(0.5, True, 1), (0.5, False, 0), (0.0, True, 0)]
+)
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.filterwarnings("ignore:dropout option adds dropout after all but last")
+def test_dropout_of_a_recurrent_network_has_a_state_of_its_own(
+    backend, device, dropout, training, found, inference
+):
+    """On a CPU it draws from PyTorch's generator."""
+    if backend == "recorder":
+        found = 0
+    net = nn.LSTM(8, 8, num_layers=2, dropout=dropout, batch_first=True)
+    net.train(training).to(device)
+    module = Runs(lambda m, x: net(x)[0])
+    graphs: Any = resolve_backend(backend, device)
+    watcher = StepWatcher(module, graphs, effects=None, detectors=(RandomNumbers,))
+    x = torch.randn(2, 4, 8, device=device)
+    with torch.inference_mode(inference), torch.no_grad():
+        module.predict_step(x)  # cuDNN makes its state with a number of the host
+        findings = watcher.watch(lambda: module.predict_step(x), x)[1].findings
+    assert len(findings) == found, findings
 
 
 def modules() -> list[Any]:

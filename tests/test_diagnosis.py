@@ -351,7 +351,9 @@ def test_our_own_comparisons_are_no_findings():
     """On a GPU, the CPU's generator is also compared around each call."""
     model = Body()
     backend: Any = types.SimpleNamespace(
-        device=torch.device("cuda"), noticing_host_syncs=lambda on_call: contextlib.nullcontext()
+        device=torch.device("cuda"),
+        noticing_host_syncs=lambda on_call: contextlib.nullcontext(),
+        ignoring_host_syncs=contextlib.nullcontext,
     )
     watcher = StepWatcher(model, backend, effects=None)
     x = torch.randn(4, 8)

@@ -194,12 +194,6 @@ def eager(row: Row, harness: Harness, folder: Path, printed: Printed) -> dict[st
     return _eager[key]
 
 
-@pytest.fixture(autouse=True)
-def no_look_for_plugins(monkeypatch):
-    """A Trainer looks through all installed packages for callbacks of theirs: half of its time."""
-    monkeypatch.setattr(callback_connector, "_load_external_callbacks", lambda group: [])
-
-
 @pytest.mark.parametrize(
     ("name", "mode", "verify_replays"),
     [(row.name, *setting) for row in ROWS.values() for setting in SETTINGS[row.side]],

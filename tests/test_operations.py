@@ -58,6 +58,5 @@ def test_the_diagnosis_agrees_with_captures(backend, device, capsys):
         print(f"\n{backend}: the diagnosis agrees with {agreed} of {len(rows)} captures")
     called_clean = [name for name, (clean, captured) in rows.items() if clean and not captured]
     called_unclean = [name for name, (clean, captured) in rows.items() if captured and not clean]
-    # on a GPU the diagnosis notices that the host waits for these copies
-    assert called_clean == (list(MADE_BEFORE) if backend == "recorder" else [])
+    assert called_clean == list(MADE_BEFORE)
     assert len(called_unclean) <= TOO_CAREFUL, called_unclean

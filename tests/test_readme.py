@@ -83,7 +83,7 @@ def test_every_argument_of_the_callback_with_its_default():
     table = OPTIONS.split("| argument | default | meaning |")[1].split("\n\n")[0]
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", table, re.MULTILINE)
     assert [name for name, _ in rows] == list(parameters)
-    in_words = {"stages": "all three"}
+    in_words = {"stages": "the first three"}
     for name, written in rows:
         default = parameters[name].default
         shown = f'`"{default}"`' if isinstance(default, str) else f"`{default}`"

@@ -65,7 +65,13 @@ class GraphBackend(Protocol):
         """
 
     def noticing_host_syncs(self, on_call: OnCall) -> AbstractContextManager[None]:
-        """Call ``on_call`` for host syncs of an eager step that the dispatcher does not show."""
+        """Call ``on_call`` for host syncs of an eager step that the dispatcher does not show.
+
+        The call may come later, when the function that Python called returns.
+        """
+
+    def ignoring_host_syncs(self) -> AbstractContextManager[None]:
+        """Notice no host sync of what runs inside, not even later."""
 
     def get_random_state(self) -> Tensor:
         """Return the state of the device's default random generator."""
@@ -75,6 +81,9 @@ class GraphBackend(Protocol):
 
     def batch_copies(self) -> BatchCopies | None:
         """Return what copies batches beside the computation. None: the device has no streams."""
+
+    def capture_stream(self) -> AbstractContextManager[None]:
+        """Run eager work inside where captures run, ordered with what runs before and after."""
 
     def range(self, name: str) -> AbstractContextManager[None]:
         """Mark what runs inside, for traces of the device."""

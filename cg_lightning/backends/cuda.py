@@ -48,7 +48,6 @@ from cg_lightning.backends.capture_scope import (
     autocast_cache_off,
     capture_looks_eager,
     garbage_collection_paused,
-    is_stream_capturing,
     release_frames,
 )
 from cg_lightning.backends.host_reads import OnCall
@@ -96,7 +95,7 @@ class CUDABackend:
 
     def is_capturing(self) -> bool:
         """Return True if the current stream is capturing."""
-        return is_stream_capturing()
+        return torch.cuda.is_current_stream_capturing()
 
     def capture(
         self, function: Callable[[], Any], *, collect_garbage: bool, capture_error_mode: str
@@ -123,6 +122,9 @@ class CUDABackend:
 
         The mode misses ``torch.cuda.synchronize``, so that function is replaced as well. The mode
         belongs to the process: if another thread waits while it ends, PyTorch's warning may appear.
+
+        PyTorch warns of a wait when the function that Python called returns. That may be several
+        operations after the one that waited.
         """
         show, original = warnings.showwarning, torch.cuda.synchronize
         thread, mode = threading.get_ident(), torch.cuda.get_sync_debug_mode()
@@ -148,6 +150,19 @@ class CUDABackend:
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
 
+    @contextlib.contextmanager
+    def ignoring_host_syncs(self) -> Iterator[None]:
+        """See :class:`~cg_lightning.backends.base.GraphBackend`."""
+        mode = torch.cuda.get_sync_debug_mode()
+        if not mode:  # the first change of the mode gives a warning, which somebody may see
+            yield
+            return
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+
     def get_random_state(self) -> Tensor:
         """Return the state of the default CUDA generator."""
         return torch.cuda.get_rng_state(self.device)
@@ -159,6 +174,25 @@ class CUDABackend:
     def batch_copies(self) -> CUDABatchCopies:
         """Return copies on a stream of their own."""
         return CUDABatchCopies(self.device)
+
+    @contextlib.contextmanager
+    def capture_stream(self) -> Iterator[None]:
+        """Run on the stream of captures what a later capture may meet again.
+
+        A parameter has one node that takes its gradient. It belongs to the stream of the forward
+        that made it, and lives as long as a tensor of that forward. A capture whose backward meets
+        a node of another stream fails.
+        """
+        caller = torch.cuda.current_stream(self.device)
+        if caller == self._stream:
+            yield
+            return
+        self._stream.wait_stream(caller)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            caller.wait_stream(self._stream)
 
     @contextlib.contextmanager
     def range(self, name: str) -> Iterator[None]:
@@ -233,7 +267,7 @@ class CUDABackend:
     ) -> None:
         """Repair the state of the process after a failed capture. It never raises."""
         pool, self._pool = self._pool, None
-        if began and is_stream_capturing():
+        if began and torch.cuda.is_current_stream_capturing():
             # it reports the error that is already being raised
             with contextlib.suppress(Exception):
                 graph.capture_end()

@@ -10,10 +10,11 @@ It overwrites the outputs that other graphs of the pool hold weakly. Operations 
 capture raise.
 
 **Bits.** A dispatch mode alone changes results: see ``dispatch_mode.py``. Three more things are
-recorded, because kernels depend on them: the autocast state of each operation; ``requires_grad`` of
-each argument; and identity, since attention of a sequence to itself takes another kernel than
-attention to an equal copy. An early version gave each argument a tensor of its own and differed
-in the last bits on some processors.
+recorded, because kernels depend on them: the autocast state of each operation, and whether
+gradients are enabled (an LSTM then keeps more for its backward); ``requires_grad`` of each
+argument; and identity, since attention of a sequence to itself takes another kernel than attention
+to an equal copy. An early version gave each argument a tensor of its own and differed in the last
+bits on some processors.
 
 **Writes.** Schemas do not tell the truth: batch norm updates its statistics without declaring it.
 ``_may_write`` therefore trusts only the schemas of ``aten`` operations that are not norms. An
@@ -103,6 +104,8 @@ class _Operation:
     results: list[Tensor | None]
     """The tensors that the call allocated; None for a result that aliases an input."""
     autocast: _Autocast
+    has_gradients: bool
+    """Whether gradients were enabled."""
 
 
 class _Pool:
@@ -173,7 +176,9 @@ class _Recorder(EagerDispatchMode):
             )
             if not pure_view:
                 self.operations.append(
-                    _Operation(func, fixed_args, fixed_kwargs, results, autocast)
+                    _Operation(
+                        func, fixed_args, fixed_kwargs, results, autocast, torch.is_grad_enabled()
+                    )
                 )
         return output
 
@@ -219,8 +224,11 @@ class RecordedGraph:
             self._pool.overwrite_weakly_held(self)
             for operation in self._operations:
                 enabled, dtype = operation.autocast
-                with torch.autocast(
-                    self._device_type, dtype=dtype, enabled=enabled, cache_enabled=False
+                with (
+                    torch.set_grad_enabled(operation.has_gradients),
+                    torch.autocast(
+                        self._device_type, dtype=dtype, enabled=enabled, cache_enabled=False
+                    ),
                 ):
                     output = operation.function(*operation.args, **operation.kwargs)
                 for fixed, fresh in zip(operation.results, _tensors(output), strict=True):
@@ -285,6 +293,10 @@ class RecorderBackend:
         """Report calls that would wait for a GPU and that CPU tensors do not dispatch."""
         return invisible_calls(on_call)
 
+    def ignoring_host_syncs(self) -> AbstractContextManager[None]:
+        """Do nothing: calls are noticed when they are made, so ``on_call`` can ignore them."""
+        return contextlib.nullcontext()
+
     def get_random_state(self) -> Tensor:
         """Return the state of the CPU generator, which recorded operations use."""
         return torch.get_rng_state()
@@ -295,6 +307,10 @@ class RecorderBackend:
 
     def batch_copies(self) -> None:
         """Return None, because the recorder knows no streams."""
+
+    def capture_stream(self) -> AbstractContextManager[None]:
+        """Do nothing, because the recorder knows no streams."""
+        return contextlib.nullcontext()
 
     def range(self, name: str) -> AbstractContextManager[None]:
         """Do nothing: there is no trace of a device."""

@@ -26,10 +26,18 @@ from typing import Any
 from torch import Tensor
 
 from cg_lightning.backends import CapturedGraph
-from cg_lightning.capture.outputs import OutputPlan, copy_with_strides, is_cloned_with_strides
+from cg_lightning.capture.outputs import (
+    OutputPlan,
+    copies_of,
+    copy_with_strides,
+    is_cloned_with_strides,
+)
 from cg_lightning.capture.static_inputs import StaticInputs
 from cg_lightning.effects.effect import Effect, Taker, methods
 from cg_lightning.report.stats import EntryRecord
+
+_MANY = 8
+"""From this number of tensors on, a grouped copy takes less time than copies of each."""
 
 
 class GraphEntry:
@@ -61,7 +69,8 @@ class GraphEntry:
             "_graph",
             "_inputs",
         ),
-        *("_is_built", "_outputs", "_takers", "_value", "last_step", "record", "replays"),
+        *("_is_built", "_is_copied_in_groups"),
+        *("_outputs", "_takers", "_value", "last_step", "record", "replays"),
     )
 
     def __init__(
@@ -83,8 +92,11 @@ class GraphEntry:
         self._value = outputs.value if outputs.is_one_value else None
         self._computed = computed
         self._copy: Callable[[Tensor], Tensor] = Tensor.clone
+        self._is_copied_in_groups = False
         if not all(map(is_cloned_with_strides, computed)):
             self._copy = copy_with_strides
+        elif len(computed) >= _MANY:
+            self._is_copied_in_groups = True
         self._effects = effects
         self._validity_checks = methods(effects, "is_valid")
         self._before_replay = methods(effects, "before_replay")
@@ -142,8 +154,11 @@ class GraphEntry:
                 finish(given)
         computed = self._computed
         if self._copies_outputs:
-            copy = self._copy
-            computed = [copy(tensor) for tensor in computed]
+            if self._is_copied_in_groups:
+                computed = copies_of(computed)
+            else:
+                copy = self._copy
+                computed = [copy(tensor) for tensor in computed]
         if self._is_built:
             output = self._outputs.build(leaves, computed)
             for taker in self._takers:

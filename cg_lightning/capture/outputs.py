@@ -211,6 +211,22 @@ def copy_with_strides(tensor: Tensor) -> Tensor:
     return copy.expand(tensor.shape) if stored is not tensor else copy
 
 
+def copies_of(tensors: list[Tensor]) -> list[Tensor]:
+    """Return copies of many tensors that ``clone`` copies with their strides.
+
+    One grouped copy for each dtype takes less time on the host than a ``clone`` of each tensor.
+    """
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for copy, tensor in zip(copies, tensors, strict=True):
+        targets, sources = groups.setdefault(tensor.dtype, ([], []))
+        targets.append(copy)
+        sources.append(tensor)
+    for targets, sources in groups.values():
+        torch._foreach_copy_(targets, sources)
+    return copies
+
+
 def is_cloned_with_strides(tensor: Tensor) -> bool:
     """Whether ``clone`` keeps the strides."""
     return torch.empty_like(tensor, device="meta").stride() == tensor.stride()

@@ -3,6 +3,7 @@
 It imports torch, and nothing of this package outside ``core``.
 
 - ``causes.py``: why a step cannot run from a graph, and what its author can do about it.
+- ``closure.py``: what goes into the closure of a training step, and what comes out of it.
 - ``descriptor.py``: the key of a graph: everything that must be equal for it to be replayable.
 - ``equality.py``: bitwise comparison of two leaves of an output.
 - ``errors.py``: errors of this package. A wrong argument raises a plain ``ValueError``.

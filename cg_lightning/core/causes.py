@@ -27,6 +27,7 @@ class Cause(enum.Enum):
     WORLD = "files, processes or sockets used"
     HOST_RANDOMNESS = "randomness drawn on the host"
     GRADIENTS = "gradients enabled"
+    BACKWARD = "backward outside the graph"
     GRAPHED_ALREADY = "compiled with CUDA graphs of its own"
 
     @property
@@ -66,5 +67,8 @@ _REMEDIES = {
     Cause.WORLD: "read and write in a hook",
     Cause.HOST_RANDOMNESS: "draw on the device: torch.rand(..., device=x.device)",
     Cause.GRADIENTS: "compute gradients outside what should be graphed",
+    Cause.BACKWARD: (
+        "return a loss that depends on parameters of the module alone; read gradients in a hook"
+    ),
     Cause.GRAPHED_ALREADY: "compile with mode='default' or 'max-autotune-no-cudagraphs'",
 }

@@ -14,7 +14,7 @@ from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.stages import STEP_METHODS
 
 ModeName = Literal["NONE", "PIECEWISE", "FULL", "FULL_AND_PIECEWISE"]
-StageName = Literal["validate", "test", "predict"]
+StageName = Literal["validate", "test", "predict", "train"]
 BackendName = Literal["auto", "cuda", "recorder"]
 CaptureErrorMode = Literal["global", "thread_local", "relaxed"]
 Tolerance = Literal["exact", "close"]
@@ -264,6 +264,17 @@ class Settings:
         """:attr:`options`, never None."""
         assert self.options is not None
         return self.options
+
+    def for_training(self) -> Settings:
+        """Return the options for closures of training: whole, as written, with copied gradients."""
+        return dataclasses.replace(
+            self,
+            mode=CUDAGraphMode.FULL,
+            targets=None,
+            compile=False,
+            copy_outputs=True,
+            capture_ahead=False,
+        )
 
     def next_verification(self, replays: int) -> int:
         """Return the number of replays after which the next one is compared with eager.

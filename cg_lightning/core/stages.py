@@ -1,4 +1,13 @@
 """The stages and their step methods."""
 
-STEP_METHODS = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}
+STEP_METHODS = {
+    "validate": "validation_step",
+    "test": "test_step",
+    "predict": "predict_step",
+    "train": "training_step",
+}
 """The step method of each stage."""
+TRAIN = "train"
+"""The stage whose graphs hold more than the step: the closure, with its backward."""
+EVALUATING = tuple(stage for stage in STEP_METHODS if stage != TRAIN)
+"""The stages that compute no gradients."""

@@ -127,7 +127,11 @@ class AttributeEvents(ModuleHandler):
             return False
         return all(
             is_plain_value(leaf)
-            or (isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter))
+            or (
+                isinstance(leaf, Tensor)
+                and not isinstance(leaf, nn.Parameter)
+                and leaf.grad_fn is None  # a replay would set a tensor without autograd graph
+            )
             for leaf in flatten(self._attributes[name])[0]
         )
 

@@ -46,6 +46,8 @@ class Finding:
     """
     is_known_before: bool = False
     """True for a read of a value that is known before the step, so that a graph of it holds it."""
+    is_of_logging: bool = False
+    """True for what Lightning itself did in ``self.log``."""
 
     @property
     def remedy(self) -> str:

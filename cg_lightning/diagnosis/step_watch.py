@@ -66,6 +66,7 @@ class StepWatch:
         effects: What a graph of the whole step can hold; None: neither ``self.log`` nor updates of
             metrics.
         run_logging: Whether ``self.log`` and ``self.print`` are executed.
+        has_backward: Whether the step computes its gradients itself.
     """
 
     def __init__(
@@ -76,12 +77,14 @@ class StepWatch:
         *,
         effects: Effects | None = None,
         run_logging: bool = True,
+        has_backward: bool = False,
     ) -> None:
         self.root = root
         self.backend = backend
         self.device_type = backend.device.type
         self.effects = effects
         self.run_logging = run_logging
+        self.has_backward = has_backward
         self.is_lightning = _is_lightning_module(root)
         """Whether ``root`` is a LightningModule."""
         self.modules = list(modules_that_run(root))
@@ -146,7 +149,15 @@ class StepWatch:
         where = find_location() if location is None else Location(location, "")
         module = self.stack[-1].path if module is None else module
         is_known = self.reads_host_value and cause in _READS
-        finding = Finding(cause, operation, module, where.user, where.library, is_known)
+        finding = Finding(
+            cause,
+            operation,
+            module,
+            where.user,
+            where.library,
+            is_known_before=is_known,
+            is_of_logging=self._is_in_framework,
+        )
         for call in calls:
             is_aside = call is self.step and self._set_aside is not None
             (self._set_aside if is_aside else call.findings).append(finding)  # type: ignore[union-attr]
@@ -247,10 +258,11 @@ class StepWatch:
     def paused(self) -> Iterator[None]:
         """While we ourselves compare something: reports and reads are ignored."""
         before, self._is_paused = self._is_paused, True
-        try:
-            yield
-        finally:
-            self._is_paused = before
+        with self.backend.ignoring_host_syncs():
+            try:
+                yield
+            finally:
+                self._is_paused = before
 
     @contextlib.contextmanager
     def sparing(self, *causes: Cause) -> Iterator[None]:
@@ -454,7 +466,11 @@ class _OperationMode(EagerDispatchMode):
             return self.call(func, args, kwargs)
         for before in self._before:
             before(func, args, kwargs)
-        output = self.call(func, args, kwargs)
+        if self._watch.reads_host_value:
+            with self._watch.backend.ignoring_host_syncs():
+                output = self.call(func, args, kwargs)
+        else:
+            output = self.call(func, args, kwargs)
         for after in self._after:
             after(func, args, kwargs, output)
         return output

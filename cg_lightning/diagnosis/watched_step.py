@@ -134,6 +134,18 @@ class WatchedStep:
             finding.cause in (Cause.STATE_REBOUND, Cause.WORLD) for finding in self.findings
         )
 
+    @property
+    def may_be_full_next_time(self) -> bool:
+        """Whether the step could be one graph, but for what Lightning does for its first log.
+
+        It moves what it keeps for a logged value to the device, once.
+        """
+        return (
+            self.did_one_time_work
+            and bool(self.findings)
+            and all(finding.is_of_logging for finding in self.findings)
+        )
+
     def called(self) -> list[str]:
         """Returns the paths of the modules that were called, each once."""
         return list({call.path: None for call in self._calls})

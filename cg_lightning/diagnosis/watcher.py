@@ -12,6 +12,7 @@ from cg_lightning.backends import GraphBackend
 from cg_lightning.backends.capture_scope import CAPTURE_LOCK
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.detectors.attribute_reads import AttributeReads
+from cg_lightning.diagnosis.detectors.backward import Backward
 from cg_lightning.diagnosis.detectors.batch_index import BatchIndex
 from cg_lightning.diagnosis.detectors.compiled import CompiledModules
 from cg_lightning.diagnosis.detectors.global_reads import GlobalReads
@@ -49,6 +50,7 @@ DETECTORS: tuple[type[Detector], ...] = (
     ForwardHooks,
     Mutations,
     HostValues,  # before those that report reads: it says which of them a capture can answer
+    Backward,
     Operations,
     HostReads,  # after all that compare tensors: on a GPU a comparison waits for the device
     HostConstants,  # after HostReads, which replaces the same functions and reports
@@ -69,6 +71,7 @@ class StepWatcher:
         effects: What a graph of the whole step can do to metrics and logged values; None: it can
             hold neither ``self.log`` nor updates of metrics.
         run_logging: Whether ``self.log`` and ``self.print`` are executed.
+        has_backward: Whether the step computes its gradients itself.
         detectors: What looks at the step, in the order of entering.
     """
 
@@ -79,12 +82,14 @@ class StepWatcher:
         *,
         effects: Effects | None,
         run_logging: bool = True,
+        has_backward: bool = False,
         detectors: tuple[type[Detector], ...] = DETECTORS,
     ) -> None:
         self._root = root
         self._backend = backend
         self._effects = effects
         self._run_logging = run_logging
+        self._has_backward = has_backward
         self._detectors = detectors
 
     def watch(
@@ -103,6 +108,7 @@ class StepWatcher:
             batch,
             effects=self._effects,
             run_logging=self._run_logging,
+            has_backward=self._has_backward,
         )
         detectors = [kind(watch) for kind in self._detectors]
         for detector in detectors:

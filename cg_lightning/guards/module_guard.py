@@ -87,6 +87,7 @@ class ModuleGuard:
     def __init__(self, root: nn.Module) -> None:
         self._root = root
         self._settings: dict[tuple[int, str], Any] | None = None
+        self._held_settings: list[tuple[dict[str, Any], str, Any]] | None = None
         self._layout: list[Any] = []
         self.refresh()
 
@@ -169,6 +170,7 @@ class ModuleGuard:
         """
         failure = self.epoch_failure()
         self._settings, self._layout = self._current_settings(), self._current_layout()
+        self._held_settings = None
         return failure
 
     def epoch_failure(self) -> GuardFailure | None:
@@ -183,6 +185,23 @@ class ModuleGuard:
         if self._current_layout() != self._layout:
             return self._failure(Change.SETTINGS, "the layout of a parameter or buffer")
         return None
+
+    def settings_hold(self) -> bool:
+        """Return True if modules hold the same settings as at the latest :meth:`check_epoch`.
+
+        It is fast, and compares objects: an equal setting that was set again does not hold.
+        """
+        if self._held_settings is None:
+            self._held_settings = [
+                (vars(module), name, vars(module)[name])
+                for module in self.modules
+                for name in layer_settings(module)
+                if name in vars(module) and name != "training"
+            ]
+        for attributes, name, value in self._held_settings:  # noqa: SIM110  # faster than all()
+            if attributes.get(name) is not value:
+                return False
+        return True
 
     def training_flags(self) -> tuple[bool, ...]:
         """Return the ``training`` flags of all submodules."""

@@ -59,6 +59,7 @@ class Session:
         stats: Counts.
         effects: The side effects of the steps.
         profiler: The profiler of the Trainer, if it has one.
+        has_backward: Whether the steps compute their gradients themselves.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class Session:
         stats: CUDAGraphStats,
         effects: ModuleEffects,
         profiler: Profiler | None = None,
+        *,
+        has_backward: bool = False,
     ) -> None:
         self.ranges = Ranges(backend, profiler)
         self.module = module
@@ -77,7 +80,7 @@ class Session:
         self.stats = stats
         self.effects = effects
         self.cache = GraphCache(settings.max_graphs, backend.synchronize)
-        self.watcher = StepWatcher(module, backend, effects=effects)
+        self.watcher = StepWatcher(module, backend, effects=effects, has_backward=has_backward)
         self.changing_values = ChangingValues()
         self.host_copies = HostCopies()
         self._written_settings = WrittenSettings()

@@ -77,13 +77,23 @@ class StepRunner:
         stage: ``validate``, ``test`` or ``predict``.
         name: The name of the step in the statistics.
         step: The step method.
+        as_it_is: What runs if the step is neither watched nor captured nor compared. None: the
+            step.
     """
 
-    def __init__(self, session: Session, stage: str, name: str, step: Step) -> None:
+    def __init__(
+        self,
+        session: Session,
+        stage: str,
+        name: str,
+        step: Step,
+        as_it_is: Step | None = None,
+    ) -> None:
         self._session = session
         self._stage = stage
         self._name = name
         self._step = step
+        self._as_it_is = as_it_is or step
         self._batch_name = first_parameter(step)
         self._dispatcher = session.target.dispatcher
         self._times = session.stats.timeline.rows
@@ -103,9 +113,9 @@ class StepRunner:
             VerificationError: With ``strict=True``, a replay differed from eager.
         """
         if self._batch_name == "dataloader_iter":
-            return self._eager(args, kwargs, _LOADER_ITERATOR)
+            return self.run_as_it_is(args, kwargs, _LOADER_ITERATOR)
         if torch.is_grad_enabled():
-            return self._eager(args, kwargs, _GRADIENTS)
+            return self.run_as_it_is(args, kwargs, _GRADIENTS)
         start = perf_counter()
         session = self._session
         session.cache.step += 1
@@ -150,7 +160,7 @@ class StepRunner:
         """Run a step whose batch cannot be part of a key: in pieces, whose calls have their own."""
         session = self._session
         if not session.settings.runtime_policy.has_piecewise_cudagraphs():
-            return self._eager(args, kwargs, reason)
+            return self.run_as_it_is(args, kwargs, reason)
         state = self._dispatcher.state(describe_without_batch(self._stage, loader, training))
         session.without_key.setdefault(state.descriptor, reason)
         return self._run(self._dispatcher.plan(state), args, kwargs, [])
@@ -212,7 +222,7 @@ class StepRunner:
         session.watched(plan, watched)
         if (
             session.examples is not None
-            and session.full_reason(plan.state, watched) is None
+            and (watched.may_be_full_next_time or not session.full_reason(plan.state, watched))
             and not watched.late  # nobody can put back what these metrics hold in Python
             and session.target.guard.check()  # or else the step has changed the module
         ):
@@ -254,12 +264,13 @@ class StepRunner:
         reason: Reason | None,
     ) -> Outcome:
         with override_forward_context(ForwardContext(NONE, descriptor, StepInProgress())):
-            return Outcome(self._step(*args, **kwargs), NONE, reason)
+            return Outcome(self._as_it_is(*args, **kwargs), NONE, reason)
 
     def _host_time(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> HostTime:
         return self._session.stats.host_time(self._stage, mode.name, descriptor.shapes())
 
-    def _eager(self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: Reason) -> Any:
+    def run_as_it_is(self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: Reason) -> Any:
+        """Run one step eagerly, and count it with its reason. See :meth:`run`."""
         began = perf_counter()
         outcome = self._run_eagerly(None, args, kwargs, reason)
         self._times.append((self._stage, Ran.EAGER, perf_counter() - began, reason))

@@ -21,7 +21,9 @@ from cg_lightning.report.stats import CUDAGraphStats
 _LEAST_BYTES = 1024 * 1024
 """Copies of fewer bytes take less time than the host needs to overlap them (about 100 us)."""
 _TRANSFER, _AFTER_TRANSFER = "transfer_batch_to_device", "on_after_batch_transfer"
-_START_HOOKS = ("on_validation_batch_start", "on_test_batch_start", "on_predict_batch_start")
+EVALUATION_HOOKS = ("on_validation_batch_start", "on_test_batch_start", "on_predict_batch_start")
+TRAINING_HOOKS = ("on_train_batch_start",)
+"""Hooks that get a batch on the device before its step, and may write to it."""
 _PLAIN = (int, float, bool, str, bytes, type(None))
 
 
@@ -85,7 +87,9 @@ class OverlappedTransfer:
         return transfer(self._strategy, moved, device, dataloader_idx)
 
 
-def noted_transfer(trainer: Trainer, module: nn.Module, copies: HostCopies) -> NotedTransfer | None:
+def noted_transfer(
+    trainer: Trainer, module: nn.Module, copies: HostCopies, hooks: Sequence[str]
+) -> NotedTransfer | None:
     """Return what notes the batches of a Trainer on the host.
 
     None if code of others may change a batch on the device before its step: hooks of the user, and
@@ -95,14 +99,13 @@ def noted_transfer(trainer: Trainer, module: nn.Module, copies: HostCopies) -> N
         trainer: The Trainer.
         module: The LightningModule.
         copies: Takes the notes.
+        hooks: The hooks that get a batch before its step.
     """
     if not _is_lightnings_transfer(trainer, module, (_TRANSFER, _AFTER_TRANSFER)):
         return None
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     others = [each for each in callbacks if not type(each).__module__.startswith("cg_lightning.")]
-    if not all(
-        is_lightnings_own(each, hook) for each in [module, *others] for hook in _START_HOOKS
-    ):
+    if not all(is_lightnings_own(each, hook) for each in [module, *others] for hook in hooks):
         return None
     return NotedTransfer(trainer.strategy, copies)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -42,8 +42,7 @@ class Installation:
         strategy: The strategy of the Trainer.
         module: The LightningModule.
         session: The runtime state of the module.
-        transfer: Copies batches during a stage, if Lightning does not.
-        noted: Notes what the host has of each batch. None: hooks may write to it on the device.
+        transfers: Copy and note batches during a stage, in this order.
     """
 
     def __init__(
@@ -51,13 +50,12 @@ class Installation:
         strategy: Strategy,
         module: LightningModule,
         session: Session,
-        transfer: OverlappedTransfer | None = None,
-        noted: NotedTransfer | None = None,
+        transfers: Sequence[OverlappedTransfer | NotedTransfer] = (),
     ) -> None:
         self.module = module
         self.session = session
         self._strategy = strategy
-        self._transfers = [each for each in (transfer, noted) if each is not None]
+        self._transfers = transfers
         self._runners: dict[str, StepRunner] = {}
         self._definitions: dict[str, Any] = {}
         self._stage: str | None = None
@@ -134,6 +132,7 @@ class InertInstallation:
     def __init__(self, strategy: Strategy, stats: CUDAGraphStats, why: str) -> None:
         self._strategy = strategy
         self._stats = stats
+        self.why = why
         self._reason = Reason(Status.INERT, why)
         self._stage: str | None = None
 

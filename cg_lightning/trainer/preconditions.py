@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loops.optimization import automatic
 from lightning.pytorch.strategies import Strategy
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cg_lightning.core.stages import STEP_METHODS
-from cg_lightning.modules.compiled import is_compiled_as_a_whole, is_graphed_by_compiler
+from cg_lightning.core.stages import EVALUATING, STEP_METHODS
+from cg_lightning.modules.compiled import (
+    is_compiled,
+    is_compiled_as_a_whole,
+    is_graphed_by_compiler,
+)
 from cg_lightning.modules.kinds import is_lightnings_own, lightning_class
 
 _RESHARDING = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
@@ -40,13 +46,43 @@ def why_inert(trainer: Trainer, module: nn.Module) -> str:
 def _why_no_steps(strategy: Strategy) -> str:
     """Return why the steps of this strategy cannot be intercepted. Empty if they can."""
     cls = type(strategy)
-    for name in STEP_METHODS.values():
+    for name in [STEP_METHODS[stage] for stage in EVALUATING]:
         if not is_lightnings_own(strategy, name):
             return (
                 f"{cls.__name__}.{name} is not Lightning's own, so it may do more than run the step"
             )
     if not hasattr(strategy, "_forward_redirection"):  # private, in Lightning since 2.1
         return f"{cls.__name__} calls a wrapped module in a way that is not known here"
+    return ""
+
+
+def why_no_training(trainer: Trainer, module: LightningModule) -> str:
+    """Return why no closure of this training can run from a graph. Empty if one can.
+
+    Call it when the optimizers are there. What :func:`why_inert` says comes first.
+    """
+    strategy, precision = trainer.strategy, trainer.precision_plugin
+    loop = getattr(trainer.fit_loop.epoch_loop, "automatic_optimization", None)
+    if not module.automatic_optimization:
+        return "automatic_optimization=False: manual optimization has no closure"
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            return f"{type(optimizer).__name__} calls the closure several times an iteration"
+    if torch.is_anomaly_enabled():
+        return "detect_anomaly=True looks at each operation of the backward"
+    for name, child in module.named_modules():
+        if is_compiled(child):
+            return f"{name} is compiled, and nobody sees the backward of compiled code"
+    if trainer.world_size > 1 or strategy.model is not module:
+        return f"{type(strategy).__name__} synchronizes gradients, which graphs do not do yet"
+    if lightning_class(type(precision), "Precision", "MixedPrecision") is not type(precision):
+        return f"{type(precision).__name__} is a precision whose backward is not known here"
+    for name in ("training_step", "backward", "pre_backward", "post_backward"):
+        if not is_lightnings_own(strategy, name):
+            return f"{type(strategy).__name__}.{name} is not Lightning's own"
+    # private, in Lightning since 2.0
+    if not hasattr(loop, "_make_closure") or not hasattr(automatic, "Closure"):
+        return "this version of Lightning makes closures in a way that is not known here"
     return ""
 
 

@@ -1,6 +1,7 @@
 """One detector a file; each states the causes that it finds. ``watcher.py`` has the order.
 
 - ``attribute_reads.py``: attributes of modules that a step reads: a graph freezes their values.
+- ``backward.py``: the backward of a training step, and the gradients that the step reads.
 - ``batch_index.py``: whether a step does anything with the number of its batch, other than
   comparing it.
 - ``compiled.py``: modules that ``torch.compile`` runs: they are watched from outside.

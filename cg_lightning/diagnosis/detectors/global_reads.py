@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.clocks import caller_of, clock_in_c, clock_in_python
 from cg_lightning.diagnosis.detector import Detector
-from cg_lightning.diagnosis.findings import AT_THE_END, is_step_calling
+from cg_lightning.diagnosis.findings import AT_THE_END, NOT_YOURS, is_step_calling
 from cg_lightning.diagnosis.functions import (
     FoundFunctions,
     codes_inside,
@@ -25,6 +25,7 @@ from cg_lightning.diagnosis.functions import (
 )
 from cg_lightning.diagnosis.hidden_modules import hidden_modules, opaque_in, sources_in
 from cg_lightning.diagnosis.module_state import ModuleState
+from cg_lightning.diagnosis.profilers import paused_profiler
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.sources import Source
@@ -45,8 +46,7 @@ class GlobalReads(Detector):
     """Notes the globals that the user's functions name, and what these functions hold.
 
     A function holds what it has closed over, its defaults and its attributes. What the step changes
-    of all that is reported, and so is what nobody can look into, clocks included. If something else
-    profiles the thread, it sees nothing.
+    of all that is reported, and so is what nobody can look into, clocks included.
     """
 
     causes = (Cause.STATE_REBOUND, Cause.OPAQUE)
@@ -71,13 +71,22 @@ class GlobalReads(Detector):
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
-        if sys.getprofile() is None:
-            sys.setprofile(self._on_event)
-        try:
-            yield
-        finally:
-            if sys.getprofile() == self._on_event:
-                sys.setprofile(None)
+        with paused_profiler() as left:
+            if left is None:
+                sys.setprofile(self._on_event)
+            try:
+                yield
+            finally:
+                if sys.getprofile() == self._on_event:
+                    sys.setprofile(None)
+        if left is not None:
+            self.watch.report(
+                Cause.OPAQUE,
+                f"a profiler that cannot be paused ({left}) hides what functions hold",
+                location=NOT_YOURS,
+                module="",
+                calls=self.watch.calls(),
+            )
         for key, problems in self._problems.items():
             for cause, words, location in problems:
                 self._report(key, cause, words, location)

@@ -37,5 +37,5 @@ class HostConstants(Detector):
             if call.is_made_on(device):
                 self.watch.report_unless_found(Cause.TENSOR_FROM_PYTHON, f"torch.{call.name}")
             return call.run()
-        with self.watch.sparing(Cause.TENSOR_FROM_PYTHON, Cause.HOST_SYNC):
+        with self.watch.sparing(Cause.TENSOR_FROM_PYTHON, Cause.CROSS_DEVICE_COPY, Cause.HOST_SYNC):
             return call.run()

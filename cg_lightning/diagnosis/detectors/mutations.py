@@ -83,9 +83,10 @@ class Mutations(Detector):
         known = set(map(id, call.inputs))
         for tensor in tensors_in(output):
             is_made = id(tensor) not in known and type(tensor) is Tensor
-            if is_made and vars(tensor) and not self._persistent.holds(tensor):
-                name = next(iter(vars(tensor)))
-                words = f"{name}, an attribute of its output"
+            # private: marks of dimensions, for the next compilation
+            names = [name for name in vars(tensor) if "_dynamo_" not in name]
+            if is_made and names and not self._persistent.holds(tensor):
+                words = f"{names[0]}, an attribute of its output"
                 self.watch.report(Cause.STATE_REBOUND, words, calls=[call])
         containers = self._containers.get(id(call))
         if containers is None or isinstance(output, Tensor):

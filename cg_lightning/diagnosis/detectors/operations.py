@@ -34,7 +34,10 @@ class Operations(Detector):
         device_type = self.watch.device_type
         if (cause := find_illegal(function, args, kwargs, device_type)) is not None:
             self.watch.report(cause, function._schema.name)
-        if torch.is_grad_enabled() and _tracks_gradients(args):
+            if cause is Cause.CROSS_DEVICE_COPY and self.watch.is_in_framework:
+                # the first log of a run moves what Lightning holds since the last one
+                self.watch.note_one_time_work()
+        if not self.watch.has_backward and torch.is_grad_enabled() and _tracks_gradients(args):
             casts = function._schema.name == "aten::_to_copy" and self.watch.is_autocast_enabled
             if not casts:  # autocast keeps what it casts with gradients
                 self.watch.report(Cause.GRADIENTS, function._schema.name)

@@ -12,12 +12,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
 from torch._ops import OpOverload
 from torch.cuda import random as device_random
 
 from cg_lightning.core.causes import Cause
-from cg_lightning.core.tree import flatten
+from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.watched_step import ModuleCall
 
@@ -66,6 +65,9 @@ class RandomNumbers(Detector):
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        if self.watch.device_type != "cpu" and _drops_out_by_itself(function, args, kwargs):
+            words = f"{function._schema.name} with dropout, whose state nobody can put back"
+            self.watch.report_unless_found(Cause.HOST_RANDOMNESS, words)
         if function.namespace == "aten" and not _draws(function):
             return  # all of PyTorch's own operations that take a generator have the tag
         if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
@@ -79,7 +81,9 @@ class RandomNumbers(Detector):
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         if self.watch.device_type == "cpu" or not _draws(function):
             return
-        if any(isinstance(leaf, Tensor) and leaf.is_cpu for leaf in flatten(output)[0]):
+        tensors = tensors_in(output)
+        # attention on a device returns the seed of its dropout as well, on the host
+        if tensors and all(tensor.is_cpu for tensor in tensors):
             self.watch.report_unless_found(Cause.HOST_RANDOMNESS, function._schema.name)
 
     def _state(self) -> tuple[Any, ...]:
@@ -173,6 +177,20 @@ def _seeding_functions(_: int) -> list[tuple[Any, str, Callable[..., Any]]]:
 
 def _draws(function: OpOverload) -> bool:
     return torch.Tag.nondeterministic_seeded in function.tags
+
+
+def _drops_out_by_itself(
+    function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
+    """Whether it is a recurrent network with dropout: cuDNN draws from a state of its own.
+
+    PyTorch seeds that state once in a process. A run of the step that nobody should see moves it.
+    """
+    names = [argument.name for argument in function._schema.arguments]
+    if "dropout" not in names or "train" not in names:
+        return False
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return bool(given.get("train")) and bool(given.get("dropout"))
 
 
 def _numpy_state() -> tuple[Any, ...]:

@@ -1,0 +1,219 @@
+"""Intercept the closures of training, and restore them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
+from torch import Tensor
+from torch.nn.modules import module as torch_module
+from typing_extensions import override
+
+from cg_lightning.backends import CapturedGraph
+from cg_lightning.core.closure import ClosureInput, FinishedClosure, UnfinishedClosure
+from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.core.stages import STEP_METHODS, TRAIN
+from cg_lightning.runtime.session import Session
+from cg_lightning.runtime.step_runner import StepRunner
+from cg_lightning.trainer.batch_transfer import NotedTransfer, OverlappedTransfer
+from cg_lightning.trainer.training_step import TrainingStep
+
+_NAME = STEP_METHODS[TRAIN]
+_MAKE_CLOSURE = "_make_closure"
+_BEFORE_BACKWARD = "on_before_backward"
+_NO_BACKWARD = Reason(Status.CLOSURE_HOOK, "the loop skips the backward")
+_requires_grad = attrgetter("requires_grad")
+
+Run = Callable[["_InterceptedClosure"], ClosureResult]
+
+
+class _InterceptedClosure(Closure):
+    """Lightning's closure of one batch, which lets somebody else run it.
+
+    Args:
+        closure: Lightning's closure.
+        arguments: What Lightning gives the step: the batch, then ``batch_idx`` if the step takes
+            it.
+        run: Runs the closure.
+    """
+
+    def __init__(self, closure: Closure, arguments: tuple[Any, ...], run: Run) -> None:
+        super().__init__(closure._step_fn, closure._backward_fn, closure._zero_grad_fn)
+        self.arguments = arguments
+        self._run = run
+
+    @override
+    def closure(self, *args: Any, **kwargs: Any) -> ClosureResult:
+        return self._run(self)
+
+    def as_it_is(self) -> ClosureResult:
+        """Run the closure as Lightning does."""
+        return super().closure()
+
+
+class TrainingInstallation:
+    """Runs the closures of one LightningModule in ``fit``.
+
+    Lightning's loop makes a closure for each batch by a method of its own. While this is installed,
+    the loop *object* has an attribute of that name, which makes a closure that runs from a graph.
+    So neither the module nor its class is changed. The optimizer calls the closure as always.
+
+    Args:
+        trainer: The Trainer.
+        module: The LightningModule.
+        session: The runtime state of the module in training.
+        transfers: Copy and note batches while it is installed, in this order.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        session: Session,
+        transfers: Sequence[OverlappedTransfer | NotedTransfer] = (),
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self.session = session
+        self._transfers = transfers
+        self._loop = trainer.fit_loop.epoch_loop.automatic_optimization
+        self._step = TrainingStep(trainer, module, session.target.guard)
+        self._runner = StepRunner(session, TRAIN, _NAME, self._described_step(), self._as_it_is)
+        self._closure: _InterceptedClosure | None = None
+        """The closure under way."""
+        self._is_installed = False
+
+    def install(self) -> None:
+        """Intercept the closures; idempotent."""
+        if self._is_installed:
+            return
+        self._is_installed = True
+        self.session.install()
+        vars(self._loop)[_MAKE_CLOSURE] = self._make_closure
+        for transfer in self._transfers:
+            transfer.install()
+
+    def begin_epoch(self) -> None:
+        """Let the next closure look at what is only compared once an epoch."""
+        self.session.is_first_step = True
+
+    def remove(self, check: bool = True) -> None:
+        """Restore the loop; idempotent. ``check`` is as in :meth:`Session.remove`."""
+        if not self._is_installed:
+            return
+        self._is_installed = False
+        vars(self._loop).pop(_MAKE_CLOSURE, None)
+        for transfer in reversed(self._transfers):
+            transfer.remove()
+        self.session.remove(check)
+
+    def close(self) -> None:
+        """Restore the loop, and drop all graphs."""
+        self.remove(check=False)
+        self.session.close()
+
+    def graphs(self, mode: str) -> list[CapturedGraph]:
+        """Return the stored graphs of one mode."""
+        return self.session.graphs(mode)
+
+    def _described_step(self) -> Callable[..., Any]:
+        # the signature is that of the user's step, and its first parameter is looked at
+        @functools.wraps(self._module.training_step)
+        def compute(given: ClosureInput, *args: Any) -> Any:
+            with self.session.backend.capture_stream():
+                return self._step.compute(given, *args)
+
+        return compute
+
+    def _make_closure(self, kwargs: Any, *args: Any) -> Closure:
+        closure = getattr(type(self._loop), _MAKE_CLOSURE)(self._loop, kwargs, *args)
+        return _InterceptedClosure(closure, tuple(kwargs.values()), self._run)
+
+    def _run(self, closure: _InterceptedClosure) -> ClosureResult:
+        self._closure = closure
+        try:
+            with _logging_as_step(self._module), torch.no_grad():
+                output = self._run_step(closure)
+        finally:
+            self._closure = None
+        if isinstance(output, FinishedClosure):
+            result: ClosureResult = output.result
+            return result
+        if isinstance(output, UnfinishedClosure):
+            with self.session.backend.capture_stream():
+                return self._step.finish_as_lightning(closure, output)
+        return self._step.finish(closure, output)
+
+    def _run_step(self, closure: _InterceptedClosure) -> Any:
+        batch, *args = closure.arguments
+        guard = self.session.target.guard
+        if not guard.settings_hold():
+            self.begin_epoch()
+        given = ClosureInput(
+            batch,
+            self._trainer.accumulate_grad_batches,
+            bytes(map(_requires_grad, guard.tensors)),
+            self._scale(),
+        )
+        reason = self._why_as_it_is(closure)
+        if reason is not None:
+            return self._runner.run_as_it_is((given, *args), {}, reason)
+        return self._runner.run((given, *args), {})
+
+    def _as_it_is(self, *_: Any) -> FinishedClosure:
+        assert self._closure is not None
+        with self.session.backend.capture_stream():
+            return FinishedClosure(self._closure.as_it_is())
+
+    def _scale(self) -> Tensor | None:
+        """Return what the gradient scaler multiplies losses by; None if there is no scaler."""
+        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
+        if scaler is None or not scaler.is_enabled():
+            return None
+        scale: Tensor = scaler.scale(torch.ones((), device=self.session.backend.device))
+        return scale
+
+    def _why_as_it_is(self, closure: Closure) -> Reason | None:
+        """Return why a closure must run as Lightning runs it; None if it need not."""
+        if closure._backward_fn is None:
+            return _NO_BACKWARD
+        for owner in self._trainer.callbacks:  # type: ignore[attr-defined]
+            if _is_overridden(owner, Callback, _BEFORE_BACKWARD):
+                return _hook(f"{type(owner).__name__}.{_BEFORE_BACKWARD}")
+        for name in (_BEFORE_BACKWARD, "backward"):
+            if _is_overridden(self._module, LightningModule, name):
+                return _hook(f"{type(self._module).__name__}.{name}")
+        for name, parameter in self._step.parameters().items():
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                return _hook(f"a gradient hook of {name}")
+        if torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks:
+            return _hook("a global backward hook")
+        for module in self.session.target.guard.modules:
+            if module._backward_hooks or module._backward_pre_hooks:
+                return _hook(f"a backward hook of {type(module).__name__}")
+        return None
+
+
+def _hook(words: str) -> Reason:
+    return Reason(Status.CLOSURE_HOOK, f"{Status.CLOSURE_HOOK.value}: {words}")
+
+
+def _is_overridden(owner: object, base: type, name: str) -> bool:
+    return name in vars(owner) or getattr(type(owner), name, None) is not getattr(base, name)
+
+
+@contextlib.contextmanager
+def _logging_as_step(module: LightningModule) -> Iterator[None]:
+    """While this is entered, ``self.log`` belongs to the training step."""
+    before = module._current_fx_name
+    module._current_fx_name = _NAME
+    try:
+        yield
+    finally:
+        module._current_fx_name = before

@@ -1,0 +1,192 @@
+"""One training step as a function: what a graph holds of a closure, and what follows it eagerly.
+
+What is hard here:
+
+- **A graph writes no ``.grad``.** It computes the gradients of its backward alone, in new memory,
+  as outputs. Afterwards :meth:`TrainingStep.finish` does eagerly what PyTorch does at the end of a
+  backward: a parameter without a gradient gets it, to any other gradient it is added in place. So
+  nothing depends on who has set a gradient to None, replaced or scaled it, and nobody who keeps a
+  gradient sees it change.
+- **The order is another one, and nobody can see it.** Lightning runs the step, then ``zero_grad``,
+  then the backward. Here ``zero_grad`` comes after the backward, which has set all gradients aside.
+  A step that reads a gradient, or computes some itself, is therefore no graph
+  (``diagnosis/detectors/backward.py``). ``on_after_backward`` is the last thing in a closure, and
+  comes last here.
+- **One thread.** Detectors and captures belong to a thread, so the backward runs in it, and not in
+  the device's own thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
+from torch import Tensor, nn
+
+from cg_lightning.core.closure import ClosureInput, ClosureOutput, UnfinishedClosure
+from cg_lightning.core.tree import flatten, rebuild
+from cg_lightning.guards.module_guard import ModuleGuard
+
+_NO_LOSS = "`training_step` returned `None`. If this was on purpose, ignore this warning..."
+"""The warning of Lightning."""
+
+
+class TrainingStep:
+    """Runs the step and the backward of one module, without changing any gradient.
+
+    Args:
+        trainer: The Trainer.
+        module: The LightningModule.
+        guard: Knows when parameters have been replaced.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, guard: ModuleGuard) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._guard = guard
+        self._named: dict[str, nn.Parameter] = {}
+        self._known: list[nn.Module] | None = None
+
+    def compute(self, given: ClosureInput, *args: Any) -> ClosureOutput | UnfinishedClosure:
+        """Run the step and its backward.
+
+        Args:
+            given: The batch, and what else the closure depends on.
+            args: What Lightning gives the step after the batch.
+
+        Returns:
+            The loss and the gradients. If a graph cannot hold the backward, it has not run yet.
+        """
+        parameters = self.parameters()
+        with torch.enable_grad():
+            before = [
+                (p.grad, None if p.grad is None else p.grad._version) for p in _of(parameters)
+            ]
+            with self._trainer.precision_plugin.train_step_context():
+                output = self._module.training_step(given.batch, *args)
+            result = ClosureResult.from_training_step_output(output, given.normalize)
+            after = [(p.grad, None if p.grad is None else p.grad._version) for p in _of(parameters)]
+            loss = result.closure_loss
+            if any(x is not y or v != w for (x, v), (y, w) in zip(before, after, strict=True)):
+                return UnfinishedClosure(result, "the step changes gradients itself")
+            if loss is None:
+                return UnfinishedClosure(result, "the step returns no loss")
+            if not _has_leaves_among(loss, parameters):
+                problem = (
+                    "the loss depends on a tensor that is no parameter of the module, or on none"
+                )
+                return UnfinishedClosure(result, problem)
+            scaled = loss if given.scale is None else loss * given.scale
+            gradients = self._gradients(scaled, parameters)
+        extra = _detached(result.extra)
+        return ClosureOutput(loss.detach(), extra, gradients)
+
+    def _gradients(self, loss: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+        aside = [(parameter, parameter.grad) for parameter in _of(parameters)]
+        try:
+            for parameter, _ in aside:
+                parameter.grad = None
+            with torch.autograd.set_multithreading_enabled(False):
+                self._module.backward(loss)
+            return {
+                name: parameter.grad
+                for name, parameter in parameters.items()
+                if parameter.grad is not None
+            }
+        finally:
+            for parameter, gradient in aside:
+                parameter.grad = gradient
+
+    def finish(self, closure: Closure, output: ClosureOutput) -> ClosureResult:
+        """Do what is left of a closure after its step and its backward have run.
+
+        Args:
+            closure: Lightning's closure of this iteration.
+            output: What was computed.
+        """
+        with torch.enable_grad():
+            if closure._zero_grad_fn is not None:
+                closure._zero_grad_fn()
+            self._add(output.gradients)
+            # it calls on_after_backward
+            self._trainer.precision_plugin.post_backward(output.loss, self._module)
+        return ClosureResult(output.loss, extra=output.extra)
+
+    def finish_as_lightning(self, closure: Closure, unfinished: UnfinishedClosure) -> ClosureResult:
+        """Do what Lightning's closure does after its step."""
+        result: ClosureResult = unfinished.result
+        with torch.enable_grad():
+            if result.closure_loss is None:
+                closure.warning_cache.warn(_NO_LOSS)
+            if closure._zero_grad_fn is not None:
+                closure._zero_grad_fn()
+            if closure._backward_fn is not None and result.closure_loss is not None:
+                closure._backward_fn(result.closure_loss)
+        return result
+
+    @torch.no_grad()
+    def _add(self, gradients: dict[str, Tensor]) -> None:
+        """Do what PyTorch does at the end of a backward."""
+        parameters = self.parameters()
+        targets: list[Tensor] = []
+        added: list[Tensor] = []
+        for name, gradient in gradients.items():
+            parameter = parameters[name]
+            existing = parameter.grad
+            if existing is None:
+                parameter.grad = gradient
+            elif existing.layout is gradient.layout is torch.strided:
+                targets.append(existing)
+                added.append(gradient)
+            elif existing.is_sparse and not gradient.is_sparse:
+                parameter.grad = gradient + existing
+            else:
+                existing += gradient
+        if targets:
+            torch._foreach_add_(targets, added)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of the module by name, each once."""
+        if self._known is not self._guard.modules:
+            self._named = dict(self._module.named_parameters())
+            self._known = self._guard.modules
+        return self._named
+
+
+def _of(parameters: dict[str, nn.Parameter]) -> Iterator[nn.Parameter]:
+    return iter(parameters.values())
+
+
+def _detached(extra: dict[str, Any]) -> dict[str, Any]:
+    """Return what the step returns besides its loss, without the autograd graph."""
+    leaves = [
+        leaf.detach() if isinstance(leaf, Tensor) and leaf.grad_fn is not None else leaf
+        for leaf in flatten(extra)[0]
+    ]
+    detached: dict[str, Any] = rebuild(extra, iter(leaves))
+    return detached
+
+
+def _has_leaves_among(loss: Tensor, parameters: dict[str, nn.Parameter]) -> bool:
+    """Return True if a backward reaches parameters of the module, and no other leaves."""
+    known = set(map(id, parameters.values()))
+    if loss.grad_fn is None:
+        return False
+    nodes: list[Any] = [loss.grad_fn]
+    seen = set(nodes)
+    found = False
+    while nodes:
+        node = nodes.pop()
+        variable = getattr(node, "variable", None)  # of nodes that keep a gradient
+        if isinstance(variable, Tensor):
+            if id(variable) not in known:
+                return False
+            found = True
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return found

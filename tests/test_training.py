@@ -1,0 +1,650 @@
+"""Training: closures from graphs, and everything that users see of them, compared with eager."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torchmetrics
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.loggers.logger import Logger
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cg_lightning import CUDAGraphCallback
+from tests.harness import assert_same, loader
+
+# Lightning's advice on loaders and loops without validation
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning",
+    "ignore:.*deterministic",
+)
+
+
+class RecordingLogger(Logger):
+    """Keeps every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    name = "recording"
+    version = 0
+
+    def log_metrics(self, metrics, step=None):
+        self.calls.append(({name: repr(value) for name, value in metrics.items()}, step))
+
+    def log_hyperparams(self, *_, **__):
+        pass
+
+
+class KeepAll(Callback):
+    """Keeps what users see after each batch: some of it without a copy, as a user might."""
+
+    def __init__(self):
+        self.outputs = []
+        self.kept_gradients = []
+        self.metrics = []
+        self.weights = []
+        self.rates = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.kept_gradients.append([p.grad for p in pl_module.parameters()])
+        self.kept_gradients.append(
+            [None if p.grad is None else p.grad.clone() for p in pl_module.parameters()]
+        )
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.outputs.append(outputs)
+        self.metrics.append(dict(trainer.callback_metrics))
+        self.weights.append([t.detach().clone() for t in pl_module.state_dict().values()])
+        self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+
+class Fit:
+    """Trains one model with the callback, and an untouched copy without it."""
+
+    def __init__(self, harness):
+        self.harness = harness
+
+    def __call__(self, model, *, others=list, settings=None, train=None, **trainer_settings):
+        model, reference = copy.deepcopy(model), copy.deepcopy(model)
+        callback = self.harness.callback(**{"stages": ["train", "validate"], **(settings or {})})
+        # the backward of the other kernels does not repeat itself on a GPU
+        with sdpa_kernel(SDPBackend.MATH):
+            self.seen = [
+                self._run(module, extra, others, train or points(), trainer_settings)
+                for module, extra in ((model, [callback]), (reference, []))
+            ]
+        assert_same(*self.seen)
+        return callback
+
+    def _run(self, module, extra, others, train, settings):
+        torch.manual_seed(1)
+        kept, logger = KeepAll(), RecordingLogger()
+        settings = {"max_epochs": 3, "logger": logger, "log_every_n_steps": 2, **settings}
+        trainer = self.harness.trainer(*extra, kept, *others(), **settings)
+        trainer.fit(module, train, points(number=12))
+        optimizer = trainer.optimizers[0].state_dict()["state"]
+        return (
+            *(kept.outputs, kept.kept_gradients, kept.metrics, kept.weights, kept.rates),
+            *(logger.calls, dict(trainer.callback_metrics), optimizer, trainer.global_step),
+            [p.grad for p in module.parameters()],
+        )
+
+
+@pytest.fixture
+def fit(harness):
+    return Fit(harness)
+
+
+def points(number=34, batch_size=4, size=8, shuffle=True):
+    generator = torch.Generator().manual_seed(3)
+    return loader(
+        torch.randn(number, size, generator=generator),
+        torch.randint(0, 4, (number,), generator=generator),
+        batch_size=batch_size,
+        shuffle=shuffle,
+    )
+
+
+def replayed(callback):
+    """Return the number of closures that ran from a graph."""
+    return callback.stats.steps_of("train").get("FULL", 0)
+
+
+class Classifier(LightningModule):
+    def __init__(self, net=None, optimizer=None):
+        super().__init__()
+        self.net = net or nn.Sequential(
+            nn.Linear(8, 16),
+            nn.BatchNorm1d(16),
+            nn.ReLU(),
+            nn.Dropout(0.3),
+            nn.Linear(16, 4),
+        )
+        self.accuracy = torchmetrics.classification.MulticlassAccuracy(4)
+        self.optimizer = optimizer or functools.partial(torch.optim.AdamW, lr=1e-2)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        out = self.net(x)
+        loss = F.cross_entropy(out, y)
+        self.log("loss", loss, prog_bar=True)
+        self.log("both", loss * 2, on_step=True, on_epoch=True)
+        self.accuracy(out, y)
+        self.log("accuracy", self.accuracy, on_step=True, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("val_loss", F.cross_entropy(self.net(x), y))
+
+    def configure_optimizers(self):
+        return self.optimizer(self.parameters())
+
+
+class Residual(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x):
+        return F.relu(x + self.body(x), inplace=True)
+
+
+def resnet():
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 2, 4)),
+        nn.Conv2d(1, 6, 3, padding=1),
+        Residual(6),
+        nn.Conv2d(6, 6, 3, stride=2, padding=1),
+        Residual(6),
+        nn.Flatten(),
+        nn.Linear(12, 4),
+    )
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(2, 6, num_layers=2, batch_first=True)
+        self.dropout = nn.Dropout(0.2)  # that of cuDNN has states of its own
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        out, _ = self.lstm(x.unflatten(1, (4, 2)))
+        return self.head(self.dropout(out[:, -1]))
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+        self.embed = nn.Linear(1, 8)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.encoder(self.embed(x.unsqueeze(-1))).mean(1))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.second(torch.tanh(self.first(x))))
+
+
+NETS = {"mlp": lambda: None, "resnet": resnet, "lstm": Recurrent, "vit": Attending, "tied": Tied}
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_models(fit, net):
+    callback = fit(Classifier(NETS[net]()))
+    assert replayed(callback) > 15, callback.summary()
+
+
+class Autoencoder(Classifier):
+    def __init__(self):
+        super().__init__(nn.Linear(8, 4))
+        self.decoder = nn.Linear(2, 8)
+
+    def training_step(self, batch, batch_idx):
+        x, _ = batch
+        mean, log_variance = self.net(x).chunk(2, dim=1)
+        sample = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+        rebuilt = F.mse_loss(self.decoder(sample), x)
+        divergence = -0.5 * (1 + log_variance - mean**2 - log_variance.exp()).mean()
+        self.log_dict({"rebuilt": rebuilt, "divergence": divergence}, on_epoch=True)
+        return {"loss": rebuilt + divergence, "sample": sample, "input": x, "name": "vae"}
+
+
+def test_samples_and_further_outputs(fit):
+    assert replayed(fit(Autoencoder())) > 15
+
+
+OPTIMIZERS = {
+    "sgd": functools.partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
+    "adam": functools.partial(torch.optim.Adam, lr=1e-2),
+    "rmsprop": functools.partial(torch.optim.RMSprop, lr=1e-3),
+    "keeps gradients": functools.partial(torch.optim.SGD, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(fit, name):
+    class Keeping(Classifier):
+        def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+            optimizer.zero_grad(set_to_none=name != "keeps gradients")
+
+    assert replayed(fit(Keeping(optimizer=OPTIMIZERS[name]))) > 15
+
+
+@pytest.mark.parametrize("batches", [2, 3])
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_accumulation(fit, batches, verify_replays):
+    settings = {"verify_replays": verify_replays}
+    callback = fit(Classifier(), accumulate_grad_batches=batches, settings=settings)
+    assert replayed(callback) > 15
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_clipping(fit, algorithm):
+    callback = fit(Classifier(), gradient_clip_val=0.05, gradient_clip_algorithm=algorithm)
+    assert replayed(callback) > 15
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_bfloat16(fit, batches):
+    callback = fit(Classifier(), precision="bf16-mixed", accumulate_grad_batches=batches)
+    assert replayed(callback) > 15
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("net", ["mlp", "vit"])
+def test_scaled_float16(tmp_path, net):
+    from tests.harness import Harness
+
+    fit = Fit(Harness("cuda", tmp_path))
+    for batches in (1, 2):
+        callback = fit(
+            Classifier(NETS[net]()),
+            precision="16-mixed",
+            gradient_clip_val=1.0,
+            accumulate_grad_batches=batches,
+        )
+        assert replayed(callback) > 15
+
+
+class Scheduled(Classifier):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=60)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def test_schedule_of_each_step(fit):
+    assert replayed(fit(Scheduled())) > 15
+
+
+class Unfreeze(Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        is_frozen = trainer.current_epoch < 1
+        pl_module.net[0].requires_grad_(not is_frozen)
+
+
+def test_a_frozen_half(fit):
+    callback = fit(Classifier(), others=lambda: [Unfreeze()], max_epochs=4)
+    assert replayed(callback) > 15
+    assert callback.stats.captures >= 2
+
+
+def test_resumed_training(harness, fit, tmp_path):
+    callback = fit(Classifier(), max_epochs=2, enable_checkpointing=True)
+    weights = []
+    for extra in ([harness.callback(stages=["train"])], []):
+        torch.manual_seed(1)
+        model = Classifier()
+        first = harness.trainer(*extra, max_epochs=2)
+        first.fit(model, points(shuffle=False))
+        first.save_checkpoint(tmp_path / "half.ckpt")
+        second = harness.trainer(*extra, max_epochs=4)
+        torch.manual_seed(2)
+        resumed = Classifier()
+        second.fit(resumed, points(shuffle=False), ckpt_path=tmp_path / "half.ckpt")
+        state = second.fit_loop.epoch_loop.automatic_optimization.optim_progress.state_dict()
+        weights.append((dict(resumed.state_dict()), second.global_step, state))
+    assert_same(*weights)
+    assert replayed(callback) > 5
+
+
+# what is between iterations
+
+
+class BetweenIterations(Callback):
+    """Does what users do to gradients, each in its turn."""
+
+    def __init__(self):
+        self.count = 0
+
+    def on_after_backward(self, trainer, pl_module):
+        self.count += 1
+        parameters = list(pl_module.parameters())
+        kind = self.count % 5
+        if kind == 0:
+            parameters[0].grad = None
+        elif kind == 1:
+            parameters[1].grad = parameters[1].grad * 0.5
+        elif kind == 2:
+            parameters[0].grad.mul_(2)
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if self.count % 3 == 0:
+            for parameter in pl_module.parameters():
+                parameter.grad = torch.ones_like(parameter)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_gradients_that_others_change(fit, batches):
+    """Hazard 43."""
+    callback = fit(
+        Classifier(), others=lambda: [BetweenIterations()], accumulate_grad_batches=batches
+    )
+    assert replayed(callback) > 15
+
+
+class LogsGradients(Classifier):
+    def on_after_backward(self):
+        norms = [p.grad.norm() for p in self.parameters() if p.grad is not None]
+        self.log("norm", torch.stack(norms).norm(), on_step=True)
+
+    def on_before_zero_grad(self, optimizer):
+        self.log("before", torch.ones(()), on_step=True)
+
+
+def test_hooks_after_the_backward(fit):
+    assert replayed(fit(LogsGradients())) > 15
+
+
+class LooksAtLoss(Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.seen.append(loss.detach())
+
+
+def test_a_hook_inside_the_closure_is_named(fit):
+    callback = fit(Classifier(), others=lambda: [LooksAtLoss()])
+    assert replayed(callback) == 0
+    assert "LooksAtLoss.on_before_backward" in str(callback.stats.eager_reasons)
+
+
+def test_a_hook_of_a_parameter_is_named(fit):
+    class Hooked(Classifier):
+        def on_train_start(self):
+            self.net[0].weight.register_hook(lambda gradient: gradient * 2)
+
+    callback = fit(Hooked())
+    assert replayed(callback) == 0
+    assert "net.0.weight" in str(callback.stats.eager_reasons)
+
+
+# what is no graph, and says why
+
+
+class Sometimes(Classifier):
+    def training_step(self, batch, batch_idx):
+        if batch_idx % 2:
+            return None
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_loss_that_is_sometimes_none(fit):
+    callback = fit(Sometimes())
+    assert "returns no loss" in str(callback.stats.eager_reasons)
+
+
+class ReadsGradients(Classifier):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        gradient = self.net[0].weight.grad
+        return loss if gradient is None else loss + gradient.abs().sum() * 0.1
+
+
+def test_a_step_that_reads_gradients(fit):
+    callback = fit(ReadsGradients())
+    assert replayed(callback) == 0
+    assert "reads a gradient" in str(callback.stats.eager_reasons)
+
+
+class ComputesGradients(Classifier):
+    def training_step(self, batch, batch_idx):
+        F.cross_entropy(self.net(batch[0]), batch[1]).backward()
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_step_with_a_backward_of_its_own(fit, batches):
+    callback = fit(ComputesGradients(), accumulate_grad_batches=batches)
+    assert replayed(callback) == 0
+    assert "changes gradients itself" in str(callback.stats.eager_reasons)
+
+
+class Penalized(Classifier):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        x = x.clone().requires_grad_()
+        loss = F.cross_entropy(self.net(x), y)
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        self.log("penalty", gradient.norm())
+        return loss + gradient.norm()
+
+
+def test_a_gradient_penalty_is_no_graph(fit):
+    callback = fit(Penalized(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))))
+    assert replayed(callback) == 0
+
+
+class OutsideLeaf(Classifier):
+    def on_train_start(self):
+        self.outside = [torch.ones(4, device=self.device, requires_grad=True)]
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.net(x) * self.outside[0], y)
+
+
+def test_a_leaf_that_is_no_parameter(fit):
+    callback = fit(OutsideLeaf())
+    assert replayed(callback) == 0
+
+
+class Sparse(Classifier):
+    def __init__(self):
+        super().__init__(nn.EmbeddingBag(4, 4, sparse=True), torch.optim.SGD)
+        self.optimizer = functools.partial(torch.optim.SGD, lr=0.1)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[1].unsqueeze(1)), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_sparse_gradients(fit, batches):
+    callback = fit(Sparse(), accumulate_grad_batches=batches)
+    assert replayed(callback) == 0
+    assert "is sparse" in str(callback.stats.eager_reasons)
+
+
+# Python around the step
+
+
+class Counting(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.losses = []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.detach())
+        return loss * (2 if self.global_step > 9 else 1) * (3 if batch_idx == 5 else 1)
+
+    def on_train_epoch_end(self):
+        self.log("mean", torch.stack(self.losses).mean())
+        self.losses.clear()
+
+
+def test_lists_and_numbers_of_the_trainer(fit):
+    assert replayed(fit(Counting())) > 5
+
+
+class DropoutSchedule(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 4:
+            pl_module.net[3].p = 0.1 + 0.2 * (trainer.current_epoch % 2)
+
+
+def test_a_setting_that_changes_between_batches(fit):
+    callback = fit(Classifier(), others=lambda: [DropoutSchedule()], max_epochs=5)
+    assert replayed(callback) > 5
+
+
+class Average(Callback):
+    """Swaps weights by their data, as averages of weights do."""
+
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.sanity_checking:
+            return
+        self.before = [p.data for p in pl_module.parameters()]
+        for parameter in pl_module.parameters():
+            parameter.data = parameter.data * 0.5
+
+    def on_validation_end(self, trainer, pl_module):
+        if trainer.sanity_checking:
+            return
+        for parameter, data in zip(pl_module.parameters(), self.before, strict=True):
+            parameter.data = data
+
+
+def test_weights_that_are_swapped_for_validation(fit):
+    assert replayed(fit(Classifier(), others=lambda: [Average()])) > 5
+
+
+def test_the_closure_that_is_called_twice(fit):
+    class Twice(torch.optim.SGD):
+        def step(self, closure=None):
+            with torch.enable_grad():
+                closure()
+            return super().step(closure)
+
+    assert replayed(fit(Classifier(optimizer=functools.partial(Twice, lr=0.01)))) > 15
+
+
+def test_an_exception_leaves_no_trace(harness):
+    class Failing(Classifier):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx == 6:
+                raise RuntimeError("stop")
+
+    trainer = harness.trainer(harness.callback(stages=["train"]))
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer.fit(Failing(), points())
+    assert "_make_closure" not in vars(trainer.fit_loop.epoch_loop.automatic_optimization)
+
+
+def test_another_run_and_a_copy(harness):
+    model = Classifier()
+    callback = harness.callback(stages=["train"])
+    for _ in range(2):
+        harness.trainer(callback).fit(model, points())
+    assert not [name for name in vars(model) if "cuda_graph" in name]
+    copy.deepcopy(model)
+    assert replayed(callback) > 15
+
+
+# what can have no graph at all
+
+
+class Manual(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.manual_backward(loss)
+        optimizer.step()
+
+
+def lbfgs():
+    net = nn.Linear(8, 4)
+    return Classifier(net, functools.partial(torch.optim.LBFGS, lr=0.1, max_iter=2))
+
+
+UNSUPPORTED = {
+    "automatic_optimization=False": (Manual, {}, {}),
+    "LBFGS": (lbfgs, {}, {}),
+    "detect_anomaly=True": (Classifier, {"detect_anomaly": True}, {}),
+    "mode=PIECEWISE": (Classifier, {}, {"mode": "PIECEWISE"}),
+}
+
+
+@pytest.mark.parametrize("words", UNSUPPORTED)
+def test_what_can_have_no_graph_is_said_once(fit, words):
+    make, trainer_settings, settings = UNSUPPORTED[words]
+    with pytest.warns(UserWarning, match=words) as warned:
+        callback = fit(make(), settings=settings, max_epochs=2, **trainer_settings)
+    said = [each for each in warned if "'train' can have no graph" in str(each.message)]
+    assert len(said) == 1
+    assert "stages=['train', 'validate']" in str(said[0].message)
+    assert callback.stats.steps_of("train").keys() == {"NONE"}
+    assert words in str(callback.stats.eager_reasons)
+
+
+@pytest.mark.parametrize("words", UNSUPPORTED)
+def test_with_strict_it_is_an_error(harness, words):
+    make, trainer_settings, settings = UNSUPPORTED[words]
+    callback = harness.callback(stages=["train"], strict=True, **settings)
+    with pytest.raises(RuntimeError, match=words):
+        harness.trainer(callback, **trainer_settings).fit(make(), points())
+
+
+def test_training_is_not_graphed_by_default(harness):
+    callback = CUDAGraphCallback(backend=harness.backend, report=False)
+    harness.trainer(callback).fit(Classifier(), points(), points())
+    assert callback.stats.steps_of("train") == {}
+
+
+def test_strict(harness):
+    callback = harness.callback(stages=["train"], strict=True)
+    harness.trainer(callback, LooksAtLoss(), max_epochs=1)
+    with pytest.raises(RuntimeError, match="on_before_backward"):
+        harness.trainer(callback, LooksAtLoss(), max_epochs=1).fit(Classifier(), points())
+    harness.trainer(callback, max_epochs=1).fit(Classifier(), points(number=32))
+    assert replayed(callback) > 3
+
+
+def test_the_summary(harness):
+    callback = harness.callback(stages=["train"])
+    harness.trainer(callback).fit(Classifier(), points())
+    assert "train: " in callback.summary()
+    assert "training_step" in callback.summary()
