@@ -742,13 +742,6 @@ def converts_a_module(self, x):
     return self.second(x.double()).float()
 
 
-def converts_a_module_and_back(self, x):
-    self.second.double()
-    y = self.second(x.double()).float()
-    self.second.float()
-    return y
-
-
 def replaces_a_layer_in_a_list(self, x):
     self.layers[0] = nn.Linear(4, 4).to(x.device)
     nn.init.ones_(self.layers[0].weight)
@@ -788,7 +781,6 @@ WEIGHTS = [
         loads_weights, loads_weights_by_assignment, toggles_requires_grad, registers_a_buffer_again,
         replaces_a_buffer, calls_by_functional, works_under_autocast_sometimes,
         works_with_gradients, works_without_gradients, converts_a_module,
-        converts_a_module_and_back,
         goes_through_layers_in_turn, prunes_a_weight, writes_to_a_part_of_a_weight,
         deep_copies_a_layer)),
     (have_weight_norm, calls_the_second),

@@ -26,6 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from cg_lightning.backends import CapturedGraph
+from cg_lightning.capture.answered_reads import raise_other_value
 from cg_lightning.capture.outputs import (
     OutputPlan,
     copies_of,
@@ -33,7 +34,7 @@ from cg_lightning.capture.outputs import (
     is_cloned_with_strides,
 )
 from cg_lightning.capture.static_inputs import StaticInputs
-from cg_lightning.effects.effect import Effect, Taker, methods
+from cg_lightning.effects.effect import Effect, ReadChecksLater, Taker, methods
 from cg_lightning.report.stats import EntryRecord
 
 _MANY = 8
@@ -125,6 +126,14 @@ class GraphEntry:
         """Graph memory and static inputs, in bytes."""
         assert self._inputs is not None, "a graph that was dropped is not used"
         return self.graph.num_bytes + self._inputs.num_bytes
+
+    @property
+    def only_computes(self) -> bool:
+        """Whether a replay computes its output, and neither changes nor checks anything else."""
+        return not self._takers and all(
+            isinstance(effect, ReadChecksLater) and effect.calls() <= {raise_other_value}
+            for effect in self._effects
+        )
 
     def is_valid(self) -> bool:
         """Return True if the graph exists and all its side effects can be done again."""

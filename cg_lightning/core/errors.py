@@ -83,6 +83,10 @@ class OutOfGraphMemoryError(CaptureError):
     """A capture stopped because the device was out of memory."""
 
 
+class NotIndependentError(CaptureError):
+    """A padded batch gave another result than eager: rows or positions depend on each other."""
+
+
 class VerificationError(CUDAGraphError):
     """A replay differed from eager, and its graph was dropped.
 

@@ -26,6 +26,7 @@ class Status(enum.Enum):
     EVICTED = "evicted"
     CHANGED = "changed since the capture"
     UNPROFITABLE = "captures do not pay"
+    PADDED_IN_PIECES = "not padded as a whole"
 
     @property
     def remedy(self) -> str:
@@ -45,6 +46,7 @@ _REMEDIES = {
     Status.VERIFICATION: "keep the value that differs in an attribute or in the batch",
     Status.EVICTED: "raise max_graphs, or use fewer shapes",
     Status.CHANGED: "change it between epochs, not between batches",
+    Status.PADDED_IN_PIECES: "give the dataloader batches of a captured size",
     Status.UNPROFITABLE: "make what varies a tensor, or leave it out of the batch",
 }
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from cg_lightning.core.modes import CUDAGraphMode
+from cg_lightning.core.pad_rules import PadDims, check_pad_dims, check_sizes
 from cg_lightning.core.stages import STEP_METHODS
 
 ModeName = Literal["NONE", "PIECEWISE", "FULL", "FULL_AND_PIECEWISE"]
@@ -187,6 +188,10 @@ class Settings:
     """Copy outputs out of graph memory."""
     overlap_copies: bool = True
     """Copy batches to the device on a stream of their own, while the device computes."""
+    capture_sizes: Sequence[int] | None = None
+    """Pad batches along dimension 0 up to the next of these sizes. None: not at all."""
+    pad_dims: Mapping[str, Any] | None = None
+    """Pad other dimensions: for each leaf and dimension, sizes and a value. None: not at all."""
     max_graphs: int = 64
     """The most graphs that are kept; the least recently used one goes first."""
     strict: bool = False
@@ -243,8 +248,32 @@ class Settings:
                 f"capture_ahead=True captures whole steps, and mode={checked['mode'].name!r} has "
                 "none; set mode='FULL' or 'FULL_AND_PIECEWISE', or capture_ahead=False."
             )
+        if self.capture_sizes is not None:
+            checked["capture_sizes"] = check_sizes("capture_sizes", self.capture_sizes)
+        if self.pad_dims is not None:
+            check_pad_dims("pad_dims", self.pad_dims)
+        self._check_tolerance_of_padding()
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    def _check_tolerance_of_padding(self) -> None:
+        for name in ("capture_sizes", "pad_dims"):
+            if getattr(self, name) is not None and self.verify_tolerance == "exact":
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} pads batches, and other shapes run other "
+                    "kernels, so the last bits differ; set verify_tolerance='close', or "
+                    f"{name}=None."
+                )
+
+    @property
+    def pads(self) -> bool:
+        """Whether batches are padded."""
+        return self.capture_sizes is not None or self.pad_dims is not None
+
+    @property
+    def pad_rules(self) -> PadDims:
+        """:attr:`pad_dims` as rules; empty for None."""
+        return {} if self.pad_dims is None else check_pad_dims("pad_dims", self.pad_dims)
 
     @property
     def runtime_policy(self) -> CUDAGraphMode:

@@ -155,13 +155,21 @@ class WatchedStep:
         calls = [call for call in self._calls if call.path == path]
         return [finding for call in calls for finding in call.findings] if calls else None
 
-    def largest_capturable(self) -> dict[str, nn.Module]:
+    def largest_capturable(self, knows_reads: bool = False) -> dict[str, nn.Module]:
         """Returns the fewest, largest submodules with parameters and without findings, by path.
 
         A call without a key (one argument is an object, for example a cache) cannot be captured. It
         is returned only if no call inside it can be, so that its reason is told.
+
+        Args:
+            knows_reads: Whether values that the batch alone decides may be read on the host.
         """
-        unclean = {id(call.module) for call in self._calls if call.findings}
+        unclean = {
+            id(call.module)
+            for call in self._calls
+            if any(not (knows_reads and finding.is_known_before) for finding in call.findings)
+            or (knows_reads and not call.path)
+        }
         chosen: dict[str, nn.Module] = {}
 
         def choose(outer: ModuleCall) -> None:

@@ -281,6 +281,23 @@ def _time_notes(stats: CUDAGraphStats, backend: str, stage: str) -> list[str]:
     return notes
 
 
+def _padding_notes(stats: CUDAGraphStats, stage: str) -> list[str]:
+    """Say what padding adds, and why batches are not padded: each reason once."""
+    records = [record for record in stats.padding if record.stage == stage]
+    notes = []
+    steps = sum(record.steps for record in records)
+    if steps:
+        elements = sum(record.elements for record in records)
+        share = 1 - elements / sum(record.padded_elements for record in records)
+        notes.append(
+            f"{steps} padded runs, {share:.0%} of their elements padding; results equal eager's "
+            "within the tolerance 'close'"
+        )
+    reasons = {(record.target, str(record.reason)): None for record in records if record.reason}
+    notes += [f"{target} not padded: {reason}" for target, reason in list(reasons)[:MOST_AGAIN]]
+    return notes
+
+
 def _hint_notes(stats: CUDAGraphStats, stage: str) -> list[str]:
     """Say so if most steps were warm-ups, because there are many shapes and few batches of each."""
     warmups = [
@@ -329,6 +346,7 @@ def _summarize(
     notes = [*(_time_notes(stats, backend, stage) if entries else []), *_again_notes(entries)]
     if any(entry.within_spread for entry in entries):
         notes.append("replays match eager within the difference between two eager runs")
+    notes += _padding_notes(stats, stage)
     notes += _hint_notes(stats, stage)
     rows = _graph_rows(stats, entries) if entries else []
     shown = StageSummary(f"{stage}: {steps}", rows, notes, [], "")

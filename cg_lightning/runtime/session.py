@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 from torch import nn
 
 from cg_lightning.backends import CapturedGraph, GraphBackend
 from cg_lightning.capture.cache import GraphCache
-from cg_lightning.capture.capture import Capturer
+from cg_lightning.capture.capture import Capturer, GraphCall
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.modes import CUDAGraphMode
@@ -27,6 +27,7 @@ from cg_lightning.guards.written_settings import WrittenSettings
 from cg_lightning.host_values.host_copies import HostCopies
 from cg_lightning.modules.compilation import Compilation
 from cg_lightning.modules.kinds import is_metric
+from cg_lightning.padding.leaves import PaddedLeaves
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.changing_values import ChangingValues
 from cg_lightning.runtime.dispatcher import Guards, KeyState, Plan, Unguarded, Variant
@@ -35,7 +36,21 @@ from cg_lightning.runtime.profiling import Profiler, Ranges
 from cg_lightning.runtime.submodule_runner import SubmoduleRunner
 from cg_lightning.runtime.target import GraphTarget
 from cg_lightning.runtime.targets import match_targets
-from cg_lightning.runtime.verifier import Verifier
+from cg_lightning.runtime.verifier import Replayed, Verdict, Verifier
+
+
+class Piece(Protocol):
+    """A submodule that is padded in steps that are not."""
+
+    def install(self) -> None:
+        """Intercept it; idempotent."""
+
+    def remove(self, check: bool) -> None:
+        """Leave no trace. ``check`` is as in :meth:`Session.remove`."""
+
+    def close(self) -> None:
+        """Drop all graphs."""
+
 
 BATCH_INDEX = "batch_idx"
 """The name of the number of the batch in :attr:`Session.arguments`."""
@@ -59,6 +74,7 @@ class Session:
         stats: Counts.
         effects: The side effects of the steps.
         profiler: The profiler of the Trainer, if it has one.
+        sharing: The session of a larger module, whose graphs and host copies it shares.
         has_backward: Whether the steps compute their gradients themselves.
     """
 
@@ -72,6 +88,7 @@ class Session:
         profiler: Profiler | None = None,
         *,
         has_backward: bool = False,
+        sharing: Session | None = None,
     ) -> None:
         self.ranges = Ranges(backend, profiler)
         self.module = module
@@ -79,11 +96,15 @@ class Session:
         self.settings = settings
         self.stats = stats
         self.effects = effects
-        self.cache = GraphCache(settings.max_graphs, backend.synchronize)
+        self.cache: GraphCache = (
+            GraphCache(settings.max_graphs, backend.synchronize)
+            if sharing is None
+            else sharing.cache
+        )
         self.watcher = StepWatcher(module, backend, effects=effects, has_backward=has_backward)
         self.changing_values = ChangingValues()
-        self.host_copies = HostCopies()
         self._written_settings = WrittenSettings()
+        self.host_copies: HostCopies = HostCopies() if sharing is None else sharing.host_copies
         self.written = WrittenTensors()
         """Tensors, other than buffers, that steps were seen to write to."""
         self._capturer = Capturer(backend, settings, self.cache, self.written)
@@ -93,6 +114,8 @@ class Session:
         self._verifier = Verifier(backend, tolerance, self.written, self._compilation.suspended)
         self.target = self._make_target(module, CUDAGraphMode.FULL, effects)
         self._submodules: dict[int, SubmoduleRunner] = {}
+        self.pieces: dict[tuple[str, int], Piece] = {}
+        """Submodules that are padded, by stage and ``id`` of the module."""
         self._is_installed = False
         self.arguments: dict[str, Any] = {}
         """The arguments of the current step that guards look at, by name."""
@@ -120,6 +143,14 @@ class Session:
         for runner in self._submodules.values():
             runner.install()
         self._written_settings.install()
+        for piece in self.pieces.values():
+            piece.install()
+
+    def add_piece(self, key: tuple[str, int], piece: Piece) -> None:
+        """Intercept a submodule that is padded, from now on."""
+        self.pieces[key] = piece
+        if self._is_installed:
+            piece.install()
 
     def remove(self, check: bool = True) -> None:
         """Leave no trace in any submodule. Graphs are kept for the next stage.
@@ -131,6 +162,8 @@ class Session:
         self._is_installed = False
         for runner in self._submodules.values():
             runner.remove()
+        for piece in self.pieces.values():
+            piece.remove(check)
         self._compilation.remove()
         self._written_settings.remove()
         self.host_copies.clear()
@@ -139,6 +172,9 @@ class Session:
     def close(self) -> None:
         """Drop every graph."""
         self.remove(check=False)
+        for piece in self.pieces.values():
+            piece.close()
+        self.pieces.clear()
         self.cache.drop_all()
         self.effects.close()
         self.target.dispatcher.reset()
@@ -176,6 +212,9 @@ class Session:
         for runner in self._submodules.values():
             runner.remove()
         self._submodules.clear()
+        for piece in self.pieces.values():
+            piece.close()
+        self.pieces.clear()
         if self._is_installed:
             self.install()
 
@@ -186,12 +225,25 @@ class Session:
 
     def _drop(self, entries: Iterable[object]) -> None:
         for entry in entries:
-            assert isinstance(entry, GraphEntry)
-            self.cache.drop(entry)
+            if isinstance(entry, GraphEntry):  # the graph of a padded entry belongs to another key
+                self.cache.drop(entry)
 
-    def watched(self, plan: Plan, watched: WatchedStep) -> None:
-        """Report a watched step to the dispatcher, and find the submodules to capture."""
-        full = self.full_reason(plan.state, watched)
+    def watched(
+        self,
+        plan: Plan,
+        watched: WatchedStep,
+        padding: PaddedLeaves | None = None,
+        in_pieces: Reason | None = None,
+    ) -> None:
+        """Report a watched step to the dispatcher, and find the submodules to capture.
+
+        Args:
+            plan: The decision to watch.
+            watched: The watched step.
+            padding: How its batch is padded, if it is to run from the graph of a padded batch.
+            in_pieces: Why only its submodules are padded; None if it is padded whole, or not.
+        """
+        full = self.full_reason(plan.state, watched) or in_pieces
         piecewise = None
         if self.settings.targets is None and not watched.largest_capturable():
             piecewise = NO_TARGET
@@ -206,12 +258,13 @@ class Session:
             watched.did_one_time_work,
             watched,
             path=watched.path if is_full else None,
+            padding=padding,
         )
         if variant.path is not None and watched.path is not None:
             watched.path.use(self.host_copies)
         self._drop(dispatcher.watched(plan.state, variant, plan.variant))
         self.written.update(watched.written)
-        if not is_full:
+        if not is_full and in_pieces is None:
             self.find_submodules(plan.state.descriptor, variant, plan.state.warmup_runs)
 
     def _guards(self, watched: WatchedStep, of_trainer_only: bool = False) -> GuardSet:
@@ -300,6 +353,30 @@ class Session:
                 )
             if self._is_installed:
                 self._submodules[id(module)].install()
+
+    def compare(
+        self,
+        name: str,
+        plan: Plan,
+        call: GraphCall,
+        get_entry: Callable[[], Replayed],
+        padded: GraphCall,
+    ) -> Verdict:
+        """Compare a whole step with eager.
+
+        Args:
+            name: The name of the step in the statistics.
+            plan: The decision.
+            call: The step.
+            get_entry: See :meth:`Verifier.check`.
+            padded: The step with the padded batch, whose graph is compared.
+        """
+        target = self.target.capture_target(name, plan, padded)
+        return self._verifier.check(target, call, get_entry, self.cache.step)
+
+    def difference(self, found: Any, expected: Any) -> str:
+        """Return the first leaf of an output that differs from eager's; empty if none does."""
+        return self._verifier.difference(found, expected)
 
     def graphs(self, mode: str) -> list[CapturedGraph]:
         """Return the stored graphs of one mode."""

@@ -12,6 +12,7 @@ import torch
 
 from cg_lightning.capture.capture import GraphCall
 from cg_lightning.capture.entry import GraphEntry
+from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import (
     BatchDescriptor,
     describe_fields,
@@ -25,11 +26,13 @@ from cg_lightning.core.forward_context import (
 )
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import WARM_UP, Reason, Status
+from cg_lightning.padding.entry import PaddedEntry
 from cg_lightning.report.stats import HostTime, StepsRecord
 from cg_lightning.report.timeline import Ran
 from cg_lightning.runtime.ahead import CaptureAhead
 from cg_lightning.runtime.dispatcher import Action, KeyState, Plan, Variant
 from cg_lightning.runtime.outcome import Outcome
+from cg_lightning.runtime.padded_steps import PaddedSteps
 from cg_lightning.runtime.session import BATCH_INDEX, Session
 from cg_lightning.runtime.target import reason_of
 
@@ -42,8 +45,12 @@ _GRADIENTS = Reason(Status.GRADIENTS, "gradients are enabled")
 _NO_WARM_TARGET = Reason(
     Status.NO_TARGET, "no target was called with a warm key; calls from compiled code do not count"
 )
-_MAY_BE_STRICT_ABOUT = {Status.WARM_UP, Status.CHANGED}
-"""``strict`` does not raise for these reasons, because such steps prepare a capture."""
+_ENTRIES = (GraphEntry, PaddedEntry)
+_MAY_BE_STRICT_ABOUT = {
+    *(Status.WARM_UP, Status.CHANGED),
+    *(Cause.ROWS_NOT_INDEPENDENT, Cause.POSITIONS_NOT_INDEPENDENT),
+}
+"""``strict`` does not raise for these reasons, because a capture may follow such steps."""
 
 
 def first_parameter(step: Step) -> str:
@@ -79,6 +86,7 @@ class StepRunner:
         step: The step method.
         as_it_is: What runs if the step is neither watched nor captured nor compared. None: the
             step.
+        padded: Pads batches. None: they run in their own shape.
     """
 
     def __init__(
@@ -88,6 +96,7 @@ class StepRunner:
         name: str,
         step: Step,
         as_it_is: Step | None = None,
+        padded: PaddedSteps | None = None,
     ) -> None:
         self._session = session
         self._stage = stage
@@ -97,6 +106,7 @@ class StepRunner:
         self._batch_name = first_parameter(step)
         self._dispatcher = session.target.dispatcher
         self._times = session.stats.timeline.rows
+        self._padded = padded
         self._compares_index = False
         """Whether a watched step has compared ``batch_idx``, so that guards look at it."""
 
@@ -136,7 +146,7 @@ class StepRunner:
             return self._run_without_key(args, kwargs, loader, training, reason_of(error))
         plan = self._dispatcher.plan(self._state(fields, args[0]), leaves)
         if plan.action is Action.REPLAY:
-            assert plan.variant is not None and isinstance(plan.variant.entry, GraphEntry)  # noqa: PT018
+            assert plan.variant is not None and isinstance(plan.variant.entry, _ENTRIES)  # noqa: PT018
             if session.ranges.is_on:
                 with session.ranges.range("replay"):
                     output = plan.variant.entry.replay(leaves, session.cache.step)
@@ -175,7 +185,10 @@ class StepRunner:
         general = self._session.changing_values.without_changing_values(
             descriptor, batch, state is not None
         )
-        return self._dispatcher.state(general.fields, general)
+        state = self._dispatcher.state(general.fields, general)
+        if self._padded is not None:
+            self._padded.begin(state, batch)
+        return state
 
     def _run(
         self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]
@@ -185,7 +198,10 @@ class StepRunner:
         if plan.action in (Action.CAPTURE, Action.VERIFY):
             call = GraphCall(descriptor, self._invoke, args[0], leaves, args[1:], kwargs)
             with self._session.ranges.range(plan.action.name.lower()):
-                outcome = self._session.target.run(self._name, plan, call)
+                if self._padded is not None and variant is not None and variant.padding is not None:
+                    outcome: Outcome | None = self._padded.run(plan, call)
+                else:
+                    outcome = self._session.target.run(self._name, plan, call)
             assert variant is not None
             if variant.mode is not FULL:
                 self._session.find_submodules(descriptor, variant, plan.state.warmup_runs)
@@ -211,6 +227,8 @@ class StepRunner:
         return self._step(batch, *args, **kwargs)
 
     def _watch(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
+        padded = self._padded
+        padding = None if padded is None else padded.padding_of(plan.state, args[0])
         step = functools.partial(self._step, args[0], **kwargs)
         context = ForwardContext(NONE, plan.state.descriptor, StepInProgress())
         with override_forward_context(context), self._session.ranges.range("watch"):
@@ -219,7 +237,10 @@ class StepRunner:
             self._compares_index = True
             self._session.arguments[BATCH_INDEX] = args[1]
         session = self._session
-        session.watched(plan, watched)
+        if padded is None:
+            session.watched(plan, watched)
+        else:
+            padded.watched(plan, watched, padding)
         if (
             session.examples is not None
             and (watched.may_be_full_next_time or not session.full_reason(plan.state, watched))
@@ -234,6 +255,8 @@ class StepRunner:
     def _run_piecewise(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
         assert plan.variant is not None
         progress = StepInProgress()
+        if plan.variant.padding is not None:
+            progress.batch = args[0]
         context = ForwardContext(PIECEWISE, plan.state.descriptor, progress)
         start = perf_counter()
         with override_forward_context(context):

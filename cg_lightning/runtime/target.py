@@ -90,7 +90,7 @@ class GraphTarget:
         """
         variant = plan.variant
         assert variant is not None
-        target = self._capture_target(name, plan, call)
+        target = self.capture_target(name, plan, call)
         get_entry = functools.partial(self._get_entry, target, plan, call)
         prefix = f"{name}: " if self.mode is CUDAGraphMode.PIECEWISE else ""
         if plan.action is Action.CAPTURE and self._settings.next_verification(0) != 0:
@@ -129,13 +129,14 @@ class GraphTarget:
         """
         assert plan.variant is not None
         try:
-            self._get_entry(self._capture_target(name, plan, call), plan, call)
+            self._get_entry(self.capture_target(name, plan, call), plan, call)
         except (CaptureError, UnkeyableBatchError) as error:
             return reason_of(error)
         self.dispatcher.captured_ahead(plan.variant)
         return None
 
-    def _capture_target(self, name: str, plan: Plan, call: GraphCall) -> CaptureTarget:
+    def capture_target(self, name: str, plan: Plan, call: GraphCall) -> CaptureTarget:
+        """Return what a capture and a comparison need to know about the target of a call."""
         variant = plan.variant
         assert variant is not None
         return CaptureTarget(
