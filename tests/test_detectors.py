@@ -352,6 +352,7 @@ def test_sources_of_one_submodule():
     seen = watch((AttributeReads, GlobalReads), module)
     assert [str(source) for source in seen.sources(module.inner)] == [
         "Inner.limit",
+        "Inner.forward",
         "self.inner.temperature",
     ]
 

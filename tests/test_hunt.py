@@ -26,7 +26,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.connectors import callback_connector
 
 from cg_lightning import CUDAGraphCallback
-from tests import hunt_cases
+from tests import hunt_cases, hunt_public
 from tests.harness import Harness
 from tests.hunt_cases import Row
 from tests.hunt_picture import difference, picture
@@ -91,7 +91,7 @@ def frames(error: BaseException) -> list[str]:
     return [
         f"{frame.name}:{frame.lineno}"
         for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename == hunt_cases.__file__
+        if frame.filename in (hunt_cases.__file__, hunt_public.__file__)
     ]
 
 

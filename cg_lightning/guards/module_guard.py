@@ -75,9 +75,10 @@ class ModuleGuard:
     :meth:`check` finds rebound ``.data``, a replaced parameter, buffer or child, added or removed
     hooks, a move to another device, and changed attributes of scripted modules.
     :meth:`check_epoch` finds changed settings of layers and metrics, and another layout of tensors.
-    A tensor that is changed in place is not a change, because graphs read its current value. It
-    does *not* compare other attributes that the step reads; see
-    :class:`~cg_lightning.guards.guard_set.GuardSet`.
+    What is set between two calls of it, during a stage, is seen by
+    :class:`~cg_lightning.guards.written_settings.WrittenSettings`. A tensor that is changed in
+    place is not a change, because graphs read its current value. It does *not* compare other
+    attributes that the step reads; see :class:`~cg_lightning.guards.guard_set.GuardSet`.
 
     Args:
         root: The module.

@@ -23,8 +23,10 @@ from cg_lightning.guards.comparisons import ComparedSource
 from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import Change
 from cg_lightning.guards.sources import Source
+from cg_lightning.guards.written_settings import WrittenSettings
 from cg_lightning.host_values.host_copies import HostCopies
 from cg_lightning.modules.compilation import Compilation
+from cg_lightning.modules.kinds import is_metric
 from cg_lightning.padding.leaves import PaddedLeaves
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.changing_values import ChangingValues
@@ -109,6 +111,7 @@ class Session:
         )
         self.watcher = StepWatcher(module, backend, effects=effects, has_backward=has_backward)
         self.changing_values = ChangingValues()
+        self._written_settings = WrittenSettings()
         self.host_copies: HostCopies = HostCopies() if sharing is None else sharing.host_copies
         self.written = WrittenTensors()
         """Tensors, other than buffers, that steps were seen to write to."""
@@ -155,6 +158,7 @@ class Session:
             self._add_submodules(match_targets(self.module, tuple(targets))[0])
         for runner in self._submodules.values():
             runner.install()
+        self._written_settings.install()
         for piece in self.pieces.values():
             piece.install()
 
@@ -177,6 +181,7 @@ class Session:
         for piece in self.pieces.values():
             piece.remove(check)
         self._compilation.remove()
+        self._written_settings.remove()
         self.host_copies.clear()
         self.effects.release(check)
 
@@ -189,6 +194,7 @@ class Session:
         self.cache.drop_all()
         self.effects.close()
         self.target.dispatcher.reset()
+        self._written_settings.clear()
         self._submodules.clear()
 
     def check_module(self) -> None:
@@ -218,6 +224,7 @@ class Session:
         self.target.dispatcher.reset(text)
         self.changing_values = ChangingValues()
         self.written.clear()
+        self._written_settings.clear()
         for runner in self._submodules.values():
             runner.remove()
         self._submodules.clear()
@@ -296,7 +303,23 @@ class Session:
             compared.append(ComparedSource(source, watched.comparisons))
         if of_trainer_only:
             sources = [each for each in sources if each.belongs_to_trainer]
-        return GuardSet(sources, self.target.guard.modules, compared)
+        modules = () if of_trainer_only else self.module.named_modules()
+        return self._guard_set(sources, compared, modules)
+
+    def _guard_set(
+        self,
+        sources: Iterable[Source],
+        compared: Iterable[ComparedSource],
+        modules: Iterable[tuple[str, nn.Module]],
+    ) -> GuardSet:
+        """Return guards of what was read in Python, and of the settings of modules, by path."""
+        named = list(modules)
+        if not self._written_settings.contains(named):
+            self.target.guard.check_epoch()  # nobody has noted what was set since the last one
+        settings = self._written_settings.frozen(named)
+        guards = GuardSet(sources, self.target.guard.modules, compared, settings)
+        self._written_settings.add((type(each).__name__, each) for each in guards.hidden_modules)
+        return guards
 
     def _guards_of_branch(
         self, state: KeyState, watched: WatchedStep, full: Reason | None
@@ -340,9 +363,10 @@ class Session:
                 runner.refuse(step, findings[0].reason(runner.path))
             elif findings is not None:
                 module = runner.module
-                guards = GuardSet(
-                    watched.sources(module), self.target.guard.modules, watched.compared(module)
-                )
+                # in pieces, metrics are never in a graph
+                named = module.named_modules(prefix=runner.path)
+                inside = [(path, child) for path, child in named if not is_metric(child)]
+                guards = self._guard_set(watched.sources(module), watched.compared(module), inside)
                 runner.allow(step, guards, watched.keys_of_calls(runner.module), runs)
 
     def _add_submodules(self, submodules: dict[str, nn.Module]) -> None:

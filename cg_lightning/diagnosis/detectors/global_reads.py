@@ -15,6 +15,7 @@ from cg_lightning.diagnosis.clocks import caller_of, clock_in_c, clock_in_python
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import AT_THE_END, NOT_YOURS, is_step_calling
 from cg_lightning.diagnosis.functions import (
+    FoundFunctions,
     codes_inside,
     find_functions,
     is_running,
@@ -91,7 +92,9 @@ class GlobalReads(Detector):
             for cause, words, location in problems:
                 self._report(key, cause, words, location)
         for key, (source, value, contents) in self._before.items():
-            if not (is_same_value(value, source.value()) and contents.all_hold()):
+            with self.watch.paused():
+                now = source.value()
+            if not (is_same_value(value, now) and contents.all_hold()):
                 self._report(key, Cause.STATE_REBOUND, _words(source), AT_THE_END)
             for state in self._modules.get(key, ()):
                 with self.watch.paused():
@@ -146,18 +149,17 @@ class GlobalReads(Detector):
         code = frame.f_code
         if not is_user_file(code.co_filename) or self.watch.is_paused:
             return _Code(code, "", [], [], clock_in_python(code), asks_for_class=False)
-        functions: list[FunctionType] = []
-        caches: list[Any] = []
+        found = FoundFunctions([], [], [])
         if code.co_filename != _GENERATED:
-            functions, caches = find_functions(frame, id(code) in self._made_here)
+            found = find_functions(frame, id(code) in self._made_here)
         self._made_here.update(map(id, codes_inside(code)))
         if _may_use_unseen(code):
             self.watch.note_unseen_use(f"{code.co_filename}:{code.co_firstlineno}")
         location = f"{code.co_filename}:{code.co_firstlineno}"
-        sources = [*_sources_of(frame), *map(source_of_cache, caches)]
+        sources = [*_sources_of(frame), *map(source_of_cache, found.caches), *found.places]
         for source in sources:
             self._remember(source, location)
-        held = [(function, _sources_held_by(function)) for function in functions]
+        held = [(function, _sources_held_by(function)) for function in found.functions]
         asks = not _CLASS_OF.isdisjoint(code.co_names)
         return _Code(code, location, sources, held, "", asks_for_class=asks)
 
@@ -195,7 +197,8 @@ class GlobalReads(Detector):
         key = source.key
         if key in self._before or key in self._problems:
             return
-        value = source.value()
+        with self.watch.paused():  # to look at a module is no read of the step's
+            value = source.value()
         try:
             contents = look_into(value, source.path)
             modules = hidden_modules(self.watch, contents.modules) if contents.modules else []
@@ -256,7 +259,8 @@ def _sources_in(namespace: Any, path: str, names: tuple[str, ...], seen: set[int
             if id(value) not in seen and _is_users_namespace(value):
                 found += _sources_in(value, f"{path}.{name}", names, seen)
         elif holder is not None and isinstance(value, types.FunctionType):
-            found += _attributes_of_function(value)
+            place = holder if isinstance(holder, type) else vars(holder)
+            found += [Source(place, name, f"{path}.{name}"), *_attributes_of_function(value)]
         elif holder is not None and not isinstance(value, _FUNCTIONS):
             owner = holder.__name__ if isinstance(holder, type) else path
             found.append(Source(holder, name, f"{owner}.{name}"))
@@ -308,7 +312,7 @@ def _sources_of(frame: FrameType) -> list[Source]:
                 path = value.__name__ if isinstance(value, type) else name
                 found += _sources_in(value, path, _names_in(code), set())
         elif isinstance(value, types.FunctionType):
-            found += _attributes_of_function(value)
+            found += [Source(namespace, name, name), *_attributes_of_function(value)]
         elif name in namespace and not isinstance(value, _FUNCTIONS):
             found.append(Source(namespace, name, name))
     return found
