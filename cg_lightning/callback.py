@@ -48,6 +48,7 @@ from cg_lightning.trainer.preconditions import (
     why_inert,
     why_no_training,
 )
+from cg_lightning.trainer.stage_length import TrainerStageLength
 from cg_lightning.trainer.training import TrainingInstallation
 
 _NO_CUDA = (
@@ -107,6 +108,17 @@ class CUDAGraphCallback(Callback):
             than 1 MiB on the host, to eager steps as well. At most two steps are queued on the
             device, because the memory of a batch is held until its step is done. False: Lightning
             copies on the stream that computes.
+        capture_sizes: Pad batches along dimension 0 up to the next of these sizes, and cut outputs
+            back: whole steps of ``predict``, and the submodules of other steps. Needs
+            ``verify_tolerance="close"``. Where rows change each other, shapes stay as they are.
+        pad_dims: Pad other dimensions, for example
+            ``{"input_ids": {1: {"sizes": "pow2", "value": 0}}}``: for each leaf of the batch and
+            each dimension the sizes, a list or ``"pow2"``, and the value of the padding.
+        min_saving: The share of a step's time that a graph must save. The first replays are timed
+            on host and device. If they do not save enough, a few steps run eagerly to compare, and
+            then a graph that saves less is dropped. Its key runs eagerly from then on, with the
+            reason ``no gain``. A stage with too few batches to win back a capture runs eagerly. 0
+            keeps every graph, and so do ``strict=True`` and the recorder, which is no speed-up.
         max_graphs: Maximum number of graphs. The least recently used graph is dropped first.
         strict: Raise if a step runs in a lower mode than asked after its warm-up. With FULL, any
             lower mode raises. With the other modes, only a step without any graph raises.
@@ -164,6 +176,9 @@ class CUDAGraphCallback(Callback):
         compile: bool | Mapping[str, Any] = False,
         copy_outputs: bool = True,
         overlap_copies: bool = True,
+        capture_sizes: Sequence[int] | None = None,
+        pad_dims: Mapping[str, Any] | None = None,
+        min_saving: float = 0.03,
         max_graphs: int = 64,
         strict: bool = False,
         backend: BackendName = "auto",
@@ -184,6 +199,9 @@ class CUDAGraphCallback(Callback):
             compile=compile,
             copy_outputs=copy_outputs,
             overlap_copies=overlap_copies,
+            capture_sizes=capture_sizes,
+            pad_dims=pad_dims,
+            min_saving=min_saving,
             max_graphs=max_graphs,
             strict=strict,
             backend=backend,
@@ -333,6 +351,8 @@ class CUDAGraphCallback(Callback):
             self._installation = InertInstallation(trainer.strategy, self.stats, why)
             return
         session = self._session(trainer, pl_module, backend)
+        if session.must_save_time:
+            session.stage_length = TrainerStageLength(trainer)
         transfers = self._transfers(trainer, pl_module, session, EVALUATION_HOOKS)
         self._installation = Installation(trainer.strategy, pl_module, session, transfers)
         self._arrange_captures(trainer, self._installation)
@@ -493,6 +513,8 @@ class CUDAGraphCallback(Callback):
             self._installation.remove()
             if self._ahead is not None and stage in self._stages_run:
                 self._ahead.warn_if_left(stage)
+            if said := self._installation.hint(stage):
+                self._report_once(rank_zero_warn, said)
         self._log_stats(trainer, stage)
 
     def _log_stats(self, trainer: Trainer, stage: str) -> None:

@@ -24,8 +24,11 @@ from cg_lightning.runtime.step_runner import StepRunner
 from cg_lightning.runtime.targets import check_targets
 
 _STAGE = "call"
-_NOT_HERE = ("stages", "report", "log_stats", "capture_ahead", "overlap_copies")
-"""Options of the callback that mean nothing without a Trainer."""
+_NOT_HERE = (
+    *("stages", "report", "log_stats", "capture_ahead", "overlap_copies"),
+    *("capture_sizes", "pad_dims"),
+)
+"""Options of the callback that are not there without a Trainer."""
 _NO_CUDA = Reason(Status.INERT, "no CUDA device: backend='auto' runs eagerly")
 
 
@@ -150,7 +153,8 @@ def graphed(
             its key.
         module: The module whose parameters and submodules a plain function uses.
         **options: The arguments of :class:`~cg_lightning.CUDAGraphCallback`, except ``stages``,
-            ``report``, ``log_stats``, ``capture_ahead`` and ``overlap_copies``.
+            ``report``, ``log_stats``, ``capture_ahead``, ``overlap_copies``, ``capture_sizes`` and
+            ``pad_dims``.
 
     Returns:
         A callable that is also a context manager. At its end nothing is left on the module.

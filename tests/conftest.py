@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.connectors import callback_connector
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
@@ -27,6 +29,12 @@ BACKENDS = [
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: threads would only wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+# a Trainer looks through all installed packages for callbacks of theirs: a third of a small test
+callback_connector._load_external_callbacks = functools.cache(
+    callback_connector._load_external_callbacks
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -51,6 +51,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from tests import hunt_public
+
 BATCHES = 8
 logger = logging.getLogger("user")
 
@@ -175,8 +177,10 @@ def of_functions(
     ``sides``: where it is done; of IN_TURN one each. ``stages``: in turn.
     """
     rows = []
-    for index, entry in enumerate(works):
-        start, work = entry if isinstance(entry, tuple) else (None, entry)
+    pairs = [entry if isinstance(entry, tuple) else (None, entry) for entry in works]
+    times = collections.Counter(work for _, work in pairs)
+    for index, (start, work) in enumerate(pairs):
+        name = name_of(work) if times[work] == 1 else f"{name_of(work)} ({name_of(start)})"
         for side in (sides[index % 2],) if sides is IN_TURN else sides:
             owner, wrap = owners[side]
 
@@ -191,7 +195,7 @@ def of_functions(
                 return wrap(Does())
 
             stage = stages[len(rows) // 2 % len(stages)]
-            rows.append(Row(f"{kind}: {name_of(work)}, {side}", side, make, loader, stage))
+            rows.append(Row(f"{kind}: {name}, {side}", side, make, loader, stage))
     return rows
 
 
@@ -2381,6 +2385,9 @@ HARMLESS = [
 COUNTER = itertools.count(1)
 
 
+STEP_ONLY: Any = {"sides": ["in the step"], "stages": ["validate"]}
+
+
 def rows() -> list[Row]:
     return [
         *held_rows(),
@@ -2395,6 +2402,11 @@ def rows() -> list[Row]:
         *of_functions("list batch", OF_LISTS, OWNERS_OF_BATCH, lists),
         *of_functions("module", ONLY_IN_STEP, sides=["in the step"], stages=["validate"]),
         *of_functions("harmless", HARMLESS, sides=IN_TURN),
+        *of_functions("object", hunt_public.OBJECTS, sides=IN_TURN),
+        *of_functions("control", hunt_public.CONTROL),
+        *of_functions("weights", hunt_public.WEIGHTS),
+        *of_functions("between", hunt_public.BETWEEN, **STEP_ONLY),
+        *of_functions("lightning", hunt_public.OF_LIGHTNING, **STEP_ONLY),
     ]
 
 
@@ -2402,6 +2414,7 @@ def reset() -> None:
     """The state that this module and the process hold, as it is before any row."""
     global HELD, COUNTER
     HELD, COUNTER = None, itertools.count(1)
+    hunt_public.reset()
     VARIABLE.set(None)
     np.seterr(divide="warn", over="warn", under="ignore", invalid="warn")
     decimal.getcontext().prec = 28
@@ -2409,4 +2422,13 @@ def reset() -> None:
 
 def world() -> list[Any]:
     """What a step may have changed there."""
-    return [HELD, COUNTER, VARIABLE.get(), np.geterr(), decimal.getcontext().prec, TABLE, Config]
+    return [
+        HELD,
+        COUNTER,
+        VARIABLE.get(),
+        np.geterr(),
+        decimal.getcontext().prec,
+        TABLE,
+        Config,
+        *hunt_public.world(),
+    ]

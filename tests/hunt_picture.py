@@ -32,7 +32,7 @@ from torchmetrics import Metric
 
 SKIPPED = {"_trainer", "_fabric", "_fabric_optimizers"}
 """Attributes of a LightningModule that lead to the Trainer."""
-OURS = "tests.hunt_cases"
+OURS = ("tests.hunt_cases", "tests.hunt_public")
 PLAIN = (type(None), bool, int, str, bytes, np.dtype, torch.dtype, torch.device, torch.Size)
 
 
@@ -49,7 +49,7 @@ class _Picture:
     def of(self, value: Any) -> Any:
         if isinstance(value, float):
             return ("float", struct.pack("d", value))
-        if isinstance(value, PLAIN) and type(value).__module__ != OURS:
+        if isinstance(value, PLAIN) and type(value).__module__ not in OURS:
             return (type(value).__name__, repr(value))
         if isinstance(value, Tensor):  # that two tensors are one shows where one is written to
             return (type(value).__name__, tensor_picture(value), self._fields(value))
@@ -60,6 +60,8 @@ class _Picture:
 
     def _content(self, value: Any) -> Any:
         """What the object holds besides its attributes."""
+        if isinstance(value, weakref.ProxyTypes):
+            return "a proxy"
         if isinstance(value, np.ndarray):
             return (str(value.dtype), value.shape, value.tobytes())
         if isinstance(value, np.generic | complex | enum.Enum | range | decimal.Context):
@@ -120,7 +122,7 @@ class _Picture:
         for cls in type(value).__mro__:
             slots = cls.__dict__.get("__slots__", ())
             for name in (slots,) if isinstance(slots, str) else slots:
-                if cls.__module__ == OURS and hasattr(value, name):
+                if cls.__module__ in OURS and hasattr(value, name):
                     names[name] = getattr(value, name)
         names = {name: item for name, item in names.items() if name not in SKIPPED}
         # their keys are numbers that count through the process
@@ -133,12 +135,12 @@ class _Picture:
             for _, shown in fields:
                 if isinstance(shown, tuple) and isinstance(shown[1], dict):
                     shown[1].pop("is_inference", None)
-        if isinstance(value, nn.Module) and type(value).__module__ == OURS:
+        if isinstance(value, nn.Module) and type(value).__module__ in OURS:
             fields.append(("class", self.of(type(value))))
         return fields
 
     def _function(self, value: types.FunctionType) -> Any:
-        if value.__module__ != OURS:
+        if value.__module__ not in OURS:
             return value.__qualname__
         cells = [self._cell(cell) for cell in value.__closure__ or ()]
         return (
@@ -155,7 +157,7 @@ class _Picture:
             return "empty"
 
     def _class(self, value: type) -> Any:
-        if value.__module__ != OURS:
+        if value.__module__ not in OURS:
             return value.__qualname__
         own = [(name, self.of(item)) for name, item in vars(value).items()
                if name not in ("__dict__", "__weakref__", "__doc__", "__abstractmethods__",

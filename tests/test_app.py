@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.processes import run_python
+
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 SCRIPT = Path(sysconfig.get_path("scripts")) / "cg-lightning"
@@ -30,8 +32,12 @@ ENVIRONMENT = {
 def start(
     folder: Path, *arguments: str, command: list[str] | None = None
 ) -> subprocess.CompletedProcess[str]:
+    """Run ``cg-lightning``. A given command is a new process, which imports everything anew."""
+    if command is None:
+        given = ("-m", "cg_lightning", *arguments)
+        return run_python(*given, folder=folder, environment=ENVIRONMENT)
     return subprocess.run(
-        [*(command or [sys.executable, "-m", "cg_lightning"]), *arguments],
+        [*command, *arguments],
         cwd=folder,
         env=ENVIRONMENT,
         capture_output=True,

@@ -79,7 +79,7 @@ def test_the_help_has_every_option_with_its_default(capsys):
         assert len(described.split("(type:")[0].split()) > 4, "no words say what it means"
     for choices in (
         "Literal['NONE', 'PIECEWISE', 'FULL', 'FULL_AND_PIECEWISE']",
-        "Literal['validate', 'test', 'predict']",
+        "Literal['validate', 'test', 'predict', 'train']",
         "{exact,close}",
         "{auto,cuda,recorder}",
         "{true,false}",

@@ -25,6 +25,7 @@ from cg_lightning.app.config import (
     register_configs,
 )
 from cg_lightning.core.settings import Settings
+from tests.processes import run_python
 
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"
@@ -201,14 +202,12 @@ def run_project(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text.replace("SEARCHPATH", search_path))
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        [python, "train.py", *overrides],
-        cwd=folder,
-        env=environment or {**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = environment or {**os.environ, "PYTHONPATH": paths}
+    if python == sys.executable:
+        return run_python("train.py", *overrides, folder=folder, environment=environment)
+    command = [python, "train.py", *overrides]
+    settings: dict[str, Any] = {"cwd": folder, "env": environment}
+    return subprocess.run(command, capture_output=True, text=True, check=False, **settings)
 
 
 @pytest.mark.slow
@@ -233,6 +232,8 @@ def another_value(field: dataclasses.Field, hint: Any) -> tuple[str, Any]:
         return str(not default).lower(), not default
     if isinstance(default, int):
         return str(default + 1), default + 1
+    if isinstance(default, float):
+        return str(default / 2), default / 2
     literal = next((arm for arm in (hint, *get_args(hint)) if get_origin(arm) is Literal), None)
     if literal is not None and not isinstance(default, tuple):
         choice = next(value for value in get_args(literal) if value not in (default, "cuda"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import logging
@@ -126,7 +127,7 @@ def graphed_by_compiler() -> Runs:
 
 def hooked() -> Runs:
     module = Runs(lambda m, x: m.inner(x))
-    module.inner.register_forward_hook(lambda *_: None)
+    module.inner.register_forward_hook(functools.partial(lambda *_: None))
     return module
 
 
@@ -351,6 +352,7 @@ def test_sources_of_one_submodule():
     seen = watch((AttributeReads, GlobalReads), module)
     assert [str(source) for source in seen.sources(module.inner)] == [
         "Inner.limit",
+        "Inner.forward",
         "self.inner.temperature",
     ]
 

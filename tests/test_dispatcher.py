@@ -10,6 +10,7 @@ from cg_lightning import BatchDescriptor, CUDAGraphDispatcher, CUDAGraphMode
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.core.settings import Settings
+from cg_lightning.report.stats import Saving
 from cg_lightning.runtime.dispatcher import (
     CAPTURE_COST,
     CREDIT,
@@ -367,3 +368,99 @@ def test_what_no_branch_changes(policy, reason):
     """A mode that knows no whole steps, and a reason that is not in the code of the step."""
     dispatcher = CUDAGraphDispatcher(policy)
     assert not dispatcher.is_of_one_branch(dispatcher.state(KEY.fields, KEY), reason)
+
+
+class Decided:
+    """A trial whose result is given."""
+
+    def __init__(self, share: float | None, pieces: dict[str, float] | None = None) -> None:
+        self.min_saving = 0.03
+        self.compares_again = False
+        self.share = share
+        self.pieces = pieces or {}
+
+    def wants_eager(self) -> bool:
+        return False
+
+    def compare(self) -> None:
+        self.compares_again = True
+
+    def saving(self) -> Saving | None:
+        return None if self.share is None else Saving(1.0, 1 - self.share)
+
+    def savings_of_pieces(self) -> dict[str, Saving]:
+        return {name: Saving(1.0, 1 - share) for name, share in self.pieces.items()}
+
+
+def settle(mode: CUDAGraphMode, trial: Decided):
+    dispatcher = CUDAGraphDispatcher()
+    dispatcher.add_cudagraph_key(mode, KEY)
+    state = dispatcher.state(KEY.fields)
+    (variant,) = state.variants
+    variant.trial = trial
+    variant.entry = Graph() if mode is FULL else None
+    return dispatcher, variant, dispatcher.settle(state, variant)
+
+
+def test_nothing_is_settled_before_the_saving_is_known():
+    _, variant, settled = settle(FULL, Decided(None))
+    assert settled is None
+    assert variant.trial is not None
+
+
+def test_a_graph_that_pays_is_kept():
+    _, variant, settled = settle(FULL, Decided(0.5))
+    assert (settled.reason, settled.entries, variant.trial) == (None, (), None)
+    assert variant.mode is FULL
+
+
+@pytest.mark.parametrize("share", [0.02, -1.0])
+def test_a_graph_without_gain_is_given_up(share):
+    dispatcher, variant, settled = settle(FULL, Decided(share))
+    assert settled.reason.kind is Status.NO_GAIN
+    assert len(settled.entries) == 1
+    assert (variant.entry, variant.trial) == (None, None)
+    assert dispatcher.dispatch(KEY) == (NONE, KEY, settled.reason)
+
+
+def test_pieces_that_cost_time_are_left_alone_first():
+    dispatcher, variant, settled = settle(PIECEWISE, Decided(-0.1, {"one": 0.5, "two": -0.5}))
+    assert (settled.reason, settled.left_alone) == (None, ["two"])
+    assert variant.trial.compares_again
+    settled = dispatcher.settle(dispatcher.state(KEY.fields), variant)
+    assert settled.reason.kind is Status.NO_GAIN
+    assert settled.left_alone == ["one", "two"]
+
+
+def test_pieces_of_a_step_that_pays_stay():
+    _, variant, settled = settle(PIECEWISE, Decided(0.1, {"one": 0.5, "two": -0.5}))
+    assert (settled.reason, settled.left_alone) == (None, ())
+    assert variant.mode is PIECEWISE
+
+
+@pytest.mark.parametrize(
+    ("action", "runs", "least"),
+    [
+        (Action.CAPTURE, 3, 4),
+        (Action.WARM_UP, 1, 4 + 2),
+        (Action.WARM_UP, 2, 4 + 1),
+        (Action.WATCH, 0, 4 + 3 + 1),
+        (Action.WATCH, 5, 4 + 1 + 1),  # of a warm key, whose guards have failed
+    ],
+)
+def test_captures_need_enough_steps_that_are_left(action, runs, least):
+    dispatcher = CUDAGraphDispatcher(FULL, 3, least_steps=4)
+    state = dispatcher.state(KEY.fields, KEY)
+    state.warmup_runs = runs
+    plan = Plan(action, state, None, None)
+    assert dispatcher.within(plan, least) is plan
+    assert dispatcher.within(plan, float("inf")) is plan
+    short = dispatcher.within(plan, least - 1)
+    assert (short.action, short.reason.kind) == (Action.EAGER, Status.TOO_SHORT)
+
+
+@pytest.mark.parametrize("action", [Action.REPLAY, Action.VERIFY, Action.PIECEWISE, Action.TRIAL])
+def test_what_is_captured_runs_to_the_end(action):
+    dispatcher = CUDAGraphDispatcher(FULL, 3, least_steps=4)
+    plan = Plan(action, dispatcher.state(KEY.fields, KEY), None, None)
+    assert dispatcher.within(plan, 1) is plan

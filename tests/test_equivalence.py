@@ -477,3 +477,41 @@ def test_a_compiled_network(tmp_path, mode):
         seen.append((kept, harness.trainer(*extra).validate(module, features(32), verbose=False)))
     assert_same(*seen)
     assert callback.stats.replays > 8, callback.summary()
+
+
+class Padded(nn.Module):
+    """Ignores the positions that channel 0 marks. In inference, PyTorch may drop them instead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2
+        )
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.encoder(x, src_key_padding_mask=x[..., 0] > 0))
+
+
+def padded_sequences() -> DataLoader:
+    """Return a loader of sequences that are padded at the end or, every second one, elsewhere."""
+    x = torch.randn(10, 4, 6, 8, generator=torch.Generator().manual_seed(5))
+    lengths = torch.tensor([[3, 6, 4, 5]])
+    x[..., 0] = (torch.arange(6) >= lengths[..., None]).float()
+    x[1::2, :, :, 0] = x[1::2, :, :, 0].flip(-1)
+    return loader(x.flatten(0, 1))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_nested_tensors_and_the_look_at_a_mask(harness: Harness, mode, verify_replays):
+    """PyTorch looks at the mask on the host, and makes a nested tensor of what is padded."""
+    callback = harness.callback(mode=mode, verify_replays=verify_replays)
+    job = lambda trainer, module: (
+        trainer.predict(module, padded_sequences()),
+        trainer.validate(module, padded_sequences(), verbose=False),
+    )
+    harness.compare(Predictor(Padded().eval()), job, callback)
+    assert callback.stats.steps["FULL"] == 0, callback.summary()
+    if mode != "FULL":
+        assert callback.stats.steps["PIECEWISE"] > 0, callback.summary()

@@ -26,7 +26,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.connectors import callback_connector
 
 from cg_lightning import CUDAGraphCallback
-from tests import hunt_cases
+from tests import hunt_cases, hunt_public
 from tests.harness import Harness
 from tests.hunt_cases import Row
 from tests.hunt_picture import difference, picture
@@ -91,7 +91,7 @@ def frames(error: BaseException) -> list[str]:
     return [
         f"{frame.name}:{frame.lineno}"
         for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename == hunt_cases.__file__
+        if frame.filename in (hunt_cases.__file__, hunt_public.__file__)
     ]
 
 
@@ -192,12 +192,6 @@ def eager(row: Row, harness: Harness, folder: Path, printed: Printed) -> dict[st
     if key not in _eager:
         _eager[key] = run(row, harness, folder, printed)
     return _eager[key]
-
-
-@pytest.fixture(autouse=True)
-def no_look_for_plugins(monkeypatch):
-    """A Trainer looks through all installed packages for callbacks of theirs: half of its time."""
-    monkeypatch.setattr(callback_connector, "_load_external_callbacks", lambda group: [])
 
 
 @pytest.mark.parametrize(

@@ -114,8 +114,8 @@ def test_every_package_is_shipped():
 
 
 LAYERS = ("app", "bench", "callback", "offline", "plain_loop", "trainer", "runtime",
-          "diagnosis", "capture", "effects", "metrics", "guards", "host_values", "modules",
-          "backends", "report", "core")  # fmt: skip
+          "padding", "diagnosis", "capture", "effects", "metrics", "guards", "host_values",
+          "modules", "backends", "report", "core")  # fmt: skip
 """From top to bottom: each imports only from those below it."""
 MAY_IMPORT = {
     "lightning": {"app", "bench", "callback", "trainer"},

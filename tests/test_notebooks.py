@@ -14,7 +14,11 @@ PRINTED = {
         *("34 PIECEWISE", "34 FULL", "all modes are equal in every bit", "image/png"),
         *("'FULL': 11", "the weights of both trainings are equal in every bit"),
     ],
-    "quickstart": ["equal in every bit", "host sync: aten::"],
+    "quickstart": [
+        "predicted batches are equal in every bit",
+        "batches of a loop without a Trainer are equal in every bit",
+        "host sync: aten::",
+    ],
     "why_not_one_graph": [
         "host sync",
         "data-dependent shape",

@@ -126,6 +126,19 @@ def test_the_extra_all_has_what_users_may_install():
     assert set(re.findall(r"[\w-]+", ours.split("[")[1])) == set(extras) - {"all", "test", "dev"}
 
 
+def test_the_readme_and_the_constraints_agree_with_the_lowest_versions():
+    lowest = dict(re.findall(r"([\w-]+)>=([\d.]+)", " ".join(PROJECT["dependencies"])))
+    lowest["Python"] = PROJECT["requires-python"].removeprefix(">=")
+    readme = (ROOT / "README.md").read_text()
+    (supported,) = re.findall(r"^- Supported: (.*), or newer", readme, re.MULTILINE)
+    named = dict(each.split() for each in supported.split(", "))
+    assert named == {name: lowest[name] for name in lowest if name != "typing-extensions"}
+    numbers = lambda version: [int(part) for part in version.split(".")]
+    constraints = (ROOT / "constraints.txt").read_text()
+    for name, pinned in re.findall(r"^([\w-]+)==([\d.]+)$", constraints, re.MULTILINE):
+        assert numbers(pinned) >= numbers(lowest.get(name, "0"))
+
+
 def test_pre_commit_runs_the_pinned_tools():
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     hooks = [hook for repository in config["repos"] for hook in repository["hooks"]]

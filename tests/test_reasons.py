@@ -198,6 +198,7 @@ def ragged(lengths: range) -> DataLoader:
     )
 
 
+@pytest.mark.filterwarnings("ignore:CUDAGraphCallback. .* batches of stage")
 def test_batches_that_never_repeat_a_shape_are_left_alone(harness, monkeypatch):
     """Hazard 45."""
     from cg_lightning.diagnosis.watcher import StepWatcher
@@ -270,6 +271,7 @@ def test_the_summary_fits_80_columns(monkeypatch, tmp_path):
     assert "123456" in text
 
 
+@pytest.mark.filterwarnings("ignore:CUDAGraphCallback. .* batches of stage")
 def test_many_shapes_in_few_batches_get_a_hint(harness):
     callback = harness.callback()
     shapes = [*range(1, 51), *range(1, 41)]  # 90 batches

@@ -193,7 +193,7 @@ def test_outputs_that_are_not_copied_live_until_the_next_replay(backend, device)
 def test_kinds_of_outputs(output, is_one_tensor, is_one_value):
     plan, computed = OutputPlan.make(output, [], set())
     assert (plan.is_one_tensor, plan.is_one_value) == (is_one_tensor, is_one_value)
-    assert_same(plan.build([], computed), output)
+    assert_same(plan.build([], computed, None), output)
 
 
 OUTPUTS = {

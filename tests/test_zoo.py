@@ -74,11 +74,17 @@ def test_what_cannot_be_run_is_named(backend, monkeypatch):
     monkeypatch.setitem(MODELS, "missing", missing)
     (result,) = visit(backend, "missing")
     assert result.reason == "no_such_library is not installed"
+    assert "1 models without a run: missing." in zoo.zoo_table([result])
     fails = dataclasses.replace(model, inputs=lambda seed: {"x": torch.randn(1)})
     monkeypatch.setitem(MODELS, "fails", fails)
     results = visit(backend, "fails")
     assert all(result.reason.startswith("eager raises") for result in results)
     assert "0 runs: 0 FULL" in zoo.zoo_table(results)
+
+
+def test_there_are_fifty_models_without_transformers():
+    of_others = [name for name, model in MODELS.items() if model.library != "transformers"]
+    assert len(of_others) >= 50
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -27,6 +27,7 @@ class Task(Enum):
     test = "test"
     predict = "predict"
     diagnose = "diagnose"
+    shapes = "shapes"
     bench = "bench"
     zoo = "zoo"
 
@@ -50,6 +51,8 @@ def _type_for_hydra(hint: Any) -> Any:
         return str  # the constructor checks it
     if get_origin(hint) is Sequence:
         return list[_type_for_hydra(get_args(hint)[0])]  # type: ignore[misc]
+    if get_origin(hint) is Mapping:
+        return dict[get_args(hint)]  # type: ignore[misc]
     if get_origin(hint) is not None and bool in get_args(hint):
         return Any  # a flag or a mapping: the constructor checks it
     if type(None) in get_args(hint):

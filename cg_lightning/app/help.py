@@ -11,6 +11,7 @@ Tasks
   test      trainer.test
   predict   trainer.predict
   diagnose  why a step is not one graph; needs no GPU; exit status 0 if it is one, 1 if not
+  shapes    the shapes of a dataloader, and sizes to pad its batches to; needs no GPU
   bench     the benchmark; needs a GPU
   zoo       models of torchvision, timm and transformers; needs a GPU; exit status 1 if one differs
 
@@ -20,7 +21,7 @@ Options
   trainer=auto|cpu|gpu  trainer.KEY=VALUE  +trainer.KEY=VALUE     arguments of the Trainer
   cuda_graph=full_and_piecewise|full|piecewise|off|debug          mode of the graphs
   cuda_graph.KEY=VALUE  arguments of CUDAGraphCallback
-  stage=validate|test|predict                                     the step of task=diagnose
+  stage=validate|test|predict                     the step of task=diagnose, the data of task=shapes
   compare=false         do not run again without graphs
   seed=0  ckpt_path=FILE
 All keys with their values: cg-lightning --cfg job

@@ -41,6 +41,10 @@ def main(config: DictConfig) -> None:
             from cg_lightning.app.diagnose import diagnose_step
 
             result = diagnose_step(config)
+        elif config.task is Task.shapes:
+            from cg_lightning.app.shapes import show_shapes
+
+            result = show_shapes(config)
         else:
             from cg_lightning.app.compare import run_and_compare
 

@@ -37,6 +37,16 @@ class BatchCopies(Protocol):
         """
 
 
+class Stopwatch(Protocol):
+    """Takes the time of a step, and never waits for the device."""
+
+    def stop(self) -> None:
+        """End the step. Call it once."""
+
+    def seconds(self) -> float | None:
+        """Return the time of the step, in seconds. None: the device is not done with it."""
+
+
 class GraphBackend(Protocol):
     """Captures and replays work on one device."""
 
@@ -81,6 +91,16 @@ class GraphBackend(Protocol):
 
     def batch_copies(self) -> BatchCopies | None:
         """Return what copies batches beside the computation. None: the device has no streams."""
+
+    def stopwatch(self, began: float) -> Stopwatch | None:
+        """Begin to take the time of a step.
+
+        Args:
+            began: The value of ``time.perf_counter()`` when the host began the step.
+
+        Returns:
+            A stopwatch. None: times of this backend do not tell if graphs pay.
+        """
 
     def capture_stream(self) -> AbstractContextManager[None]:
         """Run eager work inside where captures run, ordered with what runs before and after."""

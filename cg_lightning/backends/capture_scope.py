@@ -7,12 +7,15 @@ import gc
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from types import FrameType
 from unittest.mock import patch
 
 import torch
-from torch.cuda import is_current_stream_capturing
+from torch.cuda import graphs, is_current_stream_capturing
 
+from cg_lightning.backends.imported_functions import replaced_where_imported
 from cg_lightning.core.errors import CaptureError, OutOfGraphMemoryError, RecompileNeededError
 
 CAPTURE_LOCK = threading.RLock()
@@ -49,10 +52,10 @@ def autocast_cache_off() -> Iterator[None]:
         torch.set_autocast_cache_enabled(was_enabled)
 
 
-is_stream_capturing = is_current_stream_capturing
-"""The question as PyTorch answers it: others hear another answer while we capture."""
 _TOLD = ("torch", "triton", "cg_lightning")
 """Packages that have to know: SyncBatchNorm, for instance, would wait for the device otherwise."""
+_ASKED = "_cuda_isCurrentStreamCapturing"
+"""Private: what ``torch.cuda.is_current_stream_capturing`` asks (torch 2.8 to 2.13)."""
 
 
 @contextlib.contextmanager
@@ -61,24 +64,28 @@ def capture_looks_eager() -> Iterator[None]:
 
     Libraries compute something else if it is: another mask, and with it another kernel. The watched
     step heard *no*, so *no* is what makes the captured way the watched one. PyTorch's code in C++
-    asks otherwise, and so do we: by the function that was imported before.
+    asks otherwise.
     """
     thread = threading.get_ident()
+    ask: Callable[[], bool] = getattr(graphs, _ASKED, is_current_stream_capturing)
 
     def answer() -> bool:
         if threading.get_ident() != thread:
-            return is_stream_capturing()
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        return caller.split(".")[0] in _TOLD and is_stream_capturing()
+            return ask()
+        caller: FrameType | None = sys._getframe(1)
+        if caller is not None and caller.f_code is is_current_stream_capturing.__code__:
+            caller = caller.f_back
+        asking = "" if caller is None else caller.f_globals.get("__name__", "")
+        return asking.split(".")[0] in _TOLD and ask()
 
-    with contextlib.ExitStack() as stack:
-        # also ``from torch.cuda import is_current_stream_capturing as ...``
-        for module_name, module in list(sys.modules.items()):
-            if module_name.split(".")[0] == _TOLD[-1]:
-                continue
-            for name, value in list(getattr(module, "__dict__", {}).items()):
-                if value is is_stream_capturing:
-                    stack.enter_context(patch.object(module, name, answer))
+    replaced: AbstractContextManager[object]
+    if hasattr(graphs, _ASKED):  # it answers under whatever name the public function was imported
+        replaced = patch.object(graphs, _ASKED, answer)
+    else:
+        replaced = replaced_where_imported(
+            {"is_current_stream_capturing": (is_current_stream_capturing, answer)}
+        )
+    with replaced:
         yield
 
 

@@ -36,6 +36,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
+from time import perf_counter
 from typing import Any
 from unittest.mock import patch
 
@@ -48,7 +49,6 @@ from cg_lightning.backends.capture_scope import (
     autocast_cache_off,
     capture_looks_eager,
     garbage_collection_paused,
-    is_stream_capturing,
     release_frames,
 )
 from cg_lightning.backends.host_reads import OnCall
@@ -96,7 +96,7 @@ class CUDABackend:
 
     def is_capturing(self) -> bool:
         """Return True if the current stream is capturing."""
-        return is_stream_capturing()
+        return torch.cuda.is_current_stream_capturing()
 
     def capture(
         self, function: Callable[[], Any], *, collect_garbage: bool, capture_error_mode: str
@@ -175,6 +175,10 @@ class CUDABackend:
     def batch_copies(self) -> CUDABatchCopies:
         """Return copies on a stream of their own."""
         return CUDABatchCopies(self.device)
+
+    def stopwatch(self, began: float) -> CUDAStopwatch:
+        """See :class:`~cg_lightning.backends.base.GraphBackend`."""
+        return CUDAStopwatch(torch.cuda.current_stream(self.device), began)
 
     @contextlib.contextmanager
     def capture_stream(self) -> Iterator[None]:
@@ -268,7 +272,7 @@ class CUDABackend:
     ) -> None:
         """Repair the state of the process after a failed capture. It never raises."""
         pool, self._pool = self._pool, None
-        if began and is_stream_capturing():
+        if began and torch.cuda.is_current_stream_capturing():
             # it reports the error that is already being raised
             with contextlib.suppress(Exception):
                 graph.capture_end()
@@ -287,6 +291,38 @@ class CUDABackend:
             with contextlib.suppress(Exception):
                 torch.linalg.svd(torch.eye(2, device=self.device))
         self._anchor = None  # last: no graph can be destroyed while a stream captures
+
+
+class CUDAStopwatch:
+    """Takes the time of a step on the host and on the device, by two events.
+
+    A step costs the longer of both, because the host prepares the next step meanwhile. If the
+    device waits for the host within the step, its time contains that as well.
+
+    Args:
+        stream: The stream of the step.
+        began: The value of ``time.perf_counter()`` when the host began.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream, began: float) -> None:
+        self._stream = stream
+        self._began = began
+        self._host_seconds = 0.0
+        self._start = torch.cuda.Event(enable_timing=True)
+        self._end = torch.cuda.Event(enable_timing=True)
+        self._start.record(stream)
+
+    def stop(self) -> None:
+        """End the step, on the host now, and on the device once it is done."""
+        self._end.record(self._stream)
+        self._host_seconds = perf_counter() - self._began
+
+    def seconds(self) -> float | None:
+        """Return the longer of both times, in seconds. None: the device is not done."""
+        if not self._end.query():
+            return None
+        device_seconds: float = self._start.elapsed_time(self._end) / 1e3
+        return max(self._host_seconds, device_seconds)
 
 
 class CUDABatchCopies:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from cg_lightning.backends.imported_functions import replaced_where_imported
 from cg_lightning.core.causes import Cause
 
 OnCall = Callable[[Cause, str], None]
@@ -62,12 +62,7 @@ def invisible_calls(on_call: OnCall) -> Iterator[None]:
             )
             for name in _MAKERS
         }
-        # ``from torch import tensor``, as torchmetrics does
-        for module in list(sys.modules.values()):
-            names = getattr(module, "__dict__", {})
-            for name, (original, maker) in makers.items():
-                if names.get(name) is original:
-                    stack.enter_context(patch.object(module, name, maker))
+        stack.enter_context(replaced_where_imported(makers))
         maker = _noticed(Tensor, "new_tensor", Cause.TENSOR_FROM_PYTHON, on_call, _never)
         stack.enter_context(patch.object(Tensor, "new_tensor", maker))
         yield

@@ -27,6 +27,8 @@ _ILLEGAL: dict[str, Cause] = {
         "equal",
         "allclose",
         "ctc_loss",
+        "_nested_tensor_from_mask_left_aligned",
+        "_choose_qparams_per_tensor",
     ),
     **_table(
         Cause.DATA_DEPENDENT_SHAPE,
@@ -37,6 +39,9 @@ _ILLEGAL: dict[str, Cause] = {
             "masked_select",
             "bincount",
             "_pack_padded_sequence",
+            "_nested_tensor_from_mask",
+            "_nested_tensor_from_tensor_list",
+            "_nested_from_padded",
         ),
         *(
             "_unique",

@@ -308,6 +308,9 @@ class RecorderBackend:
     def batch_copies(self) -> None:
         """Return None, because the recorder knows no streams."""
 
+    def stopwatch(self, began: float) -> None:
+        """Return None, because a replay is slower than eager by nature."""
+
     def capture_stream(self) -> AbstractContextManager[None]:
         """Do nothing, because the recorder knows no streams."""
         return contextlib.nullcontext()

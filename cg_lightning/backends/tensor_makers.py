@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _python_dispatch
 
+from cg_lightning.backends.imported_functions import replaced_where_imported
+
 TensorMaker = Callable[..., Tensor]
 
 _POSITIONAL = {
@@ -115,19 +117,12 @@ def answered_makers(answer: AnswerCall) -> Iterator[None]:
 
     The names are replaced, because a ``TorchFunctionMode`` would take attention off its fast path.
     """
-    with contextlib.ExitStack() as stack:
-        makers = {}
-        for name in _POSITIONAL:
-            owner: Any = Tensor if name == "new_tensor" else torch
-            original = getattr(owner, name)
-            makers[name] = original, _answered(name, original, answer)
-        # ``from torch import tensor``, as torchmetrics does
-        for module in list(sys.modules.values()):
-            names = getattr(module, "__dict__", {})
-            for name, (original, maker) in makers.items():
-                if names.get(name) is original:
-                    stack.enter_context(patch.object(module, name, maker))
-        stack.enter_context(patch.object(Tensor, "new_tensor", makers["new_tensor"][1]))
+    makers = {}
+    for name in _POSITIONAL:
+        original = getattr(Tensor if name == "new_tensor" else torch, name)  # or its replacement
+        makers[name] = original, _answered(name, original, answer)
+    _, new_tensor = makers.pop("new_tensor")
+    with replaced_where_imported(makers), patch.object(Tensor, "new_tensor", new_tensor):
         yield
 
 

@@ -8,6 +8,7 @@
 - ``records.py``: the records as lines of JSON, and the limit that follows from them.
 - ``report.py``: puts the figures of an earlier run into README and docs.
 - ``run.py``: measures every contestant on every case.
+- ``shapes.py``: batches of text whose lengths vary; a program of its own.
 - ``tables.py``: the tables of a run, and those in README and docs.
 - ``training.py``: the contestants of training, and how far weights are from eager's.
 - ``zoo.py``: runs models of other libraries with and without graphs, and compares all outputs.

@@ -97,7 +97,9 @@ def memory_of_keys(backend: GraphBackend) -> dict[str, float]:
         for size in range(len(labels) - KEYS + 1, len(labels) + 1)
         for _ in range(_BATCHES_PER_KEY)
     ]
-    graphs = CUDAGraphCallback(warmup_steps=1, verify_replays=0, backend=backend.name, report=False)
+    graphs = CUDAGraphCallback(
+        warmup_steps=1, verify_replays=0, min_saving=0, backend=backend.name, report=False
+    )
     reserved = []
     for callbacks in ([], [graphs]):  # the run without graphs reserves the memory of eager steps
         before = cuda.reserved_bytes()

@@ -225,4 +225,6 @@ def zoo_table(results: Sequence[ZooResult]) -> str:
     wrong = sum(result.is_wrong for result in ran)
     slower = sum(result.graphs > 1.02 * result.eager for result in ran)
     lines += ["", f"{len(ran)} runs: {counts}; {wrong} differ from eager; {slower} slower by 2 %."]
+    if others := sorted({result.model for result in results if not result.mode}):
+        lines.append(f"{len(others)} models without a run: {', '.join(others)}.")
     return "\n".join(lines)

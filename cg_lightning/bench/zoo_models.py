@@ -145,12 +145,17 @@ def _image(name: str, head: str = "ForImageClassification", **more: Any) -> ZooM
 
 
 class _Graph(nn.Module):
-    """Two layers of a graph network (Kipf and Welling, 2017) on a graph that does not change."""
+    """Two layers of a graph network on a graph that does not change."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: str) -> None:
         super().__init__()
-        layers: Any = importlib.import_module("torch_geometric.nn")
-        self.layers = nn.ModuleList([layers.GCNConv(16, 16), layers.GCNConv(16, CLASSES)])
+        make: Any = getattr(importlib.import_module("torch_geometric.nn"), layer)
+        sizes = [(16, 16), (16, CLASSES)]
+        if layer == "GINConv":  # Xu et al., 2019: it is given a network
+            layers = [make(nn.Linear(*size)) for size in sizes]
+        else:
+            layers = [make(*size) for size in sizes]
+        self.layers = nn.ModuleList(layers)
         self.register_buffer("edges", torch.randint(0, 40, (2, 160), generator=_random(0)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -158,6 +163,10 @@ class _Graph(nn.Module):
         for layer in self.layers:
             x = layer(x, self.edges).relu()
         return x
+
+
+def _graph(layer: str) -> ZooModel:
+    return ZooModel("torch_geometric", lambda: _Graph(layer), _nodes)
 
 
 def _nodes(seed: int) -> Inputs:
@@ -181,6 +190,57 @@ class _SelfAttention(nn.Module):
         return logits
 
 
+class _Recurrent(nn.Module):
+    """A recurrent layer, and a linear one on its last output."""
+
+    def __init__(self, layer: Callable[..., nn.RNNBase]) -> None:
+        super().__init__()
+        self.rnn = layer(32, 32, 2, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(64, CLASSES)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        """Return logits of ``x``; positions that ``padding`` marks are set to zero."""
+        if padding is not None:
+            x = x.masked_fill(padding[..., None], 0.0)
+        logits: Tensor = self.head(self.rnn(x)[0][:, -1])
+        return logits
+
+
+class _TwoTexts(nn.Module):
+    """An encoder and a decoder with a causal mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(_VOCABULARY, 32)
+        self.net = nn.Transformer(32, 4, 1, 1, 64, batch_first=True)
+
+    def forward(
+        self, input_ids: Tensor, decoder_input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Return logits of each token of the decoder."""
+        causal = nn.Transformer.generate_square_subsequent_mask(
+            decoder_input_ids.shape[1], device=input_ids.device
+        )
+        padding = None if attention_mask is None else attention_mask == 0
+        source, target = self.embed(input_ids), self.embed(decoder_input_ids)
+        output = self.net(source, target, tgt_mask=causal, src_key_padding_mask=padding)
+        logits: Tensor = output @ self.embed.weight.T
+        return logits
+
+
+def _convolutions() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, groups=4), nn.GroupNorm(4, 32), nn.GELU(),
+        nn.ConvTranspose2d(32, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(16, CLASSES),
+    )  # fmt: skip
+
+
+def _unnamed_pixels(seed: int) -> Inputs:
+    return {"input": torch.randn(_ROWS, 3, 32, 32, generator=_random(seed))}
+
+
 def _sequences(seed: int) -> Inputs:
     generator = _random(seed)
     x = torch.randn(_ROWS, _TOKENS, 32, generator=generator)
@@ -189,7 +249,14 @@ def _sequences(seed: int) -> Inputs:
 
 MODELS: dict[str, ZooModel] = {
     "torch_attention_lstm": ZooModel("torch", _SelfAttention, _sequences),
-    "pyg_gcn": ZooModel("torch_geometric", _Graph, _nodes),
+    "torch_gru": ZooModel("torch", lambda: _Recurrent(nn.GRU), _sequences),
+    "torch_rnn": ZooModel("torch", lambda: _Recurrent(nn.RNN), _sequences),
+    "torch_transformer": ZooModel("torch", _TwoTexts, _two_texts),
+    "torch_convolutions": ZooModel("torch", _convolutions, _unnamed_pixels),
+    **{
+        f"pyg_{name.lower()}": _graph(f"{name}Conv")
+        for name in ("GCN", "SAGE", "GAT", "GATv2", "GIN", "Graph")
+    },
     **{
         f"tv_{name}": _torchvision(name, num_classes=CLASSES)
         for name in (
@@ -209,7 +276,8 @@ MODELS: dict[str, ZooModel] = {
         for name in (
             "resnet18", "resnetv2_50", "efficientnet_b0", "convnext_atto", "regnety_002",
             "mobilenetv3_small_100", "ghostnet_100", "edgenext_xx_small", "hrnet_w18_small",
-            "mixnet_s", "repvgg_a0",
+            "mixnet_s", "repvgg_a0", "lcnet_050", "tinynet_e", "mobilenetv2_050", "convnextv2_atto",
+            "semnasnet_075", "fbnetc_100",
         )
     },
     **{

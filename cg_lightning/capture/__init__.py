@@ -7,6 +7,7 @@
 - ``graph.py``: one capture: the switch, the counter, and weak references to outputs.
 - ``host_constants.py``: constants that a call makes of Python values, at fixed addresses.
 - ``outputs.py``: where each part of an output comes from.
+- ``passed_on.py``: values of a batch that a step only passes on.
 - ``static_inputs.py``: input tensors at fixed addresses.
 - ``wrapper.py``: the public, vLLM-shaped wrapper that captures and replays a callable.
 """

@@ -126,7 +126,7 @@ class AnsweredReads(EagerDispatchMode):
 
     def _check(self, read: HostRead, is_other: Tensor | None) -> None:
         if is_other is not None:
-            with self._checked.during(_raise_other_value, (is_other, str(read)), {}):
+            with self._checked.during(raise_other_value, (is_other, str(read)), {}):
                 self._checked.refuse_if(is_other)
 
 
@@ -143,7 +143,8 @@ def _is_other(name: str, args: tuple[Any, ...], value: Any) -> Tensor | None:
     return torch.ne(scalar, value)
 
 
-def _raise_other_value(_: Tensor, read: str) -> None:
+def raise_other_value(_: Tensor, read: str) -> None:
+    """Raise for a batch whose host values are not those of the graph: no batch has reached it."""
     raise CUDAGraphError(
         f"A graph was replayed for a batch with another host value than the one that it holds: "
         f"{read}. The results since then are wrong. This is a mistake of cg_lightning; please "

@@ -21,6 +21,7 @@ from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.capture.graph import capture_graph, weak_ref_tensors
 from cg_lightning.capture.host_constants import HostConstants
 from cg_lightning.capture.outputs import OutputPlan
+from cg_lightning.capture.passed_on import PassedOnValues
 from cg_lightning.capture.static_inputs import StaticInputs
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
@@ -33,7 +34,8 @@ from cg_lightning.core.errors import (
 from cg_lightning.core.forward_context import ForwardContext, override_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.settings import Settings
-from cg_lightning.core.tree import rebuild
+from cg_lightning.core.tree import containers_in, rebuild
+from cg_lightning.effects.batch_entries import BatchEntries, SetBatchEntries
 from cg_lightning.effects.effect import Effect, Taker
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.effects.python_changes import (
@@ -88,7 +90,10 @@ class GraphCall:
 
     def run_with(self, leaves: list[Any]) -> Any:
         """Call the function with other leaves in the same containers."""
-        tree = rebuild(self.tree, iter(leaves))
+        return self.run_on(rebuild(self.tree, iter(leaves)))
+
+    def run_on(self, tree: Any) -> Any:
+        """Call the function with another tree."""
         return self.function(tree, *self.frozen_args, **self.frozen_kwargs)
 
     def run_eagerly(self) -> Any:
@@ -112,6 +117,7 @@ class CaptureTarget:
         changed: What has changed since an earlier capture; empty if nothing has.
         reads: What the watched step read on the host, and a capture cannot read.
         late: The metrics that are updated after the step; see ``effects/late_updates.py``.
+        fills_batch: Whether the call sets entries of its batch.
     """
 
     mode: CUDAGraphMode
@@ -123,6 +129,7 @@ class CaptureTarget:
     changed: str = ""
     reads: Sequence[HostRead] = ()
     late: Sequence[MetricUnit] = ()
+    fills_batch: bool = False
 
 
 class Capturer:
@@ -156,6 +163,7 @@ class Capturer:
         Raises:
             CaptureError: The call could not be captured. State is as before, but all other graphs
                 were dropped, because the device got a new random generator that they do not use.
+            ValueReadError: The call could not be captured without values that its key leaves out.
             StateLeftError: The capture left graph memory in an attribute. State is as before.
             UnkeyableBatchError: A tensor is on another device, or overlaps itself.
         """
@@ -189,16 +197,26 @@ class Capturer:
         settings, options = self.settings, self.settings.capture_options
         inputs = self._static_inputs(call)
         constants = HostConstants(self._backend.device)
+        passed_on = PassedOnValues(call.descriptor.leaves)
+        leaves = passed_on.hidden_in(inputs.leaves)
         effects = target.effects
         recorder: Recorder = NoEffects() if effects is None else effects.recorder(target.late)
         # what metrics and the user's lists keep is never graph memory
-        copies_outputs = settings.copy_outputs or bool(target.late or target.changes)
+        copies_outputs = settings.copy_outputs or bool(
+            target.late or target.changes or target.fills_batch
+        )
 
         def run() -> _Captured:
             takers: list[Taker] = []
             with recording_changes(target.changes) as changing, recorder.step() as recording:
-                with self._answering(target.reads, recorder.checked_calls), answered():
-                    output = call.run_with(inputs.leaves)
+                tree = rebuild(call.tree, iter(leaves))
+                containers, entries = list(containers_in(tree)), BatchEntries(tree)
+                with (
+                    self._answering(target.reads, recorder.checked_calls),
+                    answered(),
+                    passed_on.during_step(),
+                ):
+                    output = call.run_on(tree)
                 effects, tensors = recording.finish()
                 late, arguments = recording.late()
                 if target.changes:
@@ -208,7 +226,10 @@ class Capturer:
             if late is not None:
                 output = (output, arguments)
                 takers.insert(0, late)
-            plan, computed = OutputPlan.make(output, inputs.leaves, target.storage_addresses)
+            if target.fills_batch:
+                takers.insert(0, SetBatchEntries(entries, output, containers))
+                output = (output, entries.new())
+            plan, computed = OutputPlan.make(output, leaves, target.storage_addresses, containers)
             # outputs that are not copied out must not share memory with those of other graphs
             if options.weak_ref_output and copies_outputs:
                 computed = weak_ref_tensors(computed, self._backend)
@@ -220,9 +241,15 @@ class Capturer:
         answered = contextlib.nullcontext if has_compiled else constants.answered
 
         def capture() -> tuple[CapturedGraph, Any]:
-            return capture_graph(
-                self._backend, run, target.mode, call.descriptor, options, collect_garbage=False
-            )
+            try:
+                return capture_graph(
+                    self._backend, run, target.mode, call.descriptor, options, collect_garbage=False
+                )
+            except CaptureError as error:
+                cause = passed_on.cause_of(error)
+                if cause is error:
+                    raise
+                raise cause from error
 
         context = ForwardContext(target.mode, call.descriptor)
         with override_forward_context(context), recorder.prepared():

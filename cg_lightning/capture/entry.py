@@ -26,6 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from cg_lightning.backends import CapturedGraph
+from cg_lightning.capture.answered_reads import raise_other_value
 from cg_lightning.capture.outputs import (
     OutputPlan,
     copies_of,
@@ -33,7 +34,7 @@ from cg_lightning.capture.outputs import (
     is_cloned_with_strides,
 )
 from cg_lightning.capture.static_inputs import StaticInputs
-from cg_lightning.effects.effect import Effect, Taker, methods
+from cg_lightning.effects.effect import Effect, ReadChecksLater, Taker, methods
 from cg_lightning.report.stats import EntryRecord
 
 _MANY = 8
@@ -126,6 +127,16 @@ class GraphEntry:
         assert self._inputs is not None, "a graph that was dropped is not used"
         return self.graph.num_bytes + self._inputs.num_bytes
 
+    @property
+    def only_computes(self) -> bool:
+        """Whether a replay computes its output, and neither changes nor checks anything else."""
+        if self._takers or self._outputs.gives_containers:
+            return False
+        return all(
+            isinstance(effect, ReadChecksLater) and effect.calls() <= {raise_other_value}
+            for effect in self._effects
+        )
+
     def is_valid(self) -> bool:
         """Return True if the graph exists and all its side effects can be done again."""
         if self._graph is None:
@@ -135,12 +146,13 @@ class GraphEntry:
                 return False
         return True
 
-    def replay(self, leaves: list[Any], step: int) -> Any:
+    def replay(self, leaves: list[Any], step: int, tree: Any = None) -> Any:
         """Run the step from its graph, with all its side effects, and return the output.
 
         Args:
             leaves: The leaves of the batch. Tensors must have the shapes of the capture.
             step: The number of the current step.
+            tree: The batch.
         """
         assert self._graph is not None and self._inputs is not None  # noqa: PT018
         self.last_step = step
@@ -160,7 +172,7 @@ class GraphEntry:
                 copy = self._copy
                 computed = [copy(tensor) for tensor in computed]
         if self._is_built:
-            output = self._outputs.build(leaves, computed)
+            output = self._outputs.build(leaves, computed, tree)
             for taker in self._takers:
                 output = taker.take(output)
             return output

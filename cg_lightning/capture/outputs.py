@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,15 +13,23 @@ from torch import Tensor
 from cg_lightning.capture.static_inputs import overlaps_itself, without_repeats
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.errors import CaptureError
-from cg_lightning.core.tree import flatten, leaf_paths, rebuild
+from cg_lightning.core.tree import containers_in, flatten, leaf_paths, rebuild, with_leaves_for
 
 
 class _Source(enum.Enum):
-    INPUT = "the input tensor itself"
+    INPUT = "the input tensor itself, or a value of the input that is passed on"
+    CONTAINER = "a container of the input itself"
     HELD = "a parameter, a buffer, a view of one, or a plain value"
     COMPUTED = "what the graph computes"
     VIEW_OF_INPUT = "a view of an input tensor"
     VIEW_OF_COMPUTED = "a view of what the graph computes, with which it shares memory"
+
+
+class _Given:
+    """Is a leaf in the place of a container of the input."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
 class _View(NamedTuple):
@@ -60,10 +69,16 @@ class OutputPlan:
     template: Any
     is_nested: bool
     sources: list[tuple[_Source, Any]]
+    gives_containers: bool = False
+    """Whether containers of the batch itself are in the output."""
 
     @classmethod
     def make(
-        cls, output: Any, inputs: list[Any], module_storages: set[int]
+        cls,
+        output: Any,
+        inputs: list[Any],
+        module_storages: set[int],
+        containers: Sequence[Any] = (),
     ) -> tuple[OutputPlan, list[Tensor]]:
         """Return the plan and the computed tensors, without duplicates.
 
@@ -71,14 +86,16 @@ class OutputPlan:
             output: The output of the captured call.
             inputs: The leaves of the arguments of the captured call.
             module_storages: The addresses of the storages of parameters and buffers.
+            containers: The containers of the inputs, as the call was given them.
 
         Raises:
             CaptureError: A leaf is neither a tensor nor a plain value, so a replay cannot make it;
                 or it shares memory with another one under another dtype.
         """
+        output = _with_given_containers(output, containers)
         leaves, structure = flatten(output)
         positions = {
-            id(leaf): index for index, leaf in enumerate(inputs) if isinstance(leaf, Tensor)
+            id(leaf): index for index, leaf in enumerate(inputs) if not is_plain_value(leaf)
         }
         given = {
             _storage(leaf): index
@@ -89,15 +106,17 @@ class OutputPlan:
         tensors: list[Tensor] = []
         sources: list[tuple[_Source, Any]] = []
         for index, leaf in enumerate(leaves):
-            if not isinstance(leaf, Tensor):
+            if isinstance(leaf, _Given):
+                sources.append((_Source.CONTAINER, leaf.number))
+            elif id(leaf) in positions:
+                sources.append((_Source.INPUT, positions[id(leaf)]))
+            elif not isinstance(leaf, Tensor):
                 if not is_plain_value(leaf):
                     path = leaf_paths(output, "output")[index]
                     raise CaptureError(
                         f"{path} is a {type(leaf).__qualname__}, which a replay cannot make."
                     )
                 sources.append((_Source.HELD, leaf))
-            elif id(leaf) in positions:
-                sources.append((_Source.INPUT, positions[id(leaf)]))
             elif leaf.untyped_storage().data_ptr() in module_storages:
                 sources.append((_Source.HELD, leaf))
             elif leaf.numel() and _storage(leaf) in given:
@@ -113,7 +132,10 @@ class OutputPlan:
                 sources.append((_Source.COMPUTED, computed[id(leaf)]))
         tensors = _join_shared(sources, tensors, leaves, output)
         return cls(
-            rebuild(output, iter([None] * len(leaves))), structure is not None, sources
+            rebuild(output, iter([None] * len(leaves))),
+            structure is not None,
+            sources,
+            any(source is _Source.CONTAINER for source, _ in sources),
         ), tensors
 
     @property
@@ -131,13 +153,15 @@ class OutputPlan:
         """The output, if :attr:`is_one_value`."""
         return self.sources[0][1]
 
-    def build(self, inputs: list[Any], computed: list[Tensor]) -> Any:
+    def build(self, inputs: list[Any], computed: list[Tensor], tree: Any) -> Any:
         """Return the output of one replay.
 
         Args:
             inputs: The leaves of the current batch.
             computed: The tensors that the graph has computed.
+            tree: The current batch.
         """
+        given = list(containers_in(tree)) if self.gives_containers else []
         leaves = [
             value
             if source is _Source.HELD
@@ -145,10 +169,23 @@ class OutputPlan:
             if source is _Source.INPUT
             else computed[value]
             if source is _Source.COMPUTED
+            else given[value]
+            if source is _Source.CONTAINER
             else value.of(inputs if source is _Source.VIEW_OF_INPUT else computed)
             for source, value in self.sources
         ]
         return rebuild(self.template, iter(leaves)) if self.is_nested else leaves[0]
+
+
+def _with_given_containers(output: Any, containers: Sequence[Any]) -> Any:
+    """Return the output with a leaf in the place of each container that the call was given."""
+    given = {id(container): index for index, container in enumerate(containers)}
+    found = {
+        id(container): _Given(given[id(container)])
+        for container in containers_in(output)
+        if id(container) in given
+    }
+    return with_leaves_for(output, found) if found else output
 
 
 def _check_same_kind(one: Tensor, other: Tensor, output: Any, index: int) -> None:

@@ -11,8 +11,10 @@ It imports torch, and nothing of this package outside ``core``.
   trust it.
 - ``kernel_flags.py``: switches of the process that select kernels. They are part of every key.
 - ``modes.py``: the modes a step can run in.
+- ``pad_rules.py``: how sizes of padded batches are written, and what is refused.
 - ``settings.py``: checks of arguments. Each one names the argument, its value, and the choices.
 - ``reasons.py``: why a step runs in a lower mode than asked, as a record.
+- ``shape_proposal.py``: which sizes batches should be padded to, from the shapes that were seen.
 - ``stages.py``: the stages and their step methods.
 - ``tree.py``: nested batches and outputs: flatten, name and rebuild them.
 """

@@ -27,6 +27,8 @@ class Cause(enum.Enum):
     WORLD = "files, processes or sockets used"
     HOST_RANDOMNESS = "randomness drawn on the host"
     GRADIENTS = "gradients enabled"
+    ROWS_NOT_INDEPENDENT = "rows not independent"
+    POSITIONS_NOT_INDEPENDENT = "positions not independent"
     BACKWARD = "backward outside the graph"
     GRAPHED_ALREADY = "compiled with CUDA graphs of its own"
 
@@ -49,7 +51,8 @@ _REMEDIES = {
     Cause.COLLECTIVE: "gather after the step",
     Cause.INPUT_MUTATED: "work on a copy of the input",
     Cause.FORWARD_HOOK: (
-        "remove the hook for evaluation, or accept that this submodule runs eagerly"
+        "make it a function or a method of the module that keeps nothing itself; no graph of a "
+        "submodule holds a hook"
     ),
     Cause.PROFILER_HOOK: "profile without module names: PyTorchProfiler(record_module_names=False)",
     Cause.METRIC_UPDATED: (
@@ -67,6 +70,12 @@ _REMEDIES = {
     Cause.WORLD: "read and write in a hook",
     Cause.HOST_RANDOMNESS: "draw on the device: torch.rand(..., device=x.device)",
     Cause.GRADIENTS: "compute gradients outside what should be graphed",
+    Cause.ROWS_NOT_INDEPENDENT: (
+        "leave capture_sizes out, or compute what looks at the whole batch outside the step"
+    ),
+    Cause.POSITIONS_NOT_INDEPENDENT: (
+        "give the step a mask of the padding and pad it with the value that hides a position"
+    ),
     Cause.BACKWARD: (
         "return a loss that depends on parameters of the module alone; read gradients in a hook"
     ),

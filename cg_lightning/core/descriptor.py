@@ -144,6 +144,29 @@ def is_tensor_key(leaf: Hashable) -> TypeGuard[tuple[Any, ...]]:
     return isinstance(leaf, tuple) and leaf[0] is Tensor
 
 
+_PASSED_ON = "passed on"
+
+
+def passed_on(leaf: Hashable) -> Hashable:
+    """Return what stands in a key for a plain value that the step only passes on.
+
+    Args:
+        leaf: The item of :attr:`BatchDescriptor.leaves` that describes the value.
+    """
+    assert isinstance(leaf, tuple)
+    return (_PASSED_ON, leaf[0])
+
+
+def is_passed_on(leaf: Hashable) -> bool:
+    """Return True for what :func:`passed_on` makes."""
+    return isinstance(leaf, tuple) and leaf[0] is _PASSED_ON
+
+
+def is_text(leaf: Hashable) -> bool:
+    """Return True if an item of :attr:`BatchDescriptor.leaves` describes a str or bytes."""
+    return isinstance(leaf, tuple) and leaf[0] in (str, bytes)
+
+
 def is_plain_value(leaf: Any) -> bool:
     """Return True if ``leaf`` is not a tensor and can be part of a key."""
     return type(leaf) in _VALUE_KEYS or isinstance(leaf, enum.Enum)
@@ -210,6 +233,7 @@ def describe_fields(
     training: tuple[bool, ...] = (),
     call: int = 0,
     repeats: bool = False,
+    objects: bool = False,
 ) -> tuple[tuple[Any, ...], list[Any]]:
     """Return the fields of the descriptor of a batch together with its leaves, flattened once.
 
@@ -223,6 +247,7 @@ def describe_fields(
         call: The number of the call within one step.
         repeats: True if one tensor may occur several times, as in ``attention(x, x, x)``. Its
             positions are then part of the key.
+        objects: True if objects may be leaves. Only their types are then part of the key.
 
     Raises:
         UnkeyableBatchError: As in :meth:`BatchDescriptor.from_batch`.
@@ -234,6 +259,8 @@ def describe_fields(
         if type(leaf) in _KINDS_OF_TENSOR:
             tensors.append(leaf)
             keys.append(_tensor_key(leaf, index, batch))
+        elif objects and not (isinstance(leaf, Tensor) or is_plain_value(leaf)):
+            keys.append((_PASSED_ON, type(leaf)))
         else:
             keys.append(_value_leaf_key(leaf, index, batch))
     if len(tensors) > 1:

@@ -75,12 +75,20 @@ class RecompileNeededError(CaptureError):
     """A capture stopped because ``torch.compile`` had to compile, which no capture allows."""
 
 
+class ValueReadError(CaptureError):
+    """A captured step read a value of its batch that it was expected to pass on only."""
+
+
 class StateLeftError(CaptureError):
     """A capture left tensors of graph memory in an attribute, where only eager's may be."""
 
 
 class OutOfGraphMemoryError(CaptureError):
     """A capture stopped because the device was out of memory."""
+
+
+class NotIndependentError(CaptureError):
+    """A padded batch gave another result than eager: rows or positions depend on each other."""
 
 
 class VerificationError(CUDAGraphError):

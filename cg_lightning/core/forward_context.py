@@ -18,10 +18,12 @@ _RUNTIME_MODES = frozenset(mode for mode in CUDAGraphMode if mode.is_valid_runti
 class StepInProgress:
     """Counts the calls and graphs of submodules within one step."""
 
-    __slots__ = ("_calls", "graphs", "is_warm", "misses", "reasons")
+    __slots__ = ("_calls", "batch", "graphs", "is_warm", "misses", "reasons", "times")
 
     def __init__(self) -> None:
         self._calls: dict[int, int] = {}
+        self.batch: Any = None
+        """The batch, where submodules pad the parts of it that they are given; None elsewhere."""
         self.graphs = 0
         """Number of replayed graphs of submodules."""
         self.is_warm = True
@@ -30,6 +32,8 @@ class StepInProgress:
         """Submodules whose guarded values no watched step has seen. Only the runners read them."""
         self.reasons: dict[str, Reason] = {}
         """Why a submodule ran eagerly, by its path."""
+        self.times: Any = None
+        """Where the times of submodules go; None: they are not taken. Only the runners use it."""
 
     def next_call(self, caller: object) -> int:
         """Return the number of this call among those that ``caller`` makes."""

@@ -84,6 +84,9 @@ _GETTERS: tuple[Callable[[], Any], ...] = (
 )
 
 
+_any_autocast = _native("_is_any_autocast_enabled", lambda: True)
+
+
 def autocast_flags(device_type: str) -> tuple[bool, torch.dtype | None]:
     """Return whether autocast is on for ``device_type``, and its dtype."""
     if not torch.is_autocast_enabled(device_type):
@@ -97,4 +100,7 @@ def kernel_flags() -> tuple[Any, ...]:
     They are grad mode, inference mode, default dtype, function modes, determinism, TF32, cuDNN,
     SDPA and autocast.
     """
-    return (*[get() for get in _GETTERS], autocast_flags("cuda"), autocast_flags("cpu"))
+    flags = [get() for get in _GETTERS]
+    if _any_autocast():
+        flags += [autocast_flags("cuda"), autocast_flags("cpu")]
+    return tuple(flags)

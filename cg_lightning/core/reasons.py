@@ -26,6 +26,11 @@ class Status(enum.Enum):
     EVICTED = "evicted"
     CHANGED = "changed since the capture"
     UNPROFITABLE = "captures do not pay"
+    PADDED_IN_PIECES = "not padded as a whole"
+    VALUE_READ = "value of the batch read"
+    TIMED = "timed against its graph"
+    NO_GAIN = "no gain"
+    TOO_SHORT = "stage too short"
 
     @property
     def remedy(self) -> str:
@@ -43,7 +48,11 @@ _REMEDIES = {
     Status.VERIFICATION: "keep the value that differs in an attribute or in the batch",
     Status.EVICTED: "raise max_graphs, or use fewer shapes",
     Status.CHANGED: "change it between epochs, not between batches",
+    Status.PADDED_IN_PIECES: "give the dataloader batches of a captured size",
+    Status.VALUE_READ: "make what varies a tensor, or leave it out of the batch",
     Status.UNPROFITABLE: "make what varies a tensor, or leave it out of the batch",
+    Status.NO_GAIN: "lower min_saving, or set min_saving=0 to keep every graph",
+    Status.TOO_SHORT: "set min_saving=0 to capture all the same",
 }
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from cg_lightning.core.modes import CUDAGraphMode
+from cg_lightning.core.pad_rules import PadDims, check_pad_dims, check_sizes
 from cg_lightning.core.stages import STEP_METHODS
 
 ModeName = Literal["NONE", "PIECEWISE", "FULL", "FULL_AND_PIECEWISE"]
@@ -59,6 +60,17 @@ def check_at_least(argument: str, value: int, least: int) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{argument}={value!r} must be a whole number of at least {least}.")
+    return value
+
+
+def check_share(argument: str, value: float) -> float:
+    """Return the number.
+
+    Raises:
+        ValueError: The value is no number, is less than 0, or is 1 or more.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"{argument}={value!r} must be a number of at least 0 and less than 1.")
     return value
 
 
@@ -187,6 +199,13 @@ class Settings:
     """Copy outputs out of graph memory."""
     overlap_copies: bool = True
     """Copy batches to the device on a stream of their own, while the device computes."""
+    capture_sizes: Sequence[int] | None = None
+    """Pad batches along dimension 0 up to the next of these sizes. None: not at all."""
+    pad_dims: Mapping[str, Any] | None = None
+    """Pad other dimensions: for each leaf and dimension, sizes and a value. None: not at all."""
+    min_saving: float = 0.03
+    """Share of a step's time that its graph must save, or else it is dropped; 0: keep every graph.
+    """
     max_graphs: int = 64
     """The most graphs that are kept; the least recently used one goes first."""
     strict: bool = False
@@ -223,6 +242,7 @@ class Settings:
         for name, least in (("warmup_steps", 0), ("verify_replays", 0), ("verify_every", 0)):
             check_at_least(name, getattr(self, name), least)
         check_at_least("max_graphs", self.max_graphs, 1)
+        check_share("min_saving", self.min_saving)
         for name in (
             "sync_free_metrics",
             "copy_outputs",
@@ -243,8 +263,32 @@ class Settings:
                 f"capture_ahead=True captures whole steps, and mode={checked['mode'].name!r} has "
                 "none; set mode='FULL' or 'FULL_AND_PIECEWISE', or capture_ahead=False."
             )
+        if self.capture_sizes is not None:
+            checked["capture_sizes"] = check_sizes("capture_sizes", self.capture_sizes)
+        if self.pad_dims is not None:
+            check_pad_dims("pad_dims", self.pad_dims)
+        self._check_tolerance_of_padding()
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    def _check_tolerance_of_padding(self) -> None:
+        for name in ("capture_sizes", "pad_dims"):
+            if getattr(self, name) is not None and self.verify_tolerance == "exact":
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} pads batches, and other shapes run other "
+                    "kernels, so the last bits differ; set verify_tolerance='close', or "
+                    f"{name}=None."
+                )
+
+    @property
+    def pads(self) -> bool:
+        """Whether batches are padded."""
+        return self.capture_sizes is not None or self.pad_dims is not None
+
+    @property
+    def pad_rules(self) -> PadDims:
+        """:attr:`pad_dims` as rules; empty for None."""
+        return {} if self.pad_dims is None else check_pad_dims("pad_dims", self.pad_dims)
 
     @property
     def runtime_policy(self) -> CUDAGraphMode:
@@ -266,13 +310,17 @@ class Settings:
         return self.options
 
     def for_training(self) -> Settings:
-        """Return the options for closures of training: whole, as written, with copied gradients."""
+        """Return the options for closures of training: whole, as written, with copied gradients.
+
+        A replay leaves a part of the closure to what follows it, so times cannot be compared.
+        """
         return dataclasses.replace(
             self,
             mode=CUDAGraphMode.FULL,
             targets=None,
             compile=False,
             copy_outputs=True,
+            min_saving=0,
             capture_ahead=False,
         )
 

@@ -120,6 +120,31 @@ def leaf_paths(tree: Any, root: str = "batch") -> list[str]:
     ]
 
 
+def dotted_paths(tree: Any) -> list[str]:
+    """Return a short path for each leaf, in the order of :func:`flatten`: ``0.ids.values``."""
+    container = _container(tree)
+    if container is None:
+        return [""]
+    keys, values = container.children(tree)
+    return [
+        f"{key}.{path}" if path else str(key)
+        for key, value in zip(keys, values, strict=True)
+        for path in dotted_paths(value)
+    ]
+
+
+def dotted_structure_paths(structure: Any) -> list[str]:
+    """Return the paths of :func:`dotted_paths` from a stored structure."""
+    if structure is None:
+        return [""]
+    _, keys, children = structure
+    return [
+        f"{key}.{path}" if path else str(key)
+        for key, child in zip(keys, children, strict=True)
+        for path in dotted_structure_paths(child)
+    ]
+
+
 def rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
     """Return a copy of the containers of ``tree`` with the leaves from ``leaves``, in order.
 
@@ -140,6 +165,22 @@ def containers_in(tree: Any) -> Iterator[Any]:
             yield tree
         for value in container.children(tree)[1]:
             yield from containers_in(value)
+
+
+def with_leaves_for(tree: Any, leaves: dict[int, Any]) -> Any:
+    """Return a copy of the containers of ``tree``, with leaves in the place of some of them.
+
+    Args:
+        tree: The tree.
+        leaves: The leaves, by the id of the container.
+    """
+    if id(tree) in leaves:
+        return leaves[id(tree)]
+    container = _container(tree)
+    if container is None:
+        return tree
+    keys, values = container.children(tree)
+    return container.build(tree, keys, [with_leaves_for(value, leaves) for value in values])
 
 
 def structure_paths(structure: Any, root: str) -> list[str]:

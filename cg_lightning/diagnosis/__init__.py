@@ -12,6 +12,7 @@
 - ``late_unit.py``: what a watched step showed of one unit of metrics: whether its updates may
   follow the step.
 - ``operands.py``: the tensors that a dispatched operation takes, makes and writes to.
+- ``profilers.py``: other profilers of the thread, paused during the watched step.
 - ``report.py``: what stands in the way of graphs, as an object and as a table.
 - ``step_watch.py``: the step that is watched: the stack of calls under way, and what detectors
   report.

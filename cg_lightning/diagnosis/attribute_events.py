@@ -24,7 +24,7 @@ from cg_lightning.effects.containers import ContainersSnapshot
 from cg_lightning.effects.python_changes import ChangedAttribute
 from cg_lightning.guards.changed_values import kind_to_change
 from cg_lightning.guards.values import addresses_of
-from cg_lightning.modules.attributes import is_same_value, names_of_frameworks
+from cg_lightning.modules.attributes import is_same_value, names_of_frameworks, value_in_class
 from cg_lightning.modules.interception import ModuleHandler
 from cg_lightning.modules.kinds import is_user_class
 
@@ -123,7 +123,7 @@ class AttributeEvents(ModuleHandler):
 
     def _can_be_set(self, name: str) -> bool:
         """Whether a graph can make the value, and setting it runs no code of the user's."""
-        if hasattr(getattr(type(self.module), name, None), "__set__"):
+        if hasattr(value_in_class(type(self.module), name), "__set__"):
             return False
         return all(
             is_plain_value(leaf)

@@ -13,10 +13,12 @@ import gc
 import types
 from collections.abc import Iterator
 from types import CodeType, FrameType, FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 from cg_lightning.core.descriptor import is_plain_value
-from cg_lightning.guards.sources import CacheWrapper, Source
+from cg_lightning.diagnosis.findings import is_our_file
+from cg_lightning.guards.sources import MISSING, CacheWrapper, Source
+from cg_lightning.modules.kinds import lightning_class
 
 _MOST_WRAPPERS = 10
 _IGNORED = "__class__"
@@ -31,7 +33,7 @@ def closes_over(code: CodeType) -> tuple[str, ...]:
 def _inner(function: Any) -> Iterator[Any]:
     """Yield a function, and those that decorators have wrapped."""
     for _ in range(_MOST_WRAPPERS):
-        if function is None:
+        if function is None or function is MISSING:
             return
         yield function
         for name in ("__wrapped__", "__func__", "fget", "func"):
@@ -40,20 +42,37 @@ def _inner(function: Any) -> Iterator[Any]:
         function = inner
 
 
-def _named(frame: FrameType) -> Iterator[Any]:
-    """Yield what has the name of a frame's code where such a function may be."""
-    code, name = frame.f_code, frame.f_code.co_name
-    yield frame.f_globals.get(name)
-    if code.co_argcount or code.co_flags & 4:  # may be called with arguments
-        first = frame.f_locals.get(code.co_varnames[0])
-        if isinstance(first, tuple) and first and not code.co_argcount:
-            first = first[0]
-        for cls in first.__mro__ if isinstance(first, type) else type(first).__mro__:
-            yield vars(cls).get(name)
+def _first_argument(frame: FrameType) -> Any:
+    code = frame.f_code
+    if not (code.co_argcount or code.co_flags & 4):  # called without arguments
+        return None
+    first = frame.f_locals.get(code.co_varnames[0])
+    if isinstance(first, tuple) and first and not code.co_argcount:
+        return first[0]
+    return first
 
 
-def find_functions(frame: FrameType, is_made_here: bool) -> tuple[list[FunctionType], list[Any]]:
-    """Return the functions that have the code of a frame, and the caches around them.
+def _places(frame: FrameType) -> Iterator[Source]:
+    """Yield where a function with the name of a frame's code may be."""
+    name = frame.f_code.co_name
+    yield Source(frame.f_globals, name, name)
+    first = _first_argument(frame)
+    for cls in first.__mro__ if isinstance(first, type) else type(first).__mro__:
+        yield Source(cls, name, f"{cls.__name__}.{name}")
+
+
+class FoundFunctions(NamedTuple):
+    """The functions that have the code of a frame."""
+
+    functions: list[FunctionType]
+    caches: list[Any]
+    """The caches around them."""
+    places: list[Source]
+    """Where another function can be put, and would be called."""
+
+
+def find_functions(frame: FrameType, is_made_here: bool) -> FoundFunctions:
+    """Return the functions that have the code of a frame.
 
     Args:
         frame: A frame at its start.
@@ -61,17 +80,31 @@ def find_functions(frame: FrameType, is_made_here: bool) -> tuple[list[FunctionT
     """
     code = frame.f_code
     caches: list[Any] = []
-    for named in _named(frame):
-        for function in _inner(named):
+    for place in _places(frame):
+        for function in _inner(place.value()):
             if isinstance(function, CacheWrapper):
                 caches.append(function)
             elif isinstance(function, FunctionType) and function.__code__ is code:
-                return [function], caches
+                return FoundFunctions([function], caches, _replaceable(frame, place))
         caches.clear()
     may_hold = closes_over(code) or code.co_argcount or code.co_kwonlyargcount
     if is_made_here or not may_hold:
-        return [], []
-    return [each for each in gc.get_referrers(code) if isinstance(each, FunctionType)], []
+        return FoundFunctions([], [], [])
+    referrers = [each for each in gc.get_referrers(code) if isinstance(each, FunctionType)]
+    return FoundFunctions(referrers, [], [])
+
+
+def _replaceable(frame: FrameType, place: Source) -> list[Source]:
+    """Return the places of a function that was found at one; none while it is intercepted."""
+    named = place.value()
+    if isinstance(named, FunctionType) and is_our_file(named.__code__.co_filename):
+        return []
+    first = _first_argument(frame)
+    is_method = place.holder is not frame.f_globals
+    if is_method and lightning_class(type(first), "LightningModule") is not None:
+        # of other modules, it is seen when a method is set; see guards/written_settings.py
+        return [place, Source(first, place.name, f"self.{place.name}")]
+    return [place]
 
 
 def is_running(function: FunctionType, frame: FrameType) -> bool:

@@ -117,6 +117,8 @@ class StepWatch:
         self._spared: tuple[Cause, ...] = ()
         self._is_in_framework = False
         self._did_one_time_work = False
+        self._unseen_use = ""
+        self._fills_batch = False
         self._written = WrittenTensors()
         self._changes: list[ChangedAttribute] = []
         self._detectors: Sequence[Detector] = ()
@@ -194,6 +196,14 @@ class StepWatch:
     def note_one_time_work(self) -> None:
         """Notes that something ran that runs once, so that the next step may show less."""
         self._did_one_time_work = True
+
+    def note_batch_filled(self) -> None:
+        """Notes that the step sets entries of its batch, and changes nothing else there."""
+        self._fills_batch = True
+
+    def note_unseen_use(self, location: str) -> None:
+        """Notes code that may use a value of the batch in a way that a capture does not see."""
+        self._unseen_use = self._unseen_use or location
 
     def note_written(self, written: WrittenTensors) -> None:
         """Notes tensors that the step changed in place."""
@@ -383,6 +393,8 @@ class StepWatch:
             changes=self._changes,
             path=self.read_path,
             late=late,
+            unseen_use=self._unseen_use,
+            fills_batch=self._fills_batch,
         )
 
 

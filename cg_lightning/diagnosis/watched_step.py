@@ -97,6 +97,8 @@ class WatchedStep:
         changes: See the attribute.
         path: See the attribute.
         late: See the attribute.
+        unseen_use: See the attribute.
+        fills_batch: See the attribute.
     """
 
     def __init__(
@@ -107,6 +109,8 @@ class WatchedStep:
         changes: Sequence[ChangedAttribute] = (),
         path: ReadPath | None = None,
         late: Sequence[MetricUnit] = (),
+        unseen_use: str = "",
+        fills_batch: bool = False,
     ) -> None:
         self._step = step
         self._calls = list(step.all_calls())
@@ -124,6 +128,11 @@ class WatchedStep:
         """Whether something ran that runs once: metrics formed groups, a module was compiled."""
         self.changes = tuple(changes)
         """Attributes that the step changed in Python, and that a replay can change as well."""
+        self.unseen_use = unseen_use
+        """The line of code that may use a value of its batch in a way that a capture does not see:
+        it catches errors, or asks for the class of an object."""
+        self.fills_batch = fills_batch
+        """Whether the step sets entries of its batch, and changes nothing else there."""
         self.late = tuple(late)
         """Metrics whose calls a graph of the whole step leaves out: they follow each replay."""
 
@@ -155,13 +164,21 @@ class WatchedStep:
         calls = [call for call in self._calls if call.path == path]
         return [finding for call in calls for finding in call.findings] if calls else None
 
-    def largest_capturable(self) -> dict[str, nn.Module]:
+    def largest_capturable(self, knows_reads: bool = False) -> dict[str, nn.Module]:
         """Returns the fewest, largest submodules with parameters and without findings, by path.
 
         A call without a key (one argument is an object, for example a cache) cannot be captured. It
         is returned only if no call inside it can be, so that its reason is told.
+
+        Args:
+            knows_reads: Whether values that the batch alone decides may be read on the host.
         """
-        unclean = {id(call.module) for call in self._calls if call.findings}
+        unclean = {
+            id(call.module)
+            for call in self._calls
+            if any(not (knows_reads and finding.is_known_before) for finding in call.findings)
+            or (knows_reads and not call.path)
+        }
         chosen: dict[str, nn.Module] = {}
 
         def choose(outer: ModuleCall) -> None:

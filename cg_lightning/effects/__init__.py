@@ -1,5 +1,6 @@
 """Side effects of a step in Python, and how to do them again after a replay.
 
+- ``batch_entries.py``: entries that a step adds to its batch, or replaces in it.
 - ``containers.py``: ContainersSnapshot: containers and objects, compared and restored.
 - ``effect.py``: Effect and its kinds: one side effect of a captured step.
 - ``late_updates.py``: updates of metrics that no graph can hold: they run eagerly after each

@@ -54,7 +54,7 @@ def _memory_of(tensor: Tensor) -> Any:
     """Return where the values of a tensor are; None: nobody can say."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
         return None
-    if is_inside_transform():
+    if tensor.is_nested or is_inside_transform():
         return None
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 

@@ -338,6 +338,10 @@ class ReadChecksLater(Effect):
     def __init__(self, checks: Sequence[DeferredCheck]) -> None:
         self._checks = list(checks)
 
+    def calls(self) -> set[Callable[..., Any]]:
+        """Return the checked calls."""
+        return {check.call for check in self._checks}
+
     def drop(self) -> None:
         """Mark the graph as dropped. Its pending checks are still read later."""
         for check in self._checks:

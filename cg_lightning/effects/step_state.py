@@ -208,7 +208,12 @@ class StepState:
     def values(self) -> list[tuple[str, Any]]:
         """Return names and copies of the current buffers, metric values, and Python changes."""
         buffers = [(f"buffer {name}", buffer.clone()) for name, buffer, _ in self._buffers]
-        values = [*buffers, *self._changes.values()]
+        entries = [
+            (path, leaf.clone() if isinstance(leaf, Tensor) else leaf)
+            for path, value in self.containers.new_items()
+            for leaf in flatten(value)[0]
+        ]
+        values = [*buffers, *self._changes.values(), *entries]
         return values if self._metrics is None else [*values, *self._metrics.values()]
 
 

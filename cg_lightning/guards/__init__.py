@@ -9,4 +9,5 @@
 - ``trainer_values.py``: what a step may read of the Trainer and still be one graph.
 - ``values.py``: what is inside frozen values: containers, objects, arrays and tensors.
 - ``value_kinds.py``: what a value is to a graph: harmless, compared, or opaque.
+- ``written_settings.py``: settings of submodules that somebody sets during a stage.
 """

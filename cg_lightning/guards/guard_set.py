@@ -32,6 +32,7 @@ from cg_lightning.guards.comparisons import ComparedSource
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.guards.sources import MISSING, Source, describe_change
 from cg_lightning.guards.values import FrozenValues
+from cg_lightning.guards.written_settings import FrozenSettings
 from cg_lightning.modules.attributes import holding_class, is_same_value
 
 
@@ -61,6 +62,7 @@ class GuardSet:
         sources: What the step read.
         inside: Modules whose own guard is somebody else's business.
         compared: Numbers of which only the outcomes of comparisons matter.
+        settings: Settings of submodules; None: they do not matter.
     """
 
     def __init__(
@@ -68,8 +70,10 @@ class GuardSet:
         sources: Iterable[Source] = (),
         inside: Iterable[nn.Module] = (),
         compared: Iterable[ComparedSource] = (),
+        settings: FrozenSettings | None = None,
     ) -> None:
         self._compared = list(compared)
+        self._settings = settings or FrozenSettings({}, ())
         self.guards = [Guard(source, source.value()) for source in _with_classes(sources)]
         self._namespaces = [guard.source.namespace for guard in self.guards]
         self._names = [guard.source.name for guard in self.guards]
@@ -84,7 +88,13 @@ class GuardSet:
         self._hidden = [ModuleGuard(module) for module in hidden]
         for guard in self._hidden:
             guard.check_epoch()  # stores what later ones are compared with
+        self._settings.add(self.hidden_modules)
         self._hidden_flags = [guard.training_flags() for guard in self._hidden]
+
+    @property
+    def hidden_modules(self) -> list[nn.Module]:
+        """The modules among the values that are no submodules, and all inside them."""
+        return [module for guard in self._hidden for module in guard.modules]
 
     @property
     def is_empty(self) -> bool:
@@ -102,6 +112,8 @@ class GuardSet:
         for compared in self._compared:
             if not compared.holds():
                 return False
+        if self._settings.written and not self._settings.hold():
+            return False
         values = self._values()
         if not all(map(operator.is_, values, self._expected)) and not all(
             map(is_same_value, self._expected, values)
@@ -131,6 +143,8 @@ class GuardSet:
         for compared in self._compared:
             if changed := compared.explain():
                 return changed
+        if changed := self._settings.explain():
+            return changed
         for guard, value in zip(self.guards, self._values(), strict=True):
             if not is_same_value(guard.expected, value):
                 return describe_change(guard.source.path, value, guard.expected)

@@ -75,9 +75,10 @@ class ModuleGuard:
     :meth:`check` finds rebound ``.data``, a replaced parameter, buffer or child, added or removed
     hooks, a move to another device, and changed attributes of scripted modules.
     :meth:`check_epoch` finds changed settings of layers and metrics, and another layout of tensors.
-    A tensor that is changed in place is not a change, because graphs read its current value. It
-    does *not* compare other attributes that the step reads; see
-    :class:`~cg_lightning.guards.guard_set.GuardSet`.
+    What is set between two calls of it, during a stage, is seen by
+    :class:`~cg_lightning.guards.written_settings.WrittenSettings`. A tensor that is changed in
+    place is not a change, because graphs read its current value. It does *not* compare other
+    attributes that the step reads; see :class:`~cg_lightning.guards.guard_set.GuardSet`.
 
     Args:
         root: The module.
@@ -129,14 +130,14 @@ class ModuleGuard:
         return all(map(operator.is_, members, self._members))
 
     def _scripted_hold(self) -> bool:
-        if not self._scripted:
-            return True
         now = map(scripted_attributes, self._scripted)
         return all(map(same_attributes, now, self._scripted_values))
 
     def check(self) -> bool:
         """Return True if members, their addresses and hooks are unchanged."""
-        return self._members_hold() and self._addresses.check() and self._scripted_hold()
+        if not (self._members_hold() and self._addresses.check()):
+            return False
+        return not self._scripted or self._scripted_hold()
 
     def failure(self) -> GuardFailure:
         """Return the change. Call it after :meth:`check` has failed and before :meth:`refresh`."""

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.guards.sources import CacheWrapper
 from cg_lightning.modules.attributes import attributes_of, slots_of
-from cg_lightning.modules.kinds import is_user_class, lightning_class
+from cg_lightning.modules.kinds import is_user_class, is_value_of_class, lightning_class
 
 
 class ValueKind(enum.Enum):
@@ -240,13 +240,14 @@ def has_attributes(container: Any) -> bool:
 
 
 def class_values_of(cls: type) -> dict[str, Any]:
-    """Return what the user's classes of an object hold beside methods and descriptors."""
+    """Return what the user's classes of an object hold beside methods."""
     return {
         f"{base.__name__}.{name}": value
         for base in cls.__mro__
         if is_user_class(base)
         for name, value in vars(base).items()
-        if not (name.startswith("__") or callable(value) or hasattr(type(value), "__get__"))
+        if not name.startswith("__")
+        and is_value_of_class(value)
         and not (name.startswith("_abc_") or isinstance(value, types.MemberDescriptorType))
     }
 

@@ -122,12 +122,20 @@ class ReadPath:
 
     def holds(self, leaves: Sequence[Any]) -> bool:
         """Return True if a batch gives all the values that were read."""
-        copied = None if self._copies is None else self._copies.of(leaves, self._places)
+        copied = self.copies_of(leaves)
+        return self._holds(self._check, leaves) if copied is None else self.holds_on_host(copied)
+
+    def copies_of(self, leaves: Sequence[Any]) -> dict[int, Tensor] | None:
+        """Return the leaves that are read as the host has them; None if it does not have all."""
+        return None if self._copies is None else self._copies.of(leaves, self._places)
+
+    def holds_on_host(self, leaves: dict[int, Tensor]) -> bool:
+        """Return True if these leaves on the host give all the values that were read."""
+        return self._holds(self._check_on_host, leaves)
+
+    def _holds(self, check: Check, leaves: Sequence[Any] | dict[int, Tensor]) -> bool:
         try:
-            if copied is None:
-                self._mismatch = self._check(leaves)
-            else:
-                self._mismatch = self._check_on_host(copied)
+            self._mismatch = check(leaves)
         except (RuntimeError, IndexError) as error:
             # the step takes another path, or fails as well: then it raises its own error
             self._mismatch = Mismatch(-1, error)

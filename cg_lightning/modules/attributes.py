@@ -14,7 +14,13 @@ from torch.nn.modules import module as _torch_module
 
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.modules.compiled import is_compiled_in_place
-from cg_lightning.modules.kinds import is_metric, is_user_class, is_user_module, lightning_class
+from cg_lightning.modules.kinds import (
+    is_metric,
+    is_user_class,
+    is_user_module,
+    is_value_of_class,
+    lightning_class,
+)
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.device, torch.dtype, types.MethodType)
 
@@ -118,14 +124,17 @@ def holding_class(module: nn.Module, name: str) -> type | None:
     return next((cls for cls in type(module).__mro__ if name in vars(cls)), None)
 
 
+def value_in_class(cls: type, name: str) -> Any:
+    """Return what a class or a base has under a name, without asking descriptors; else None."""
+    return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
+
+
 def class_values(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield names and values of user classes of ``module``, except methods and descriptors."""
     for cls in type(module).__mro__:
         if is_user_class(cls):
             for name, value in vars(cls).items():
-                if not (
-                    name.startswith("__") or callable(value) or hasattr(type(value), "__get__")
-                ):
+                if not name.startswith("__") and is_value_of_class(value):
                     yield f"{cls.__name__}.{name}", value
 
 
@@ -167,13 +176,14 @@ def _names_in_methods(cls: type) -> frozenset[str]:
 def has_attributes_of_users(module: nn.Module) -> bool:
     """Return True if a module of torch holds something that its own class does not know.
 
-    Plain values are among :func:`layer_settings`.
+    Marks of other libraries (``_is_hf_initialized``) are among :func:`layer_settings` only.
     """
     cls: type = type(module)
     known = names_of_frameworks(module) | _names_in_methods(cls)
     attributes: dict[str, Any] = object.__getattribute__(module, "__dict__")
     return any(
-        name not in known and not is_plain_value(value) for name, value in attributes.items()
+        name not in known and not (name.startswith("_") and is_plain_value(value))
+        for name, value in attributes.items()
     )
 
 
@@ -187,8 +197,9 @@ def is_plain_attribute(module: nn.Module, name: str) -> bool:
     attributes: dict[str, Any] = object.__getattribute__(module, "__dict__")
     if name in attributes and is_plain_value(attributes[name]):
         return True
-    found = getattr(type(module), name, None)
-    return isinstance(found, type) or not callable(found)
+    found = value_in_class(type(module), name)
+    is_method = callable(found) or isinstance(found, classmethod)
+    return isinstance(found, type) or is_value_of_class(found) or not is_method
 
 
 def plain_attributes(module: nn.Module) -> list[str]:
@@ -229,7 +240,7 @@ def layer_settings(module: nn.Module) -> dict[str, Any]:
         }
     elif is_user_module(module):
         found = {
-            name: value for name, value in attributes.items() if callable(getattr(cls, name, None))
+            name: value for name, value in attributes.items() if callable(value_in_class(cls, name))
         }
     else:
         found = {

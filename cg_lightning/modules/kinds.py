@@ -25,6 +25,15 @@ def is_user_class(cls: type) -> bool:
     return cls.__module__.split(".")[0] not in ("builtins", "functools", *_FRAMEWORKS)
 
 
+def is_value_of_class(value: object) -> bool:
+    """Return False for methods, and for descriptors that keep no state of the user's.
+
+    An object of the user's own class is a value, also if it is called or is a descriptor.
+    """
+    cls = type(value)
+    return is_user_class(cls) or not (callable(value) or hasattr(cls, "__get__"))
+
+
 def is_user_module(module: nn.Module) -> bool:
     """Return True if the class of ``module`` is not from torch, Lightning or torchmetrics."""
     return is_user_class(type(module))

@@ -29,6 +29,23 @@ _NO_MATPLOTLIB = (
 )
 
 
+class Saving(NamedTuple):
+    """The time of a step, or of the calls of a submodule in a step, with graphs and without.
+
+    On a GPU it is the longer one of the times of host and device.
+    """
+
+    eager: float
+    """Without graphs, in seconds."""
+    graph: float
+    """With graphs, in seconds."""
+
+    @property
+    def share(self) -> float:
+        """The share of the time that graphs save. Negative if they cost time."""
+        return 1 - self.graph / self.eager if self.eager else 0.0
+
+
 @dataclasses.dataclass
 class EntryRecord:
     """The graphs of one key of one target.
@@ -57,8 +74,19 @@ class EntryRecord:
     """Replays whose time was taken: those that were neither captures nor compared with eager."""
     host_seconds: float = 0.0
     """Time of those on the host, for the whole step, in seconds."""
+    eager_seconds: float | None = None
+    """Time of an eager step, or of the submodule's calls in one. None: it was not compared."""
+    graph_seconds: float | None = None
+    """The same from graphs. Both are the longer ones of the times of host and device."""
+    saving: float | None = None
+    """The share of the time that graphs save. Negative if they cost time."""
     within_spread: bool = False
     """Whether a verified replay differed from eager, by no more than two eager runs differ."""
+
+    def saved(self, saving: Saving) -> None:
+        """Store what graphs save."""
+        self.eager_seconds, self.graph_seconds = saving
+        self.saving = saving.share
 
     def captured(self, seconds: float, num_bytes: int, why_again: str) -> None:
         """Count a capture.
@@ -140,6 +168,34 @@ class StepsRecord:
         }
 
 
+@dataclasses.dataclass
+class PaddingRecord:
+    """The batches that were padded up to one key of one target."""
+
+    stage: str
+    target: str
+    shapes: str
+    """The shapes of the padded batch."""
+    steps: int = 0
+    """Steps, or calls of a submodule, that ran from the graph of the padded batch."""
+    elements: int = 0
+    """Elements of their tensors."""
+    padded_elements: int = 0
+    """Elements of the padded tensors."""
+    reason: Reason | None = None
+    """Why shapes stay as they are; None if batches are padded."""
+
+    def ran(self, elements: int, padded_elements: int) -> None:
+        """Count a step."""
+        self.steps += 1
+        self.elements += elements
+        self.padded_elements += padded_elements
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain values."""
+        return {**dataclasses.asdict(self), "reason": str(self.reason or "")}
+
+
 class CUDAGraphStats:
     """Counts over the life of one callback."""
 
@@ -150,6 +206,7 @@ class CUDAGraphStats:
         """The time of each of the latest batches. A copy has no batches."""
         self.overlapped_copies = 0
         """Batches that were copied to the device beside the computation."""
+        self._padding: dict[tuple[str, str, str], PaddingRecord] = {}
         self._records: dict[tuple[str, str, str, Reason | None], StepsRecord] = {}
         self._num_shapes: Counter[tuple[str, str, Reason | None]] = Counter()
         self._num_reasons: Counter[tuple[str, str, Cause | Status]] = Counter()
@@ -196,6 +253,16 @@ class CUDAGraphStats:
         record = self._records[key]
         record.steps += 1
         return record
+
+    @property
+    def padding(self) -> list[PaddingRecord]:
+        """Real and padded elements of the batches that were padded, by stage, target and key."""
+        return list(self._padding.values())
+
+    def padded(self, target: str, descriptor: BatchDescriptor) -> PaddingRecord:
+        """Return the record of the batches that are padded up to one key of one target."""
+        made = PaddingRecord(descriptor.stage or "", target, descriptor.shapes())
+        return self._padding.setdefault((made.stage, target, made.shapes), made)
 
     def host_time(self, stage: str, mode: str, shapes: str) -> HostTime:
         """Return where to add the time of an eager warm-up step, or of a warm step in PIECEWISE.
@@ -321,6 +388,14 @@ class CUDAGraphStats:
             number = steps.steps - (0 if seen is None else seen.steps)
             if number:
                 new._records[key] = dataclasses.replace(steps, steps=number)
+        for padding_key, padded in self._padding.items():
+            last = earlier._padding.get(padding_key, PaddingRecord("", "", ""))
+            new._padding[padding_key] = dataclasses.replace(
+                padded,
+                steps=padded.steps - last.steps,
+                elements=padded.elements - last.elements,
+                padded_elements=padded.padded_elements - last.padded_elements,
+            )
         for times_key, time in self._times.items():
             known = earlier._times.get(times_key, HostTime())
             if number := time.steps - known.steps:
@@ -400,6 +475,7 @@ class CUDAGraphStats:
             "graph_bytes": self.graph_bytes,
             "overlapped_copies": self.overlapped_copies,
             "entries": [dataclasses.asdict(entry) for entry in self.entries],
+            "padding": [record.to_dict() for record in self.padding],
         }
 
     @property

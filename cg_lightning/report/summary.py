@@ -30,6 +30,7 @@ _MOST_SHAPES = 3
 _FEW_SHAPES = 5  # fewer shapes than this are none too many
 _WORDS = {"NONE": "eager", "PIECEWISE": "PIECEWISE", "FULL": "FULL"}
 _HEADERS = ("mode", "target", "shapes", "captures", "replays", "us (eager)", "MiB")
+_SAVES = "saves"  # one more column, if that is known of a graph
 _NUMBERS = 3  # columns from here on are aligned to the right
 
 
@@ -51,6 +52,8 @@ class StageSummary:
     """The stage, and its steps by mode."""
     rows: list[tuple[str, ...]]
     """A row for each graph or group of graphs."""
+    headers: tuple[str, ...]
+    """The columns of these rows."""
     notes: list[str]
     """Sentences about these graphs."""
     reasons: list[ReasonLine]
@@ -89,7 +92,7 @@ class Summary(str):
         for stage in self.stages:
             parts.append(html_paragraph(stage.title))
             if stage.rows:
-                parts.append(html_table(_HEADERS, stage.rows))
+                parts.append(html_table(stage.headers, stage.rows))
             parts += map(html_paragraph, stage.notes)
             if stage.reasons:
                 reasons = [(reason.text, reason.remedy) for reason in stage.reasons]
@@ -109,7 +112,7 @@ class Summary(str):
             parts += [Text(), Text(stage.title, "bold cyan")]
             if stage.rows:
                 table = Table(box=None, pad_edge=False, header_style="dim")
-                for index, header in enumerate(_HEADERS):
+                for index, header in enumerate(stage.headers):
                     is_number = index >= _NUMBERS
                     table.add_column(
                         header,
@@ -198,6 +201,15 @@ def _microseconds(times: Times) -> str:
     return "-" if graph == eager == "-" else f"{graph} ({eager})"
 
 
+def _share(entries: Sequence[EntryRecord]) -> str:
+    """Return the share of the time that graphs save, as far as it is known."""
+    known = [
+        (each.eager_seconds or 0.0, each.saving) for each in entries if each.saving is not None
+    ]
+    eager = sum(seconds for seconds, _ in known)
+    return f"{sum(seconds * saving for seconds, saving in known) / eager:.0%}" if eager else "-"
+
+
 def _row(stats: CUDAGraphStats, entries: Sequence[EntryRecord]) -> tuple[str, ...]:
     times = stats.times_of(entries)
     return (
@@ -208,6 +220,7 @@ def _row(stats: CUDAGraphStats, entries: Sequence[EntryRecord]) -> tuple[str, ..
         str(sum(entry.replays for entry in entries)),
         _microseconds(times),
         f"{sum(entry.bytes for entry in entries) / 2**20:.1f}",
+        _share(entries),
     )
 
 
@@ -281,6 +294,23 @@ def _time_notes(stats: CUDAGraphStats, backend: str, stage: str) -> list[str]:
     return notes
 
 
+def _padding_notes(stats: CUDAGraphStats, stage: str) -> list[str]:
+    """Say what padding adds, and why batches are not padded: each reason once."""
+    records = [record for record in stats.padding if record.stage == stage]
+    notes = []
+    steps = sum(record.steps for record in records)
+    if steps:
+        elements = sum(record.elements for record in records)
+        share = 1 - elements / sum(record.padded_elements for record in records)
+        notes.append(
+            f"{steps} padded runs, {share:.0%} of their elements padding; results equal eager's "
+            "within the tolerance 'close'"
+        )
+    reasons = {(record.target, str(record.reason)): None for record in records if record.reason}
+    notes += [f"{target} not padded: {reason}" for target, reason in list(reasons)[:MOST_AGAIN]]
+    return notes
+
+
 def _hint_notes(stats: CUDAGraphStats, stage: str) -> list[str]:
     """Say so if most steps were warm-ups, because there are many shapes and few batches of each."""
     warmups = [
@@ -311,7 +341,7 @@ def _plain_lines(stage: StageSummary) -> list[str]:
 def _lines_without_reasons(stage: StageSummary) -> list[str]:
     lines = [stage.title]
     if stage.rows:
-        lines += _table(_HEADERS, stage.rows)
+        lines += _table(stage.headers, stage.rows)
     for note in stage.notes:
         lines += _wrapped(note)
     return lines
@@ -329,9 +359,13 @@ def _summarize(
     notes = [*(_time_notes(stats, backend, stage) if entries else []), *_again_notes(entries)]
     if any(entry.within_spread for entry in entries):
         notes.append("replays match eager within the difference between two eager runs")
+    notes += _padding_notes(stats, stage)
     notes += _hint_notes(stats, stage)
     rows = _graph_rows(stats, entries) if entries else []
-    shown = StageSummary(f"{stage}: {steps}", rows, notes, [], "")
+    headers: tuple[str, ...] = (*_HEADERS, _SAVES)
+    if all(entry.saving is None for entry in entries):
+        headers, rows = _HEADERS, [row[:-1] for row in rows]
+    shown = StageSummary(f"{stage}: {steps}", rows, headers, notes, [], "")
     room = _MOST_LINES - len(_lines_without_reasons(shown))
     records = [record for record in stats.reasons if record.stage == stage]
     reasons, rest = _reasons(records, room)

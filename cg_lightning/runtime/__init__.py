@@ -5,11 +5,16 @@
 - ``dispatcher.py``: the only place that decides in which mode a step or a call runs.
 - ``examples.py``: batches that are captured ahead, as the runtime sees them.
 - ``outcome.py``: the result of a step or a call, with its mode and its reason.
+- ``padded_pieces.py``: submodules that are padded, in steps that are not.
+- ``padded_steps.py``: steps whose batches are padded up to a size that is captured.
 - ``profiling.py``: ranges that profilers and traces show.
+- ``seen_shapes.py``: the shapes that a stage has seen, and which settings would have caught them.
 - ``session.py``: one module in one run: builds, starts and stops the parts.
+- ``stage_length.py``: the number of batches of a stage, as the runtime sees it.
 - ``step_runner.py``: replaces one step method of a module.
 - ``submodule_runner.py``: replaces the calls of one submodule in steps that run PIECEWISE.
 - ``target.py``: a step or a submodule that may run from graphs.
 - ``targets.py``: the submodules that the user named.
+- ``trial.py``: finds out if graphs save time.
 - ``verifier.py``: compares replays with eager, on the user's own batches.
 """

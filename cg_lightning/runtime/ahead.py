@@ -92,7 +92,7 @@ class CaptureAhead:
         self, example: Example, loader: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Reason | None:
         """Return why it was not captured; None if there is a graph."""
-        batch = self._undone(example.load)
+        batch = self.undone(example.load)
         training = self._session.target.guard.training_flags()
         try:
             fields, leaves = describe_fields(
@@ -106,6 +106,9 @@ class CaptureAhead:
         if state is not None and any(v.entry and v.entry.is_valid() for v in state.variants):
             return None
         call = GraphCall(descriptor, self._step, batch, leaves, args, kwargs)
+        most = self._session.settings.max_graphs
+        if len(self._session.cache.entries()) >= most:
+            return Reason(Status.EVICTED, f"more graphs than max_graphs={most}")
         is_captured = False
         try:
             reason = self._capture_call(call)
@@ -115,19 +118,33 @@ class CaptureAhead:
             if is_new and not is_captured:
                 self._dispatcher.forget(descriptor)  # its first real batch begins with nothing
 
+    def capture_padded(self, call: GraphCall) -> Reason | None:
+        """Capture the call of a padded batch. Return why it was not captured.
+
+        Args:
+            call: The step with the padded batch.
+        """
+        state = self._dispatcher.known(call.descriptor.fields)
+        is_new = state is None or not state.variants
+        reason: Reason | None = None
+        try:
+            reason = self._capture_call(call)
+        except Exception as error:  # of the user's code, which was not written for such a batch
+            text = f"the step raised {type(error).__name__} for the padded batch: {error}"
+            reason = Reason(Status.CAPTURE_FAILED, text)
+        if is_new and reason is not None:
+            self._dispatcher.forget(call.descriptor)
+        return reason
+
     def _capture_call(self, call: GraphCall) -> Reason | None:
         session = self._session
-        if len(session.cache.entries()) >= session.settings.max_graphs:
-            return Reason(
-                Status.EVICTED, f"more graphs than max_graphs={session.settings.max_graphs}"
-            )
         state = self._dispatcher.state(call.descriptor.fields, call.descriptor)
         plan = self._warm_up(call, state)
         if plan.action is not Action.CAPTURE:
             return plan.reason or Reason(Status.NO_TARGET, "the step is no graph")
         capture = functools.partial(session.target.capture_ahead, self._name, plan, call)
         with session.ranges.range("capture"):
-            return self._undone(capture, call.tree)
+            return self.undone(capture, call.tree)
 
     def _warm_up(self, call: GraphCall, state: KeyState) -> Plan:
         """Run the step until its key is warm; return what the dispatcher wants then."""
@@ -173,10 +190,15 @@ class CaptureAhead:
                 result: T = self._session.effects.rehearse(function)
             return result
 
-        return self._undone(run, call.tree)
+        return self.undone(run, call.tree)
 
-    def _undone(self, function: Callable[[], T], batch: Any = None) -> T:
-        """Call ``function``, and put all state back."""
+    def undone(self, function: Callable[[], T], batch: Any = None) -> T:
+        """Call ``function``, and put all state back.
+
+        Args:
+            function: The function.
+            batch: The batch that it may change.
+        """
         session = self._session
         before = StepState(session.module, session.backend, session.effects, self._tensors(), batch)
         held = HeldByModules(session.module, session.effects)  # attributes of buffers as well

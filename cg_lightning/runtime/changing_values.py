@@ -1,6 +1,7 @@
 """Plain values that differ in every batch, such as file names.
 
-A graph of the whole step would freeze such a value, so it would never be replayed.
+A graph of the whole step would freeze such a value. So the step may only pass it on, into its
+output for example: then any value may be given to the graph. A capture finds that out.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ import dataclasses
 from collections.abc import Hashable
 from typing import Any
 
-from cg_lightning.core.descriptor import BatchDescriptor
+from cg_lightning.core.descriptor import BatchDescriptor, is_passed_on, is_text, passed_on
 from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.core.stages import TRAIN
 from cg_lightning.core.tree import leaf_paths
 
 MOST_VALUES = 16
 """Number of batches of equal shapes, all with different values, before values count as changing."""
+MOST_TEXTS = 3
+"""The same, if only texts differ: a step hardly ever reads those."""
 
 
 @dataclasses.dataclass
@@ -25,13 +29,26 @@ class KeyFamily:
     keys: int = 0
     has_repeats: bool = False
     changing: set[int] = dataclasses.field(default_factory=set)
+    differing: set[int] = dataclasses.field(default_factory=set)
+    """The leaves in which keys differ from the first one."""
+    is_read: bool = False
+    """True if a step with some of the values reads them."""
+    seen: list[BatchDescriptor] = dataclasses.field(default_factory=list)
+    """The keys so far."""
+
+    @property
+    def most_keys(self) -> int:
+        """Number of keys before values count as changing."""
+        only_texts = all(is_text(self.first[index]) for index in self.differing)
+        return MOST_TEXTS if only_texts and not self.is_read else MOST_VALUES
 
 
 class ChangingValues:
     """Removes values that differ in every batch from the key of a step.
 
-    Such a step cannot be one graph, because the graph would freeze the values. Its submodules can
-    be captured: each call has its own key, which is made from the arguments of the call.
+    If the step only passes them on, it can be one graph. If it reads them it cannot, because the
+    graph would freeze them. Its submodules can be captured: each call has its own key, which is
+    made from the arguments of the call.
     """
 
     def __init__(self) -> None:
@@ -48,22 +65,26 @@ class ChangingValues:
             batch: The batch.
             was_seen: True if a step with exactly this key has run before.
         """
-        family = self._families.setdefault(key.family, KeyFamily(key.leaves))
+        family = self._family(key)
+        pairs = enumerate(zip(family.first, key.leaves, strict=True))
+        family.differing |= {index for index, (one, other) in pairs if one != other}
         if not family.changing:
             family.has_repeats |= was_seen
             family.keys += 1
-            if family.has_repeats or family.keys <= MOST_VALUES:
+            if family.has_repeats or family.keys <= family.most_keys:
+                family.seen.append(key)
                 return key
-        pairs = enumerate(zip(family.first, key.leaves, strict=True))
-        family.changing |= {index for index, (one, other) in pairs if one != other}
+        family.changing |= family.differing
         leaves = tuple(
             [
-                ("changes",) if index in family.changing else leaf
+                (("changes",) if family.is_read else passed_on(leaf))
+                if index in family.changing
+                else leaf
                 for index, leaf in enumerate(key.leaves)
             ]
         )
         general = dataclasses.replace(key, leaves=leaves)
-        if general not in self._reasons:
+        if family.is_read and general not in self._reasons:
             paths = leaf_paths(batch)
             changing = ", ".join([paths[index] for index in sorted(family.changing)])
             self._reasons[general] = Reason(
@@ -79,6 +100,34 @@ class ChangingValues:
         if family is not None:
             family.has_repeats = True
 
+    def _family(self, key: BatchDescriptor) -> KeyFamily:
+        # a closure of training does not read all that it depends on: which weights are frozen
+        made = KeyFamily(key.leaves, is_read=key.stage == TRAIN)
+        return self._families.setdefault(key.family, made)
+
+    def has_passed_on(self, key: BatchDescriptor) -> bool:
+        """Return True if ``key`` leaves out values that its step may only pass on."""
+        return any(map(is_passed_on, key.leaves))
+
+    def are_read(self, key: BatchDescriptor) -> bool:
+        """Return True if a step is known to read values that its key leaves out."""
+        return self._family(key).is_read
+
+    def note_read(self, key: BatchDescriptor) -> None:
+        """A step reads values that its key leaves out, so from now on they belong to it."""
+        family = self._family(key)
+        family.is_read = True
+        family.changing.clear()
+
+    def take_keys_before(self, key: BatchDescriptor) -> list[BatchDescriptor]:
+        """Return the keys, each once, that were made before their values were left out of ``key``.
+
+        They are of no use any more.
+        """
+        family = self._families[key.family]
+        seen, family.seen = (family.seen, []) if family.changing else ([], family.seen)
+        return seen
+
     def reason(self, key: BatchDescriptor) -> Reason | None:
-        """Return why the steps of a key cannot be one graph. None if no value was removed."""
+        """Return why the steps of a key cannot be one graph; None if values do not stop it."""
         return self._reasons.get(key)

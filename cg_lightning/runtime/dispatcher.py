@@ -19,16 +19,23 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import WARM_UP, Reason, Status
+from cg_lightning.report.stats import Saving
+from cg_lightning.runtime.trial import StepTimes, Trial
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 UNKNOWN_KEY = Reason(Status.WARM_UP, "unknown key")
+TIMED = Reason(Status.TIMED, Status.TIMED.value)
+TOO_SHORT = Reason(
+    Status.TOO_SHORT,
+    "stage too short: too few batches are left to win back what a capture costs",
+)
 NEW_KEY = Reason(
     Status.WARM_UP,
     "warm-up: shapes so far did not come again, so a new one is watched only if it does",
@@ -46,12 +53,20 @@ MOST_UNREPEATED = 4
 
 Beyond it, a new key is watched when it is seen for the second time.
 """
+MOST_UNREPEATED_PADDED = 64
+"""The same for keys whose batches are padded: these need no graph of their own."""
 MOST_VARIANTS = 8
 """Maximum number of variants of one key. The oldest one is dropped first."""
 MOST_BRANCHES = 4
 """Number of branches with the same reason after which it counts as one of all branches."""
 MOST_KEYS = 2048
 """Maximum number of stored keys. Beyond it, the oldest keys without a graph are dropped."""
+
+
+def no_gain(saving: Saving, prefix: str = "") -> Reason:
+    """Return the reason for graphs that were left alone because they do not save time."""
+    text = f"{Status.NO_GAIN.value}: {saving.graph * 1e6:.0f} us from graphs, "
+    return Reason(Status.NO_GAIN, f"{prefix}{text}{saving.eager * 1e6:.0f} us eagerly")
 
 
 class CaptureLedger:
@@ -151,6 +166,7 @@ class Action(enum.Enum):
     WARM_UP = "run it eagerly"
     EAGER = "run it eagerly, for a reason"
     PIECEWISE = "run it, with its submodules from graphs"
+    TRIAL = "run it eagerly, to compare times"
     CAPTURE = "capture it, then replay"
     VERIFY = "replay it, and compare with eager"
     REPLAY = "replay it"
@@ -183,6 +199,20 @@ class Miss(NamedTuple):
         return not any(guards.check() for guards in self.known)
 
 
+class Settled(NamedTuple):
+    """What graphs of a variant save, and which are left alone from now on."""
+
+    saving: Saving
+    pieces: dict[Any, Saving]
+    """What the graphs of submodules save, if that is known."""
+    reason: Reason | None = None
+    """Why the variant runs eagerly from now on; None if it does not."""
+    entries: Sequence[Entry] = ()
+    """Graphs that the caller must drop."""
+    left_alone: Sequence[Any] = ()
+    """Submodules that run eagerly from now on, in steps with this key."""
+
+
 @dataclasses.dataclass(eq=False)
 class Variant:
     """One path through the step of a key: the guarded values, the watched step, and the graph."""
@@ -206,6 +236,10 @@ class Variant:
     """The graph; None before the capture and after the graph was dropped."""
     path: Path | None = None
     """What the step reads on the host; None if it reads nothing, or if it is no graph."""
+    padding: Any = None
+    """How batches of the key are padded, to run from the graph of another key; None: not."""
+    trial: Trial | None = None
+    """Compares times, until it is known what graphs save; None: nothing is to be compared."""
     verify_at: int = -1
     """The number of replays after which the next one is compared with eager; -1 = never."""
 
@@ -229,10 +263,14 @@ class KeyState:
     ledger: CaptureLedger
     sights: int = 0
     """Number of steps with this key so far."""
+    is_padded: bool = False
+    """True if its batches may run from the graph of another key, so they need none of their own."""
     warmup_runs: int = 0
     """Number of eager runs that count as warm-up."""
     variants: list[Variant] = dataclasses.field(default_factory=list)
     """The variants, the last one used first."""
+    warm_up_times: list[StepTimes] = dataclasses.field(default_factory=list)
+    """Times of eager warm-up steps, if graphs must save time."""
     miss: Miss | None = None
     """Set if a submodule asked for another watched step."""
 
@@ -272,6 +310,7 @@ class CUDAGraphDispatcher:
             after which the next one is compared with eager (-1 = never).
         watches: True if steps are watched before a capture. False for calls of submodules, because
             the step around them is watched.
+        least_steps: Number of steps, from the capture on, below which a capture cannot pay.
     """
 
     def __init__(
@@ -281,15 +320,18 @@ class CUDAGraphDispatcher:
         next_verification: Callable[[int], int] = lambda _: -1,
         *,
         watches: bool = True,
+        least_steps: int = 0,
     ) -> None:
         self._policy = policy
         self._warmup_steps = warmup_steps
         self._next_verification = next_verification
         self._watches = watches
+        self._least_steps = least_steps
         self._graph_mode = FULL if watches else PIECEWISE
         self._states: dict[tuple[Any, ...], KeyState] = {}
         self._ledgers: dict[tuple[Any, ...], CaptureLedger] = {}
         self._unrepeated: set[tuple[Any, ...]] = set()
+        self._unrepeated_padded: set[tuple[Any, ...]] = set()
 
     # by hand
 
@@ -364,7 +406,7 @@ class CUDAGraphDispatcher:
         """
         state.sights += 1
         if state.sights == 2:
-            self._unrepeated.discard(state.descriptor.fields)
+            self._unrepeated_like(state).discard(state.descriptor.fields)
         variant = self._current_variant(state, leaves)
         if variant is None:
             return self._plan_without_variant(state)
@@ -384,10 +426,14 @@ class CUDAGraphDispatcher:
         if entry.replays == variant.verify_at:
             variant.verify_at = self._next_verification(entry.replays + 1)
             action = Action.VERIFY
+        elif variant.trial is not None and variant.trial.wants_eager():
+            return Plan(Action.TRIAL, state, variant, TIMED)
         return Plan(action, state, variant, variant.reason)
 
     def _plan_warm(self, state: KeyState, variant: Variant) -> Plan:
         if variant.mode is not self._graph_mode:
+            if variant.trial is not None and variant.trial.wants_eager():
+                return Plan(Action.TRIAL, state, variant, TIMED)
             action = Action.PIECEWISE if variant.mode is PIECEWISE else Action.EAGER
             return Plan(action, state, variant, variant.reason)
         if state.ledger.may_spend():
@@ -401,7 +447,8 @@ class CUDAGraphDispatcher:
         if not self._watches:
             reason = Reason(Status.CHANGED, changed) if changed else WARM_UP
             return Plan(Action.WARM_UP, state, None, reason)
-        if state.sights == 1 and len(self._unrepeated) >= MOST_UNREPEATED:
+        most = MOST_UNREPEATED_PADDED if state.is_padded else MOST_UNREPEATED
+        if state.sights == 1 and len(self._unrepeated_like(state)) >= most:
             return Plan(Action.WARM_UP, state, None, NEW_KEY)
         if not state.ledger.may_spend():
             return self._unprofitable(state, None)
@@ -415,6 +462,10 @@ class CUDAGraphDispatcher:
         reason = Reason(Status.CHANGED, f"changed: {miss.changed}")
         state.miss = None
         return Plan(Action.WATCH, state, None, reason)
+
+    def _unrepeated_like(self, state: KeyState) -> set[tuple[Any, ...]]:
+        """Return the keys that were watched and seen only once, padded or not as this one."""
+        return self._unrepeated_padded if state.is_padded else self._unrepeated
 
     def _unprofitable(self, state: KeyState, variant: Variant | None) -> Plan:
         return Plan(Action.EAGER, state, variant, state.ledger.reason())
@@ -438,6 +489,8 @@ class CUDAGraphDispatcher:
         return None
 
     def _is_warm(self, state: KeyState, variant: Variant) -> bool:
+        if variant.padding is not None:
+            return True  # the graph is that of another key
         if variant.did_one_time_work and state.warmup_runs < 2:
             return False
         return state.warmup_runs >= max(self._warmup_steps, 1)
@@ -508,7 +561,7 @@ class CUDAGraphDispatcher:
         if replacing is not None and replacing in state.variants:
             state.variants.remove(replacing)
         if state.sights == 1:
-            self._unrepeated.add(state.descriptor.fields)
+            self._unrepeated_like(state).add(state.descriptor.fields)
         self.ran_eagerly(state)
         return self.add_variant(state, variant)
 
@@ -540,14 +593,25 @@ class CUDAGraphDispatcher:
         variant.entry = entry
         variant.verify_at = self._next_verification(1)
 
+    def borrowed(self, state: KeyState, variant: Variant, entry: Entry) -> None:
+        """Record that batches of this key are padded, and run from the graph of another key."""
+        state.ledger.spend(1)  # a comparison with eager
+        variant.entry = entry
+        variant.verify_at = self._next_verification(entry.replays + 1)
+
+    def not_padded(self, variant: Variant) -> None:
+        """Record that batches of this key are not padded: they may have a graph of their own."""
+        variant.entry = variant.padding = None
+
     def captured_ahead(self, variant: Variant) -> None:
         """Record that the captured graph has not run any step yet."""
         variant.verify_at = self._next_verification(0)
 
     def forget(self, descriptor: BatchDescriptor) -> None:
         """Forget a key without a graph, as if none of its steps had run."""
-        self._states.pop(descriptor.fields, None)
-        self._unrepeated.discard(descriptor.fields)
+        state = self._states.pop(descriptor.fields, None)
+        if state is not None:
+            self._unrepeated_like(state).discard(descriptor.fields)
 
     def evicted(self, state: KeyState, why: str) -> None:
         """Record that a graph of this key was dropped to make room for another one."""
@@ -561,7 +625,65 @@ class CUDAGraphDispatcher:
         """
         variant.entry = None
         variant.reason = reason
+        if variant.trial is not None:
+            variant.trial.restart()
         variant.modes = [mode for mode in variant.modes if mode is not self._graph_mode]
+
+    def states(self) -> list[KeyState]:
+        """Return all keys."""
+        return list(self._states.values())
+
+    def within(self, plan: Plan, steps_left: float) -> Plan:
+        """Return the plan. If the stage ends before a capture could pay, return an eager one.
+
+        Only what is certain counts: an eager step that is compared with a replay costs an eager
+        step, and a capture runs the step's Python once more. A replay counts as if it took no time.
+
+        Args:
+            plan: What the step would do.
+            steps_left: Number of steps until the end of the stage, this one included.
+        """
+        if plan.action not in (Action.WATCH, Action.WARM_UP, Action.CAPTURE):
+            return plan
+        needed = self._least_steps
+        if plan.action is not Action.CAPTURE:
+            needed += max(self._warmup_steps - plan.state.warmup_runs, 1)
+        if plan.action is Action.WATCH:
+            needed += WATCH_COST - 1
+        if steps_left >= needed:
+            return plan
+        return Plan(Action.EAGER, plan.state, plan.variant, TOO_SHORT)
+
+    def settle(self, state: KeyState, variant: Variant) -> Settled | None:
+        """Decide if the graphs of a variant pay. Call it after a step whose time was taken.
+
+        If a step that runs in pieces does not pay, the pieces that cost time are left alone, and
+        times are compared once more.
+
+        Returns:
+            What was decided; None if nothing was.
+        """
+        trial = variant.trial
+        saving = None if trial is None else trial.saving()
+        if trial is None or saving is None:
+            return None
+        least, pieces = trial.min_saving, trial.savings_of_pieces()
+        if saving.share >= least:
+            variant.trial = None
+            return Settled(saving, pieces)
+        costly = [piece for piece, each in pieces.items() if each.share < least]
+        if variant.mode is PIECEWISE and not trial.compares_again and costly != list(pieces):
+            trial.compare()
+            return Settled(saving, pieces, left_alone=costly)
+        dropped = [] if variant.entry is None else [variant.entry]
+        variant.entry = variant.trial = variant.path = None
+        variant.modes, variant.reason = [], no_gain(saving)
+        variant.guards = Unguarded()  # other values would hardly make it cheaper
+        state.variants.remove(variant)
+        self.add_variant(state, variant)
+        state.ledger.spend(CREDIT)
+        state.ledger.note(Status.NO_GAIN, variant.reason.text)
+        return Settled(saving, pieces, variant.reason, dropped, list(pieces))
 
     def entries(self) -> list[Entry]:
         """Return the graphs of all keys and forget them. The caller must drop them."""
@@ -572,6 +694,12 @@ class CUDAGraphDispatcher:
                     found.append(variant.entry)
                     variant.entry = None
         return found
+
+    def entries_of(self, descriptors: Iterable[BatchDescriptor]) -> list[Entry]:
+        """Return the graphs of some keys."""
+        states = [self._states.get(descriptor.fields) for descriptor in descriptors]
+        variants = [variant for state in states if state is not None for variant in state.variants]
+        return [variant.entry for variant in variants if variant.entry is not None]
 
     def changed(self, why: str) -> None:
         """Record that the module has changed, so graphs must be captured again."""
@@ -586,6 +714,7 @@ class CUDAGraphDispatcher:
         self.changed(why)
         self._states.clear()
         self._unrepeated.clear()
+        self._unrepeated_padded.clear()
 
     def begin_epoch(self) -> list[Entry]:
         """Forget variants whose large containers have changed.
@@ -608,8 +737,7 @@ class CUDAGraphDispatcher:
             if all(variant.entry is None for variant in state.variants)
         ]
         for fields in unused[: MOST_KEYS // 2]:
-            del self._states[fields]
-            self._unrepeated.discard(fields)
+            self._unrepeated_like(self._states.pop(fields)).discard(fields)
         families = {state.descriptor.family for state in self._states.values()}
         self._ledgers = {key: ledger for key, ledger in self._ledgers.items() if key in families}
 

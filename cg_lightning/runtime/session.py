@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 from torch import nn
 
 from cg_lightning.backends import CapturedGraph, GraphBackend
 from cg_lightning.capture.cache import GraphCache
-from cg_lightning.capture.capture import Capturer
+from cg_lightning.capture.capture import Capturer, GraphCall
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.modes import CUDAGraphMode
@@ -23,23 +23,48 @@ from cg_lightning.guards.comparisons import ComparedSource
 from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import Change
 from cg_lightning.guards.sources import Source
+from cg_lightning.guards.written_settings import WrittenSettings
 from cg_lightning.host_values.host_copies import HostCopies
 from cg_lightning.modules.compilation import Compilation
+from cg_lightning.modules.kinds import is_metric
+from cg_lightning.padding.leaves import PaddedLeaves
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.changing_values import ChangingValues
 from cg_lightning.runtime.dispatcher import Guards, KeyState, Plan, Unguarded, Variant
 from cg_lightning.runtime.examples import Examples
 from cg_lightning.runtime.profiling import Profiler, Ranges
+from cg_lightning.runtime.stage_length import StageLength
 from cg_lightning.runtime.submodule_runner import SubmoduleRunner
 from cg_lightning.runtime.target import GraphTarget
 from cg_lightning.runtime.targets import match_targets
-from cg_lightning.runtime.verifier import Verifier
+from cg_lightning.runtime.trial import Trial
+from cg_lightning.runtime.verifier import Replayed, Verdict, Verifier
+
+
+class Piece(Protocol):
+    """A submodule that is padded in steps that are not."""
+
+    def install(self) -> None:
+        """Intercept it; idempotent."""
+
+    def remove(self, check: bool) -> None:
+        """Leave no trace. ``check`` is as in :meth:`Session.remove`."""
+
+    def close(self) -> None:
+        """Drop all graphs."""
+
 
 BATCH_INDEX = "batch_idx"
 """The name of the number of the batch in :attr:`Session.arguments`."""
 NO_TARGET = Reason(
     Status.NO_TARGET,
     "no submodule with parameters was called (those of torch.jit cannot be captured)",
+)
+
+
+_MAY_READ = (
+    "the step may read a value of its batch that is another one in each batch: it handles errors, "
+    "or asks for classes"
 )
 
 
@@ -57,6 +82,7 @@ class Session:
         stats: Counts.
         effects: The side effects of the steps.
         profiler: The profiler of the Trainer, if it has one.
+        sharing: The session of a larger module, whose graphs and host copies it shares.
         has_backward: Whether the steps compute their gradients themselves.
     """
 
@@ -70,6 +96,7 @@ class Session:
         profiler: Profiler | None = None,
         *,
         has_backward: bool = False,
+        sharing: Session | None = None,
     ) -> None:
         self.ranges = Ranges(backend, profiler)
         self.module = module
@@ -77,10 +104,15 @@ class Session:
         self.settings = settings
         self.stats = stats
         self.effects = effects
-        self.cache = GraphCache(settings.max_graphs, backend.synchronize)
+        self.cache: GraphCache = (
+            GraphCache(settings.max_graphs, backend.synchronize)
+            if sharing is None
+            else sharing.cache
+        )
         self.watcher = StepWatcher(module, backend, effects=effects, has_backward=has_backward)
         self.changing_values = ChangingValues()
-        self.host_copies = HostCopies()
+        self._written_settings = WrittenSettings()
+        self.host_copies: HostCopies = HostCopies() if sharing is None else sharing.host_copies
         self.written = WrittenTensors()
         """Tensors, other than buffers, that steps were seen to write to."""
         self._capturer = Capturer(backend, settings, self.cache, self.written)
@@ -90,6 +122,16 @@ class Session:
         self._verifier = Verifier(backend, tolerance, self.written, self._compilation.suspended)
         self.target = self._make_target(module, CUDAGraphMode.FULL, effects)
         self._submodules: dict[int, SubmoduleRunner] = {}
+        self.pieces: dict[tuple[str, int], Piece] = {}
+        """Submodules that are padded, by stage and ``id`` of the module."""
+        self.must_save_time = (
+            settings.min_saving > 0
+            and not settings.strict  # which asks for graphs at any price
+            and backend.stopwatch(0.0) is not None
+        )
+        """Whether graphs that do not save time are dropped."""
+        self.stage_length: StageLength | None = None
+        """How many batches are left in a stage; None: captures need not pay within it."""
         self._is_installed = False
         self.arguments: dict[str, Any] = {}
         """The arguments of the current step that guards look at, by name."""
@@ -116,6 +158,15 @@ class Session:
             self._add_submodules(match_targets(self.module, tuple(targets))[0])
         for runner in self._submodules.values():
             runner.install()
+        self._written_settings.install()
+        for piece in self.pieces.values():
+            piece.install()
+
+    def add_piece(self, key: tuple[str, int], piece: Piece) -> None:
+        """Intercept a submodule that is padded, from now on."""
+        self.pieces[key] = piece
+        if self._is_installed:
+            piece.install()
 
     def remove(self, check: bool = True) -> None:
         """Leave no trace in any submodule. Graphs are kept for the next stage.
@@ -127,16 +178,23 @@ class Session:
         self._is_installed = False
         for runner in self._submodules.values():
             runner.remove()
+        for piece in self.pieces.values():
+            piece.remove(check)
         self._compilation.remove()
+        self._written_settings.remove()
         self.host_copies.clear()
         self.effects.release(check)
 
     def close(self) -> None:
         """Drop every graph."""
         self.remove(check=False)
+        for piece in self.pieces.values():
+            piece.close()
+        self.pieces.clear()
         self.cache.drop_all()
         self.effects.close()
         self.target.dispatcher.reset()
+        self._written_settings.clear()
         self._submodules.clear()
 
     def check_module(self) -> None:
@@ -166,9 +224,13 @@ class Session:
         self.target.dispatcher.reset(text)
         self.changing_values = ChangingValues()
         self.written.clear()
+        self._written_settings.clear()
         for runner in self._submodules.values():
             runner.remove()
         self._submodules.clear()
+        for piece in self.pieces.values():
+            piece.close()
+        self.pieces.clear()
         if self._is_installed:
             self.install()
 
@@ -179,18 +241,33 @@ class Session:
 
     def _drop(self, entries: Iterable[object]) -> None:
         for entry in entries:
-            assert isinstance(entry, GraphEntry)
-            self.cache.drop(entry)
+            if isinstance(entry, GraphEntry):  # the graph of a padded entry belongs to another key
+                self.cache.drop(entry)
 
-    def watched(self, plan: Plan, watched: WatchedStep) -> None:
-        """Report a watched step to the dispatcher, and find the submodules to capture."""
-        full = self.full_reason(plan.state, watched)
+    def watched(
+        self,
+        plan: Plan,
+        watched: WatchedStep,
+        padding: PaddedLeaves | None = None,
+        in_pieces: Reason | None = None,
+    ) -> None:
+        """Report a watched step to the dispatcher, and find the submodules to capture.
+
+        Args:
+            plan: The decision to watch.
+            watched: The watched step.
+            padding: How its batch is padded, if it is to run from the graph of a padded batch.
+            in_pieces: Why only its submodules are padded; None if it is padded whole, or not.
+        """
+        full = self.full_reason(plan.state, watched) or in_pieces
         piecewise = None
         if self.settings.targets is None and not watched.largest_capturable():
             piecewise = NO_TARGET
         dispatcher = self.target.dispatcher
         modes, reason = dispatcher.judge(full, piecewise)
         is_full = CUDAGraphMode.FULL in modes
+        if full is not None and full.kind is Status.VALUE_READ:
+            self.changing_values.note_read(plan.state.descriptor)
         variant = Variant(
             self._guards(watched) if is_full else self._guards_of_branch(plan.state, watched, full),
             modes,
@@ -199,12 +276,18 @@ class Session:
             watched.did_one_time_work,
             watched,
             path=watched.path if is_full else None,
+            padding=padding,
+            trial=(
+                Trial(self.settings.min_saving, plan.state.warm_up_times if is_full else [])
+                if modes and self.must_save_time and padding is None  # who pads asks for graphs
+                else None
+            ),
         )
         if variant.path is not None and watched.path is not None:
             watched.path.use(self.host_copies)
         self._drop(dispatcher.watched(plan.state, variant, plan.variant))
         self.written.update(watched.written)
-        if not is_full:
+        if not is_full and in_pieces is None:
             self.find_submodules(plan.state.descriptor, variant, plan.state.warmup_runs)
 
     def _guards(self, watched: WatchedStep, of_trainer_only: bool = False) -> GuardSet:
@@ -220,7 +303,23 @@ class Session:
             compared.append(ComparedSource(source, watched.comparisons))
         if of_trainer_only:
             sources = [each for each in sources if each.belongs_to_trainer]
-        return GuardSet(sources, self.target.guard.modules, compared)
+        modules = () if of_trainer_only else self.module.named_modules()
+        return self._guard_set(sources, compared, modules)
+
+    def _guard_set(
+        self,
+        sources: Iterable[Source],
+        compared: Iterable[ComparedSource],
+        modules: Iterable[tuple[str, nn.Module]],
+    ) -> GuardSet:
+        """Return guards of what was read in Python, and of the settings of modules, by path."""
+        named = list(modules)
+        if not self._written_settings.contains(named):
+            self.target.guard.check_epoch()  # nobody has noted what was set since the last one
+        settings = self._written_settings.frozen(named)
+        guards = GuardSet(sources, self.target.guard.modules, compared, settings)
+        self._written_settings.add((type(each).__name__, each) for each in guards.hidden_modules)
+        return guards
 
     def _guards_of_branch(
         self, state: KeyState, watched: WatchedStep, full: Reason | None
@@ -240,6 +339,8 @@ class Session:
             return self.without_key[state.descriptor]
         if watched.findings:
             return watched.findings[0].reason()
+        if watched.unseen_use and self.changing_values.has_passed_on(state.descriptor):
+            return Reason(Status.VALUE_READ, _MAY_READ, watched.unseen_use)
         varying = None if watched.path is None else self.target.dispatcher.varying(state)
         return varying or self.changing_values.reason(state.descriptor)
 
@@ -262,9 +363,10 @@ class Session:
                 runner.refuse(step, findings[0].reason(runner.path))
             elif findings is not None:
                 module = runner.module
-                guards = GuardSet(
-                    watched.sources(module), self.target.guard.modules, watched.compared(module)
-                )
+                # in pieces, metrics are never in a graph
+                named = module.named_modules(prefix=runner.path)
+                inside = [(path, child) for path, child in named if not is_metric(child)]
+                guards = self._guard_set(watched.sources(module), watched.compared(module), inside)
                 runner.allow(step, guards, watched.keys_of_calls(runner.module), runs)
 
     def _add_submodules(self, submodules: dict[str, nn.Module]) -> None:
@@ -276,6 +378,48 @@ class Session:
                 )
             if self._is_installed:
                 self._submodules[id(module)].install()
+
+    def compare(
+        self,
+        name: str,
+        plan: Plan,
+        call: GraphCall,
+        get_entry: Callable[[], Replayed],
+        padded: GraphCall,
+    ) -> Verdict:
+        """Compare a whole step with eager.
+
+        Args:
+            name: The name of the step in the statistics.
+            plan: The decision.
+            call: The step.
+            get_entry: See :meth:`Verifier.check`.
+            padded: The step with the padded batch, whose graph is compared.
+        """
+        target = self.target.capture_target(name, plan, padded)
+        return self._verifier.check(target, call, get_entry, self.cache.step)
+
+    def difference(self, found: Any, expected: Any) -> str:
+        """Return the first leaf of an output that differs from eager's; empty if none does."""
+        return self._verifier.difference(found, expected)
+
+    def settle(self, plan: Plan) -> None:
+        """Find out if graphs pay, after a step whose time was taken. Drop those that do not."""
+        variant = plan.variant
+        assert variant is not None and variant.trial is not None  # noqa: PT018
+        entry = variant.entry
+        settled = self.target.dispatcher.settle(plan.state, variant)
+        if settled is None:
+            return
+        if isinstance(entry, GraphEntry):
+            entry.record.saved(settled.saving)
+        for piece, saving in settled.pieces.items():
+            piece.note_saving(plan.state.descriptor, saving)
+        unused = list(settled.entries)
+        for piece in settled.left_alone:
+            unused += piece.leave_alone(plan.state.descriptor, settled.pieces[piece])
+        if self.settings.copy_outputs:  # or else the user may still read what is in their memory
+            self._drop(unused)
 
     def graphs(self, mode: str) -> list[CapturedGraph]:
         """Return the stored graphs of one mode."""

@@ -12,6 +12,7 @@ import torch
 
 from cg_lightning.capture.capture import GraphCall
 from cg_lightning.capture.entry import GraphEntry
+from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import (
     BatchDescriptor,
     describe_fields,
@@ -25,13 +26,16 @@ from cg_lightning.core.forward_context import (
 )
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import WARM_UP, Reason, Status
+from cg_lightning.padding.entry import PaddedEntry
 from cg_lightning.report.stats import HostTime, StepsRecord
 from cg_lightning.report.timeline import Ran
 from cg_lightning.runtime.ahead import CaptureAhead
 from cg_lightning.runtime.dispatcher import Action, KeyState, Plan, Variant
 from cg_lightning.runtime.outcome import Outcome
+from cg_lightning.runtime.padded_steps import PaddedSteps
 from cg_lightning.runtime.session import BATCH_INDEX, Session
 from cg_lightning.runtime.target import reason_of
+from cg_lightning.runtime.trial import StepTimes
 
 Step = Callable[..., Any]
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
@@ -42,8 +46,12 @@ _GRADIENTS = Reason(Status.GRADIENTS, "gradients are enabled")
 _NO_WARM_TARGET = Reason(
     Status.NO_TARGET, "no target was called with a warm key; calls from compiled code do not count"
 )
-_MAY_BE_STRICT_ABOUT = {Status.WARM_UP, Status.CHANGED}
-"""``strict`` does not raise for these reasons, because such steps prepare a capture."""
+_ENTRIES = (GraphEntry, PaddedEntry)
+_MAY_BE_STRICT_ABOUT = {
+    *(Status.WARM_UP, Status.CHANGED, Status.VALUE_READ),
+    *(Cause.ROWS_NOT_INDEPENDENT, Cause.POSITIONS_NOT_INDEPENDENT),
+}
+"""``strict`` does not raise for these reasons, because a capture may follow such steps."""
 
 
 def first_parameter(step: Step) -> str:
@@ -79,6 +87,7 @@ class StepRunner:
         step: The step method.
         as_it_is: What runs if the step is neither watched nor captured nor compared. None: the
             step.
+        padded: Pads batches. None: they run in their own shape.
     """
 
     def __init__(
@@ -88,6 +97,7 @@ class StepRunner:
         name: str,
         step: Step,
         as_it_is: Step | None = None,
+        padded: PaddedSteps | None = None,
     ) -> None:
         self._session = session
         self._stage = stage
@@ -97,6 +107,7 @@ class StepRunner:
         self._batch_name = first_parameter(step)
         self._dispatcher = session.target.dispatcher
         self._times = session.stats.timeline.rows
+        self._padded = padded
         self._compares_index = False
         """Whether a watched step has compared ``batch_idx``, so that guards look at it."""
 
@@ -133,21 +144,53 @@ class StepRunner:
                 args[0], stage=self._stage, dataloader_idx=loader, training=training
             )
         except UnkeyableBatchError as error:
-            return self._run_without_key(args, kwargs, loader, training, reason_of(error))
+            described = self._describe_with_objects(args[0], loader, training)
+            if described is None:
+                return self._run_without_key(args, kwargs, loader, training, reason_of(error))
+            fields, leaves = described
         plan = self._dispatcher.plan(self._state(fields, args[0]), leaves)
         if plan.action is Action.REPLAY:
-            assert plan.variant is not None and isinstance(plan.variant.entry, GraphEntry)  # noqa: PT018
-            if session.ranges.is_on:
-                with session.ranges.range("replay"):
-                    output = plan.variant.entry.replay(leaves, session.cache.step)
-            else:
-                output = plan.variant.entry.replay(leaves, session.cache.step)
-            plan.variant.entry.count()
-            seconds = perf_counter() - start
-            plan.variant.entry.took(seconds)
-            self._times.append((self._stage, Ran.REPLAY, seconds, None))
-            return output
+            return self._replay(plan, leaves, args[0], start)
         return self._run(plan, args, kwargs, leaves)
+
+    def _replay(self, plan: Plan, leaves: list[Any], batch: Any, start: float) -> Any:
+        session, variant = self._session, plan.variant
+        assert variant is not None and isinstance(variant.entry, _ENTRIES)  # noqa: PT018
+        times = None if variant.trial is None else self._step_times(start)
+        entry = variant.entry
+        if session.ranges.is_on:
+            with session.ranges.range("replay"):
+                output = entry.replay(leaves, session.cache.step, batch)
+        else:
+            output = entry.replay(leaves, session.cache.step, batch)
+        entry.count()
+        seconds = perf_counter() - start
+        entry.took(seconds)
+        self._times.append((self._stage, Ran.REPLAY, seconds, None))
+        if times is not None:
+            self._timed(plan, times, is_eager=False)
+        return output
+
+    def _describe_with_objects(
+        self, batch: Any, loader: int, training: tuple[bool, ...]
+    ) -> tuple[tuple[Any, ...], list[Any]] | None:
+        """Return the key of a batch with objects that the step may pass on; None if it may not."""
+        if not self._session.settings.runtime_policy.has_full_cudagraphs():
+            return None
+        try:
+            fields, leaves = describe_fields(
+                batch,
+                stage=self._stage,
+                dataloader_idx=loader,
+                training=training,
+                objects=True,
+            )
+        except UnkeyableBatchError:
+            return None
+        key = BatchDescriptor(*fields)
+        # a step without tensors in its batch takes them from the objects
+        is_read = self._session.changing_values.are_read(key) or key.batch_size is None
+        return None if is_read else (fields, leaves)
 
     def _run_without_key(
         self,
@@ -172,21 +215,36 @@ class StepRunner:
                 self._session.changing_values.note_repeat(state.descriptor)
             return state
         descriptor = BatchDescriptor(*fields) if state is None else state.descriptor
-        general = self._session.changing_values.without_changing_values(
-            descriptor, batch, state is not None
-        )
-        return self._dispatcher.state(general.fields, general)
+        values = self._session.changing_values
+        general = values.without_changing_values(descriptor, batch, state is not None)
+        if general is not descriptor:
+            for key in values.take_keys_before(general):
+                self._dispatcher.forget(key)
+        state = self._dispatcher.state(general.fields, general)
+        if self._padded is not None:
+            self._padded.begin(state, batch)
+        return state
 
     def _run(
         self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]
     ) -> Any:
-        descriptor, variant = plan.state.descriptor, plan.variant
         began = perf_counter()
+        length = self._session.stage_length
+        if length is not None and self._session.examples is None and len(args) > 1:
+            loader = plan.state.descriptor.dataloader_idx
+            left = length.steps_left(self._stage, loader, args[1])
+            plan = self._dispatcher.within(plan, left)
+        descriptor, variant = plan.state.descriptor, plan.variant
         if plan.action in (Action.CAPTURE, Action.VERIFY):
             call = GraphCall(descriptor, self._invoke, args[0], leaves, args[1:], kwargs)
             with self._session.ranges.range(plan.action.name.lower()):
-                outcome = self._session.target.run(self._name, plan, call)
+                if self._padded is not None and variant is not None and variant.padding is not None:
+                    outcome: Outcome | None = self._padded.run(plan, call)
+                else:
+                    outcome = self._session.target.run(self._name, plan, call)
             assert variant is not None
+            if variant.reason is not None and variant.reason.kind is Status.VALUE_READ:
+                self._session.changing_values.note_read(descriptor)
             if variant.mode is not FULL:
                 self._session.find_submodules(descriptor, variant, plan.state.warmup_runs)
             if outcome is None and variant.mode is PIECEWISE:
@@ -197,10 +255,14 @@ class StepRunner:
             outcome = self._run_piecewise(plan, args, kwargs)
         elif plan.action is Action.WATCH:
             outcome = self._watch(plan, args, kwargs)
+        elif plan.action is Action.WARM_UP:
+            outcome = self._warm_up(plan, args, kwargs)
+        elif plan.action is Action.TRIAL:
+            outcome = self._run_in_trial(plan, args, kwargs)
         else:
-            if plan.action is Action.WARM_UP:
-                self._dispatcher.ran_eagerly(plan.state)
-            outcome = self._run_eagerly(descriptor, args, kwargs, plan.reason)
+            # without a key, submodules look at nothing
+            seen = descriptor if variant is None or variant.modes else None
+            outcome = self._run_eagerly(seen, args, kwargs, plan.reason)
         seconds, how = perf_counter() - began, _how(plan.action, outcome)
         if plan.action is Action.WARM_UP:
             self._host_time(NONE, descriptor).add(seconds)
@@ -211,6 +273,8 @@ class StepRunner:
         return self._step(batch, *args, **kwargs)
 
     def _watch(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
+        padded = self._padded
+        padding = None if padded is None else padded.padding_of(plan.state, args[0])
         step = functools.partial(self._step, args[0], **kwargs)
         context = ForwardContext(NONE, plan.state.descriptor, StepInProgress())
         with override_forward_context(context), self._session.ranges.range("watch"):
@@ -219,7 +283,10 @@ class StepRunner:
             self._compares_index = True
             self._session.arguments[BATCH_INDEX] = args[1]
         session = self._session
-        session.watched(plan, watched)
+        if padded is None:
+            session.watched(plan, watched)
+        else:
+            padded.watched(plan, watched, padding)
         if (
             session.examples is not None
             and (watched.may_be_full_next_time or not session.full_reason(plan.state, watched))
@@ -231,13 +298,47 @@ class StepRunner:
             ahead.run(session.examples, loader, args[1:], kwargs)
         return Outcome(output, NONE, plan.reason)
 
+    def _warm_up(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
+        self._dispatcher.ran_eagerly(plan.state)
+        if not self._session.must_save_time:
+            return self._run_eagerly(plan.state.descriptor, args, kwargs, plan.reason)
+        times = self._step_times(perf_counter())
+        outcome = self._run_eagerly(plan.state.descriptor, args, kwargs, plan.reason)
+        times.stop()
+        plan.state.warm_up_times.append(times)
+        return outcome
+
+    def _run_in_trial(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
+        """Run eagerly a step that has a graph, or whose submodules have graphs."""
+        times = self._step_times(perf_counter())
+        outcome = self._run_eagerly(None, args, kwargs, plan.reason, times)
+        self._timed(plan, times, is_eager=True)
+        return outcome
+
+    def _step_times(self, began: float) -> StepTimes:
+        return StepTimes(self._session.backend.stopwatch, began)
+
+    def _timed(self, plan: Plan, times: StepTimes, is_eager: bool) -> None:
+        """Hand the time of a step that has just run to its trial."""
+        times.stop()
+        assert plan.variant is not None and plan.variant.trial is not None  # noqa: PT018
+        plan.variant.trial.add(times, is_eager)
+        self._session.settle(plan)
+
     def _run_piecewise(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
         assert plan.variant is not None
         progress = StepInProgress()
+        if plan.variant.padding is not None:
+            progress.batch = args[0]
         context = ForwardContext(PIECEWISE, plan.state.descriptor, progress)
         start = perf_counter()
+        if plan.variant.trial is not None:
+            progress.times = self._step_times(start)
         with override_forward_context(context):
             output = self._step(*args, **kwargs)
+        seconds, reason = perf_counter() - start, plan.variant.reason
+        if progress.times is not None and progress.graphs and progress.is_warm:
+            self._timed(plan, progress.times, is_eager=False)
         if progress.misses:
             plan.state.miss = progress.misses[0]
         if progress.graphs:
@@ -246,11 +347,11 @@ class StepRunner:
                 if time is None:
                     time = plan.variant.time = self._host_time(PIECEWISE, plan.state.descriptor)
                 time.steps += 1
-                time.seconds += perf_counter() - start
-            return Outcome(output, PIECEWISE, plan.variant.reason)
+                time.seconds += seconds
+            return Outcome(output, PIECEWISE, reason)
         reasons = list(dict.fromkeys(progress.reasons.values()))
         if not reasons:
-            return Outcome(output, NONE, plan.variant.reason or _NO_WARM_TARGET)
+            return Outcome(output, NONE, reason or _NO_WARM_TARGET)
         if len(reasons) == 1:
             return Outcome(output, NONE, reasons[0])
         text = "; ".join(map(str, reasons))
@@ -262,8 +363,11 @@ class StepRunner:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         reason: Reason | None,
+        times: StepTimes | None = None,
     ) -> Outcome:
-        with override_forward_context(ForwardContext(NONE, descriptor, StepInProgress())):
+        progress = StepInProgress()
+        progress.times = times
+        with override_forward_context(ForwardContext(NONE, descriptor, progress)):
             return Outcome(self._as_it_is(*args, **kwargs), NONE, reason)
 
     def _host_time(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> HostTime:
@@ -293,7 +397,7 @@ class StepRunner:
         record = None if variant is None else variant.record
         if (
             isinstance(record, StepsRecord)
-            and outcome.mode is PIECEWISE
+            and record.mode == outcome.mode.name
             and record.reason is outcome.reason
         ):
             record.steps += 1
@@ -303,7 +407,7 @@ class StepRunner:
         if outcome.mode is NONE:
             reason = reason or WARM_UP
         record = self._session.stats.ran(self._stage, outcome.mode.name, shapes, reason)
-        if variant is not None and outcome.mode is PIECEWISE:
+        if variant is not None:
             variant.record = record
 
     def _refuse(self, outcome: Outcome, reason: Reason, variant: Variant | None) -> None:

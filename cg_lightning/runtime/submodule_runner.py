@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from cg_lightning.core.reasons import WARM_UP, Reason, Status
 from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import Change
 from cg_lightning.modules.interception import Interception, ModuleHandler
-from cg_lightning.runtime.dispatcher import Action, KeyState, Miss, Plan, Variant
+from cg_lightning.report.stats import Saving
+from cg_lightning.runtime.dispatcher import Action, Entry, KeyState, Miss, Plan, Variant, no_gain
 from cg_lightning.runtime.profiling import Ranges
 from cg_lightning.runtime.target import GraphTarget, reason_of
 
@@ -52,7 +54,11 @@ class SubmoduleRunner(ModuleHandler):
         self._guards: dict[BatchDescriptor, list[GuardSet]] = defaultdict(list)
         self._changed: dict[BatchDescriptor, str] = {}
         self._refusals: dict[BatchDescriptor, Reason] = {}
+        self._calls: dict[BatchDescriptor, list[BatchDescriptor]] = {}
+        """The keys of the calls that watched steps made, by the key of the step."""
         self._interception: Interception | None = None
+        self._is_idle = False
+        """Whether no step uses its graphs any more, so that it is not intercepted."""
 
     @property
     def module(self) -> nn.Module:
@@ -70,15 +76,43 @@ class SubmoduleRunner(ModuleHandler):
             calls: The keys of its calls in that step.
             runs: Number of steps with this key so far.
         """
+        if self._is_idle:
+            self._is_idle = False
+            self.install()
         if not any(known.check() for known in self._guards[step]):
             self._guards[step].insert(0, guards)
-        for descriptor in calls:
+        self._calls[step] = list(calls)
+        for descriptor in self._calls[step]:
             state = self.target.dispatcher.state(descriptor.fields, descriptor)
             self.target.dispatcher.ran_before(state, runs)
 
     def refuse(self, step: BatchDescriptor, reason: Reason) -> None:
         """Run eagerly in steps with this key, unless another watched step allows it."""
         self._refusals[step] = reason
+
+    def note_saving(self, step: BatchDescriptor, saving: Saving) -> None:
+        """Store in the statistics what graphs save in steps with this key. The step has ended."""
+        for entry in self.target.dispatcher.entries_of(self._calls.get(step, ())):
+            assert isinstance(entry, GraphEntry)
+            entry.record.saved(saving)
+
+    def leave_alone(self, step: BatchDescriptor, saving: Saving) -> list[Entry]:
+        """Run eagerly in steps with this key from now on, because graphs do not save time.
+
+        Args:
+            step: The key of the step.
+            saving: The times of the calls of this submodule in a step.
+
+        Returns:
+            Graphs that the caller must drop, because no step uses them any more.
+        """
+        self._guards.pop(step, None)
+        self._refusals[step] = no_gain(saving, f"{self.name}: ")
+        if self._guards:
+            return []
+        self.remove()
+        self._is_idle = True
+        return self.target.dispatcher.entries()
 
     def begin_epoch(self) -> None:
         """Forget permissions whose large containers have changed."""
@@ -91,7 +125,7 @@ class SubmoduleRunner(ModuleHandler):
 
     def install(self) -> None:
         """Intercept the submodule from now on; idempotent."""
-        if self._interception is None:
+        if self._interception is None and not self._is_idle:
             self._interception = Interception(self.module, self)
 
     def remove(self) -> None:
@@ -105,7 +139,11 @@ class SubmoduleRunner(ModuleHandler):
     ) -> Any:
         """Run one call, from a graph if that is allowed."""
         context = current_forward_context()
-        if context is None or context.step is None or context.batch_descriptor is None:
+        if context is None or context.step is None:
+            return original(*args, **kwargs)
+        if context.step.times is not None:
+            return self._timed(context.step, original, args, kwargs)
+        if context.batch_descriptor is None:
             return original(*args, **kwargs)
         mode = context.cudagraph_runtime_mode
         if mode is CUDAGraphMode.FULL or torch.is_grad_enabled() or self._backend.is_capturing():
@@ -128,15 +166,34 @@ class SubmoduleRunner(ModuleHandler):
         plan = self._plan(state, key, step)
         if plan.action is Action.REPLAY:
             assert plan.variant is not None and isinstance(plan.variant.entry, GraphEntry)  # noqa: PT018
+            given = (args, kwargs)
             if self._ranges.is_on:
                 with self._ranges.range("replay"):
-                    output = plan.variant.entry.replay(leaves, self.target.cache.step)
+                    output = plan.variant.entry.replay(leaves, self.target.cache.step, given)
             else:
-                output = plan.variant.entry.replay(leaves, self.target.cache.step)
+                output = plan.variant.entry.replay(leaves, self.target.cache.step, given)
             plan.variant.entry.count()
             step.graphs += 1
             return output
         return self._run(plan, original, args, kwargs, leaves, step)
+
+    def _timed(
+        self,
+        step: StepInProgress,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run one call, and take its time. Calls inside of it are part of it."""
+        times, step.times = step.times, None
+        stopwatch = times.begin(perf_counter())
+        try:
+            output = self.on_call(original, args, kwargs)
+        finally:
+            step.times = times
+        stopwatch.stop()
+        times.pieces[self].append(stopwatch)
+        return output
 
     def _plan(self, state: KeyState, key: BatchDescriptor, step: StepInProgress) -> Plan:
         if not self.target.guard.check():

@@ -11,7 +11,12 @@ from torch import nn
 from cg_lightning.capture.capture import Capturer, CaptureTarget, GraphCall
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.core.causes import Cause
-from cg_lightning.core.errors import CaptureError, StateLeftError, UnkeyableBatchError
+from cg_lightning.core.errors import (
+    CaptureError,
+    StateLeftError,
+    UnkeyableBatchError,
+    ValueReadError,
+)
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.diagnosis.watched_step import WatchedStep
@@ -32,6 +37,8 @@ def reason_of(error: Exception, prefix: str = "") -> Reason:
         kind = Status.NO_KEY
     elif isinstance(error, StateLeftError):
         kind = Cause.STATE_REBOUND
+    elif isinstance(error, ValueReadError):
+        kind = Status.VALUE_READ
     return Reason(kind, f"{prefix}{error}")
 
 
@@ -70,6 +77,7 @@ class GraphTarget:
             settings.warmup_steps,
             settings.next_verification,
             watches=mode is CUDAGraphMode.FULL,
+            least_steps=settings.verify_replays + 2,
         )
         self._settings = settings
         self._capturer = capturer
@@ -90,7 +98,7 @@ class GraphTarget:
         """
         variant = plan.variant
         assert variant is not None
-        target = self._capture_target(name, plan, call)
+        target = self.capture_target(name, plan, call)
         get_entry = functools.partial(self._get_entry, target, plan, call)
         prefix = f"{name}: " if self.mode is CUDAGraphMode.PIECEWISE else ""
         if plan.action is Action.CAPTURE and self._settings.next_verification(0) != 0:
@@ -99,7 +107,7 @@ class GraphTarget:
             except (CaptureError, UnkeyableBatchError) as error:
                 self.dispatcher.refused(variant, reason_of(error, prefix))
                 return None
-            output = entry.replay(call.leaves, self.cache.step)
+            output = entry.replay(call.leaves, self.cache.step, call.tree)
             entry.count()
             return Outcome(output, self.mode)
         verdict = self._verifier.check(target, call, get_entry, self.cache.step)
@@ -129,13 +137,14 @@ class GraphTarget:
         """
         assert plan.variant is not None
         try:
-            self._get_entry(self._capture_target(name, plan, call), plan, call)
+            self._get_entry(self.capture_target(name, plan, call), plan, call)
         except (CaptureError, UnkeyableBatchError) as error:
             return reason_of(error)
         self.dispatcher.captured_ahead(plan.variant)
         return None
 
-    def _capture_target(self, name: str, plan: Plan, call: GraphCall) -> CaptureTarget:
+    def capture_target(self, name: str, plan: Plan, call: GraphCall) -> CaptureTarget:
+        """Return what a capture and a comparison need to know about the target of a call."""
         variant = plan.variant
         assert variant is not None
         return CaptureTarget(
@@ -148,6 +157,7 @@ class GraphTarget:
             plan.state.ledger.why,
             variant.path.reads if isinstance(variant.path, ReadPath) else [],
             variant.watched.late if isinstance(variant.watched, WatchedStep) else (),
+            isinstance(variant.watched, WatchedStep) and variant.watched.fills_batch,
         )
 
     def _report(self, name: str, call: GraphCall, verdict: Verdict) -> Reason:

@@ -5,23 +5,32 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from cg_lightning.backends import GraphBackend
 from cg_lightning.capture.capture import CaptureTarget, GraphCall, WrittenTensors
-from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.core.equality import close_leaf, same_leaf
 from cg_lightning.core.errors import CaptureError, UnkeyableBatchError
 from cg_lightning.core.tree import flatten, leaf_paths
 from cg_lightning.effects.module_effects import Comparison
 from cg_lightning.effects.step_state import StepState
+from cg_lightning.report.stats import EntryRecord
 
 _LIKELY_CAUSE = (
     "The graph has most likely frozen a Python value, one that a library keeps for "
     "instance, or reads memory that has moved"
 )
+
+
+class Replayed(Protocol):
+    """A graph, as a comparison sees it."""
+
+    record: EntryRecord
+
+    def replay(self, leaves: list[Any], step: int, tree: Any = None) -> Any:
+        """Run the step for a batch with these leaves from its graph."""
 
 
 class Verdict(NamedTuple):
@@ -88,7 +97,7 @@ class Verifier:
         self,
         target: CaptureTarget,
         call: GraphCall,
-        get_entry: Callable[[], GraphEntry],
+        get_entry: Callable[[], Replayed],
         step: int,
     ) -> Verdict:
         """Run the call both ways.
@@ -107,6 +116,18 @@ class Verifier:
         )
         with comparing as comparison:
             return self._compare(target, call, comparison, get_entry, step)
+
+    def difference(self, found: Any, expected: Any) -> str:
+        """Return the first leaf of an output that differs from eager's; empty if none does."""
+        leaves, structure = flatten(found)
+        wanted, wanted_structure = flatten(expected)
+        if structure != wanted_structure:
+            return "the output has other containers than eager's"
+        paths = leaf_paths(expected, "output")
+        for path, one, other in zip(paths, leaves, wanted, strict=True):
+            if not self._is_same(one, other):
+                return f"{path} is {_show(one)} from the graph, {_show(other)} from eager"
+        return ""
 
     def _run_eagerly(self, call: GraphCall, comparison: Comparison | None) -> Any:
         with self._as_written():
@@ -130,7 +151,7 @@ class Verifier:
         target: CaptureTarget,
         call: GraphCall,
         comparison: Comparison | None,
-        get_entry: Callable[[], GraphEntry],
+        get_entry: Callable[[], Replayed],
         step: int,
     ) -> Verdict:
         before = self._state(target, call)
@@ -139,7 +160,7 @@ class Verifier:
         # a graph writes to its own copies
         if not all(same_leaf(leaf, value) for leaf, value in given):
             return Verdict(expected, "it changes a tensor that it is given")
-        if before.containers.changed():
+        if before.containers.changed() and not target.fills_batch:
             return Verdict(expected, "it changes a container that it is given")
         expected_values = _values(before, comparison)
         after_eager = self._state(target, call)
@@ -149,7 +170,7 @@ class Verifier:
         except (CaptureError, UnkeyableBatchError) as error:
             after_eager.restore()
             return Verdict(expected, error=error)
-        output = entry.replay(call.leaves, step)
+        output = entry.replay(call.leaves, step, call.tree)
         wanted = _leaves(expected, expected_values)
         found = _leaves(output, _values(before, comparison))
         if len(wanted) != len(found):

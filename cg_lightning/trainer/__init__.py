@@ -10,6 +10,7 @@
 - ``loggers.py``: sends numbers to the loggers of a Trainer.
 - ``preconditions.py``: conditions that are checked before the first batch.
 - ``progress.py``: a bar for captures ahead, of the same kind as the bar of the Trainer.
+- ``stage_length.py``: the number of batches that a Trainer runs in a stage.
 - ``training.py``: intercepts the closures of training, and restores them.
 - ``training_step.py``: the part of a closure that a graph holds, and the part that follows it.
 """

@@ -14,8 +14,12 @@ from lightning.pytorch.strategies import Strategy
 from cg_lightning.backends import CapturedGraph
 from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.core.stages import STEP_METHODS
+from cg_lightning.padding.padder import Padder
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.timeline import Ran
+from cg_lightning.runtime.padded_pieces import PaddedPieces
+from cg_lightning.runtime.padded_steps import PaddedSteps
+from cg_lightning.runtime.seen_shapes import hint
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner
 from cg_lightning.trainer.batch_transfer import NotedTransfer, OverlappedTransfer
@@ -75,6 +79,10 @@ class Installation:
         """Return the stored graphs of one mode."""
         return self.session.graphs(mode)
 
+    def hint(self, stage: str) -> str:
+        """Return what to say about the shapes of a stage; empty if nothing."""
+        return hint(self.session, stage)
+
     def remove(self, check: bool = True) -> None:
         """Restore the step; idempotent. ``check`` is as in :meth:`Session.remove`."""
         if self._stage is not None:
@@ -101,8 +109,20 @@ class Installation:
             self.session.close()
             self._runners.clear()
             self._definitions.clear()
-        self._runners[stage] = StepRunner(self.session, stage, name, _step(self.module, name))
+        step = _step(self.module, name)
+        padded = self._padded_steps(stage, name, step)
+        self._runners[stage] = StepRunner(self.session, stage, name, step, padded=padded)
         self._definitions[stage] = definition
+
+    def _padded_steps(self, stage: str, name: str, step: Callable[..., Any]) -> PaddedSteps | None:
+        settings = self.session.settings
+        if not settings.pads:
+            return None
+        padder = Padder(settings.capture_sizes or (), settings.pad_rules)
+        has_pieces = settings.runtime_policy.has_piecewise_cudagraphs()
+        pieces = PaddedPieces(self.session, stage) if has_pieces else None
+        is_whole = stage == "predict"  # other steps reduce over the batch
+        return PaddedSteps(self.session, stage, name, step, padder, is_whole, pieces)
 
     def _run_step(self, stage: str, *args: Any, **kwargs: Any) -> Any:
         """Do what ``Strategy.validation_step`` does."""
@@ -150,6 +170,10 @@ class InertInstallation:
         """Return an empty list, because there are no graphs."""
         return []
 
+    def hint(self, stage: str) -> str:
+        """Return nothing: no shape would run from a graph."""
+        return ""
+
     def remove(self) -> None:
         """Restore the step; idempotent."""
         if self._stage is not None:
@@ -187,9 +211,12 @@ class _StandIn:
 
 def _definition(module: LightningModule, name: str) -> Any:
     """Return the definition of a method, because bound methods are new objects at each access."""
-    if name in vars(module):
-        return vars(module)[name]
-    return next((vars(cls)[name] for cls in type(module).__mro__ if name in vars(cls)), None)
+    if name in module.__dict__:
+        return module.__dict__[name]
+    for cls in type(module).__mro__:  # each step comes here, and a generator takes three times
+        if name in cls.__dict__:
+            return cls.__dict__[name]
+    return None
 
 
 def _step(module: LightningModule, name: str) -> Callable[..., Any]:

@@ -24,7 +24,7 @@ from cg_lightning.modules.attributes import (
     values_of_classes,
 )
 from cg_lightning.modules.interception import Interception, ModuleHandler, can_intercept
-from cg_lightning.modules.kinds import is_metric, is_user_class, is_user_module
+from cg_lightning.modules.kinds import is_metric, is_user_class, is_user_module, is_value_of_class
 
 
 class AttributeReads(Detector):
@@ -108,7 +108,7 @@ class _Attributes:
             return []
         path, inside = f"{self._prefix}{name}", list[Source]()
         value = vars(module).get(name) if cls is None else vars(cls)[name]
-        if not (is_plain_value(value) or (cls is not None and hasattr(type(value), "__get__"))):
+        if not is_plain_value(value) and (cls is None or is_value_of_class(value)):
             try:
                 contents = look_into(value, path)
                 inside = sources_in(hidden_modules(self._watch, contents.modules), path)

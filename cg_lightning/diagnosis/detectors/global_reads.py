@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.clocks import caller_of, clock_in_c, clock_in_python
 from cg_lightning.diagnosis.detector import Detector
-from cg_lightning.diagnosis.findings import AT_THE_END, is_step_calling
+from cg_lightning.diagnosis.findings import AT_THE_END, NOT_YOURS, is_step_calling
 from cg_lightning.diagnosis.functions import (
+    FoundFunctions,
     codes_inside,
     find_functions,
     is_running,
@@ -24,6 +25,7 @@ from cg_lightning.diagnosis.functions import (
 )
 from cg_lightning.diagnosis.hidden_modules import hidden_modules, opaque_in, sources_in
 from cg_lightning.diagnosis.module_state import ModuleState
+from cg_lightning.diagnosis.profilers import paused_profiler
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.sources import Source
@@ -36,6 +38,7 @@ _FUNCTIONS = (types.FunctionType, classmethod, staticmethod, property)
 
 _CLASS_OF = frozenset({"type", "__class__"})
 """How a function asks for the class of an object."""
+_LOOK_AT_ANYTHING = frozenset({"type", "id", "suppress", "eval", "exec"})
 _GENERATED = "<string>"
 """The file of methods that dataclasses and named tuples make."""
 
@@ -44,8 +47,7 @@ class GlobalReads(Detector):
     """Notes the globals that the user's functions name, and what these functions hold.
 
     A function holds what it has closed over, its defaults and its attributes. What the step changes
-    of all that is reported, and so is what nobody can look into, clocks included. If something else
-    profiles the thread, it sees nothing.
+    of all that is reported, and so is what nobody can look into, clocks included.
     """
 
     causes = (Cause.STATE_REBOUND, Cause.OPAQUE)
@@ -70,18 +72,29 @@ class GlobalReads(Detector):
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
-        if sys.getprofile() is None:
-            sys.setprofile(self._on_event)
-        try:
-            yield
-        finally:
-            if sys.getprofile() == self._on_event:
-                sys.setprofile(None)
+        with paused_profiler() as left:
+            if left is None:
+                sys.setprofile(self._on_event)
+            try:
+                yield
+            finally:
+                if sys.getprofile() == self._on_event:
+                    sys.setprofile(None)
+        if left is not None:
+            self.watch.report(
+                Cause.OPAQUE,
+                f"a profiler that cannot be paused ({left}) hides what functions hold",
+                location=NOT_YOURS,
+                module="",
+                calls=self.watch.calls(),
+            )
         for key, problems in self._problems.items():
             for cause, words, location in problems:
                 self._report(key, cause, words, location)
         for key, (source, value, contents) in self._before.items():
-            if not (is_same_value(value, source.value()) and contents.all_hold()):
+            with self.watch.paused():
+                now = source.value()
+            if not (is_same_value(value, now) and contents.all_hold()):
                 self._report(key, Cause.STATE_REBOUND, _words(source), AT_THE_END)
             for state in self._modules.get(key, ()):
                 with self.watch.paused():
@@ -136,16 +149,17 @@ class GlobalReads(Detector):
         code = frame.f_code
         if not is_user_file(code.co_filename) or self.watch.is_paused:
             return _Code(code, "", [], [], clock_in_python(code), asks_for_class=False)
-        functions: list[FunctionType] = []
-        caches: list[Any] = []
+        found = FoundFunctions([], [], [])
         if code.co_filename != _GENERATED:
-            functions, caches = find_functions(frame, id(code) in self._made_here)
+            found = find_functions(frame, id(code) in self._made_here)
         self._made_here.update(map(id, codes_inside(code)))
+        if _may_use_unseen(code):
+            self.watch.note_unseen_use(f"{code.co_filename}:{code.co_firstlineno}")
         location = f"{code.co_filename}:{code.co_firstlineno}"
-        sources = [*_sources_of(frame), *map(source_of_cache, caches)]
+        sources = [*_sources_of(frame), *map(source_of_cache, found.caches), *found.places]
         for source in sources:
             self._remember(source, location)
-        held = [(function, _sources_held_by(function)) for function in functions]
+        held = [(function, _sources_held_by(function)) for function in found.functions]
         asks = not _CLASS_OF.isdisjoint(code.co_names)
         return _Code(code, location, sources, held, "", asks_for_class=asks)
 
@@ -183,7 +197,8 @@ class GlobalReads(Detector):
         key = source.key
         if key in self._before or key in self._problems:
             return
-        value = source.value()
+        with self.watch.paused():  # to look at a module is no read of the step's
+            value = source.value()
         try:
             contents = look_into(value, source.path)
             modules = hidden_modules(self.watch, contents.modules) if contents.modules else []
@@ -244,7 +259,8 @@ def _sources_in(namespace: Any, path: str, names: tuple[str, ...], seen: set[int
             if id(value) not in seen and _is_users_namespace(value):
                 found += _sources_in(value, f"{path}.{name}", names, seen)
         elif holder is not None and isinstance(value, types.FunctionType):
-            found += _attributes_of_function(value)
+            place = holder if isinstance(holder, type) else vars(holder)
+            found += [Source(place, name, f"{path}.{name}"), *_attributes_of_function(value)]
         elif holder is not None and not isinstance(value, _FUNCTIONS):
             owner = holder.__name__ if isinstance(holder, type) else path
             found.append(Source(holder, name, f"{owner}.{name}"))
@@ -275,6 +291,14 @@ def _attributes_of_function(function: FunctionType) -> list[Source]:
     return [source_of_attributes(function)]
 
 
+def _may_use_unseen(code: CodeType) -> bool:
+    """Whether a function may handle an error, or looks at objects without asking them."""
+    if not _LOOK_AT_ANYTHING.isdisjoint(code.co_names):
+        return True
+    names = [step.opname for step in dis.get_instructions(code)]
+    return names.count("PUSH_EXC_INFO") > names.count("WITH_EXCEPT_START")
+
+
 def _sources_of(frame: FrameType) -> list[Source]:
     """What a function of the user's may read: globals that it names, and attributes of them."""
     code, namespace = frame.f_code, frame.f_globals
@@ -288,7 +312,7 @@ def _sources_of(frame: FrameType) -> list[Source]:
                 path = value.__name__ if isinstance(value, type) else name
                 found += _sources_in(value, path, _names_in(code), set())
         elif isinstance(value, types.FunctionType):
-            found += _attributes_of_function(value)
+            found += [Source(namespace, name, name), *_attributes_of_function(value)]
         elif name in namespace and not isinstance(value, _FUNCTIONS):
             found.append(Source(namespace, name, name))
     return found

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import types
 from contextlib import AbstractContextManager
+from typing import Any
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import NOT_YOURS
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.modules.attributes import global_hooks, hooks_of, profiler_of
+from cg_lightning.modules.kinds import is_user_file
+
+_OUTPUT_CAPTURING = "transformers.utils.output_capturing"
+"""Its hooks fill a list of the call that is under way."""
 
 
 class ForwardHooks(Detector):
     """Reports called modules that have forward hooks; global hooks belong to every module.
 
     Hooks that a profiler adds are told apart: the user's line did not add them.
+
+    A graph of the whole step runs hooks when it is captured, like the code around them. So a hook
+    whose code the other detectors see is no obstacle to it. The graph of a submodule would skip it.
     """
 
     causes = (Cause.FORWARD_HOOK, Cause.PROFILER_HOOK)
@@ -30,5 +39,22 @@ class ForwardHooks(Detector):
             for name in sorted(profilers - {""}):
                 self.watch.report(Cause.PROFILER_HOOK, name, location=NOT_YOURS)
             if "" in profilers:
-                self.watch.report(Cause.FORWARD_HOOK, type(call.module).__name__)
+                self._report(call, tables)
         return contextlib.nullcontext()
+
+    def _report(self, call: ModuleCall, tables: list[dict[int, Any]]) -> None:
+        hooks = [hook for table in tables for hook in table.values()]
+        is_code_of_step = not call.hidden and not any(global_hooks())
+        is_code_of_step &= all(map(self._is_code_of_step, hooks))
+        around = self.watch.only_for_submodules if is_code_of_step else contextlib.nullcontext
+        with around():
+            self.watch.report(Cause.FORWARD_HOOK, type(call.module).__name__)
+
+    def _is_code_of_step(self, hook: Any) -> bool:
+        """Whether all that a hook reads and changes is seen, as for other functions of the step."""
+        if isinstance(hook, types.MethodType):
+            is_of_module = any(hook.__self__ is module for _, module in self.watch.modules)
+            return is_of_module and self._is_code_of_step(hook.__func__)
+        if not isinstance(hook, types.FunctionType):
+            return False
+        return hook.__module__ == _OUTPUT_CAPTURING or is_user_file(hook.__code__.co_filename)

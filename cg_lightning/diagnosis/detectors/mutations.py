@@ -20,6 +20,7 @@ from cg_lightning.diagnosis.findings import AT_THE_END
 from cg_lightning.diagnosis.operands import addresses_in, written_tensors
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall, WrittenTensors
+from cg_lightning.effects.batch_entries import BatchEntries
 from cg_lightning.effects.containers import ContainersSnapshot
 from cg_lightning.guards.values import FrozenValues, addresses_of
 from cg_lightning.metrics.members import states_of
@@ -31,8 +32,7 @@ class Mutations(Detector):
     """Reports inputs that are changed in place, and notes all other tensors that are.
 
     The containers of the batch, and of the arguments of each call, are compared before and after: a
-    replay adds, replaces and removes no entries. One that returns such a container would return a
-    copy.
+    replay adds, replaces and removes no entries.
 
     Compiled code and kernels of the user's own show no operation, so tensors are compared with
     copies there. States of metrics do not count: they have effects of their own.
@@ -60,7 +60,9 @@ class Mutations(Detector):
         hidden = [child for inside in watch.hidden.values() for _, child in inside]
         copies_inside = _TensorCopies(self._persistent.of_attributes(hidden) if hidden else [])
         copies = _TensorCopies(watch.step.inputs)
-        with self._comparing_containers(watch.step, [("batch", watch.batch)]):
+        with watch.paused():
+            entries = BatchEntries(watch.batch)
+        with self._comparing_containers(watch.step, [("batch", watch.batch)], entries):
             yield
         self._add(copies_inside.changed(), "compiled code")
         if not any(finding.cause is Cause.INPUT_MUTATED for finding in watch.step.findings):
@@ -89,17 +91,20 @@ class Mutations(Detector):
                 words = f"{names[0]}, an attribute of its output"
                 self.watch.report(Cause.STATE_REBOUND, words, calls=[call])
         containers = self._containers.get(id(call))
-        if containers is None or isinstance(output, Tensor):
+        if containers is None or isinstance(output, Tensor) or call is self.watch.step:
             return
         with self.watch.paused():
             is_returned = containers.holds(output)
         if is_returned:
-            what = "a container of its arguments" if call.path else "a container of its batch"
+            what = "a container of its arguments"
             self.watch.report(Cause.INPUT_MUTATED, f"returns {what}", calls=[call])
 
     @contextlib.contextmanager
     def _comparing_containers(
-        self, call: ModuleCall, given: list[tuple[str, Any]]
+        self,
+        call: ModuleCall,
+        given: list[tuple[str, Any]],
+        entries: BatchEntries | None = None,
     ) -> Iterator[None]:
         if not given:
             yield
@@ -112,6 +117,11 @@ class Mutations(Detector):
             del self._containers[id(call)]
         with self.watch.paused():
             changed = containers.changed()
+            if changed and entries is not None and entries.are_only_set():
+                with entries.undone():
+                    changed = containers.changed()
+                if not changed:
+                    self.watch.note_batch_filled()
         if changed:
             self.watch.report(
                 Cause.INPUT_MUTATED, changed, location=AT_THE_END, module=call.path, calls=[call]

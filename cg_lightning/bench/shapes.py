@@ -1,0 +1,186 @@
+"""Batches of text whose lengths vary: padded graphs against eager and ``torch.compile``.
+
+``python -m cg_lightning.bench.shapes`` needs a GPU and transformers. With ``--backend recorder``
+and ``--layers 1`` it runs without a GPU, and its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import warnings
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
+
+from cg_lightning.backends import resolve_backend
+from cg_lightning.bench.cases import CASES, CLASSES, Logits
+from cg_lightning.callback import CUDAGraphCallback
+from cg_lightning.core.shape_proposal import SeenShape, ShapeProposal
+
+BATCH, SHORTEST, LONGEST, TOKENS = 8, 8, 128, 30522
+
+
+class TextClassifier(LightningModule):
+    """Classifies texts; logs the loss and the accuracy.
+
+    Args:
+        net: Maps ``input_ids`` and ``attention_mask`` to an object with ``logits``.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.accuracy = MulticlassAccuracy(CLASSES)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the logits."""
+        logits: Tensor = self.net(batch["input_ids"], batch["attention_mask"]).logits
+        return logits
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Log the loss and the accuracy."""
+        logits = self.predict_step(batch, batch_idx)
+        self.accuracy.update(logits, batch["labels"])
+        self.log("loss", nn.functional.cross_entropy(logits, batch["labels"]))
+        self.log("accuracy", self.accuracy)
+
+
+class Result(NamedTuple):
+    """What one contestant took and gave."""
+
+    seconds: float
+    """For the whole run: warm-ups, captures and checks included, compilation not."""
+    values: list[Tensor]
+    """Predictions or metrics."""
+
+
+def texts(number: int, device: torch.device) -> list[dict[str, Tensor]]:
+    """Return batches of 8 texts with lengths uniform in 8..128, padded to the longest.
+
+    Args:
+        number: Number of batches.
+        device: Where they are.
+    """
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(number):
+        lengths = torch.randint(SHORTEST, LONGEST + 1, (BATCH, 1), generator=generator)
+        mask = (torch.arange(int(lengths.max())) < lengths).long()
+        ids = torch.randint(1, TOKENS, mask.shape, generator=generator) * mask
+        labels = torch.randint(0, CLASSES, (BATCH,), generator=generator)
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        batches.append({name: tensor.to(device) for name, tensor in batch.items()})
+    return batches
+
+
+def run(
+    model: TextClassifier,
+    batches: list[Any],
+    stage: str,
+    callback: CUDAGraphCallback | None,
+    synchronize: Callable[[], None],
+) -> Result:
+    """Run one stage once.
+
+    Args:
+        model: The model.
+        batches: The batches.
+        stage: ``predict`` or ``validate``.
+        callback: The callback; None: eager, or compiled.
+        synchronize: Waits for the device.
+    """
+    trainer = Trainer(
+        accelerator=model.device.type if model.device.type == "cpu" else "gpu",
+        devices=1,
+        callbacks=[] if callback is None else [callback],
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    synchronize()
+    began = perf_counter()
+    if stage == "predict":
+        predictions: Any = trainer.predict(model, loader)
+        values = list(predictions)
+    else:
+        (metrics,) = trainer.validate(model, loader, verbose=False)
+        values = [torch.tensor(value) for value in metrics.values()]
+    synchronize()
+    return Result(perf_counter() - began, values)
+
+
+def settings_for(batches: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """Return the proposed settings of the callback for these batches."""
+    seen = [
+        SeenShape(tuple(batch), tuple(tuple(tensor.shape) for tensor in batch.values()))
+        for batch in batches
+    ]
+    return {"pad_dims": ShapeProposal(seen).pad_dims, "verify_tolerance": "close"}
+
+
+def main() -> None:
+    """Measure, and print one line for each stage and contestant, and the callback's summary."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batches", type=int, default=2000)
+    parser.add_argument("--layers", type=int, default=12, help="layers of the encoder")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    given = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    backend = resolve_backend(given.backend)
+    if backend is None:
+        raise SystemExit("There is no CUDA device; --backend recorder runs without one.")
+    net = CASES["bert_hf"].network()
+    assert isinstance(net, Logits)
+    classifier: Any = net.net
+    encoder = classifier.bert.encoder
+    encoder.layer = encoder.layer[: given.layers]
+    model = TextClassifier(classifier).to(backend.device).eval()
+    batches = texts(given.batches, backend.device)
+    settings = settings_for(batches)
+    print(f"{given.batches} batches, {settings}")
+    for stage in ("predict", "validate"):
+        run(model, batches[:20], stage, None, backend.synchronize)
+        model.to(backend.device)
+        eager = run(model, batches, stage, None, backend.synchronize)
+        contestants: dict[str, Result] = {"eager": eager}
+        if not given.no_compile:
+            compiled = copy.deepcopy(model).to(backend.device)
+            compiled.net = torch.compile(compiled.net, dynamic=True)  # type: ignore[assignment]
+            run(compiled, batches[:200], stage, None, backend.synchronize)
+            compiled.to(backend.device)
+            contestants["compile(dynamic)"] = run(
+                compiled, batches, stage, None, backend.synchronize
+            )
+        callback = CUDAGraphCallback(backend=given.backend, report=False, **settings)
+        model.to(backend.device)
+        contestants["padded graphs"] = run(model, batches, stage, callback, backend.synchronize)
+        for name, result in contestants.items():
+            difference = max(
+                float((one.cpu() - other.cpu()).abs().max())
+                for one, other in zip(result.values, eager.values, strict=True)
+            )
+            print(
+                f"{stage:9} {name:17} {1e6 * result.seconds / given.batches:8.0f} us a batch, "
+                f"{eager.seconds / result.seconds:.2f} x eager, differs by {difference:.1e}"
+            )
+        padded = callback.stats.padding
+        elements = sum(record.elements for record in padded)
+        share = 1 - elements / max(1, sum(record.padded_elements for record in padded))
+        graphs = sum(entry.captures for entry in callback.stats.entries)
+        print(f"{stage:9} {graphs} graphs, {share:.1%} padding\n{callback.summary()}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Settings of submodules (``eps``, ``p``, ``threshold``) that somebody sets during a stage.
+
+A network has hundreds of settings, so they are compared once a stage. Between two stages anything
+may change them. During a stage it is seen when one is set, and from then on the few that were set
+are compared before each replay.
+
+What is written to ``vars(layer)`` is seen by nobody, so it counts at the next stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.guards.sources import DerivedNamespace, Source, describe_change
+from cg_lightning.modules.attributes import is_same_value, names_of_frameworks, value_in_class
+from cg_lightning.modules.interception import Interception, ModuleHandler, can_intercept
+from cg_lightning.modules.kinds import is_metric, is_user_module, lightning_class
+
+
+class _Written(NamedTuple):
+    source: Source
+    before: Any
+    """The value before it was set for the first time."""
+
+
+_Key = tuple[int, str]
+"""The id of the module, and the name."""
+
+
+class _Class(DerivedNamespace):
+    """The class of a module, which is an attribute that is in no namespace."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def get(self, name: str, default: Any) -> Any:
+        """Return the class."""
+        return type(self._module)
+
+
+class WrittenSettings:
+    """Notes each setting that is set while :meth:`install` is in effect.
+
+    It looks at modules whose settings are part of a graph's guards, and at no others, so that what
+    runs eagerly pays nothing.
+    """
+
+    def __init__(self) -> None:
+        self.written: dict[_Key, _Written] = {}
+        self._modules: dict[int, tuple[str, nn.Module]] = {}
+        self._interceptions: dict[int, Interception] = {}
+        self._is_installed = False
+
+    def add(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+        """Look at some modules, which have these paths, from now on."""
+        for path, module in modules:
+            if _can_be_seen(module):
+                self._modules.setdefault(id(module), (path, module))
+        if self._is_installed:
+            self.install()
+
+    def install(self) -> None:
+        """Notice what is set from now on; idempotent."""
+        self._is_installed = True
+        for key, (path, module) in self._modules.items():
+            if key not in self._interceptions:
+                handler = _Handler(self.written, path, module)
+                self._interceptions[key] = Interception(module, handler)
+
+    def remove(self) -> None:
+        """Leave no trace in any module. What was noted is kept for the next stage."""
+        self._is_installed = False
+        for interception in self._interceptions.values():
+            interception.remove()
+        self._interceptions.clear()
+
+    def clear(self) -> None:
+        """Forget all modules and what was noted. Nothing made by :meth:`frozen` may be used."""
+        was_installed = self._is_installed
+        self.remove()
+        self._is_installed = was_installed
+        self._modules.clear()
+        self.written = {}
+
+    def contains(self, modules: Iterable[tuple[str, nn.Module]]) -> bool:
+        """Return whether it looks at all these modules, as far as it can."""
+        return all(id(module) in self._modules for _, module in modules if _can_be_seen(module))
+
+    def frozen(self, modules: Sequence[tuple[str, nn.Module]]) -> FrozenSettings:
+        """Return what compares settings of modules, which have these paths, with those of now."""
+        self.add(modules)
+        return FrozenSettings(self.written, [module for _, module in modules])
+
+
+def _can_be_seen(module: nn.Module) -> bool:
+    # Lightning itself sets attributes of a LightningModule all the time
+    return can_intercept(module) and lightning_class(type(module), "LightningModule") is None
+
+
+class FrozenSettings:
+    """Compares settings that were written with what they were when this was made.
+
+    Args:
+        written: All settings that were written until now, and that are from now on.
+        modules: The modules whose settings are compared.
+    """
+
+    def __init__(self, written: dict[_Key, _Written], modules: Iterable[nn.Module]) -> None:
+        self.written = written
+        """All settings that were written. As long as it is empty, all of them hold."""
+        self._modules = set(map(id, modules))
+        self._values = {key: each.source.value() for key, each in written.items()}
+
+    def add(self, modules: Iterable[nn.Module]) -> None:
+        """Compare settings of these modules as well."""
+        self._modules.update(map(id, modules))
+
+    def hold(self) -> bool:
+        """Return whether all settings have the values that they had."""
+        return not self.explain()
+
+    def explain(self) -> str:
+        """Return what has changed: ``self.net.drop.p: now 0.5, before 0.1``; empty if nothing."""
+        for key, (source, before) in self.written.items():
+            if key[0] in self._modules:
+                expected, now = self._values.get(key, before), source.value()
+                if not is_same_value(expected, now):
+                    return describe_change(source.path, now, expected)
+        return ""
+
+
+class _Handler(ModuleHandler):
+    """Notes the settings of one module that are set."""
+
+    def __init__(self, written: dict[_Key, _Written], path: str, module: nn.Module) -> None:
+        self._written = written
+        self._path = path
+        self._module = module
+
+    def on_write(self, name: str, value: Any) -> None:
+        """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
+        if (id(self._module), name) in self._written:
+            return
+        holder = _Class(self._module) if name == "__class__" else self._module
+        source = Source(holder, name, ".".join(filter(None, ["self", self._path, name])))
+        before = source.value()
+        if not is_same_value(before, value) and self._is_setting(name, value):
+            self._written[id(self._module), name] = _Written(source, before)
+
+    def _is_setting(self, name: str, value: Any) -> bool:
+        """Return whether an epoch compares it (``layer_settings`` in ``modules/attributes.py``)."""
+        module = self._module
+        if name == "__class__":
+            return True
+        if name in names_of_frameworks(module):
+            return False
+        if is_metric(module):
+            return is_plain_value(value) and not name.startswith("_")
+        return not is_user_module(module) or callable(value_in_class(type(module), name))

@@ -1,0 +1,81 @@
+"""The graph of a padded batch, as the batches of one smaller shape see it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from cg_lightning.capture.entry import GraphEntry
+from cg_lightning.padding.leaves import Fill, PaddedLeaves
+from cg_lightning.padding.output_cut import OutputCut
+from cg_lightning.report.stats import PaddingRecord
+
+
+class Guards(Protocol):
+    """The guards of the graph."""
+
+    def check(self) -> bool:
+        """Return True if all guarded values are unchanged."""
+
+
+class PaddedEntry:
+    """Runs the batches of one shape from the graph of the padded batch.
+
+    It owns neither the graph nor its memory: the key of the padded batch does.
+
+    Args:
+        graph: The graph of the padded batch.
+        guards: Its guards.
+        padding: How the batch is padded.
+        outputs: What its output is cut to.
+        record: The row in the statistics.
+        replays: What it counts from.
+    """
+
+    __slots__ = ("_graph", "_guards", "_outputs", "_record", "padding", "record", "replays")
+
+    def __init__(
+        self,
+        graph: GraphEntry,
+        guards: Guards,
+        padding: PaddedLeaves,
+        outputs: OutputCut,
+        record: PaddingRecord,
+        replays: int,
+    ) -> None:
+        self._graph = graph
+        self._guards = guards
+        self.padding = padding
+        self._outputs = outputs
+        self._record = record
+        self.record = graph.record
+        self.replays = replays
+        """Replays for this shape, and those of the graph that were compared before it."""
+
+    def is_valid(self) -> bool:
+        """Return True if the graph exists and its guards hold."""
+        return self._graph.is_valid() and self._guards.check()
+
+    def replay(
+        self, leaves: list[Any], step: int, tree: Any = None, fill: Fill = Fill.GIVEN
+    ) -> Any:
+        """Run the step for a batch from the graph of the padded batch.
+
+        Args:
+            leaves: The leaves of the batch.
+            step: The number of the current step.
+            tree: The batch. The graph only computes, so it needs none.
+            fill: What the padding is filled with.
+        """
+        padded = self.padding.pad(leaves, fill)
+        output = self._graph.replay(padded, step)
+        return self._outputs.cut(output, padded, leaves)
+
+    def count(self) -> None:
+        """Count a replay whose result is returned to the user."""
+        self.replays += 1
+        self.record.replays += 1
+        self._record.ran(self.padding.elements, self.padding.padded_elements)
+
+    def took(self, seconds: float) -> None:
+        """Add the host time of a step that was one replay, in seconds."""
+        self._graph.took(seconds)

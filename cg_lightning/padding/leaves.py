@@ -1,0 +1,114 @@
+"""The tensors of one shape of batch, padded: which, up to where, and with what."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Fill(enum.Enum):
+    """What padding is filled with."""
+
+    GIVEN = "rows: the last row again; other dimensions: the value of the settings"
+    OTHER = "mirrored values of the last row and of the first position; no other positions of masks"
+    """For the check that nothing depends on it."""
+    NAN = "rows of floats: NaN; all else as in OTHER"
+    """It spreads to whatever is computed of it."""
+
+
+class PaddedLeaf(NamedTuple):
+    """One tensor of a batch that is padded."""
+
+    real: tuple[int, ...]
+    """Its shape."""
+    padded: tuple[int, ...]
+    """The shape that it is padded to."""
+    values: Mapping[int, bool | int | float]
+    """What the padding of each dimension but the first is filled with."""
+
+    def pad(self, tensor: Tensor, fill: Fill) -> Tensor:
+        """Return a new tensor of the padded shape. All of its padding is written."""
+        order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+        new = torch.empty_permuted(self.padded, order, dtype=tensor.dtype, device=tensor.device)
+        new[tuple([slice(size) for size in self.real])] = tensor
+        other = tensor if fill is Fill.GIVEN else _mirrored(tensor)
+        is_varied = fill is not Fill.GIVEN and not _is_mask(tensor)
+        for dim, value in self.values.items():
+            size = self.real[dim]
+            padding = new.narrow(dim, size, self.padded[dim] - size)
+            padding.fill_(value)
+            if is_varied:
+                part = padding[tuple([slice(each) for each in self._without(dim)])]
+                part.copy_(other.narrow(dim, 0, 1).expand_as(part))
+        rows = self.real[0]
+        if rows < self.padded[0]:
+            new[rows:] = new[rows - 1]
+            if fill is not Fill.GIVEN:
+                part = new[rows:][tuple([slice(size) for size in self._without(0)])]
+                part.copy_(other[rows - 1].expand_as(part))
+                if fill is Fill.NAN and tensor.is_floating_point():
+                    part.fill_(float("nan"))
+        return new
+
+    def _without(self, dim: int) -> list[int | None]:
+        return [None if each == dim else size for each, size in enumerate(self.real)]
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    """Return True if only 0 and 1 occur: another value in the padding would mean another batch."""
+    return tensor.dtype is torch.bool or bool(((tensor == 0) | (tensor == 1)).all())
+
+
+def _mirrored(tensor: Tensor) -> Tensor:
+    """Return values that the tensor may have, in other places. Those of floats lie outside it."""
+    if tensor.is_complex():
+        return -2 * tensor
+    if tensor.dtype is torch.bool:
+        return tensor ^ (tensor.any() & ~tensor.all())
+    mirrored = tensor.amin() + (tensor.amax() - tensor)
+    return 4 * mirrored + 1 if tensor.is_floating_point() else mirrored
+
+
+class PaddedLeaves:
+    """How the batches of one shape are padded.
+
+    Args:
+        leaves: The tensors that are padded, by their place among the leaves of the batch.
+        elements: Elements of all tensors of the batch.
+    """
+
+    def __init__(self, leaves: dict[int, PaddedLeaf], elements: int) -> None:
+        self._leaves = leaves
+        changed = leaves.values()
+        self.has_rows = any(leaf.real[0] < leaf.padded[0] for leaf in changed)
+        """Whether dimension 0 is padded."""
+        self.has_positions = any(leaf.real[1:] != leaf.padded[1:] for leaf in changed)
+        """Whether another dimension is padded."""
+        self.elements = elements
+        """Elements of all tensors of a batch."""
+        self.padded_elements = elements + sum(
+            _product(leaf.padded) - _product(leaf.real) for leaf in changed
+        )
+        """Elements of all tensors of a padded batch."""
+
+    def pad(self, leaves: Sequence[Any], fill: Fill = Fill.GIVEN) -> list[Any]:
+        """Return the leaves of the padded batch. Leaves that are not padded are the same."""
+        padded = list(leaves)
+        for index, leaf in self._leaves.items():
+            padded[index] = leaf.pad(leaves[index], fill)
+        return padded
+
+    def pad_some(self, leaves: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Return some leaves of the padded batch, by their place."""
+        return {
+            index: self._leaves[index].pad(tensor, Fill.GIVEN) if index in self._leaves else tensor
+            for index, tensor in leaves.items()
+        }
+
+
+def _product(shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel()

@@ -1,0 +1,60 @@
+"""Cuts the output for a padded batch to what eager gives for the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cg_lightning.capture.outputs import copy_with_strides
+from cg_lightning.capture.static_inputs import overlaps_itself
+from cg_lightning.core.tree import flatten, rebuild
+
+
+class OutputCut:
+    """Shapes and strides of an eager output: what the output for a padded batch is cut to.
+
+    Args:
+        output: The output of eager, for a batch that was not padded.
+    """
+
+    def __init__(self, output: Any) -> None:
+        leaves, self.structure = flatten(output)
+        self._layouts = [
+            (tuple(leaf.shape), leaf.stride()) if isinstance(leaf, Tensor) else None
+            for leaf in leaves
+        ]
+
+    def cut(self, output: Any, padded: Sequence[Any], real: Sequence[Any]) -> Any:
+        """Return the output for the batch. What cannot be cut to its shape stays as it is.
+
+        Args:
+            output: The output for the padded batch.
+            padded: The leaves of the padded batch.
+            real: The leaves of the batch: an output that is one of them is returned as it is.
+        """
+        leaves, structure = flatten(output)
+        if structure != self.structure:
+            return output
+        given = {id(one): other for one, other in zip(padded, real, strict=True)}
+        done: dict[int, Any] = {}  # a tensor that occurs twice stays one tensor
+        cut = []
+        for leaf, layout in zip(leaves, self._layouts, strict=True):
+            if isinstance(leaf, Tensor) and layout is not None:
+                if id(leaf) not in done:
+                    done[id(leaf)] = given[id(leaf)] if id(leaf) in given else _cut(leaf, *layout)
+                leaf = done[id(leaf)]
+            cut.append(leaf)
+        return rebuild(output, iter(cut))
+
+
+def _cut(tensor: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    if tensor.shape == shape or tensor.dim() != len(shape):
+        return tensor
+    if any(size > there for size, there in zip(shape, tensor.shape, strict=True)):
+        return tensor
+    part = tensor[tuple([slice(size) for size in shape])]
+    new = torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device)
+    return copy_with_strides(part) if overlaps_itself(new) else new.copy_(part)

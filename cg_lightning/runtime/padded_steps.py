@@ -1,0 +1,331 @@
+"""Steps whose batches are padded up to a size that is captured."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from cg_lightning.capture.capture import GraphCall
+from cg_lightning.capture.entry import GraphEntry
+from cg_lightning.core.causes import Cause
+from cg_lightning.core.descriptor import BatchDescriptor, describe_fields
+from cg_lightning.core.equality import same_leaf
+from cg_lightning.core.errors import CaptureError, NotIndependentError, UnkeyableBatchError
+from cg_lightning.core.modes import CUDAGraphMode
+from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.core.tree import flatten, rebuild
+from cg_lightning.diagnosis.watched_step import WatchedStep
+from cg_lightning.host_values.path import ReadPath
+from cg_lightning.padding.entry import PaddedEntry
+from cg_lightning.padding.leaves import Fill, PaddedLeaves
+from cg_lightning.padding.output_cut import OutputCut
+from cg_lightning.padding.padder import Padder
+from cg_lightning.padding.path import PaddedPath
+from cg_lightning.runtime.ahead import CaptureAhead
+from cg_lightning.runtime.dispatcher import KeyState, Plan, Unguarded, Variant
+from cg_lightning.runtime.outcome import Outcome
+from cg_lightning.runtime.session import Session
+from cg_lightning.runtime.target import reason_of
+from cg_lightning.runtime.verifier import Verdict
+
+IN_PIECES = Reason(
+    Status.PADDED_IN_PIECES,
+    "not padded as a whole, since it may reduce over its batch: its submodules are",
+)
+
+
+class Pieces(Protocol):
+    """Submodules that can be padded where the step around them is not."""
+
+    def are_known(self) -> bool:
+        """Return True if a step has shown them."""
+
+    def add(self, watched: WatchedStep) -> bool:
+        """Pad the submodules of a watched step. Return False if there are none."""
+
+
+class PaddedSteps:
+    """Runs steps of one stage from graphs of padded batches.
+
+    The shape of a batch keeps its own key: its step is watched, so its guards and host values are
+    known. Instead of a graph of its own, the key uses that of the padded batch, which is captured
+    ahead, with all state put back. For each shape, the graph is compared with eager on a real
+    batch, with several paddings.
+
+    Args:
+        session: The runtime state of the module.
+        stage: The stage.
+        name: The name of the step in the statistics.
+        step: The step: ``step(batch, *args, **kwargs)``.
+        padder: Decides how a batch is padded.
+        is_whole: Whether whole steps are padded.
+        pieces: What is padded where whole steps are not; None: nothing.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        stage: str,
+        name: str,
+        step: Callable[..., Any],
+        padder: Padder,
+        is_whole: bool = True,
+        pieces: Pieces | None = None,
+    ) -> None:
+        self._session = session
+        self._name = name
+        self._padder = padder
+        self._is_whole = is_whole and session.settings.runtime_policy.has_full_cudagraphs()
+        self._pieces = pieces
+        self._ahead = CaptureAhead(session, stage, name, step)
+        self._dispatcher = session.target.dispatcher
+        self._refused: dict[tuple[Any, ...], Reason] = {}
+
+    def padding_of(self, state: KeyState, batch: Any) -> PaddedLeaves | None:
+        """Return how the batches of a key are padded; None if they run in their own shape.
+
+        Args:
+            state: The key.
+            batch: A batch with this key.
+
+        Raises:
+            ValueError: A setting does not fit the batch.
+        """
+        if (not self._is_whole and self._pieces is None) or (
+            state.descriptor in self._session.without_key
+        ):
+            return None
+        try:
+            own = self._describe(batch, state.descriptor)[0]
+        except UnkeyableBatchError:
+            return None
+        if own != state.descriptor.fields:  # a value that is passed on is no part of the key
+            return None
+        leaves = flatten(batch)[0]
+        padding = self._padder.pad(leaves, self._padder.rules_of(batch, leaves))
+        if padding is None:
+            return None
+        padded = rebuild(batch, iter(padding.pad(leaves)))
+        fields = self._describe(padded, state.descriptor)[0]
+        return None if fields in self._refused else padding
+
+    def begin(self, state: KeyState, batch: Any) -> None:
+        """Prepare a new key. It runs in pieces at once, if another step has shown which these are.
+
+        Args:
+            state: The key.
+            batch: A batch with this key.
+        """
+        padding = self.padding_of(state, batch)
+        state.is_padded = padding is not None
+        if padding is None or self._is_whole or self._pieces is None:
+            return
+        if self._pieces.are_known():
+            modes, reason = self._dispatcher.judge(IN_PIECES, None)
+            variant = Variant(Unguarded(), modes, reason, padding=padding)
+            self._dispatcher.add_variant(state, variant)
+
+    def watched(self, plan: Plan, watched: WatchedStep, padding: PaddedLeaves | None) -> None:
+        """Report a watched step.
+
+        Args:
+            plan: The decision to watch.
+            watched: The watched step.
+            padding: How its batch is padded.
+        """
+        session = self._session
+        is_whole = self._is_whole and session.full_reason(plan.state, watched) is None
+        if padding is None or is_whole:
+            session.watched(plan, watched, padding)
+        elif self._pieces is not None and self._pieces.add(watched):
+            session.watched(plan, watched, padding, IN_PIECES)
+        else:
+            session.watched(plan, watched)
+
+    def run(self, plan: Plan, call: GraphCall) -> Outcome:
+        """Compare the step from the graph of the padded batch with eager.
+
+        If there is no such graph, it is captured. If the results differ, the user gets eager's, and
+        batches of this shape are not padded any more.
+
+        Args:
+            plan: The decision: capture or verify.
+            call: The step.
+        """
+        variant = plan.variant
+        assert variant is not None and isinstance(variant.padding, PaddedLeaves)  # noqa: PT018
+        padding = variant.padding
+        padded = self._padded_call(call, padding)
+        eager = _EagerRun(call, self._session)
+        real = variant.path.real if isinstance(variant.path, PaddedPath) else variant.path
+        assert real is None or isinstance(real, ReadPath)
+
+        def get_entry() -> PaddedEntry:
+            if padded.descriptor.fields in self._refused:
+                raise _NotPaddedError(self._refused[padded.descriptor.fields])
+            eager.check()
+            owner = self._owner(padded)
+            assert isinstance(owner.entry, GraphEntry)
+            record = self._session.stats.padded(self._name, padded.descriptor)
+            settings = self._session.settings
+            entry = PaddedEntry(
+                owner.entry, owner.guards, padding, eager.cut(), record, settings.verify_replays
+            )
+            self._check_fill(Fill.OTHER, owner, entry, call, eager.output)
+            if padding.has_rows:
+                self._check_fill(Fill.NAN, owner, entry, call, eager.output)
+            if isinstance(owner.path, ReadPath):
+                variant.path = PaddedPath(real, owner.path, padding)
+            self._dispatcher.borrowed(plan.state, variant, entry)
+            return entry
+
+        verdict = self._session.compare(self._name, plan, eager.call, get_entry, padded)
+        reason = self._reason(verdict, padding)
+        if reason is None:
+            assert isinstance(variant.entry, PaddedEntry)
+            variant.entry.count()
+            return Outcome(verdict.output, CUDAGraphMode.FULL)
+        variant.path = real
+        self._dispatcher.ran_eagerly(plan.state)
+        if reason.kind not in (Status.UNPROFITABLE, Status.WARM_UP):
+            self._refused[padded.descriptor.fields] = reason
+            self._session.stats.padded(self._name, padded.descriptor).reason = reason
+            self._dispatcher.not_padded(variant)
+        return Outcome(verdict.output, CUDAGraphMode.NONE, reason)
+
+    def _describe(self, batch: Any, like: BatchDescriptor) -> tuple[tuple[Any, ...], list[Any]]:
+        return describe_fields(
+            batch,
+            stage=like.stage,
+            dataloader_idx=like.dataloader_idx,
+            training=like.training,
+        )
+
+    def _padded_call(self, call: GraphCall, padding: PaddedLeaves) -> GraphCall:
+        tree = rebuild(call.tree, iter(padding.pad(call.leaves)))
+        fields, leaves = self._describe(tree, call.descriptor)
+        return dataclasses.replace(
+            call, descriptor=BatchDescriptor(*fields), tree=tree, leaves=leaves
+        )
+
+    def _owner(self, padded: GraphCall) -> Variant:
+        """Return the variant with the graph of the padded batch; capture it if there is none.
+
+        Raises:
+            CaptureError: There can be none.
+        """
+        variant = self._known_owner(padded)
+        if variant is None:
+            reason = self._ahead.capture_padded(padded)
+            variant = self._known_owner(padded)
+            if variant is None:
+                reason = reason or Reason(Status.CAPTURE_FAILED, "the padded batch has no graph")
+                raise _NotPaddedError(reason)
+        assert isinstance(variant.entry, GraphEntry)
+        if not variant.entry.only_computes:
+            raise NotIndependentError("the step changes state, or checks values of its batch")
+        return variant
+
+    def _known_owner(self, padded: GraphCall) -> Variant | None:
+        state = self._dispatcher.known(padded.descriptor.fields)
+        variants = () if state is None else state.variants
+        return next(
+            (
+                variant
+                for variant in variants
+                if variant.entry is not None
+                and variant.entry.is_valid()
+                and variant.guards.check()
+                and (variant.path is None or variant.path.holds(padded.leaves))
+            ),
+            None,
+        )
+
+    def _check_fill(
+        self, fill: Fill, owner: Variant, entry: PaddedEntry, call: GraphCall, expected: Any
+    ) -> None:
+        """Compare a replay with another padding with eager.
+
+        Raises:
+            NotIndependentError: They differ.
+        """
+        if owner.path is not None and not owner.path.holds(entry.padding.pad(call.leaves, fill)):
+            raise NotIndependentError(f"with another padding, {owner.path.explain()}")
+        step = self._session.cache.step
+        found = self._ahead.undone(lambda: entry.replay(call.leaves, step, fill=fill), call.tree)
+        difference = self._session.difference(found, expected)
+        if difference:
+            raise NotIndependentError(f"with another padding, {difference}")
+
+    def _reason(self, verdict: Verdict, padding: PaddedLeaves) -> Reason | None:
+        """Return why a batch is not padded; None if the replay was equal to eager."""
+        error = verdict.error
+        if isinstance(error, _NotPaddedError):
+            return error.reason
+        if isinstance(error, (CaptureError, UnkeyableBatchError)) and not isinstance(
+            error, NotIndependentError
+        ):
+            return reason_of(error)
+        why = str(error) if error is not None else verdict.difference
+        if not why:
+            return None
+        cause = (
+            Cause.POSITIONS_NOT_INDEPENDENT if padding.has_positions else Cause.ROWS_NOT_INDEPENDENT
+        )
+        return Reason(cause, f"{cause.value}: {why}")
+
+
+class _NotPaddedError(CaptureError):
+    """The padded batch has no graph."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+class _EagerRun:
+    """Keeps what the eager run of a call gives, and what else it changes.
+
+    Args:
+        call: The call.
+        session: The runtime state of its module.
+    """
+
+    def __init__(self, call: GraphCall, session: Session) -> None:
+        self.call = dataclasses.replace(call, function=self._run)
+        self.output: Any = None
+        self._function = call.function
+        self._backend = session.backend
+        written = [*session.module.buffers(), *session.written.now()]
+        self._before = [(tensor, tensor.clone()) for tensor in written]
+        self._random_state = session.backend.get_random_state()
+        self._has_run = False
+        self._effect = ""
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._function(*args, **kwargs)
+        if not self._has_run:
+            self._has_run = True
+            self.output = output
+            if not all(same_leaf(now, before) for now, before in self._before):
+                self._effect = "the step writes to a tensor that it keeps"
+            elif not torch.equal(self._random_state, self._backend.get_random_state()):
+                self._effect = "the step draws random numbers, more of them for a padded batch"
+            self._before = []
+        return output
+
+    def check(self) -> None:
+        """Check that the call does nothing but compute its output.
+
+        Raises:
+            NotIndependentError: It does something else.
+        """
+        if self._effect:
+            raise NotIndependentError(self._effect)
+
+    def cut(self) -> OutputCut:
+        """Return what an output for a padded batch is cut to."""
+        return OutputCut(self.output)

@@ -1,0 +1,787 @@
+"""Batches padded up to captured sizes: the same numbers as eager, or a clear reason."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
+
+from cg_lightning import CUDAGraphCallback
+from cg_lightning.core.causes import Cause
+from cg_lightning.core.tree import flatten
+from tests.harness import KeepOutputs
+
+
+def batches(*sizes: int, width: int = 8) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(size, width, generator=generator) for size in sizes]
+
+
+def texts(*lengths: int, rows: int = 4) -> list[dict[str, Tensor]]:
+    """Return token ids and masks; the first row of each batch is the longest."""
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for length in lengths:
+        ids = torch.randint(1, 50, (rows, length), generator=generator)
+        mask = torch.ones(rows, length, dtype=torch.long)
+        for row in range(1, rows):
+            kept = int(torch.randint(1, length + 1, (1,), generator=generator))
+            mask[row, kept:] = 0
+        found.append({"input_ids": ids * mask, "attention_mask": mask})
+    return found
+
+
+def rules(sizes: Any = (8, 16)) -> dict[str, Any]:
+    rule = {1: {"sizes": sizes if isinstance(sizes, str) else list(sizes), "value": 0}}
+    return {"input_ids": rule, "attention_mask": rule}
+
+
+class Step(LightningModule):
+    """Runs a function as each step, and keeps what it returns."""
+
+    def __init__(self, function: Any = None) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.embedding = nn.Embedding(50, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.scale, self.total = 1.0, 0
+        self.register_buffer("seen", torch.zeros(()))
+        self.kept = torch.zeros(())
+        self.function = function
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.function(self, batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def run(harness, model: LightningModule, data: list[Any], *others: Any, **settings: Any):
+    """Predict with and without the callback, and compare everything that was returned."""
+    callback = harness.callback(**{"verify_tolerance": "close", **settings})
+    reference = copy.deepcopy(model)
+    results = []
+    for module, extra in ((model, [callback]), (reference, [])):
+        torch.manual_seed(1)
+        kept = KeepOutputs()
+        trainer = harness.trainer(*extra, kept, *[make() for make in others])
+        returned = trainer.predict(module, DataLoader(data, batch_size=None))
+        results.append((returned, kept.kept, dict(module.state_dict()), module.scale, module.total))
+    (leaves, structure), (wanted, wanted_structure) = map(flatten, results)
+    assert structure == wanted_structure
+    for leaf, other in zip(leaves, wanted, strict=True):
+        if isinstance(leaf, Tensor):
+            assert leaf.stride() == other.stride()
+        torch.testing.assert_close(leaf, other, equal_nan=True)
+    return callback
+
+
+def padded_steps(callback: CUDAGraphCallback) -> int:
+    return sum(record.steps for record in callback.stats.padding)
+
+
+def causes(callback: CUDAGraphCallback) -> set[Any]:
+    return {record.reason.kind for record in callback.stats.padding if record.reason is not None}
+
+
+def plain(self, x):
+    return self.net(x)
+
+
+SIZES = (4, 4, 4, 4, 3, 2, 3, 2, 3, 2, 4, 1, 1, 1, 3)
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+@pytest.mark.parametrize("mode", ["FULL", "FULL_AND_PIECEWISE"])
+def test_partial_batches_run_from_the_graph_of_the_full_one(harness, mode, verify_replays):
+    """Hazard 11."""
+    callback = run(
+        harness,
+        Step(plain),
+        batches(*SIZES),
+        capture_sizes=[4],
+        mode=mode,
+        verify_replays=verify_replays,
+    )
+    assert callback.stats.captures == 1
+    assert padded_steps(callback) == 7, callback.summary()  # a new shape is watched first
+    (record,) = callback.stats.padding
+    assert record.shapes == "4x8"
+    assert record.padded_elements == 7 * 4 * 8
+    assert record.elements == (3 * 3 + 2 * 2 + 2 * 1) * 8
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(lambda self, x: {"y": self.net(x), "t": (x * 2, None, 3)}, id="nested"),
+        pytest.param(lambda self, x: x, id="the batch itself"),
+        pytest.param(lambda self, x: (x[:, 0], self.net(x)), id="view of the batch"),
+        pytest.param(lambda self, x: self.net(x).t(), id="rows are the last dimension"),
+        pytest.param(lambda self, x: self.net(x)[:, None].expand(-1, 4, -1), id="expanded"),
+        pytest.param(lambda self, x: (self.net.weight_sum if False else self.net[0].weight,
+                                      self.net(x)), id="a parameter"),
+        pytest.param(lambda self, x: (y := self.net(x), y), id="one tensor twice"),
+        pytest.param(lambda self, x: self.net(x).argmax(1), id="integers"),
+    ],
+)  # fmt: skip
+def test_outputs_are_cut_to_those_of_eager(harness, function):
+    callback = run(harness, Step(function), batches(*SIZES), capture_sizes=[4])
+    assert padded_steps(callback) >= 6, callback.summary()
+
+
+def _accumulate(self, x):
+    self.total += 1
+    return self.net(x)
+
+
+def _write_buffer(self, x):
+    self.seen.add_(x.sum())
+    return self.net(x)
+
+
+def _write_tensor(self, x):
+    self.kept.add_(x.amax())
+    return self.net(x)
+
+
+def _one_hot_max(self, x):
+    hot = x["hot"]
+    return self.net(x["x"]) + hot.amax(0)[:3]
+
+
+def _branch_on_rows(self, x):
+    return self.net(x) if len(x) > 2 else self.net(x) * 2
+
+
+def _tanh_or_not(self, x):
+    return self.net(x) if len(x) == 4 else self.net(x) * self.scale
+
+
+def _read_host(self, x):
+    return self.net(x) * (2 if bool((x[0] > 0).all()) else 1)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(lambda self, x: self.net(x - x.mean(0)), id="mean over the batch"),
+        pytest.param(lambda self, x: self.net(x) * len(x), id="number of rows"),
+        pytest.param(lambda self, x: (self.net(x), len(x)), id="number of rows returned"),
+        pytest.param(lambda self, x: self.net(x).softmax(0), id="softmax over the batch"),
+        pytest.param(lambda self, x: self.net(x) @ self.net(x).t(), id="similarities"),
+        pytest.param(lambda self, x: self.net(x).sum(), id="sum"),
+        pytest.param(lambda self, x: self.net(x).max(0).values, id="maximum"),
+        pytest.param(lambda self, x: list(self.net(x)), id="list of rows"),
+        pytest.param(lambda self, x: self.net(x).flip(0), id="flipped"),
+        pytest.param(lambda self, x: self.net(x)[-1], id="last row"),
+        pytest.param(lambda self, x: torch.rand_like(self.net(x)), id="random"),
+        pytest.param(lambda self, x: self.net(x).flatten(), id="flattened"),
+        pytest.param(
+            lambda self, x: self.net(x) * (x.std(0, correction=0).amax() < 9), id="rare threshold"
+        ),
+        pytest.param(lambda self, x: self.net(x) * (x.amax() < 2), id="threshold"),
+        pytest.param(lambda self, x: self.net(x)[x.sum(1).argsort()], id="sorted"),
+        pytest.param(lambda self, x: self.net(x) + (x > 1).sum(), id="count"),
+        pytest.param(lambda self, x: self.net(x).cumsum(0).flip(0), id="flipped sums"),
+        pytest.param(lambda self, x: self.net(x)[torch.arange(len(x) - 1, -1, -1)], id="reversed"),
+        pytest.param(lambda self, x: nn.functional.normalize(x, dim=0), id="normalized"),
+        pytest.param(lambda self, x: x[x[:, 0] > 0], id="selected rows"),
+        pytest.param(lambda self, x: {f"row {i}": y for i, y in enumerate(x)}, id="keys"),
+        pytest.param(_accumulate, id="counter"),
+        pytest.param(_write_buffer, id="buffer"),
+        pytest.param(_write_tensor, id="tensor"),
+        pytest.param(_branch_on_rows, id="branch on rows"),
+    ],
+)
+def test_what_looks_at_the_whole_batch_gives_the_numbers_of_eager(harness, function):
+    """Hazard 11."""
+    run(harness, Step(function), batches(*SIZES), capture_sizes=[4])
+    run(harness, Step(function), batches(*SIZES[4:]), capture_sizes=[4], verify_replays=0)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(lambda self, x: self.net(x - x.mean(0)), id="mean"),
+        pytest.param(lambda self, x: self.net(x).softmax(0), id="softmax"),
+        pytest.param(_accumulate, id="counter"),
+        pytest.param(_write_buffer, id="buffer"),
+    ],
+)
+def test_dependent_rows_keep_their_shapes_for_this_reason(harness, function):
+    """Hazard 11."""
+    callback = run(harness, Step(function), batches(*SIZES * 2), capture_sizes=[4])
+    assert causes(callback) == {Cause.ROWS_NOT_INDEPENDENT}
+    assert padded_steps(callback) == 0
+    assert callback.stats.steps["FULL"] >= 14, callback.summary()  # from graphs of their own shapes
+    assert "rows not independent" in str(callback.summary())
+
+
+def test_batch_norm_in_training_mode(harness):
+    model = Step(lambda self, x: self.norm(self.net(x)))
+    model.norm = nn.BatchNorm1d(3)
+    callback = run(harness, model, batches(*SIZES), capture_sizes=[4])
+    assert padded_steps(callback) >= 6
+    model = Step(lambda self, x: self.norm.train()(self.net(x)))
+    model.norm = nn.BatchNorm1d(3)
+    callback = run(harness, model, batches(*[max(s, 2) for s in SIZES]), capture_sizes=[4])
+    assert padded_steps(callback) == 0
+
+
+def test_values_of_the_first_shape_that_change_later(harness):
+    """The shape with three rows reads ``scale``, and that of the graph does not."""
+
+    class Change(KeepOutputs):
+        def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_):
+            pl_module.scale = 1.0 if batch_idx < 10 else 3.0
+
+    callback = run(
+        harness, Step(_tanh_or_not), batches(*[4] * 5, *[3] * 10), Change, capture_sizes=[4]
+    )
+    assert padded_steps(callback) >= 4
+
+
+def test_host_values_of_the_batch_and_of_the_padded_batch(harness):
+    data = [*batches(*[4] * 5, *[3] * 4), *[x.abs() for x in batches(3, 4, 3, 3)], *batches(3, 3)]
+    run(harness, Step(_read_host), data, capture_sizes=[4])
+
+
+def _any_all(self, x):
+    """All rows decide: the padded batch may take another branch than the batch."""
+    return self.net(x) if bool((x.sum(0) > 0).all()) else self.net(x) * 2
+
+
+def test_a_branch_that_padding_changes(harness):
+    data = [x + shift for shift in (1.0, -1.0, 0.2) for x in batches(4, 4, 4, 4, 3, 3, 3, 2, 2, 2)]
+    run(harness, Step(_any_all), data, capture_sizes=[4])
+
+
+def test_a_step_that_fails_for_the_padded_batch_only(harness):
+    def step(self, x):
+        if len(x) == 4:
+            raise RuntimeError("four")
+        return self.net(x)
+
+    callback = run(harness, Step(step), batches(3, 3, 3, 3, 3, 3, 3), capture_sizes=[4])
+    assert padded_steps(callback) == 0
+    assert "the step raised RuntimeError for the padded batch: four" in str(callback.summary())
+    assert callback.stats.steps["FULL"] >= 1
+
+
+def test_sizes_above_the_largest_and_empty_batches(harness):
+    callback = run(
+        harness, Step(plain), batches(5, 5, 5, 5, 5, 0, 0, 3, 3, 3, 1, 1, 1), capture_sizes=[2, 4]
+    )
+    assert {record.shapes for record in callback.stats.padding} == {"4x8", "2x8"}
+
+
+def test_eviction_and_two_epochs_of_one_module(harness):
+    model = Step(plain)
+    data = batches(*[4] * 4, 3, 3, 3, 2, 2, 2, 1, 1, 1, 3, 2, 1)
+    callback = run(harness, model, data, capture_sizes=[1, 2, 4], max_graphs=1)
+    assert len(callback.stats.padding) >= 1
+    run(harness, model, data, capture_sizes=[2, 4])
+
+
+def test_weights_that_are_replaced(harness):
+    class Replace(KeepOutputs):
+        def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_):
+            if batch_idx == 9:
+                layer = pl_module.net[0]
+                layer.weight = nn.Parameter(layer.weight.detach() * 2)
+
+    run(harness, Step(plain), batches(*[4] * 4, *[3] * 12), Replace, capture_sizes=[4])
+
+
+def test_outputs_in_graph_memory_are_cut_as_well(harness):
+    model, callback = (
+        Step(plain),
+        harness.callback(capture_sizes=[4], verify_tolerance="close", copy_outputs=False),
+    )
+    reference = copy.deepcopy(model)
+    data = batches(*SIZES)
+    found = harness.trainer(callback).predict(model, DataLoader(data, batch_size=None))
+    wanted = harness.trainer().predict(reference, DataLoader(data, batch_size=None))
+    assert [x.shape for x in found] == [x.shape for x in wanted]
+
+
+# other dimensions
+
+
+def _masked_attention(self, batch):
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    x = self.embedding(ids)
+    y, _ = self.attention(x, x, x, key_padding_mask=mask == 0, need_weights=False)
+    return {"all": self.net(y), "first": self.net(y[:, 0])}
+
+
+LENGTHS = (5, 7, 8, 5, 7, 5, 7, 12, 9, 12, 9, 12, 16, 16, 3, 3, 3, 20, 20)
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_positions_behind_a_mask(harness, verify_replays):
+    callback = run(
+        harness,
+        Step(_masked_attention),
+        texts(*LENGTHS),
+        pad_dims=rules(),
+        verify_replays=verify_replays,
+    )
+    assert padded_steps(callback) >= 7, callback.summary()
+    assert not causes(callback)
+    assert callback.stats.captures <= 3
+
+
+def _mean(self, batch):
+    return self.net(self.embedding(batch["input_ids"]).mean(1))
+
+
+def _max(self, batch):
+    return self.net(self.embedding(batch["input_ids"]).amax(1))
+
+
+def _unmasked(self, batch):
+    x = self.embedding(batch["input_ids"])
+    return self.net(self.attention(x, x, x, need_weights=False)[0])
+
+
+def _last(self, batch):
+    return self.net(self.embedding(batch["input_ids"])[:, -1])
+
+
+def _length(self, batch):
+    return self.net(self.embedding(batch["input_ids"])) / batch["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("function", [_mean, _max, _unmasked, _last, _length])
+def test_dependent_positions_keep_their_shapes_for_this_reason(harness, function):
+    callback = run(harness, Step(function), texts(*LENGTHS), pad_dims=rules())
+    assert causes(callback) == {Cause.POSITIONS_NOT_INDEPENDENT}
+    assert padded_steps(callback) == 0
+
+
+def test_maxima_of_masks_over_rows(harness):
+    generator = torch.Generator().manual_seed(9)
+    data = [
+        {"x": x, "hot": (torch.rand(x.shape, generator=generator) < 0.3).float()}
+        for x in batches(*SIZES * 2)
+    ]
+    run(harness, Step(_one_hot_max), data, capture_sizes=[4])
+    data = [{"x": each["x"], "hot": each["hot"].bool()} for each in data]
+    step = Step(lambda self, b: self.net(b["x"]) + b["hot"].any(0)[:3])
+    run(harness, step, data, capture_sizes=[4])
+
+
+def test_positions_are_checked_although_rows_were(harness):
+    """The graph is checked with padded rows first, and runs padded positions later."""
+    data = [*texts(*[8] * 5), *texts(*[8] * 4, rows=3), *texts(*[5, 6, 7] * 5)]
+    callback = run(harness, Step(_max), data, pad_dims=rules(), capture_sizes=[4])
+    assert Cause.POSITIONS_NOT_INDEPENDENT in causes(callback)
+
+
+def test_a_refused_padding_leaves_the_own_graph_of_a_shape(harness):
+    """The step reads on the host, so its own graph needs the reads of its own shape."""
+
+    def step(self, x):
+        y = self.net(x) * (2 if bool((x > -1e9).all()) else 1)
+        return y.softmax(0)
+
+    callback = run(harness, Step(step), batches(*SIZES * 2), capture_sizes=[4])
+    assert padded_steps(callback) == 0
+    assert callback.stats.steps["FULL"] >= 10, callback.summary()
+
+
+def test_a_threshold_that_padding_may_cross_later_is_found_at_once(harness):
+    step = Step(lambda self, x: self.net(x) * (x.std(0, correction=0).amax() < 9))
+    callback = run(harness, step, batches(*SIZES), capture_sizes=[4])
+    assert causes(callback) == {Cause.ROWS_NOT_INDEPENDENT}
+
+
+def test_leaves_are_named_by_their_place_in_nested_batches(harness):
+    data = [(text["input_ids"], [{"mask": text["attention_mask"]}]) for text in texts(*LENGTHS)]
+    rule = {1: {"sizes": "pow2"}}
+
+    def step(self, batch):
+        return _masked_attention(
+            self, {"input_ids": batch[0], "attention_mask": batch[1][0]["mask"]}
+        )
+
+    callback = run(harness, Step(step), data, pad_dims={"0": rule, "1.0.mask": rule})
+    assert padded_steps(callback) >= 7, callback.summary()
+
+
+def test_batches_without_a_key_and_names_that_change(harness):
+    data = [{**text, "file": object()} for text in texts(5, 7, 5, 7, 5, 7)]
+    run(harness, Step(_masked_attention), data, pad_dims=rules(), capture_sizes=[4])
+    data = [{**text, "file": f"{i}"} for i, text in enumerate(texts(*[5, 7, 8] * 8))]
+    run(harness, Step(_masked_attention), data, pad_dims=rules(), capture_sizes=[4])
+
+
+def test_names_and_objects_that_are_passed_on(harness):
+    class Name:
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+    class Indices(KeepOutputs):
+        def on_predict_batch_end(self, trainer, pl_module, outputs, *_: Any) -> None:
+            seen.append((outputs["name"], outputs["object"].index))
+
+    seen: list[Any] = []
+    data = [
+        {"x": x, "name": f"{i}", "object": Name(i)}
+        for i, x in enumerate(batches(*[4, 4, 3, 2, 3, 4, 3, 2, 3] * 3))
+    ]
+
+    def step(self, batch):
+        return {"x": self.net(batch["x"]), "name": batch["name"], "object": batch["object"]}
+
+    for extra in ([harness.callback(capture_sizes=[4], verify_tolerance="close")], []):
+        trainer = harness.trainer(*extra, Indices())
+        trainer.predict(Step(step), DataLoader(data, batch_size=None))
+    assert seen[:27] == seen[27:] == [(f"{i}", i) for i in range(27)]
+
+
+def test_strict_does_not_raise_for_a_padding_that_is_refused(harness):
+    step = Step(lambda self, x: self.net(x.softmax(0)))
+    run(harness, step, batches(*SIZES), capture_sizes=[4], strict=True, mode="FULL")
+
+
+def test_every_nth_replay_is_compared(harness):
+    run(harness, Step(plain), batches(*SIZES), capture_sizes=[4], verify_every=1, verify_replays=0)
+    run(harness, Step(plain), batches(*SIZES), capture_sizes=[4], verify_every=2)
+
+
+def test_rows_and_positions_together(harness):
+    data = [*texts(5, 7, 8, 5, 7, 7), *texts(5, 7, 5, 7, 6, 6, 6, rows=3)]
+    callback = run(
+        harness, Step(_masked_attention), data, pad_dims=rules("pow2"), capture_sizes=[4]
+    )
+    assert padded_steps(callback) >= 4, callback.summary()
+    assert callback.stats.captures == 1
+
+
+def bert(attention: str) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        attn_implementation=attention,
+    )
+    return transformers.BertModel(config)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_an_encoder_of_transformers(harness, attention):
+    model = Step(lambda self, batch: self.bert(**batch))
+    model.bert = bert(attention)
+    data = texts(*LENGTHS)
+    data[7]["attention_mask"].fill_(1)
+    data[10]["attention_mask"].fill_(1)  # it reads on the host whether something is masked
+    callback = run(harness, model, data, pad_dims=rules())
+    assert padded_steps(callback) >= 6, callback.summary()
+    assert not causes(callback)
+
+
+# steps that are padded in pieces
+
+
+class Validated(Step):
+    """Logs a loss and an accuracy of the first position, and keeps what its steps return."""
+
+    def __init__(self, function: Any = None) -> None:
+        super().__init__(function)
+        self.encoder = Encoder()
+        self.accuracy = MulticlassAccuracy(3)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.function is not None:
+            return self.function(self, batch)
+        logits = self.net(self.encoder(**batch)[:, 0])
+        target = batch["input_ids"][:, 0] % 3
+        loss = nn.functional.cross_entropy(logits, target)
+        self.accuracy.update(logits, target)
+        self.log("loss", loss)
+        self.log("accuracy", self.accuracy)
+        return {"loss": loss, "logits": logits}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.net(self.encoder(**batch)).square().mean()
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.calls = 0
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        return self.layer(x, src_key_padding_mask=attention_mask == 0)
+
+
+def compare_validation(harness, model, data, *others, epochs=1, fit=False, **settings):
+    callback = harness.callback(**{"verify_tolerance": "close", **settings})
+    reference = copy.deepcopy(model)
+    results = []
+    for module, extra in ((model, [callback]), (reference, [])):
+        torch.manual_seed(1)
+        kept = KeepOutputs()
+        trainer = harness.trainer(*extra, kept, *[make() for make in others], max_epochs=epochs)
+        loader = DataLoader(data, batch_size=None)
+        if fit:
+            trainer.fit(module, loader, loader)
+            logged = [dict(trainer.callback_metrics)]
+        else:
+            logged = [trainer.validate(module, loader, verbose=False) for _ in range(epochs)]
+        results.append((logged, kept.kept, dict(module.state_dict())))
+    (leaves, structure), (wanted, wanted_structure) = map(flatten, results)
+    assert structure == wanted_structure
+    for leaf, other in zip(leaves, wanted, strict=True):
+        torch.testing.assert_close(leaf, other, equal_nan=True)
+    return callback
+
+
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
+def test_a_step_with_a_loss_is_padded_in_pieces(harness, mode):
+    callback = compare_validation(
+        harness, Validated(), texts(*LENGTHS), epochs=2, pad_dims=rules(), mode=mode
+    )
+    assert padded_steps(callback) >= 12, callback.summary()
+    assert {record.target for record in callback.stats.padding} == {"encoder"}
+    assert callback.stats.steps["PIECEWISE"] >= 12
+
+
+def test_partial_batches_of_a_step_with_a_loss(harness):
+    """Hazard 11."""
+    data = [*texts(*[8] * 6), *texts(8, 8, 8, rows=3), *texts(8, 8, 8, rows=2)]
+    callback = compare_validation(harness, Validated(), data, epochs=2, capture_sizes=[4])
+    assert {record.target for record in callback.stats.padding} == {"encoder", "net"}
+    assert padded_steps(callback) >= 12, callback.summary()
+
+
+def test_validation_inside_fit(harness):
+    data = texts(5, 7, 8, 5, 7, 5, 7, 12, 5, 7, 12)
+    callback = compare_validation(harness, Validated(), data, epochs=3, fit=True, pad_dims=rules())
+    assert padded_steps(callback) >= 16, callback.summary()
+
+
+def test_a_whole_step_of_validate_is_never_padded(harness):
+    callback = compare_validation(
+        harness, Validated(), texts(*LENGTHS), pad_dims=rules(), mode="FULL"
+    )
+    assert callback.stats.padding == []
+
+
+def _siamese(self, batch):
+    one = self.encoder(**batch)
+    other = self.encoder(batch["input_ids"].flip(0), batch["attention_mask"].flip(0))
+    return {"distance": (one - other).square().mean(), "one": one, "other": other}
+
+
+def _loss_inside(self, batch):
+    return {"loss": self.pool(**batch)}
+
+
+class Pool(Encoder):
+    def forward(self, input_ids, attention_mask):
+        return super().forward(input_ids, attention_mask).exp().mean()
+
+
+class Counting(Encoder):
+    def forward(self, input_ids, attention_mask):
+        self.calls += 1
+        return super().forward(input_ids, attention_mask) * (1 + self.calls % 2)
+
+
+class Drawing(Encoder):
+    def forward(self, input_ids, attention_mask):
+        x = super().forward(input_ids, attention_mask)
+        return x + torch.rand_like(x)
+
+
+class Switching(Encoder):
+    """Reads on the host whether anything is masked, and does something else then."""
+
+    def forward(self, input_ids, attention_mask):
+        x = super().forward(input_ids, attention_mask)
+        return x * 2 if bool(attention_mask.all()) else x
+
+
+class ByLength(Encoder):
+    def forward(self, input_ids, attention_mask):
+        x = super().forward(input_ids, attention_mask)
+        return x if input_ids.shape[1] > 6 else x * 3
+
+
+@pytest.mark.parametrize("kind", [Encoder, Pool, Counting, Drawing, Switching, ByLength])
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_submodules_of_all_kinds_give_the_numbers_of_eager(harness, kind, verify_replays):
+    data = texts(*LENGTHS)
+    for index in (5, 6, 8, 9):
+        data[index]["attention_mask"].fill_(1)
+    model = Validated(lambda self, batch: {"y": self.encoder(**batch)})
+    model.encoder = kind()
+    compare_validation(
+        harness,
+        model,
+        data,
+        epochs=2,
+        pad_dims=rules(),
+        capture_sizes=[2, 4],
+        verify_replays=verify_replays,
+    )
+
+
+def test_a_submodule_that_is_called_twice(harness):
+    callback = compare_validation(
+        harness, Validated(_siamese), texts(*LENGTHS), epochs=2, pad_dims=rules()
+    )
+    assert padded_steps(callback) >= 8, callback.summary()
+
+
+def test_a_submodule_that_reduces_over_positions_says_so(harness):
+    model = Validated(_loss_inside)
+    model.pool = Pool()
+    callback = compare_validation(harness, model, texts(*LENGTHS), epochs=2, pad_dims=rules())
+    assert causes(callback) == {Cause.POSITIONS_NOT_INDEPENDENT}
+    assert padded_steps(callback) == 0
+
+
+def test_a_submodule_that_is_replaced(harness):
+    class Replace(KeepOutputs):
+        def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, *_):
+            if batch_idx == 8:
+                torch.manual_seed(4)
+                pl_module.encoder = Encoder().eval()
+            if batch_idx == 12:
+                pl_module.encoder.layer.linear1.weight.data = torch.ones(16, 8)
+
+    compare_validation(harness, Validated(), texts(*LENGTHS), Replace, pad_dims=rules())
+
+
+def test_a_hook_that_is_added_to_a_padded_piece_runs(harness):
+    class Add(KeepOutputs):
+        def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, *_):
+            if batch_idx == 8:
+                hook = lambda module, args, output: output * 2
+                pl_module.encoder.register_forward_hook(hook)
+
+    compare_validation(harness, Validated(), texts(*LENGTHS), Add, epochs=2, pad_dims=rules())
+
+
+def test_an_exception_in_a_padded_piece_leaves_nothing(harness):
+    class Failing(Encoder):
+        def forward(self, input_ids, attention_mask):
+            if input_ids.shape[1] == 13:
+                raise RuntimeError("thirteen")
+            return super().forward(input_ids, attention_mask)
+
+    model = Validated()
+    model.encoder = Failing()
+    callback = harness.callback(verify_tolerance="close", pad_dims=rules())
+    data = texts(5, 7, 5, 7, 5, 7, 13)
+    with pytest.raises(RuntimeError, match="thirteen"):
+        harness.trainer(callback).validate(model, DataLoader(data, batch_size=None), verbose=False)
+    copy.deepcopy(model)
+    assert padded_steps(callback) >= 2
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_an_encoder_of_transformers_as_a_submodule(harness, attention):
+    model = Validated(_with_bert)
+    model.bert = bert(attention)
+    data = texts(*LENGTHS)
+    for index in (7, 10):
+        data[index]["attention_mask"].fill_(1)
+    callback = compare_validation(harness, model, data, epochs=2, pad_dims=rules())
+    assert padded_steps(callback) >= 10, callback.summary()
+    assert not causes(callback)
+    assert {record.target for record in callback.stats.padding} == {"bert"}
+
+
+def _with_bert(self, batch):
+    hidden = self.bert(**batch).last_hidden_state
+    logits = self.head(hidden[:, 0]) if hasattr(self, "head") else hidden[:, 0]
+    loss = nn.functional.cross_entropy(logits, batch["input_ids"][:, 0] % 3)
+    self.log("loss", loss)
+    return {"logits": logits, "loss": loss}
+
+
+def test_shapes_that_never_repeat_are_not_watched_for_good(harness):
+    data = batches(4, *[4] * 4, width=8)
+    data += [torch.randn(4, width) for width in range(100, 200)]
+
+    def step(self, x):
+        return torch.relu(x * 2)
+
+    rule = {1: {"sizes": "pow2"}}
+    wrapped = [{"x": each} for each in data]
+    callback = run(harness, Step(lambda self, b: step(self, b["x"])), wrapped, pad_dims={"x": rule})
+    watched = [r for r in callback.stats.reasons if "did not come again" in str(r.reason)]
+    assert sum(record.steps for record in watched) >= 30
+    callback = run(
+        harness, Step(lambda self, b: step(self, b["x"])), wrapped * 3, pad_dims={"x": rule}
+    )
+    assert padded_steps(callback) >= 100
+
+
+# settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"capture_sizes": []}, ["capture_sizes=[]", "whole numbers"]),
+        ({"capture_sizes": 4}, ["capture_sizes=4", "list"]),
+        ({"capture_sizes": [0, 2]}, ["0 is not positive"]),
+        ({"capture_sizes": [2, 2]}, ["increase", "2 comes after 2", "[2]"]),
+        ({"capture_sizes": [4, 2]}, ["increase", "[2, 4]"]),
+        ({"capture_sizes": [1.5]}, ["whole numbers"]),
+        ({"pad_dims": []}, ["pad_dims=[]", "must map"]),
+        ({"pad_dims": {"x": 3}}, ["pad_dims['x']=3"]),
+        ({"pad_dims": {"x": {0: {"sizes": "pow2"}}}}, ["dimension 0", "capture_sizes"]),
+        ({"pad_dims": {"x": {1: {"size": [2]}}}}, ["'sizes'"]),
+        ({"pad_dims": {"x": {1: {"sizes": "pow3"}}}}, ["'pow3'", "'pow2'"]),
+        ({"pad_dims": {"x": {1: {"sizes": [4, 2]}}}}, ["pad_dims['x'][1]['sizes']", "increase"]),
+        ({"pad_dims": {"x": {1: {"sizes": [2], "value": "a"}}}}, ["'a'", "number"]),
+        ({"capture_sizes": [4], "verify_tolerance": "exact"}, ["verify_tolerance='close'"]),
+    ],
+)
+def test_settings_that_are_refused(settings, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        CUDAGraphCallback(**{"verify_tolerance": "close", **settings})
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("pad_dims", "words"),
+    [
+        ({"ids": {1: {"sizes": "pow2"}}}, ["'ids'", "'input_ids', 'attention_mask'"]),
+        ({"input_ids": {2: {"sizes": "pow2"}}}, ["dimension 2", "(4, 5)", "0 to 1"]),
+        ({"input_ids": {1: {"sizes": "pow2", "value": 0.5}}}, ["0.5", "torch.int64"]),
+        ({"input_ids": {1: {"sizes": "pow2", "value": 2**70}}}, ["torch.int64", "from -"]),
+        ({"input_ids": {1: {"sizes": "pow2", "value": float("nan")}}}, ["nan", "whole number"]),
+    ],
+)
+def test_settings_that_do_not_fit_the_batch_are_refused_before_it_runs(harness, pad_dims, words):
+    ran = []
+    model = Step(lambda self, batch: ran.append(1))
+    callback = harness.callback(verify_tolerance="close", pad_dims=pad_dims)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        harness.trainer(callback).predict(model, DataLoader(texts(5), batch_size=None))
+    assert not ran
+    for word in words:
+        assert word in str(error.value)

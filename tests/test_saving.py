@@ -1,0 +1,443 @@
+"""Graphs that do not save time are dropped, and captures that cannot pay are not made."""
+
+from __future__ import annotations
+
+import json
+import time
+from time import perf_counter
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from cg_lightning import graphed
+from cg_lightning.backends.recorder import RecordedGraph, RecorderBackend
+from cg_lightning.core.reasons import Status
+from cg_lightning.runtime.trial import BLOCK, BLOCKS, FIRST_LOOK, StepTimes, Trial
+from tests.harness import features, images, predict, validate
+from tests.models import ConvNetClassifier, Predictor
+
+COMPARED = BLOCKS * BLOCK
+SHORT, LONG, VERY_LONG = 0.0005, 0.005, 0.04
+"""Seconds; what is to be told apart differs by much more than noise."""
+
+
+class HostStopwatch:
+    """Takes real time on the host: a replay of the recorder is done when it returns."""
+
+    def __init__(self, began: float) -> None:
+        self._began = began
+        self._seconds: float | None = None
+
+    def stop(self) -> None:
+        self._seconds = perf_counter() - self._began
+
+    def seconds(self) -> float | None:
+        return self._seconds
+
+
+@pytest.fixture
+def timed(monkeypatch) -> None:
+    """The times of the recorder tell if graphs pay."""
+    monkeypatch.setattr(RecorderBackend, "stopwatch", lambda _, began: HostStopwatch(began))
+
+
+@pytest.fixture
+def slow_replays(timed, monkeypatch) -> None:
+    replay = RecordedGraph.replay
+
+    def slow(self: RecordedGraph) -> None:
+        time.sleep(VERY_LONG)
+        replay(self)
+
+    monkeypatch.setattr(RecordedGraph, "replay", slow)
+
+
+def burn(seconds: float) -> int:
+    """Return how often to count for at least so long."""
+    fastest = float("inf")
+    for _ in range(20):
+        began = perf_counter()
+        for _ in range(10_000):
+            pass
+        fastest = min(fastest, perf_counter() - began)
+    return int(10_000 * seconds / fastest)
+
+
+class Slow(nn.Module):
+    """Takes long in Python, so its graph saves much."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.count = burn(seconds)
+
+    def forward(self, x):
+        for _ in range(self.count):
+            pass
+        return self.linear(x)
+
+
+class Many(nn.Module):
+    """Many small operations: those of the recorder take longer than eager ones."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.number = number
+
+    def forward(self, x):
+        x = self.linear(x)
+        for _ in range(self.number):
+            x = x + 1
+        return x
+
+
+class Pieces(Predictor):
+    """Reads a number on the host between two submodules."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__(nn.ModuleList([first, second]))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        x = self.net[0](batch[0])
+        return self.net[1](x * (1 + float(x.sum().item() > 0)))
+
+
+class WithMetric(ConvNetClassifier):
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.val_accuracy = MulticlassAccuracy(10)
+
+
+def reasons(callback) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for record in callback.stats.reasons:
+        key = f"{record.mode}: {record.reason.kind.value}"
+        found[key] = found.get(key, 0) + record.steps
+    return found
+
+
+# the decision
+
+
+class Given:
+    """A stopwatch with a given time. None: the device is not done."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.time = seconds
+
+    def stop(self) -> None:
+        pass
+
+    def seconds(self) -> float | None:
+        return self.time
+
+
+def steps(*seconds: float | None) -> list[StepTimes]:
+    return [StepTimes(lambda _, each=each: Given(each), 0.0) for each in seconds]
+
+
+def run(trial: Trial, eager: float, graph: float, slow: dict[int, float] | None = None):
+    """Run steps until the trial knows what graphs save. Some replays take longer."""
+    for step in range(100):
+        is_eager = trial.wants_eager()
+        seconds = eager if is_eager else (slow or {}).get(step, graph)
+        trial.add(steps(seconds)[0], is_eager)
+        saving = trial.saving()
+        if saving is not None:
+            return saving, step + 1
+    raise AssertionError("nothing was decided")
+
+
+def test_a_clear_saving_needs_no_eager_step():
+    trial = Trial(0.03, steps(9.0, 10.0))
+    saving, number = run(trial, 10.0, 4.0)
+    assert (saving.eager, saving.graph, number) == (9.0, 4.0, FIRST_LOOK)
+
+
+@pytest.mark.parametrize("slow_step", range(FIRST_LOOK + COMPARED))
+def test_one_slow_replay_drops_no_graph(slow_step):
+    saving, _ = run(Trial(0.03, steps(10.0, 10.0)), 10.0, 5.0, {slow_step: 1000.0})
+    assert saving.share == pytest.approx(0.5)
+
+
+def test_slow_first_replays_drop_no_graph():
+    slow = dict.fromkeys(range(FIRST_LOOK + 2 * BLOCK), 1000.0)
+    saving, number = run(Trial(0.03, steps(10.0, 10.0)), 10.0, 5.0, slow)
+    assert saving.share == pytest.approx(0.5)
+    assert number == FIRST_LOOK + COMPARED
+
+
+@pytest.mark.parametrize("graph", [9.8, 10.0, 20.0])
+def test_what_does_not_save_enough_is_known_after_a_comparison(graph):
+    saving, number = run(Trial(0.03, steps(10.0, 10.0)), 10.0, graph)
+    assert saving.share < 0.03
+    assert number == FIRST_LOOK + COMPARED
+
+
+def test_slow_warm_up_steps_hide_no_loss():
+    saving, _ = run(Trial(0.03, steps(12.0, 11.0)), 10.0, 10.5)
+    assert saving.share < 0
+
+
+def test_without_warm_up_times_are_compared():
+    saving, number = run(Trial(0.03, []), 10.0, 5.0)
+    assert (saving.share, number) == (0.5, FIRST_LOOK + COMPARED)
+
+
+def test_nothing_is_decided_before_the_device_is_done():
+    trial = Trial(0.03, steps(10.0))
+    late = steps(*[None] * FIRST_LOOK)
+    for each in late:
+        trial.add(each, False)
+        assert trial.saving() is None
+    for each in late:
+        each._whole.time = 4.0
+    assert trial.saving() == (10.0, 4.0)
+
+
+# whole steps
+
+
+def test_a_whole_step_that_costs_time_runs_eagerly(harness, slow_replays):
+    callback = harness.callback(min_saving=0.03)
+    harness.compare(WithMetric(), validate(images(4 * 50)), callback)
+    if harness.backend == "cuda":
+        return
+    full = 2 + FIRST_LOOK + COMPARED // 2
+    assert callback.stats.steps == {"NONE": 50 - full, "PIECEWISE": 0, "FULL": full}
+    assert reasons(callback) == {
+        "NONE: warm-up": 3,
+        "NONE: timed against its graph": COMPARED // 2,
+        "NONE: no gain": 50 - 3 - full - COMPARED // 2,
+    }
+    (entry,) = callback.stats.to_dict()["entries"]
+    assert entry["saving"] < 0
+    assert entry["graph_seconds"] > VERY_LONG > entry["eager_seconds"] > 0
+    (text,) = [text for text in callback.stats.eager_reasons if text.startswith("no gain")]
+    assert text == (
+        f"no gain: {entry['graph_seconds'] * 1e6:.0f} us from graphs, "
+        f"{entry['eager_seconds'] * 1e6:.0f} us eagerly"
+    )
+    json.dumps(callback.stats.to_dict())
+    assert text in callback.summary()
+
+
+@pytest.mark.parametrize("copy_outputs", [True, False])
+def test_the_graph_of_a_step_without_gain_is_freed(harness, slow_replays, copy_outputs):
+    """Unless its latest output may still be read: without copies, that is in its memory."""
+    callback = harness.callback(min_saving=0.03, copy_outputs=copy_outputs)
+    seen = []
+
+    class Looks(Predictor):
+        def on_predict_batch_end(self, *_: Any) -> None:
+            seen.append(len(callback.graphs("FULL")))
+
+    trainer = harness.trainer(callback)
+    trainer.predict(Looks(nn.Linear(8, 8)), features(4 * 40), return_predictions=False)
+    if harness.backend != "cuda":
+        assert reasons(callback)["NONE: no gain"] > 0
+        assert max(seen) == 1
+        assert seen[-1] == (0 if copy_outputs else 1)
+
+
+def test_a_whole_step_that_saves_much_is_kept(harness, timed):
+    callback = harness.callback(min_saving=0.03)
+    harness.compare(Predictor(Slow(LONG)), predict(features(4 * 40)), callback)
+    (entry,) = callback.stats.entries
+    assert 0.03 < entry.saving < 1
+    assert "NONE: no gain" not in reasons(callback)
+    assert callback.stats.steps["FULL"] >= 37 - COMPARED // 2
+
+
+@pytest.mark.parametrize("settings", [{"min_saving": 0}, {"min_saving": 0.03, "strict": True}])
+def test_every_graph_may_be_kept(harness, slow_replays, settings):
+    callback = harness.callback(**settings)
+    harness.compare(Predictor(nn.Linear(8, 8)), predict(features(4 * 40)), callback)
+    assert callback.stats.steps == {"NONE": 3, "PIECEWISE": 0, "FULL": 37}
+    assert callback.stats.entries[0].saving is None
+
+
+def test_the_recorder_drops_nothing_by_itself(harness):
+    if harness.backend == "cuda":
+        pytest.skip("the recorder")
+    callback = harness.callback(min_saving=0.9)
+    harness.compare(Predictor(Many(50)), predict(features(4 * 40)), callback)
+    assert callback.stats.steps == {"NONE": 3, "PIECEWISE": 0, "FULL": 37}
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE", "FULL_AND_PIECEWISE"])
+def test_steps_that_are_compared_give_the_numbers_of_eager(
+    harness, slow_replays, mode, verify_replays
+):
+    """The state of metrics, logged values and Python goes from graphs to eager steps and back."""
+
+    class Counts(WithMetric):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = 0
+            self.sums: list[Any] = []
+
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            self.seen += 1
+            x, labels = batch
+            logits = self(x)
+            self.val_accuracy.update(logits, labels)
+            self.log("accuracy", self.val_accuracy)
+            self.log("mean", logits.mean())
+            self.sums.append(logits.sum())
+            return {"logits": logits}
+
+        def on_validation_epoch_end(self) -> None:
+            self.log("sum", torch.stack(self.sums).sum())
+            self.log("seen", float(self.seen))
+
+    callback = harness.callback(min_saving=0.03, mode=mode, verify_replays=verify_replays)
+    harness.compare(Counts(), validate(images(4 * 45 + 2)), callback)
+    if harness.backend != "cuda":
+        assert reasons(callback)["NONE: timed against its graph"] == COMPARED // 2
+        assert reasons(callback)["NONE: no gain"] > 0
+
+
+def test_variants_are_compared_each_by_itself(harness, slow_replays):
+    class Alternates(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            x = self.net(batch[0])
+            return x + 1 if batch_idx % 2 else x - 1
+
+    callback = harness.callback(min_saving=0.03)
+    harness.compare(Alternates(nn.Linear(8, 8)), predict(features(4 * 120)), callback)
+    if harness.backend != "cuda":
+        assert reasons(callback)["NONE: no gain"] > 60
+
+
+def test_each_stage_and_each_shape_is_decided_by_itself(harness, slow_replays):
+    class TwoSpeeds(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            x = batch[0]
+            if x.shape[0] == 4:
+                for _ in range(self.net.count):
+                    pass
+            return self.net.linear(x)
+
+    callback = harness.callback(min_saving=0.03)
+    loaders = [features(4 * 40), features(2 * 40, 2)]
+    harness.compare(TwoSpeeds(Slow(2 * VERY_LONG)), predict(loaders), callback)
+    if harness.backend != "cuda":
+        large, small = callback.stats.entries
+        assert large.saving > 0.03 > 0 > small.saving
+        assert large.replays >= 37 - COMPARED // 2
+        assert reasons(callback)["NONE: no gain"] == 40 - 3 - 2 - FIRST_LOOK - COMPARED
+
+
+# submodules
+
+
+def test_a_submodule_that_costs_time_is_left_alone(harness, timed):
+    callback = harness.callback(min_saving=0.03)
+    model = Pieces(Slow(LONG), Many(1000))
+    harness.compare(model, predict(features(4 * 80)), callback)
+    if harness.backend == "cuda":
+        return
+    slow, many = callback.stats.entries
+    assert (slow.target, many.target) == ("net.0", "net.1")
+    assert slow.saving > 0.03
+    assert many.saving < 0
+    assert slow.replays - many.replays > 30
+    assert callback.stats.steps["PIECEWISE"] == 80 - 3 - COMPARED
+
+
+def test_a_step_whose_submodules_all_cost_time_runs_eagerly(harness, timed):
+    callback = harness.callback(min_saving=0.03)
+    model = Pieces(Many(300), Many(300))
+    harness.compare(model, predict(features(4 * 60)), callback)
+    if harness.backend == "cuda":
+        return
+    assert reasons(callback)["NONE: no gain"] == 60 - 3 - 2 - FIRST_LOOK - COMPARED
+    assert all(entry.saving < 0 for entry in callback.stats.entries)
+
+
+def test_submodules_that_save_much_are_kept(harness, timed):
+    callback = harness.callback(min_saving=0.03)
+    model = Pieces(Slow(LONG), Slow(SHORT))
+    harness.compare(model, predict(features(4 * 60)), callback)
+    assert callback.stats.steps["PIECEWISE"] == 60 - 3 - COMPARED // 2
+    assert all(entry.saving > 0 for entry in callback.stats.entries)
+
+
+# the length of a stage
+
+
+def test_a_stage_that_is_too_short_is_not_watched(harness, timed):
+    callback = harness.callback(min_saving=0.03)
+    harness.compare(Predictor(Slow(SHORT)), predict(features(4 * 7)), callback)
+    assert callback.stats.eager_reasons == {str(reason): 7 for reason in [too_short(callback)]}
+
+
+def too_short(callback):
+    (record,) = [r for r in callback.stats.reasons if r.reason.kind is Status.TOO_SHORT]
+    return record.reason
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+@pytest.mark.parametrize("warmup_steps", [0, 1, 3])
+def test_the_shortest_stage_that_captures(harness, timed, warmup_steps, verify_replays):
+    """One batch fewer, and even replays that take no time would not win back the capture."""
+    least = max(warmup_steps, 1) + 1 + 2 + verify_replays
+    for number in (least - 1, least):
+        callback = harness.callback(
+            min_saving=0.03, warmup_steps=warmup_steps, verify_replays=verify_replays
+        )
+        harness.compare(Predictor(Slow(SHORT)), predict(features(4 * number)), callback)
+        assert callback.stats.captures == (number == least)
+
+
+def test_a_last_partial_batch_is_not_watched(harness, timed):
+    callback = harness.callback(min_saving=0.03)
+    harness.compare(Predictor(Slow(LONG)), predict(features(4 * 20 + 3)), callback)
+    assert {(r.shapes, r.reason.kind) for r in callback.stats.reasons} == {
+        ("4x8", Status.WARM_UP),
+        ("3x8", Status.TOO_SHORT),
+    }
+
+
+def test_validation_inside_fit_is_never_too_short(harness, timed):
+    class Trains(WithMetric):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self(batch[0]).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+    callback = harness.callback(min_saving=0.03)
+    harness.compare(
+        Trains(),
+        lambda trainer, module: trainer.fit(module, images(8), images(20)),
+        callback,
+        num_sanity_val_steps=0,
+    )
+    assert callback.stats.captures == 1
+
+
+def test_a_plain_loop_has_no_length(backend, device, timed):
+    net = Slow(SHORT).to(device)
+    with torch.inference_mode(), graphed(net, backend=backend) as call:
+        for _ in range(5):
+            call(torch.ones(4, 8, device=device))
+    assert call.stats.captures == 1
+
+
+def test_training_is_not_compared(harness, slow_replays):
+    callback = harness.callback(min_saving=0.03, stages=["train"])
+    harness.compare(
+        Predictor(nn.Linear(8, 8)),
+        lambda trainer, module: trainer.fit(module, features(4 * 40), features(8)),
+        callback,
+        max_epochs=1,
+    )
+    assert callback.stats.captures == 1
+    assert "NONE: timed against its graph" not in reasons(callback)

@@ -1,0 +1,84 @@
+"""Which sizes are proposed for shapes that vary, and where users read them."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import warnings
+
+import pytest
+from torch.utils.data import DataLoader
+
+from cg_lightning import CUDAGraphCallback
+from cg_lightning.app.docstrings import DocstringData
+from cg_lightning.app.shapes import count_shapes
+from cg_lightning.core.shape_proposal import SeenShape, ShapeProposal, propose_sizes
+from tests.test_padding import Step, _masked_attention, padded_steps, run, texts
+
+
+def padding(counts: dict[int, int], sizes: tuple[int, ...]) -> int:
+    return sum(
+        number * (min(size for size in sizes if size >= given) - given)
+        for given, number in counts.items()
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_other_sizes_have_less_padding(seed):
+    generator = random.Random(seed)
+    counts = {generator.randint(1, 40): generator.randint(1, 9) for _ in range(9)}
+    for most in (1, 2, 3, 20):
+        proposed = propose_sizes(counts, most)
+        assert len(proposed) == len(set(proposed)) <= most
+        others = itertools.combinations(sorted(counts), min(most, len(counts)))
+        best = min(padding(counts, sizes) for sizes in others if max(sizes) == max(counts))
+        assert padding(counts, tuple(proposed)) == best
+
+
+def test_the_docstrings_of_the_standard_library():
+    seen = count_shapes(iter(DocstringData().predict_dataloader()))
+    proposal = ShapeProposal(seen)
+    assert len(seen) > 10
+    assert proposal.graphs <= 9
+    assert 0 < proposal.waste < 0.1
+    assert proposal.pad_dims["input_ids"] == proposal.pad_dims["attention_mask"]
+    CUDAGraphCallback(
+        capture_sizes=proposal.capture_sizes or None,
+        pad_dims=proposal.pad_dims,
+        verify_tolerance="close",
+    )
+
+
+def test_nothing_is_proposed_for_one_shape():
+    assert ShapeProposal([SeenShape(("0",), ((4, 8),), 9)]).arguments == ""
+
+
+def test_one_warning_has_the_settings_that_catch_the_shapes(harness):
+    data = texts(*[length for length in range(4, 28) for _ in range(2)])
+    model = Step(_masked_attention)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        harness.trainer(harness.callback()).predict(model, DataLoader(data, batch_size=None))
+    said = [str(each.message) for each in caught if "pad_dims" in str(each.message)]
+    assert len(said) == 1
+    assert "48 batches of stage 'predict' had 24 shapes" in said[0]
+    settings = said[0].split("CUDAGraphCallback(")[1].split(").\n")[0]
+    callback = run(harness, model, data * 2, **eval(f"dict({settings})"))
+    assert padded_steps(callback) >= 12, callback.summary()
+
+
+def test_nobody_is_warned_where_shapes_repeat(harness):
+    data = texts(*[5, 7] * 6)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        harness.trainer(harness.callback()).predict(
+            Step(_masked_attention), DataLoader(data, batch_size=None)
+        )
+    assert not [each for each in caught if "pad_dims" in str(each.message)]
+
+
+def test_tensors_that_are_no_batch_are_left_out():
+    seen = [SeenShape(("x", "n"), ((rows, 3), ()), 2) for rows in (4, 2)]
+    proposal = ShapeProposal([*seen, SeenShape(("y",), ((1,),), 1)])
+    assert proposal.capture_sizes == [2, 4]
+    assert proposal.pad_dims == {}

@@ -1,0 +1,76 @@
+"""Models of transformers: whole steps are one graph, for each kind of mask, equal to eager."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from cg_lightning.bench.zoo_models import MODELS, ZooModel
+from cg_lightning.core.tree import tensors_in
+from tests.harness import Harness, predict, validate
+
+NAMES = [
+    *("bert", "roberta", "distilbert", "deberta_v2", "modernbert", "llama", "qwen3", "gpt2"),
+    *("t5", "bart", "clip", "vit", "dinov2", "wav2vec2", "whisper_encoder", "segformer"),
+]
+KINDS, ROUNDS = 3, 4
+"""Kinds of masks (ones, padded, none), and batches of each: watched, captured, replayed twice."""
+
+
+class Model(LightningModule):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return tensors_in(dict(self.net(**batch)))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        output = self.net(**batch)
+        logits = output["logits"] if "logits" in output else output["logits_per_text"]
+        self.log("mean", logits.float().mean(), on_step=True, on_epoch=True)
+        return logits
+
+
+class Batches:
+    def __init__(self, model: ZooModel) -> None:
+        self._made = [model.inputs(seed) for seed in range(KINDS * ROUNDS)]
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._made[index]
+
+
+NOT_WITHOUT_MASK = ("deberta_v2",)
+"""Without a mask it takes ``input_ids[:, [-1, 0]]``, an index that is copied from the host."""
+NOT_MARKED_SLOW = ("distilbert", "vit", "segformer")
+CASES = [
+    pytest.param(
+        name, precision, marks=() if is_fast else pytest.mark.slow, id=f"{name}-{precision}"
+    )
+    for name in NAMES
+    for precision in ("32-true", "bf16-mixed")
+    for is_fast in [name in NOT_MARKED_SLOW and precision == "32-true"]
+]
+
+
+@pytest.mark.parametrize(("name", "precision"), CASES)
+def test_steps_are_one_graph_for_each_kind_of_mask(harness: Harness, name: str, precision: Any):
+    model = MODELS[f"hf_{name}"]
+    if not model.is_available:
+        pytest.skip("transformers is not installed")
+    torch.manual_seed(2)
+    net = Model(model.make())
+    loader = DataLoader(Batches(model), batch_size=None)  # type: ignore[arg-type]
+    for job in (validate(loader), predict(loader)):
+        callback = harness.callback(warmup_steps=1, verify_replays=0)
+        harness.compare(net, job, callback, precision=precision)
+        full_kinds = KINDS - (name in NOT_WITHOUT_MASK)
+        assert callback.stats.steps["FULL"] >= full_kinds * (ROUNDS - 1) - 1, callback.summary()
