@@ -101,5 +101,7 @@ def compared_weights(own: Sequence[Tensor], eager: Sequence[Tensor]) -> dict[str
     pairs = list(zip(own, eager, strict=True))
     return {
         "equal": all(same_leaf(mine, other) for mine, other in pairs),
-        "difference": max(float((mine - other).abs().max()) for mine, other in pairs),
+        "difference": max(
+            float((mine.double() - other.double()).abs().max()) for mine, other in pairs
+        ),
     }
