@@ -102,6 +102,47 @@ def test_all_of_ours_log_what_eager_logs(tmp_path, backend):
         assert file.stat().st_size > 1000
 
 
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+def test_training_ends_with_the_weights_of_eager(tmp_path, backend):
+    few = Settings(batches=4, warmup=8, rounds=2)
+    records = list(measure(["mlp"], OURS, ["train"], few, backend))
+    by_name = {record["contestant"]: record for record in records}
+    assert list(by_name) == ["loop", "eager", "full_and_piecewise"]
+    assert "equal" not in by_name["loop"]
+    assert by_name["eager"]["equal"]
+    ours = by_name["full_and_piecewise"]
+    assert (ours["mode"], ours["equal"], ours["difference"]) == ("FULL", True, 0.0)
+    assert ours["replay"]
+    write_lines(records, tmp_path / "bench.jsonl")
+    page = (
+        "<!-- bench: train -->\n<!-- /bench --> <!-- bench: speed -->as before<!-- /bench -->"
+        "<!-- bench: machine -->another<!-- /bench -->"
+    )
+    filled = fill_page(page, tmp_path / "bench.jsonl")
+    assert "| MLP 12 x 512, batch 32 | " in filled
+    assert "x | equal | equal |" in filled
+    assert "-->as before<!--" in filled
+    assert "-->another<!--" in filled
+
+
+def test_that_weights_can_differ(monkeypatch, backend):
+    from cg_lightning.bench import training
+
+    class Half(training.TrainedStep):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * 0.5
+
+    monkeypatch.setitem(training.TRAINERS, "full_and_piecewise", lambda net, _: (Half(net), []))
+    _, record = measure(["mlp"], ["eager", "full_and_piecewise"], ["train"], FEW, backend)
+    assert not record["equal"]
+    assert 0 < record["difference"] < 1
+
+
+def test_contestants_that_cannot_train_are_named():
+    with pytest.raises(ValueError, match=r"stages=\[train\]: piecewise, full cannot train"):
+        check(["mlp"], ["piecewise", "full"], ["train"], "recorder")
+
+
 def test_the_chart_of_the_readme(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     records = Path(__file__).parent.parent / "notebooks" / "benchmark_h200.jsonl"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from cg_lightning import CUDAGraphOptions, graphed
@@ -71,6 +72,16 @@ def test_a_method_with_metrics(backend, device):
             assert_same(run(x, labels), reference.evaluate(x, labels))
     run.close()
     assert run.stats.steps["FULL"] == 10
+
+
+def test_a_metric_that_a_container_calls(backend, device):
+    model = nn.Sequential(nn.Linear(4, 4), MeanMetric()).to(device)
+    reference = copy.deepcopy(model)
+    batches = [torch.randn(2, 4, device=device) for _ in range(8)]
+    with torch.inference_mode(), graphed(model, backend=backend, warmup_steps=1) as step:
+        assert_same([step(x) for x in batches], [reference(x) for x in batches])
+        assert_same(model[1].compute(), reference[1].compute())
+    assert step.stats.replays > 3
 
 
 def test_a_function_with_its_module(backend, device):

@@ -7,6 +7,14 @@ import pytest
 import torch
 import torchmetrics
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LambdaCallback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+)
 from lightning.pytorch.loggers.logger import Logger
 from torch import nn
 from torch.nn import functional as F
@@ -236,21 +244,22 @@ def test_samples_and_further_outputs(fit):
     assert replayed(fit(Autoencoder())) > 15
 
 
+class KeepsGradients(torch.optim.SGD):
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none=False)
+
+
 OPTIMIZERS = {
     "sgd": functools.partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
     "adam": functools.partial(torch.optim.Adam, lr=1e-2),
     "rmsprop": functools.partial(torch.optim.RMSprop, lr=1e-3),
-    "keeps gradients": functools.partial(torch.optim.SGD, lr=1e-2),
+    "keeps gradients": functools.partial(KeepsGradients, lr=1e-2),
 }
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers(fit, name):
-    class Keeping(Classifier):
-        def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
-            optimizer.zero_grad(set_to_none=name != "keeps gradients")
-
-    assert replayed(fit(Keeping(optimizer=OPTIMIZERS[name]))) > 15
+    assert replayed(fit(Classifier(optimizer=OPTIMIZERS[name]))) > 15
 
 
 @pytest.mark.parametrize("batches", [2, 3])
@@ -312,23 +321,77 @@ def test_a_frozen_half(fit):
     assert callback.stats.captures >= 2
 
 
-def test_resumed_training(harness, fit, tmp_path):
-    callback = fit(Classifier(), max_epochs=2, enable_checkpointing=True)
-    weights = []
-    for extra in ([harness.callback(stages=["train"])], []):
+@pytest.mark.parametrize("settings", [{}, {"max_steps": 13}], ids=["an epoch", "within one"])
+def test_resumed_training(harness, tmp_path, settings):
+    seen = []
+    callbacks = [harness.callback(stages=["train"]) for _ in range(2)]
+    for name, (before, after) in {"graphs": callbacks, "eager": ([], [])}.items():
+        file = tmp_path / f"{name}.ckpt"
         torch.manual_seed(1)
-        model = Classifier()
-        first = harness.trainer(*extra, max_epochs=2)
-        first.fit(model, points(shuffle=False))
-        first.save_checkpoint(tmp_path / "half.ckpt")
-        second = harness.trainer(*extra, max_epochs=4)
+        first = harness.trainer(*_list(before), **{"max_epochs": 2, **settings})
+        first.fit(Classifier(), points(shuffle=False))
+        first.save_checkpoint(file)
+        kept, logger = KeepAll(), RecordingLogger()
+        second = harness.trainer(*_list(after), kept, max_epochs=4, logger=logger)
         torch.manual_seed(2)
         resumed = Classifier()
-        second.fit(resumed, points(shuffle=False), ckpt_path=tmp_path / "half.ckpt")
-        state = second.fit_loop.epoch_loop.automatic_optimization.optim_progress.state_dict()
-        weights.append((dict(resumed.state_dict()), second.global_step, state))
-    assert_same(*weights)
-    assert replayed(callback) > 5
+        second.fit(resumed, points(shuffle=False), ckpt_path=file)
+        checkpoints = [torch.load(file, weights_only=False)[key] for key in _OF_CHECKPOINTS]
+        seen.append(
+            (
+                *(kept.outputs, kept.kept_gradients, kept.metrics, kept.weights, kept.rates),
+                *(logger.calls, dict(second.callback_metrics), checkpoints, second.global_step),
+                second.fit_loop.state_dict()["epoch_loop.automatic_optimization.optim_progress"],
+                second.optimizers[0].state_dict()["state"],
+            )
+        )
+    assert_same(*seen)
+    assert all(replayed(callback) > 5 for callback in callbacks)
+
+
+_OF_CHECKPOINTS = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
+
+
+def _list(callback):
+    return [callback] if callback else []
+
+
+class ExponentialAverage(Callback):
+    """Keeps an average of the weights, as many projects do."""
+
+    def on_fit_start(self, trainer, pl_module):
+        self.average = [p.detach().clone() for p in pl_module.parameters()]
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step > 3:
+            torch._foreach_lerp_(self.average, [p.detach() for p in pl_module.parameters()], 0.1)
+
+
+def test_callbacks_of_a_project_together(fit, tmp_path):
+    """Averages, early stopping, checkpoints, rates and accumulation, all at once."""
+    folders = [tmp_path / "graphs", tmp_path / "eager"]
+    averages, remaining = [], iter(folders)
+
+    def others():
+        averages.append(ExponentialAverage())
+        return [
+            averages[-1],
+            EMAWeightAveraging(),
+            EarlyStopping("val_loss", patience=1),
+            ModelCheckpoint(next(remaining), "{step}", every_n_train_steps=2, save_top_k=-1),
+            LearningRateMonitor("step"),
+            GradientAccumulationScheduler({0: 1, 2: 2, 4: 3}),
+        ]
+
+    callback = fit(Scheduled(), others=others, max_epochs=6, enable_checkpointing=True)
+    assert replayed(callback) > 15
+    assert_same(*(each.average for each in averages))
+    names = [sorted(file.name for file in folder.iterdir()) for folder in folders]
+    assert names[0] == names[1]
+    assert len(names[0]) > 5
+    for name in names[0]:
+        saved = [torch.load(folder / name, weights_only=False) for folder in folders]
+        assert_same(*([each[key] for key in _OF_CHECKPOINTS] for each in saved))
 
 
 # what is between iterations
@@ -371,7 +434,7 @@ class LogsGradients(Classifier):
         norms = [p.grad.norm() for p in self.parameters() if p.grad is not None]
         self.log("norm", torch.stack(norms).norm(), on_step=True)
 
-    def on_before_zero_grad(self, optimizer):
+    def on_before_optimizer_step(self, optimizer):
         self.log("before", torch.ones(()), on_step=True)
 
 
@@ -391,6 +454,50 @@ def test_a_hook_inside_the_closure_is_named(fit):
     callback = fit(Classifier(), others=lambda: [LooksAtLoss()])
     assert replayed(callback) == 0
     assert "LooksAtLoss.on_before_backward" in str(callback.stats.eager_reasons)
+
+
+def _shrink(module):
+    for parameter in module.parameters():
+        parameter.data.mul_(0.9)  # the backward that follows notices nothing
+
+
+class ShrinksBeforeZeroGrad(Classifier):
+    def on_before_zero_grad(self, optimizer):
+        if self.global_step % 4 == 3:
+            _shrink(self)
+
+
+class ShrinksInZeroGrad(Classifier):
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        _shrink(self)
+        optimizer.zero_grad()
+
+
+class Shrinks(Callback):
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        _shrink(pl_module)
+
+
+SHRINKING = {
+    "ShrinksBeforeZeroGrad.on_before_zero_grad": (ShrinksBeforeZeroGrad, list),
+    "ShrinksInZeroGrad.optimizer_zero_grad": (ShrinksInZeroGrad, list),
+    "Shrinks.on_before_zero_grad": (Classifier, lambda: [Shrinks()]),
+    "LambdaCallback.on_before_zero_grad": (
+        Classifier,
+        lambda: [LambdaCallback(on_before_zero_grad=Shrinks().on_before_zero_grad)],
+    ),
+}
+
+
+@pytest.mark.parametrize("hook", SHRINKING)
+@pytest.mark.parametrize("batches", [1, 2])
+def test_weights_that_change_between_the_step_and_its_backward(fit, hook, batches):
+    make, others = SHRINKING[hook]
+    layers = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    settings = {"verify_replays": 0}
+    callback = fit(make(layers), others=others, accumulate_grad_batches=batches, settings=settings)
+    assert replayed(callback) == 0
+    assert hook in str(callback.stats.eager_reasons)
 
 
 def test_a_hook_of_a_parameter_is_named(fit):

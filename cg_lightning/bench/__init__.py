@@ -10,6 +10,7 @@
 - ``run.py``: measures every contestant on every case.
 - ``shapes.py``: batches of text whose lengths vary; a program of its own.
 - ``tables.py``: the tables of a run, and those in README and docs.
+- ``training.py``: the contestants of training, and how far weights are from eager's.
 - ``zoo.py``: runs models of other libraries with and without graphs, and compares all outputs.
 - ``zoo_models.py``: these models, with random weights, and their batches.
 """

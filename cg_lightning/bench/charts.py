@@ -7,6 +7,7 @@ from typing import Any
 
 from cg_lightning.bench.cases import CASES
 from cg_lightning.bench.records import OURS, Record, by_case, contestants_of, limit
+from cg_lightning.core.stages import TRAIN
 
 TITLES = {
     "eager": "eager",
@@ -20,6 +21,10 @@ TITLES = {
 }
 """What charts call a contestant."""
 _LIGHT, _DARK = "#c8ccd2", "#1f4e85"  # far apart in grey as well
+
+
+def _method(stage: str) -> str:
+    return "trainer.fit" if stage == TRAIN else f"trainer.{stage}"
 
 
 def _pyplot() -> Any:
@@ -65,7 +70,7 @@ def draw_all(records: list[Record], path: Path) -> list[Path]:
         squeeze=False,
     )
     for stage, row in zip(stages, grid, strict=True):
-        row[0].set_ylabel(f"trainer.{stage}")
+        row[0].set_ylabel(_method(stage))
         for name, axes in zip(names, row, strict=True):
             _draw_panel(axes, cases.get((stage, name), {}), shown)
             axes.set_title(CASES[name].title if name in CASES else name, fontsize="medium")
@@ -152,7 +157,7 @@ def draw_before_after(
     axes.xaxis.set_visible(False)
     axes.tick_params(left=False)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
-    title = f"Time of one batch in trainer.{stage}"
+    title = f"Time of one batch in {_method(stage)}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=15, fontweight="bold")
     figure.supxlabel(where, x=0.99, ha="right", fontsize=8.5, color="#505050")
     legend = {"eager, as Lightning runs it": without, "with the callback": graphed}

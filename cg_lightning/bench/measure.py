@@ -9,16 +9,17 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cg_lightning.backends import GraphBackend
 from cg_lightning.callback import CUDAGraphCallback
 from cg_lightning.core.settings import check_name
+from cg_lightning.core.stages import TRAIN
 
-STAGES = ("validate", "predict")
-
+EVALUATIONS = ("validate", "predict")
+STAGES = (*EVALUATIONS, TRAIN)
 
 PLACES = ("device", "host", "pinned")
 
@@ -55,6 +56,7 @@ class BatchTimer(Callback):
         self.microseconds = 0.0
         self.latest_output: Any = None
         self.replay: float | None = None
+        self.weights: list[Tensor] = []
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *rest: Any
@@ -68,6 +70,12 @@ class BatchTimer(Callback):
         """Does the same, and stores the latest prediction."""
         self._read(rest[1])
         self.latest_output = outputs
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *rest: Any
+    ) -> None:
+        """Does the same."""
+        self._read(rest[1])
 
     def _read(self, batch_idx: int) -> None:
         if batch_idx == self._settings.warmup - 1:
@@ -90,6 +98,11 @@ class BatchTimer(Callback):
 
     on_predict_end = on_validation_end
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stores weights and buffers, which more replays would change, and measures the graph."""
+        self.weights = weights(pl_module)
+        self.on_validation_end(trainer, pl_module)
+
 
 @dataclasses.dataclass
 class Measurement:
@@ -99,8 +112,12 @@ class Measurement:
     """Microseconds per batch, one number for each round."""
     replays: list[float]
     """Microseconds per replay of the step's graph, one number for each round that had one."""
-    values: dict[str, torch.Tensor]
+    values: dict[str, Tensor]
     """Logged values and the latest prediction of the latest round."""
+    weights: list[Tensor] = dataclasses.field(default_factory=list)
+    """Weights and buffers after the latest round of training."""
+    against_eager: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """How they compare with those of eager's first round."""
     capture_milliseconds: float = 0.0
     """Mean time of a capture."""
     mode: str = ""
@@ -117,8 +134,13 @@ class Measurement:
         return max(self.times) - min(self.times)
 
 
-def bare_trainer(backend: GraphBackend, callbacks: list[Callback]) -> Trainer:
-    """Return a Trainer on the device of ``backend`` that does nothing but evaluate."""
+def weights(module: nn.Module) -> list[Tensor]:
+    """Return copies of all parameters and buffers, on the host."""
+    return [value.cpu().clone() for value in module.state_dict().values()]
+
+
+def bare_trainer(backend: GraphBackend, callbacks: list[Callback], **settings: Any) -> Trainer:
+    """Return a Trainer on the device of ``backend`` that does nothing beside the loop."""
     return Trainer(
         accelerator="gpu" if backend.device.type == "cuda" else "cpu",
         devices=1,
@@ -127,6 +149,7 @@ def bare_trainer(backend: GraphBackend, callbacks: list[Callback]) -> Trainer:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **settings,
     )
 
 
@@ -140,11 +163,11 @@ def run_once(
     stage: str, module: LightningModule, callbacks: list[Callback], data: DataLoader[Any],
     settings: Settings, backend: GraphBackend, measurement: Measurement,
 ) -> None:  # fmt: skip
-    """Runs one evaluation and adds its round to ``measurement``.
+    """Runs one evaluation or training and adds its round to ``measurement``.
 
     Args:
         stage: One of :data:`STAGES`.
-        module: The module to evaluate.
+        module: The module to evaluate or train.
         callbacks: The callbacks of the contestant.
         data: Exactly ``settings.warmup + settings.batches`` batches.
         settings: How much to measure.
@@ -155,8 +178,12 @@ def run_once(
         (callback for callback in callbacks if isinstance(callback, CUDAGraphCallback)), None
     )
     timer = BatchTimer(settings, backend, graphs)
-    trainer = bare_trainer(backend, [timer, *callbacks])
-    if stage == "validate":
+    of_training = {"max_epochs": 1, "gradient_clip_val": 1.0} if stage == TRAIN else {}
+    trainer = bare_trainer(backend, [timer, *callbacks], **of_training)
+    if stage == TRAIN:
+        trainer.fit(module, data)
+        measurement.weights = timer.weights
+    elif stage == "validate":
         trainer.validate(module, data, verbose=False)
         measurement.values = dict(trainer.callback_metrics)
     else:

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m cg_lightning.bench.report")
     parser.add_argument("records", type=Path, help="lines of JSON that task=bench wrote")
     parser.add_argument("--image", type=Path, help="chart of the README, without .svg and .png")
-    parser.add_argument("--stage", default="validate", help="its stage: validate or predict")
+    parser.add_argument("--stage", default="validate", help="its stage: validate, predict or train")
     parser.add_argument("--all", type=Path, help="chart of all contestants, without .svg and .png")
     parser.add_argument(
         "--pages", type=Path, nargs="+", default=[], help="pages with <!-- bench: NAME --> blocks"

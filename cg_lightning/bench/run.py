@@ -15,8 +15,10 @@ from cg_lightning.backends import GraphBackend, resolve_backend
 from cg_lightning.bench.cases import CASES, Case, check_cases
 from cg_lightning.bench.contestants import CONTESTANTS, OTHER_ORDER, make
 from cg_lightning.bench.measure import STAGES, Measurement, Settings, batches_in_turn, run_once
+from cg_lightning.bench.training import TRAINERS, begin_again, compared_weights, make_trained
 from cg_lightning.core.equality import same_leaf
 from cg_lightning.core.settings import check_names
+from cg_lightning.core.stages import TRAIN
 
 _DISTINCT_BATCHES = 8
 """Number of different batches. The loader repeats them in turn."""
@@ -64,12 +66,17 @@ def check(
     """Return the backend to measure on, if everything that is asked for is there.
 
     Raises:
-        ValueError: A name is unknown, the library of a case is not installed, or there is no CUDA
-            device.
+        ValueError: A name is unknown, no contestant can train, the library of a case is not
+            installed, or there is no CUDA device.
     """
     check_cases(cases)
     check_names("bench.contestants", contestants, tuple(CONTESTANTS))
     check_names("bench.stages", stages, STAGES)
+    if TRAIN in stages and not set(contestants) & set(TRAINERS):
+        raise ValueError(
+            f"bench.stages=[train]: {', '.join(contestants)} cannot train; "
+            f"bench.contestants needs one of {', '.join(TRAINERS)}"
+        )
     return backend_to_measure(backend_name)
 
 
@@ -95,6 +102,9 @@ def measure_case(
     data = loader(case, settings, backend.device)
     made: dict[str, Any] = {}
     for stage in stages:
+        if stage == TRAIN:
+            yield stage, _measure_training(net, data, contestants, settings, backend)
+            continue
         yield stage, _measure_stage(stage, net, data, made, contestants, settings, backend)
 
 
@@ -118,7 +128,7 @@ def _measure_stage(
             except Exception as error:
                 if contestant not in OTHER_ORDER:
                     raise
-                results[contestant] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+                results[contestant] = _in_short(error)
     eager = results.get("eager")
     for contestant, result in results.items():
         if (
@@ -128,6 +138,41 @@ def _measure_stage(
         ):
             _check(contestant, result, eager)
     return results
+
+
+def _measure_training(
+    net: nn.Module, data: DataLoader[Any], contestants: Sequence[str], settings: Settings,
+    backend: GraphBackend,
+) -> dict[str, Measurement | str]:  # fmt: skip
+    """Train from the same weights in each round."""
+    made: dict[str, Any] = {}
+    results: dict[str, Measurement | str] = {}
+    expected: list[Tensor] = []
+    for _ in range(settings.rounds):
+        for contestant in filter(TRAINERS.__contains__, contestants):
+            measurement = results.setdefault(contestant, Measurement([], [], {}))
+            if isinstance(measurement, str):
+                continue
+            try:
+                if contestant not in made:
+                    made[contestant] = make_trained(contestant, net, backend.name)
+                module, callbacks = made[contestant]
+                begin_again(module, net)
+                run_once(TRAIN, module, callbacks, data, settings, backend, measurement)
+            except Exception as error:
+                if contestant not in OTHER_ORDER:
+                    raise
+                results[contestant] = _in_short(error)
+            if contestant == "eager" and not expected:
+                expected = measurement.weights
+    for contestant, result in results.items():
+        if isinstance(result, Measurement) and expected and contestant != "loop":
+            result.against_eager = compared_weights(result.weights, expected)
+    return results
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
 
 
 def measure(
@@ -159,4 +204,5 @@ def _record(result: Measurement | str) -> dict[str, Any]:
         "mode": result.mode,
         "capture_milliseconds": round(result.capture_milliseconds, 1),
         "values": {key: float(value.float().mean()) for key, value in result.values.items()},
+        **result.against_eager,
     }

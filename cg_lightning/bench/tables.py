@@ -20,6 +20,8 @@ from cg_lightning.bench.records import (
     read_environment,
     read_lines,
 )
+from cg_lightning.bench.training import TRAINERS
+from cg_lightning.core.stages import TRAIN
 
 _HEADERS = {
     "loop": "empty loop",
@@ -121,6 +123,27 @@ def details(records: list[Record], stage: str) -> str:
     return _markdown([f"`{stage}`", "limit", *(_HEADERS[name] for name in names)], rows)
 
 
+def training(records: list[Record]) -> str:
+    """Return the table of training, with the weights compared with those of eager."""
+    rows = []
+    for title, case in _rows(records, TRAIN):
+        times = [_cell(_microseconds(case, name), bold=name == OURS) for name in TRAINERS]
+        factor = _faster(case, ["eager"])
+        weights = [_weights(case, name) for name in ("eager", OURS)]
+        limits = [_cell(gpu_time(case))]
+        rows.append([title, *limits, *times, f"{factor:.1f}x" if factor else "-", *weights])
+    columns = [_HEADERS[name] for name in TRAINERS if name != "loop"]
+    header = ["`fit`", "closure on the GPU", "empty loop, optimizer", *columns]
+    return _markdown([*header, "faster than eager", "weights, eager again", "weights"], rows)
+
+
+def _weights(case: dict[str, Record], name: str) -> str:
+    record = case.get(name, {})
+    if "equal" not in record:
+        return "-"
+    return "equal" if record["equal"] else f"differ by {record['difference']:.1e}"
+
+
 def _range(factors: Sequence[float]) -> str:
     return f"{min(factors):.2g} to {max(factors):.2g}"
 
@@ -158,14 +181,19 @@ _BLOCKS: dict[str, Callable[[list[Record]], str]] = {
     "facts": facts,
     "validate": lambda records: details(records, "validate"),
     "predict": lambda records: details(records, "predict"),
+    TRAIN: training,
 }
+_STAGES = {"predict": "predict", TRAIN: TRAIN}
+"""The stage whose records a block shows; ``validate``, if it is not here."""
 
 
 def fill_page(text: str, records: Path) -> str:
     """Return a page with the figures of a file of records.
 
     They stand between ``<!-- bench: NAME -->`` and ``<!-- /bench -->``. NAME is ``results``,
-    ``speed``, ``facts``, ``validate``, ``predict``, or ``machine``: hardware and versions.
+    ``speed``, ``facts``, ``validate``, ``predict``, ``train``, or ``machine``: hardware and
+    versions. A block stays as it is if the file has no record of its stage; that of ``results``,
+    ``speed``, ``facts`` and ``machine`` is ``validate``.
 
     Args:
         text: The page, in Markdown.
@@ -175,16 +203,19 @@ def fill_page(text: str, records: Path) -> str:
         ValueError: The page has a block with another name.
     """
     measured = read_lines(records)
+    stages = {stage for stage, _ in by_case(measured)}
 
     def block(match: re.Match[str]) -> str:
         name = match["name"]
-        if name == "machine":
-            made = describe_environment(read_environment(records))
-        elif name in _BLOCKS:
-            made = _BLOCKS[name](measured)
-        else:
+        if name != "machine" and name not in _BLOCKS:
             names = ", ".join(("machine", *_BLOCKS))
             raise ValueError(f"<!-- bench: {name} --> has no such figures; choose from {names}")
+        if _STAGES.get(name, "validate") not in stages:
+            return match[0]
+        if name == "machine":
+            made = describe_environment(read_environment(records))
+        else:
+            made = _BLOCKS[name](measured)
         line_break = "\n" if made.endswith("\n") else ""
         return f"<!-- bench: {name} -->{line_break}{made}<!-- /bench -->"
 

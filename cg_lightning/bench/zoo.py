@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from cg_lightning.backends import GraphBackend
 from cg_lightning.bench.measure import (
-    STAGES,
+    EVALUATIONS,
     Measurement,
     Settings,
     bare_trainer,
@@ -124,7 +124,7 @@ def visit(names: Sequence[str], settings: Settings, backend: GraphBackend) -> It
         except Exception as error:
             yield ZooResult(name, "", reason=f"{type(error).__name__}: {error}"[:200])
             continue
-        for stage in STAGES:
+        for stage in EVALUATIONS:
             yield _visit(ZooResult(name, stage), model, step, settings, backend)
 
 

@@ -41,9 +41,7 @@ class Status(enum.Enum):
 _REMEDIES = {
     Status.NO_KEY: "give the step tensors, plain values and containers of them",
     Status.GRADIENTS: "evaluate with Trainer(inference_mode=True), without enable_grad",
-    Status.CLOSURE_HOOK: (
-        "use on_before_zero_grad, on_after_backward or on_before_optimizer_step instead"
-    ),
+    Status.CLOSURE_HOOK: "use on_after_backward or on_before_optimizer_step instead",
     Status.LOADER_ITERATOR: "take a batch in the step, not dataloader_iter",
     Status.NO_TARGET: "put the layers into submodules with parameters",
     Status.CAPTURE_FAILED: "remove what the message names, or choose a lower mode",

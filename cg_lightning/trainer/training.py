@@ -26,7 +26,9 @@ from cg_lightning.trainer.training_step import TrainingStep
 
 _NAME = STEP_METHODS[TRAIN]
 _MAKE_CLOSURE = "_make_closure"
-_BEFORE_BACKWARD = "on_before_backward"
+_CALLBACK_HOOKS = ("on_before_zero_grad", "on_before_backward")
+_MODULE_HOOKS = (*_CALLBACK_HOOKS, "optimizer_zero_grad", "backward")
+"""What runs between the step and its backward; it may change weights or activations."""
 _NO_BACKWARD = Reason(Status.CLOSURE_HOOK, "the loop skips the backward")
 _requires_grad = attrgetter("requires_grad")
 
@@ -184,9 +186,10 @@ class TrainingInstallation:
         if closure._backward_fn is None:
             return _NO_BACKWARD
         for owner in self._trainer.callbacks:  # type: ignore[attr-defined]
-            if _is_overridden(owner, Callback, _BEFORE_BACKWARD):
-                return _hook(f"{type(owner).__name__}.{_BEFORE_BACKWARD}")
-        for name in (_BEFORE_BACKWARD, "backward"):
+            for name in _CALLBACK_HOOKS:
+                if _is_overridden(owner, Callback, name):
+                    return _hook(f"{type(owner).__name__}.{name}")
+        for name in _MODULE_HOOKS:
             if _is_overridden(self._module, LightningModule, name):
                 return _hook(f"{type(self._module).__name__}.{name}")
         for name, parameter in self._step.parameters().items():

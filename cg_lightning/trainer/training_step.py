@@ -9,6 +9,7 @@ What is hard here:
   gradient sees it change.
 - **The order is another one, and nobody can see it.** Lightning runs the step, then ``zero_grad``,
   then the backward. Here ``zero_grad`` comes after the backward, which has set all gradients aside.
+  Where a hook of the user's runs in between, Lightning runs the closure (``training.py``).
   A step that reads a gradient, or computes some itself, is therefore no graph
   (``diagnosis/detectors/backward.py``). ``on_after_backward`` is the last thing in a closure, and
   comes last here.
@@ -65,6 +66,7 @@ class TrainingStep:
             before = [
                 (p.grad, None if p.grad is None else p.grad._version) for p in _of(parameters)
             ]
+            required = [p.requires_grad for p in _of(parameters)]
             with self._trainer.precision_plugin.train_step_context():
                 output = self._module.training_step(given.batch, *args)
             result = ClosureResult.from_training_step_output(output, given.normalize)
@@ -72,6 +74,8 @@ class TrainingStep:
             loss = result.closure_loss
             if any(x is not y or v != w for (x, v), (y, w) in zip(before, after, strict=True)):
                 return UnfinishedClosure(result, "the step changes gradients itself")
+            if required != [p.requires_grad for p in _of(parameters)]:
+                return UnfinishedClosure(result, "the step changes requires_grad of a parameter")
             if loss is None:
                 return UnfinishedClosure(result, "the step returns no loss")
             if not _has_leaves_among(loss, parameters):

@@ -132,7 +132,8 @@ class LateUpdates(Detector):
         with self.watch.paused():
             self._random = HostRandomState()
         is_unused = method in _LOGS or (method == "update" and output is None)
-        if not is_unused and not is_value_dropped(next(callers())):
+        caller = next(callers(), None)  # None: a container of PyTorch's has called it
+        if not is_unused and (caller is None or not is_value_dropped(caller)):
             late.refuse("whose value is used")
         return output
 

@@ -1,0 +1,105 @@
+"""The contestants of training, and how far weights are from eager's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, seed_everything
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics.classification import MulticlassAccuracy
+
+from cg_lightning.bench.cases import CLASSES
+from cg_lightning.bench.contestants import Contestant
+from cg_lightning.bench.records import OURS
+from cg_lightning.callback import CUDAGraphCallback
+from cg_lightning.core.equality import same_leaf
+from cg_lightning.core.settings import BackendName
+
+
+class TrainedStep(LightningModule):
+    """The step to train: forward, cross entropy, accuracy, and two logs; AdamW steps.
+
+    Args:
+        net: Maps inputs to logits.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.accuracy = MulticlassAccuracy(CLASSES)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """Return the loss, and log it with the accuracy."""
+        inputs, labels = batch
+        logits = self.net(inputs)
+        loss = cross_entropy(logits, labels)
+        self.accuracy.update(logits, labels)
+        self.log("loss", loss)
+        self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW, whose step is one kernel for many parameters."""
+        return torch.optim.AdamW(self.parameters(), 1e-4, fused=True)
+
+
+class OptimizerAlone(TrainedStep):
+    """No step and no backward: Lightning's loop, clipping and the optimizer alone."""
+
+    def on_train_start(self) -> None:
+        """Give the optimizer gradients."""
+        for parameter in self.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Do nothing."""
+
+    def optimizer_zero_grad(self, *_: Any) -> None:
+        """Keep the gradients, because no backward makes new ones."""
+
+
+def _compiled(mode: str | None) -> Callable[[nn.Module, BackendName], Contestant]:
+    def make(net: nn.Module, _: BackendName) -> Contestant:
+        return TrainedStep(torch.compile(net, mode=mode)), []  # type: ignore[arg-type]
+
+    return make
+
+
+def _graphs(net: nn.Module, backend: BackendName) -> Contestant:
+    return TrainedStep(net), [CUDAGraphCallback(stages=["train"], backend=backend, report=False)]
+
+
+TRAINERS: dict[str, Callable[[nn.Module, BackendName], Contestant]] = {
+    "loop": lambda net, _: (OptimizerAlone(net), []),
+    "eager": lambda net, _: (TrainedStep(net), []),
+    OURS: _graphs,
+    "compile": _compiled(None),
+    "reduce_overhead": _compiled("reduce-overhead"),
+}
+"""The contestants that train. The others only evaluate."""
+
+
+def make_trained(name: str, net: nn.Module, backend: BackendName) -> Contestant:
+    """Return the module to train, with its own copy of the weights, and its callbacks."""
+    return TRAINERS[name](copy.deepcopy(net).train(), backend)
+
+
+def begin_again(module: TrainedStep, net: nn.Module) -> None:
+    """Give a module the weights of ``net``, which has never been trained; seed all generators."""
+    pairs = zip(module.net.state_dict().values(), net.state_dict().values(), strict=True)
+    for own, first in pairs:
+        own.copy_(first)
+    seed_everything(0, verbose=False)
+
+
+def compared_weights(own: Sequence[Tensor], eager: Sequence[Tensor]) -> dict[str, Any]:
+    """Return whether weights are eager's in every bit, and the largest difference."""
+    pairs = list(zip(own, eager, strict=True))
+    return {
+        "equal": all(same_leaf(mine, other) for mine, other in pairs),
+        "difference": max(float((mine - other).abs().max()) for mine, other in pairs),
+    }
