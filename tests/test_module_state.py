@@ -470,3 +470,36 @@ def test_a_buffer_that_nobody_can_write_to(harness, mode):
     ]
     assert_same(*outputs)
     assert callback.stats.steps[mode] == 7, callback.summary()
+
+
+class Converts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        self.linear.double()
+        x = self.linear(x.double()).float()
+        self.linear.float()
+        return x
+
+
+class ReplacesData(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        self.linear.weight.data = self.linear.weight.data * 0.5
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
+@pytest.mark.parametrize("kind", [Converts, ReplacesData])
+def test_a_step_that_gives_weights_other_memory(harness, kind, mode, verify_replays):
+    """Freed memory is used again, so an address may be the same by chance."""
+    callback = harness.callback(mode=mode, verify_replays=verify_replays)
+    harness.compare(Predictor(kind()), predict(features(32)), callback)
+    assert callback.stats.steps["FULL"] == 0, callback.summary()
+    assert any("other memory" in str(each.reason) for each in callback.stats.reasons)

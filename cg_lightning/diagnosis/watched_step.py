@@ -198,6 +198,17 @@ class WatchedStep:
         choose(self._step)
         return chosen
 
+    def obstacle(self) -> tuple[str, Finding] | None:
+        """Returns why the first submodule with parameters is no graph, and its path.
+
+        None if no submodule with parameters has a finding.
+        """
+        for call in self._calls:
+            parameters = iter(()) if call.module is None else call.module.parameters()
+            if call.findings and next(parameters, None) is not None:
+                return call.path, call.findings[0]
+        return None
+
     def sources(self, module: nn.Module | None = None) -> list[Source]:
         """Returns what calls of ``module`` (None: the step) read in Python, each source once."""
         calls = self._calls_of(module)

@@ -23,6 +23,7 @@ from cg_lightning.diagnosis.detectors.host_values import HostValues
 from cg_lightning.diagnosis.detectors.late_updates import LateUpdates
 from cg_lightning.diagnosis.detectors.logging import Logging
 from cg_lightning.diagnosis.detectors.metric_updates import MetricUpdates
+from cg_lightning.diagnosis.detectors.moved_tensors import MovedTensors
 from cg_lightning.diagnosis.detectors.mutations import Mutations
 from cg_lightning.diagnosis.detectors.operations import Operations
 from cg_lightning.diagnosis.detectors.printing import Printing
@@ -49,6 +50,7 @@ DETECTORS: tuple[type[Detector], ...] = (
     RandomNumbers,
     ForwardHooks,
     Mutations,
+    MovedTensors,
     HostValues,  # before those that report reads: it says which of them a capture can answer
     Backward,
     Operations,

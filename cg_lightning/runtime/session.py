@@ -262,7 +262,8 @@ class Session:
         full = self.full_reason(plan.state, watched) or in_pieces
         piecewise = None
         if self.settings.targets is None and not watched.largest_capturable():
-            piecewise = NO_TARGET
+            obstacle = watched.obstacle()
+            piecewise = NO_TARGET if obstacle is None else obstacle[1].reason(obstacle[0])
         dispatcher = self.target.dispatcher
         modes, reason = dispatcher.judge(full, piecewise)
         is_full = CUDAGraphMode.FULL in modes

@@ -17,6 +17,7 @@
 - ``logging.py``: ``self.log`` and ``self.log_dict``.
 - ``metric_updates.py``: what a step does to metrics that a graph cannot hold, or a replay not bring
   up to date.
+- ``moved_tensors.py``: parameters and buffers that a step gives other memory.
 - ``mutations.py``: what a step changes in place: what it was given, and tensors that live longer
   than it.
 - ``operations.py``: dispatched operations that a graph cannot hold, and gradients.
