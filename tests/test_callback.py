@@ -476,14 +476,16 @@ def test_dataloader_iter_is_eager_with_that_reason(harness):
 def test_a_batch_that_cannot_be_keyed_runs_in_pieces_with_the_leafs_path(harness, mode):
     class Odd(Predictor):
         def predict_step(self, batch: Any, batch_idx: int) -> Any:
-            return self.net(batch["x"])
+            return self.net(batch["x"]) * len(batch["ids"])
 
-    batches = [{"x": torch.randn(2, 8), "ids": {1, 2}} for _ in range(4)]
+    batches = [{"x": torch.randn(2, 8), "ids": {1, 2}} for _ in range(8)]
     callback = harness.callback(mode=mode, warmup_steps=1)
     harness.compare(
         Odd(Body()), predict(torch.utils.data.DataLoader(batches, batch_size=None)), callback
     )
-    assert callback.stats.steps["PIECEWISE"] == (0 if mode == "FULL" else 3), callback.summary()
+    in_pieces = callback.stats.steps["PIECEWISE"]
+    assert (in_pieces == 0) if mode == "FULL" else (in_pieces >= 5), callback.summary()
+    assert callback.stats.steps["FULL"] == 0
     reason = "batch['ids'] is a value of type builtins.set, which cannot be part of a key"
     reasons = {str(record.reason) for record in callback.stats.reasons}
     assert mode == "PIECEWISE" or reason in reasons, reasons
@@ -548,13 +550,7 @@ def test_a_name_that_is_another_one_in_each_batch(harness, mode):
         trainer.predict(module, named([f"{i}.png" for i in range(40)])) for _ in range(2)
     ]
     harness.compare(Named(Body()), twice, callback)
-    assert callback.stats.steps["FULL"] == 0
-    if mode == "FULL":
-        assert any("batch['name']" in reason for reason in callback.stats.eager_reasons), (
-            callback.summary()
-        )
-    else:
-        assert callback.stats.steps["PIECEWISE"] == 2 * (40 - 16 - 2)
+    assert callback.stats.steps["FULL"] >= 2 * (40 - 6), callback.summary()
 
 
 def test_a_few_names_are_part_of_the_key(harness):

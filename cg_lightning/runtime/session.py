@@ -304,7 +304,12 @@ class Session:
             compared.append(ComparedSource(source, watched.comparisons))
         if of_trainer_only:
             sources = [each for each in sources if each.belongs_to_trainer]
-        modules = () if of_trainer_only else self.module.named_modules()
+        late = {id(metric) for unit in watched.late for metric in unit.metrics}
+        modules = [
+            (path, module)
+            for path, module in self.module.named_modules()
+            if not of_trainer_only and id(module) not in late
+        ]
         return self._guard_set(sources, compared, modules)
 
     def _guard_set(
