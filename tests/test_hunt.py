@@ -40,6 +40,8 @@ SETTINGS = {
     "in a part": [(FULL, 2), (FULL, 0), (PIECEWISE, 2), (PIECEWISE, 0)],
 }
 """Mode, and ``verify_replays``."""
+EXHAUSTIVE = {"in the step": [(PIECEWISE, 0)], "in a part": [(FULL, 2), (PIECEWISE, 2)]}
+"""Those that run with ``-m exhaustive`` only, and on a GPU."""
 Printed = Callable[[], Any]
 
 
@@ -196,7 +198,14 @@ def eager(row: Row, harness: Harness, folder: Path, printed: Printed) -> dict[st
 
 @pytest.mark.parametrize(
     ("name", "mode", "verify_replays"),
-    [(row.name, *setting) for row in ROWS.values() for setting in SETTINGS[row.side]],
+    [
+        pytest.param(
+            *(row.name, *setting),
+            marks=pytest.mark.exhaustive if setting in EXHAUSTIVE[row.side] else (),
+        )
+        for row in ROWS.values()
+        for setting in SETTINGS[row.side]
+    ],
 )
 def test_a_user_sees_what_eager_shows(
     request, harness: Harness, tmp_path, capfd, name, mode, verify_replays

@@ -719,6 +719,7 @@ def _with_bert(self, batch):
     return {"logits": logits, "loss": loss}
 
 
+@pytest.mark.exhaustive
 def test_shapes_that_never_repeat_are_not_watched_for_good(harness):
     data = batches(4, *[4] * 4, width=8)
     data += [torch.randn(4, width) for width in range(100, 200)]

@@ -498,7 +498,10 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize(
+    "settings",
+    ["default", "unverified", pytest.param("verified", marks=pytest.mark.exhaustive)],
+)
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
 def test_steps(fit, make, settings):
     own, of_trainer = SETTINGS[settings]
