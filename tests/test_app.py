@@ -163,7 +163,7 @@ def test_the_benchmark_once_and_in_a_multirun(tmp_path):
 
 def test_the_zoo(tmp_path):
     few = ("bench.backend=recorder", "bench.batches=2", "bench.warmup=2", "bench.rounds=1")
-    printed = run(tmp_path, "task=zoo", "zoo=[torch_*]", *few)
+    printed = run(tmp_path, "task=zoo", "zoo=[torch_attention_*]", *few)
     assert "2 runs: 2 FULL, 0 PIECEWISE, 0 NONE; 0 differ from eager" in printed
 
 
@@ -263,7 +263,10 @@ def test_a_gpu_that_is_not_there_is_one_sentence(tmp_path, argument):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("task=train",), "expected one of [fit, validate, test, predict, diagnose, bench, zoo]"),
+        (
+            ("task=train",),
+            "expected one of [fit, validate, test, predict, diagnose, shapes, bench, zoo]",
+        ),
         (("task=diagnose", "stage=fit"), "expected one of [validate, test, predict]"),
         (("task=zoo", "zoo=[mpl*]"), "zoo=['mpl*']: 'mpl*' matches none of torch_attention_lstm, "),
         (("task=bench", "bench.cases=[mpl]"), "'mpl' is unknown; choose from mlp, resnet18, "),

@@ -6,7 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -240,6 +240,8 @@ def another_value(field: dataclasses.Field, hint: Any) -> tuple[str, Any]:
         return choice, choice
     if isinstance(default, tuple):
         return f"[{default[-1]}]", default[-1:]
+    if any(get_origin(arm) is Mapping for arm in get_args(hint)):
+        return "{x:{1:{sizes:pow2,value:0}}}", {"x": {1: {"sizes": "pow2", "value": 0}}}
     sequence = next(arm for arm in get_args(hint) if get_origin(arm) is Sequence)
     item = {str: "layer", int: 4}[get_args(sequence)[0]]
     return f"[{item}]", (item,)
