@@ -22,6 +22,8 @@ from tests.models import ConvNetClassifier, Predictor
 COMPARED = BLOCKS * BLOCK
 SHORT, LONG, VERY_LONG = 0.0005, 0.005, 0.04
 """Seconds; what is to be told apart differs by much more than noise."""
+BY_THE_CLOCK = pytest.mark.exhaustive
+"""Its times are a few milliseconds: a machine that is busy with other work may decide otherwise."""
 
 
 class HostStopwatch:
@@ -315,6 +317,7 @@ def test_variants_are_compared_each_by_itself(harness, slow_replays):
         assert reasons(callback)["NONE: no gain"] > 60
 
 
+@BY_THE_CLOCK
 def test_each_stage_and_each_shape_is_decided_by_itself(harness, slow_replays):
     class TwoSpeeds(Predictor):
         def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
@@ -337,6 +340,7 @@ def test_each_stage_and_each_shape_is_decided_by_itself(harness, slow_replays):
 # submodules
 
 
+@BY_THE_CLOCK
 def test_a_submodule_that_costs_time_is_left_alone(harness, timed):
     callback = harness.callback(min_saving=0.03)
     model = Pieces(Slow(LONG), Many(1000))
@@ -351,6 +355,7 @@ def test_a_submodule_that_costs_time_is_left_alone(harness, timed):
     assert callback.stats.steps["PIECEWISE"] == 80 - 3 - COMPARED
 
 
+@BY_THE_CLOCK
 def test_a_step_whose_submodules_all_cost_time_runs_eagerly(harness, timed):
     callback = harness.callback(min_saving=0.03)
     model = Pieces(Many(300), Many(300))
@@ -361,6 +366,7 @@ def test_a_step_whose_submodules_all_cost_time_runs_eagerly(harness, timed):
     assert all(entry.saving < 0 for entry in callback.stats.entries)
 
 
+@BY_THE_CLOCK
 def test_submodules_that_save_much_are_kept(harness, timed):
     callback = harness.callback(min_saving=0.03)
     model = Pieces(Slow(LONG), Slow(SHORT))
