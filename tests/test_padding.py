@@ -758,6 +758,9 @@ def test_shapes_that_never_repeat_are_not_watched_for_good(harness):
         ({"pad_dims": {"x": {1: {"sizes": [4, 2]}}}}, ["pad_dims['x'][1]['sizes']", "increase"]),
         ({"pad_dims": {"x": {1: {"sizes": [2], "value": "a"}}}}, ["'a'", "number"]),
         ({"capture_sizes": [4], "verify_tolerance": "exact"}, ["verify_tolerance='close'"]),
+        ({"capture_sizes": [4], "mode": "NONE"}, ["capture_sizes=[4]", "mode='NONE'"]),
+        ({"capture_sizes": [4], "stages": ["train"]}, ["capture_sizes=[4]", "stages=['train']"]),
+        ({"capture_ahead": True, "stages": ["train"]}, ["capture_ahead=True", "['train']"]),
     ],
 )
 def test_settings_that_are_refused(settings, words):

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.pad_rules import PadDims, check_pad_dims, check_sizes
-from cg_lightning.core.stages import STEP_METHODS
+from cg_lightning.core.stages import EVALUATING, STEP_METHODS
 
 ModeName = Literal["NONE", "PIECEWISE", "FULL", "FULL_AND_PIECEWISE"]
 StageName = Literal["validate", "test", "predict", "train"]
@@ -268,6 +268,7 @@ class Settings:
         if self.pad_dims is not None:
             check_pad_dims("pad_dims", self.pad_dims)
         self._check_tolerance_of_padding()
+        self._check_use_of_stages(checked["mode"], checked["stages"])
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -279,6 +280,25 @@ class Settings:
                     "kernels, so the last bits differ; set verify_tolerance='close', or "
                     f"{name}=None."
                 )
+
+    def _check_use_of_stages(self, mode: CUDAGraphMode, stages: tuple[str, ...]) -> None:
+        """Refuse an option of evaluation that no stage would use."""
+        if not self.pads and not self.capture_ahead:
+            return
+        name = "capture_ahead"
+        if self.pads:
+            name = "pad_dims" if self.capture_sizes is None else "capture_sizes"
+        given = f"{name}={getattr(self, name)!r}"
+        if mode is CUDAGraphMode.NONE:
+            raise ValueError(
+                f"{given} is for graphs, and mode='NONE' has none; choose another mode, or leave "
+                f"{name} out."
+            )
+        if not set(stages) & set(EVALUATING):
+            raise ValueError(
+                f"{given} is for {', '.join(EVALUATING)}, and stages={list(stages)!r} has "
+                f"none of them; add one, or leave {name} out."
+            )
 
     @property
     def pads(self) -> bool:
