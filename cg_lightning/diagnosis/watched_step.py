@@ -41,6 +41,8 @@ class ModuleCall:
     """How the step compares ``batch_idx``, and what comes out; empty for other calls."""
     compared: dict[Any, ComparedSource] = dataclasses.field(default_factory=dict, repr=False)
     """What the call reads in Python and only compares."""
+    copies_from_host: bool = False
+    """Whether it copies constants from the host, and no function that it calls shows it."""
 
     def __post_init__(self) -> None:
         self.input_addresses = addresses_of(self.inputs)
@@ -218,6 +220,10 @@ class WatchedStep:
         """Returns what calls of ``module`` (None: the step) read in Python and only compare."""
         calls = self._calls_of(module)
         return list({key: c for call in calls for key, c in call.compared.items()}.values())
+
+    def copies_from_host(self, module: nn.Module | None = None) -> bool:
+        """Returns whether calls of ``module`` (None: the step) copy constants from the host."""
+        return any(call.copies_from_host for call in self._calls_of(module))
 
     def _calls_of(self, module: nn.Module | None) -> list[ModuleCall]:
         if module is None:
