@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from cg_lightning.backends import GraphBackend
 from cg_lightning.backends.dispatch_mode import EagerDispatchMode
+from cg_lightning.backends.followed_generators import key_of
 from cg_lightning.backends.host_indices import Place
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor, describe_call, is_inside_transform
@@ -130,6 +131,10 @@ class StepWatch:
         self._unseen_use = ""
         self._fills_batch = False
         self._written = WrittenTensors()
+        self._generators: dict[int, torch.Generator] = {}
+        """Random generators that the step may know, because it has read what holds them."""
+        self._drawn: dict[int, torch.Generator] = {}
+        """Those among them that the step draws from."""
         self._changes: list[ChangedAttribute] = []
         self._detectors: Sequence[Detector] = ()
         self._mode = _OperationMode(self)
@@ -237,6 +242,26 @@ class StepWatch:
     def note_unseen_use(self, location: str) -> None:
         """Notes code that may use a value of the batch in a way that a capture does not see."""
         self._unseen_use = self._unseen_use or location
+
+    def look_at(self, contents: FrozenValues) -> list[str]:
+        """Notes the random generators among values that are read; returns what is opaque.
+
+        In compiled code, nobody sees what is drawn from a generator.
+        """
+        self._generators.update({key_of(each): each for each in contents.generators.values()})
+        hidden = [f"{path}: torch.Generator" for path in contents.generators if self.hidden]
+        return [*contents.opaque(), *hidden]
+
+    def draws_from(self, generator: torch.Generator) -> bool:
+        """Notes that the step draws; returns whether a capture can draw from this generator too.
+
+        It must have been there before the step, so that it goes on from step to step.
+        """
+        key = key_of(generator)
+        can_follow = key in self._generators and self.backend.can_follow(generator)
+        if can_follow and not self._is_paused:
+            self._drawn[key] = self._generators[key]
+        return can_follow
 
     def note_written(self, written: WrittenTensors) -> None:
         """Notes tensors that the step changed in place."""
@@ -437,6 +462,7 @@ class StepWatch:
             late=late,
             unseen_use=self._unseen_use,
             fills_batch=self._fills_batch,
+            generators=list(self._drawn.values()),
         )
 
 

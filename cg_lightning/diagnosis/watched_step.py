@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cg_lightning.core.causes import Cause
@@ -113,6 +114,7 @@ class WatchedStep:
         late: Sequence[MetricUnit] = (),
         unseen_use: str = "",
         fills_batch: bool = False,
+        generators: Sequence[torch.Generator] = (),
     ) -> None:
         self._step = step
         self._calls = list(step.all_calls())
@@ -135,6 +137,8 @@ class WatchedStep:
         it catches errors, or asks for the class of an object."""
         self.fills_batch = fills_batch
         """Whether the step sets entries of its batch, and changes nothing else there."""
+        self.generators = tuple(generators)
+        """Random generators, other than the default one, that the step draws from."""
         self.late = tuple(late)
         """Metrics whose calls a graph of the whole step leaves out: they follow each replay."""
 

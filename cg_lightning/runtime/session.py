@@ -265,6 +265,8 @@ class Session:
             obstacle = watched.obstacle()
             piecewise = NO_TARGET if obstacle is None else obstacle[1].reason(obstacle[0])
         self.target.copies_from_host |= watched.copies_from_host()
+        for generator in watched.generators:
+            self.backend.follow(generator)
         dispatcher = self.target.dispatcher
         modes, reason = dispatcher.judge(full, piecewise)
         is_full = CUDAGraphMode.FULL in modes

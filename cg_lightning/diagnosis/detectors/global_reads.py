@@ -11,7 +11,12 @@ from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
 from cg_lightning.core.causes import Cause
-from cg_lightning.diagnosis.clocks import caller_of, clock_in_c, clock_in_python
+from cg_lightning.diagnosis.clocks import (
+    caller_of,
+    clock_in_c,
+    clock_in_python,
+    method_of_generator,
+)
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import AT_THE_END, NOT_YOURS, is_step_calling
 from cg_lightning.diagnosis.functions import (
@@ -121,8 +126,10 @@ class GlobalReads(Detector):
         self.watch.report(cause, words, location=location, module="", calls=readers)
 
     def _on_event(self, frame: FrameType, event: str, function: Any) -> None:
-        if event == "c_call" and (clock := clock_in_c(function)):
-            self._report_clock(clock, frame)
+        if event == "c_call":
+            name = clock_in_c(function) or method_of_generator(function, frame)
+            if name:
+                self._report_clock(name, frame)
         if event != "call":
             return
         code = frame.f_code
@@ -203,7 +210,7 @@ class GlobalReads(Detector):
             contents = look_into(value, source.path)
             modules = hidden_modules(self.watch, contents.modules) if contents.modules else []
             inside = sources_in(modules, source.path)
-            opaque = [*contents.opaque(), *opaque_in(inside)]
+            opaque = [*self.watch.look_at(contents), *opaque_in(self.watch, inside)]
         except UnreadableError as error:
             words = f"{_words(source)} {error}"
             self._problems[key] = [(Cause.STATE_REBOUND, words, AT_THE_END)]
