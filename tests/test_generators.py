@@ -192,7 +192,7 @@ class Trained(LightningModule):
         self.log("v", noise(self.net(batch[0]), self.g)[:, [1, 0]].mean())
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), 0.1)
+        return torch.optim.SGD(self.parameters(), 0.001)
 
 
 @pytest.mark.parametrize(
