@@ -6,6 +6,7 @@ import collections
 import copy
 import functools
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn, tensor
 
 from cg_lightning import graphed
+from cg_lightning.backends.host_indices import answered_indices
 from cg_lightning.backends.tensor_makers import MakerCall, answered_makers
 from cg_lightning.capture.host_constants import HostConstants
 from cg_lightning.core.causes import Cause
@@ -235,7 +237,13 @@ def test_constants_are_part_of_the_graph(harness, name):
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("name", ["returned", "written in place", "two"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("returned", "written in place", "two", "on the host", "a list", "two lists", "set"),
+        *("a list of booleans", "an array of indices", "an index on the host"),
+    ],
+)
 def test_constants_in_each_mode(harness, name, settings):
     compare(harness, CONSTANTS[name], **settings)
 
@@ -325,9 +333,50 @@ def test_a_capture_that_asks_for_other_constants(device):
             ask(times)
 
 
-def test_other_threads_and_other_devices_are_left_alone(device):
-    import threading
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad])
+def test_attention_keeps_its_fast_path_beside_a_list(backend, device, context):
+    """A ``TorchFunctionMode`` would take it away, and with it the bits."""
+    torch.manual_seed(4)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    net = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval().to(device)
+    reference = copy.deepcopy(net)
 
+    def forward(x: Tensor, used: nn.Module = net) -> Any:
+        rows = x[:, [2, 0, 1]]
+        y = used(rows)
+        return (
+            y[[0, -1]],
+            used.layers[0].self_attn(y, y, y, need_weights=False)[0],
+            y.split([1, 2], 1),
+        )
+
+    batches = [torch.randn(4, 3, 8, device=device) for _ in range(8)]
+    for settings in SETTINGS[:2]:
+        with context(), graphed(forward, module=net, backend=backend, **settings) as fast:
+            found = [fast(x) for x in batches]
+        with context():
+            assert_same(found, [forward(x, reference) for x in batches])
+        assert fast.stats.steps["FULL"] > 0, fast.summary()
+
+
+def test_other_threads_see_no_mode(device):
+    seen: list[Any] = []
+
+    def ask() -> None:
+        seen.append(torch.overrides.has_torch_function((torch.ones(2),)))
+        seen.append(torch.ones(3)[[0, 1]].shape)
+
+    with answered_indices(device, lambda value: value.to(device)):
+        assert not torch.overrides.has_torch_function((torch.ones(2),))
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+        with torch.device("cpu"):  # a mode of the user's
+            assert torch.overrides.has_torch_function((torch.ones(2),))
+    assert seen == [False, (2,)]
+
+
+def test_other_threads_and_other_devices_are_left_alone(device):
     calls: list[MakerCall] = []
 
     def answer(call: MakerCall) -> Tensor:

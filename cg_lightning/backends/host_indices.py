@@ -13,6 +13,7 @@ import contextlib
 import dis
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any
@@ -46,10 +47,10 @@ def answered_indices(device: torch.device, answer: AnswerIndex) -> Iterator[None
         yield
         return
     original = torch.overrides.has_torch_function
-    mode = _IndexMode(device, answer)
+    mode, thread = _IndexMode(device, answer), threading.get_ident()
 
     def has_torch_function(arguments: Any) -> bool:
-        if mode.is_left:
+        if mode.is_left or threading.get_ident() != thread:
             return original(arguments)
         with _without_our_mode():
             return original(arguments)
