@@ -395,3 +395,41 @@ def test_other_threads_and_other_devices_are_left_alone(device):
         assert calls[1].is_constant_on(device)
         assert calls[1].on_host().dtype is torch.float32
     assert (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor) == originals
+
+
+OF_THE_BATCH: dict[str, Callable[[Tensor, Any], Any]] = {
+    "a number": lambda x, b: x[[b["n"], 0]],
+    "after a list": lambda x, b: x[[0, 1]][:, [b["n"] % 2]],
+    "a number in a tensor": lambda x, b: x * torch.tensor([b["n"]]).to(x.device),
+    "a list": lambda x, b: x[b["l"]],
+    "a tuple": lambda x, b: x[:, tuple(b["l"])],
+    "passed on": lambda x, b: (x[[0, 2]], b["n"], b["l"]),
+    "used and passed on": lambda x, b: (x[b["l"]], b["l"]),
+    "a tensor of a list": lambda x, b: x[torch.tensor(b["l"])],
+    "made of a number": lambda x, b: x[[i for i in range(3) if i != b["n"]]],
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS[:2])
+@pytest.mark.parametrize("name", list(OF_THE_BATCH))
+def test_values_of_the_batch_in_an_index(backend, device, name, settings):
+    torch.manual_seed(0)
+    net = nn.Linear(4, 4).eval().to(device)
+    reference = copy.deepcopy(net)
+    batches = [
+        {
+            "x": torch.randn(3, 4, device=device),
+            "n": index % 3 if index > 4 else 1,
+            "l": [index % 3 if index > 6 else 0, 1],
+        }
+        for index in range(30)
+    ]
+
+    def forward(batch: Any) -> Any:
+        return OF_THE_BATCH[name](net(batch["x"]), batch)
+
+    with torch.inference_mode(), graphed(forward, module=net, backend=backend, **settings) as fast:
+        found = [fast(batch) for batch in batches]
+        expected = [OF_THE_BATCH[name](reference(batch["x"]), batch) for batch in batches]
+    assert_same(found, expected)
+    assert fast.stats.steps["FULL"] > 0, fast.summary()
