@@ -8,8 +8,9 @@ may be where it was. So their memory is kept until the step ends.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -28,40 +29,51 @@ class MovedTensors(Detector):
 
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
-        self._before: dict[int, tuple[str, Tensor, Tensor]] = {}
+        self._before: dict[int, _Memory] = {}
+        self._inside: dict[int, list[_Memory]] = {}
+        """The tensors inside each module that was called, by the id of the module."""
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         root = self.watch.root
         self._before = {
-            id(tensor): (name, tensor, tensor.detach())
+            id(tensor): _Memory(name, tensor, tensor.detach())
             for name, tensor in chain(root.named_parameters(), root.named_buffers())
             if not is_lazy(tensor)
         }
         try:
             yield
-            self._compare(self.watch.step, list(self._before))
+            self._compare(self.watch.step, self._before.values())
         finally:
-            self._before = {}
+            self._before, self._inside = {}, {}
 
     @contextlib.contextmanager
     def around_call(self, call: ModuleCall) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        module = call.module
+        assert module is not None
+        inside = self._inside.get(id(module))
+        if inside is None:
+            tensors = chain(module.parameters(), module.buffers())
+            found = [self._before.get(id(tensor)) for tensor in tensors]
+            inside = self._inside[id(module)] = [each for each in found if each is not None]
         yield
-        if call.module is not None:
-            own = chain(call.module.parameters(), call.module.buffers())
-            self._compare(call, [id(tensor) for tensor in own])
+        self._compare(call, inside)
 
-    def _compare(self, call: ModuleCall, tensors: list[int]) -> None:
-        for key in tensors:
-            name, tensor, before = self._before.get(key, ("", None, None))
-            if tensor is not None and before is not None and _is_elsewhere(tensor, before):
-                words = f"{name} is given other memory"
-                self.watch.report(Cause.STATE_REBOUND, words, location=AT_THE_END, calls=[call])
-                return
+    def _compare(self, call: ModuleCall, tensors: Iterable[_Memory]) -> None:
+        moved = next((each.name for each in tensors if each.is_elsewhere()), None)
+        if moved is not None:
+            words = f"{moved} is given other memory"
+            self.watch.report(Cause.STATE_REBOUND, words, location=AT_THE_END, calls=[call])
 
 
-def _is_elsewhere(tensor: Tensor, before: Tensor) -> bool:
-    is_same_kind = (tensor.dtype, tensor.device) == (before.dtype, before.device)
-    return not is_same_kind or tensor.data_ptr() != before.data_ptr()
+class _Memory(NamedTuple):
+    name: str
+    tensor: Tensor
+    before: Tensor
+
+    def is_elsewhere(self) -> bool:
+        tensor, before = self.tensor, self.before
+        is_same_kind = (tensor.dtype, tensor.device) == (before.dtype, before.device)
+        return not is_same_kind or tensor.data_ptr() != before.data_ptr()
