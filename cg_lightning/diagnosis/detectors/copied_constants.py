@@ -8,7 +8,7 @@ guarded by what is in it. What the step itself makes of these, and of Python val
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -99,15 +99,18 @@ class CopiedConstants(Detector):
         self.watch.copies_constant = False
         if not self._is_elsewhere:
             return
-        if self.watch.makes_on_host and function._schema.name == "aten::lift_fresh":
-            self._made[_storage(output)] = True
-            self._kept.append(output)
+        made = _on_host((output,))
+        if not made:
+            return
         given = tensors_in((args, kwargs))
         known = set(map(_storage, given))
+        if self.watch.makes_on_host and function._schema.name == "aten::lift_fresh":
+            known = set()
         is_random = torch.Tag.nondeterministic_seeded in function.tags
-        for tensor in tensors_in(output):
-            if tensor.is_cpu and _storage(tensor) not in known:
-                self._made[_storage(tensor)] = not is_random and all(map(self._is_constant, given))
+        for tensor in made:
+            if _storage(tensor) not in known:
+                is_constant = not known or all(map(self._is_constant, given))
+                self._made[_storage(tensor)] = is_constant and not is_random
                 self._kept.append(tensor)
 
     def _is_index(self, made: Tensor) -> bool:
@@ -127,12 +130,12 @@ class CopiedConstants(Detector):
     def _note_uses(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        given = tensors_in((args, kwargs))
-        on_host = [tensor for tensor in given if tensor.is_cpu]
+        on_host = [*_on_host(args), *_on_host(kwargs.values())]
         for tensor in on_host:
             self._read(tensor)
         if not on_host or torch.Tag.inplace_view in function.tags:
             return
+        given = tensors_in((args, kwargs))
         for tensor in written_tensors(function, args, kwargs):
             storage = _storage(tensor)
             if tensor.is_cpu and storage in self._made:
@@ -164,6 +167,18 @@ class CopiedConstants(Detector):
             return original(tensor, *args, **kwargs)
 
         return read
+
+
+def _on_host(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors of the host among the arguments or outputs of an operation, quickly."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.is_cpu:
+                found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += _on_host(value)
+    return found
 
 
 def _has_memory(tensor: Tensor) -> bool:
