@@ -29,6 +29,7 @@ from cg_lightning.diagnosis.detectors.operations import Operations
 from cg_lightning.diagnosis.detectors.printing import Printing
 from cg_lightning.diagnosis.detectors.random_numbers import RandomNumbers
 from cg_lightning.diagnosis.detectors.rebound_state import ReboundState
+from cg_lightning.diagnosis.detectors.tensor_attributes import TensorAttributes
 from cg_lightning.diagnosis.detectors.trainer_reads import TrainerReads
 from cg_lightning.diagnosis.detectors.world import World
 from cg_lightning.diagnosis.step_watch import Effects, StepWatch
@@ -41,6 +42,7 @@ DETECTORS: tuple[type[Detector], ...] = (
     BatchIndex,
     ReboundState,  # before the next two: its comparisons then meet none of their interceptions
     AttributeReads,
+    TensorAttributes,
     TrainerReads,
     LateUpdates,  # before the next one, which reports at its end
     MetricUpdates,

@@ -152,6 +152,9 @@ class FrozenValues:
             if type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided:
                 self.tensors.append(value)
                 self._tensor_paths.append(path)
+            if held := vars(value):  # somebody gave it attributes
+                self._objects.append((held, dict(held), path))
+                return [(item, (path, name, None)) for name, item in held.items()]
         elif kind is ValueKind.MODULE:
             self.modules.append(value)
         elif kind is ValueKind.CONTENTS:

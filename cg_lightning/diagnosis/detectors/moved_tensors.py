@@ -8,8 +8,9 @@ may be where it was. So their memory is kept until the step ends.
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterator
-from itertools import chain
+from itertools import accumulate, chain
 
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -29,29 +30,32 @@ class MovedTensors(Detector):
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
         self._before: dict[int, tuple[str, Tensor, Tensor]] = {}
+        self._inside: dict[str, list[int]] = defaultdict(list)
+        """The ids of the tensors in each submodule, by its path."""
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         root = self.watch.root
-        self._before = {
-            id(tensor): (name, tensor, tensor.detach())
-            for name, tensor in chain(root.named_parameters(), root.named_buffers())
-            if not is_lazy(tensor)
-        }
+        for name, tensor in chain(
+            root.named_parameters(remove_duplicate=False),
+            root.named_buffers(remove_duplicate=False),
+        ):
+            if not is_lazy(tensor):
+                self._before[id(tensor)] = (name, tensor, tensor.detach())
+                for path in accumulate(name.split(".")[:-1], "{}.{}".format):
+                    self._inside[path].append(id(tensor))
         try:
             yield
             self._compare(self.watch.step, list(self._before))
         finally:
-            self._before = {}
+            self._before.clear()
 
     @contextlib.contextmanager
     def around_call(self, call: ModuleCall) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         yield
-        if call.module is not None:
-            own = chain(call.module.parameters(), call.module.buffers())
-            self._compare(call, [id(tensor) for tensor in own])
+        self._compare(call, self._inside[call.path])
 
     def _compare(self, call: ModuleCall, tensors: list[int]) -> None:
         for key in tensors:
