@@ -39,6 +39,7 @@ _OF_MEMORY = frozenset(
         *("get_memory_info", "device_memory_used"),
     }
 )
+_DECIMAL = frozenset({"decimal", "Decimal"})
 _GET_VARIABLE = type(os.environ).__getitem__.__code__
 _ALL_VARIABLES = {getattr(type(os.environ), name).__code__ for name in ("__iter__", "__len__")}
 _MEMORY_FILES = ("torch/cuda/memory.py", "torch/accelerator/memory.py")
@@ -61,6 +62,11 @@ def clock_in_python(code: CodeType) -> str:
     if code.co_name in _OF_MEMORY and code.co_filename.endswith(_MEMORY_FILES):
         return f"torch.cuda.{code.co_name}"
     return ""
+
+
+def arithmetic_of_thread(code: CodeType) -> str:
+    """Return ``decimal`` if a function may compute with it: a context of the thread rounds."""
+    return "" if _DECIMAL.isdisjoint(code.co_names) else "decimal"
 
 
 def reads_environment(code: CodeType) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.clocks import (
+    arithmetic_of_thread,
     caller_of,
     clock_in_c,
     clock_in_python,
@@ -44,7 +45,7 @@ _FUNCTIONS = (types.FunctionType, classmethod, staticmethod, property)
 
 _CLASS_OF = frozenset({"type", "__class__"})
 """How a function asks for the class of an object."""
-_LOOK_AT_ANYTHING = frozenset({"type", "id", "suppress", "eval", "exec"})
+_LOOK_AT_ANYTHING = frozenset({"type", "id", "callable", "suppress", "eval", "exec"})
 _GENERATED = "<string>"
 """The file of methods that dataclasses and named tuples make."""
 
@@ -185,8 +186,9 @@ class GlobalReads(Detector):
             self._remember(source, location)
         held = [(function, _sources_held_by(function)) for function in found.functions]
         asks = not _CLASS_OF.isdisjoint(code.co_names)
-        matters = bool(sources or held or asks)
-        return _Code(code, matters, "", False, location, sources, held, asks)
+        clock = arithmetic_of_thread(code)
+        matters = bool(sources or held or asks or clock)
+        return _Code(code, matters, clock, False, location, sources, held, asks)
 
     def _sources_of_own_class(self, frame: FrameType, known: _Code) -> list[Source]:
         """What a function reads of the class of its first argument: ``type(self).scale``."""
