@@ -155,7 +155,7 @@ def _call_replacements(
 
 def _is_member(module: nn.Module, name: str) -> bool:
     attributes = object.__getattribute__(module, "__dict__")
-    return (
+    return (  # no generator: a watched step asks thousands of times
         name in attributes.get("_parameters", ())
         or name in attributes.get("_buffers", ())
         or name in attributes.get("_modules", ())
