@@ -32,7 +32,7 @@ _IN_C = {
     "decimal": frozenset({"getcontext", "setcontext", "localcontext"}),  # of the thread
 }
 """Names of functions by module."""
-_NAMES = frozenset().union(*_IN_C.values())
+NAMES_OF_CLOCKS = frozenset().union(*_IN_C.values())
 _OF_MEMORY = frozenset(
     {
         *("memory_stats", "memory_stats_as_nested_dict", "mem_get_info", "memory_snapshot"),
@@ -48,7 +48,7 @@ _MEMORY_FILES = ("torch/cuda/memory.py", "torch/accelerator/memory.py")
 def clock_in_c(function: Any) -> str:
     """Return the name of a function of C that is a clock; empty if it is none."""
     name = getattr(function, "__name__", "")
-    if name not in _NAMES:
+    if name not in NAMES_OF_CLOCKS:
         return ""
     module = getattr(function, "__module__", None)
     owner = getattr(function, "__self__", None)
@@ -72,6 +72,11 @@ def arithmetic_of_thread(code: CodeType) -> str:
 def reads_environment(code: CodeType) -> bool:
     """Return whether it is the code of a function that looks variables up in ``os.environ``."""
     return code is _GET_VARIABLE or code in _ALL_VARIABLES
+
+
+def has_clocks(file: str) -> bool:
+    """Return whether a file of others has functions that are looked at here."""
+    return file.endswith(_MEMORY_FILES) or file == _GET_VARIABLE.co_filename
 
 
 def environment_variable(frame: FrameType) -> str:
