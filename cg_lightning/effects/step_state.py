@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cg_lightning.backends import GraphBackend
+from cg_lightning.core.equality import same_leaf
 from cg_lightning.core.tree import flatten
 from cg_lightning.effects.containers import ContainersSnapshot
 from cg_lightning.effects.python_changes import ChangedAttribute, ChangedAttributesSnapshot
@@ -194,7 +195,8 @@ class StepState:
         """Restore everything in place. Tensors keep their addresses."""
         with torch.no_grad():
             for _, buffer, value in self._buffers:
-                if can_be_written(buffer):
+                is_same = buffer.layout is not torch.strided and same_leaf(buffer, value)
+                if can_be_written(buffer) and not is_same:  # a sparse one gets other memory
                     buffer.copy_(value)
         self._attributes.restore()
         self.containers.restore()

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from itertools import accumulate, chain
 
+import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -41,7 +42,7 @@ class MovedTensors(Detector):
             root.named_parameters(remove_duplicate=False),
             root.named_buffers(remove_duplicate=False),
         ):
-            if not is_lazy(tensor):
+            if not is_lazy(tensor) and tensor.layout is torch.strided:
                 self._before[id(tensor)] = (name, tensor, tensor.detach())
                 for path in accumulate(name.split(".")[:-1], "{}.{}".format):
                     self._inside[path].append(id(tensor))
