@@ -245,6 +245,7 @@ def test_layouts_are_compared(monkeypatch, change, native):
     assert guard.failure().change is Change.LAYOUT
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CS")
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
 def test_parts_of_sparse_buffers_are_compared(layout):
     module = nn.Linear(2, 2)
