@@ -18,11 +18,12 @@ from cg_lightning.modules.kinds import is_metric
 
 def hidden_modules(watch: StepWatch, found: Collection[nn.Module]) -> list[nn.Module]:
     """Returns the modules inside some modules, without those that the step's module contains."""
-    if not found:  # as most often; to go through all submodules takes its time
-        return []
-    known = {id(module) for module in watch.root.modules()}
     inside = {id(child): child for module in found for child in module.modules()}
-    return [child for key, child in inside.items() if key not in known and not is_metric(child)]
+    return [
+        child
+        for key, child in inside.items()
+        if key not in watch.inside_root and not is_metric(child)
+    ]
 
 
 def sources_in(modules: Iterable[nn.Module], path: str) -> list[Source]:

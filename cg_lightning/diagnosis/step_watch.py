@@ -98,6 +98,8 @@ class StepWatch:
         self.has_backward = has_backward
         self.is_lightning = _is_lightning_module(root)
         """Whether ``root`` is a LightningModule."""
+        self.inside_root = frozenset(id(module) for module in root.modules())
+        """The ids of ``root`` and of all modules inside it, as it was before the step."""
         self.modules = list(modules_that_run(root))
         """Paths and modules whose calls are seen: neither metrics nor what compiled code runs."""
         self.metrics = metrics_of(root)
