@@ -164,6 +164,29 @@ class Adjacent(Net):
         return torch.sparse.mm(self.adjacency, output.t()).t() if self.is_used else output
 
 
+class ScalesAdjacency(Adjacent):
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.adjacency.mul_(1.1)
+        return super().validation_step(batch, batch_idx)
+
+
+class ScalesItsValues(Adjacent):
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.adjacency.values().mul_(1.1)
+        return super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+@pytest.mark.parametrize("is_used", [False, True])
+@pytest.mark.parametrize("make", [ScalesAdjacency, ScalesItsValues])
+def test_steps_that_write_to_sparse_buffers(
+    harness: Harness, make: type[Adjacent], is_used: bool, verify_replays: int
+) -> None:
+    """Hazard 4."""
+    callback = harness.callback(verify_replays=verify_replays, warmup_steps=1)
+    harness.compare(make(is_used), validate(features(40)), callback)
+
+
 def doubles(module: Adjacent) -> None:
     module.adjacency.values().mul_(2)
 
