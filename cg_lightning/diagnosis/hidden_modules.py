@@ -5,7 +5,7 @@ Nobody sees what a step reads of them, so all that they hold counts as read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from cg_lightning.modules.attributes import plain_attributes
 from cg_lightning.modules.kinds import is_metric
 
 
-def hidden_modules(watch: StepWatch, found: Iterable[nn.Module]) -> list[nn.Module]:
+def hidden_modules(watch: StepWatch, found: Collection[nn.Module]) -> list[nn.Module]:
     """Returns the modules inside some modules, without those that the step's module contains."""
     inside = {id(child): child for module in found for child in module.modules()}
     return [

@@ -41,6 +41,14 @@ _MAKING = (Cause.TENSOR_FROM_PYTHON, Cause.CROSS_DEVICE_COPY, Cause.HOST_SYNC)
 """What is reported for tensors of the host that are copied to the device."""
 
 
+class StoppedStep(BaseException):  # no error, and no step may catch it
+    """Ends a watched step before it does what nobody can undo."""
+
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(str(finding))
+        self.finding = finding
+
+
 class Effects(Protocol):
     """What a graph of the whole step can do to metrics and to what is logged."""
 
@@ -71,6 +79,7 @@ class StepWatch:
             metrics.
         run_logging: Whether ``self.log`` and ``self.print`` are executed.
         has_backward: Whether the step computes its gradients itself.
+        stops_at: Findings of the step with these causes end it, by :class:`StoppedStep`.
     """
 
     def __init__(
@@ -82,7 +91,9 @@ class StepWatch:
         effects: Effects | None = None,
         run_logging: bool = True,
         has_backward: bool = False,
+        stops_at: frozenset[Cause] = frozenset(),
     ) -> None:
+        self._stops_at = stops_at
         self.root = root
         self.backend = backend
         self.device_type = backend.device.type
@@ -180,6 +191,8 @@ class StepWatch:
         for call in calls:
             is_aside = call is self.step and self._set_aside is not None
             (self._set_aside if is_aside else call.findings).append(finding)  # type: ignore[union-attr]
+            if call is self.step and not is_aside and cause in self._stops_at:
+                raise StoppedStep(finding)
 
     def _spares(self, cause: Cause) -> bool:
         return (self.makes_constant or self.copies_constant) and cause in _MAKING
