@@ -30,8 +30,11 @@ class ClosureOutput(NamedTuple):
     """The loss of the step, divided by the number of micro-batches; without its autograd graph."""
     extra: dict[str, Any]
     """What the step returns besides the loss."""
-    gradients: dict[str, Tensor]
-    """The gradients of this backward alone, by the names of their parameters."""
+    gradients: dict[str, Tensor | None]
+    """The gradients of this backward alone, by the names of their parameters.
+
+    Under DDP, also parameters that the backward reaches without giving them a gradient: None.
+    """
 
 
 class UnfinishedClosure:

@@ -17,11 +17,12 @@ from typing_extensions import override
 
 from cg_lightning.backends import CapturedGraph
 from cg_lightning.core.closure import ClosureInput, FinishedClosure, UnfinishedClosure
-from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.core.reasons import WARM_UP, Reason, Status
 from cg_lightning.core.stages import STEP_METHODS, TRAIN
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner
 from cg_lightning.trainer.batch_transfer import NotedTransfer, OverlappedTransfer
+from cg_lightning.trainer.ddp import StepInDDP
 from cg_lightning.trainer.training_step import TrainingStep
 
 _NAME = STEP_METHODS[TRAIN]
@@ -85,7 +86,11 @@ class TrainingInstallation:
         self.session = session
         self._transfers = transfers
         self._loop = trainer.fit_loop.epoch_loop.automatic_optimization
-        self._step = TrainingStep(trainer, module, session.target.guard)
+        is_reduced = trainer.strategy.model is not module
+        self._step = TrainingStep(trainer, module, session.target.guard, is_reduced)
+        self._ddp: StepInDDP | None = None
+        if is_reduced:
+            self._ddp = StepInDDP(trainer, module, self._step.parameters)
         self._runner = StepRunner(session, TRAIN, _NAME, self._described_step(), self._as_it_is)
         self._closure: _InterceptedClosure | None = None
         """The closure under way."""
@@ -140,8 +145,12 @@ class TrainingInstallation:
     def _run(self, closure: _InterceptedClosure) -> ClosureResult:
         self._closure = closure
         try:
+            step = functools.partial(self._run_step, closure)
             with _logging_as_step(self._module), torch.no_grad():
-                output = self._run_step(closure)
+                if self._ddp is None:
+                    output = step(*closure.arguments)
+                else:
+                    output = self._ddp.run(step, closure.arguments)
         finally:
             self._closure = None
         if isinstance(output, FinishedClosure):
@@ -152,8 +161,7 @@ class TrainingInstallation:
                 return self._step.finish_as_lightning(closure, output)
         return self._step.finish(closure, output)
 
-    def _run_step(self, closure: _InterceptedClosure) -> Any:
-        batch, *args = closure.arguments
+    def _run_step(self, closure: _InterceptedClosure, batch: Any, *args: Any) -> Any:
         guard = self.session.target.guard
         if not guard.settings_hold():
             self.begin_epoch()
@@ -168,9 +176,11 @@ class TrainingInstallation:
             return self._runner.run_as_it_is((given, *args), {}, reason)
         return self._runner.run((given, *args), {})
 
-    def _as_it_is(self, *_: Any) -> FinishedClosure:
+    def _as_it_is(self, given: ClosureInput, *args: Any) -> FinishedClosure | UnfinishedClosure:
         assert self._closure is not None
         with self.session.backend.capture_stream():
+            if self._ddp is not None:  # this runs in its forward
+                return UnfinishedClosure(self._step.run(given, *args), "")
             return FinishedClosure(self._closure.as_it_is())
 
     def _scale(self) -> Tensor | None:
@@ -185,6 +195,8 @@ class TrainingInstallation:
         """Return why a closure must run as Lightning runs it; None if it need not."""
         if closure._backward_fn is None:
             return _NO_BACKWARD
+        if self._ddp is not None and not self._ddp.may_be_graph:
+            return WARM_UP
         for owner in self._trainer.callbacks:  # type: ignore[attr-defined]
             for name in _CALLBACK_HOOKS:
                 if _is_overridden(owner, Callback, name):
