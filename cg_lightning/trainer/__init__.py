@@ -1,6 +1,7 @@
 """Everything that knows Lightning.
 
 - ``batch_transfer.py``: copies batches to the device beside the computation.
+- ``closure_hooks.py``: the user's code that runs between a step and its backward.
 - ``ddp.py``: runs the steps of closures in the forward of DDP, which reduces their gradients.
 - ``examples.py``: batches of a run that are captured ahead.
 - ``installation.py``: intercepts the steps of a stage at the strategy, and restores them.

@@ -9,10 +9,9 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
 from torch import Tensor
-from torch.nn.modules import module as torch_module
 from typing_extensions import override
 
 from cg_lightning.backends import CapturedGraph
@@ -22,14 +21,12 @@ from cg_lightning.core.stages import STEP_METHODS, TRAIN
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner
 from cg_lightning.trainer.batch_transfer import NotedTransfer, OverlappedTransfer
+from cg_lightning.trainer.closure_hooks import why_not_closed
 from cg_lightning.trainer.ddp import StepInDDP
 from cg_lightning.trainer.training_step import TrainingStep
 
 _NAME = STEP_METHODS[TRAIN]
 _MAKE_CLOSURE = "_make_closure"
-_CALLBACK_HOOKS = ("on_before_zero_grad", "on_before_backward")
-_MODULE_HOOKS = (*_CALLBACK_HOOKS, "optimizer_zero_grad", "backward")
-"""What runs between the step and its backward; it may change weights or activations."""
 _NO_BACKWARD = Reason(Status.CLOSURE_HOOK, "the loop skips the backward")
 _requires_grad = attrgetter("requires_grad")
 
@@ -197,30 +194,12 @@ class TrainingInstallation:
             return _NO_BACKWARD
         if self._ddp is not None and not self._ddp.may_be_graph:
             return WARM_UP
-        for owner in self._trainer.callbacks:  # type: ignore[attr-defined]
-            for name in _CALLBACK_HOOKS:
-                if _is_overridden(owner, Callback, name):
-                    return _hook(f"{type(owner).__name__}.{name}")
-        for name in _MODULE_HOOKS:
-            if _is_overridden(self._module, LightningModule, name):
-                return _hook(f"{type(self._module).__name__}.{name}")
-        for name, parameter in self._step.parameters().items():
-            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-                return _hook(f"a gradient hook of {name}")
-        if torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks:
-            return _hook("a global backward hook")
-        for module in self.session.target.guard.modules:
-            if module._backward_hooks or module._backward_pre_hooks:
-                return _hook(f"a backward hook of {type(module).__name__}")
-        return None
-
-
-def _hook(words: str) -> Reason:
-    return Reason(Status.CLOSURE_HOOK, f"{Status.CLOSURE_HOOK.value}: {words}")
-
-
-def _is_overridden(owner: object, base: type, name: str) -> bool:
-    return name in vars(owner) or getattr(type(owner), name, None) is not getattr(base, name)
+        return why_not_closed(
+            self._trainer,
+            self._module,
+            self._step.parameters(),
+            self.session.target.guard.modules,
+        )
 
 
 @contextlib.contextmanager
