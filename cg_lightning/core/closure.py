@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from cg_lightning.core.descriptor import Fixed
+
 
 class ClosureInput(NamedTuple):
     """Everything that the closure depends on and that may be another one in the next iteration.
@@ -15,9 +17,9 @@ class ClosureInput(NamedTuple):
 
     batch: Any
     """The batch of the step."""
-    normalize: int
+    normalize: Fixed
     """What the loss is divided by: the number of micro-batches of one optimizer step."""
-    requires_grad: bytes
+    requires_grad: Fixed
     """Which tensors of the module require gradients, one byte each."""
     scale: Tensor | None
     """What the loss is multiplied by before the backward; None without a gradient scaler."""

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from cg_lightning.backends import CapturedGraph
 from cg_lightning.core.closure import ClosureInput, FinishedClosure, UnfinishedClosure
+from cg_lightning.core.descriptor import Fixed
 from cg_lightning.core.reasons import WARM_UP, Reason, Status
 from cg_lightning.core.stages import STEP_METHODS, TRAIN
 from cg_lightning.runtime.session import Session
@@ -164,8 +165,8 @@ class TrainingInstallation:
             self.begin_epoch()
         given = ClosureInput(
             batch,
-            self._trainer.accumulate_grad_batches,
-            bytes(map(_requires_grad, guard.tensors)),
+            Fixed(self._trainer.accumulate_grad_batches),
+            Fixed(bytes(map(_requires_grad, guard.tensors))),
             self._scale(),
         )
         reason = self._why_as_it_is(closure)

@@ -100,7 +100,7 @@ class TrainingStep:
         with torch.enable_grad():
             with self._trainer.precision_plugin.train_step_context():
                 output = self._module.training_step(given.batch, *args)
-            return ClosureResult.from_training_step_output(output, given.normalize)
+            return ClosureResult.from_training_step_output(output, given.normalize.value)
 
     def _gradients(
         self, loss: Tensor, parameters: dict[str, nn.Parameter]
@@ -184,7 +184,7 @@ def _of(parameters: dict[str, nn.Parameter]) -> Iterator[nn.Parameter]:
 def _detached(extra: dict[str, Any]) -> dict[str, Any]:
     """Return what the step returns besides its loss, without the autograd graph."""
     leaves = [
-        leaf.detach() if isinstance(leaf, Tensor) and leaf.grad_fn is not None else leaf
+        leaf.detach() if issubclass(type(leaf), Tensor) and leaf.grad_fn is not None else leaf
         for leaf in flatten(extra)[0]
     ]
     detached: dict[str, Any] = rebuild(extra, iter(leaves))
