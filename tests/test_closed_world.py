@@ -204,7 +204,7 @@ def profiled_by_a_function() -> Iterator[None]:
 PROFILERS = {
     "cProfile": cProfile.Profile,
     "a function": profiled_by_a_function,
-    "torch.profiler": lambda: torch.profiler.profile(with_stack=True),
+    "torch.profiler": lambda: torch.profiler.profile(with_stack=True, acc_events=True),
 }
 
 

@@ -63,6 +63,7 @@ def run(
     reference = copy.deepcopy(net)
     given = list(batches(device)) if given is None else given
     outputs, expected = [], []
+    options = {"min_saving": 0, **options}
     with context(), graphed(net, backend=backend, **options) as call:
         for index, batch in enumerate(given):
             for module in (net, reference):

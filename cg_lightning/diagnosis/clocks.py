@@ -1,4 +1,4 @@
-"""Functions whose result nobody can guard: clocks, the system's random numbers, counts of memory.
+"""Functions whose result nobody can guard: clocks, random numbers of the system, facts about files.
 
 They change nothing and keep nothing in Python. What they return is another value in each step. The
 context of ``decimal`` belongs to the thread, and nothing in Python refers to it.
@@ -6,6 +6,7 @@ context of ``decimal`` belongs to the thread, and nothing in Python refers to it
 
 from __future__ import annotations
 
+import os
 from types import CodeType, FrameType
 from typing import Any
 
@@ -17,7 +18,13 @@ _IN_C = {
             *("clock_gettime", "clock_gettime_ns", "localtime", "gmtime", "ctime", "strftime"),
         }
     ),
-    "posix": frozenset({"times", "getloadavg", "urandom", "getrandom"}),
+    "posix": frozenset(
+        {
+            *("times", "getloadavg", "urandom", "getrandom", "getcwd", "getcwdb"),
+            *("stat", "lstat", "access", "readlink", "statvfs"),
+        }
+    ),
+    "torch": frozenset({"get_num_threads"}),
     "resource": frozenset({"getrusage"}),
     "gc": frozenset({"get_count", "get_stats", "get_objects"}),
     "sys": frozenset({"getallocatedblocks", "getrefcount"}),
@@ -32,6 +39,9 @@ _OF_MEMORY = frozenset(
         *("get_memory_info", "device_memory_used"),
     }
 )
+_DECIMAL = frozenset({"decimal", "Decimal"})
+_GET_VARIABLE = type(os.environ).__getitem__.__code__
+_ALL_VARIABLES = {getattr(type(os.environ), name).__code__ for name in ("__iter__", "__len__")}
 _MEMORY_FILES = ("torch/cuda/memory.py", "torch/accelerator/memory.py")
 
 
@@ -52,6 +62,23 @@ def clock_in_python(code: CodeType) -> str:
     if code.co_name in _OF_MEMORY and code.co_filename.endswith(_MEMORY_FILES):
         return f"torch.cuda.{code.co_name}"
     return ""
+
+
+def arithmetic_of_thread(code: CodeType) -> str:
+    """Return ``decimal`` if a function may compute with it: a context of the thread rounds."""
+    return "" if _DECIMAL.isdisjoint(code.co_names) else "decimal"
+
+
+def reads_environment(code: CodeType) -> bool:
+    """Return whether it is the code of a function that looks variables up in ``os.environ``."""
+    return code is _GET_VARIABLE or code in _ALL_VARIABLES
+
+
+def environment_variable(frame: FrameType) -> str:
+    """Return the variable that such a function is asked for; empty if it may look at all."""
+    is_one = frame.f_code is _GET_VARIABLE and frame.f_locals["self"] is os.environ
+    name = frame.f_locals["key"] if is_one else ""
+    return name if isinstance(name, str) else ""
 
 
 def caller_of(frame: FrameType) -> FrameType:

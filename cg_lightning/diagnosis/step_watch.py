@@ -37,6 +37,14 @@ _READS = (Cause.HOST_SYNC, Cause.DATA_DEPENDENT_SHAPE)
 """What an operation may be reported for that reads a value on the host."""
 
 
+class StoppedStep(BaseException):  # no error, and no step may catch it
+    """Ends a watched step before it does what nobody can undo."""
+
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(str(finding))
+        self.finding = finding
+
+
 class Effects(Protocol):
     """What a graph of the whole step can do to metrics and to what is logged."""
 
@@ -67,6 +75,7 @@ class StepWatch:
             metrics.
         run_logging: Whether ``self.log`` and ``self.print`` are executed.
         has_backward: Whether the step computes its gradients itself.
+        stops_at: Findings of the step with these causes end it, by :class:`StoppedStep`.
     """
 
     def __init__(
@@ -78,7 +87,9 @@ class StepWatch:
         effects: Effects | None = None,
         run_logging: bool = True,
         has_backward: bool = False,
+        stops_at: frozenset[Cause] = frozenset(),
     ) -> None:
+        self._stops_at = stops_at
         self.root = root
         self.backend = backend
         self.device_type = backend.device.type
@@ -87,6 +98,8 @@ class StepWatch:
         self.has_backward = has_backward
         self.is_lightning = _is_lightning_module(root)
         """Whether ``root`` is a LightningModule."""
+        self.inside_root = frozenset(id(module) for module in root.modules())
+        """The ids of ``root`` and of all modules inside it, as it was before the step."""
         self.modules = list(modules_that_run(root))
         """Paths and modules whose calls are seen: neither metrics nor what compiled code runs."""
         self.metrics = metrics_of(root)
@@ -163,6 +176,8 @@ class StepWatch:
         for call in calls:
             is_aside = call is self.step and self._set_aside is not None
             (self._set_aside if is_aside else call.findings).append(finding)  # type: ignore[union-attr]
+            if call is self.step and not is_aside and cause in self._stops_at:
+                raise StoppedStep(finding)
 
     def report_unless_found(
         self, cause: Cause, operation: str, *, location: str | None = None

@@ -76,7 +76,7 @@ _HARMLESS: tuple[type, ...] = (
     *(property, classmethod, staticmethod, weakref.ref),
     *(types.CodeType, types.FrameType, types.TracebackType, types.MemberDescriptorType),
     *(types.GetSetDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType),
-    *(types.ClassMethodDescriptorType,),
+    *(types.ClassMethodDescriptorType, type(collections.namedtuple("_Pair", "first").first)),  # type: ignore[attr-defined]
 )
 """Immutable, or outside what a step computes: what is logged is watched by a detector."""
 _FUNCTIONS = (

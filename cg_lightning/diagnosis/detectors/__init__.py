@@ -25,6 +25,8 @@
 - ``random_numbers.py``: random numbers drawn on the host, which a graph cannot follow.
 - ``rebound_state.py``: state that a step keeps in Python: attributes that it sets, containers that
   it fills.
+- ``tensor_attributes.py``: what a step reads of parameters and buffers beside their values:
+  ``.grad``, ``weight.scale``.
 - ``trainer_reads.py``: what a step reads from the Trainer: a graph would freeze it.
 - ``world.py``: files, processes and sockets that a step uses: a graph would use them once, when it
   is captured.

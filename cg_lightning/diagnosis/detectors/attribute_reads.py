@@ -100,7 +100,8 @@ class _Attributes:
 
     def _sources_of(self, name: str) -> list[Source]:
         module = self._module
-        members = (module._parameters, module._buffers, module._modules)
+        own = vars(module)
+        members = (own["_parameters"], own["_buffers"], own["_modules"])
         if not is_plain_attribute(module, name) or any(name in table for table in members):
             return []
         cls = holding_class(module, name)
