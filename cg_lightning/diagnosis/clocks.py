@@ -34,9 +34,9 @@ _IN_C = {
     "decimal": frozenset({"getcontext", "setcontext", "localcontext"}),  # of the thread
 }
 """Names of functions by module."""
-_OF_GENERATORS = [name for name in vars(torch.Generator) if not name.startswith("_")]
-NAMES_OF_CLOCKS = frozenset(_OF_GENERATORS).union(*_IN_C.values())
-"""The same in one set, with the methods of random generators, to tell quickly what is none."""
+_OF_GENERATORS = frozenset(name for name in vars(torch.Generator) if name[0] != "_")
+NAMES_OF_CLOCKS = _OF_GENERATORS.union(*_IN_C.values())
+"""Functions of C with other names are none of these."""
 _OF_MEMORY = frozenset(
     {
         *("memory_stats", "memory_stats_as_nested_dict", "mem_get_info", "memory_snapshot"),
