@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class MetricState:
     tensor that the latest replay wrote. :class:`MetricStates` moves it from one to the other.
     """
 
-    __slots__ = ("attributes", "graph_tensor", "location", "metric", "name")
+    __slots__ = ("attributes", "graph_tensor", "is_inference", "location", "metric", "name")
 
     def __init__(self, metric: nn.Module, name: str, device: torch.device) -> None:
         self.metric = metric
@@ -36,6 +37,8 @@ class MetricState:
 
         It may be the ``graph_tensor`` of another metric that shares the state.
         """
+        self.is_inference = False
+        """Whether the value is an inference tensor in eager. The static tensor never is one."""
 
     def value(self) -> Tensor:
         """Return the value of the state from its current location."""
@@ -54,10 +57,14 @@ class MetricState:
             and value.dtype == self.graph_tensor.dtype
         )
 
-    def move_to_graph(self, tensor: Tensor) -> None:
-        """Mark the state as stored in ``tensor``, which a graph has written."""
-        self.attributes.pop(self.name, None)
-        self.location = tensor
+    def move_to_graph(self, written: WrittenState) -> None:
+        """Mark the state as stored in a static tensor, which a graph has written."""
+        before = self.attributes.pop(self.name, None)
+        if written.is_inference is not None:
+            self.is_inference = written.is_inference
+        elif before is not None:
+            self.is_inference = before.is_inference()
+        self.location = written.tensor
 
     def give_back(self, value: Tensor) -> None:
         """Store the state as an attribute again. If an attribute was set in between, it stays."""
@@ -65,8 +72,18 @@ class MetricState:
         self.location = None
 
 
-Locations = list[tuple[MetricState, Tensor | None]]
-"""Where each state is stored."""
+class WrittenState(NamedTuple):
+    """A state that a graph sets."""
+
+    state: MetricState
+    tensor: Tensor
+    """The static tensor in which it is stored after the step."""
+    is_inference: bool | None
+    """Whether eager sets it to an inference tensor; None: eager writes to the tensor that it is."""
+
+
+Locations = list[tuple[MetricState, Tensor | None, bool]]
+"""Where each state is stored, and whether it is an inference tensor."""
 
 
 class _StateReader(ModuleHandler):
@@ -156,20 +173,20 @@ class MetricStates:
             self.materialize(state.location)
         return state.value()
 
-    def move_to_graph(self, moved: Iterable[tuple[MetricState, Tensor]]) -> None:
+    def move_to_graph(self, moved: Iterable[WrittenState]) -> None:
         """Mark states as stored in tensors that a graph has written."""
         self.moves += 1
-        for state, tensor in moved:
-            state.move_to_graph(tensor)
+        for written in moved:
+            written.state.move_to_graph(written)
 
     def materialize(self, tensor: Tensor) -> None:
         """Copy a static tensor back into the attributes of every metric that shares it."""
         self.moves += 1
-        with torch.inference_mode(False):
+        shared_by = [state for state in self._states.values() if state.location is tensor]
+        with torch.inference_mode(any(state.is_inference for state in shared_by)):
             value = tensor.clone()
-        for state in self._states.values():
-            if state.location is tensor:
-                state.give_back(value)
+        for state in shared_by:
+            state.give_back(value)
 
     def materialize_all_of(self, metric: nn.Module) -> None:
         """Copy all states of one metric back into its attributes."""
@@ -211,13 +228,13 @@ class MetricStates:
 
     def locations(self) -> Locations:
         """Return the location of each state, for :meth:`restore`."""
-        return [(state, state.location) for state in self._states.values()]
+        return [(state, state.location, state.is_inference) for state in self._states.values()]
 
     def restore(self, locations: Locations) -> None:
         """Restore the locations of states. The caller restores the attributes."""
         self.moves += 1
-        for state, location in locations:
-            state.location = location
+        for state, location, is_inference in locations:
+            state.location, state.is_inference = location, is_inference
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors that graphs read and write."""
