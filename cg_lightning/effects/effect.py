@@ -91,7 +91,8 @@ class MoveMetricStates(Effect):
     ) -> None:
         self._states = states
         self._read = list(read)
-        self._written = list(written)
+        # a state that becomes another metric's comes after that one
+        self._written = sorted(written, key=lambda set_: set_.tensor is not set_.state.graph_tensor)
         set_states = [state for state, _, _ in written]
         self._metrics = list({id(state.metric): state.metric for state in set_states}.values())
         self._used = list({id(state): state for state in [*read, *set_states]}.values())
@@ -121,6 +122,7 @@ class MoveMetricStates(Effect):
         self._needs_move = not self._is_in_place()
         if not self._needs_move:
             return
+        self._states.separate(self._written)
         moved = [
             state
             for state in self._read

@@ -53,7 +53,7 @@ from cg_lightning.metrics.support import (
 from cg_lightning.modules.interception import Interception, ModuleHandler
 
 _COUNTER = "_update_count"
-_READ_BEFORE_SET = frozenset({"_dtype"})
+_READ_BEFORE_SET = frozenset({"_dtype", "_state_is_copy"})
 """Bookkeeping that a step may read before it sets it. The graph then freezes the value."""
 
 
@@ -191,6 +191,8 @@ class StepRecording:
         self.late_calls = CollectedCalls()
         """The calls of metrics that the step leaves out."""
         self._late_values: list[tuple[dict[str, Any], LateValue]] = []
+        self._final: list[tuple[MetricState, Tensor]] = []
+        """The states that the step has read or set, with their values at its end."""
 
     @contextlib.contextmanager
     def watching(self, checked: CheckedCalls) -> Iterator[None]:
@@ -237,6 +239,27 @@ class StepRecording:
         make = MakeLateCalls(self._late.updates, collected.calls, self._late_values)
         return make, collected.arguments
 
+    def refuse_states_in(self, output: Any) -> None:
+        """Raise if the step hands out a state. Call it after :meth:`finish`.
+
+        Args:
+            output: All that the user gets from the step.
+
+        Raises:
+            CaptureError: A later step may write to the state. Then the tensor that eager has handed
+                out changes, but a copy does not.
+        """
+        held = [(state, state.graph_tensor) for state in self._metric_states] + self._final
+        states = {
+            value.untyped_storage().data_ptr(): state for state, value in held if value.numel()
+        }
+        for tensor in tensors_in(output):
+            if tensor.layout is torch.strided and tensor.numel():
+                state = states.get(tensor.untyped_storage().data_ptr())
+                if state is not None:
+                    what = f"{type(state.metric).__name__}.{state.name}"
+                    raise CaptureError(f"the step hands out the state {what}")
+
     def _log_effect(self) -> Effect | None:
         logged = set(map(id, self._logged.metrics()))
         if not logged <= {id(recorded.metric) for recorded in self._metrics}:
@@ -264,6 +287,7 @@ class StepRecording:
         storages = {
             state.graph_tensor.untyped_storage().data_ptr() for state in self._metric_states
         }
+        self._final = final
         tensors: dict[int, Tensor] = {
             id(value): value for state, value in final if value is state.graph_tensor
         }

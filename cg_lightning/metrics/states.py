@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -57,14 +58,10 @@ class MetricState:
             and value.dtype == self.graph_tensor.dtype
         )
 
-    def move_to_graph(self, written: WrittenState) -> None:
+    def move_to_graph(self, tensor: Tensor, is_inference: bool) -> None:
         """Mark the state as stored in a static tensor, which a graph has written."""
-        before = self.attributes.pop(self.name, None)
-        if written.is_inference is not None:
-            self.is_inference = written.is_inference
-        elif before is not None:
-            self.is_inference = before.is_inference()
-        self.location = written.tensor
+        self.attributes.pop(self.name, None)
+        self.location, self.is_inference = tensor, is_inference
 
     def give_back(self, value: Tensor) -> None:
         """Store the state as an attribute again. If an attribute was set in between, it stays."""
@@ -176,8 +173,55 @@ class MetricStates:
     def move_to_graph(self, moved: Iterable[WrittenState]) -> None:
         """Mark states as stored in tensors that a graph has written."""
         self.moves += 1
-        for written in moved:
-            written.state.move_to_graph(written)
+        for state, tensor, is_inference in moved:
+            if is_inference is not None:
+                state.move_to_graph(tensor, is_inference)
+            elif tensor is state.graph_tensor:
+                self._move_in_place(state)
+            else:
+                self._share(state, tensor)
+
+    def _share(self, state: MetricState, tensor: Tensor) -> None:
+        """Make a state the same as that of another metric, which was moved before."""
+        owner = next(other for other in self._states.values() if other.graph_tensor is tensor)
+        if owner.location is None:
+            state.attributes[state.name] = owner.attributes[owner.name]
+            state.location = None
+        else:
+            state.move_to_graph(tensor, owner.is_inference)
+
+    def _move_in_place(self, state: MetricState) -> None:
+        """Do what eager does, which writes to the tensor that the state is.
+
+        Other metrics that have the tensor see the change. So does a user who has kept it; then it
+        stays the state, and gets the value of the graph.
+        """
+        held = [state.attributes.get(state.name)]
+        if held[0] is None:
+            state.location = state.graph_tensor
+            return
+        sharers = [
+            other for other in self._states.values() if other.attributes.get(other.name) is held[0]
+        ]
+        for other in sharers:
+            del other.attributes[other.name]
+        if sys.getrefcount(held[0]) > 2:  # not only the list's, and that of this call
+            held[0].copy_(state.graph_tensor)
+            for other in sharers:
+                other.give_back(held[0])
+            return
+        for other in sharers:
+            other.move_to_graph(state.graph_tensor, held[0].is_inference())
+        self.intercept(other.metric for other in sharers)
+
+    def separate(self, written: Iterable[WrittenState]) -> None:
+        """Materialize what other metrics share with states that a step sets to new tensors."""
+        replaced = {id(tensor) for _, tensor, is_inference in written if is_inference is not None}
+        own = {id(state) for state, _, _ in written}
+        for state in self._states.values():
+            if id(state.location) in replaced and id(state) not in own:
+                assert state.location is not None
+                self.materialize(state.location)
 
     def materialize(self, tensor: Tensor) -> None:
         """Copy a static tensor back into the attributes of every metric that shares it."""
