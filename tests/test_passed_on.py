@@ -92,7 +92,10 @@ class ReturnsAll(Net):
 class Regroups(Net):
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         y = self.net(batch["x"])
-        return [Pair(row, name) for row, name in zip(y, batch["name"], strict=True)]
+        pairs = []
+        for row, name in zip(y, batch["name"], strict=True):
+            pairs.append(Pair(row, name))  # the step itself must name the class
+        return pairs
 
 
 class Ignores(Net):
@@ -146,7 +149,7 @@ class ReturnsBatch(Net):
 )
 def test_steps_that_pass_names_on(harness: Harness, kind: type[Net]):
     callback = harness.compare(kind(), predict(batches()))
-    assert steps(callback) == {"NONE": FIRST, "FULL": BATCHES - FIRST}
+    assert steps(callback) == {"NONE": FIRST, "FULL": BATCHES - FIRST}, callback.summary()
 
 
 def test_names_that_are_kept(harness: Harness):
@@ -207,6 +210,12 @@ class OfType(Net):
         return y if type(batch["name"][0]) is str else -y
 
 
+class OfCallable(Net):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        y = self.net(batch["x"])
+        return -y if callable(batch["name"][0]) else y
+
+
 class Number(Net):
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         return self.net(batch["x"]) * int(batch["name"][0].split("-")[0])
@@ -247,7 +256,20 @@ class Logs(Net):
 
 
 READERS = [
-    *(Length, Equal, Contains, Formats, Method, Key, Joins, OfString, OfType, Number, Sorted),
+    *(
+        Length,
+        Equal,
+        Contains,
+        Formats,
+        Method,
+        Key,
+        Joins,
+        OfString,
+        OfType,
+        OfCallable,
+        Number,
+        Sorted,
+    ),
     *(Catches, CatchesAll, Percent),
 ]
 

@@ -52,7 +52,7 @@ class Loop:
         self.module = module.to(self.backend.device)
         self.reference = copy.deepcopy(self.module)
         self.stats = CUDAGraphStats()
-        defaults = {"warmup_steps": 1, "verify_replays": 0, "backend": backend}
+        defaults = {"warmup_steps": 1, "verify_replays": 0, "min_saving": 0, "backend": backend}
         self.settings = Settings(**{**defaults, **settings})
         effects = ModuleEffects(self.module, self.backend.device)
         self.session = Session(self.module, self.backend, self.settings, self.stats, effects)

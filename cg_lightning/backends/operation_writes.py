@@ -18,8 +18,11 @@ def may_write_undeclared(function: OpOverload) -> bool:
 def written_arguments(
     function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[Any]:
-    """Return the arguments that the schema declares to be written, in the order of the schema."""
-    if not function._schema.is_mutable:
+    """Return the arguments that the schema declares to be written, in the order of the schema.
+
+    ``detach_`` changes no value. ``torch.tensor`` calls it for what it has made.
+    """
+    if not function._schema.is_mutable or function._schema.name == "aten::detach_":
         return []
     arguments = function._schema.arguments
     given = list(zip(arguments, args, strict=False))

@@ -283,28 +283,33 @@ def _original(path: str) -> Callable[..., Any] | None:
     return found
 
 
-_places: dict[str, tuple[int, list[tuple[Any, str]]]] = {}
-
-
-def _where_it_is_called(path: str) -> list[tuple[Any, str]]:
-    """Return the modules that use the function, with its name in each.
+@functools.lru_cache(maxsize=1)
+def _places(number_of_modules: int) -> dict[str, list[tuple[Any, str]]]:
+    """Return the modules that use each function, with its name in each, by its path.
 
     For a method, return its class and its name. A function of PyTorch may have another name only in
     torchmetrics: the diagnosis then finds it elsewhere.
+
+    Args:
+        number_of_modules: Number of imported modules. With another one, they are looked at again.
     """
-    original = _original(path)
-    owner, _, name = path.rpartition(".")
-    if original is not None and isinstance(pkgutil.resolve_name(owner), type):
-        return [(pkgutil.resolve_name(owner), name)]
-    known, places = _places.get(path, (0, []))
-    if original is not None and known != len(sys.modules):
-        places = [
-            (module, used)
-            for path, module in list(sys.modules.items())
-            for used in (vars(module) if path.split(".")[0] == "torchmetrics" else (name,))
-            if getattr(module, "__dict__", {}).get(used) is original
-        ]
-        _places[path] = len(sys.modules), places
+    places: dict[str, list[tuple[Any, str]]] = {}
+    paths: dict[int, str] = {}
+    for path in SYNC_FREE:
+        original = _original(path)
+        owner, _, name = path.rpartition(".")
+        if original is not None and isinstance(pkgutil.resolve_name(owner), type):
+            places[path] = [(pkgutil.resolve_name(owner), name)]
+        elif original is not None:
+            paths[id(original)] = path
+    names = {path.rpartition(".")[2] for path in paths.values()}
+    for path, module in list(sys.modules.items()):
+        members: dict[str, Any] = getattr(module, "__dict__", {})
+        of_torchmetrics = path.split(".")[0] == "torchmetrics"
+        for used in list(members) if of_torchmetrics else names & members.keys():
+            found = paths.get(id(members[used]))
+            if found is not None:
+                places.setdefault(found, []).append((module, used))
     return places
 
 
@@ -316,6 +321,7 @@ def replacing(make: Callable[[Callable[..., Any], SyncFree], Callable[..., Any]]
     for the device, the diagnosis finds it.
     """
     thread = threading.get_ident()
+    places_of = _places(len(sys.modules))
 
     def for_this_thread(
         original: Callable[..., Any], replacement: Callable[..., Any]
@@ -328,7 +334,7 @@ def replacing(make: Callable[[Callable[..., Any], SyncFree], Callable[..., Any]]
 
     with contextlib.ExitStack() as stack:
         for path, sync_free in SYNC_FREE.items():
-            places = _where_it_is_called(path)
+            places = places_of.get(path)
             if places:
                 original = getattr(*places[0])
                 function = for_this_thread(original, make(original, sync_free))

@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -56,6 +57,8 @@ _compiler: Callable[[], Any] = getattr(
     torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None
 )
 _lock = threading.RLock()
+_GLOBALS_OF_MODULE = vars(nn.modules.module)
+"""Those of the code of ``nn.Module``: at each call it reads hooks and tables of its own."""
 
 
 class ModuleHandler:
@@ -79,7 +82,10 @@ class ModuleHandler:
         return original(*args, **kwargs)
 
     def on_read(self, name: str) -> None:
-        """Called before an attribute, other than a parameter, buffer or child, is read."""
+        """Called before an attribute, other than a parameter, buffer or child, is read.
+
+        It is not called for private attributes that the code of ``nn.Module`` reads.
+        """
 
     def on_write(self, name: str, value: Any) -> None:
         """Called before an attribute is set."""
@@ -149,8 +155,10 @@ def _call_replacements(
 
 def _is_member(module: nn.Module, name: str) -> bool:
     attributes = object.__getattribute__(module, "__dict__")
-    return any(
-        name in attributes.get(table, ()) for table in ("_parameters", "_buffers", "_modules")
+    return (  # no generator: a watched step asks thousands of times
+        name in attributes.get("_parameters", ())
+        or name in attributes.get("_buffers", ())
+        or name in attributes.get("_modules", ())
     )
 
 
@@ -167,9 +175,14 @@ def _read_function(original: _Function, table: _Table) -> _Function:
     def __getattribute__(self: nn.Module, name: str) -> Any:  # noqa: N807
         if is_compiling() or (entries := table.get(id(self))) is None or callable(_compiler()):
             return original(self, name)
+        if name[0] == "_" and sys._getframe(1).f_globals is _GLOBALS_OF_MODULE:
+            return original(self, name)
         if not _is_member(self, name):
-            for handler in reversed(_handlers(entries)):
-                handler.on_read(name)  # no wrapper around this call: handlers read caller frames
+            thread = _get_thread()
+            for entry in reversed(entries):
+                if entry.thread == thread:
+                    # no wrapper around this call: handlers read caller frames
+                    entry.handler.on_read(name)
         return original(self, name)
 
     return __getattribute__

@@ -216,9 +216,7 @@ class LateUpdates(Detector):
         name = function._schema.name
         if name == "aten::lift_fresh":  # torch.tensor has made it, which nothing else shows
             self._own |= addresses_in(args)
-        # torch.tensor detaches what it has made, which changes no value
-        mutated = [] if name == "aten::detach_" else written_tensors(function, args, kwargs)
-        written = addresses_of(mutated)
+        written = addresses_of(written_tensors(function, args, kwargs))
         if late is None:
             for address in written & self._seen.keys():
                 for other in self._seen[address][1]:

@@ -52,6 +52,8 @@ class ReboundState(Detector):
         repeated = self._repeated(changed)
         self._guard_what_is_set(changed, repeated)
         for path, state, names in changed:
+            if not names:
+                continue
             calls: list[ModuleCall] = []
             if path:  # the calls of ``root`` compared its state themselves
                 calls = [c for c in watch.step.all_calls() if _is_inside(path, c.path)]
