@@ -35,6 +35,10 @@ def _binary(metric: nn.Module, x: Tensor, label: Tensor) -> Any:
     return metric(x[:, 0].sigmoid(), label % 2)
 
 
+def _multilabel(metric: nn.Module, x: Tensor, label: Tensor) -> Any:
+    return metric(x[:, :CLASSES], (x[:, CLASSES:] > 0).long())
+
+
 def _regression(metric: nn.Module, x: Tensor, label: Tensor) -> Any:
     return metric(x[:, 0], x[:, 1])
 
@@ -82,10 +86,23 @@ CASES: dict[str, Case] = {
     "Accuracy, macro": Case(lambda: c.MulticlassAccuracy(CLASSES), _multiclass),
     "Accuracy, binary": Case(c.BinaryAccuracy, _binary),
     "Accuracy, ignore_index": Case(
-        lambda: c.MulticlassAccuracy(CLASSES, ignore_index=0),
-        _multiclass,
-        None,
-        Cause.DATA_DEPENDENT_SHAPE,
+        lambda: c.MulticlassAccuracy(CLASSES, ignore_index=0), _multiclass
+    ),
+    "Accuracy, micro, ignore_index": Case(
+        lambda: c.MulticlassAccuracy(CLASSES, ignore_index=1, average="micro"), _multiclass
+    ),
+    "F1Score, binary, ignore_index": Case(lambda: c.BinaryF1Score(ignore_index=0), _binary),
+    "ConfusionMatrix, ignore_index": Case(
+        lambda: c.MulticlassConfusionMatrix(CLASSES, ignore_index=2), _multiclass
+    ),
+    "ConfusionMatrix, binary, ignore_index": Case(
+        lambda: c.BinaryConfusionMatrix(ignore_index=1), _binary
+    ),
+    "ConfusionMatrix, multilabel, ignore_index": Case(
+        lambda: c.MultilabelConfusionMatrix(CLASSES, ignore_index=0), _multilabel
+    ),
+    "JaccardIndex, ignore_index": Case(
+        lambda: c.MulticlassJaccardIndex(CLASSES, ignore_index=3), _multiclass
     ),
     "F1Score": Case(lambda: tm.F1Score("multiclass", num_classes=CLASSES), _multiclass),
     "Precision": Case(lambda: c.MulticlassPrecision(CLASSES), _multiclass),
@@ -99,16 +116,15 @@ CASES: dict[str, Case] = {
     "AveragePrecision, binned": Case(lambda: c.BinaryAveragePrecision(thresholds=20), _binary),
     "AveragePrecision, exact": Case(c.BinaryAveragePrecision, _binary, None, ANY),
     "CohenKappa": Case(lambda: c.MulticlassCohenKappa(CLASSES), _multiclass),
-    "MatthewsCorrCoef": Case(
-        lambda: c.MulticlassMatthewsCorrCoef(CLASSES), _multiclass, None, Cause.HOST_SYNC
-    ),
+    "MatthewsCorrCoef": Case(lambda: c.MulticlassMatthewsCorrCoef(CLASSES), _multiclass),
+    "MatthewsCorrCoef, binary": Case(c.BinaryMatthewsCorrCoef, _binary, None, Cause.HOST_SYNC),
     "JaccardIndex": Case(lambda: c.MulticlassJaccardIndex(CLASSES), _multiclass),
     "MeanSquaredError": Case(tm.MeanSquaredError, _regression),
     "MeanAbsoluteError": Case(tm.MeanAbsoluteError, _regression),
-    "R2Score": Case(tm.R2Score, _regression, None, Cause.HOST_SYNC),
-    "PearsonCorrCoef": Case(tm.PearsonCorrCoef, _regression, None, Cause.HOST_SYNC),
+    "R2Score": Case(tm.R2Score, _regression),
+    "PearsonCorrCoef": Case(tm.PearsonCorrCoef, _regression),
     "SpearmanCorrCoef": Case(tm.SpearmanCorrCoef, _regression, None, Cause.DATA_DEPENDENT_SHAPE),
-    "ExplainedVariance": Case(tm.ExplainedVariance, _regression, None, Cause.HOST_SYNC),
+    "ExplainedVariance": Case(tm.ExplainedVariance, _regression),
     "CosineSimilarity": Case(tm.CosineSimilarity, _distributions),
     "KLDivergence": Case(tm.KLDivergence, _distributions),
     "MeanMetric of one value": Case(tm.MeanMetric, lambda m, x, label: m(x.mean())),

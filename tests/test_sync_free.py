@@ -34,7 +34,7 @@ def deferred(path: str, *args: Any, **kwargs: Any) -> tuple[Any, str]:
     for _ in range(2):  # as in two captures, neither of which changes the arguments
         checked = CheckedCalls(checks)
         copies = tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
-        with checked.during(function, copies, kwargs):
+        with sync_free(checked), checked.during(function, copies, kwargs):
             result = SYNC_FREE[path].run(checked, function, *copies, **kwargs)
         checks = checks or [DeferredCheck.of(*seen) for seen in checked.seen]
     every = DeferredChecks()
@@ -191,3 +191,132 @@ def test_aggregators_of_several_values_still_wait(device):
     assert applies(mean, several[0])
     assert applies(MeanMetric(nan_strategy="error"), several)
     assert not applies(CatMetric(), several[0])
+
+
+FIXED = "torchmetrics.functional.classification"
+IGNORED = (-1, 0, 2, 7)
+
+
+@pytest.mark.parametrize("ignore_index", IGNORED)
+@pytest.mark.parametrize("average", ["micro", "macro", "none"])
+def test_counts_without_a_label(device, average, ignore_index):
+    path = f"{FIXED}.stat_scores._multiclass_stat_scores_update"
+    generator = torch.Generator().manual_seed(3)
+    for number in (0, 1, 50):
+        preds, target = (torch.randint(0, 4, (number,), generator=generator) for _ in range(2))
+        target[target == 3] = ignore_index
+        assert both(device, path, preds, target, 4, 1, average, "global", ignore_index) == ""
+    everything = torch.full((5,), ignore_index)
+    assert both(device, path, everything, everything, 4, 1, average, "global", ignore_index) == ""
+
+
+@pytest.mark.parametrize("ignore_index", IGNORED)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("kind", ["binary", "multiclass", "multilabel"])
+def test_confusion_matrices_without_a_label(device, kind, dtype, ignore_index):
+    """The functions that users call: the format of one replacement is read by the others."""
+    call = original(f"{FIXED}.confusion_matrix.{kind}_confusion_matrix")
+    generator = torch.Generator().manual_seed(4)
+    settings = {"binary": {}, "multiclass": {"num_classes": 4}, "multilabel": {"num_labels": 3}}
+    highest = 4 if kind == "multiclass" else 2
+    for scale in (0.0, 1.0, 6.0):
+        shape = (40, 3) if kind == "multilabel" else (40,)
+        scores = (40, 4) if kind == "multiclass" else shape
+        preds = (torch.rand(scores, generator=generator) - 0.2 * scale).to(device)
+        target = torch.randint(0, highest, shape, generator=generator).to(dtype).to(device)
+        target[:9] = ignore_index
+        preds[:9] *= 9  # decides whether predictions are logits, unless it is left out
+        given = {"ignore_index": ignore_index, "validate_args": False, **settings[kind]}
+        with sync_free(CheckedCalls()):
+            found = call(preds, target, **given)
+        assert_same(found, call(preds, target, **given))
+
+
+def test_a_label_that_is_refused_is_not_taken_for_one_to_ignore(device):
+    metric = importlib.import_module("torchmetrics.classification").MulticlassConfusionMatrix(
+        4, ignore_index=-1, validate_args=False
+    )
+    call = metric.to(device).update
+    given = torch.tensor([0, 1], device=device), torch.tensor([-1, -5], device=device)
+    assert "non-negative" in outcome(call, *given)[1]
+    checks: list[DeferredCheck] | None = None
+    for _ in range(2):
+        checked = CheckedCalls(checks)
+        with sync_free(checked), checked.during(call, given, {}):
+            call(*given)
+        checks = checks or [DeferredCheck.of(*seen) for seen in checked.seen]
+    every = DeferredChecks()
+    every.add(checks)
+    assert "non-negative" in outcome(every.raise_if_met)[1]
+
+
+REGRESSION = "torchmetrics.functional.regression"
+
+
+@pytest.mark.parametrize("multioutput", ["raw_values", "uniform_average", "variance_weighted"])
+@pytest.mark.parametrize("outputs", [(), (1,), (5,)])
+def test_scores_of_regressions(device, outputs, multioutput):
+    generator = torch.Generator().manual_seed(5)
+    for seed in range(20):
+        x, y = (torch.randn(9, *outputs, generator=generator).to(device) for _ in range(2))
+        if outputs and seed % 2:
+            x[:, 0], y[:, -1] = y[:, 0], 3.0  # no error, no variance
+        if seed % 5 == 4:
+            y = torch.full_like(y, 2.0)
+        if seed == 9:
+            x = y
+        update = original(f"{REGRESSION}.r2._r2_score_update")
+        count = torch.tensor(9, device=device)
+        sums = update(x, y)[:3]
+        path = f"{REGRESSION}.r2._r2_score_compute"
+        assert both(device, path, *sums, count, 0, multioutput) == ""
+        update = original(f"{REGRESSION}.explained_variance._explained_variance_update")
+        path = f"{REGRESSION}.explained_variance._explained_variance_compute"
+        assert both(device, path, count, *update(x, y)[1:], multioutput) == ""
+
+
+def test_r2_of_one_observation(device):
+    path = f"{REGRESSION}.r2._r2_score_compute"
+    given = [torch.tensor(1.0), torch.tensor(1.0), torch.tensor(0.5), torch.tensor(1)]
+    assert "at least two samples" in both(device, path, *given)
+    given[3] = torch.tensor(2)
+    assert both(device, path, *given) == ""
+
+
+@pytest.mark.parametrize("kind", ["usual", "constant", "one constant", "infinite", "exact"])
+@pytest.mark.parametrize("outputs", [1, 4])
+def test_correlation(device, outputs, kind):
+    path = f"{REGRESSION}.pearson._pearson_corrcoef_compute"
+    generator = torch.Generator().manual_seed(6)
+    x, y = (torch.randn(9, outputs, generator=generator) for _ in range(2))
+    if kind == "constant":
+        x, y = torch.ones(9, outputs), torch.ones(9, outputs)
+    elif kind == "one constant":
+        x[:, 0] = 2.0
+    elif kind == "infinite":
+        x[0] = float("inf")
+    elif kind == "exact":
+        y = x * 2
+    zeros = [torch.zeros(outputs) for _ in range(8)]
+    update = original(f"{REGRESSION}.pearson._pearson_corrcoef_update")
+    if outputs == 1:
+        x, y = x[:, 0], y[:, 0]
+    states = update(x, y, *zeros, outputs)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert both(device, path, *states[2:]) == ""
+    # eager's warning, and that of the check; eager gives none if other outputs are finite
+    assert len(warned) in {"usual": [0], "exact": [0], "constant": [2]}.get(kind, [0, 2])
+
+
+def test_matthews_of_many_classes(device):
+    path = f"{FIXED}.matthews_corrcoef._matthews_corrcoef_reduce"
+    generator = torch.Generator().manual_seed(8)
+    for _ in range(20):
+        assert both(device, path, torch.randint(0, 9, (4, 4), generator=generator)) == ""
+    one_class = torch.zeros(3, 3, dtype=torch.int64)
+    assert both(device, path, one_class) == ""
+    one_class[1, 1] = 5
+    assert both(device, path, one_class) == ""
+    assert not SYNC_FREE[path].applies(torch.ones(2, 2))  # 1 of an integer, or a float
+    assert not SYNC_FREE[path].applies(torch.ones(3, 2, 2))

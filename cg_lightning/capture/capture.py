@@ -232,6 +232,7 @@ class Capturer:
             if target.fills_batch:
                 takers.insert(0, SetBatchEntries(entries, output, containers))
                 output = (output, entries.new())
+            recording.refuse_states_in(output)
             plan, computed = OutputPlan.make(output, leaves, target.storage_addresses, containers)
             # outputs that are not copied out must not share memory with those of other graphs
             if options.weak_ref_output and copies_outputs:

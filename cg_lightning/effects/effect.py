@@ -17,7 +17,7 @@ from cg_lightning.core.errors import CaptureError
 from cg_lightning.core.tree import flatten, rebuild
 from cg_lightning.effects.logged_values import Calls, LogCalls, LoggedValues
 from cg_lightning.metrics.deferred_checks import DeferredCheck
-from cg_lightning.metrics.states import MetricState, MetricStates
+from cg_lightning.metrics.states import MetricState, MetricStates, WrittenState
 
 Attributes = dict[str, Any]
 """The ``__dict__`` of a metric. It is never replaced by another dictionary."""
@@ -80,23 +80,24 @@ class MoveMetricStates(Effect):
     Args:
         states: All metric states of the run.
         read: States that the graph reads from their ``graph_tensor``.
-        written: States that the step sets, each with the static tensor in which it is stored after
-            the step. Metrics that share a state share the tensor.
+        written: States that the step sets. Metrics that share a state share the tensor.
     """
 
     def __init__(
         self,
         states: MetricStates,
         read: Sequence[MetricState],
-        written: Sequence[tuple[MetricState, Tensor]],
+        written: Sequence[WrittenState],
     ) -> None:
         self._states = states
         self._read = list(read)
-        self._written = list(written)
-        self._metrics = list({id(state.metric): state.metric for state, _ in written}.values())
-        self._used = list({id(state): state for state in [*read, *dict(written)]}.values())
+        # a state that becomes another metric's comes after that one
+        self._written = sorted(written, key=lambda set_: set_.tensor is not set_.state.graph_tensor)
+        set_states = [state for state, _, _ in written]
+        self._metrics = list({id(state.metric): state.metric for state in set_states}.values())
+        self._used = list({id(state): state for state in [*read, *set_states]}.values())
         self._places = [(state.name, state.attributes) for state in self._used]
-        stored = {id(state): tensor for state, tensor in written}
+        stored = {id(state): tensor for state, tensor, _ in written}
         self._returns = all(stored.get(id(state)) is state.graph_tensor for state in read)
         """True if every state is written to the tensor from which the next replay reads it."""
         self._needs_move = True
@@ -121,6 +122,7 @@ class MoveMetricStates(Effect):
         self._needs_move = not self._is_in_place()
         if not self._needs_move:
             return
+        self._states.separate(self._written)
         moved = [
             state
             for state in self._read

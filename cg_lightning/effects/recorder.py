@@ -25,7 +25,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -58,6 +58,16 @@ class Recording(Protocol):
         """Return what makes the late calls of the step, and their arguments.
 
         None if there are none. Call it after :meth:`finish`.
+        """
+
+    def refuse_states_in(self, output: Any) -> None:
+        """Raise if the step hands out a state of a metric. Call it after :meth:`finish`.
+
+        Args:
+            output: All that the user gets from the step.
+
+        Raises:
+            CaptureError: A later step may write to that state, which a copy would not show.
         """
 
 
@@ -95,6 +105,9 @@ class _NoRecording:
 
     def late(self) -> tuple[MakeLateCalls | None, list[Arguments]]:
         return None, []
+
+    def refuse_states_in(self, output: Any) -> None:
+        pass
 
 
 class NoEffects:

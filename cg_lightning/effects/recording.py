@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,12 +43,17 @@ from cg_lightning.effects.late_updates import (
 from cg_lightning.effects.logged_values import Calls, LoggedValues
 from cg_lightning.metrics.deferred_checks import CheckedCalls
 from cg_lightning.metrics.members import state_names, states_of
-from cg_lightning.metrics.states import MetricState, MetricStates
-from cg_lightning.metrics.support import unsupported_read, unsupported_update, unsupported_write
+from cg_lightning.metrics.states import MetricState, MetricStates, WrittenState
+from cg_lightning.metrics.support import (
+    ListStates,
+    unsupported_read,
+    unsupported_update,
+    unsupported_write,
+)
 from cg_lightning.modules.interception import Interception, ModuleHandler
 
 _COUNTER = "_update_count"
-_READ_BEFORE_SET = frozenset({"_dtype"})
+_READ_BEFORE_SET = frozenset({"_dtype", "_state_is_copy"})
 """Bookkeeping that a step may read before it sets it. The graph then freezes the value."""
 
 
@@ -119,6 +125,7 @@ class _RecordedMetric(ModuleHandler):
         self.expected: dict[str, Any] = {}
         self.lists: dict[str, list[Any]] = {}
         """List states. They are empty when the step begins, so that appended items are visible."""
+        self._list_states = ListStates(metric)
         for name, default in states_of(metric).items():
             self.attributes.pop(name, None)
             if not isinstance(default, Tensor):
@@ -136,13 +143,15 @@ class _RecordedMetric(ModuleHandler):
         return state.graph_tensor
 
     def on_read(self, name: str) -> None:
-        if reason := unsupported_read(self.metric, name, self.written):
+        reason = unsupported_read(self.metric, name, self.written)
+        if reason := reason or self._list_states.unsupported_read(name, sys._getframe(2)):
             raise CaptureError(reason)
         if name in _READ_BEFORE_SET and name not in self.written:
             self.expected[name] = self.attributes.get(name)
 
     def on_write(self, name: str, value: Any) -> None:
-        if reason := unsupported_write(self.metric, name, value):
+        reason = unsupported_write(self.metric, name, value)
+        if reason := reason or self._list_states.unsupported_write(name, sys._getframe(2)):
             raise CaptureError(reason)
         self.written.add(name)
 
@@ -182,6 +191,8 @@ class StepRecording:
         self.late_calls = CollectedCalls()
         """The calls of metrics that the step leaves out."""
         self._late_values: list[tuple[dict[str, Any], LateValue]] = []
+        self._final: list[tuple[MetricState, Tensor]] = []
+        """The states that the step has read or set, with their values at its end."""
 
     @contextlib.contextmanager
     def watching(self, checked: CheckedCalls) -> Iterator[None]:
@@ -228,6 +239,27 @@ class StepRecording:
         make = MakeLateCalls(self._late.updates, collected.calls, self._late_values)
         return make, collected.arguments
 
+    def refuse_states_in(self, output: Any) -> None:
+        """Raise if the step hands out a state. Call it after :meth:`finish`.
+
+        Args:
+            output: All that the user gets from the step.
+
+        Raises:
+            CaptureError: A later step may write to the state. Then the tensor that eager has handed
+                out changes, but a copy does not.
+        """
+        held = [(state, state.graph_tensor) for state in self._metric_states] + self._final
+        states = {
+            value.untyped_storage().data_ptr(): state for state, value in held if value.numel()
+        }
+        for tensor in tensors_in(output):
+            if tensor.layout is torch.strided and tensor.numel():
+                state = states.get(tensor.untyped_storage().data_ptr())
+                if state is not None:
+                    what = f"{type(state.metric).__name__}.{state.name}"
+                    raise CaptureError(f"the step hands out the state {what}")
+
     def _log_effect(self) -> Effect | None:
         logged = set(map(id, self._logged.metrics()))
         if not logged <= {id(recorded.metric) for recorded in self._metrics}:
@@ -255,10 +287,12 @@ class StepRecording:
         storages = {
             state.graph_tensor.untyped_storage().data_ptr() for state in self._metric_states
         }
+        self._final = final
         tensors: dict[int, Tensor] = {
             id(value): value for state, value in final if value is state.graph_tensor
         }
         """For each final value, the static tensor that stores it after a replay."""
+        in_place = set(tensors)
         copies: list[tuple[Tensor, Tensor]] = []
         for state, value in final:
             static = state.graph_tensor
@@ -277,7 +311,14 @@ class StepRecording:
                 copies.append((static, value.clone() if overlaps else value))
         if copies:
             torch._foreach_copy_([static for static, _ in copies], [value for _, value in copies])
-        written = [(state, tensors[id(value)]) for state, value in final]
+        written = [
+            WrittenState(
+                state,
+                tensors[id(value)],
+                None if id(value) in in_place else value.is_inference(),
+            )
+            for state, value in final
+        ]
         return MoveMetricStates(self._states, read, written) if written else None
 
     def _counters(self) -> Effect | None:

@@ -216,6 +216,10 @@ class StepState:
         self._host_random_state.restore()
         self._backend.set_random_state(self._device_random_state)
 
+    def metric_tensors(self) -> list[Tensor]:
+        """Return what metrics held when this was made. A step may write to it and then drop it."""
+        return [] if self._metrics is None else self._metrics.tensors()
+
     def values(self) -> list[tuple[str, Any]]:
         """Return names and copies of the current buffers, metric values, and Python changes."""
         buffers = [(f"buffer {name}", buffer.clone()) for name, buffer, _ in self._buffers]
@@ -250,6 +254,10 @@ class MetricsSnapshot:
         self._lists = [(value, list(value)) for value in lists]
         self._locations = effects.states.locations()
         self._logged = effects.logged.snapshot()
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors of the states."""
+        return [tensor for tensor, _ in self._tensors]
 
     def restore(self) -> None:
         """Restore everything in place."""

@@ -55,7 +55,7 @@ def states_of(module: nn.Module) -> Mapping[str, object]:
         return {}
     passes_on = any(
         isinstance(child, Metric) and child._defaults is module._defaults
-        for child in module.children()
+        for child in module._modules.values()  # children() reads states: a metric's hash does
     )
     return {} if passes_on else module._defaults
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ class MetricState:
     tensor that the latest replay wrote. :class:`MetricStates` moves it from one to the other.
     """
 
-    __slots__ = ("attributes", "graph_tensor", "location", "metric", "name")
+    __slots__ = ("attributes", "graph_tensor", "is_inference", "location", "metric", "name")
 
     def __init__(self, metric: nn.Module, name: str, device: torch.device) -> None:
         self.metric = metric
@@ -36,6 +38,8 @@ class MetricState:
 
         It may be the ``graph_tensor`` of another metric that shares the state.
         """
+        self.is_inference = False
+        """Whether the value is an inference tensor in eager. The static tensor never is one."""
 
     def value(self) -> Tensor:
         """Return the value of the state from its current location."""
@@ -54,10 +58,10 @@ class MetricState:
             and value.dtype == self.graph_tensor.dtype
         )
 
-    def move_to_graph(self, tensor: Tensor) -> None:
-        """Mark the state as stored in ``tensor``, which a graph has written."""
+    def move_to_graph(self, tensor: Tensor, is_inference: bool) -> None:
+        """Mark the state as stored in a static tensor, which a graph has written."""
         self.attributes.pop(self.name, None)
-        self.location = tensor
+        self.location, self.is_inference = tensor, is_inference
 
     def give_back(self, value: Tensor) -> None:
         """Store the state as an attribute again. If an attribute was set in between, it stays."""
@@ -65,8 +69,18 @@ class MetricState:
         self.location = None
 
 
-Locations = list[tuple[MetricState, Tensor | None]]
-"""Where each state is stored."""
+class WrittenState(NamedTuple):
+    """A state that a graph sets."""
+
+    state: MetricState
+    tensor: Tensor
+    """The static tensor in which it is stored after the step."""
+    is_inference: bool | None
+    """Whether eager sets it to an inference tensor; None: eager writes to the tensor that it is."""
+
+
+Locations = list[tuple[MetricState, Tensor | None, bool]]
+"""Where each state is stored, and whether it is an inference tensor."""
 
 
 class _StateReader(ModuleHandler):
@@ -156,20 +170,67 @@ class MetricStates:
             self.materialize(state.location)
         return state.value()
 
-    def move_to_graph(self, moved: Iterable[tuple[MetricState, Tensor]]) -> None:
+    def move_to_graph(self, moved: Iterable[WrittenState]) -> None:
         """Mark states as stored in tensors that a graph has written."""
         self.moves += 1
-        for state, tensor in moved:
-            state.move_to_graph(tensor)
+        for state, tensor, is_inference in moved:
+            if is_inference is not None:
+                state.move_to_graph(tensor, is_inference)
+            elif tensor is state.graph_tensor:
+                self._move_in_place(state)
+            else:
+                self._share(state, tensor)
+
+    def _share(self, state: MetricState, tensor: Tensor) -> None:
+        """Make a state the same as that of another metric, which was moved before."""
+        owner = next(other for other in self._states.values() if other.graph_tensor is tensor)
+        if owner.location is None:
+            state.attributes[state.name] = owner.attributes[owner.name]
+            state.location = None
+        else:
+            state.move_to_graph(tensor, owner.is_inference)
+
+    def _move_in_place(self, state: MetricState) -> None:
+        """Do what eager does, which writes to the tensor that the state is.
+
+        Other metrics that have the tensor see the change. So does a user who has kept it; then it
+        stays the state, and gets the value of the graph.
+        """
+        held = [state.attributes.get(state.name)]
+        if held[0] is None:
+            state.location = state.graph_tensor
+            return
+        sharers = [
+            other for other in self._states.values() if other.attributes.get(other.name) is held[0]
+        ]
+        for other in sharers:
+            del other.attributes[other.name]
+        if sys.getrefcount(held[0]) > 2:  # not only the list's, and that of this call
+            held[0].copy_(state.graph_tensor)
+            for other in sharers:
+                other.give_back(held[0])
+            return
+        for other in sharers:
+            other.move_to_graph(state.graph_tensor, held[0].is_inference())
+        self.intercept(other.metric for other in sharers)
+
+    def separate(self, written: Iterable[WrittenState]) -> None:
+        """Materialize what other metrics share with states that a step sets to new tensors."""
+        replaced = {id(tensor) for _, tensor, is_inference in written if is_inference is not None}
+        own = {id(state) for state, _, _ in written}
+        for state in self._states.values():
+            if id(state.location) in replaced and id(state) not in own:
+                assert state.location is not None
+                self.materialize(state.location)
 
     def materialize(self, tensor: Tensor) -> None:
         """Copy a static tensor back into the attributes of every metric that shares it."""
         self.moves += 1
-        with torch.inference_mode(False):
+        shared_by = [state for state in self._states.values() if state.location is tensor]
+        with torch.inference_mode(any(state.is_inference for state in shared_by)):
             value = tensor.clone()
-        for state in self._states.values():
-            if state.location is tensor:
-                state.give_back(value)
+        for state in shared_by:
+            state.give_back(value)
 
     def materialize_all_of(self, metric: nn.Module) -> None:
         """Copy all states of one metric back into its attributes."""
@@ -211,13 +272,13 @@ class MetricStates:
 
     def locations(self) -> Locations:
         """Return the location of each state, for :meth:`restore`."""
-        return [(state, state.location) for state in self._states.values()]
+        return [(state, state.location, state.is_inference) for state in self._states.values()]
 
     def restore(self, locations: Locations) -> None:
         """Restore the locations of states. The caller restores the attributes."""
         self.moves += 1
-        for state, location in locations:
-            state.location = location
+        for state, location, is_inference in locations:
+            state.location, state.is_inference = location, is_inference
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors that graphs read and write."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dis
+import functools
+import itertools
 import sys
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from cg_lightning.metrics.members import averages_by_count, bookkeeping, state_names
+from cg_lightning.metrics.members import averages_by_count, bookkeeping, state_names, states_of
 from cg_lightning.modules.attributes import is_same_value
 
 _COUNTS = frozenset({"update_count", "_update_count", "update_called", "_update_called"})
@@ -49,6 +52,94 @@ def unsupported_update(metric: nn.Module, written: set[str]) -> str:
     if "_forward_cache" in written and averages_by_count(metric):
         return f"{type(metric).__name__}.forward averages by a Python count"
     return ""
+
+
+class ListStates:
+    """The list states of one metric in one step that is watched or captured.
+
+    A capture begins with empty lists, and a replay appends what the step has appended. So the step
+    must not see what is in a list, unless ``forward`` has emptied it for the value of the batch.
+
+    Args:
+        metric: The metric.
+    """
+
+    def __init__(self, metric: nn.Module) -> None:
+        self._metric = metric
+        self._names = {
+            name for name, default in states_of(metric).items() if not isinstance(default, Tensor)
+        }
+        self._emptied: set[str] = set()
+
+    def unsupported_read(self, name: str, reader: FrameType) -> str:
+        """Return why a replay cannot reproduce a step that reads this attribute, or nothing.
+
+        Args:
+            name: The attribute.
+            reader: The frame that reads it.
+        """
+        if name not in self._names or _is_ours(reader):
+            return ""
+        module, function = reader.f_globals.get("__name__"), reader.f_code.co_name
+        if (module, function) == ("torchmetrics.metric", "reset"):
+            if not _is_in_forward(reader):
+                return f"{type(self._metric).__name__}.{name} is reset"
+            self._emptied.add(name)
+        elif (
+            name not in self._emptied
+            and (module not in _MAY_MOVE_STATES or function in _SHOW_STATES)
+            and not _appends(reader.f_code, reader.f_lasti)
+        ):
+            return f"{type(self._metric).__name__}.{name} is read"
+        return ""
+
+    def unsupported_write(self, name: str, writer: FrameType) -> str:
+        """Return why a replay cannot reproduce a step that sets this attribute, or nothing."""
+        if name not in self._names:
+            return ""
+        self._emptied.discard(name)
+        while _is_ours(writer) and writer.f_back is not None:
+            writer = writer.f_back
+        if writer.f_globals.get("__name__") in _MAY_MOVE_STATES:
+            return ""
+        return f"{type(self._metric).__name__}.{name} is set"
+
+
+_MAY_MOVE_STATES = ("torchmetrics.metric", "torchmetrics.collections")
+_SHOW_STATES = ("metric_state", "<dictcomp>")  # the latter inside the former, before Python 3.12
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).startswith("cg_lightning.")
+
+
+def _is_in_forward(reset: FrameType) -> bool:
+    """Return True if ``Metric.forward`` has called this ``reset``."""
+    frame: FrameType | None = reset
+    while frame is not None and (frame.f_code.co_name == "reset" or _is_ours(frame)):
+        frame = frame.f_back
+    return (
+        frame is not None
+        and frame.f_globals.get("__name__") == "torchmetrics.metric"
+        and frame.f_code.co_name.startswith("_forward_")
+    )
+
+
+def _appends(code: CodeType, offset: int) -> bool:
+    """Return True if the line appends to the list that this instruction reads."""
+    following = _following(code).get(offset)
+    return (
+        following is not None
+        and following.opname in ("LOAD_METHOD", "LOAD_ATTR")
+        and following.argval in ("append", "extend")
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _following(code: CodeType) -> dict[int, dis.Instruction]:
+    """Return the instruction after each instruction, by the offset of the earlier one."""
+    pairs = itertools.pairwise(dis.get_instructions(code))
+    return {instruction.offset: following for instruction, following in pairs}
 
 
 def _is_read_by_a_framework() -> bool:

@@ -9,6 +9,8 @@ function                                         in a capture
 ``_*_stat_scores_tensor_validation``             counts or compares values on the device
 ``_*_confusion_matrix_tensor_validation``        likewise
 ``_*_precision_recall_curve_tensor_validation``  likewise
+``ignore_index`` in counts and confusion matrices counts nothing for it (:mod:`.fixed_shapes`)
+R2, Pearson, explained variance, Matthews        chooses on the device (likewise)
 ``torch.linalg.cholesky``, ``gaussian_nll_loss`` check on the device (:mod:`.argument_checks`)
 ``torch.distributions``: parameters and samples  likewise
 ===============================================  =================================================
@@ -37,7 +39,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MaxMetric, MeanMetric, MinMetric, SumMetric
 
-from cg_lightning.metrics import argument_checks
+from cg_lightning.metrics import argument_checks, fixed_shapes
 from cg_lightning.metrics.argument_checks import RepeatedCall
 from cg_lightning.metrics.deferred_checks import CheckedCalls
 
@@ -79,13 +81,16 @@ def bincount(
 ) -> Tensor:
     """Count equal integers of shape ``(values,)``; return counts of shape ``(minlength,)``.
 
+    Those that :mod:`.fixed_shapes` has left out are not counted.
+
     With deterministic algorithms the original does not wait for the device, so it is called.
     """
     if minlength is None or torch.are_deterministic_algorithms_enabled():
         counted: Tensor = original(x, minlength)
         return counted
     outside = (x < 0) | (x >= minlength)
-    checked.refuse_if(outside.any())
+    refused = outside & (x > fixed_shapes.LEFT_OUT) if x.dtype is torch.int64 else outside
+    checked.refuse_if(refused.any())
     index = torch.where(outside, minlength, x).to(torch.int64)
     counts = torch.zeros(minlength + 1, dtype=torch.int64, device=x.device)
     return counts.scatter_add_(0, index, torch.ones_like(index))[:minlength]
@@ -181,15 +186,27 @@ def without_nan(
     return x.to(metric.dtype), weight.to(metric.dtype)
 
 
+def repeat_count(original: Any, x: Tensor, minlength: int) -> argument_checks.RepeatedCall:
+    """Return the call that refuses such values: eager counts only those that are not left out."""
+
+    def count(x: Tensor) -> Tensor:
+        counted: Tensor = original(x[x > fixed_shapes.LEFT_OUT], minlength)
+        return counted
+
+    return argument_checks.RepeatedCall(count if x.dtype is torch.int64 else original, (x,), {})
+
+
 def _knows_length(x: Tensor, minlength: int | None = None) -> bool:
     return minlength is not None
 
 
 _CLASSIFICATION = "torchmetrics.functional.classification"
 _CURVE = f"{_CLASSIFICATION}.precision_recall_curve"
+_MATRIX = f"{_CLASSIFICATION}.confusion_matrix"
+_REGRESSION = "torchmetrics.functional.regression"
 _DISTRIBUTION = "torch.distributions.distribution.Distribution"
 SYNC_FREE: dict[str, SyncFree] = {
-    "torchmetrics.utilities.data._bincount": SyncFree(bincount, _knows_length),
+    "torchmetrics.utilities.data._bincount": SyncFree(bincount, _knows_length, repeat_count),
     "torchmetrics.utilities.compute.normalize_logits_if_needed": SyncFree(
         normalize_logits_if_needed
     ),
@@ -215,6 +232,30 @@ SYNC_FREE: dict[str, SyncFree] = {
     f"{_CURVE}._binary_precision_recall_curve_tensor_validation": SyncFree(two_values),
     f"{_CURVE}._multiclass_precision_recall_curve_tensor_validation": SyncFree(
         as_many_targets_as_classes
+    ),
+    f"{_CLASSIFICATION}.stat_scores._multiclass_stat_scores_update": SyncFree(
+        fixed_shapes.count_multiclass, fixed_shapes.ignores_one_label
+    ),
+    f"{_MATRIX}._multiclass_confusion_matrix_format": SyncFree(
+        fixed_shapes.format_multiclass, fixed_shapes.are_labels_ignored
+    ),
+    f"{_MATRIX}._binary_confusion_matrix_format": SyncFree(
+        fixed_shapes.format_binary, fixed_shapes.are_binary_labels_ignored
+    ),
+    f"{_MATRIX}._multilabel_confusion_matrix_update": SyncFree(
+        fixed_shapes.count_multilabel, fixed_shapes.are_labels
+    ),
+    f"{_REGRESSION}.r2._r2_score_compute": SyncFree(
+        fixed_shapes.r2_score, fixed_shapes.is_not_adjusted
+    ),
+    f"{_REGRESSION}.explained_variance._explained_variance_compute": SyncFree(
+        fixed_shapes.explained_variance, fixed_shapes.has_sums_of_one_dtype
+    ),
+    f"{_REGRESSION}.pearson._pearson_corrcoef_compute": SyncFree(
+        fixed_shapes.pearson, fixed_shapes.has_float_variances
+    ),
+    f"{_CLASSIFICATION}.matthews_corrcoef._matthews_corrcoef_reduce": SyncFree(
+        fixed_shapes.matthews, fixed_shapes.has_many_classes
     ),
     "torch.linalg.cholesky": SyncFree(argument_checks.cholesky, argument_checks.takes_one_matrix),
     "torch.nn.functional.gaussian_nll_loss": SyncFree(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -135,13 +135,15 @@ class Verifier:
                 return call.run_eagerly()
             return comparison.run(call.run_eagerly)
 
-    def _state(self, target: CaptureTarget, call: GraphCall) -> StepState:
+    def _state(
+        self, target: CaptureTarget, call: GraphCall, held_before: Sequence[Tensor] = ()
+    ) -> StepState:
         given = (call.tree, call.frozen_args, call.frozen_kwargs)
         return StepState(
             target.module,
             self._backend,
             target.effects,
-            self._written.now(),
+            [*self._written.now(), *held_before],
             given,
             target.changes,
         )
@@ -163,7 +165,7 @@ class Verifier:
         if before.containers.changed() and not target.fills_batch:
             return Verdict(expected, "it changes a container that it is given")
         expected_values = _values(before, comparison)
-        after_eager = self._state(target, call)
+        after_eager = self._state(target, call, before.metric_tensors())
         before.restore()
         try:
             entry = get_entry()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,12 @@ from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.step_watch import Effects, StepWatch
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.metrics.members import states_of
-from cg_lightning.metrics.support import unsupported_read, unsupported_update, unsupported_write
+from cg_lightning.metrics.support import (
+    ListStates,
+    unsupported_read,
+    unsupported_update,
+    unsupported_write,
+)
 from cg_lightning.metrics.sync_free import SyncFree, replacing
 from cg_lightning.modules.interception import Interception, ModuleHandler
 
@@ -139,15 +145,18 @@ class _MetricHandler(ModuleHandler):
         self._detector = detector
         self._written: set[str] = set()
         self._shapes = _shapes(metric)
+        self._lists = ListStates(metric)
 
     def on_read(self, name: str) -> None:
         """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
         self._detector.report_once(unsupported_read(self.metric, name, self._written))
+        self._detector.report_once(self._lists.unsupported_read(name, sys._getframe(2)))
 
     def on_write(self, name: str, value: Any) -> None:
         """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
         self._written.add(name)
         self._detector.report_once(unsupported_write(self.metric, name, value))
+        self._detector.report_once(self._lists.unsupported_write(name, sys._getframe(2)))
 
     def finish(self) -> None:
         """Reports what only the end of the step shows."""
