@@ -245,6 +245,24 @@ def test_layouts_are_compared(monkeypatch, change, native):
     assert guard.failure().change is Change.LAYOUT
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CS")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_parts_of_sparse_buffers_are_compared(layout):
+    module = nn.Linear(2, 2)
+    module.register_buffer("adjacency", torch.eye(2).to_sparse(layout=layout))
+    guard = ModuleGuard(module)
+    other = (torch.eye(2) * 2).to_sparse(layout=layout)
+    assert guard.check()
+    (module.adjacency._values if layout is torch.sparse_coo else module.adjacency.values)().mul_(2)
+    assert guard.check()
+    if layout is torch.sparse_coo:  # PyTorch ignores it for the others
+        module.adjacency.data = other
+    else:
+        module.adjacency = other
+    assert not guard.check()
+    assert guard.failure().change in (Change.STRUCTURE, Change.MOVED)
+
+
 def test_explanations_of_values_that_hold_are_empty():
     assert FrozenValues([[1, 2], {"a": torch.ones(1)}], ["x", "y"]).explain() == ""
 

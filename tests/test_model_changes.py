@@ -149,3 +149,59 @@ def test_changes_between_batches(
     others: Callable[[], Sequence[Callback]] = lambda: [At(CHANGES[name])]
     harness.compare(Net(), validate(features(40)), callback, others)
     assert callback.stats.steps[mode] >= 2, callback.summary()
+
+
+class Adjacent(Net):
+    """Has a sparse buffer, as models of graphs have."""
+
+    def __init__(self, is_used: bool) -> None:
+        super().__init__()
+        self.register_buffer("adjacency", (torch.eye(8) * 2).to_sparse().coalesce())
+        self.is_used = is_used
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        output = super().validation_step(batch, batch_idx)
+        return torch.sparse.mm(self.adjacency, output.t()).t() if self.is_used else output
+
+
+class ScalesAdjacency(Adjacent):
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.adjacency.mul_(1.1)
+        return super().validation_step(batch, batch_idx)
+
+
+class ScalesItsValues(Adjacent):
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.adjacency.values().mul_(1.1)
+        return super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+@pytest.mark.parametrize("is_used", [False, True])
+@pytest.mark.parametrize("make", [ScalesAdjacency, ScalesItsValues])
+def test_steps_that_write_to_sparse_buffers(
+    harness: Harness, make: type[Adjacent], is_used: bool, verify_replays: int
+) -> None:
+    """Hazard 4."""
+    callback = harness.callback(verify_replays=verify_replays, warmup_steps=1)
+    harness.compare(make(is_used), validate(features(40)), callback)
+
+
+def doubles(module: Adjacent) -> None:
+    module.adjacency.values().mul_(2)
+
+
+def replaces(module: Adjacent) -> None:
+    module.adjacency = module.adjacency * 2
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+@pytest.mark.parametrize("change", [doubles, replaces])
+@pytest.mark.parametrize("is_used", [False, True])
+def test_sparse_buffers(harness: Harness, is_used: bool, change: Any, verify_replays: int) -> None:
+    """Hazard 4."""
+    callback = harness.callback(verify_replays=verify_replays, warmup_steps=1)
+    harness.compare(Adjacent(is_used), validate(features(40)), callback, lambda: [At({5: change})])
+    assert callback.stats.replays >= 3, callback.summary()
+    if not is_used:
+        assert callback.stats.steps["FULL"] >= 3, callback.summary()

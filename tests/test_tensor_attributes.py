@@ -158,6 +158,28 @@ def test_in_a_submodule(harness: Harness, mode: str) -> None:
     assert callback.stats.steps[mode] >= 4, callback.summary()
 
 
+class OfBatch(Net):
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.first(batch["x"][0]) * batch["x"][0].scale
+
+
+class SetsOnBatch(Callback):
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, *_: Any) -> None:
+        batch["x"][0].scale = batch_idx // 4
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_attributes_of_tensors_of_the_batch(harness: Harness, verify_replays: int) -> None:
+    """Hazard 3: no key has them."""
+    generator = torch.Generator().manual_seed(1)
+    batches = [{"x": [torch.randn(4, 8, generator=generator)]} for _ in range(12)]
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    callback = harness.callback(verify_replays=verify_replays, warmup_steps=1)
+    harness.compare(OfBatch(max), validate(loader), callback, lambda: [SetsOnBatch()])
+    assert callback.stats.steps["FULL"] == 0
+    assert callback.stats.steps["PIECEWISE"] >= 8, callback.summary()
+
+
 def sets_gradients(module: Any, value: int) -> None:
     module.first.weight.grad = torch.full_like(module.first.weight, float(value))
 

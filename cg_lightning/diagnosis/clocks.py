@@ -10,6 +10,8 @@ import os
 from types import CodeType, FrameType
 from typing import Any
 
+import torch
+
 _IN_C = {
     "time": frozenset(
         {
@@ -32,7 +34,9 @@ _IN_C = {
     "decimal": frozenset({"getcontext", "setcontext", "localcontext"}),  # of the thread
 }
 """Names of functions by module."""
-_NAMES = frozenset().union(*_IN_C.values())
+_OF_GENERATORS = frozenset(name for name in vars(torch.Generator) if name[0] != "_")
+NAMES_OF_CLOCKS = _OF_GENERATORS.union(*_IN_C.values())
+"""Functions of C with other names are none of these."""
 _OF_MEMORY = frozenset(
     {
         *("memory_stats", "memory_stats_as_nested_dict", "mem_get_info", "memory_snapshot"),
@@ -48,13 +52,25 @@ _MEMORY_FILES = ("torch/cuda/memory.py", "torch/accelerator/memory.py")
 def clock_in_c(function: Any) -> str:
     """Return the name of a function of C that is a clock; empty if it is none."""
     name = getattr(function, "__name__", "")
-    if name not in _NAMES:
+    if name not in NAMES_OF_CLOCKS:
         return ""
     module = getattr(function, "__module__", None)
     owner = getattr(function, "__self__", None)
     if module is None and isinstance(owner, type):  # ``datetime.now`` is a method of a class
         module = owner.__module__
     return f"{module}.{name}" if name in _IN_C.get(module or "", ()) else ""
+
+
+def method_of_generator(function: Any, caller: FrameType) -> str:
+    """Return the name of a method of a random generator; empty if it is none.
+
+    A replay would not seed it, and what is read of its state is another value in each step. What
+    functions of PyTorch do to the default generator is seen by ``RandomNumbers``.
+    """
+    if not isinstance(getattr(function, "__self__", None), torch.Generator):
+        return ""
+    is_of_torch = caller.f_globals.get("__name__", "").split(".")[0] == "torch"
+    return "" if is_of_torch else f"torch.Generator.{function.__name__}"
 
 
 def clock_in_python(code: CodeType) -> str:
@@ -72,6 +88,11 @@ def arithmetic_of_thread(code: CodeType) -> str:
 def reads_environment(code: CodeType) -> bool:
     """Return whether it is the code of a function that looks variables up in ``os.environ``."""
     return code is _GET_VARIABLE or code in _ALL_VARIABLES
+
+
+def has_clocks(file: str) -> bool:
+    """Return whether a file of others has functions that are looked at here."""
+    return file.endswith(_MEMORY_FILES) or file == _GET_VARIABLE.co_filename
 
 
 def environment_variable(frame: FrameType) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from cg_lightning.core.equality import parts_of
 from cg_lightning.guards.sources import describe_change
 from cg_lightning.modules.attributes import (
     global_hooks,
@@ -150,7 +151,10 @@ class ModuleGuard:
         members = [member for member in self._members if isinstance(member, Tensor)]
         # lazy parameters have no address before their first step
         self._lazy = [member for member in members if is_lazy(member)]
-        self.tensors = [member for member in members if not is_lazy(member)]
+        self.tensors = [
+            part for member in members if not is_lazy(member) for part in parts_of(member)
+        ]
+        self._sparse = [member for member in members if member.layout is not torch.strided]
         self._placement = Placement(self.tensors)
         self._scripted_values = [scripted_attributes(module) for module in self._scripted]
 
@@ -168,6 +172,11 @@ class ModuleGuard:
             return False
         return all(map(operator.is_, members, self._members))
 
+    def _parts_hold(self) -> bool:
+        """Return True if sparse members have the same parts, each in the same place."""
+        before = {tensor.data_ptr() for tensor in self.tensors}
+        return all(part.data_ptr() in before for each in self._sparse for part in parts_of(each))
+
     def _scripted_hold(self) -> bool:
         now = map(scripted_attributes, self._scripted)
         return all(map(same_attributes, now, self._scripted_values))
@@ -175,6 +184,8 @@ class ModuleGuard:
     def check(self) -> bool:
         """Return True if members, their addresses and layouts, and hooks are unchanged."""
         if not (self._members_hold() and self._placement.check()):
+            return False
+        if self._sparse and not self._parts_hold():
             return False
         return not self._scripted or self._scripted_hold()
 

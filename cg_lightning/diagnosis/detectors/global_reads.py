@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.clocks import (
+    NAMES_OF_CLOCKS,
     arithmetic_of_thread,
     caller_of,
     clock_in_c,
     clock_in_python,
     environment_variable,
+    has_clocks,
+    method_of_generator,
     reads_environment,
 )
 from cg_lightning.diagnosis.detector import Detector
@@ -63,6 +66,8 @@ class GlobalReads(Detector):
         super().__init__(watch)
         # by id, with the code to keep it alive: to hash code takes longer than to call it
         self._known: dict[int, _Code] = {}
+        self._harmless: set[str] = set()
+        """Files of others in which no function is a clock."""
         self._made_here: set[int] = set()
         """The code of functions that functions of the step make, by id."""
         self._before: dict[tuple[int, str], tuple[Source, Any, FrozenValues]] = {}
@@ -128,9 +133,11 @@ class GlobalReads(Detector):
         self.watch.report(cause, words, location=location, module="", calls=readers)
 
     def _on_event(self, frame: FrameType, event: str, function: Any) -> None:
-        # a step has a million events, most of them of other people's code
+        # a step has a million events, nearly all of torch and of our own: this must be quick
         if event == "call":
             code = frame.f_code
+            if code.co_filename in self._harmless:
+                return
             known = self._known.get(id(code))
             if known is None:
                 if self.watch.is_paused:  # we call it: what the step does with it comes later
@@ -138,8 +145,12 @@ class GlobalReads(Detector):
                 known = self._known[id(code)] = self._look_at(frame)
             if known.matters:
                 self._on_call(known, frame)
-        elif event == "c_call" and (clock := clock_in_c(function)):
-            self._report_clock(clock, frame)
+        elif (
+            event == "c_call"
+            and getattr(function, "__name__", "") in NAMES_OF_CLOCKS
+            and (name := clock_in_c(function) or method_of_generator(function, frame))
+        ):
+            self._report_clock(name, frame)
 
     def _on_call(self, known: _Code, frame: FrameType) -> None:
         if known.clock:
@@ -172,6 +183,8 @@ class GlobalReads(Detector):
     def _look_at(self, frame: FrameType) -> _Code:
         code = frame.f_code
         if not is_user_file(code.co_filename):
+            if not has_clocks(code.co_filename):
+                self._harmless.add(code.co_filename)
             clock, is_of_environment = clock_in_python(code), reads_environment(code)
             return _Code(code, bool(clock) or is_of_environment, clock, is_of_environment)
         found = FoundFunctions([], [], [])
@@ -230,7 +243,7 @@ class GlobalReads(Detector):
             contents = look_into(value, source.path)
             modules = hidden_modules(self.watch, contents.modules) if contents.modules else []
             inside = sources_in(modules, source.path)
-            opaque = [*contents.opaque(), *opaque_in(inside)]
+            opaque = [*self.watch.look_at(contents), *opaque_in(self.watch, inside)]
         except UnreadableError as error:
             words = f"{_words(source)} {error}"
             self._problems[key] = [(Cause.STATE_REBOUND, words, AT_THE_END)]

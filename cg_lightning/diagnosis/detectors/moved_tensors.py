@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -40,7 +41,7 @@ class MovedTensors(Detector):
         self._before = {
             id(tensor): (name, tensor, tensor.detach())
             for name, tensor in chain(root.named_parameters(), root.named_buffers())
-            if not is_lazy(tensor)
+            if not is_lazy(tensor) and tensor.layout is torch.strided
         }
         memory = _Memory(list(self._before.values()))
         try:

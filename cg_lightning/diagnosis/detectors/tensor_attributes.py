@@ -40,6 +40,7 @@ class TensorAttributes(Detector):
             id(tensor): (f"self.{name}", tensor)
             for name, tensor in chain(watch.root.named_parameters(), watch.root.named_buffers())
         }
+        self._inputs = {id(tensor): tensor for tensor in watch.step.inputs}
         self._read_values: dict[tuple[int, str], tuple[Source, FrozenValues]] = {}
         """What was read, and what is inside."""
         self._patches = contextlib.ExitStack()
@@ -92,7 +93,8 @@ class TensorAttributes(Detector):
             self._read(tensor, name)
             raise AttributeError(f"{type(tensor).__name__!r} object has no attribute {name!r}")
 
-        names = {name for _, tensor in self._tensors.values() for name in _names_in(tensor)}
+        tensors = [*[tensor for _, tensor in self._tensors.values()], *self._inputs.values()]
+        names = {name for tensor in tensors for name in _names_in(tensor)}
         replaced: dict[str, Any] = {
             name: self._property(name) for name in names if not hasattr(Tensor, name)
         }
@@ -108,6 +110,9 @@ class TensorAttributes(Detector):
             attributes = vars(tensor)
             if name not in attributes:
                 raise AttributeError(f"{type(tensor).__name__!r} object has no attribute {name!r}")
+            if id(tensor) in self._inputs and is_called_by_step(__file__):
+                # no key has it
+                self.watch.report(Cause.OPAQUE, f"{name}, an attribute of a tensor of the batch")
             self._read(tensor, name)
             return attributes[name]
 
