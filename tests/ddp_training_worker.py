@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.harness import Harness
 from tests.test_training import Classifier, Fit, LogsGradients, Tied, points, replayed
@@ -66,6 +67,19 @@ class ReachesWithoutGradient(Classifier):
     def training_step(self, batch, batch_idx):
         x, y = batch
         return nn.functional.cross_entropy(self.net(NoGradient.apply(x, self.ignored)), y)
+
+
+class Checkpointed(Classifier):
+    """Its backward runs the step again, and a backward of its own."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        hidden = self.net[:2](x)
+        out = checkpoint(self.net[2], hidden, use_reentrant=True)
+        return nn.functional.cross_entropy(out, y)
 
 
 class LogsOverRanks(Classifier):
@@ -131,6 +145,7 @@ CASES = {
     "buckets": (Classifier, {"strategy": small_buckets}),
     "hook of the communication": (Classifier, {"strategy": with_hook}),
     "without gradient": (ReachesWithoutGradient, {}),
+    "checkpoint": (Checkpointed, {}),
     "logged over ranks": (LogsOverRanks, {}),
     "other shapes": (OneRankHasOtherShapes, {"max_epochs": 6}),
     "freezes": (Classifier, {"others": lambda: [Freezes()], "strategy": unused, "max_epochs": 4}),

@@ -16,6 +16,7 @@ def two_ranks(backend):
 EAGER = {
     # case: the ranks that no graph runs on, and a word of the reason
     "one rank waits": ((1,), "host sync"),
+    "checkpoint": ((0, 1), "CheckpointFunction runs another one"),
     "logs over ranks in the step": ((0, 1), "collective"),
 }
 

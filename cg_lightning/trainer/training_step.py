@@ -19,6 +19,7 @@ What is hard here:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,6 +86,9 @@ class TrainingStep:
                 problem = (
                     "the loss depends on a tensor that is no parameter of the module, or on none"
                 )
+                return UnfinishedClosure(result, problem)
+            if self._is_reduced and (nested := _nested_backward(loss)):
+                problem = f"the backward of {nested} runs another one, which DDP would reduce"
                 return UnfinishedClosure(result, problem)
             scaled = loss if given.scale is None else loss * given.scale
             gradients: dict[str, Tensor | None]
@@ -192,7 +196,7 @@ def _detached(extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def _asked_for(loss: Tensor, reached: dict[str, nn.Parameter]) -> dict[str, Tensor | None]:
-    """Return gradients without running the nodes that set ``.grad``, and their hooks."""
+    """Return gradients without running the nodes that set ``.grad``, and the hooks of DDP there."""
     with torch.autograd.set_multithreading_enabled(False):
         gradients = torch.autograd.grad(loss, list(reached.values()), allow_unused=True)
     return dict(zip(reached, gradients, strict=True))
@@ -201,20 +205,37 @@ def _asked_for(loss: Tensor, reached: dict[str, nn.Parameter]) -> dict[str, Tens
 def _reached(loss: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """Return the parameters that a backward reaches; empty if it reaches other leaves, too."""
     names = {id(parameter): name for name, parameter in parameters.items()}
-    if loss.grad_fn is None:
-        return {}
-    nodes: list[Any] = [loss.grad_fn]
-    seen = set(nodes)
     found: set[str] = set()
-    while nodes:
-        node = nodes.pop()
+    for node in _nodes(loss):
         variable = getattr(node, "variable", None)  # of nodes that keep a gradient
         if isinstance(variable, Tensor):
             if id(variable) not in names:
                 return {}
             found.add(names[id(variable)])
+    return {name: parameter for name, parameter in parameters.items() if name in found}
+
+
+def _nested_backward(loss: Tensor) -> str:
+    """Return a function whose backward runs one of its own, as checkpoints do; empty if none."""
+    for node in _nodes(loss):
+        function = getattr(type(node), "_forward_cls", None)  # private: of functions in Python
+        if function is None:
+            continue
+        for name in ("backward", "vjp"):
+            code = getattr(inspect.unwrap(getattr(function, name)), "__code__", None)
+            if code is None or "backward" in code.co_names:
+                return str(function.__name__)
+    return ""
+
+
+def _nodes(loss: Tensor) -> Iterator[Any]:
+    """Yield the nodes that a backward reaches."""
+    nodes: list[Any] = [] if loss.grad_fn is None else [loss.grad_fn]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        yield node
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 nodes.append(following)
-    return {name: parameter for name, parameter in parameters.items() if name in found}
