@@ -75,6 +75,17 @@ def _runner(module: nn.Module, batch: Any, stage: str) -> Callable[..., Any]:
     return run
 
 
+def _copy_of(module: nn.Module) -> nn.Module:
+    """Return a copy, with gradients and attributes of parameters, which PyTorch does not copy."""
+    copied = copy.deepcopy(module)
+    for tensor, other in zip(module.parameters(), copied.parameters(), strict=True):
+        for name, value in vars(tensor).items():
+            vars(other).setdefault(name, copy.deepcopy(value))
+        if tensor.grad is not None:
+            other.grad = tensor.grad.detach().clone()
+    return copied
+
+
 @contextlib.contextmanager
 def _random_state_kept(backend: GraphBackend) -> Iterator[None]:
     host, device = HostRandomState(), backend.get_random_state()
@@ -128,7 +139,7 @@ def diagnose(
     check_backend(backend)
     if stage not in EVALUATING:
         raise ValueError(f"stage={stage!r} is unknown; choose one of {', '.join(EVALUATING)}.")
-    module = copy.deepcopy(module)
+    module = _copy_of(module)
     module.eval()
     is_lightning = _is_lightning(module)
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import random
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -272,6 +276,64 @@ def test_a_batch_that_is_no_graph_is_named_and_undone(harness, given):
     assert {entry.shapes for entry in callback.stats.entries if entry.mode == "FULL"} == {"5x8"}
 
 
+def prints(module: Any) -> None:
+    print("three")
+
+
+def writes(module: Any) -> None:
+    sys.stdout.write("three")
+
+
+def opens(module: Any) -> None:
+    with module.path.open("a") as file:
+        file.write("three")
+
+
+def goes_on(module: Any) -> None:
+    next(module.numbers)
+
+
+def draws(module: Any) -> None:
+    module.rng.normal()
+
+
+def catches(module: Any) -> None:
+    with contextlib.suppress(Exception):
+        next(module.numbers)
+
+
+class DoesForSome(Predictor):
+    """Does something for batches of three, so that only those are no graphs."""
+
+    def __init__(self, do: Any, path: Path) -> None:
+        super().__init__(Body())
+        self.do, self.path = do, path
+        self.numbers, self.rng = itertools.count(), np.random.default_rng(1)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        output = self.net(batch[0])
+        if batch[0].shape[0] == 3:
+            self.do(self)
+        return output
+
+
+@pytest.mark.parametrize("do", [prints, writes, opens, goes_on, draws, catches])
+def test_what_cannot_be_undone_is_not_done(harness, given, tmp_path, capsys, do):
+    def job(trainer, module):
+        module.path = tmp_path / ("graphs" if trainer.callbacks[0] is callback else "eager")
+        module.path.touch()
+        capsys.readouterr()
+        result = predict(ragged(4, 5, 3, 5, 3, 4, 3))(trainer, module)
+        printed = capsys.readouterr().out.count("three")
+        state = module.rng.bit_generator.state
+        return result, printed, module.path.read_text(), next(module.numbers), state
+
+    callback = given(*batches(3, 5))
+    with pytest.warns(UserWarning, match="shapes 3x8 was not captured ahead"):
+        harness.compare(DoesForSome(do, tmp_path), job, callback)
+    assert {entry.shapes for entry in callback.stats.entries if entry.mode == "FULL"} == {"5x8"}
+
+
 def test_attributes_of_tensors_are_put_back(harness, given):
     class Marks(Predictor):
         def __init__(self) -> None:
@@ -279,7 +341,8 @@ def test_attributes_of_tensors_are_put_back(harness, given):
             self.register_buffer("mark", torch.ones(()))
 
         def predict_step(self, batch: Any, batch_idx: int) -> Any:
-            self.mark.count = getattr(self.mark, "count", 0) + 1
+            if batch[0].shape[0] == 5:
+                self.mark.count = getattr(self.mark, "count", 0) + 1
             return self.net(batch[0])
 
         def on_predict_end(self) -> None:
@@ -288,7 +351,7 @@ def test_attributes_of_tensors_are_put_back(harness, given):
     counts: list[Any] = []
     with pytest.warns(UserWarning, match="5x8 was not captured ahead"):
         harness.compare(Marks(), predict(ragged(4, 5, 4, 5, 4)), given(*batches(5)))
-    assert counts[0] == counts[1] == 5
+    assert counts[0] == counts[1] == 2
 
 
 @pytest.mark.parametrize("sizes", [(4, 5), (4, 4)], ids=["in an example", "in each step"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from cg_lightning.guards import module_guard
 from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import Change, ModuleGuard
 from cg_lightning.guards.sources import MISSING, Source, shorten
@@ -199,7 +200,7 @@ def test_changes_in_place_are_none():
     assert guard.check_epoch() is None
 
 
-def test_settings_and_layout_are_compared_once_an_epoch():
+def test_settings_are_compared_once_an_epoch():
     module = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
     guard = ModuleGuard(module)
     assert guard.check_epoch() is None
@@ -209,10 +210,57 @@ def test_settings_and_layout_are_compared_once_an_epoch():
     assert failure.change is Change.SETTINGS
     assert failure.text.endswith("self.1.p: now 0.25, before 0.5")
     assert guard.check_epoch() is None
-    weight = module[0].weight
-    weight.data = weight.data.t()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: setattr(module[0].weight, "data", module[0].weight.data.t()),
+        lambda module: module[0].weight.t_(),
+        lambda module: setattr(module[0].bias, "data", module[0].bias.data[:1].expand(2)),
+        lambda module: setattr(module[0].weight, "data", module[0].weight.data[:1]),
+        lambda module: setattr(module[0].table, "data", module[0].table.view(torch.int32)),
+        lambda module: setattr(module[0].bias, "data", torch._neg_view(module[0].bias.data)),
+    ],
+)
+@pytest.mark.parametrize("native", [True, False])
+def test_layouts_are_compared(monkeypatch, change, native):
+    if not native:
+        monkeypatch.setattr(module_guard, "_NativeLayouts", None)
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[0].register_buffer("table", torch.ones(2))
+    module[1].weight = module[0].weight  # tied
+    with torch.no_grad():
+        guard = ModuleGuard(module)
+        assert guard.check()
+        with torch.inference_mode():
+            assert guard.check()
+            assert guard.check()
+        module[0].weight.requires_grad_(False)
+        assert guard.check()
+        addresses = [each.data_ptr() for each in guard.tensors]
+        change(module)
+        assert [each.data_ptr() for each in guard.tensors] == addresses
+        assert not guard.check()
+    assert guard.failure().change is Change.LAYOUT
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CS")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_parts_of_sparse_buffers_are_compared(layout):
+    module = nn.Linear(2, 2)
+    module.register_buffer("adjacency", torch.eye(2).to_sparse(layout=layout))
+    guard = ModuleGuard(module)
+    other = (torch.eye(2) * 2).to_sparse(layout=layout)
     assert guard.check()
-    assert guard.check_epoch().change is Change.SETTINGS
+    (module.adjacency._values if layout is torch.sparse_coo else module.adjacency.values)().mul_(2)
+    assert guard.check()
+    if layout is torch.sparse_coo:  # PyTorch ignores it for the others
+        module.adjacency.data = other
+    else:
+        module.adjacency = other
+    assert not guard.check()
+    assert guard.failure().change in (Change.STRUCTURE, Change.MOVED)
 
 
 def test_explanations_of_values_that_hold_are_empty():
@@ -272,7 +320,9 @@ def test_a_tensor_that_is_transposed_in_place():
     guards = guards_of(module, "scale")
     module.scale.t_()
     assert not guards.check()
-    assert guards.explain() == "self.scale: the tensor has another shape or other strides"
+    assert guards.explain() == (
+        "self.scale: the tensor has another shape, other strides or another data type"
+    )
 
 
 def test_minus_zero_is_another_value():

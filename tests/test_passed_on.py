@@ -210,6 +210,12 @@ class OfType(Net):
         return y if type(batch["name"][0]) is str else -y
 
 
+class OfCallable(Net):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        y = self.net(batch["x"])
+        return -y if callable(batch["name"][0]) else y
+
+
 class Number(Net):
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         return self.net(batch["x"]) * int(batch["name"][0].split("-")[0])
@@ -250,7 +256,20 @@ class Logs(Net):
 
 
 READERS = [
-    *(Length, Equal, Contains, Formats, Method, Key, Joins, OfString, OfType, Number, Sorted),
+    *(
+        Length,
+        Equal,
+        Contains,
+        Formats,
+        Method,
+        Key,
+        Joins,
+        OfString,
+        OfType,
+        OfCallable,
+        Number,
+        Sorted,
+    ),
     *(Catches, CatchesAll, Percent),
 ]
 

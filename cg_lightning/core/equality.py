@@ -1,4 +1,4 @@
-"""Comparisons of two leaves of an output: bitwise, or within a tolerance."""
+"""Comparisons of two leaves of an output: bitwise, or within a tolerance; sparse ones as well."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ def same_leaf(one: Any, other: Any) -> bool:
         return type(one) is type(other) and bool(
             one is other or one == other or (one != one and other != other)
         )
-    if one.shape != other.shape or one.dtype != other.dtype:
+    if (one.shape, one.dtype, one.layout) != (other.shape, other.dtype, other.layout):
         return False
+    if one.layout is not torch.strided:
+        return all(map(same_leaf, parts_of(one), parts_of(other)))
+    if one.is_quantized:
+        return torch.equal(one, other)
     if not one.is_floating_point() and not one.is_complex():
         return torch.equal(one, other)
     if one.is_complex():
@@ -31,6 +35,19 @@ def same_leaf(one: Any, other: Any) -> bool:
     integers = _INTEGERS[one.element_size()]
     equal = one.contiguous().view(integers) == other.contiguous().view(integers)
     return bool(equal.all()) or bool((equal | (one.isnan() & other.isnan())).all())
+
+
+def parts_of(tensor: Tensor) -> list[Tensor]:
+    """Return the strided tensors that a tensor consists of: itself, or those of a sparse one."""
+    if tensor.layout is torch.strided:
+        return [tensor]
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return []
 
 
 def close_leaf(one: Any, other: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Functions whose result nobody can guard: clocks, the system's random numbers, counts of memory.
+"""Functions whose result nobody can guard: clocks, random numbers of the system, facts about files.
 
 They change nothing and keep nothing in Python. What they return is another value in each step. The
 context of ``decimal`` belongs to the thread, and nothing in Python refers to it.
@@ -6,8 +6,11 @@ context of ``decimal`` belongs to the thread, and nothing in Python refers to it
 
 from __future__ import annotations
 
+import os
 from types import CodeType, FrameType
 from typing import Any
+
+import torch
 
 _IN_C = {
     "time": frozenset(
@@ -17,7 +20,13 @@ _IN_C = {
             *("clock_gettime", "clock_gettime_ns", "localtime", "gmtime", "ctime", "strftime"),
         }
     ),
-    "posix": frozenset({"times", "getloadavg", "urandom", "getrandom"}),
+    "posix": frozenset(
+        {
+            *("times", "getloadavg", "urandom", "getrandom", "getcwd", "getcwdb"),
+            *("stat", "lstat", "access", "readlink", "statvfs"),
+        }
+    ),
+    "torch": frozenset({"get_num_threads"}),
     "resource": frozenset({"getrusage"}),
     "gc": frozenset({"get_count", "get_stats", "get_objects"}),
     "sys": frozenset({"getallocatedblocks", "getrefcount"}),
@@ -25,20 +34,25 @@ _IN_C = {
     "decimal": frozenset({"getcontext", "setcontext", "localcontext"}),  # of the thread
 }
 """Names of functions by module."""
-_NAMES = frozenset().union(*_IN_C.values())
+_OF_GENERATORS = frozenset(name for name in vars(torch.Generator) if name[0] != "_")
+NAMES_OF_CLOCKS = _OF_GENERATORS.union(*_IN_C.values())
+"""Functions of C with other names are none of these."""
 _OF_MEMORY = frozenset(
     {
         *("memory_stats", "memory_stats_as_nested_dict", "mem_get_info", "memory_snapshot"),
         *("get_memory_info", "device_memory_used"),
     }
 )
+_DECIMAL = frozenset({"decimal", "Decimal"})
+_GET_VARIABLE = type(os.environ).__getitem__.__code__
+_ALL_VARIABLES = {getattr(type(os.environ), name).__code__ for name in ("__iter__", "__len__")}
 _MEMORY_FILES = ("torch/cuda/memory.py", "torch/accelerator/memory.py")
 
 
 def clock_in_c(function: Any) -> str:
     """Return the name of a function of C that is a clock; empty if it is none."""
     name = getattr(function, "__name__", "")
-    if name not in _NAMES:
+    if name not in NAMES_OF_CLOCKS:
         return ""
     module = getattr(function, "__module__", None)
     owner = getattr(function, "__self__", None)
@@ -47,11 +61,45 @@ def clock_in_c(function: Any) -> str:
     return f"{module}.{name}" if name in _IN_C.get(module or "", ()) else ""
 
 
+def method_of_generator(function: Any, caller: FrameType) -> str:
+    """Return the name of a method of a random generator; empty if it is none.
+
+    A replay would not seed it, and what is read of its state is another value in each step. What
+    functions of PyTorch do to the default generator is seen by ``RandomNumbers``.
+    """
+    if not isinstance(getattr(function, "__self__", None), torch.Generator):
+        return ""
+    is_of_torch = caller.f_globals.get("__name__", "").split(".")[0] == "torch"
+    return "" if is_of_torch else f"torch.Generator.{function.__name__}"
+
+
 def clock_in_python(code: CodeType) -> str:
     """Return the name of a function of PyTorch that counts memory; empty if it is none."""
     if code.co_name in _OF_MEMORY and code.co_filename.endswith(_MEMORY_FILES):
         return f"torch.cuda.{code.co_name}"
     return ""
+
+
+def arithmetic_of_thread(code: CodeType) -> str:
+    """Return ``decimal`` if a function may compute with it: a context of the thread rounds."""
+    return "" if _DECIMAL.isdisjoint(code.co_names) else "decimal"
+
+
+def reads_environment(code: CodeType) -> bool:
+    """Return whether it is the code of a function that looks variables up in ``os.environ``."""
+    return code is _GET_VARIABLE or code in _ALL_VARIABLES
+
+
+def has_clocks(file: str) -> bool:
+    """Return whether a file of others has functions that are looked at here."""
+    return file.endswith(_MEMORY_FILES) or file == _GET_VARIABLE.co_filename
+
+
+def environment_variable(frame: FrameType) -> str:
+    """Return the variable that such a function is asked for; empty if it may look at all."""
+    is_one = frame.f_code is _GET_VARIABLE and frame.f_locals["self"] is os.environ
+    name = frame.f_locals["key"] if is_one else ""
+    return name if isinstance(name, str) else ""
 
 
 def caller_of(frame: FrameType) -> FrameType:

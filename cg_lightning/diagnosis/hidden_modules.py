@@ -5,7 +5,7 @@ Nobody sees what a step reads of them, so all that they hold counts as read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from cg_lightning.modules.attributes import plain_attributes
 from cg_lightning.modules.kinds import is_metric
 
 
-def hidden_modules(watch: StepWatch, found: Iterable[nn.Module]) -> list[nn.Module]:
+def hidden_modules(watch: StepWatch, found: Collection[nn.Module]) -> list[nn.Module]:
     """Returns the modules inside some modules, without those that the step's module contains."""
     inside = {id(child): child for module in found for child in module.modules()}
     return [
@@ -35,7 +35,7 @@ def sources_in(modules: Iterable[nn.Module], path: str) -> list[Source]:
     ]
 
 
-def opaque_in(sources: Iterable[Source]) -> list[str]:
+def opaque_in(watch: StepWatch, sources: Iterable[Source]) -> list[str]:
     """Returns what nobody can look into.
 
     Raises:
@@ -45,5 +45,5 @@ def opaque_in(sources: Iterable[Source]) -> list[str]:
     for source in sources:
         value = source.value()
         if value is not MISSING and not is_plain_value(value):
-            found += look_into(value, source.path).opaque()
+            found += watch.look_at(look_into(value, source.path))
     return found

@@ -10,11 +10,13 @@ from torch import nn
 
 from cg_lightning.backends import GraphBackend
 from cg_lightning.backends.capture_scope import CAPTURE_LOCK
+from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.detectors.attribute_reads import AttributeReads
 from cg_lightning.diagnosis.detectors.backward import Backward
 from cg_lightning.diagnosis.detectors.batch_index import BatchIndex
 from cg_lightning.diagnosis.detectors.compiled import CompiledModules
+from cg_lightning.diagnosis.detectors.copied_constants import CopiedConstants
 from cg_lightning.diagnosis.detectors.global_reads import GlobalReads
 from cg_lightning.diagnosis.detectors.hooks import ForwardHooks
 from cg_lightning.diagnosis.detectors.host_constants import HostConstants
@@ -29,6 +31,7 @@ from cg_lightning.diagnosis.detectors.operations import Operations
 from cg_lightning.diagnosis.detectors.printing import Printing
 from cg_lightning.diagnosis.detectors.random_numbers import RandomNumbers
 from cg_lightning.diagnosis.detectors.rebound_state import ReboundState
+from cg_lightning.diagnosis.detectors.tensor_attributes import TensorAttributes
 from cg_lightning.diagnosis.detectors.trainer_reads import TrainerReads
 from cg_lightning.diagnosis.detectors.world import World
 from cg_lightning.diagnosis.step_watch import Effects, StepWatch
@@ -41,6 +44,7 @@ DETECTORS: tuple[type[Detector], ...] = (
     BatchIndex,
     ReboundState,  # before the next two: its comparisons then meet none of their interceptions
     AttributeReads,
+    TensorAttributes,
     TrainerReads,
     LateUpdates,  # before the next one, which reports at its end
     MetricUpdates,
@@ -52,6 +56,7 @@ DETECTORS: tuple[type[Detector], ...] = (
     Mutations,
     MovedTensors,
     HostValues,  # before those that report reads: it says which of them a capture can answer
+    CopiedConstants,  # after HostValues, which asks it, and before Operations, which report copies
     Backward,
     Operations,
     HostReads,  # after all that compare tensors: on a GPU a comparison waits for the device
@@ -95,7 +100,11 @@ class StepWatcher:
         self._detectors = detectors
 
     def watch(
-        self, step: Callable[..., Any], batch: Any, arguments: tuple[Any, ...] = ()
+        self,
+        step: Callable[..., Any],
+        batch: Any,
+        arguments: tuple[Any, ...] = (),
+        stops_at: frozenset[Cause] = frozenset(),
     ) -> tuple[Any, WatchedStep]:
         """Runs ``step`` once; returns its output, and what it showed.
 
@@ -103,6 +112,10 @@ class StepWatcher:
             step: The step. It is called with ``arguments``.
             batch: The batch that it runs on.
             arguments: What Lightning gives the step after the batch: ``batch_idx`` is the first.
+            stops_at: What the step may not do.
+
+        Raises:
+            StoppedStep: The step was about to do something with a cause in ``stops_at``.
         """
         watch = StepWatch(
             self._root,
@@ -111,6 +124,7 @@ class StepWatcher:
             effects=self._effects,
             run_logging=self._run_logging,
             has_backward=self._has_backward,
+            stops_at=stops_at,
         )
         detectors = [kind(watch) for kind in self._detectors]
         for detector in detectors:

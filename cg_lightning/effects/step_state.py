@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cg_lightning.backends import GraphBackend
+from cg_lightning.core.equality import parts_of
 from cg_lightning.core.tree import flatten
 from cg_lightning.effects.containers import ContainersSnapshot
 from cg_lightning.effects.python_changes import ChangedAttribute, ChangedAttributesSnapshot
@@ -146,6 +147,16 @@ def can_be_written(tensor: Tensor) -> bool:
     return not is_expanded and (torch.is_inference_mode_enabled() or not tensor.is_inference())
 
 
+def _put_back(tensor: Tensor, value: Tensor) -> None:
+    """Copy a value into a tensor: part by part, since sparse ones are given other memory."""
+    pairs = list(zip(parts_of(tensor), parts_of(value), strict=True))
+    if all(part.shape == before.shape for part, before in pairs):
+        for part, before in pairs:
+            part.copy_(before)
+    else:
+        tensor.copy_(value)
+
+
 class StepState:
     """Stores everything that a step may change, except its output.
 
@@ -195,7 +206,7 @@ class StepState:
         with torch.no_grad():
             for _, buffer, value in self._buffers:
                 if can_be_written(buffer):
-                    buffer.copy_(value)
+                    _put_back(buffer, value)
         self._attributes.restore()
         self.containers.restore()
         self._containers.restore()

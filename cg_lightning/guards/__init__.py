@@ -3,8 +3,9 @@
 - ``changed_values.py``: the kinds of values that a step changes and never looks at.
 - ``comparisons.py``: how a step compares a number, and what comes out of it.
 - ``guard_set.py``: what one graph has frozen of what its step read in Python.
-- ``module_guard.py``: what a graph has frozen of a module itself: members, addresses, hooks,
-  settings.
+- ``host_tensors.py``: tensors of the host that a step on a device reads.
+- ``module_guard.py``: what a graph has frozen of a module itself: members, their
+  placement, hooks, settings.
 - ``sources.py``: where a value comes from that a step reads in Python.
 - ``trainer_values.py``: what a step may read of the Trainer and still be one graph.
 - ``values.py``: what is inside frozen values: containers, objects, arrays and tensors.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import types
 from collections.abc import Callable
 from typing import Any
@@ -67,6 +68,18 @@ class DerivedNamespace:
     def get(self, name: str, default: Any) -> Any:
         """Return what is known of the value with this name; ``default`` if there is none."""
         raise NotImplementedError
+
+
+class _Environment(DerivedNamespace):
+    """The environment variables, which are encoded in the dictionary behind ``os.environ``."""
+
+    def get(self, name: str, default: Any) -> Any:
+        """Return a variable."""
+        return os.environ.get(name, default)
+
+
+ENVIRONMENT = _Environment()
+"""``os.environ`` as a holder."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.tree import flatten, structure_paths
-from cg_lightning.guards.module_guard import Addresses
+from cg_lightning.guards.module_guard import Placement
 from cg_lightning.guards.sources import describe_change, shorten
 from cg_lightning.guards.value_kinds import (
     ValueKind,
@@ -101,6 +101,8 @@ class FrozenValues:
     ) -> None:
         self.modules: list[nn.Module] = []
         """Modules among them: those in a list, for example, are no submodules."""
+        self.generators: dict[str, torch.Generator] = {}
+        """Random generators of PyTorch, by their names: operations show what is drawn from them."""
         self.tensors: list[Tensor] = []
         self._tensor_paths: list[_Path] = []
         self._containers: list[tuple[Any, list[Any], Any, _Path]] = []
@@ -132,8 +134,7 @@ class FrozenValues:
             pending += self._store(value, path, seen)
         for _, leaves, structure, path in self._large_containers:
             self._look_into_large(leaves, structure, path, seen)
-        self._addresses = Addresses(self.tensors)
-        self._layouts = self._current_layouts()
+        self._placement = Placement(self.tensors)
         self.is_empty = not any(
             (
                 *(self.tensors, self._containers, self._objects),
@@ -153,6 +154,11 @@ class FrozenValues:
             if type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided:
                 self.tensors.append(value)
                 self._tensor_paths.append(path)
+            if held := vars(value):  # somebody gave it attributes
+                self._objects.append((held, dict(held), path))
+                return [(item, (path, name, None)) for name, item in held.items()]
+        elif kind is ValueKind.GENERATOR:
+            self.generators[_format(path)] = value
         elif kind is ValueKind.MODULE:
             self.modules.append(value)
         elif kind is ValueKind.CONTENTS:
@@ -228,16 +234,13 @@ class FrozenValues:
             values = FrozenValues(inside.values(), [paths[index] for index in inside], seen)
             self._inside_large.append(values)
             self.modules += values.modules
+            self.generators |= values.generators
             self._opaque += values._opaque
-
-    def _current_layouts(self) -> list[Any]:
-        return [(tensor.shape, tensor.stride()) for tensor in self.tensors]
 
     def hold(self) -> bool:
         """Return whether nothing has changed. Large containers are not compared."""
         return (
-            self._addresses.check()
-            and self._current_layouts() == self._layouts
+            self._placement.check()
             and all(_leaves_hold(value, leaves, s) for value, leaves, s, _ in self._containers)
             and all(same_attributes(attributes, before) for attributes, before, _ in self._objects)
             and all(same_attributes(attributes_of(v), before) for v, before, _ in self._slotted)
@@ -284,13 +287,11 @@ class FrozenValues:
         for value, contents, before, path in [*self._copies, *self._large_copies]:
             if contents(value) != before:
                 return f"{_format(path)}: the contents of the {type(value).__name__} have changed"
-        for index in self._addresses.moved():
+        for index in self._placement.moved():
             return f"{_format(self._tensor_paths[index])}: the tensor has another address"
-        for layout, before, path in zip(
-            self._current_layouts(), self._layouts, self._tensor_paths, strict=True
-        ):
-            if layout != before:
-                return f"{_format(path)}: the tensor has another shape or other strides"
+        for index in self._placement.laid_out_otherwise():
+            where = _format(self._tensor_paths[index])
+            return f"{where}: the tensor has another shape, other strides or another data type"
         return next(filter(None, [values.explain() for values in self._inside_large]), "")
 
 

@@ -155,7 +155,7 @@ def _call_replacements(
 
 def _is_member(module: nn.Module, name: str) -> bool:
     attributes = object.__getattribute__(module, "__dict__")
-    return (
+    return (  # no generator: a watched step asks thousands of times
         name in attributes.get("_parameters", ())
         or name in attributes.get("_buffers", ())
         or name in attributes.get("_modules", ())
@@ -175,8 +175,9 @@ def _read_function(original: _Function, table: _Table) -> _Function:
     def __getattribute__(self: nn.Module, name: str) -> Any:  # noqa: N807
         if is_compiling() or (entries := table.get(id(self))) is None or callable(_compiler()):
             return original(self, name)
-        is_reading_itself = name[0] == "_" and sys._getframe(1).f_globals is _GLOBALS_OF_MODULE
-        if not is_reading_itself and not _is_member(self, name):
+        if name[0] == "_" and sys._getframe(1).f_globals is _GLOBALS_OF_MODULE:
+            return original(self, name)
+        if not _is_member(self, name):
             thread = _get_thread()
             for entry in reversed(entries):
                 if entry.thread == thread:

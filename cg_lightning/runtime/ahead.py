@@ -19,6 +19,7 @@ from cg_lightning.core.forward_context import (
 )
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.diagnosis.step_watch import StoppedStep
 from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.effects.containers import ContainersSnapshot
 from cg_lightning.effects.step_state import (
@@ -37,6 +38,8 @@ from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.target import reason_of
 
 T = TypeVar("T")
+_CANNOT_BE_UNDONE = frozenset({Cause.PRINTED, Cause.WORLD, Cause.OPAQUE, Cause.TRAINER_READ})
+"""A step that is about to do such a thing is stopped before."""
 _MOST_LOOKS = 3
 """Watched runs of one batch."""
 
@@ -46,8 +49,9 @@ class CaptureAhead:
 
     The step runs on each batch as often as in a warm-up, then it is captured. After each run all
     state is put back: of metrics, logged values, modules and random generators. The first real
-    batch must have shown that the step is one graph, so that it does nothing else in Python. The
-    first replays are compared with eager later, on real batches.
+    batch must have shown that the step is one graph, so that it does nothing else in Python. A
+    batch may take another path, which prints or writes to a file: it is stopped before. The first
+    replays are compared with eager later, on real batches.
 
     Args:
         session: The runtime state of the module.
@@ -151,7 +155,10 @@ class CaptureAhead:
         for _ in range(self._session.settings.warmup_steps + _MOST_LOOKS):
             plan = self._dispatcher.plan(state, call.leaves)
             if plan.action is Action.WATCH:
-                watched = self._watch(call)
+                try:
+                    watched = self._watch(call)
+                except StoppedStep as stopped:
+                    return Plan(Action.EAGER, state, None, stopped.finding.reason())
                 if reason := self._why_not(state, watched):
                     return Plan(Action.EAGER, state, None, reason)
                 self._session.watched(plan, watched)
@@ -166,7 +173,8 @@ class CaptureAhead:
         watcher = self._session.watcher
         step = functools.partial(self._step, call.tree, **call.frozen_kwargs)
         with self._session.ranges.range("watch"):
-            return self._run(call, lambda: watcher.watch(step, call.tree, call.frozen_args)[1])
+            given = (step, call.tree, call.frozen_args, _CANNOT_BE_UNDONE)
+            return self._run(call, lambda: watcher.watch(*given)[1])
 
     def _why_not(self, state: KeyState, watched: WatchedStep) -> Reason | None:
         """Return why a step cannot be captured ahead; None if it can."""

@@ -5,6 +5,8 @@
 - ``batch_index.py``: whether a step does anything with the number of its batch, other than
   comparing it.
 - ``compiled.py``: modules that ``torch.compile`` runs: they are watched from outside.
+- ``copied_constants.py``: constants of the host that a step copies to the device: indices, and
+  tensors of the CPU.
 - ``global_reads.py``: globals that a step reads, and what its functions hold: a graph freezes them
   all the same.
 - ``hooks.py``: forward hooks: arbitrary code around the call of a module.
@@ -25,6 +27,8 @@
 - ``random_numbers.py``: random numbers drawn on the host, which a graph cannot follow.
 - ``rebound_state.py``: state that a step keeps in Python: attributes that it sets, containers that
   it fills.
+- ``tensor_attributes.py``: what a step reads of parameters and buffers beside their values:
+  ``.grad``, ``weight.scale``.
 - ``trainer_reads.py``: what a step reads from the Trainer: a graph would freeze it.
 - ``world.py``: files, processes and sockets that a step uses: a graph would use them once, when it
   is captured.

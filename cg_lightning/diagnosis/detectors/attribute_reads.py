@@ -100,7 +100,8 @@ class _Attributes:
 
     def _sources_of(self, name: str) -> list[Source]:
         module = self._module
-        members = (module._parameters, module._buffers, module._modules)
+        own = vars(module)
+        members = (own["_parameters"], own["_buffers"], own["_modules"])
         if not is_plain_attribute(module, name) or any(name in table for table in members):
             return []
         cls = holding_class(module, name)
@@ -112,7 +113,7 @@ class _Attributes:
             try:
                 contents = look_into(value, path)
                 inside = sources_in(hidden_modules(self._watch, contents.modules), path)
-                opaque = [*contents.opaque(), *opaque_in(inside)]
+                opaque = [*self._watch.look_at(contents), *opaque_in(self._watch, inside)]
                 self._problems[name] = [(Cause.OPAQUE, words) for words in opaque]
             except UnreadableError as error:
                 self._problems[name] = [(Cause.STATE_REBOUND, f"{path} {error}")]

@@ -6,12 +6,22 @@ import contextlib
 import dis
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
 from cg_lightning.core.causes import Cause
-from cg_lightning.diagnosis.clocks import caller_of, clock_in_c, clock_in_python
+from cg_lightning.diagnosis.clocks import (
+    NAMES_OF_CLOCKS,
+    arithmetic_of_thread,
+    caller_of,
+    clock_in_c,
+    clock_in_python,
+    environment_variable,
+    has_clocks,
+    method_of_generator,
+    reads_environment,
+)
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import AT_THE_END, NOT_YOURS, is_step_calling
 from cg_lightning.diagnosis.functions import (
@@ -28,7 +38,7 @@ from cg_lightning.diagnosis.module_state import ModuleState
 from cg_lightning.diagnosis.profilers import paused_profiler
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall
-from cg_lightning.guards.sources import Source
+from cg_lightning.guards.sources import ENVIRONMENT, DerivedNamespace, Source
 from cg_lightning.guards.values import FrozenValues
 from cg_lightning.modules.attributes import is_same_value
 from cg_lightning.modules.kinds import is_user_file
@@ -38,7 +48,7 @@ _FUNCTIONS = (types.FunctionType, classmethod, staticmethod, property)
 
 _CLASS_OF = frozenset({"type", "__class__"})
 """How a function asks for the class of an object."""
-_LOOK_AT_ANYTHING = frozenset({"type", "id", "suppress", "eval", "exec"})
+_LOOK_AT_ANYTHING = frozenset({"type", "id", "callable", "suppress", "eval", "exec"})
 _GENERATED = "<string>"
 """The file of methods that dataclasses and named tuples make."""
 
@@ -56,6 +66,8 @@ class GlobalReads(Detector):
         super().__init__(watch)
         # by id, with the code to keep it alive: to hash code takes longer than to call it
         self._known: dict[int, _Code] = {}
+        self._harmless: set[str] = set()
+        """Files of others in which no function is a clock."""
         self._made_here: set[int] = set()
         """The code of functions that functions of the step make, by id."""
         self._before: dict[tuple[int, str], tuple[Source, Any, FrozenValues]] = {}
@@ -121,16 +133,30 @@ class GlobalReads(Detector):
         self.watch.report(cause, words, location=location, module="", calls=readers)
 
     def _on_event(self, frame: FrameType, event: str, function: Any) -> None:
-        if event == "c_call" and (clock := clock_in_c(function)):
-            self._report_clock(clock, frame)
-        if event != "call":
-            return
-        code = frame.f_code
-        known = self._known.get(id(code))
-        if known is None:
-            known = self._known[id(code)] = self._look_at(frame)
+        # a step has a million events, nearly all of torch and of our own: this must be quick
+        if event == "call":
+            code = frame.f_code
+            if code.co_filename in self._harmless:
+                return
+            known = self._known.get(id(code))
+            if known is None:
+                if self.watch.is_paused:  # we call it: what the step does with it comes later
+                    return
+                known = self._known[id(code)] = self._look_at(frame)
+            if known.matters:
+                self._on_call(known, frame)
+        elif (
+            event == "c_call"
+            and getattr(function, "__name__", "") in NAMES_OF_CLOCKS
+            and (name := clock_in_c(function) or method_of_generator(function, frame))
+        ):
+            self._report_clock(name, frame)
+
+    def _on_call(self, known: _Code, frame: FrameType) -> None:
         if known.clock:
             self._report_clock(known.clock, caller_of(frame))
+        if known.is_of_environment:
+            self._read_environment(frame)
         for source in known.sources:
             self._read(source)
         if known.asks_for_class:
@@ -145,10 +171,22 @@ class GlobalReads(Detector):
         if is_step_calling(caller):
             self.watch.report(Cause.OPAQUE, name)
 
+    def _read_environment(self, frame: FrameType) -> None:
+        """Guard an environment variable that the step reads."""
+        if self.watch.is_paused or not is_step_calling(frame.f_back):
+            return
+        if name := environment_variable(frame):
+            self._note(Source(ENVIRONMENT, name, f"os.environ[{name!r}]"), "")
+        else:
+            self.watch.report(Cause.OPAQUE, "os.environ")
+
     def _look_at(self, frame: FrameType) -> _Code:
         code = frame.f_code
-        if not is_user_file(code.co_filename) or self.watch.is_paused:
-            return _Code(code, "", [], [], clock_in_python(code), asks_for_class=False)
+        if not is_user_file(code.co_filename):
+            if not has_clocks(code.co_filename):
+                self._harmless.add(code.co_filename)
+            clock, is_of_environment = clock_in_python(code), reads_environment(code)
+            return _Code(code, bool(clock) or is_of_environment, clock, is_of_environment)
         found = FoundFunctions([], [], [])
         if code.co_filename != _GENERATED:
             found = find_functions(frame, id(code) in self._made_here)
@@ -161,7 +199,9 @@ class GlobalReads(Detector):
             self._remember(source, location)
         held = [(function, _sources_held_by(function)) for function in found.functions]
         asks = not _CLASS_OF.isdisjoint(code.co_names)
-        return _Code(code, location, sources, held, "", asks_for_class=asks)
+        clock = arithmetic_of_thread(code)
+        matters = bool(sources or held or asks or clock)
+        return _Code(code, matters, clock, False, location, sources, held, asks)
 
     def _sources_of_own_class(self, frame: FrameType, known: _Code) -> list[Source]:
         """What a function reads of the class of its first argument: ``type(self).scale``."""
@@ -203,7 +243,7 @@ class GlobalReads(Detector):
             contents = look_into(value, source.path)
             modules = hidden_modules(self.watch, contents.modules) if contents.modules else []
             inside = sources_in(modules, source.path)
-            opaque = [*contents.opaque(), *opaque_in(inside)]
+            opaque = [*self.watch.look_at(contents), *opaque_in(self.watch, inside)]
         except UnreadableError as error:
             words = f"{_words(source)} {error}"
             self._problems[key] = [(Cause.STATE_REBOUND, words, AT_THE_END)]
@@ -221,19 +261,23 @@ class _Code(NamedTuple):
     """What is known of one code object whose functions the step calls."""
 
     code: CodeType
-    location: str
-    sources: list[Source]
-    """The globals that it names."""
-    functions: list[tuple[FunctionType, list[Source]]]
-    """The functions that have it, and what each holds."""
+    matters: bool
+    """Whether a call tells anything."""
     clock: str
     """What it asks that nobody can guard; empty if nothing."""
-    asks_for_class: bool
+    is_of_environment: bool
+    """Whether it reads environment variables for its caller."""
+    location: str = ""
+    sources: Sequence[Source] = ()
+    """The globals that it names."""
+    functions: Sequence[tuple[FunctionType, list[Source]]] = ()
+    """The functions that have it, and what each holds."""
+    asks_for_class: bool = False
     """Whether it may ask for the class of an object."""
 
 
 def _words(source: Source) -> str:
-    is_attribute = source.belongs_to_function or isinstance(source.holder, type)
+    is_attribute = source.belongs_to_function or isinstance(source.holder, (type, DerivedNamespace))
     return source.path if is_attribute else f"global {source.name}"
 
 

@@ -8,10 +8,11 @@ may be where it was. So their memory is kept until the step ends.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain
-from typing import NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -29,22 +30,23 @@ class MovedTensors(Detector):
 
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
-        self._before: dict[int, _Memory] = {}
-        self._inside: dict[int, list[_Memory]] = {}
-        """The tensors inside each module that was called, by the id of the module."""
+        self._before: dict[int, tuple[str, Tensor, Tensor]] = {}
+        self._inside: dict[int, _Memory] = {}
+        """The memory inside each module that was called, by the id of the module."""
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         root = self.watch.root
         self._before = {
-            id(tensor): _Memory(name, tensor, tensor.detach())
+            id(tensor): (name, tensor, tensor.detach())
             for name, tensor in chain(root.named_parameters(), root.named_buffers())
-            if not is_lazy(tensor)
+            if not is_lazy(tensor) and tensor.layout is torch.strided
         }
+        memory = _Memory(list(self._before.values()))
         try:
             yield
-            self._compare(self.watch.step, self._before.values())
+            self._compare(self.watch.step, memory)
         finally:
             self._before, self._inside = {}, {}
 
@@ -53,27 +55,43 @@ class MovedTensors(Detector):
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         module = call.module
         assert module is not None
-        inside = self._inside.get(id(module))
-        if inside is None:
-            tensors = chain(module.parameters(), module.buffers())
-            found = [self._before.get(id(tensor)) for tensor in tensors]
-            inside = self._inside[id(module)] = [each for each in found if each is not None]
+        memory = self._inside.get(id(module))
+        if memory is None:
+            found = [
+                self._before.get(id(tensor))
+                for tensor in chain(module.parameters(), module.buffers())
+            ]
+            memory = _Memory([each for each in found if each is not None])
+            self._inside[id(module)] = memory
         yield
-        self._compare(call, inside)
+        self._compare(call, memory)
 
-    def _compare(self, call: ModuleCall, tensors: Iterable[_Memory]) -> None:
-        moved = next((each.name for each in tensors if each.is_elsewhere()), None)
-        if moved is not None:
+    def _compare(self, call: ModuleCall, memory: _Memory) -> None:
+        if moved := memory.first_moved():
             words = f"{moved} is given other memory"
             self.watch.report(Cause.STATE_REBOUND, words, location=AT_THE_END, calls=[call])
 
 
-class _Memory(NamedTuple):
-    name: str
-    tensor: Tensor
-    before: Tensor
+class _Memory:
+    """Where tensors were before the step.
 
-    def is_elsewhere(self) -> bool:
-        tensor, before = self.tensor, self.before
-        is_same_kind = (tensor.dtype, tensor.device) == (before.dtype, before.device)
-        return not is_same_kind or tensor.data_ptr() != before.data_ptr()
+    Args:
+        tensors: The name of each, the tensor, and another one with its memory before the step.
+    """
+
+    def __init__(self, tensors: list[tuple[str, Tensor, Tensor]]) -> None:
+        self._names = [name for name, _, _ in tensors]
+        self._tensors = [tensor for _, tensor, _ in tensors]
+        self._before = _places([before for _, _, before in tensors])
+
+    def first_moved(self) -> str:
+        """Return the name of the first tensor that has other memory; empty if there is none."""
+        now = _places(self._tensors)
+        if now == self._before:
+            return ""
+        pairs = zip(self._names, self._before, now, strict=True)
+        return next(name for name, before, place in pairs if before != place)
+
+
+def _places(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
+    return [(tensor.dtype, tensor.device, tensor.data_ptr()) for tensor in tensors]

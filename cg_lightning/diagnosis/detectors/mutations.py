@@ -161,6 +161,9 @@ class Mutations(Detector):
     def _add(self, tensors: list[Tensor], operation: str) -> None:
         if not tensors:
             return
+        if any(tensor.layout is not torch.strided for tensor in tensors):
+            self.watch.report(Cause.STATE_REBOUND, f"{operation} of a sparse tensor")
+            tensors = [tensor for tensor in tensors if tensor.layout is torch.strided]
         addresses = addresses_of(tensors)
         for tensor in tensors:
             address = tensor.untyped_storage().data_ptr()

@@ -1,0 +1,155 @@
+"""What a step reads of parameters and buffers beside their values: ``.grad``, ``weight.scale``.
+
+Such attributes are in the dictionary of a tensor, whose class is written in C. While a step is
+watched, the class has properties with their names, so that each read is seen. Names that no tensor
+has yet are seen as well: ``getattr(weight, "scale", 1.0)``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor
+
+from cg_lightning.core.causes import Cause
+from cg_lightning.diagnosis.detector import Detector
+from cg_lightning.diagnosis.findings import AT_THE_END, is_called_by_step, is_our_file
+from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
+from cg_lightning.diagnosis.watched_step import ModuleCall
+from cg_lightning.guards.sources import Source
+from cg_lightning.guards.values import FrozenValues
+
+
+class TensorAttributes(Detector):
+    """Notes attributes of parameters and buffers, and reports gradients that an evaluation reads.
+
+    Training replaces gradients, so a graph would read those that were there when it was captured.
+    ``Backward`` looks at gradients in training.
+    """
+
+    causes = (Cause.STATE_REBOUND, Cause.OPAQUE)
+
+    def __init__(self, watch: StepWatch) -> None:
+        super().__init__(watch)
+        self._tensors: dict[int, tuple[str, Tensor]] = {
+            id(tensor): (f"self.{name}", tensor)
+            for name, tensor in chain(watch.root.named_parameters(), watch.root.named_buffers())
+        }
+        self._inputs = {id(tensor): tensor for tensor in watch.step.inputs}
+        self._read_values: dict[tuple[int, str], tuple[Source, FrozenValues]] = {}
+        """What was read, and what is inside."""
+        self._patches = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def around_step(self) -> Iterator[None]:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        before = [(path, tensor, _names_in(tensor)) for path, tensor in self._tensors.values()]
+        self._replace()
+        try:
+            yield
+        finally:
+            self._patches.close()
+        for path, tensor, names in before:
+            if _names_in(tensor) != names:
+                self._report_change(f"attributes of {path}", self.watch.calls())
+        for source, contents in self._read_values.values():
+            with self.watch.paused():
+                is_same = contents.all_hold()
+            if not is_same:
+                readers = [call for call in self.watch.calls() if source.key in call.sources]
+                self._report_change(source.path, readers)
+
+    def _report_change(self, words: str, calls: list[ModuleCall]) -> None:
+        self.watch.report(Cause.STATE_REBOUND, words, location=AT_THE_END, module="", calls=calls)
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        self._patches.close()
+        try:
+            yield
+        finally:
+            self._replace()
+
+    def _replace(self) -> None:
+        inherited: Any = Tensor.grad  # of a base class that is written in C
+
+        def gradient(tensor: Tensor) -> Tensor | None:
+            code = sys._getframe(1).f_code
+            # a profiler reads gradients in the middle of other code
+            is_read = "grad" in (*code.co_names, *code.co_consts) and not is_our_file(
+                code.co_filename
+            )
+            if id(tensor) in self._tensors and is_read and not self.watch.is_paused:
+                self.watch.report(Cause.OPAQUE, f"{self._tensors[id(tensor)][0]}.grad")
+            return inherited.__get__(tensor)  # type: ignore[no-any-return]
+
+        def missing(tensor: Tensor, name: str) -> Any:
+            self._read(tensor, name)
+            raise AttributeError(f"{type(tensor).__name__!r} object has no attribute {name!r}")
+
+        tensors = [*[tensor for _, tensor in self._tensors.values()], *self._inputs.values()]
+        names = {name for tensor in tensors for name in _names_in(tensor)}
+        replaced: dict[str, Any] = {
+            name: self._property(name) for name in names if not hasattr(Tensor, name)
+        }
+        if not self.watch.has_backward:
+            replaced["grad"] = property(gradient, inherited.__set__, inherited.__delete__)
+        if not hasattr(Tensor, "__getattr__"):
+            replaced["__getattr__"] = missing
+        for name, value in replaced.items():
+            self._patches.enter_context(patch.object(Tensor, name, value, create=True))
+
+    def _property(self, name: str) -> property:
+        def get(tensor: Tensor) -> Any:
+            attributes = vars(tensor)
+            if name not in attributes:
+                raise AttributeError(f"{type(tensor).__name__!r} object has no attribute {name!r}")
+            if id(tensor) in self._inputs and is_called_by_step(__file__):
+                # no key has it
+                self.watch.report(Cause.OPAQUE, f"{name}, an attribute of a tensor of the batch")
+            self._read(tensor, name)
+            return attributes[name]
+
+        def set_(tensor: Tensor, value: Any) -> None:
+            if id(tensor) in self._tensors:
+                path = f"{self._tensors[id(tensor)][0]}.{name}"
+                self.watch.report(Cause.STATE_REBOUND, path)
+            vars(tensor)[name] = value
+
+        def delete(tensor: Tensor) -> None:
+            if name not in vars(tensor):
+                raise AttributeError(name)
+            del vars(tensor)[name]
+
+        return property(get, set_, delete)
+
+    def _read(self, tensor: Tensor, name: str) -> None:
+        """Note that an attribute is read, or asked for where there is none."""
+        if id(tensor) not in self._tensors or self.watch.is_paused or name.startswith("__"):
+            return
+        if not is_called_by_step(__file__):
+            return
+        source = Source(vars(tensor), name, f"{self._tensors[id(tensor)][0]}.{name}")
+        if source.key not in self._read_values:
+            with self.watch.paused():
+                value = source.value()
+            try:
+                contents = look_into(value, source.path)
+            except UnreadableError as error:
+                self.watch.report(Cause.STATE_REBOUND, f"{source.path} {error}")
+                return
+            self._read_values[source.key] = (source, contents)
+        for words in self._read_values[source.key][1].opaque():
+            self.watch.report(Cause.OPAQUE, words)
+        self.watch.read(source)
+
+
+def _names_in(tensor: Tensor) -> set[str]:
+    """Return the names of a tensor's attributes, without the marks of the compiler."""
+    return {name for name in vars(tensor) if not name.startswith("_dynamo_")}
