@@ -120,6 +120,8 @@ class CUDAGraphCallback(Callback):
             reason ``no gain``. A stage with too few batches to win back a capture runs eagerly. 0
             keeps every graph, and so do ``strict=True`` and the recorder, which is no speed-up.
         max_graphs: Maximum number of graphs. The least recently used graph is dropped first.
+        max_graph_bytes: Maximum memory of all graphs, in bytes, as measured in their captures. The
+            least recently used graph is dropped first. None: any.
         strict: Raise if a step runs in a lower mode than asked after its warm-up. With FULL, any
             lower mode raises. With the other modes, only a step without any graph raises.
         backend: ``cuda``; ``recorder`` (any device, for tests and laptops, no speed-up); or
@@ -180,6 +182,7 @@ class CUDAGraphCallback(Callback):
         pad_dims: Mapping[str, Any] | None = None,
         min_saving: float = 0.03,
         max_graphs: int = 64,
+        max_graph_bytes: int | None = None,
         strict: bool = False,
         backend: BackendName = "auto",
         report: bool = True,
@@ -203,6 +206,7 @@ class CUDAGraphCallback(Callback):
             pad_dims=pad_dims,
             min_saving=min_saving,
             max_graphs=max_graphs,
+            max_graph_bytes=max_graph_bytes,
             strict=strict,
             backend=backend,
             report=report,

@@ -516,6 +516,29 @@ def test_least_recently_used_graphs_go_first(harness):
 
 
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])
+def test_graphs_beyond_their_bytes_go_least_recently_used_first(harness, mode):
+    from tests.test_equivalence import OnTensor, ragged
+
+    def run(sizes: list[int], max_graph_bytes: int | None) -> Any:
+        callback = harness.callback(mode=mode, warmup_steps=1, max_graph_bytes=max_graph_bytes)
+        harness.compare(OnTensor(Body()), predict(ragged(sizes)), callback)
+        return callback.stats
+
+    sizes = [3, 4, 5, 3, 4, 3, 5, 3, 4]
+    everything = run(sizes, None)
+    assert everything.captures == 3
+    total = everything.graph_bytes
+    assert run(sizes, total).captures == 3
+    fewer = run(sizes, total - 1)  # captured are: 3, 4, 5 in the place of 4, 4 in that of 5
+    assert fewer.captures == 4
+    assert fewer.replays == 6
+    none = run(sizes, 1)
+    assert none.replays == 0
+    assert any("max_graph_bytes=1; raise" in reason for reason in none.eager_reasons)
+    assert run([3, 4, 5] * 20, total - 1).captures <= 12  # of 57 steps past their warm-up
+
+
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])
 def test_more_shapes_than_graphs_do_not_capture_in_every_step(harness, mode):
     from tests.test_equivalence import OnTensor, ragged
 

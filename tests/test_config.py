@@ -240,6 +240,8 @@ def another_value(field: dataclasses.Field, hint: Any) -> tuple[str, Any]:
         return choice, choice
     if isinstance(default, tuple):
         return f"[{default[-1]}]", default[-1:]
+    if int in get_args(hint):
+        return "4", 4
     if any(get_origin(arm) is Mapping for arm in get_args(hint)):
         return "{x:{1:{sizes:pow2,value:0}}}", {"x": {1: {"sizes": "pow2", "value": 0}}}
     sequence = next(arm for arm in get_args(hint) if get_origin(arm) is Sequence)

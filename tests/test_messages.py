@@ -18,6 +18,8 @@ from tests.models import Body, Predictor
         ({"warmup_steps": -1}, ["warmup_steps=-1", "at least 0"]),
         ({"warmup_steps": 1.5}, ["warmup_steps=1.5", "whole number"]),
         ({"max_graphs": 0}, ["max_graphs=0", "at least 1"]),
+        ({"max_graph_bytes": 0}, ["max_graph_bytes=0", "at least 1"]),
+        ({"max_graph_bytes": "2 GB"}, ["max_graph_bytes='2 GB'", "whole number"]),
         ({"min_saving": 1}, ["min_saving=1 ", "at least 0", "less than 1"]),
         ({"min_saving": -0.1}, ["min_saving=-0.1", "at least 0"]),
         ({"min_saving": "3 %"}, ["min_saving='3 %'", "a number"]),

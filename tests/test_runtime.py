@@ -275,6 +275,26 @@ def entry_of(step: int) -> GraphEntry:
     return entry
 
 
+def test_the_cache_drops_graphs_until_a_new_one_fits_into_its_bytes():
+    cache = GraphCache(64, lambda: None, max_bytes=30)
+    entries = [entry_of(step) for step in range(5)]
+    for entry in entries:
+        entry.graph.num_bytes = 10
+    for step in range(3):
+        cache.step = step
+        assert cache.make_room_for(entries[step]) == []
+        cache.add(entries[step], f"owner {step}")
+    cache.step = 3
+    entries[0].replay([], cache.step)
+    assert cache.make_room_for(entries[3]) == ["owner 1"]
+    assert "max_graph_bytes=30" in cache.why_too_large
+    cache.add(entries[3], "owner 3")
+    entries[2].replay([], cache.step)  # so the step under way has used all of them
+    with pytest.raises(CaptureError, match="raise max_graph_bytes"):
+        cache.make_room_for(entries[4])
+    assert [entry.is_valid() for entry in entries] == [True, False, True, True, False]
+
+
 def test_the_cache_drops_the_least_recently_used_and_names_its_owner():
     waited: list[int] = []
     cache = GraphCache(2, lambda: waited.append(1))

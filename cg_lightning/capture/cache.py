@@ -18,10 +18,14 @@ class GraphCache:
     Args:
         max_graphs: The maximum number of graphs.
         synchronize: Waits for the device, because a graph must not be destroyed while it runs.
+        max_bytes: The maximum memory of all graphs, as measured in their captures. None: no limit.
     """
 
-    def __init__(self, max_graphs: int, synchronize: Callable[[], None]) -> None:
+    def __init__(
+        self, max_graphs: int, synchronize: Callable[[], None], max_bytes: int | None = None
+    ) -> None:
         self._max_graphs = max_graphs
+        self._max_bytes = max_bytes
         self._synchronize = synchronize
         self._owners: dict[GraphEntry, Any] = {}
         self.step = 0
@@ -29,8 +33,13 @@ class GraphCache:
 
     @property
     def why_evicted(self) -> str:
-        """The reason why a graph was dropped to make room."""
+        """The reason why :meth:`make_room` has dropped a graph."""
         return f"evicted: more graphs than max_graphs={self._max_graphs}"
+
+    @property
+    def why_too_large(self) -> str:
+        """The reason why :meth:`make_room_for` has dropped a graph."""
+        return f"evicted: more memory than max_graph_bytes={self._max_bytes}"
 
     def make_room(self) -> Any:
         """Drop the least recently used graph if the budget is used up.
@@ -52,6 +61,43 @@ class GraphCache:
         owner = self._owners[oldest]
         self.drop(oldest)
         return owner
+
+    def make_room_for(self, entry: GraphEntry) -> list[Any]:
+        """Drop the least recently used graphs until ``entry`` fits into the budget of bytes.
+
+        Only a capture shows how much memory a graph needs, so this comes after it.
+
+        Args:
+            entry: A new graph that is not stored yet.
+
+        Returns:
+            The owners of the dropped graphs.
+
+        Raises:
+            CaptureError: The other graphs that the current step does not use are not enough. Only
+                ``entry`` was dropped.
+        """
+        if self._max_bytes is None:
+            return []
+        excess = entry.num_bytes + sum(each.num_bytes for each in self._owners) - self._max_bytes
+        leaving: list[GraphEntry] = []
+        for oldest in sorted(self._owners, key=lambda each: each.last_step):
+            if excess <= 0 or oldest.last_step == self.step:
+                break
+            leaving.append(oldest)
+            excess -= oldest.num_bytes
+        if excess > 0:
+            needed = entry.num_bytes
+            self._synchronize()
+            entry.drop()
+            raise CaptureError(
+                f"A graph of {needed} bytes, with the others of its step, needs more than "
+                f"max_graph_bytes={self._max_bytes}; raise max_graph_bytes."
+            )
+        owners = [self._owners[each] for each in leaving]
+        for each in leaving:
+            self.drop(each)
+        return owners
 
     def add(self, entry: GraphEntry, owner: Any) -> None:
         """Store a new graph.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,40 +9,82 @@ import torch
 from torch.utils._device import DeviceContext
 
 
-def _native(name: str, public: Callable[[], Any], *args: str) -> Callable[[], Any]:
+def _native(name: str, public: Callable[[], Any]) -> Callable[[], Any]:
     """Return PyTorch's private getter for a setting if it exists, otherwise the public getter.
 
     The public one takes ten times as long, and it runs at every step.
     """
-    getter = getattr(torch._C, name, None)
-    if getter is None:
-        return public
-    return functools.partial(getter, *args) if args else getter
+    getter: Callable[[], Any] = getattr(torch._C, name, public)
+    return getter
 
 
-def _float32_precision() -> tuple[Callable[[], Any], ...]:
+_deterministic = _native(
+    "_get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled
+)
+_cudnn_enabled = _native("_get_cudnn_enabled", lambda: torch.backends.cudnn.enabled)
+_cudnn_benchmark = _native("_get_cudnn_benchmark", lambda: torch.backends.cudnn.benchmark)
+_cudnn_deterministic = _native(
+    "_get_cudnn_deterministic", lambda: torch.backends.cudnn.deterministic
+)
+_fp16_reduction = _native(
+    "_get_cublas_allow_fp16_reduced_precision_reduction",
+    lambda: torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+)
+_bf16_reduction = _native(
+    "_get_cublas_allow_bf16_reduced_precision_reduction",
+    lambda: torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+)
+_fp16_accumulation = _native(
+    "_get_cublas_allow_fp16_accumulation",
+    lambda: torch.backends.cuda.matmul.allow_fp16_accumulation,
+)
+_flash_sdp = _native("_get_flash_sdp_enabled", torch.backends.cuda.flash_sdp_enabled)
+_mem_efficient_sdp = _native(
+    "_get_mem_efficient_sdp_enabled", torch.backends.cuda.mem_efficient_sdp_enabled
+)
+_math_sdp = _native("_get_math_sdp_enabled", torch.backends.cuda.math_sdp_enabled)
+_cudnn_sdp = _native("_get_cudnn_sdp_enabled", torch.backends.cuda.cudnn_sdp_enabled)
+_native_precision: Any = getattr(torch._C, "_get_fp32_precision_getter", None)
+
+
+def _float32_precision_native() -> tuple[Any, ...]:
+    return (
+        _native_precision("generic", "all"),
+        _native_precision("cuda", "all"),
+        _native_precision("cuda", "matmul"),
+        _native_precision("cuda", "conv"),
+        _native_precision("cuda", "rnn"),
+    )
+
+
+def _float32_precision_by_backend() -> tuple[Any, ...]:
+    # torch 2.9: the old names raise if the new ones were used; "none" follows the general setting
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
-    if not hasattr(matmul, "fp32_precision"):
-        return (
-            lambda: matmul.allow_tf32,
-            lambda: cudnn.allow_tf32,
-            torch.get_float32_matmul_precision,
-        )
-    # torch 2.9: the old names raise if the new ones were used; "none" follows the general setting
-    settings: dict[tuple[str, str], Callable[[], Any]] = {
-        ("generic", "all"): lambda: torch.backends.fp32_precision,  # type: ignore[attr-defined]
-        ("cuda", "all"): lambda: cudnn.fp32_precision,
-        ("cuda", "matmul"): lambda: matmul.fp32_precision,
-        ("cuda", "conv"): lambda: cudnn.conv.fp32_precision,
-        ("cuda", "rnn"): lambda: cudnn.rnn.fp32_precision,
-    }
-    return tuple(
-        [
-            _native("_get_fp32_precision_getter", public, *names)
-            for names, public in settings.items()
-        ]
+    return (
+        torch.backends.fp32_precision,  # type: ignore[attr-defined]
+        cudnn.fp32_precision,
+        matmul.fp32_precision,
+        cudnn.conv.fp32_precision,
+        cudnn.rnn.fp32_precision,
     )
+
+
+def _float32_precision_by_tf32() -> tuple[Any, ...]:
+    return (
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.get_float32_matmul_precision(),
+    )
+
+
+def _float32_precision_getter() -> Callable[[], tuple[Any, ...]]:
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        return _float32_precision_by_tf32
+    return _float32_precision_by_backend if _native_precision is None else _float32_precision_native
+
+
+_float32_precision = _float32_precision_getter()
 
 
 def _function_modes() -> tuple[Any, ...]:
@@ -53,35 +94,6 @@ def _function_modes() -> tuple[Any, ...]:
         return ()
     modes = [torch._C._get_function_stack_at(index) for index in range(number)]
     return tuple([mode.device if type(mode) is DeviceContext else mode for mode in modes])
-
-
-_GETTERS: tuple[Callable[[], Any], ...] = (
-    torch.is_grad_enabled,
-    torch.is_inference_mode_enabled,
-    torch.get_default_dtype,
-    _function_modes,
-    _native("_get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled),
-    _native("_get_cudnn_enabled", lambda: torch.backends.cudnn.enabled),
-    _native("_get_cudnn_benchmark", lambda: torch.backends.cudnn.benchmark),
-    _native("_get_cudnn_deterministic", lambda: torch.backends.cudnn.deterministic),
-    _native(
-        "_get_cublas_allow_fp16_reduced_precision_reduction",
-        lambda: torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
-    ),
-    _native(
-        "_get_cublas_allow_bf16_reduced_precision_reduction",
-        lambda: torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
-    ),
-    _native(
-        "_get_cublas_allow_fp16_accumulation",
-        lambda: torch.backends.cuda.matmul.allow_fp16_accumulation,
-    ),
-    _native("_get_flash_sdp_enabled", torch.backends.cuda.flash_sdp_enabled),
-    _native("_get_mem_efficient_sdp_enabled", torch.backends.cuda.mem_efficient_sdp_enabled),
-    _native("_get_math_sdp_enabled", torch.backends.cuda.math_sdp_enabled),
-    _native("_get_cudnn_sdp_enabled", torch.backends.cuda.cudnn_sdp_enabled),
-    *_float32_precision(),
-)
 
 
 _any_autocast = _native("_is_any_autocast_enabled", lambda: True)
@@ -100,7 +112,25 @@ def kernel_flags() -> tuple[Any, ...]:
     They are grad mode, inference mode, default dtype, function modes, determinism, TF32, cuDNN,
     SDPA and autocast.
     """
-    flags = [get() for get in _GETTERS]
+    # written out: a loop over these functions takes twice as long, at every step and call
+    flags = (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+        _function_modes(),
+        _deterministic(),
+        _cudnn_enabled(),
+        _cudnn_benchmark(),
+        _cudnn_deterministic(),
+        _fp16_reduction(),
+        _bf16_reduction(),
+        _fp16_accumulation(),
+        _flash_sdp(),
+        _mem_efficient_sdp(),
+        _math_sdp(),
+        _cudnn_sdp(),
+        _float32_precision(),
+    )
     if _any_autocast():
-        flags += [autocast_flags("cuda"), autocast_flags("cpu")]
-    return tuple(flags)
+        return (*flags, autocast_flags("cuda"), autocast_flags("cpu"))
+    return flags

@@ -46,7 +46,7 @@ _REMEDIES = {
     Status.NO_TARGET: "put the layers into submodules with parameters",
     Status.CAPTURE_FAILED: "remove what the message names, or choose a lower mode",
     Status.VERIFICATION: "keep the value that differs in an attribute or in the batch",
-    Status.EVICTED: "raise max_graphs, or use fewer shapes",
+    Status.EVICTED: "raise max_graphs or max_graph_bytes, or use fewer shapes",
     Status.CHANGED: "change it between epochs, not between batches",
     Status.PADDED_IN_PIECES: "give the dataloader batches of a captured size",
     Status.VALUE_READ: "make what varies a tensor, or leave it out of the batch",

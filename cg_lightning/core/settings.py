@@ -208,6 +208,9 @@ class Settings:
     """
     max_graphs: int = 64
     """The most graphs that are kept; the least recently used one goes first."""
+    max_graph_bytes: int | None = None
+    """The most memory of all graphs, in bytes; the least recently used one goes first. None: any.
+    """
     strict: bool = False
     """Raise if a step past its warm-up runs in a lower mode than asked."""
     backend: BackendName = "auto"
@@ -242,6 +245,8 @@ class Settings:
         for name, least in (("warmup_steps", 0), ("verify_replays", 0), ("verify_every", 0)):
             check_at_least(name, getattr(self, name), least)
         check_at_least("max_graphs", self.max_graphs, 1)
+        if self.max_graph_bytes is not None:
+            check_at_least("max_graph_bytes", self.max_graph_bytes, 1)
         check_share("min_saving", self.min_saving)
         for name in (
             "sync_free_metrics",

@@ -86,13 +86,17 @@ def _container(node: Any) -> _Container | None:
         return _containers.setdefault(kind, _find_container(kind))
 
 
-def _collect(node: Any, leaves: list[Any]) -> Hashable:
-    container = _container(node)
-    if container is None:
-        leaves.append(node)
-        return None
+def _collect(node: Any, container: _Container, leaves: list[Any]) -> Hashable:
     keys, values = container.children(node)
-    return (type(node), keys, tuple([_collect(value, leaves) for value in values]))
+    children: list[Hashable] = []
+    for value in values:
+        inner = _container(value)
+        if inner is None:
+            leaves.append(value)
+            children.append(None)
+        else:
+            children.append(_collect(value, inner, leaves))
+    return (type(node), keys, tuple(children))
 
 
 def flatten(tree: Any) -> tuple[list[Any], Hashable]:
@@ -101,8 +105,11 @@ def flatten(tree: Any) -> tuple[list[Any], Hashable]:
     Two structures are equal if all containers have the same types and keys. Containers are tuples,
     lists, named tuples, writable mappings and dataclasses. Everything else is a leaf.
     """
+    container = _container(tree)
+    if container is None:
+        return [tree], None
     leaves: list[Any] = []
-    structure = _collect(tree, leaves)
+    structure = _collect(tree, container, leaves)
     return leaves, structure
 
 

@@ -105,7 +105,7 @@ class Session:
         self.stats = stats
         self.effects = effects
         self.cache: GraphCache = (
-            GraphCache(settings.max_graphs, backend.synchronize)
+            GraphCache(settings.max_graphs, backend.synchronize, settings.max_graph_bytes)
             if sharing is None
             else sharing.cache
         )

@@ -187,6 +187,8 @@ class GraphTarget:
             dispatcher, state = owner
             dispatcher.evicted(state, self.cache.why_evicted)
         entry = self._capturer.capture(target, call)
+        for dispatcher, state in self.cache.make_room_for(entry):
+            dispatcher.evicted(state, self.cache.why_too_large)
         self.cache.add(entry, (self.dispatcher, plan.state))
         self.dispatcher.captured(plan.state, variant, entry)
         return entry
