@@ -22,6 +22,10 @@ from pathlib import Path
 from typing import Any
 
 LIBRARIES = ("lightning.pytorch", "torchmetrics", "hydra", "rich.table", "sklearn.datasets")
+_OF_RANKS = (
+    *("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "GLOBAL_RANK", "RANK"),
+    *("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+)
 Done = subprocess.CompletedProcess[str]
 _server: subprocess.Popen[str] | None = None
 
@@ -39,6 +43,16 @@ def run_python(*arguments: str, folder: Path, environment: Mapping[str, str] = o
         code = _ask({**request, **names})
         printed = {name: Path(file).read_text() for name, file in names.items()}
     return Done(list(arguments), code, **printed)
+
+
+def run_two_ranks(module: str, *arguments: str, timeout: float = 200) -> Done:
+    """Run ``python -m module``, whose Trainer starts a second process for its second rank."""
+    # Trainers of other tests leave these variables
+    environment = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
+    command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
+    root = Path(__file__).parent.parent
+    settings: dict[str, Any] = {"cwd": root, "env": environment, "timeout": timeout}
+    return subprocess.run(command, capture_output=True, text=True, check=False, **settings)
 
 
 def _ask(request: dict[str, Any]) -> int:

@@ -136,11 +136,6 @@ OPAQUE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
         lambda held: float(held.rand()),
         "RandomState",
     ),
-    "torch.Generator": (
-        lambda: torch.Generator().manual_seed(3),
-        lambda held: float(torch.rand((), generator=held)),
-        "torch.Generator",
-    ),
     "cursor": (
         lambda: sqlite3.connect(":memory:").execute(
             "values (1), (2), (3), (4), (5), (6), (7), (8)"

@@ -4,11 +4,8 @@ import builtins
 import copy
 import gc
 import logging
-import os
 import random
 import re
-import subprocess
-import sys
 import threading
 import weakref
 from pathlib import Path
@@ -36,6 +33,7 @@ from cg_lightning import (
 )
 from tests.harness import KeepOutputs, assert_same, features, images, predict, validate
 from tests.models import Body, ConvNetClassifier, Predictor
+from tests.processes import run_two_ranks
 
 FULL = CUDAGraphMode.FULL
 
@@ -337,23 +335,7 @@ def test_two_processes_of_ddp(tmp_path, backend):
     """Hazards 19 and 27: metrics equal eager, and no rank waits, also if one cannot capture."""
     if backend == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    root = Path(__file__).parent.parent
-    command = [sys.executable, "-W", "ignore", "-m", "tests.ddp_worker", backend, str(tmp_path)]
-    ranks = (
-        "LOCAL_RANK",
-        "NODE_RANK",
-        "GROUP_RANK",
-        "GLOBAL_RANK",
-        "RANK",
-        "WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    )
-    # Trainers of other tests leave these variables
-    environment = {name: value for name, value in os.environ.items() if name not in ranks}
-    done = subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=200
-    )
+    done = run_two_ranks("tests.ddp_worker", backend, str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = [(tmp_path / f"rank{rank}").read_text().splitlines() for rank in (0, 1)]
     assert first[0] == second[0]

@@ -6,6 +6,7 @@ import collections
 import copy
 import functools
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn, tensor
 
 from cg_lightning import graphed
+from cg_lightning.backends.host_indices import answered_indices
 from cg_lightning.backends.tensor_makers import MakerCall, answered_makers
 from cg_lightning.capture.host_constants import HostConstants
 from cg_lightning.core.causes import Cause
@@ -41,6 +43,7 @@ class Uses(Predictor):
         self.weights = [1.0, 2.0]
         self.tables = {"a": {"b": collections.deque([1.0, 2.0])}}
         self.array = np.array([1.0, 2.0])
+        self.columns = [1, 0]
         self.many = [float(number) for number in range(1000)]
         self.tensor = torch.tensor([1.0, 2.0])
         self.count = 0
@@ -78,6 +81,12 @@ def compare(harness, use: Use, change: Any = lambda *_: None, **settings: Any) -
     return callback
 
 
+def set_rows(x: Tensor, index: Any, value: Any) -> Tensor:
+    x = x.clone()
+    x[index] = value
+    return x
+
+
 def add(module: Any) -> int:
     module.count += 1
     return module.count
@@ -99,6 +108,22 @@ CONSTANTS: dict[str, Use] = {
     "a number of the host": lambda m, x: (x * torch.tensor(3.0), torch.tensor(0.5)),
     "a total": lambda m, x: torch.tensor(0.0, device=x.device).add_(x.sum()),
     "returned": lambda m, x: {"x": x, "weights": torch.tensor(m.weights, device=x.device)},
+    "on the host": lambda m, x: x * torch.tensor([1.0, 2.0]).to(x.device),
+    "an index on the host": lambda m, x: x[torch.tensor([1, 0])],
+    "a list": lambda m, x: x[[1, 0]],
+    "a list of booleans": lambda m, x: x[:, [True, False]],
+    "two lists": lambda m, x: x[[0, 1, 2], [1, 0, 1]],
+    "no index": lambda m, x: x[[]],
+    "a range": lambda m, x: x[range(2)],
+    "an array of indices": lambda m, x: x[..., np.array([1, 0])],
+    "a mask of the host": lambda m, x: x[:, np.array([True, False])],
+    "a tuple in a tuple": lambda m, x: x[:, (1, 0, 0)],
+    "an axis and a list": lambda m, x: x[None, :, [1]],
+    "an attribute": lambda m, x: x[:, m.columns],
+    "set": lambda m, x: set_rows(x, [0, 2], 7.0),
+    "set to a tensor": lambda m, x: set_rows(x, [1, 0], x[[0, 1]]),
+    "set by booleans": lambda m, x: set_rows(x, (slice(None), [False, True]), 1.5),
+    "a list in a loop": lambda m, x: [x[[i]] for i in range(3)],
     "two": lambda m, x: by_default(x) + torch.tensor([[1, 2], [3, 4]], device=x.device).sum(),
 }
 CHANGES: dict[str, tuple[Use, Callable[[Any, int], Any]]] = {
@@ -146,6 +171,36 @@ CHANGES: dict[str, tuple[Use, Callable[[Any, int], Any]]] = {
         lambda m, x: x.sum() * torch.tensor(m.many, device=x.device),
         lambda m, n: m.many.__setitem__(567, float(n)),
     ),
+    "a list of indices": (
+        lambda m, x: x[:, m.columns],
+        lambda m, n: m.columns.__setitem__(0, n % 2),
+    ),
+    "another list of indices": (
+        lambda m, x: x[m.columns],
+        lambda m, n: setattr(m, "columns", [n % 2] * (1 + n % 3)),
+    ),
+    "many indices": (
+        lambda m, x: x[:, [int(m.many[567]) % 2] * 300],
+        lambda m, n: m.many.__setitem__(567, float(n)),
+    ),
+    "indices of the network": (
+        lambda m, x: x[[int(x[0].argmax()), 0]],
+        lambda m, n: None,
+    ),
+    "tensors as indices": (
+        lambda m, x: x[:, [x[0].argmax(), x[1].argmax()]],
+        lambda m, n: None,
+    ),
+    "a tensor in a list of indices": (
+        lambda m, x: x[:, [0, x[1].argmax()]],
+        lambda m, n: None,
+    ),
+    "random indices": (lambda m, x: x[[random.randrange(2)]], lambda m, n: None),
+    "a counter as index": (lambda m, x: x[[add(m) % 2]], lambda m, n: None),
+    "a list that the step changes": (
+        lambda m, x: x[[m.columns.pop(0) if len(m.columns) > 1 else 0]],
+        lambda m, n: m.columns.extend([1, 0, 1]),
+    ),
     "a tensor on the host": (
         lambda m, x: x * torch.tensor([float(m.tensor[0]), 1.0], device=x.device),
         lambda m, n: m.tensor.data.__setitem__(0, float(n)),
@@ -181,22 +236,14 @@ def test_constants_are_part_of_the_graph(harness, name):
     assert callback.stats.steps["FULL"] == 9, callback.summary()
 
 
+@pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize(
-    "use",
+    "name",
     [
-        lambda m, x: x * torch.tensor([1.0, 2.0]).to(x.device),
-        lambda m, x: x * torch.from_numpy(np.array([1.0, 2.0])).to(x),
-        lambda m, x: x[torch.tensor([1, 0])],
+        *("returned", "written in place", "two", "on the host", "a list", "two lists", "set"),
+        *("a list of booleans", "an array of indices", "an index on the host"),
     ],
 )
-def test_a_tensor_of_the_host_is_no_constant(harness, use):
-    """A copy from the host is illegal in a capture, so the recorder refuses it as well."""
-    callback = compare(harness, use)
-    assert callback.stats.steps["FULL"] == 0, callback.summary()
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("name", ["returned", "written in place", "two"])
 def test_constants_in_each_mode(harness, name, settings):
     compare(harness, CONSTANTS[name], **settings)
 
@@ -286,9 +333,50 @@ def test_a_capture_that_asks_for_other_constants(device):
             ask(times)
 
 
-def test_other_threads_and_other_devices_are_left_alone(device):
-    import threading
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad])
+def test_attention_keeps_its_fast_path_beside_a_list(backend, device, context):
+    """A ``TorchFunctionMode`` would take it away, and with it the bits."""
+    torch.manual_seed(4)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    net = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval().to(device)
+    reference = copy.deepcopy(net)
 
+    def forward(x: Tensor, used: nn.Module = net) -> Any:
+        rows = x[:, [2, 0, 1]]
+        y = used(rows)
+        return (
+            y[[0, -1]],
+            used.layers[0].self_attn(y, y, y, need_weights=False)[0],
+            y.split([1, 2], 1),
+        )
+
+    batches = [torch.randn(4, 3, 8, device=device) for _ in range(8)]
+    for settings in SETTINGS[:2]:
+        with context(), graphed(forward, module=net, backend=backend, **settings) as fast:
+            found = [fast(x) for x in batches]
+        with context():
+            assert_same(found, [forward(x, reference) for x in batches])
+        assert fast.stats.steps["FULL"] > 0, fast.summary()
+
+
+def test_other_threads_see_no_mode(device):
+    seen: list[Any] = []
+
+    def ask() -> None:
+        seen.append(torch.overrides.has_torch_function((torch.ones(2),)))
+        seen.append(torch.ones(3)[[0, 1]].shape)
+
+    with answered_indices(device, lambda value: value.to(device)):
+        assert not torch.overrides.has_torch_function((torch.ones(2),))
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+        with torch.device("cpu"):  # a mode of the user's
+            assert torch.overrides.has_torch_function((torch.ones(2),))
+    assert seen == [False, (2,)]
+
+
+def test_other_threads_and_other_devices_are_left_alone(device):
     calls: list[MakerCall] = []
 
     def answer(call: MakerCall) -> Tensor:
@@ -307,3 +395,41 @@ def test_other_threads_and_other_devices_are_left_alone(device):
         assert calls[1].is_constant_on(device)
         assert calls[1].on_host().dtype is torch.float32
     assert (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor) == originals
+
+
+OF_THE_BATCH: dict[str, Callable[[Tensor, Any], Any]] = {
+    "a number": lambda x, b: x[[b["n"], 0]],
+    "after a list": lambda x, b: x[[0, 1]][:, [b["n"] % 2]],
+    "a number in a tensor": lambda x, b: x * torch.tensor([b["n"]]).to(x.device),
+    "a list": lambda x, b: x[b["l"]],
+    "a tuple": lambda x, b: x[:, tuple(b["l"])],
+    "passed on": lambda x, b: (x[[0, 2]], b["n"], b["l"]),
+    "used and passed on": lambda x, b: (x[b["l"]], b["l"]),
+    "a tensor of a list": lambda x, b: x[torch.tensor(b["l"])],
+    "made of a number": lambda x, b: x[[i for i in range(3) if i != b["n"]]],
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS[:2])
+@pytest.mark.parametrize("name", list(OF_THE_BATCH))
+def test_values_of_the_batch_in_an_index(backend, device, name, settings):
+    torch.manual_seed(0)
+    net = nn.Linear(4, 4).eval().to(device)
+    reference = copy.deepcopy(net)
+    batches = [
+        {
+            "x": torch.randn(3, 4, device=device),
+            "n": index % 3 if index > 4 else 1,
+            "l": [index % 3 if index > 6 else 0, 1],
+        }
+        for index in range(30)
+    ]
+
+    def forward(batch: Any) -> Any:
+        return OF_THE_BATCH[name](net(batch["x"]), batch)
+
+    with torch.inference_mode(), graphed(forward, module=net, backend=backend, **settings) as fast:
+        found = [fast(batch) for batch in batches]
+        expected = [OF_THE_BATCH[name](reference(batch["x"]), batch) for batch in batches]
+    assert_same(found, expected)
+    assert fast.stats.steps["FULL"] > 0, fast.summary()

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -210,7 +211,35 @@ def no_rows(net, b):
     return net.lin(b["x"])[b["m"] > 5], (b["m"][:0] > 5).nonzero()
 
 
+def index_of_a_list(net, b):
+    """transformers' ``warn_if_padding_and_no_attention_mask``."""
+    return net.lin(b["x"]) if 0 in b["m"][:, [-1, 0]] else net.lin(b["x"]) + 1
+
+
+def constants_in_a_read(net, b):
+    rows = torch.tensor([0, 1], device=b["m"].device)
+    first = b["m"][rows, [-1, 0]].all()
+    rows += 1
+    b["m"].new_tensor([3, 4])
+    second = torch.isin(b["m"][rows], torch.tensor([1, 2], device=b["m"].device)).all()
+    return net.lin(b["x"]) * 2 if first else net.lin(b["x"]) if second else b["x"]
+
+
+def set_by_a_list(net, b):
+    m = b["m"].clone()
+    m[:, [3, 4, 5]] = 1
+    m[[True, False, False]] = 0
+    n = int(b["m"][np.array([0, 1])].sum())
+    return m, net.lin(b["x"]) * n, net.lin(b["x"])[:, [0, n % 5]]
+
+
+def mask_in_a_list(net, b):
+    wide = net.lin(b["x"])[[True, False, True]]
+    return wide[:, [False, True] * 3] if b["m"][[0, 2]][:, [True] * 6].all() else wide
+
+
 FULL = [
+    *(index_of_a_list, constants_in_a_read, set_by_a_list, mask_in_a_list),
     *(rows_of_a_mask, rows_that_are_not_zero, where_of_one_argument, selected_by_a_mask),
     *(put_by_a_mask, added_by_a_mask, mask_of_one_dimension, no_rows),
     *(mask_check, same_read_twice, number_of_reads_depends_on_values, loop_until_a_value),
@@ -285,7 +314,18 @@ def made_from_tensors(net, b):
     return b["x"] if t else -b["x"]
 
 
+def tensors_in_a_list(net, b):
+    first, last = net.lin(b["x"])[0, :2].argmax(-1) % 6
+    return net.lin(b["x"]) if b["m"][:, [first, last]].all() else b["x"]
+
+
+def tensors_of_the_batch_in_a_list(net, b):
+    last = b["m"].sum(1) - 1
+    return net.lin(b["x"])[[0, 1, 2], [last[0], last[1], last[2]]]
+
+
 REFUSED = [
+    *(tensors_in_a_list, tensors_of_the_batch_in_a_list),
     *(written_by_the_network, alias_without_an_operation, of_the_network, of_randomness),
     *(of_random_integers, of_a_counter, of_a_buffer, sum_of_floats, set_to_another_storage),
     *(made_from_tensors, caught_error),

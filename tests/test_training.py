@@ -500,6 +500,55 @@ def test_weights_that_change_between_the_step_and_its_backward(fit, hook, batche
     assert hook in str(callback.stats.eager_reasons)
 
 
+class ClearsAsUsual(Classifier):
+    def on_before_zero_grad(self, optimizer):
+        """Nothing yet."""
+
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        optimizer.zero_grad(set_to_none=True)
+
+
+class DoesNothing(Callback):
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        pass
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        return
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_hooks_that_do_nothing_but_clear_gradients(fit, batches):
+    others = lambda: [DoesNothing(), LambdaCallback(on_before_backward=lambda *_: None)]
+    assert replayed(fit(ClearsAsUsual(), others=others, accumulate_grad_batches=batches)) > 15
+
+
+class ClearsEachSecond(Classifier):
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        if batch_idx % 2:
+            optimizer.zero_grad()
+
+
+class ClearsItself(Classifier):
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        self.zero_grad()
+
+
+class AnotherBackward(Classifier):
+    def backward(self, loss):
+        pass
+
+    def on_after_backward(self):
+        for parameter in self.parameters():
+            parameter.grad = torch.ones_like(parameter)
+
+
+@pytest.mark.parametrize("make", [ClearsEachSecond, ClearsItself, AnotherBackward])
+def test_hooks_that_do_more_are_named(fit, make):
+    callback = fit(make())
+    assert replayed(callback) == 0
+    assert make.__name__ in str(callback.stats.eager_reasons)
+
+
 def test_a_hook_of_a_parameter_is_named(fit):
     class Hooked(Classifier):
         def on_train_start(self):

@@ -2,8 +2,11 @@
 
 - ``base.py``: the protocol of a backend.
 - ``capture_scope.py``: the lock and the settings around every capture, for all backends.
+- ``copies_from_host.py``: operations that copy a tensor of the host to the device of the graphs.
 - ``cuda.py``: ``torch.cuda.CUDAGraph``. No other file uses ``torch.cuda``.
 - ``dispatch_mode.py``: watches dispatched operations and does not change their results.
+- ``followed_generators.py``: random generators of the user's on the device.
+- ``host_indices.py``: lists and arrays of the host that index a tensor.
 - ``host_reads.py``: calls that wait for a GPU and that the dispatcher does not show.
 - ``illegal_operations.py``: the table of operations that a CUDA graph cannot contain.
 - ``imported_functions.py``: functions of PyTorch, replaced in each module that has imported them.

@@ -83,11 +83,17 @@ class GraphBackend(Protocol):
     def ignoring_host_syncs(self) -> AbstractContextManager[None]:
         """Notice no host sync of what runs inside, not even later."""
 
+    def can_follow(self, generator: torch.Generator) -> bool:
+        """Return True if captures can draw from a generator that is not the default one."""
+
+    def follow(self, generator: torch.Generator) -> None:
+        """Let later captures draw from a generator. Its state is part of the random state."""
+
     def get_random_state(self) -> Tensor:
-        """Return the state of the device's default random generator."""
+        """Return the states of the device's default random generator and of followed ones."""
 
     def set_random_state(self, state: Tensor) -> None:
-        """Set the state of the device's default random generator."""
+        """Set these states."""
 
     def batch_copies(self) -> BatchCopies | None:
         """Return what copies batches beside the computation. None: the device has no streams."""

@@ -51,6 +51,7 @@ from cg_lightning.backends.capture_scope import (
     garbage_collection_paused,
     release_frames,
 )
+from cg_lightning.backends.followed_generators import FollowedGenerators
 from cg_lightning.backends.host_reads import OnCall
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.settings import BackendName
@@ -93,6 +94,10 @@ class CUDABackend:
         self._stream = torch.cuda.Stream(device)
         self._pool: Any = None
         self._anchor: torch.cuda.CUDAGraph | None = None
+        self._generators = FollowedGenerators(
+            lambda: torch.cuda.get_rng_state(device),
+            lambda state: torch.cuda.set_rng_state(state, device),
+        )
 
     def is_capturing(self) -> bool:
         """Return True if the current stream is capturing."""
@@ -164,13 +169,23 @@ class CUDABackend:
         finally:
             torch.cuda.set_sync_debug_mode(mode)
 
+    def can_follow(self, generator: torch.Generator) -> bool:
+        """Return True for generators of this device, if PyTorch registers them with graphs."""
+        return generator.device == self.device and hasattr(
+            torch.cuda.CUDAGraph, "register_generator_state"
+        )
+
+    def follow(self, generator: torch.Generator) -> None:
+        """See :class:`~cg_lightning.backends.base.GraphBackend`."""
+        self._generators.add(generator)
+
     def get_random_state(self) -> Tensor:
-        """Return the state of the default CUDA generator."""
-        return torch.cuda.get_rng_state(self.device)
+        """Return the states of the default CUDA generator and of followed ones."""
+        return self._generators.get_state()
 
     def set_random_state(self, state: Tensor) -> None:
-        """Set the state of the default CUDA generator."""
-        torch.cuda.set_rng_state(state, self.device)
+        """Set the states of these generators."""
+        self._generators.set_state(state)
 
     def batch_copies(self) -> CUDABatchCopies:
         """Return copies on a stream of their own."""
@@ -247,6 +262,8 @@ class CUDABackend:
         try:
             # the first capture makes the state of the generator, and later replays write it
             with torch.inference_mode(False):
+                for generator in self._generators:
+                    graph.register_generator_state(generator)
                 graph.capture_begin(pool=self._pool, capture_error_mode=capture_error_mode)
             began = True
             output = function()
@@ -280,9 +297,10 @@ class CUDABackend:
         # it fails if PyTorch ended the capture itself
         with contextlib.suppress(Exception):
             torch._C._cuda_endAllocateToPool(self.device.index, pool)
-        generator = torch.cuda.default_generators[self.device.index]
-        with contextlib.suppress(Exception), torch.inference_mode(False):
-            generator.graphsafe_set_state(generator.clone_state())
+        default = torch.cuda.default_generators[self.device.index]
+        for generator in (default, *self._generators):
+            with contextlib.suppress(Exception), torch.inference_mode(False):
+                generator.graphsafe_set_state(generator.clone_state())
         # an asynchronous error of the capture is raised here, once
         with contextlib.suppress(Exception):
             torch.cuda.synchronize(self.device)

@@ -107,6 +107,8 @@ def _illegal_index_put(args: Sequence[Any]) -> bool:
 def _crosses_devices(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     if name in ("aten::copy_", "aten::copy"):
         return bool(args[0].device.type != args[1].device.type)
+    if name == "aten::type_as":
+        return bool(args[0].device.type != args[1].device.type)
     if name in ("aten::_to_copy", "aten::to"):
         target = kwargs.get("device")
         target = next((arg for arg in args[1:] if isinstance(arg, torch.device)), target)

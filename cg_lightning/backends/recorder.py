@@ -53,6 +53,7 @@ from cg_lightning.backends.capture_scope import (
     release_frames,
 )
 from cg_lightning.backends.dispatch_mode import EagerDispatchMode
+from cg_lightning.backends.followed_generators import FollowedGenerators
 from cg_lightning.backends.host_reads import OnCall, invisible_calls
 from cg_lightning.backends.illegal_operations import find_illegal
 from cg_lightning.backends.operation_writes import may_write_undeclared
@@ -251,6 +252,7 @@ class RecorderBackend:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool = _pools.by_device.setdefault(device, _Pool())
+        self._generators = FollowedGenerators(torch.get_rng_state, torch.set_rng_state)
 
     def is_capturing(self) -> bool:
         """Return True if this thread is recording."""
@@ -265,7 +267,7 @@ class RecorderBackend:
         """
         del capture_error_mode
         recorder = _Recorder(self.device)
-        random_state = torch.get_rng_state()
+        random_state = self.get_random_state()
         with (
             CAPTURE_LOCK,
             garbage_collection_paused(collect_garbage),
@@ -286,7 +288,7 @@ class RecorderBackend:
                 _recording.recorder = None
                 with torch.inference_mode():
                     recorder.undo()
-                torch.set_rng_state(random_state)
+                self.set_random_state(random_state)
         return RecordedGraph(recorder, self._pool, self.device.type), output
 
     def noticing_host_syncs(self, on_call: OnCall) -> AbstractContextManager[None]:
@@ -297,13 +299,21 @@ class RecorderBackend:
         """Do nothing: calls are noticed when they are made, so ``on_call`` can ignore them."""
         return contextlib.nullcontext()
 
+    def can_follow(self, generator: torch.Generator) -> bool:
+        """Return True for generators of this device: recorded operations draw from them."""
+        return generator.device == self.device
+
+    def follow(self, generator: torch.Generator) -> None:
+        """See :class:`~cg_lightning.backends.base.GraphBackend`."""
+        self._generators.add(generator)
+
     def get_random_state(self) -> Tensor:
-        """Return the state of the CPU generator, which recorded operations use."""
-        return torch.get_rng_state()
+        """Return the states of the CPU generators that recorded operations use."""
+        return self._generators.get_state()
 
     def set_random_state(self, state: Tensor) -> None:
-        """Set the state of the CPU generator."""
-        torch.set_rng_state(state)
+        """Set the states of these generators."""
+        self._generators.set_state(state)
 
     def batch_copies(self) -> None:
         """Return None, because the recorder knows no streams."""

@@ -34,10 +34,14 @@ _ORIGINALS: dict[str, TensorMaker] = {
 }
 _NUMBERS = (bool, int, float, complex)
 _SEQUENCES = (list, tuple, range, torch.Size)
-_MOST_VALUES = 256
+MOST_VALUES = 256
 """What has more values is compared once an epoch only (``guards/values.py``), so it may change."""
 # private. Without it, the recorder would record what we do beside the step, so nothing is constant
 _without_modes = getattr(_python_dispatch, "_disable_current_modes", None)
+
+
+CAN_WORK_BESIDE = _without_modes is not None
+"""Whether :func:`beside_the_step` can be entered."""
 
 
 @contextlib.contextmanager
@@ -73,18 +77,17 @@ class MakerCall:
         """
         given = self.arguments
         others = [name for name in given if name not in ("self", "data", "obj", *_OPTIONS)]
-        if _without_modes is None or others or given.get("requires_grad"):
+        if not CAN_WORK_BESIDE or others or given.get("requires_grad"):
             return False
         on_cpu = device.type == "cpu"
         shares_memory = self.name in ("as_tensor", "asarray") and on_cpu
-        # on a machine with a GPU it would be a tensor of the host, which no graph can copy
-        if on_cpu and not self._names_device and type(self._data) not in _NUMBERS:
-            return False
-        return self.is_made_on(device) and _count_plain(self._data, shares_memory) <= _MOST_VALUES
+        return self.is_made_on(device) and count_plain(self._data, shares_memory) <= MOST_VALUES
 
     @property
-    def _names_device(self) -> bool:
-        return self.arguments.get("device") is not None or self.name == "new_tensor"
+    def copies_values(self) -> bool:
+        """Whether the call makes a tensor of Python values alone, in memory of its own."""
+        copies = self.name in ("tensor", "new_tensor")
+        return copies and count_plain(self._data, shares_memory=False) < math.inf
 
     def is_made_on(self, device: torch.device) -> bool:
         """Return True if the call makes a tensor on ``device``, the one of the graphs."""
@@ -106,6 +109,12 @@ class MakerCall:
         with beside_the_step():
             made = _ORIGINALS[self.name](*given, self._data, **options, device="cpu")
             return made.clone()
+
+
+def made_on_host(data: Any) -> Tensor:
+    """Return what ``torch.tensor`` makes of plain values. Nothing dispatches it."""
+    with beside_the_step():
+        return _ORIGINALS["tensor"](data, device="cpu")
 
 
 AnswerCall = Callable[[MakerCall], Tensor]
@@ -138,7 +147,7 @@ def _answered(name: str, original: TensorMaker, answer: AnswerCall) -> TensorMak
     return make
 
 
-def _count_plain(value: Any, shares_memory: bool) -> float:
+def count_plain(value: Any, shares_memory: bool) -> float:
     """Return the number of values in numbers, nested sequences of them, and NumPy's arrays.
 
     It is infinite for all else, and for an array whose memory the tensor would share.
@@ -146,8 +155,8 @@ def _count_plain(value: Any, shares_memory: bool) -> float:
     if type(value) in _NUMBERS:
         return 1
     if type(value) in _SEQUENCES:
-        many = len(value) > _MOST_VALUES
-        return math.inf if many else sum(_count_plain(item, shares_memory) for item in value)
+        many = len(value) > MOST_VALUES
+        return math.inf if many else sum(count_plain(item, shares_memory) for item in value)
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.number | numpy.bool_):
         return 1

@@ -1,5 +1,6 @@
 """A graph of ours: inputs, outputs, budget, and the wrapper.
 
+- ``answered_copies.py``: answers what a captured call copies from the host.
 - ``answered_reads.py``: answers what a captured step reads on the host.
 - ``cache.py``: all graphs of one session: the budget, and which graph is dropped first.
 - ``capture.py``: captures one call of a step or of a submodule.

@@ -118,6 +118,8 @@ class CaptureTarget:
         reads: What the watched step read on the host, and a capture cannot read.
         late: The metrics that are updated after the step; see ``effects/late_updates.py``.
         fills_batch: Whether the call sets entries of its batch.
+        copies_from_host: Whether the call copies constants from the host, and no function that it
+            calls shows it.
     """
 
     mode: CUDAGraphMode
@@ -130,6 +132,7 @@ class CaptureTarget:
     reads: Sequence[HostRead] = ()
     late: Sequence[MetricUnit] = ()
     fills_batch: bool = False
+    copies_from_host: bool = False
 
 
 class Capturer:
@@ -196,7 +199,7 @@ class Capturer:
     def _attempt(self, target: CaptureTarget, call: GraphCall) -> GraphEntry:
         settings, options = self.settings, self.settings.capture_options
         inputs = self._static_inputs(call)
-        constants = HostConstants(self._backend.device)
+        constants = HostConstants(self._backend.device, target.copies_from_host)
         passed_on = PassedOnValues(call.descriptor.leaves)
         leaves = passed_on.hidden_in(inputs.leaves)
         effects = target.effects

@@ -19,7 +19,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from cg_lightning.backends.host_indices import answered_indices
 from cg_lightning.backends.tensor_makers import MakerCall, answered_makers, beside_the_step
+from cg_lightning.capture.answered_copies import AnsweredCopies
 from cg_lightning.core.equality import same_leaf
 from cg_lightning.core.errors import CaptureError
 
@@ -29,10 +31,13 @@ class HostConstants:
 
     Args:
         device: The device of the graphs.
+        with_copies: Whether the call also copies constants by itself: tensors of the host, and
+            lists that index a tensor.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, with_copies: bool = False) -> None:
         self._device = device
+        self._with_copies = with_copies
         self._asked_for: list[Tensor] = []
         self._made_of: list[Tensor] = []
         self.tensors: list[Tensor] = []
@@ -57,7 +62,13 @@ class HostConstants:
             CaptureError: The call makes other constants than in the capture before.
         """
         self._asked_for = []
-        with answered_makers(self._answer):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(answered_makers(self._answer))
+            if self._with_copies:
+                stack.enter_context(answered_indices(self._device, self._constant))
+            if self._with_copies and self._device.type != "cpu":
+                copies = AnsweredCopies(self._device, self._constant)
+                stack.enter_context(copies.watching())
             yield
         if self.tensors and len(self._asked_for) != len(self.tensors):
             raise _other_constants()
@@ -65,7 +76,10 @@ class HostConstants:
     def _answer(self, call: MakerCall) -> Tensor:
         if not call.is_constant_on(self._device):
             return call.run()
-        value = call.on_host()
+        return self._constant(call.on_host())
+
+    def _constant(self, value: Tensor) -> Tensor:
+        """Return a clone of the constant with this value."""
         number = len(self._asked_for)
         self._asked_for.append(value)
         if not self.tensors:

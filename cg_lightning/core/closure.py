@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from cg_lightning.core.descriptor import Fixed
+
 
 class ClosureInput(NamedTuple):
     """Everything that the closure depends on and that may be another one in the next iteration.
@@ -15,9 +17,9 @@ class ClosureInput(NamedTuple):
 
     batch: Any
     """The batch of the step."""
-    normalize: int
+    normalize: Fixed
     """What the loss is divided by: the number of micro-batches of one optimizer step."""
-    requires_grad: bytes
+    requires_grad: Fixed
     """Which tensors of the module require gradients, one byte each."""
     scale: Tensor | None
     """What the loss is multiplied by before the backward; None without a gradient scaler."""
@@ -30,8 +32,11 @@ class ClosureOutput(NamedTuple):
     """The loss of the step, divided by the number of micro-batches; without its autograd graph."""
     extra: dict[str, Any]
     """What the step returns besides the loss."""
-    gradients: dict[str, Tensor]
-    """The gradients of this backward alone, by the names of their parameters."""
+    gradients: dict[str, Tensor | None]
+    """The gradients of this backward alone, by the names of their parameters.
+
+    Under DDP, also parameters that the backward reaches without giving them a gradient: None.
+    """
 
 
 class UnfinishedClosure:

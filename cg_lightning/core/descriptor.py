@@ -76,8 +76,8 @@ class BatchDescriptor:
     @property
     def family(self) -> tuple[Any, ...]:
         """The fields without plain values: equal for all keys whose tensors are described alike."""
-        tensors = tuple([leaf if is_tensor_key(leaf) else None for leaf in self.leaves])
-        return (*self._key[:2], tensors, *self._key[3:])  # type: ignore[attr-defined]
+        described = tuple([leaf if _is_in_family(leaf) else None for leaf in self.leaves])
+        return (*self._key[:2], described, *self._key[3:])  # type: ignore[attr-defined]
 
     @classmethod
     def from_batch(
@@ -122,6 +122,25 @@ ALIGNMENT = 16
 _KINDS_OF_TENSOR = (Tensor, nn.Parameter)
 
 
+class Fixed:
+    """A value of a batch that a step depends on without reading it.
+
+    It is never left out of a key, and keys that differ in it are of different families.
+
+    Args:
+        value: The value, which must be hashable.
+    """
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _fixed_key(value: Fixed) -> Hashable:
+    return (Fixed, value.value)
+
+
 def _float_key(value: float) -> Hashable:
     return (type(value), value.hex())  # 0.0 and -0.0 differ, and NaN equals itself
 
@@ -132,6 +151,7 @@ def _value_key(value: Any) -> Hashable:
 
 _VALUE_KEYS: dict[type, Callable[[Any], Hashable]] = {
     float: _float_key,
+    Fixed: _fixed_key,
     **dict.fromkeys(
         (bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format),
         _value_key,
@@ -142,6 +162,10 @@ _VALUE_KEYS: dict[type, Callable[[Any], Hashable]] = {
 def is_tensor_key(leaf: Hashable) -> TypeGuard[tuple[Any, ...]]:
     """Return True if an item of :attr:`BatchDescriptor.leaves` describes a tensor."""
     return isinstance(leaf, tuple) and leaf[0] is Tensor
+
+
+def _is_in_family(leaf: Hashable) -> bool:
+    return isinstance(leaf, tuple) and leaf[0] in (Tensor, Fixed)
 
 
 _PASSED_ON = "passed on"

@@ -10,6 +10,8 @@ import os
 from types import CodeType, FrameType
 from typing import Any
 
+import torch
+
 _IN_C = {
     "time": frozenset(
         {
@@ -32,7 +34,9 @@ _IN_C = {
     "decimal": frozenset({"getcontext", "setcontext", "localcontext"}),  # of the thread
 }
 """Names of functions by module."""
-NAMES_OF_CLOCKS = frozenset().union(*_IN_C.values())
+_OF_GENERATORS = frozenset(name for name in vars(torch.Generator) if name[0] != "_")
+NAMES_OF_CLOCKS = _OF_GENERATORS.union(*_IN_C.values())
+"""Functions of C with other names are none of these."""
 _OF_MEMORY = frozenset(
     {
         *("memory_stats", "memory_stats_as_nested_dict", "mem_get_info", "memory_snapshot"),
@@ -55,6 +59,18 @@ def clock_in_c(function: Any) -> str:
     if module is None and isinstance(owner, type):  # ``datetime.now`` is a method of a class
         module = owner.__module__
     return f"{module}.{name}" if name in _IN_C.get(module or "", ()) else ""
+
+
+def method_of_generator(function: Any, caller: FrameType) -> str:
+    """Return the name of a method of a random generator; empty if it is none.
+
+    A replay would not seed it, and what is read of its state is another value in each step. What
+    functions of PyTorch do to the default generator is seen by ``RandomNumbers``.
+    """
+    if not isinstance(getattr(function, "__self__", None), torch.Generator):
+        return ""
+    is_of_torch = caller.f_globals.get("__name__", "").split(".")[0] == "torch"
+    return "" if is_of_torch else f"torch.Generator.{function.__name__}"
 
 
 def clock_in_python(code: CodeType) -> str:

@@ -35,7 +35,7 @@ def sources_in(modules: Iterable[nn.Module], path: str) -> list[Source]:
     ]
 
 
-def opaque_in(sources: Iterable[Source]) -> list[str]:
+def opaque_in(watch: StepWatch, sources: Iterable[Source]) -> list[str]:
     """Returns what nobody can look into.
 
     Raises:
@@ -45,5 +45,5 @@ def opaque_in(sources: Iterable[Source]) -> list[str]:
     for source in sources:
         value = source.value()
         if value is not MISSING and not is_plain_value(value):
-            found += look_into(value, source.path).opaque()
+            found += watch.look_at(look_into(value, source.path))
     return found

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from cg_lightning.backends import GraphBackend
 from cg_lightning.backends.dispatch_mode import EagerDispatchMode
+from cg_lightning.backends.followed_generators import key_of
+from cg_lightning.backends.host_indices import Place
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor, describe_call, is_inside_transform
 from cg_lightning.core.errors import UnkeyableBatchError
@@ -35,6 +37,8 @@ from cg_lightning.modules.kinds import is_metric
 _LIGHTNING = ("lightning", "pytorch_lightning")
 _READS = (Cause.HOST_SYNC, Cause.DATA_DEPENDENT_SHAPE)
 """What an operation may be reported for that reads a value on the host."""
+_MAKING = (Cause.TENSOR_FROM_PYTHON, Cause.CROSS_DEVICE_COPY, Cause.HOST_SYNC)
+"""What is reported for tensors of the host that are copied to the device."""
 
 
 class StoppedStep(BaseException):  # no error, and no step may catch it
@@ -121,18 +125,29 @@ class StepWatch:
         """The step, and the calls of modules that are under way."""
         self.reads_host_value = False
         """Whether an operation is under way that reads a value which is known before the step."""
+        self.makes_constant = False
+        """Whether a function of PyTorch runs that makes a tensor of constants of the host."""
+        self.makes_on_host = False
+        """The same for a tensor that stays on the host."""
+        self.copies_constant = False
+        """Whether an operation is under way that copies such a tensor to the device."""
+        self._indexing: tuple[Place | None, int] = (None, 0)
+        """Where lists were made indices last, and how many of these copies nobody has told."""
         self.read_path: ReadPath | None = None
         """What the step reads, if all of it is known before the step."""
         self._first = 0
         self._set_aside: list[Finding] | None = None
         """Receives the findings of the step while a call runs that may follow it."""
         self._is_paused = False
-        self._spared: tuple[Cause, ...] = ()
         self._is_in_framework = False
         self._did_one_time_work = False
         self._unseen_use = ""
         self._fills_batch = False
         self._written = WrittenTensors()
+        self._generators: dict[int, torch.Generator] = {}
+        """Random generators that the step may know, because it has read what holds them."""
+        self._drawn: dict[int, torch.Generator] = {}
+        """Those among them that the step draws from."""
         self._changes: list[ChangedAttribute] = []
         self._detectors: Sequence[Detector] = ()
         self._mode = _OperationMode(self)
@@ -159,7 +174,7 @@ class StepWatch:
             calls: The calls that get the finding; None: all that are under way.
         """
         calls = self.stack[self._first :] if calls is None else list(calls)
-        if self._is_paused or cause in self._spared or not calls:
+        if self._is_paused or not calls or self._spares(cause):
             return
         where = find_location() if location is None else Location(location, "")
         module = self.stack[-1].path if module is None else module
@@ -178,6 +193,9 @@ class StepWatch:
             (self._set_aside if is_aside else call.findings).append(finding)  # type: ignore[union-attr]
             if call is self.step and not is_aside and cause in self._stops_at:
                 raise StoppedStep(finding)
+
+    def _spares(self, cause: Cause) -> bool:
+        return (self.makes_constant or self.copies_constant) and cause in _MAKING
 
     def report_unless_found(
         self, cause: Cause, operation: str, *, location: str | None = None
@@ -208,6 +226,26 @@ class StepWatch:
             for call in self.stack:
                 call.compared[compared.key] = compared
 
+    def note_copy_from_host(self) -> None:
+        """Notes for every call under way that it copies a constant from the host by itself."""
+        if not self._is_paused:
+            for call in self.stack:
+                call.copies_from_host = True
+
+    def note_index(self, place: Place) -> None:
+        """Notes that a list is made an index at this place. On a GPU it is copied there."""
+        if place != self._indexing[0]:
+            self._indexing = (place, 0)
+        self._indexing = (place, self._indexing[1] + 1)
+
+    def takes_index(self, place: Place | None) -> bool:
+        """Returns whether a wait at this place is that of a list which is made an index."""
+        known, copies = self._indexing
+        if place is None or place != known or not copies:
+            return False
+        self._indexing = (known, copies - 1)
+        return True
+
     def note_one_time_work(self) -> None:
         """Notes that something ran that runs once, so that the next step may show less."""
         self._did_one_time_work = True
@@ -219,6 +257,26 @@ class StepWatch:
     def note_unseen_use(self, location: str) -> None:
         """Notes code that may use a value of the batch in a way that a capture does not see."""
         self._unseen_use = self._unseen_use or location
+
+    def look_at(self, contents: FrozenValues) -> list[str]:
+        """Notes the random generators among values that are read; returns what is opaque.
+
+        In compiled code, nobody sees what is drawn from a generator.
+        """
+        self._generators.update({key_of(each): each for each in contents.generators.values()})
+        hidden = [f"{path}: torch.Generator" for path in contents.generators if self.hidden]
+        return [*contents.opaque(), *hidden]
+
+    def draws_from(self, generator: torch.Generator) -> bool:
+        """Notes that the step draws; returns whether a capture can draw from this generator too.
+
+        It must have been there before the step, so that it goes on from step to step.
+        """
+        key = key_of(generator)
+        can_follow = key in self._generators and self.backend.can_follow(generator)
+        if can_follow and not self._is_paused:
+            self._drawn[key] = self._generators[key]
+        return can_follow
 
     def note_written(self, written: WrittenTensors) -> None:
         """Notes tensors that the step changed in place."""
@@ -290,13 +348,22 @@ class StepWatch:
                 self._is_paused = before
 
     @contextlib.contextmanager
-    def sparing(self, *causes: Cause) -> Iterator[None]:
-        """While something runs that a capture does before the graph: these causes are ignored."""
-        before, self._spared = self._spared, causes
+    def making_constant(self) -> Iterator[None]:
+        """While a tensor is made that a capture makes before the graph: that is no finding."""
+        before, self.makes_constant = self.makes_constant, True
         try:
             yield
         finally:
-            self._spared = before
+            self.makes_constant = before
+
+    @contextlib.contextmanager
+    def making_on_host(self) -> Iterator[None]:
+        """While a tensor of constants is made that stays on the host."""
+        before, self.makes_on_host = self.makes_on_host, True
+        try:
+            yield
+        finally:
+            self.makes_on_host = before
 
     @contextlib.contextmanager
     def only_for_submodules(self) -> Iterator[None]:
@@ -410,6 +477,7 @@ class StepWatch:
             late=late,
             unseen_use=self._unseen_use,
             fills_batch=self._fills_batch,
+            generators=list(self._drawn.values()),
         )
 
 
@@ -493,7 +561,7 @@ class _OperationMode(EagerDispatchMode):
             return self.call(func, args, kwargs)
         for before in self._before:
             before(func, args, kwargs)
-        if self._watch.reads_host_value:
+        if self._watch.reads_host_value or self._watch.copies_constant:
             with self._watch.backend.ignoring_host_syncs():
                 output = self.call(func, args, kwargs)
         else:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cg_lightning.core.causes import Cause
@@ -41,6 +42,8 @@ class ModuleCall:
     """How the step compares ``batch_idx``, and what comes out; empty for other calls."""
     compared: dict[Any, ComparedSource] = dataclasses.field(default_factory=dict, repr=False)
     """What the call reads in Python and only compares."""
+    copies_from_host: bool = False
+    """Whether it copies constants from the host, and no function that it calls shows it."""
 
     def __post_init__(self) -> None:
         self.input_addresses = addresses_of(self.inputs)
@@ -111,6 +114,7 @@ class WatchedStep:
         late: Sequence[MetricUnit] = (),
         unseen_use: str = "",
         fills_batch: bool = False,
+        generators: Sequence[torch.Generator] = (),
     ) -> None:
         self._step = step
         self._calls = list(step.all_calls())
@@ -133,6 +137,8 @@ class WatchedStep:
         it catches errors, or asks for the class of an object."""
         self.fills_batch = fills_batch
         """Whether the step sets entries of its batch, and changes nothing else there."""
+        self.generators = tuple(generators)
+        """Random generators, other than the default one, that the step draws from."""
         self.late = tuple(late)
         """Metrics whose calls a graph of the whole step leaves out: they follow each replay."""
 
@@ -218,6 +224,10 @@ class WatchedStep:
         """Returns what calls of ``module`` (None: the step) read in Python and only compare."""
         calls = self._calls_of(module)
         return list({key: c for call in calls for key, c in call.compared.items()}.values())
+
+    def copies_from_host(self, module: nn.Module | None = None) -> bool:
+        """Returns whether calls of ``module`` (None: the step) copy constants from the host."""
+        return any(call.copies_from_host for call in self._calls_of(module))
 
     def _calls_of(self, module: nn.Module | None) -> list[ModuleCall]:
         if module is None:

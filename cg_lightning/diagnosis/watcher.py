@@ -16,6 +16,7 @@ from cg_lightning.diagnosis.detectors.attribute_reads import AttributeReads
 from cg_lightning.diagnosis.detectors.backward import Backward
 from cg_lightning.diagnosis.detectors.batch_index import BatchIndex
 from cg_lightning.diagnosis.detectors.compiled import CompiledModules
+from cg_lightning.diagnosis.detectors.copied_constants import CopiedConstants
 from cg_lightning.diagnosis.detectors.global_reads import GlobalReads
 from cg_lightning.diagnosis.detectors.hooks import ForwardHooks
 from cg_lightning.diagnosis.detectors.host_constants import HostConstants
@@ -55,6 +56,7 @@ DETECTORS: tuple[type[Detector], ...] = (
     Mutations,
     MovedTensors,
     HostValues,  # before those that report reads: it says which of them a capture can answer
+    CopiedConstants,  # after HostValues, which asks it, and before Operations, which report copies
     Backward,
     Operations,
     HostReads,  # after all that compare tensors: on a GPU a comparison waits for the device

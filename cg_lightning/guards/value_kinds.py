@@ -50,6 +50,7 @@ class ValueKind(enum.Enum):
     FUNCTION = "what it is bound to is looked into"
     CONTENTS = "its contents can be copied and compared"
     CACHE = "a function with functools.cache: a step that misses it changes it"
+    GENERATOR = "what a step draws from it on its device can be part of a graph"
     CONTAINER = "its items are looked into"
     OBJECT = "its attributes are looked into"
     OPAQUE = "nobody can look into it"
@@ -85,7 +86,7 @@ _FUNCTIONS = (
 )
 _FRAMEWORKS = ("lightning", "pytorch_lightning", "lightning_fabric", "cg_lightning")
 """Their objects know the Trainer; what a step reads of that is watched by a detector."""
-_OPAQUE = (io.IOBase, random.Random, torch.Generator)
+_OPAQUE = (io.IOBase, random.Random)
 
 
 def _array_contents(value: Any) -> Any:
@@ -180,6 +181,8 @@ def _kind_of_class(cls: type) -> ValueKind:
         return ValueKind.FUNCTION
     if cls is CacheWrapper:
         return ValueKind.CACHE
+    if issubclass(cls, torch.Generator):
+        return ValueKind.GENERATOR
     if issubclass(cls, _OPAQUE):
         return ValueKind.OPAQUE
     if issubclass(cls, (tuple, list, collections.deque, MutableMapping, types.MappingProxyType)):

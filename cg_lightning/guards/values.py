@@ -101,6 +101,8 @@ class FrozenValues:
     ) -> None:
         self.modules: list[nn.Module] = []
         """Modules among them: those in a list, for example, are no submodules."""
+        self.generators: dict[str, torch.Generator] = {}
+        """Random generators of PyTorch, by their names: operations show what is drawn from them."""
         self.tensors: list[Tensor] = []
         self._tensor_paths: list[_Path] = []
         self._containers: list[tuple[Any, list[Any], Any, _Path]] = []
@@ -155,6 +157,8 @@ class FrozenValues:
             if held := vars(value):  # somebody gave it attributes
                 self._objects.append((held, dict(held), path))
                 return [(item, (path, name, None)) for name, item in held.items()]
+        elif kind is ValueKind.GENERATOR:
+            self.generators[_format(path)] = value
         elif kind is ValueKind.MODULE:
             self.modules.append(value)
         elif kind is ValueKind.CONTENTS:
@@ -230,6 +234,7 @@ class FrozenValues:
             values = FrozenValues(inside.values(), [paths[index] for index in inside], seen)
             self._inside_large.append(values)
             self.modules += values.modules
+            self.generators |= values.generators
             self._opaque += values._opaque
 
     def hold(self) -> bool:

@@ -62,6 +62,15 @@ class Root(NamedTuple):
     """True if the program writes to it, so it works on a copy."""
 
 
+class Constant(NamedTuple):
+    """A tensor that is no part of the batch, and whose values are known."""
+
+    number: int
+    values: Tensor
+    is_written: bool
+    """As for :class:`Root`."""
+
+
 class Operation(NamedTuple):
     """One operation of a program."""
 
@@ -101,14 +110,20 @@ class ReadPath:
         reads: All reads, in order.
         roots: What the program starts from.
         slots: The program.
+        constants: Further tensors that it uses.
     """
 
     def __init__(
-        self, reads: list[HostRead], roots: list[Root], slots: list[Operation | Read]
+        self,
+        reads: list[HostRead],
+        roots: list[Root],
+        slots: list[Operation | Read],
+        constants: Sequence[Constant] = (),
     ) -> None:
         self.reads = reads
-        self._check = _compile(reads, roots, slots)
-        self._check_on_host = _compile(reads, roots, list(map(_on_host, slots)))
+        on_host = [each._replace(values=each.values.cpu()) for each in constants]
+        self._check = _compile(reads, [*roots, *constants], slots)
+        self._check_on_host = _compile(reads, [*roots, *on_host], list(map(_on_host, slots)))
         self._is_same_on_host = all(is_same_on_host(slot.function) for slot in slots)
         self._places = [root.leaf for root in roots]
         self._copies: HostCopies | None = None
@@ -244,12 +259,15 @@ def _holds_ref(tree: Any) -> bool:
     return isinstance(tree, Ref)
 
 
-def _compile(reads: list[HostRead], roots: list[Root], slots: list[Operation | Read]) -> Check:
+def _compile(
+    reads: list[HostRead], roots: Sequence[Root | Constant], slots: list[Operation | Read]
+) -> Check:
     """Return the program as one function, which is half as slow as a loop over its operations."""
     code = _Code()
     for root in roots:
         copied = ".clone()" if root.is_written else ""
-        code.lines.append(f"v{root.number} = leaves[{root.leaf}]{copied}")
+        start = code.name(root.values) if isinstance(root, Constant) else f"leaves[{root.leaf}]"
+        code.lines.append(f"v{root.number} = {start}{copied}")
     for slot in slots:
         if isinstance(slot, Read):
             value = reads[slot.place].value

@@ -12,7 +12,8 @@ What is hard here:
 - What another operation writes is foreign from then on, and so is what an operation was given that
   raised. Operations that are not of PyTorch may write to what they do not declare.
 - Tensors that lived before the step, other than the batch, are foreign: they may change. So are
-  tensors made from Python values: ``torch.tensor`` takes tensors as well, and nobody sees it.
+  tensors made from Python values, but for those that somebody knows to be constant:
+  ``torch.tensor`` takes tensors as well, and nobody sees it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from cg_lightning.host_values.exact_operations import (
     is_exact,
     is_plain,
 )
-from cg_lightning.host_values.path import HostRead, Operation, Read, ReadPath, Ref, Root
+from cg_lightning.host_values.path import Constant, HostRead, Operation, Read, ReadPath, Ref, Root
 
 MOST_OPERATIONS = 96
 """Longer programs are not run before each step."""
@@ -48,9 +49,11 @@ class _Known:
     storage: int
     layout: tuple[Any, ...]
     made_by: int | None
-    """The operation that returned it; None for a leaf of the batch."""
+    """The operation that returned it; None for a leaf of the batch, and for a constant."""
     leaf: int | None
     """Which leaf of the batch it is."""
+    values: Tensor | None = None
+    """A copy of a constant."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -205,6 +208,13 @@ class Provenance:
         else:
             self._note(function, args, kwargs, started, output, outputs)
 
+    def note_constant(self, tensor: Tensor) -> None:
+        """An operation has made a tensor whose values are the same in each step."""
+        if not self._is_given_up and is_plain(tensor):
+            self._foreign.discard(_storage(tensor))
+            self._writes[_storage(tensor)] = []
+            self._add(tensor, values=tensor.clone())
+
     def _note(
         self,
         function: OpOverload,
@@ -270,10 +280,11 @@ class Provenance:
         *,
         made_by: int | None = None,
         leaf: int | None = None,
+        values: Tensor | None = None,
     ) -> int:
         number = len(self._known)
         storage = _storage(tensor)
-        self._known.append(_Known(tensor, storage, _layout(tensor), made_by, leaf))
+        self._known.append(_Known(tensor, storage, _layout(tensor), made_by, leaf, values))
         self._numbers[id(tensor)] = number
         self._writes.setdefault(storage, [])
         return number
@@ -318,9 +329,15 @@ class Provenance:
             for number in sorted(numbers)
             if (known := self._known[number]).leaf is not None
         ]
+        constants = [
+            Constant(number, known.values, known.storage in written)
+            for number in sorted(numbers)
+            if (known := self._known[number]).values is not None
+        ]
         slots = self._slots(needed)
         reads = [recorded.read for recorded in self._reads]
-        return ReadPath(reads, roots, slots if written else _without_repeats(slots))
+        slots = slots if written else _without_repeats(slots)
+        return ReadPath(reads, roots, slots, constants)
 
     def _slots(self, needed: set[int]) -> list[Operation | Read]:
         slots: list[Operation | Read] = []

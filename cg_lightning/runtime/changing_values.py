@@ -12,7 +12,6 @@ from typing import Any
 
 from cg_lightning.core.descriptor import BatchDescriptor, is_passed_on, is_text, passed_on
 from cg_lightning.core.reasons import Reason, Status
-from cg_lightning.core.stages import TRAIN
 from cg_lightning.core.tree import leaf_paths
 
 MOST_VALUES = 16
@@ -101,9 +100,7 @@ class ChangingValues:
             family.has_repeats = True
 
     def _family(self, key: BatchDescriptor) -> KeyFamily:
-        # a closure of training does not read all that it depends on: which weights are frozen
-        made = KeyFamily(key.leaves, is_read=key.stage == TRAIN)
-        return self._families.setdefault(key.family, made)
+        return self._families.setdefault(key.family, KeyFamily(key.leaves))
 
     def has_passed_on(self, key: BatchDescriptor) -> bool:
         """Return True if ``key`` leaves out values that its step may only pass on."""

@@ -264,6 +264,9 @@ class Session:
         if self.settings.targets is None and not watched.largest_capturable():
             obstacle = watched.obstacle()
             piecewise = NO_TARGET if obstacle is None else obstacle[1].reason(obstacle[0])
+        self.target.copies_from_host |= watched.copies_from_host()
+        for generator in watched.generators:
+            self.backend.follow(generator)
         dispatcher = self.target.dispatcher
         modes, reason = dispatcher.judge(full, piecewise)
         is_full = CUDAGraphMode.FULL in modes
@@ -372,6 +375,7 @@ class Session:
                 # in pieces, metrics are never in a graph
                 named = module.named_modules(prefix=runner.path)
                 inside = [(path, child) for path, child in named if not is_metric(child)]
+                runner.target.copies_from_host |= watched.copies_from_host(module)
                 guards = self._guard_set(watched.sources(module), watched.compared(module), inside)
                 runner.allow(step, guards, watched.keys_of_calls(runner.module), runs)
 

@@ -72,6 +72,8 @@ class GraphTarget:
         self.mode = mode
         self.cache = capturer.cache
         self.guard = ModuleGuard(module)
+        self.copies_from_host = False
+        """Whether a watched call was seen to copy constants from the host by itself."""
         self.dispatcher = CUDAGraphDispatcher(
             settings.runtime_policy if mode is CUDAGraphMode.FULL else mode,
             settings.warmup_steps,
@@ -158,6 +160,7 @@ class GraphTarget:
             variant.path.reads if isinstance(variant.path, ReadPath) else [],
             variant.watched.late if isinstance(variant.watched, WatchedStep) else (),
             isinstance(variant.watched, WatchedStep) and variant.watched.fills_batch,
+            self.copies_from_host,
         )
 
     def _report(self, name: str, call: GraphCall, verdict: Verdict) -> Reason:

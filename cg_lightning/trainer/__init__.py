@@ -1,6 +1,8 @@
 """Everything that knows Lightning.
 
 - ``batch_transfer.py``: copies batches to the device beside the computation.
+- ``closure_hooks.py``: the user's code that runs between a step and its backward.
+- ``ddp.py``: runs the steps of closures in the forward of DDP, which reduces their gradients.
 - ``examples.py``: batches of a run that are captured ahead.
 - ``installation.py``: intercepts the steps of a stage at the strategy, and restores them.
 - ``log_calls.py``: repeats ``self.log`` after a replay, for a Lightning version that stores logged
@@ -10,6 +12,7 @@
 - ``loggers.py``: sends numbers to the loggers of a Trainer.
 - ``preconditions.py``: conditions that are checked before the first batch.
 - ``progress.py``: a bar for captures ahead, of the same kind as the bar of the Trainer.
+- ``redirection.py``: runs another step in the place of the module's, in the forward of DDP.
 - ``stage_length.py``: the number of batches that a Trainer runs in a stage.
 - ``training.py``: intercepts the closures of training, and restores them.
 - ``training_step.py``: the part of a closure that a graph holds, and the part that follows it.

@@ -23,6 +23,7 @@ from cg_lightning.runtime.seen_shapes import hint
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner
 from cg_lightning.trainer.batch_transfer import NotedTransfer, OverlappedTransfer
+from cg_lightning.trainer.redirection import run_in_wrapper
 
 _CONTEXTS = {
     "validate": "val_step_context",
@@ -136,8 +137,8 @@ class Installation:
             if wrapper is None or wrapper is strategy.lightning_module:
                 return runner.run(args, kwargs)
             # DDP broadcasts buffers in its forward, where all ranks must meet
-            stand_in: Any = _StandIn(self.module, name, runner)
-            return strategy._forward_redirection(wrapper, stand_in, name, *args, **kwargs)
+            step = functools.partial(_run_all, runner)
+            return run_in_wrapper(strategy, self.module, name, step, *args, **kwargs)
 
 
 class InertInstallation:
@@ -191,22 +192,8 @@ class InertInstallation:
         return output
 
 
-class _StandIn:
-    """A LightningModule with another step, for Lightning's redirection through DDP's forward.
-
-    The redirection sets ``forward``, which DDP calls, so this attribute goes to the module itself.
-    """
-
-    def __init__(self, module: LightningModule, name: str, runner: StepRunner) -> None:
-        attributes = vars(self)
-        attributes["_module"] = module
-        attributes[name] = lambda *args, **kwargs: runner.run(args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["_module"], name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(vars(self)["_module"], name, value)
+def _run_all(runner: StepRunner, *args: Any, **kwargs: Any) -> Any:
+    return runner.run(args, kwargs)
 
 
 def _definition(module: LightningModule, name: str) -> Any:

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops.optimization import automatic
 from lightning.pytorch.strategies import Strategy
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cg_lightning.core.stages import EVALUATING, STEP_METHODS
@@ -73,8 +74,8 @@ def why_no_training(trainer: Trainer, module: LightningModule) -> str:
     for name, child in module.named_modules():
         if is_compiled(child):
             return f"{name} is compiled, and nobody sees the backward of compiled code"
-    if trainer.world_size > 1 or strategy.model is not module:
-        return f"{type(strategy).__name__} synchronizes gradients, which graphs do not do yet"
+    if reason := _why_not_reduced(trainer, module):
+        return reason
     if lightning_class(type(precision), "Precision", "MixedPrecision") is not type(precision):
         return f"{type(precision).__name__} is a precision whose backward is not known here"
     for name in ("training_step", "backward", "pre_backward", "post_backward"):
@@ -83,6 +84,19 @@ def why_no_training(trainer: Trainer, module: LightningModule) -> str:
     # private, in Lightning since 2.0
     if not hasattr(loop, "_make_closure") or not hasattr(automatic, "Closure"):
         return "this version of Lightning makes closures in a way that is not known here"
+    return ""
+
+
+def _why_not_reduced(trainer: Trainer, module: LightningModule) -> str:
+    """Return why the gradients of graphs cannot be reduced over all ranks. Empty if they can."""
+    wrapper = trainer.strategy.model
+    if wrapper is module:
+        name = type(trainer.strategy).__name__
+        return f"{name} has several processes without DDP" if trainer.world_size > 1 else ""
+    if type(wrapper) is not DistributedDataParallel:
+        return f"{type(wrapper).__name__} wraps the module in a way that is not known here"
+    if wrapper.mixed_precision is not None:
+        return "mixed_precision of DDP replaces parameters during a step"
     return ""
 
 

@@ -9,26 +9,25 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
 from torch import Tensor
-from torch.nn.modules import module as torch_module
 from typing_extensions import override
 
 from cg_lightning.backends import CapturedGraph
 from cg_lightning.core.closure import ClosureInput, FinishedClosure, UnfinishedClosure
-from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.core.descriptor import Fixed
+from cg_lightning.core.reasons import WARM_UP, Reason, Status
 from cg_lightning.core.stages import STEP_METHODS, TRAIN
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner
 from cg_lightning.trainer.batch_transfer import NotedTransfer, OverlappedTransfer
+from cg_lightning.trainer.closure_hooks import why_not_closed
+from cg_lightning.trainer.ddp import StepInDDP
 from cg_lightning.trainer.training_step import TrainingStep
 
 _NAME = STEP_METHODS[TRAIN]
 _MAKE_CLOSURE = "_make_closure"
-_CALLBACK_HOOKS = ("on_before_zero_grad", "on_before_backward")
-_MODULE_HOOKS = (*_CALLBACK_HOOKS, "optimizer_zero_grad", "backward")
-"""What runs between the step and its backward; it may change weights or activations."""
 _NO_BACKWARD = Reason(Status.CLOSURE_HOOK, "the loop skips the backward")
 _requires_grad = attrgetter("requires_grad")
 
@@ -85,7 +84,11 @@ class TrainingInstallation:
         self.session = session
         self._transfers = transfers
         self._loop = trainer.fit_loop.epoch_loop.automatic_optimization
-        self._step = TrainingStep(trainer, module, session.target.guard)
+        is_reduced = trainer.strategy.model is not module
+        self._step = TrainingStep(trainer, module, session.target.guard, is_reduced)
+        self._ddp: StepInDDP | None = None
+        if is_reduced:
+            self._ddp = StepInDDP(trainer, module, self._step.parameters)
         self._runner = StepRunner(session, TRAIN, _NAME, self._described_step(), self._as_it_is)
         self._closure: _InterceptedClosure | None = None
         """The closure under way."""
@@ -140,8 +143,12 @@ class TrainingInstallation:
     def _run(self, closure: _InterceptedClosure) -> ClosureResult:
         self._closure = closure
         try:
+            step = functools.partial(self._run_step, closure)
             with _logging_as_step(self._module), torch.no_grad():
-                output = self._run_step(closure)
+                if self._ddp is None:
+                    output = step(*closure.arguments)
+                else:
+                    output = self._ddp.run(step, closure.arguments)
         finally:
             self._closure = None
         if isinstance(output, FinishedClosure):
@@ -152,15 +159,14 @@ class TrainingInstallation:
                 return self._step.finish_as_lightning(closure, output)
         return self._step.finish(closure, output)
 
-    def _run_step(self, closure: _InterceptedClosure) -> Any:
-        batch, *args = closure.arguments
+    def _run_step(self, closure: _InterceptedClosure, batch: Any, *args: Any) -> Any:
         guard = self.session.target.guard
         if not guard.settings_hold():
             self.begin_epoch()
         given = ClosureInput(
             batch,
-            self._trainer.accumulate_grad_batches,
-            bytes(map(_requires_grad, guard.tensors)),
+            Fixed(self._trainer.accumulate_grad_batches),
+            Fixed(bytes(map(_requires_grad, guard.tensors))),
             self._scale(),
         )
         reason = self._why_as_it_is(closure)
@@ -168,9 +174,11 @@ class TrainingInstallation:
             return self._runner.run_as_it_is((given, *args), {}, reason)
         return self._runner.run((given, *args), {})
 
-    def _as_it_is(self, *_: Any) -> FinishedClosure:
+    def _as_it_is(self, given: ClosureInput, *args: Any) -> FinishedClosure | UnfinishedClosure:
         assert self._closure is not None
         with self.session.backend.capture_stream():
+            if self._ddp is not None:  # this runs in its forward
+                return UnfinishedClosure(self._step.run(given, *args), "")
             return FinishedClosure(self._closure.as_it_is())
 
     def _scale(self) -> Tensor | None:
@@ -185,30 +193,14 @@ class TrainingInstallation:
         """Return why a closure must run as Lightning runs it; None if it need not."""
         if closure._backward_fn is None:
             return _NO_BACKWARD
-        for owner in self._trainer.callbacks:  # type: ignore[attr-defined]
-            for name in _CALLBACK_HOOKS:
-                if _is_overridden(owner, Callback, name):
-                    return _hook(f"{type(owner).__name__}.{name}")
-        for name in _MODULE_HOOKS:
-            if _is_overridden(self._module, LightningModule, name):
-                return _hook(f"{type(self._module).__name__}.{name}")
-        for name, parameter in self._step.parameters().items():
-            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-                return _hook(f"a gradient hook of {name}")
-        if torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks:
-            return _hook("a global backward hook")
-        for module in self.session.target.guard.modules:
-            if module._backward_hooks or module._backward_pre_hooks:
-                return _hook(f"a backward hook of {type(module).__name__}")
-        return None
-
-
-def _hook(words: str) -> Reason:
-    return Reason(Status.CLOSURE_HOOK, f"{Status.CLOSURE_HOOK.value}: {words}")
-
-
-def _is_overridden(owner: object, base: type, name: str) -> bool:
-    return name in vars(owner) or getattr(type(owner), name, None) is not getattr(base, name)
+        if self._ddp is not None and not self._ddp.may_be_graph:
+            return WARM_UP
+        return why_not_closed(
+            self._trainer,
+            self._module,
+            self._step.parameters(),
+            self.session.target.guard.modules,
+        )
 
 
 @contextlib.contextmanager

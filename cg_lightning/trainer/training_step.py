@@ -42,12 +42,16 @@ class TrainingStep:
         trainer: The Trainer.
         module: The LightningModule.
         guard: Knows when parameters have been replaced.
+        is_reduced: Whether DDP reduces the gradients, whose hooks a backward here must not run.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, guard: ModuleGuard) -> None:
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, guard: ModuleGuard, is_reduced: bool
+    ) -> None:
         self._trainer = trainer
         self._module = module
         self._guard = guard
+        self._is_reduced = is_reduced
         self._named: dict[str, nn.Parameter] = {}
         self._known: list[nn.Module] | None = None
 
@@ -67,9 +71,7 @@ class TrainingStep:
                 (p.grad, None if p.grad is None else p.grad._version) for p in _of(parameters)
             ]
             required = [p.requires_grad for p in _of(parameters)]
-            with self._trainer.precision_plugin.train_step_context():
-                output = self._module.training_step(given.batch, *args)
-            result = ClosureResult.from_training_step_output(output, given.normalize)
+            result = self.run(given, *args)
             after = [(p.grad, None if p.grad is None else p.grad._version) for p in _of(parameters)]
             loss = result.closure_loss
             if any(x is not y or v != w for (x, v), (y, w) in zip(before, after, strict=True)):
@@ -78,17 +80,31 @@ class TrainingStep:
                 return UnfinishedClosure(result, "the step changes requires_grad of a parameter")
             if loss is None:
                 return UnfinishedClosure(result, "the step returns no loss")
-            if not _has_leaves_among(loss, parameters):
+            reached = _reached(loss, parameters)
+            if not reached:
                 problem = (
                     "the loss depends on a tensor that is no parameter of the module, or on none"
                 )
                 return UnfinishedClosure(result, problem)
             scaled = loss if given.scale is None else loss * given.scale
-            gradients = self._gradients(scaled, parameters)
+            gradients: dict[str, Tensor | None]
+            if self._is_reduced:
+                gradients = _asked_for(scaled, reached)
+            else:
+                gradients = self._gradients(scaled, parameters)
         extra = _detached(result.extra)
         return ClosureOutput(loss.detach(), extra, gradients)
 
-    def _gradients(self, loss: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    def run(self, given: ClosureInput, *args: Any) -> ClosureResult:
+        """Run the step alone, as Lightning does. The arguments are those of :meth:`compute`."""
+        with torch.enable_grad():
+            with self._trainer.precision_plugin.train_step_context():
+                output = self._module.training_step(given.batch, *args)
+            return ClosureResult.from_training_step_output(output, given.normalize.value)
+
+    def _gradients(
+        self, loss: Tensor, parameters: dict[str, nn.Parameter]
+    ) -> dict[str, Tensor | None]:
         aside = [(parameter, parameter.grad) for parameter in _of(parameters)]
         try:
             for parameter, _ in aside:
@@ -132,12 +148,13 @@ class TrainingStep:
         return result
 
     @torch.no_grad()
-    def _add(self, gradients: dict[str, Tensor]) -> None:
+    def _add(self, gradients: dict[str, Tensor | None]) -> None:
         """Do what PyTorch does at the end of a backward."""
         parameters = self.parameters()
         targets: list[Tensor] = []
         added: list[Tensor] = []
         for name, gradient in gradients.items():
+            assert gradient is not None, "only DDP has to know of such parameters"
             parameter = parameters[name]
             existing = parameter.grad
             if existing is None:
@@ -167,30 +184,37 @@ def _of(parameters: dict[str, nn.Parameter]) -> Iterator[nn.Parameter]:
 def _detached(extra: dict[str, Any]) -> dict[str, Any]:
     """Return what the step returns besides its loss, without the autograd graph."""
     leaves = [
-        leaf.detach() if isinstance(leaf, Tensor) and leaf.grad_fn is not None else leaf
+        leaf.detach() if issubclass(type(leaf), Tensor) and leaf.grad_fn is not None else leaf
         for leaf in flatten(extra)[0]
     ]
     detached: dict[str, Any] = rebuild(extra, iter(leaves))
     return detached
 
 
-def _has_leaves_among(loss: Tensor, parameters: dict[str, nn.Parameter]) -> bool:
-    """Return True if a backward reaches parameters of the module, and no other leaves."""
-    known = set(map(id, parameters.values()))
+def _asked_for(loss: Tensor, reached: dict[str, nn.Parameter]) -> dict[str, Tensor | None]:
+    """Return gradients without running the nodes that set ``.grad``, and their hooks."""
+    with torch.autograd.set_multithreading_enabled(False):
+        gradients = torch.autograd.grad(loss, list(reached.values()), allow_unused=True)
+    return dict(zip(reached, gradients, strict=True))
+
+
+def _reached(loss: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Return the parameters that a backward reaches; empty if it reaches other leaves, too."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
     if loss.grad_fn is None:
-        return False
+        return {}
     nodes: list[Any] = [loss.grad_fn]
     seen = set(nodes)
-    found = False
+    found: set[str] = set()
     while nodes:
         node = nodes.pop()
         variable = getattr(node, "variable", None)  # of nodes that keep a gradient
         if isinstance(variable, Tensor):
-            if id(variable) not in known:
-                return False
-            found = True
+            if id(variable) not in names:
+                return {}
+            found.add(names[id(variable)])
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 nodes.append(following)
-    return found
+    return {name: parameter for name, parameter in parameters.items() if name in found}

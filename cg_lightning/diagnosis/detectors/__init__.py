@@ -5,6 +5,8 @@
 - ``batch_index.py``: whether a step does anything with the number of its batch, other than
   comparing it.
 - ``compiled.py``: modules that ``torch.compile`` runs: they are watched from outside.
+- ``copied_constants.py``: constants of the host that a step copies to the device: indices, and
+  tensors of the CPU.
 - ``global_reads.py``: globals that a step reads, and what its functions hold: a graph freezes them
   all the same.
 - ``hooks.py``: forward hooks: arbitrary code around the call of a module.

@@ -113,7 +113,7 @@ class _Attributes:
             try:
                 contents = look_into(value, path)
                 inside = sources_in(hidden_modules(self._watch, contents.modules), path)
-                opaque = [*contents.opaque(), *opaque_in(inside)]
+                opaque = [*self._watch.look_at(contents), *opaque_in(self._watch, inside)]
                 self._problems[name] = [(Cause.OPAQUE, words) for words in opaque]
             except UnreadableError as error:
                 self._problems[name] = [(Cause.STATE_REBOUND, f"{path} {error}")]

@@ -44,7 +44,7 @@ class Backward(Detector):
             self.watch.report(Cause.BACKWARD, output.problem, location=NOT_YOURS)
         elif isinstance(output, ClosureOutput):
             for name, gradient in output.gradients.items():
-                if gradient.layout is not torch.strided:
+                if gradient is not None and gradient.layout is not torch.strided:
                     words = f"the gradient of {name} is sparse"
                     self.watch.report(Cause.BACKWARD, words, location=NOT_YOURS)
 

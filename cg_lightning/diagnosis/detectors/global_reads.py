@@ -19,6 +19,7 @@ from cg_lightning.diagnosis.clocks import (
     clock_in_python,
     environment_variable,
     has_clocks,
+    method_of_generator,
     reads_environment,
 )
 from cg_lightning.diagnosis.detector import Detector
@@ -147,9 +148,9 @@ class GlobalReads(Detector):
         elif (
             event == "c_call"
             and getattr(function, "__name__", "") in NAMES_OF_CLOCKS
-            and (clock := clock_in_c(function))
+            and (name := clock_in_c(function) or method_of_generator(function, frame))
         ):
-            self._report_clock(clock, frame)
+            self._report_clock(name, frame)
 
     def _on_call(self, known: _Code, frame: FrameType) -> None:
         if known.clock:
@@ -242,7 +243,7 @@ class GlobalReads(Detector):
             contents = look_into(value, source.path)
             modules = hidden_modules(self.watch, contents.modules) if contents.modules else []
             inside = sources_in(modules, source.path)
-            opaque = [*contents.opaque(), *opaque_in(inside)]
+            opaque = [*self.watch.look_at(contents), *opaque_in(self.watch, inside)]
         except UnreadableError as error:
             words = f"{_words(source)} {error}"
             self._problems[key] = [(Cause.STATE_REBOUND, words, AT_THE_END)]

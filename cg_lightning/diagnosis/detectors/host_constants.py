@@ -36,6 +36,9 @@ class HostConstants(Detector):
         if not call.is_constant_on(device):
             if call.is_made_on(device):
                 self.watch.report_unless_found(Cause.TENSOR_FROM_PYTHON, f"torch.{call.name}")
+            elif call.copies_values:
+                with self.watch.making_on_host():
+                    return call.run()
             return call.run()
-        with self.watch.sparing(Cause.TENSOR_FROM_PYTHON, Cause.CROSS_DEVICE_COPY, Cause.HOST_SYNC):
+        with self.watch.making_constant():
             return call.run()

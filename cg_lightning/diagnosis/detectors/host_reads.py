@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+from cg_lightning.backends.host_indices import place_of_indexing
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
 
@@ -17,5 +18,9 @@ class HostReads(Detector):
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
-        with self.watch.backend.noticing_host_syncs(self.watch.report):
+        with self.watch.backend.noticing_host_syncs(self._notice):
             yield
+
+    def _notice(self, cause: Cause, operation: str) -> None:
+        if not self.watch.takes_index(place_of_indexing()):
+            self.watch.report(cause, operation)

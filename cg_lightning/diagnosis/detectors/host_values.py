@@ -51,4 +51,8 @@ class HostValues(Detector):
     ) -> None:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         self._provenance.end(function, args, kwargs, output)
+        is_constant = self.watch.makes_constant or self.watch.copies_constant
+        if is_constant and function._schema.name == "aten::lift_fresh":
+            with self.watch.paused():
+                self._provenance.note_constant(output)
         self.watch.reads_host_value = False

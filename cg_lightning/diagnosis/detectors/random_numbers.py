@@ -70,10 +70,12 @@ class RandomNumbers(Detector):
             self.watch.report_unless_found(Cause.HOST_RANDOMNESS, words)
         if function.namespace == "aten" and not _draws(function):
             return  # all of PyTorch's own operations that take a generator have the tag
-        if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
-            self.watch.report(
-                Cause.HOST_RANDOMNESS, f"{function._schema.name} with a generator of its own"
-            )
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Generator):
+                is_followed = function.namespace == "aten" and self.watch.draws_from(value)
+                if not is_followed:
+                    words = f"{function._schema.name} with a generator of its own"
+                    self.watch.report(Cause.HOST_RANDOMNESS, words)
 
     def after_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

@@ -1,0 +1,189 @@
+"""Constants of the host that a step copies to the device: indices, and tensors of the CPU.
+
+What is hard here: a graph freezes whatever a step on a device reads of a tensor on the host, and
+operations on the host are no part of a graph. So each such tensor that lived before the step is
+guarded by what is in it. What the step itself makes of these, and of Python values, is constant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from cg_lightning.backends.copies_from_host import copied_from_host
+from cg_lightning.backends.host_indices import place_of_indexing
+from cg_lightning.core.causes import Cause
+from cg_lightning.core.tree import tensors_in
+from cg_lightning.diagnosis.detector import Detector
+from cg_lightning.diagnosis.findings import AT_THE_END
+from cg_lightning.diagnosis.operands import written_tensors
+from cg_lightning.diagnosis.step_watch import StepWatch
+from cg_lightning.guards.host_tensors import is_guardable, source_of_host_tensor
+from cg_lightning.guards.sources import Source
+from cg_lightning.metrics.members import states_of
+
+_READS = ("tolist", "numpy", "__array__")
+"""Methods that read a tensor of the host, and that no operation shows."""
+
+
+class CopiedConstants(Detector):
+    """Spares ``x[:, [-1, 0]]`` and ``self.table.to(x.device)``: a capture copies before the graph.
+
+    What a list holds is Python's, as for
+    :class:`~cg_lightning.diagnosis.detectors.host_constants.HostConstants`. If it holds tensors, a
+    capture fails, because it does not know them. If a module is compiled, nothing is spared.
+    """
+
+    causes = (Cause.STATE_REBOUND,)
+
+    def __init__(self, watch: StepWatch) -> None:
+        super().__init__(watch)
+        self._is_elsewhere = watch.device_type != "cpu"
+        self._made: dict[int, bool] = {}
+        """Whether a tensor that the step makes on the host is constant, by its storage."""
+        self._kept: list[Tensor] = []
+        """All of them: their addresses must not be used again."""
+        self._sources: dict[int, tuple[Source, Any]] = {}
+        """Tensors of the host that the step reads and has not made, and what was in them."""
+        states = [
+            getattr(metric, name) for metric in watch.all_metrics for name in states_of(metric)
+        ]
+        self._states = set(map(_storage, tensors_in(states)))
+        """States of metrics, which have effects of their own."""
+
+    @contextlib.contextmanager
+    def around_step(self) -> Iterator[None]:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        try:
+            with contextlib.ExitStack() as stack:
+                for name in _READS if self._is_elsewhere else ():
+                    original = getattr(Tensor, name)
+                    stack.enter_context(patch.object(Tensor, name, self._noting(original)))
+                yield
+            with self.watch.paused():
+                changed = [
+                    each for each, before in self._sources.values() if each.value() != before
+                ]
+            for source in changed:
+                readers = [call for call in self.watch.calls() if source.key in call.sources]
+                words = f"{source.path} changes"
+                self.watch.report(Cause.STATE_REBOUND, words, location=AT_THE_END, calls=readers)
+        finally:
+            self._kept.clear()
+            self._sources.clear()
+
+    def before_operation(
+        self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        watch = self.watch
+        is_lifted = function._schema.name == "aten::lift_fresh"
+        if self._is_elsewhere and not (is_lifted or watch.is_in_framework):
+            self._note_uses(function, args, kwargs)
+        watch.copies_constant = not (watch.hidden or watch.makes_constant) and (
+            self._is_index(args[0]) if is_lifted else self._copies(function, args, kwargs)
+        )
+        if watch.copies_constant:
+            watch.note_copy_from_host()
+
+    def after_operation(
+        self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        self.watch.copies_constant = False
+        if not self._is_elsewhere:
+            return
+        made = _on_host((output,))
+        if not made:
+            return
+        given = tensors_in((args, kwargs))
+        known = set(map(_storage, given))
+        if self.watch.makes_on_host and function._schema.name == "aten::lift_fresh":
+            known = set()
+        is_random = torch.Tag.nondeterministic_seeded in function.tags
+        for tensor in made:
+            if _storage(tensor) not in known:
+                is_constant = not known or all(map(self._is_constant, given))
+                self._made[_storage(tensor)] = is_constant and not is_random
+                self._kept.append(tensor)
+
+    def _is_index(self, made: Tensor) -> bool:
+        if made.device != self.watch.backend.device or not made.dim():
+            return False
+        if made.dtype not in (torch.int64, torch.bool):
+            return False
+        place = place_of_indexing()
+        if place is not None:
+            self.watch.note_index(place)
+        return place is not None
+
+    def _copies(self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        copied = copied_from_host(function, args, kwargs, self.watch.backend.device)
+        return bool(copied) and all(map(self._is_constant, copied))
+
+    def _note_uses(
+        self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        on_host = [*_on_host(args), *_on_host(kwargs.values())]
+        for tensor in on_host:
+            self._read(tensor)
+        if not on_host or torch.Tag.inplace_view in function.tags:
+            return
+        given = tensors_in((args, kwargs))
+        for tensor in written_tensors(function, args, kwargs):
+            storage = _storage(tensor)
+            if tensor.is_cpu and storage in self._made:
+                self._made[storage] &= all(map(self._is_constant, given))
+            elif tensor.is_cpu and storage not in self._states:
+                words = f"{function._schema.name} writes to a tensor on the host"
+                self.watch.report(Cause.STATE_REBOUND, words)
+
+    def _is_constant(self, tensor: Tensor) -> bool:
+        if not tensor.is_cpu:
+            return False
+        known = self._made.get(_storage(tensor))
+        return is_guardable(tensor) if known is None else known
+
+    def _read(self, tensor: Tensor) -> None:
+        storage = _storage(tensor)
+        if not storage or storage in self._made or storage in self._states:
+            return
+        if id(tensor) not in self._sources:
+            with self.watch.paused():
+                source = source_of_host_tensor(tensor)
+                self._sources[id(tensor)] = (source, source.value())
+        self.watch.read(self._sources[id(tensor)][0])
+
+    def _noting(self, original: Any) -> Any:
+        def read(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if tensor.is_cpu and not (self.watch.is_paused or self.watch.is_in_framework):
+                self._read(tensor)
+            return original(tensor, *args, **kwargs)
+
+        return read
+
+
+def _on_host(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors of the host among the arguments or outputs of an operation, quickly."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.is_cpu:
+                found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += _on_host(value)
+    return found
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor._is_zerotensor()
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if _has_memory(tensor) else 0

@@ -1,0 +1,125 @@
+"""Closures under DDP: graphs compute the gradients of one rank, and DDP reduces them.
+
+What is hard here:
+
+- **No collective is in a graph.** The step runs in the forward of DDP, as without us: DDP brings
+  the buffers of all ranks into line before it. A graph computes the gradients of its rank. They are
+  handed to DDP's reducer by a backward that computes nothing. So buckets, division, hooks of the
+  communication, ``no_sync`` and unused parameters are DDP's own, and each rank may run its step
+  from a graph or eagerly: the collectives are the same.
+- **The first backward that DDP reduces is Lightning's.** In it, DDP learns the order in which
+  gradients become ready, and lays out its buckets by it. That layout decides the last bit of sums
+  over three ranks or more.
+- **A graph must not run DDP's hooks.** They belong to the nodes that set ``.grad``. So the
+  gradients are asked for, and these nodes do not run
+  (:class:`~cg_lightning.trainer.training_step.TrainingStep`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loops.optimization.automatic import ClosureResult
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cg_lightning.core.closure import ClosureOutput, UnfinishedClosure
+from cg_lightning.core.stages import STEP_METHODS, TRAIN
+from cg_lightning.trainer.redirection import run_in_wrapper
+
+_NO_LOSS = (
+    "Skipping the `training_step` by returning None in distributed training is not supported."
+    " It is recommended that you rewrite your training logic to avoid having to skip the step in"
+    " the first place."
+)
+"""The error of Lightning."""
+
+ClosureStep = Callable[..., ClosureOutput | UnfinishedClosure]
+
+
+class StepInDDP:
+    """Runs the steps of closures in the forward of DDP.
+
+    Args:
+        trainer: The Trainer. Its strategy wraps the module in DDP.
+        module: The LightningModule in it.
+        parameters: Gives the parameters of the module by name.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        parameters: Callable[[], dict[str, nn.Parameter]],
+    ) -> None:
+        wrapper = trainer.strategy.model
+        assert isinstance(wrapper, DistributedDataParallel)
+        self._trainer = trainer
+        self._wrapper = wrapper
+        self._module = module
+        self._parameters = parameters
+        self._has_reduced = False
+
+    @property
+    def may_be_graph(self) -> bool:
+        """Whether a step may run otherwise than as it is."""
+        return self._has_reduced
+
+    def run(self, step: ClosureStep, arguments: tuple[Any, ...]) -> UnfinishedClosure:
+        """Run a step in the forward of DDP, without its backward.
+
+        Args:
+            step: Runs the step with the arguments that DDP hands on.
+            arguments: The batch, and what else Lightning gives the step.
+
+        Returns:
+            A closure whose backward makes DDP reduce the gradients, those of a graph included.
+
+        Raises:
+            RuntimeError: The step has returned no loss, which Lightning does not allow.
+        """
+
+        def forward(*args: Any) -> tuple[Tensor | None, dict[str, Any]]:
+            with torch.no_grad():
+                output = step(*args)
+            if isinstance(output, UnfinishedClosure):
+                return output.result.closure_loss, output.result.extra
+            return self._with_gradients(output), output.extra
+
+        with torch.enable_grad():
+            loss, extra = run_in_wrapper(
+                self._trainer.strategy, self._module, STEP_METHODS[TRAIN], forward, *arguments
+            )
+        if loss is None and self._trainer.world_size > 1:
+            raise RuntimeError(_NO_LOSS)
+        self._has_reduced = self._has_reduced or self._wrapper.require_backward_grad_sync
+        return UnfinishedClosure(ClosureResult(loss, extra=extra), "")
+
+    def _with_gradients(self, output: ClosureOutput) -> Tensor:
+        """Return the loss with a backward that gives the parameters the gradients of a graph."""
+        parameters = self._parameters()
+        names = list(output.gradients)
+        gradients = [output.gradients.pop(name) for name in names]
+        chosen = [parameters[name] for name in names]
+        return _given_gradients(output.loss, gradients, *chosen)
+
+
+class _GivenGradients(torch.autograd.Function):
+    """A loss whose backward gives gradients that were computed before."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *_: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
+        # nobody else holds them, so that a parameter without a gradient takes them uncopied
+        gradients, ctx.gradients = tuple(ctx.gradients), None
+        return None, None, *gradients
+
+
+_given_gradients: Callable[..., Tensor] = _GivenGradients.apply

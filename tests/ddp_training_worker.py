@@ -1,0 +1,181 @@
+"""Trains on two ranks, on the CPU or on two GPUs: run by test_training_ddp.py in processes."""
+
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+
+from tests.harness import Harness
+from tests.test_training import Classifier, Fit, LogsGradients, Tied, points, replayed
+
+
+class OneRankWaits(Classifier):
+    """Its second rank does what no graph can hold."""
+
+    def training_step(self, batch, batch_idx):
+        if self.global_rank == 1:
+            batch[0].sum().item()
+        return super().training_step(batch, batch_idx)
+
+
+class OneRankHasOtherShapes(Classifier):
+    """Its second rank has a smaller batch now and then."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        self.seen = getattr(self, "seen", 0) + 1
+        if self.global_rank == 1 and self.seen % 3 == 1:
+            return [each[:3] for each in batch]
+        return batch
+
+
+class UsesOneHead(Classifier):
+    """Each batch reaches one of two heads; which one, its rank and index decide."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        head = self.heads[1 if batch_idx % 2 == self.global_rank else 0]
+        loss = nn.functional.cross_entropy(head(self.net(x)), y)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        return {"loss": loss, "x": x}
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+class ReachesWithoutGradient(Classifier):
+    """The backward reaches a parameter that it gives no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.ignored = nn.Parameter(torch.ones(3))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return nn.functional.cross_entropy(self.net(NoGradient.apply(x, self.ignored)), y)
+
+
+class LogsOverRanks(Classifier):
+    """Logs values that are reduced over the ranks, after the step and at the end of an epoch."""
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.log("reduced", outputs["loss"], sync_dist=True)
+
+    def on_train_epoch_end(self):
+        self.log("rank", float(self.global_rank), sync_dist=True)
+
+
+class LogsOverRanksInStep(Classifier):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("reduced", loss, sync_dist=True)
+        return loss
+
+
+class OneRankStops(Classifier):
+    """Its second rank raises an error when steps run from graphs."""
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.global_rank == 1 and self.global_step == 12:
+            raise RuntimeError("the second rank stops")
+
+
+class Freezes(Callback):
+    """Freezes a layer in the second epoch."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            pl_module.net[0].requires_grad_(False)
+
+
+def halved(state, bucket):
+    """Reduces half of the gradients."""
+    group = torch.distributed.group.WORLD
+    future = torch.distributed.all_reduce(bucket.buffer(), group=group, async_op=True).get_future()
+    return future.then(lambda done: done.value()[0] / 2 / torch.distributed.get_world_size())
+
+
+def unused():
+    return DDPStrategy(find_unused_parameters=True)
+
+
+def small_buckets():
+    return DDPStrategy(bucket_cap_mb=1e-4, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+def with_hook():
+    return DDPStrategy(ddp_comm_hook=halved)
+
+
+CASES = {
+    "plain": (Classifier, {}),
+    "accumulation": (Classifier, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}),
+    "hooks": (LogsGradients, {}),
+    "bf16": (Classifier, {"precision": "bf16-mixed"}),
+    "tied": (lambda: Classifier(Tied()), {}),
+    "unused": (UsesOneHead, {"strategy": unused, "max_epochs": 6}),
+    "static": (Classifier, {"strategy": lambda: DDPStrategy(static_graph=True)}),
+    "buckets": (Classifier, {"strategy": small_buckets}),
+    "hook of the communication": (Classifier, {"strategy": with_hook}),
+    "without gradient": (ReachesWithoutGradient, {}),
+    "logged over ranks": (LogsOverRanks, {}),
+    "other shapes": (OneRankHasOtherShapes, {"max_epochs": 6}),
+    "freezes": (Classifier, {"others": lambda: [Freezes()], "strategy": unused, "max_epochs": 4}),
+    "one rank waits": (OneRankWaits, {}),
+    "logs over ranks in the step": (LogsOverRanksInStep, {}),
+}
+
+
+class FitOnTwoRanks(Fit):
+    def _run(self, module, extra, others, train, settings):
+        strategy = settings.get("strategy", DDPStrategy)()
+        settings = {**settings, "strategy": strategy, "devices": 2}
+        return super()._run(module, extra, others, train, settings)
+
+
+def stop(backend: str, folder: Path) -> None:
+    """One rank raises an error."""
+    harness = Harness(backend, folder)
+    callback = harness.callback(stages=["train"])
+    torch.manual_seed(0)
+    trainer = harness.trainer(callback, strategy="ddp", devices=2, max_epochs=9)
+    try:
+        trainer.fit(OneRankStops(), points(number=36))
+    finally:
+        print("replays", replayed(callback), flush=True)
+
+
+def main(backend: str, folder: Path) -> None:
+    """Each rank writes the number of its replays, a line for each case."""
+    fit = FitOnTwoRanks(Harness(backend, folder))
+    cases = dict(CASES)
+    if backend == "cuda":
+        cases["16-mixed"] = (Classifier, {"precision": "16-mixed"})
+    lines = []
+    for name, (make, settings) in cases.items():
+        torch.manual_seed(0)
+        print(name, flush=True)  # the test shows it if this case fails
+        callback = fit(make(), train=points(number=36), **settings)
+        reasons = [str(each.reason) for each in callback.stats.reasons if each.stage == "train"]
+        lines.append("\t".join((name, str(replayed(callback)), *reasons)))
+    rank = torch.distributed.get_rank()
+    (folder / f"rank{rank}").write_text("\n".join(lines))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    job, backend, folder = sys.argv[1:]
+    {"main": main, "stop": stop}[job](backend, Path(folder))

@@ -1,0 +1,45 @@
+"""Training on two ranks: weights, gradients, metrics and logs equal those of eager."""
+
+import pytest
+import torch
+
+from tests.processes import run_two_ranks
+
+
+@pytest.fixture
+def two_ranks(backend):
+    if backend == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    return backend
+
+
+EAGER = {
+    # case: the ranks that no graph runs on, and a word of the reason
+    "one rank waits": ((1,), "host sync"),
+    "logs over ranks in the step": ((0, 1), "collective"),
+}
+
+
+def test_everything_is_equal_on_both_ranks(tmp_path, two_ranks):
+    """Hazard 44: also if the ranks do not capture in the same step, or one cannot."""
+    done = run_two_ranks("tests.ddp_training_worker", "main", two_ranks, str(tmp_path), timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for rank in (0, 1):
+        lines = (tmp_path / f"rank{rank}").read_text().splitlines()
+        assert len(lines) >= 15
+        for line in lines:
+            name, replays, *reasons = line.split("\t")
+            ranks, words = EAGER.get(name, ((), ""))
+            if rank in ranks:
+                assert int(replays) == 0, line
+                assert words in str(reasons), line
+            else:
+                assert int(replays) > 4, line
+
+
+def test_an_error_on_one_rank_ends_both(tmp_path, two_ranks):
+    done = run_two_ranks("tests.ddp_training_worker", "stop", two_ranks, str(tmp_path))
+    assert done.returncode != 0
+    assert "the second rank stops" in done.stderr
+    assert "replays 0" not in done.stdout
+    assert "replays " in done.stdout
