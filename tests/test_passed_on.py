@@ -256,21 +256,8 @@ class Logs(Net):
 
 
 READERS = [
-    *(
-        Length,
-        Equal,
-        Contains,
-        Formats,
-        Method,
-        Key,
-        Joins,
-        OfString,
-        OfType,
-        OfCallable,
-        Number,
-        Sorted,
-    ),
-    *(Catches, CatchesAll, Percent),
+    *(Length, Equal, Contains, Formats, Method, Key, Joins, OfString, OfType, Number, Sorted),
+    *(OfCallable, Catches, CatchesAll, Percent),
 ]
 
 
