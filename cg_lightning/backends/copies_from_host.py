@@ -22,7 +22,8 @@ def copied_from_host(
 ) -> list[Tensor]:
     """Return the tensors of the host that an operation copies to ``device``.
 
-    There are none if it is the CPU. Masks are left out: an operation counts their elements.
+    There are none if it is the CPU. Masks are left out: an operation counts their elements. So is
+    the value beside a mask: PyTorch calls ``masked_fill``, which takes it as a number.
     """
     name = function._schema.name
     if device.type == "cpu":
@@ -33,15 +34,18 @@ def copied_from_host(
     if name in COPIES:
         return [args[1]] if args[1].is_cpu and args[0].device.type == device.type else []
     if name in INDEXING and args[0].device.type == device.type:
-        values = [value for value in args[2:3] if value.is_cpu]
+        values = [value for value in args[2:3] if value.is_cpu and not any(map(_is_mask, args[1]))]
         return [*filter(is_copied_index, args[1]), *values]
     return []
 
 
 def is_copied_index(index: Any) -> bool:
     """Return True for an index on the host that is no mask."""
-    masks = (torch.bool, torch.uint8)
-    return isinstance(index, Tensor) and index.is_cpu and index.dtype not in masks
+    return isinstance(index, Tensor) and index.is_cpu and not _is_mask(index)
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
 def target_of_cast(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.device:

@@ -14,7 +14,7 @@ from itertools import chain
 from typing import Any
 from unittest.mock import patch
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
@@ -54,6 +54,7 @@ class TensorAttributes(Detector):
             yield
         finally:
             self._patches.close()
+            self._inputs.clear()  # detectors and their watch are garbage that is not yet collected
         for path, tensor, names in before:
             if _names_in(tensor) != names:
                 self._report_change(f"attributes of {path}", self.watch.calls())
@@ -81,9 +82,11 @@ class TensorAttributes(Detector):
 
         def gradient(tensor: Tensor) -> Tensor | None:
             code = sys._getframe(1).f_code
-            # a profiler reads gradients in the middle of other code
-            is_read = "grad" in (*code.co_names, *code.co_consts) and not is_our_file(
-                code.co_filename
+            # a profiler reads gradients in the middle of other code; ``self.half()`` only moves them
+            is_read = (
+                "grad" in (*code.co_names, *code.co_consts)
+                and code is not nn.Module._apply.__code__
+                and not is_our_file(code.co_filename)
             )
             if id(tensor) in self._tensors and is_read and not self.watch.is_paused:
                 self.watch.report(Cause.OPAQUE, f"{self._tensors[id(tensor)][0]}.grad")
