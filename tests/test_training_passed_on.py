@@ -124,7 +124,10 @@ class Multiplies(Net):
 class ReadsObject(Net):
     def training_step(self, batch, batch_idx):
         more = batch["more"]
-        return self.step({**batch, "x": batch["x"] + more.x}, batch_idx) * more.factor
+        x = batch["x"] + more.x.to(
+            batch["x"].device
+        )  # Lightning does not move what it does not know
+        return self.step({**batch, "x": x}, batch_idx) * more.factor
 
 
 class LogsName(Net):

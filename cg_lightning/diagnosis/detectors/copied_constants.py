@@ -8,6 +8,7 @@ guarded by what is in it. What the step itself makes of these, and of Python val
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -56,16 +57,17 @@ class CopiedConstants(Detector):
         ]
         self._states = set(map(_storage, tensors_in(states)))
         """States of metrics, which have effects of their own."""
+        self._patches = contextlib.ExitStack()
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         try:
-            with contextlib.ExitStack() as stack:
-                for name in _READS if self._is_elsewhere else ():
-                    original = getattr(Tensor, name)
-                    stack.enter_context(patch.object(Tensor, name, self._noting(original)))
+            self._replace()
+            try:
                 yield
+            finally:
+                self._patches.close()
             with self.watch.paused():
                 changed = [
                     each for each, before in self._sources.values() if each.value() != before
@@ -77,6 +79,20 @@ class CopiedConstants(Detector):
         finally:
             self._kept.clear()
             self._sources.clear()
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        self._patches.close()
+        try:
+            yield
+        finally:
+            self._replace()
+
+    def _replace(self) -> None:
+        for name in _READS if self._is_elsewhere else ():
+            replacement = self._noting(getattr(Tensor, name))
+            self._patches.enter_context(patch.object(Tensor, name, replacement))
 
     def before_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -161,8 +177,11 @@ class CopiedConstants(Detector):
         self.watch.read(self._sources[id(tensor)][0])
 
     def _noting(self, original: Any) -> Any:
+        thread = threading.get_ident()
+
         def read(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if tensor.is_cpu and not (self.watch.is_paused or self.watch.is_in_framework):
+            is_ours = self.watch.is_paused or self.watch.is_in_framework
+            if tensor.is_cpu and threading.get_ident() == thread and not is_ours:
                 self._read(tensor)
             return original(tensor, *args, **kwargs)
 
