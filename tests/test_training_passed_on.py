@@ -124,9 +124,7 @@ class Multiplies(Net):
 class ReadsObject(Net):
     def training_step(self, batch, batch_idx):
         more = batch["more"]
-        x = batch["x"] + more.x.to(
-            batch["x"].device
-        )  # Lightning does not move what it does not know
+        x = batch["x"] + more.x.to(batch["x"].device)  # Lightning moves no such object
         return self.step({**batch, "x": x}, batch_idx) * more.factor
 
 

@@ -82,7 +82,7 @@ class TensorAttributes(Detector):
 
         def gradient(tensor: Tensor) -> Tensor | None:
             code = sys._getframe(1).f_code
-            # a profiler reads gradients in the middle of other code; ``self.half()`` only moves them
+            # ``self.half()`` only moves them; a profiler reads them in the middle of other code
             is_read = (
                 "grad" in (*code.co_names, *code.co_consts)
                 and code is not nn.Module._apply.__code__
