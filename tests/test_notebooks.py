@@ -22,7 +22,7 @@ PRINTED = {
     "why_not_one_graph": [
         "host sync",
         "data-dependent shape",
-        "tensor made from Python values",
+        "module state rebound",
         "randomness drawn on the host",
         "Nothing stands in the way of one graph",
         "7 steps FULL",
