@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from typing import Any, ClassVar
@@ -246,3 +247,46 @@ def test_globals_that_a_step_changes(harness: Harness, caplog, kind, reason):
     full = harness.callback(warmup_steps=1, mode="FULL")
     harness.trainer(full).predict(kind(net), features(32))
     assert any(given.startswith(reason) for given in full.stats.eager_reasons), full.summary()
+
+
+@functools.lru_cache(maxsize=2)
+def _kept(number: int, device: torch.device) -> torch.Tensor:
+    return torch.ones(8, device=device) * number
+
+
+class AddsToKept(nn.Module):
+    def forward(self, x):
+        kept = _kept(2, x.device)
+        kept += x.sum(0)
+        return x + kept
+
+
+class CountsComputed(nn.Module):
+    def forward(self, x):
+        return x + _kept(2, x.device), _kept.cache_info().misses
+
+
+class Clears(Callback):
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_):
+        if batch_idx in (0, 6):
+            _kept.cache_clear()
+
+
+class Evicts(Callback):
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_):
+        if batch_idx in (0, 6):
+            _kept(3 + batch_idx, pl_module.device)
+            _kept(4 + batch_idx, pl_module.device)
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+@pytest.mark.parametrize("others", [Clears, Evicts])
+@pytest.mark.parametrize("kind", [AddsToKept, CountsComputed])
+def test_results_that_a_function_keeps_are_dropped(harness, kind, others, verify_replays):
+    """A graph would go on with a tensor that the function has computed before."""
+    seen = []
+    for extra in ([harness.callback(verify_replays=verify_replays)], []):
+        _kept.cache_clear()
+        trainer = harness.trainer(*extra, others())
+        seen.append(trainer.predict(Predictor(kind()), features(40)))
+    assert_same(*seen)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import collections
 import contextvars
+import gc
+import operator
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -36,7 +38,10 @@ from cg_lightning.modules.attributes import (
 )
 
 LARGE = 256
-"""Containers and arrays with more items, such as a vocabulary, are compared once an epoch."""
+"""Containers and arrays with more items, such as a vocabulary, are compared once an epoch.
+
+Of what a function with a cache has stored, only the counts are compared then.
+"""
 MOST_VALUES = 50_000
 """What holds more values than that is no longer looked into: it is opaque."""
 _Path = tuple[Any, ...]
@@ -113,7 +118,6 @@ class FrozenValues:
         self._types: list[tuple[Any, type, _Path]] = []
         self._classes: list[tuple[type, dict[str, Any], _Path]] = []
         self._class_values: list[tuple[Any, str, Any]] = []
-        self._caches: list[tuple[Any, int, _Path]] = []
         self._opaque: list[tuple[_Path, str]] = []
         self._copies: list[tuple[Any, Callable[[Any], Any], Any, _Path]] = []
         self._large_copies: list[tuple[Any, Callable[[Any], Any], Any, _Path]] = []
@@ -168,7 +172,7 @@ class FrozenValues:
         elif kind is ValueKind.CONTAINER:
             return self._store_container(value, path)
         elif kind is ValueKind.CACHE:
-            self._caches.append((value, value.cache_info().misses, path))
+            self._copies.append((value, _Results, _Results(value), path))
         elif kind is ValueKind.FUNCTION:
             return [(held, (path, name, None)) for name, held in bound_to(value).items()]
         elif kind is ValueKind.OBJECT:
@@ -263,9 +267,8 @@ class FrozenValues:
         )
 
     def all_hold(self) -> bool:
-        """Return whether nothing at all has changed, and no cache of a function missed."""
-        caches_hold = all(cache.cache_info().misses == before for cache, before, _ in self._caches)
-        return caches_hold and self.hold() and self.large_ones_hold()
+        """Return whether nothing at all has changed."""
+        return self.hold() and self.large_ones_hold()
 
     def explain(self) -> str:
         """Return what has changed, with both values; empty if nothing has. It takes its time."""
@@ -293,6 +296,32 @@ class FrozenValues:
             where = _format(self._tensor_paths[index])
             return f"{where}: the tensor has another shape, other strides or another data type"
         return next(filter(None, [values.explain() for values in self._inside_large]), "")
+
+
+class _Results:
+    """What a function with a cache has stored. Counts alone are the same again after a while.
+
+    Args:
+        cache: The function.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        info = cache.cache_info()
+        self._counts = info.misses, info.currsize
+        self._stored: list[Any] = []
+        if info.currsize <= LARGE:
+            # nothing else gives them; the other dictionary has the attributes of the function
+            held = [each for each in gc.get_referents(cache) if type(each) is dict]
+            self._stored = [v for each in held if each is not vars(cache) for v in each.values()]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Results)
+            and self._counts == other._counts
+            and all(map(operator.is_, self._stored, other._stored))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _leaves_hold(container: Any, leaves: list[Any], structure: Any) -> bool:
