@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -66,3 +67,37 @@ class Detector:
     def suspended(self) -> AbstractContextManager[None]:
         """Is entered while code runs that ``torch.compile`` made; it must meet nothing of ours."""
         return contextlib.nullcontext()
+
+
+class ReplacingDetector(Detector):
+    """A detector that replaces functions of PyTorch, but not while compiled code runs.
+
+    Args:
+        watch: The step that is watched.
+    """
+
+    def __init__(self, watch: StepWatch) -> None:
+        super().__init__(watch)
+        self._replaced = contextlib.ExitStack()
+
+    def replace(self, replaced: contextlib.ExitStack) -> None:
+        """Replaces the functions, until ``replaced`` is closed."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def replacing(self) -> Iterator[None]:
+        """While the step runs."""
+        try:
+            self.replace(self._replaced)
+            yield
+        finally:
+            self._replaced.close()
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """See :class:`Detector`."""
+        self._replaced.close()
+        try:
+            yield
+        finally:
+            self.replace(self._replaced)

@@ -21,7 +21,7 @@ from cg_lightning.backends.copies_from_host import copied_from_host
 from cg_lightning.backends.host_indices import place_of_indexing
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.tree import tensors_in
-from cg_lightning.diagnosis.detector import Detector
+from cg_lightning.diagnosis.detector import ReplacingDetector
 from cg_lightning.diagnosis.findings import AT_THE_END
 from cg_lightning.diagnosis.operands import written_tensors
 from cg_lightning.diagnosis.step_watch import StepWatch
@@ -33,7 +33,7 @@ _READS = ("tolist", "numpy", "__array__")
 """Methods that read a tensor of the host, and that no operation shows."""
 
 
-class CopiedConstants(Detector):
+class CopiedConstants(ReplacingDetector):
     """Spares ``x[:, [-1, 0]]`` and ``self.table.to(x.device)``: a capture copies before the graph.
 
     What a list holds is Python's, as for
@@ -57,17 +57,13 @@ class CopiedConstants(Detector):
         ]
         self._states = set(map(_storage, tensors_in(states)))
         """States of metrics, which have effects of their own."""
-        self._patches = contextlib.ExitStack()
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         try:
-            self._replace()
-            try:
+            with self.replacing():
                 yield
-            finally:
-                self._patches.close()
             with self.watch.paused():
                 changed = [
                     each for each, before in self._sources.values() if each.value() != before
@@ -80,19 +76,11 @@ class CopiedConstants(Detector):
             self._kept.clear()
             self._sources.clear()
 
-    @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
-        self._patches.close()
-        try:
-            yield
-        finally:
-            self._replace()
-
-    def _replace(self) -> None:
+    def replace(self, replaced: contextlib.ExitStack) -> None:
+        """See :class:`~cg_lightning.diagnosis.detector.ReplacingDetector`."""
         for name in _READS if self._is_elsewhere else ():
             replacement = self._noting(getattr(Tensor, name))
-            self._patches.enter_context(patch.object(Tensor, name, replacement))
+            replaced.enter_context(patch.object(Tensor, name, replacement))
 
     def before_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -17,7 +17,7 @@ from unittest.mock import patch
 from torch import Tensor, nn
 
 from cg_lightning.core.causes import Cause
-from cg_lightning.diagnosis.detector import Detector
+from cg_lightning.diagnosis.detector import ReplacingDetector
 from cg_lightning.diagnosis.findings import AT_THE_END, is_called_by_step, is_our_file
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall
@@ -25,7 +25,7 @@ from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues
 
 
-class TensorAttributes(Detector):
+class TensorAttributes(ReplacingDetector):
     """Notes attributes of parameters and buffers, and reports gradients that an evaluation reads.
 
     Training replaces gradients, so a graph would read those that were there when it was captured.
@@ -43,17 +43,15 @@ class TensorAttributes(Detector):
         self._inputs = {id(tensor): tensor for tensor in watch.step.inputs}
         self._read_values: dict[tuple[int, str], tuple[Source, FrozenValues]] = {}
         """What was read, and what is inside."""
-        self._patches = contextlib.ExitStack()
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         before = [(path, tensor, _names_in(tensor)) for path, tensor in self._tensors.values()]
-        self._replace()
         try:
-            yield
+            with self.replacing():
+                yield
         finally:
-            self._patches.close()
             self._inputs.clear()  # detectors and their watch are garbage that is not yet collected
         for path, tensor, names in before:
             if _names_in(tensor) != names:
@@ -68,16 +66,8 @@ class TensorAttributes(Detector):
     def _report_change(self, words: str, calls: list[ModuleCall]) -> None:
         self.watch.report(Cause.STATE_REBOUND, words, location=AT_THE_END, module="", calls=calls)
 
-    @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
-        self._patches.close()
-        try:
-            yield
-        finally:
-            self._replace()
-
-    def _replace(self) -> None:
+    def replace(self, replaced: contextlib.ExitStack) -> None:
+        """See :class:`~cg_lightning.diagnosis.detector.ReplacingDetector`."""
         inherited: Any = Tensor.grad  # of a base class that is written in C
 
         def gradient(tensor: Tensor) -> Tensor | None:
@@ -98,15 +88,15 @@ class TensorAttributes(Detector):
 
         tensors = [*[tensor for _, tensor in self._tensors.values()], *self._inputs.values()]
         names = {name for tensor in tensors for name in _names_in(tensor)}
-        replaced: dict[str, Any] = {
+        members: dict[str, Any] = {
             name: self._property(name) for name in names if not hasattr(Tensor, name)
         }
         if not self.watch.has_backward:
-            replaced["grad"] = property(gradient, inherited.__set__, inherited.__delete__)
+            members["grad"] = property(gradient, inherited.__set__, inherited.__delete__)
         if not hasattr(Tensor, "__getattr__"):
-            replaced["__getattr__"] = missing
-        for name, value in replaced.items():
-            self._patches.enter_context(patch.object(Tensor, name, value, create=True))
+            members["__getattr__"] = missing
+        for name, value in members.items():
+            replaced.enter_context(patch.object(Tensor, name, value, create=True))
 
     def _property(self, name: str) -> property:
         def get(tensor: Tensor) -> Any:
