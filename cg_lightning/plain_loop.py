@@ -6,11 +6,10 @@ import warnings
 from collections.abc import Callable
 from time import perf_counter
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
-from typing_extensions import Self
 
 from cg_lightning.backends import resolve_backend
 from cg_lightning.core.reasons import Reason, Status

@@ -4,6 +4,7 @@ import ast
 import pickle
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,6 @@ def test_public_names_can_be_pickled():
 
 
 def test_every_package_is_shipped():
-    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
     setuptools = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"][
         "setuptools"
     ]

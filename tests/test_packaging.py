@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 from email.parser import Parser
 from pathlib import Path
@@ -16,11 +17,6 @@ import yaml
 import cg_lightning
 from tests.test_app import IDENTICAL
 from tests.test_config import run_project
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 has a reader of TOML")
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

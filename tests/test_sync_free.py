@@ -12,7 +12,7 @@ import torch
 from torchmetrics import CatMetric, MaxMetric, MeanMetric, MinMetric, SumMetric
 
 from cg_lightning.metrics.deferred_checks import CheckedCalls, DeferredCheck, DeferredChecks
-from cg_lightning.metrics.sync_free import SYNC_FREE, sync_free
+from cg_lightning.metrics.sync_free import SYNC_FREE, has_parameters_of, sync_free
 from tests.harness import assert_same
 
 
@@ -320,3 +320,12 @@ def test_matthews_of_many_classes(device):
     assert both(device, path, one_class) == ""
     assert not SYNC_FREE[path].applies(torch.ones(2, 2))  # 1 of an integer, or a float
     assert not SYNC_FREE[path].applies(torch.ones(3, 2, 2))
+
+
+def test_a_function_with_other_parameters_is_not_replaced():
+    """torchmetrics 1.7.0 has ``_pearson_corrcoef_compute`` with four parameters instead of six."""
+    entry = SYNC_FREE["torchmetrics.functional.regression.pearson._pearson_corrcoef_compute"]
+    older = lambda var_x, var_y, corr_xy, nb: nb
+    assert not has_parameters_of(older, entry.applies)
+    for path, each in SYNC_FREE.items():
+        assert has_parameters_of(original(path), each.applies), path

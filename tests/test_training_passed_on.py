@@ -162,7 +162,7 @@ READS = [
 
 
 @pytest.mark.parametrize(("make", "kind"), READS)
-@pytest.mark.parametrize("verify_replays", [0, 2])
+@pytest.mark.parametrize("verify_replays", [0, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_read(fit, make, kind, verify_replays):
     """Weights, losses and logs are those of eager; which steps are graphs does not matter."""
     settings = {"verify_replays": verify_replays}

@@ -31,6 +31,7 @@ import math
 import pkgutil
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -280,7 +281,21 @@ def _original(path: str) -> Callable[..., Any] | None:
         found: Callable[..., Any] = pkgutil.resolve_name(path)
     except (ImportError, AttributeError):
         return None
-    return found
+    return found if has_parameters_of(found, SYNC_FREE[path].applies) else None
+
+
+def has_parameters_of(original: Callable[..., Any], replacement: Callable[..., Any]) -> bool:
+    """Return True if a replacement takes what a function takes.
+
+    Another version of torchmetrics may have a function of the same name with other parameters.
+    """
+    if not isinstance(original, types.FunctionType):  # a function of PyTorch that is written in C
+        return True
+    try:
+        inspect.signature(replacement).bind(*inspect.signature(original).parameters)
+    except TypeError:
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=1)
