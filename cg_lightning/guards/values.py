@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import contextvars
 import gc
-import operator
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -172,7 +171,8 @@ class FrozenValues:
         elif kind is ValueKind.CONTAINER:
             return self._store_container(value, path)
         elif kind is ValueKind.CACHE:
-            self._copies.append((value, _Results, _Results(value), path))
+            results = _Results(value)
+            self._copies.append((value, results.now, results.now(value), path))
         elif kind is ValueKind.FUNCTION:
             return [(held, (path, name, None)) for name, held in bound_to(value).items()]
         elif kind is ValueKind.OBJECT:
@@ -306,22 +306,18 @@ class _Results:
     """
 
     def __init__(self, cache: Any) -> None:
+        # nothing else gives them; the other dictionary has the attributes of the function
+        held = [each for each in gc.get_referents(cache) if type(each) is dict]
+        self._stored = next((each for each in held if each is not vars(cache)), {})
+        self._kept = list(self._stored.values())
+        """Kept alive, so that no later result can have one of their ids."""
+
+    def now(self, cache: Any) -> tuple[int, ...]:
+        """Return how often the function was computed, how much is stored, and the ids of it."""
         info = cache.cache_info()
-        self._counts = info.misses, info.currsize
-        self._stored: list[Any] = []
-        if info.currsize <= LARGE:
-            # nothing else gives them; the other dictionary has the attributes of the function
-            held = [each for each in gc.get_referents(cache) if type(each) is dict]
-            self._stored = [v for each in held if each is not vars(cache) for v in each.values()]
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, _Results)
-            and self._counts == other._counts
-            and all(map(operator.is_, self._stored, other._stored))
-        )
-
-    __hash__ = None  # type: ignore[assignment]
+        if info.currsize > LARGE:
+            return info.misses, info.currsize
+        return (info.misses, info.currsize, *map(id, self._stored.values()))
 
 
 def _leaves_hold(container: Any, leaves: list[Any], structure: Any) -> bool:
