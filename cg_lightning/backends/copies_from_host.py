@@ -34,7 +34,7 @@ def copied_from_host(
     if name in COPIES:
         return [args[1]] if args[1].is_cpu and args[0].device.type == device.type else []
     if name in INDEXING and args[0].device.type == device.type:
-        values = [value for value in args[2:3] if value.is_cpu and not any(map(_is_mask, args[1]))]
+        values = [value for value in args[2:3] if value.is_cpu and not reads_a_mask(args[1])]
         return [*filter(is_copied_index, args[1]), *values]
     return []
 
@@ -44,27 +44,32 @@ def is_copied_index(index: Any) -> bool:
     return isinstance(index, Tensor) and index.is_cpu and not _is_mask(index)
 
 
+def reads_a_mask(indices: Any) -> bool:
+    """Return True if one of the indices of an operation is a mask."""
+    return any(map(_is_mask, indices or ()))
+
+
 def _is_mask(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
 def target_of_cast(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.device:
     """Return the device of what one of :data:`CASTS` returns."""
-    for given in (kwargs.get("device"), *args[1:], kwargs.get("other")):
-        if isinstance(given, Tensor):
-            return given.device
-        if isinstance(given, torch.device):
-            return given
-    own: torch.device = args[0].device
-    return own
+    device: torch.device = _of_cast(args, kwargs, "device", torch.device)
+    return device
 
 
 def type_of_cast(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.dtype:
     """Return the type of what one of :data:`CASTS` returns."""
-    for given in (kwargs.get("dtype"), *args[1:], kwargs.get("other")):
-        if isinstance(given, Tensor):
-            return given.dtype
-        if isinstance(given, torch.dtype):
+    dtype: torch.dtype = _of_cast(args, kwargs, "dtype", torch.dtype)
+    return dtype
+
+
+def _of_cast(args: Sequence[Any], kwargs: dict[str, Any], name: str, kind: type) -> Any:
+    """Return what a cast names itself, or else what the tensor has that it is given."""
+    for given in (kwargs.get(name), *args[1:], kwargs.get("other")):
+        if isinstance(given, kind):
             return given
-    own: torch.dtype = args[0].dtype
-    return own
+        if isinstance(given, Tensor):
+            return getattr(given, name)
+    return getattr(args[0], name)

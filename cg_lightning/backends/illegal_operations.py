@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from cg_lightning.backends.copies_from_host import (
+    CASTS,
+    COPIES,
+    reads_a_mask,
+    target_of_cast,
+)
 from cg_lightning.core.causes import Cause
 
 
@@ -91,29 +96,18 @@ _ILLEGAL: dict[str, Cause] = {
 _COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
 
 
-def _reads_a_mask(indices: Any) -> bool:
-    masks = (torch.bool, torch.uint8)
-    return any(isinstance(index, Tensor) and index.dtype in masks for index in indices or ())
-
-
 def _illegal_index_put(args: Sequence[Any]) -> bool:
     indices, value = args[1], args[2]
     masks = [index for index in indices if index is not None]
     # PyTorch calls masked_fill in this case
     masked_fill = len(masks) == 1 and isinstance(value, Tensor) and value.numel() == 1
-    return _reads_a_mask(indices) and not masked_fill
+    return reads_a_mask(indices) and not masked_fill
 
 
 def _crosses_devices(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    if name in ("aten::copy_", "aten::copy"):
+    if name in COPIES:
         return bool(args[0].device.type != args[1].device.type)
-    if name == "aten::type_as":
-        return bool(args[0].device.type != args[1].device.type)
-    if name in ("aten::_to_copy", "aten::to"):
-        target = kwargs.get("device")
-        target = next((arg for arg in args[1:] if isinstance(arg, torch.device)), target)
-        return target is not None and bool(torch.device(target).type != args[0].device.type)
-    return False
+    return name in CASTS and bool(target_of_cast(args, kwargs).type != args[0].device.type)
 
 
 def _made_from_python(tensor: Tensor, device_type: str) -> bool:
@@ -150,7 +144,7 @@ def find_illegal(
         )
     if name == "aten::where" and len(args) == 1:
         return Cause.DATA_DEPENDENT_SHAPE
-    if name == "aten::index" and _reads_a_mask(args[1]):
+    if name == "aten::index" and reads_a_mask(args[1]):
         return Cause.DATA_DEPENDENT_SHAPE
     if name in (
         "aten::index_put",
