@@ -97,8 +97,6 @@ def _why_not_reduced(trainer: Trainer, module: LightningModule) -> str:
         return f"{type(wrapper).__name__} wraps the module in a way that is not known here"
     if wrapper.mixed_precision is not None:
         return "mixed_precision of DDP replaces parameters during a step"
-    if trainer.strategy.root_device.type != "cpu":
-        return "graphs under DDP were proven to equal eager on CPUs, and not yet on GPUs"
     return ""
 
 
