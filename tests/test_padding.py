@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from cg_lightning import CUDAGraphCallback
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.tree import flatten
+from cg_lightning.diagnosis.watcher import StepWatcher
 from tests.harness import KeepOutputs
 
 
@@ -734,12 +735,87 @@ def test_shapes_that_never_repeat_are_not_watched_for_good(harness):
     rule = {1: {"sizes": "pow2"}}
     wrapped = [{"x": each} for each in data]
     callback = run(harness, Step(lambda self, b: step(self, b["x"])), wrapped, pad_dims={"x": rule})
-    watched = [r for r in callback.stats.reasons if "did not come again" in str(r.reason)]
-    assert sum(record.steps for record in watched) >= 30
+    assert padded_steps(callback) < 10
+    assert callback.stats.steps["NONE"] > 90
     callback = run(
         harness, Step(lambda self, b: step(self, b["x"])), wrapped * 3, pad_dims={"x": rule}
     )
     assert padded_steps(callback) >= 100
+
+
+def watched_steps(monkeypatch) -> list[Any]:
+    """Return a list that receives the batch of each watched step."""
+    found: list[Any] = []
+    original = StepWatcher.watch
+
+    def watch(self, step, batch, *rest):
+        found.append(batch)
+        return original(self, step, batch, *rest)
+
+    monkeypatch.setattr(StepWatcher, "watch", watch)
+    return found
+
+
+def encodes(self, batch):
+    return self.encode(batch) * self.scale
+
+
+def own_value_of_a_length(self, batch):
+    values = self.encode(batch) * self.scale
+    return values * self.other if batch["input_ids"].shape[1] % 2 else values
+
+
+def own_read_of_a_length(self, batch):
+    mask = batch["attention_mask"]
+    if mask.shape[1] % 2 and mask.all():
+        return self.encode(batch) * 1.0
+    return self.encode(batch)
+
+
+class Encodes(Step):
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        self.other = 1.0
+
+    def encode(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.net(self.embedding(batch["input_ids"])) * batch["attention_mask"][..., None]
+
+
+class Sets(Callback):
+    """Sets an attribute before one batch."""
+
+    def __init__(self, name: str, index: int) -> None:
+        self.name, self.index = name, index
+
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_: Any) -> None:
+        if batch_idx == self.index:
+            setattr(pl_module, self.name, 3.0)
+
+
+MANY = [*range(3, 33), *range(3, 33), *range(32, 2, -1)]
+
+
+def test_not_each_shape_of_steps_that_read_the_same_is_watched(harness, monkeypatch):
+    watched = watched_steps(monkeypatch)
+    rule = rules((8, 16, 24, 32))
+    callback = run(harness, Encodes(encodes), texts(*MANY), pad_dims=rule)
+    assert callback.stats.steps["FULL"] > 50, callback.summary()
+    assert len(watched) <= 12  # four shapes, and the padded ones
+
+
+@pytest.mark.parametrize("function", [own_value_of_a_length, own_read_of_a_length])
+def test_each_shape_is_watched_if_some_read_another_value(harness, monkeypatch, function):
+    watched = watched_steps(monkeypatch)
+    rule = rules((8, 16, 24, 32))
+    run(harness, Encodes(function), texts(*MANY), pad_dims=rule)
+    assert len(watched) >= 26
+
+
+@pytest.mark.parametrize("name", ["scale", "other"])
+@pytest.mark.parametrize("function", [encodes, own_value_of_a_length, own_read_of_a_length])
+def test_values_that_change_after_shapes_were_taken_over(harness, function, name):
+    rule = rules((8, 16, 24, 32))
+    run(harness, Encodes(function), texts(*MANY), lambda: Sets(name, 70), pad_dims=rule)
 
 
 # settings

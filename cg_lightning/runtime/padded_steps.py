@@ -25,6 +25,7 @@ from cg_lightning.padding.output_cut import OutputCut
 from cg_lightning.padding.padder import Padder
 from cg_lightning.padding.path import PaddedPath
 from cg_lightning.runtime.ahead import CaptureAhead
+from cg_lightning.runtime.alike_steps import AlikeSteps
 from cg_lightning.runtime.dispatcher import KeyState, Plan, Unguarded, Variant
 from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.session import Session
@@ -53,7 +54,8 @@ class PaddedSteps:
     The shape of a batch keeps its own key: its step is watched, so its guards and host values are
     known. Instead of a graph of its own, the key uses that of the padded batch, which is captured
     ahead, with all state put back. For each shape, the graph is compared with eager on a real
-    batch, with several paddings.
+    batch, with several paddings. After a few shapes that have read the same in Python, further ones
+    are not watched.
 
     Args:
         session: The runtime state of the module.
@@ -83,6 +85,7 @@ class PaddedSteps:
         self._ahead = CaptureAhead(session, stage, name, step)
         self._dispatcher = session.target.dispatcher
         self._refused: dict[tuple[Any, ...], Reason] = {}
+        self._alike = AlikeSteps(self._dispatcher)
 
     def padding_of(self, state: KeyState, batch: Any) -> PaddedLeaves | None:
         """Return how the batches of a key are padded; None if they run in their own shape.
@@ -113,15 +116,22 @@ class PaddedSteps:
         return None if fields in self._refused else padding
 
     def begin(self, state: KeyState, batch: Any) -> None:
-        """Prepare a new key. It runs in pieces at once, if another step has shown which these are.
+        """Prepare a new key. It need not be watched, if other steps have shown what it would show.
 
         Args:
             state: The key.
             batch: A batch with this key.
         """
         padding = self.padding_of(state, batch)
-        state.is_padded = padding is not None
-        if padding is None or self._is_whole or self._pieces is None:
+        if padding is None:
+            return
+        if self._is_whole:
+            variant = self._alike.like(state.descriptor, flatten(batch)[0])
+            if variant is not None:
+                variant.padding = padding
+                self._dispatcher.add_variant(state, variant)
+            return
+        if self._pieces is None:
             return
         if self._pieces.are_known():
             modes, reason = self._dispatcher.judge(IN_PIECES, None)
@@ -140,6 +150,8 @@ class PaddedSteps:
         is_whole = self._is_whole and session.full_reason(plan.state, watched) is None
         if padding is None or is_whole:
             session.watched(plan, watched, padding)
+            if padding is not None:
+                self._note(plan.state.descriptor, plan.state.variants[0])
         elif self._pieces is not None and self._pieces.add(watched):
             session.watched(plan, watched, padding, IN_PIECES)
         else:
@@ -177,6 +189,7 @@ class PaddedSteps:
             self._check_fill(Fill.OTHER, owner, entry, call, eager.output)
             if padding.has_rows:
                 self._check_fill(Fill.NAN, owner, entry, call, eager.output)
+            self._note(padded.descriptor, owner)
             if isinstance(owner.path, ReadPath):
                 variant.path = PaddedPath(real, owner.path, padding)
             self._dispatcher.borrowed(plan.state, variant, entry)
@@ -193,8 +206,13 @@ class PaddedSteps:
         if reason.kind not in (Status.UNPROFITABLE, Status.WARM_UP):
             self._refused[padded.descriptor.fields] = reason
             self._session.stats.padded(self._name, padded.descriptor).reason = reason
-            self._dispatcher.not_padded(variant)
+            self._dispatcher.not_padded(plan.state, variant)
         return Outcome(verdict.output, CUDAGraphMode.NONE, reason)
+
+    def _note(self, key: BatchDescriptor, variant: Variant) -> None:
+        """Note a watched step, in its own shape or in the padded one."""
+        assert variant.path is None or isinstance(variant.path, ReadPath)
+        self._alike.note(key, variant, variant.path)
 
     def _describe(self, batch: Any, like: BatchDescriptor) -> tuple[tuple[Any, ...], list[Any]]:
         return describe_fields(
