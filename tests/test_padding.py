@@ -803,12 +803,156 @@ def test_not_each_shape_of_steps_that_read_the_same_is_watched(harness, monkeypa
     assert len(watched) <= 12  # four shapes, and the padded ones
 
 
-@pytest.mark.parametrize("function", [own_value_of_a_length, own_read_of_a_length])
-def test_each_shape_is_watched_if_some_read_another_value(harness, monkeypatch, function):
+def test_each_way_through_the_code_is_watched(harness, monkeypatch):
     watched = watched_steps(monkeypatch)
     rule = rules((8, 16, 24, 32))
-    run(harness, Encodes(function), texts(*MANY), pad_dims=rule)
-    assert len(watched) >= 26
+    callback = run(harness, Encodes(own_value_of_a_length), texts(*MANY), pad_dims=rule)
+    assert callback.stats.steps["FULL"] > 50, callback.summary()
+    lengths = [batch["input_ids"].shape[1] for batch in watched]
+    assert any(length % 2 for length in lengths)
+    assert len(watched) <= 12
+
+
+def test_each_shape_is_watched_if_it_has_host_values_that_the_padded_batch_has_not(
+    harness, monkeypatch
+):
+    watched = watched_steps(monkeypatch)
+    run(harness, Encodes(own_read_of_a_length), texts(*MANY), pad_dims=rules((8, 16, 24, 32)))
+    lengths = {batch["input_ids"].shape[1] for batch in watched}
+    assert lengths >= {length for length in MANY if length % 2}
+
+
+def only_five(self, batch):
+    return self.encode(batch) * (self.scale if batch["input_ids"].shape[1] == 5 else 1.0)
+
+
+def table_by_length(self, batch):
+    return self.encode(batch) * self.table[batch["input_ids"].shape[1] % 3]
+
+
+def name_by_length(self, batch):
+    return self.encode(batch) * getattr(
+        self, "other" if batch["input_ids"].shape[1] == 5 else "one"
+    )
+
+
+def computed_name(self, batch):
+    return self.encode(batch) * getattr(self, ("one", "scale", "other")[len(batch["n"]) % 3])
+
+
+def module_by_length(self, batch):
+    return self.encode(batch) * self.factors[batch["input_ids"].shape[1] % 2](batch["n"][:, None])
+
+
+def object_by_length(self, batch):
+    holder = self.holders[int(batch["input_ids"].shape[1] == 5)]
+    return self.encode(batch) * holder.scale
+
+
+def all_are_long(self, batch):
+    values = self.encode(batch)
+    return values * 2 if bool((batch["n"] == batch["input_ids"].shape[1]).all()) else values
+
+
+def first_is_long(self, batch):
+    values = self.encode(batch)
+    return values * 2 if batch["n"][0].item() >= batch["input_ids"].shape[1] else values
+
+
+def counts_long(self, batch):
+    number = int((batch["n"] >= batch["input_ids"].shape[1]).sum())
+    return self.encode(batch) * (1 + number)
+
+
+def masked_at_the_fifth(self, batch):
+    values = self.encode(batch)
+    return values * 2 if bool(batch["attention_mask"][:, :5].all()) else values
+
+
+def prints_for_five(self, batch):
+    if batch["input_ids"].shape[1] == 5:
+        self.total += 1
+    return self.encode(batch)
+
+
+def fails_and_goes_on(self, batch):
+    try:
+        value = self.short[batch["input_ids"].shape[1]]
+    except KeyError:
+        value = 1.0
+    return self.encode(batch) * value
+
+
+def fifth_position(self, batch):
+    return self.encode(batch) + self.embedding(batch["input_ids"][:, :5]).sum(1)[:, None, :3]
+
+
+def number_in_batch(self, batch):
+    return self.encode(batch) * (self.scale if batch["k"] == 1 else 1.0)
+
+
+class Factor(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, n: Tensor) -> Tensor:
+        return (self.weight + 0 * n)[..., None]
+
+
+class Holder:
+    scale = 1.0
+
+
+class ByLengths(Encodes):
+    """Has what a step may read for some lengths only. ``change`` changes all of it."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        self.one = 1.0
+        self.table = [1.0, 1.0, 1.0]
+        self.short = {5: 1.0}
+        self.holders = [Holder(), Holder()]
+        self.factors = nn.ModuleList([Factor(), Factor()])
+
+    def change(self) -> None:
+        self.scale = self.other = self.table[2] = self.short[5] = 3.0
+        self.holders[1].scale = 2.0
+        with torch.no_grad():
+            self.factors[1].weight.fill_(2.0)
+
+
+class Changes(Callback):
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_: Any) -> None:
+        if batch_idx == 60:
+            pl_module.change()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(only_five, table_by_length, name_by_length, computed_name, module_by_length),
+        *(object_by_length, all_are_long, first_is_long, counts_long, masked_at_the_fifth),
+        *(
+            prints_for_five,
+            fails_and_goes_on,
+            fifth_position,
+            number_in_batch,
+            own_read_of_a_length,
+        ),
+    ],
+)
+@pytest.mark.parametrize("settings", [{}, {"verify_replays": 0}, {"mode": "FULL"}], ids=str)
+def test_what_only_some_lengths_do_gives_the_numbers_of_eager(harness, function, settings):
+    """Hazard 11."""
+    lengths = [3, 3, 4, 4, 6, 6, 7, 7, *[3, 4, 5, 6, 7, 9, 10, 11] * 12]
+    data = texts(*lengths)
+    for index, batch in enumerate(data):
+        batch["n"] = torch.full((4,), lengths[index] if index > 60 and index % 3 else 1)
+        batch["k"] = index % 2
+        if index > 60 and index % 2:
+            batch["attention_mask"].fill_(1)
+    run(harness, ByLengths(function), data, Changes, pad_dims=rules((8, 12)), **settings)
 
 
 @pytest.mark.parametrize("name", ["scale", "other"])
