@@ -329,6 +329,14 @@ def _masked_attention(self, batch):
 LENGTHS = (5, 7, 8, 5, 7, 5, 7, 12, 9, 12, 9, 12, 16, 16, 3, 3, 3, 20, 20)
 
 
+@pytest.mark.filterwarnings("ignore:CUDAGraphCallback. 30 batches")
+@pytest.mark.parametrize("pads", [False, True])
+def test_the_summary_advises_to_pad_only_who_does_not(harness, pads):
+    settings = {"pad_dims": rules((32,))} if pads else {}
+    callback = run(harness, Step(_masked_attention), texts(*range(3, 32), 3), **settings)
+    assert ("most steps are warm-ups" in str(callback.summary())) is not pads
+
+
 @pytest.mark.parametrize("verify_replays", [0, 2])
 def test_positions_behind_a_mask(harness, verify_replays):
     callback = run(
