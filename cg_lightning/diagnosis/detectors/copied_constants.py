@@ -16,21 +16,46 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from cg_lightning.backends.copies_from_host import copied_from_host
 from cg_lightning.backends.host_indices import place_of_indexing
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.detector import ReplacingDetector
-from cg_lightning.diagnosis.findings import AT_THE_END
+from cg_lightning.diagnosis.findings import AT_THE_END, find_location
 from cg_lightning.diagnosis.operands import written_tensors
 from cg_lightning.diagnosis.step_watch import StepWatch
+from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.host_tensors import is_guardable, source_of_host_tensor
 from cg_lightning.guards.sources import Source
 from cg_lightning.metrics.members import states_of
 
 _READS = ("tolist", "numpy", "__array__")
 """Methods that read a tensor of the host, and that no operation shows."""
+
+
+class _Filled:
+    """A tensor of the host that a step fills with a number, and that it may have made unseen.
+
+    TorchScript makes such tensors (``torch.tensor(2)`` in PyTorch 2.11): nobody sees them made.
+
+    Args:
+        tensor: The tensor.
+        location: The line that fills it.
+        calls: The calls under way.
+    """
+
+    def __init__(self, tensor: Tensor, location: str, calls: list[ModuleCall]) -> None:
+        self._tensor: Tensor | None = tensor  # its address must not be used again
+        self._storage = StorageWeakRef(tensor.untyped_storage())
+        self.location = location
+        self.calls = calls
+
+    def is_kept(self) -> bool:
+        """Return True if somebody keeps what was filled. Nothing here does from now on."""
+        self._tensor = None
+        return not self._storage.expired()
 
 
 class CopiedConstants(ReplacingDetector):
@@ -50,6 +75,7 @@ class CopiedConstants(ReplacingDetector):
         """Whether a tensor that the step makes on the host is constant, by its storage."""
         self._kept: list[Tensor] = []
         """All of them: their addresses must not be used again."""
+        self._filled: list[_Filled] = []
         self._sources: dict[int, tuple[Source, Any]] = {}
         """Tensors of the host that the step reads and has not made, and what was in them."""
         states = [
@@ -72,8 +98,14 @@ class CopiedConstants(ReplacingDetector):
                 readers = [call for call in self.watch.calls() if source.key in call.sources]
                 words = f"{source.path} changes"
                 self.watch.report(Cause.STATE_REBOUND, words, location=AT_THE_END, calls=readers)
+            for filled in self._filled:
+                if filled.is_kept():
+                    words, where = _writes("aten::fill_"), filled.location
+                    calls = filled.calls
+                    self.watch.report(Cause.STATE_REBOUND, words, location=where, calls=calls)
         finally:
             self._kept.clear()
+            self._filled.clear()
             self._sources.clear()
 
     def replace(self, replaced: contextlib.ExitStack) -> None:
@@ -118,12 +150,13 @@ class CopiedConstants(ReplacingDetector):
                 self._kept.append(tensor)
 
     def _is_index(self, made: Tensor) -> bool:
-        if made.device != self.watch.backend.device or not made.dim():
+        is_elsewhere = made.device == self.watch.backend.device
+        if not made.dim() or not (is_elsewhere or made.is_cpu):
             return False
         if made.dtype not in (torch.int64, torch.bool):
             return False
         place = place_of_indexing()
-        if place is not None:
+        if place is not None and is_elsewhere:  # of an array, PyTorch makes a tensor on the host
             self.watch.note_index(place)
         return place is not None
 
@@ -134,7 +167,14 @@ class CopiedConstants(ReplacingDetector):
     def _note_uses(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        watch = self.watch
         on_host = [*_on_host(args), *_on_host(kwargs.values())]
+        if len(on_host) == 1 and _fills_all(function, args):
+            storage = _storage(on_host[0])
+            if storage not in self._made and storage not in self._states:
+                self._made[storage] = True
+                self._filled.append(_Filled(on_host[0], find_location().user, [*watch.stack]))
+            return
         for tensor in on_host:
             self._read(tensor)
         if not on_host or torch.Tag.inplace_view in function.tags:
@@ -145,8 +185,7 @@ class CopiedConstants(ReplacingDetector):
             if tensor.is_cpu and storage in self._made:
                 self._made[storage] &= all(map(self._is_constant, given))
             elif tensor.is_cpu and storage not in self._states:
-                words = f"{function._schema.name} writes to a tensor on the host"
-                self.watch.report(Cause.STATE_REBOUND, words)
+                watch.report(Cause.STATE_REBOUND, _writes(function._schema.name))
 
     def _is_constant(self, tensor: Tensor) -> bool:
         if not tensor.is_cpu:
@@ -174,6 +213,17 @@ class CopiedConstants(ReplacingDetector):
             return original(tensor, *args, **kwargs)
 
         return read
+
+
+def _writes(operation: str) -> str:
+    return f"{operation} writes to a tensor on the host"
+
+
+def _fills_all(function: OpOverload, args: tuple[Any, ...]) -> bool:
+    """Return True if an operation writes a number to all memory of a tensor."""
+    if function is not torch.ops.aten.fill_.Scalar or not _has_memory(args[0]):
+        return False
+    return bool(args[0].nbytes == args[0].untyped_storage().nbytes())
 
 
 def _on_host(values: Iterable[Any]) -> list[Tensor]:
