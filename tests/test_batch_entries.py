@@ -16,7 +16,12 @@ from torchmetrics.text import CharErrorRate
 from tests.harness import Harness, assert_same, predict, validate
 
 BATCHES = 12
-SETTINGS = [{"verify_replays": 0}, {"verify_replays": 2}, {"mode": "FULL"}, {"mode": "PIECEWISE"}]
+SETTINGS = [
+    {"verify_replays": 0},
+    {"verify_replays": 2},
+    pytest.param({"mode": "FULL"}, marks=pytest.mark.exhaustive),
+    {"mode": "PIECEWISE"},
+]
 
 
 class Net(LightningModule):

@@ -333,7 +333,12 @@ USES = [
     *(in_a_lambda, to_a_method_that_uses, to_a_function_that_uses, to_another_self, in_a_match),
     *(to_torch, many),
 ]
-MODES = [("FULL", 2), ("FULL_AND_PIECEWISE", 2), ("FULL_AND_PIECEWISE", 0), ("PIECEWISE", 0)]
+MODES = [
+    pytest.param("FULL", 2, marks=pytest.mark.exhaustive),
+    ("FULL_AND_PIECEWISE", 2),
+    ("FULL_AND_PIECEWISE", 0),
+    ("PIECEWISE", 0),
+]
 
 
 def module_with(step: Any) -> Base:

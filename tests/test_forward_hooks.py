@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 from tests.harness import Harness, features, predict, validate
 
-SETTINGS = [{"verify_replays": 0}, {"verify_replays": 2}, {"mode": "FULL"}, {"mode": "PIECEWISE"}]
+SETTINGS = [
+    {"verify_replays": 0},
+    {"verify_replays": 2},
+    pytest.param({"mode": "FULL"}, marks=pytest.mark.exhaustive),
+    {"mode": "PIECEWISE"},
+]
 BATCHES = 10
 
 

@@ -18,7 +18,12 @@ from tests.models import Body, Predictor
 
 Use = Callable[[Any, Tensor], Any]
 KEPT: dict[str, Any] = {}
-SETTINGS = [{"verify_replays": 0}, {"verify_replays": 2}, {"mode": "FULL"}, {"mode": "PIECEWISE"}]
+SETTINGS = [
+    {"verify_replays": 0},
+    {"verify_replays": 2},
+    pytest.param({"mode": "FULL"}, marks=pytest.mark.exhaustive),
+    {"mode": "PIECEWISE"},
+]
 
 
 def noise(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -26,7 +26,12 @@ from tests.harness import assert_same, features
 from tests.models import Body, Predictor
 
 Use = Callable[[Any, Tensor], Any]
-SETTINGS = [{"verify_replays": 0}, {"verify_replays": 2}, {"mode": "FULL"}, {"mode": "PIECEWISE"}]
+SETTINGS = [
+    {"verify_replays": 0},
+    {"verify_replays": 2},
+    pytest.param({"mode": "FULL"}, marks=pytest.mark.exhaustive),
+    {"mode": "PIECEWISE"},
+]
 WEIGHTS = [1.0, 2.0]
 
 

@@ -247,7 +247,7 @@ FULL = [
     *(slice_by_tensor, constant_read, check_that_raises, comparison_of_floats, value_in_output),
     *(changes_and_casts, in_a_submodule),
 ]
-MODES = ["FULL", "PIECEWISE", "FULL_AND_PIECEWISE"]
+MODES = [pytest.param("FULL", marks=pytest.mark.exhaustive), "PIECEWISE", "FULL_AND_PIECEWISE"]
 
 
 @pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad])

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -37,13 +37,14 @@ from cg_lightning.core.settings import Settings
 from cg_lightning.core.tree import containers_in, rebuild
 from cg_lightning.effects.batch_entries import BatchEntries, SetBatchEntries
 from cg_lightning.effects.effect import Effect, Taker
+from cg_lightning.effects.host_draws import DrawAgain, HostDraw
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.effects.python_changes import (
     ChangedAttribute,
     recording_changes,
 )
 from cg_lightning.effects.recorder import NoEffects, Recorder
-from cg_lightning.effects.step_state import HeldByModules, StepState
+from cg_lightning.effects.step_state import HeldByModules, HostRandomState, StepState
 from cg_lightning.host_values.path import HostRead
 from cg_lightning.metrics.deferred_checks import CheckedCalls
 from cg_lightning.metrics.units import MetricUnit
@@ -120,6 +121,7 @@ class CaptureTarget:
         fills_batch: Whether the call sets entries of its batch.
         copies_from_host: Whether the call copies constants from the host, and no function that it
             calls shows it.
+        host_draws: The random numbers of the host that the call draws and does not use.
     """
 
     mode: CUDAGraphMode
@@ -133,6 +135,7 @@ class CaptureTarget:
     late: Sequence[MetricUnit] = ()
     fills_batch: bool = False
     copies_from_host: bool = False
+    host_draws: Sequence[HostDraw] = ()
 
 
 class Capturer:
@@ -221,6 +224,8 @@ class Capturer:
                 ):
                     output = call.run_on(tree)
                 effects, tensors = recording.finish()
+                if target.host_draws:
+                    effects.append(DrawAgain(target.host_draws))
                 late, arguments = recording.late()
                 if target.changes:
                     output, changes = changing.finish(output)
@@ -256,7 +261,11 @@ class Capturer:
                 raise cause from error
 
         context = ForwardContext(target.mode, call.descriptor)
-        with override_forward_context(context), recorder.prepared():
+        with (
+            override_forward_context(context),
+            recorder.prepared(),
+            _put_back() if target.host_draws else contextlib.nullcontext(),
+        ):
             captured = capture()
             if recorder.has_unreserved_checks or constants.are_missing:
                 # both need memory from outside the capture, and only a capture shows them
@@ -302,3 +311,13 @@ class Capturer:
         inputs = StaticInputs(call.leaves, call.tree, self._backend.device)
         inputs.copy_from(call.leaves)
         return inputs
+
+
+@contextlib.contextmanager
+def _put_back() -> Iterator[None]:
+    """At the end, put back the states of the random generators of the host."""
+    before = HostRandomState()
+    try:
+        yield
+    finally:
+        before.restore()

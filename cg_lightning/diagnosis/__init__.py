@@ -19,5 +19,6 @@
 - ``uses_of_argument.py``: where a step uses one of its arguments, read from byte code and source.
 - ``uses_of_attribute.py``: what a line does with an attribute that it reads, from its source.
 - ``watched_step.py``: what one watched step showed, by call of a submodule.
+- ``way.py``: the way of a step through the code: every instruction of Python that ran.
 - ``watcher.py``: watches one eager step under all detectors, without changing what it computes.
 """

@@ -24,6 +24,7 @@ from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import Finding, Location, find_location
 from cg_lightning.diagnosis.late_unit import LateUnit
 from cg_lightning.diagnosis.watched_step import ModuleCall, WatchedStep, WrittenTensors
+from cg_lightning.effects.host_draws import HostDraw
 from cg_lightning.effects.python_changes import ChangedAttribute
 from cg_lightning.guards.comparisons import ComparedSource
 from cg_lightning.guards.sources import Source
@@ -135,6 +136,8 @@ class StepWatch:
         """Where lists were made indices last, and how many of these copies nobody has told."""
         self.read_path: ReadPath | None = None
         """What the step reads, if all of it is known before the step."""
+        self.host_draws: Sequence[HostDraw] = ()
+        """Random numbers of the host that the step draws and does not use."""
         self._first = 0
         self._set_aside: list[Finding] | None = None
         """Receives the findings of the step while a call runs that may follow it."""
@@ -478,6 +481,7 @@ class StepWatch:
             unseen_use=self._unseen_use,
             fills_batch=self._fills_batch,
             generators=list(self._drawn.values()),
+            host_draws=self.host_draws,
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.diagnosis.findings import Finding
+from cg_lightning.effects.host_draws import HostDraw
 from cg_lightning.effects.python_changes import ChangedAttribute
 from cg_lightning.guards.comparisons import ComparedSource, Comparison
 from cg_lightning.guards.sources import Source
@@ -102,6 +103,8 @@ class WatchedStep:
         late: See the attribute.
         unseen_use: See the attribute.
         fills_batch: See the attribute.
+        generators: See the attribute.
+        host_draws: See the attribute.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class WatchedStep:
         unseen_use: str = "",
         fills_batch: bool = False,
         generators: Sequence[torch.Generator] = (),
+        host_draws: Sequence[HostDraw] = (),
     ) -> None:
         self._step = step
         self._calls = list(step.all_calls())
@@ -139,6 +143,8 @@ class WatchedStep:
         """Whether the step sets entries of its batch, and changes nothing else there."""
         self.generators = tuple(generators)
         """Random generators, other than the default one, that the step draws from."""
+        self.host_draws = tuple(host_draws)
+        """Random numbers of the host that the step draws and does not use, in its order."""
         self.late = tuple(late)
         """Metrics whose calls a graph of the whole step leaves out: they follow each replay."""
 

@@ -3,6 +3,7 @@
 - ``batch_entries.py``: entries that a step adds to its batch, or replaces in it.
 - ``containers.py``: ContainersSnapshot: containers and objects, compared and restored.
 - ``effect.py``: Effect and its kinds: one side effect of a captured step.
+- ``host_draws.py``: random numbers of the host that nobody uses, drawn again with each replay.
 - ``late_updates.py``: updates of metrics that no graph can hold: they run eagerly after each
   replay.
 - ``logged_numbers.py``: ``self.log`` of Python numbers: a graph makes the tensor on the device.

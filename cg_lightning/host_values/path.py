@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.reasons import Reason
@@ -121,6 +121,7 @@ class ReadPath:
         constants: Sequence[Constant] = (),
     ) -> None:
         self.reads = reads
+        self._program = (roots, slots, list(constants))
         on_host = [each._replace(values=each.values.cpu()) for each in constants]
         self._check = _compile(reads, [*roots, *constants], slots)
         self._check_on_host = _compile(reads, [*roots, *on_host], list(map(_on_host, slots)))
@@ -128,6 +129,21 @@ class ReadPath:
         self._places = [root.leaf for root in roots]
         self._copies: HostCopies | None = None
         self._mismatch: Mismatch | None = None
+
+    def is_of_all_shapes(self, other: ReadPath | None) -> bool:
+        """Return True if the program computes the values for all shapes of the batch.
+
+        That is so if it is the program of another shape as well, and names no number: a number may
+        be a size, or be made of one.
+
+        Args:
+            other: What a step with another shape reads; None: nothing.
+        """
+        roots, slots, constants = self._program
+        if other is None or constants or other._program != (roots, slots, []):
+            return False
+        given = [(slot.args, {} if isinstance(slot, Read) else slot.kwargs) for slot in slots]
+        return not any(isinstance(each, (bool, int, float, complex)) for each in tree_leaves(given))
 
     def use(self, copies: HostCopies) -> None:
         """Compute the values on the host, where it has the batch."""
@@ -156,11 +172,13 @@ class ReadPath:
             self._mismatch = Mismatch(-1, error)
         return self._mismatch is None
 
-    def is_ruled_out_by(self, failed: ReadPath) -> bool:
+    def is_ruled_out_by(self, failed: object) -> bool:
         """Return True if this path does not hold, since another one has just failed as it did.
 
         Both paths make the same reads as long as their values are equal.
         """
+        if not isinstance(failed, ReadPath):  # that of a padded batch
+            return False
         if failed._mismatch is None or failed._mismatch.place < 0:
             return False
         place, value = failed._mismatch

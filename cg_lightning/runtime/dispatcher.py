@@ -53,8 +53,6 @@ MOST_UNREPEATED = 4
 
 Beyond it, a new key is watched when it is seen for the second time.
 """
-MOST_UNREPEATED_PADDED = 64
-"""The same for keys whose batches are padded: these need no graph of their own."""
 MOST_VARIANTS = 8
 """Maximum number of variants of one key. The oldest one is dropped first."""
 MOST_BRANCHES = 4
@@ -238,6 +236,8 @@ class Variant:
     """What the step reads on the host; None if it reads nothing, or if it is no graph."""
     padding: Any = None
     """How batches of the key are padded, to run from the graph of another key; None: not."""
+    is_taken_over: bool = False
+    """True if it was watched in another shape, so it holds for batches that are padded only."""
     trial: Trial | None = None
     """Compares times, until it is known what graphs save; None: nothing is to be compared."""
     verify_at: int = -1
@@ -263,8 +263,6 @@ class KeyState:
     ledger: CaptureLedger
     sights: int = 0
     """Number of steps with this key so far."""
-    is_padded: bool = False
-    """True if its batches may run from the graph of another key, so they need none of their own."""
     warmup_runs: int = 0
     """Number of eager runs that count as warm-up."""
     variants: list[Variant] = dataclasses.field(default_factory=list)
@@ -331,7 +329,6 @@ class CUDAGraphDispatcher:
         self._states: dict[tuple[Any, ...], KeyState] = {}
         self._ledgers: dict[tuple[Any, ...], CaptureLedger] = {}
         self._unrepeated: set[tuple[Any, ...]] = set()
-        self._unrepeated_padded: set[tuple[Any, ...]] = set()
 
     # by hand
 
@@ -406,7 +403,7 @@ class CUDAGraphDispatcher:
         """
         state.sights += 1
         if state.sights == 2:
-            self._unrepeated_like(state).discard(state.descriptor.fields)
+            self._unrepeated.discard(state.descriptor.fields)
         variant = self._current_variant(state, leaves)
         if variant is None:
             return self._plan_without_variant(state)
@@ -447,8 +444,7 @@ class CUDAGraphDispatcher:
         if not self._watches:
             reason = Reason(Status.CHANGED, changed) if changed else WARM_UP
             return Plan(Action.WARM_UP, state, None, reason)
-        most = MOST_UNREPEATED_PADDED if state.is_padded else MOST_UNREPEATED
-        if state.sights == 1 and len(self._unrepeated_like(state)) >= most:
+        if state.sights == 1 and len(self._unrepeated) >= MOST_UNREPEATED:
             return Plan(Action.WARM_UP, state, None, NEW_KEY)
         if not state.ledger.may_spend():
             return self._unprofitable(state, None)
@@ -462,10 +458,6 @@ class CUDAGraphDispatcher:
         reason = Reason(Status.CHANGED, f"changed: {miss.changed}")
         state.miss = None
         return Plan(Action.WATCH, state, None, reason)
-
-    def _unrepeated_like(self, state: KeyState) -> set[tuple[Any, ...]]:
-        """Return the keys that were watched and seen only once, padded or not as this one."""
-        return self._unrepeated_padded if state.is_padded else self._unrepeated
 
     def _unprofitable(self, state: KeyState, variant: Variant | None) -> Plan:
         return Plan(Action.EAGER, state, variant, state.ledger.reason())
@@ -489,8 +481,8 @@ class CUDAGraphDispatcher:
         return None
 
     def _is_warm(self, state: KeyState, variant: Variant) -> bool:
-        if variant.padding is not None:
-            return True  # the graph is that of another key
+        if variant.padding is not None:  # the graph is that of another key
+            return state.sights > 1 or not variant.is_taken_over
         if variant.did_one_time_work and state.warmup_runs < 2:
             return False
         return state.warmup_runs >= max(self._warmup_steps, 1)
@@ -561,7 +553,7 @@ class CUDAGraphDispatcher:
         if replacing is not None and replacing in state.variants:
             state.variants.remove(replacing)
         if state.sights == 1:
-            self._unrepeated_like(state).add(state.descriptor.fields)
+            self._unrepeated.add(state.descriptor.fields)
         self.ran_eagerly(state)
         return self.add_variant(state, variant)
 
@@ -599,9 +591,11 @@ class CUDAGraphDispatcher:
         variant.entry = entry
         variant.verify_at = self._next_verification(entry.replays + 1)
 
-    def not_padded(self, variant: Variant) -> None:
+    def not_padded(self, state: KeyState, variant: Variant) -> None:
         """Record that batches of this key are not padded: they may have a graph of their own."""
         variant.entry = variant.padding = None
+        if variant.is_taken_over:
+            state.variants.remove(variant)
 
     def captured_ahead(self, variant: Variant) -> None:
         """Record that the captured graph has not run any step yet."""
@@ -611,7 +605,7 @@ class CUDAGraphDispatcher:
         """Forget a key without a graph, as if none of its steps had run."""
         state = self._states.pop(descriptor.fields, None)
         if state is not None:
-            self._unrepeated_like(state).discard(descriptor.fields)
+            self._unrepeated.discard(descriptor.fields)
 
     def evicted(self, state: KeyState, why: str) -> None:
         """Record that a graph of this key was dropped to make room for another one."""
@@ -714,7 +708,6 @@ class CUDAGraphDispatcher:
         self.changed(why)
         self._states.clear()
         self._unrepeated.clear()
-        self._unrepeated_padded.clear()
 
     def begin_epoch(self) -> list[Entry]:
         """Forget variants whose large containers have changed.
@@ -737,7 +730,8 @@ class CUDAGraphDispatcher:
             if all(variant.entry is None for variant in state.variants)
         ]
         for fields in unused[: MOST_KEYS // 2]:
-            self._unrepeated_like(self._states.pop(fields)).discard(fields)
+            del self._states[fields]
+            self._unrepeated.discard(fields)
         families = {state.descriptor.family for state in self._states.values()}
         self._ledgers = {key: ledger for key, ledger in self._ledgers.items() if key in families}
 

@@ -18,6 +18,7 @@ from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.core.tree import flatten, rebuild
 from cg_lightning.diagnosis.watched_step import WatchedStep
+from cg_lightning.diagnosis.way import Way, WayRecorder
 from cg_lightning.host_values.path import ReadPath
 from cg_lightning.padding.entry import PaddedEntry
 from cg_lightning.padding.leaves import Fill, PaddedLeaves
@@ -25,6 +26,7 @@ from cg_lightning.padding.output_cut import OutputCut
 from cg_lightning.padding.padder import Padder
 from cg_lightning.padding.path import PaddedPath
 from cg_lightning.runtime.ahead import CaptureAhead
+from cg_lightning.runtime.alike_steps import AlikeSteps, take_over
 from cg_lightning.runtime.dispatcher import KeyState, Plan, Unguarded, Variant
 from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.session import Session
@@ -34,6 +36,10 @@ from cg_lightning.runtime.verifier import Verdict
 IN_PIECES = Reason(
     Status.PADDED_IN_PIECES,
     "not padded as a whole, since it may reduce over its batch: its submodules are",
+)
+_OTHER_WAY = Reason(
+    Status.WARM_UP,
+    "warm-up: this shape takes another way through the code than those that were watched",
 )
 
 
@@ -53,7 +59,7 @@ class PaddedSteps:
     The shape of a batch keeps its own key: its step is watched, so its guards and host values are
     known. Instead of a graph of its own, the key uses that of the padded batch, which is captured
     ahead, with all state put back. For each shape, the graph is compared with eager on a real
-    batch, with several paddings.
+    batch, with several paddings. A shape whose step goes the way of a watched one is not watched.
 
     Args:
         session: The runtime state of the module.
@@ -83,6 +89,8 @@ class PaddedSteps:
         self._ahead = CaptureAhead(session, stage, name, step)
         self._dispatcher = session.target.dispatcher
         self._refused: dict[tuple[Any, ...], Reason] = {}
+        self._alike = AlikeSteps(self._dispatcher)
+        self._ways = WayRecorder()
 
     def padding_of(self, state: KeyState, batch: Any) -> PaddedLeaves | None:
         """Return how the batches of a key are padded; None if they run in their own shape.
@@ -113,15 +121,22 @@ class PaddedSteps:
         return None if fields in self._refused else padding
 
     def begin(self, state: KeyState, batch: Any) -> None:
-        """Prepare a new key. It runs in pieces at once, if another step has shown which these are.
+        """Prepare a new key. It need not be watched, if other steps have shown what it would show.
 
         Args:
             state: The key.
             batch: A batch with this key.
         """
         padding = self.padding_of(state, batch)
-        state.is_padded = padding is not None
-        if padding is None or self._is_whole or self._pieces is None:
+        if padding is None:
+            return
+        if self._is_whole:
+            variant = self._alike.expect(state.descriptor, flatten(batch)[0])
+            if variant is not None:
+                variant.padding = padding
+                self._dispatcher.add_variant(state, variant)
+            return
+        if self._pieces is None:
             return
         if self._pieces.are_known():
             modes, reason = self._dispatcher.judge(IN_PIECES, None)
@@ -159,16 +174,24 @@ class PaddedSteps:
         assert variant is not None and isinstance(variant.padding, PaddedLeaves)  # noqa: PT018
         padding = variant.padding
         padded = self._padded_call(call, padding)
-        eager = _EagerRun(call, self._session)
-        real = variant.path.real if isinstance(variant.path, PaddedPath) else variant.path
-        assert real is None or isinstance(real, ReadPath)
+        eager = _EagerRun(call, self._session, self._ways)
+        path = variant.path.real if isinstance(variant.path, PaddedPath) else variant.path
+        assert path is None or isinstance(path, ReadPath)
+        real: ReadPath | None = path
 
         def get_entry() -> PaddedEntry:
+            nonlocal real
             if padded.descriptor.fields in self._refused:
                 raise _NotPaddedError(self._refused[padded.descriptor.fields])
             eager.check()
             owner = self._owner(padded)
             assert isinstance(owner.entry, GraphEntry)
+            if variant.is_taken_over:
+                real = self._take_over(variant, call, eager.way, owner)
+            else:
+                self._alike.note(call.descriptor, variant, real, eager.way)
+            if variant.watched.called() != owner.watched.called():
+                raise NotIndependentError("the step calls other submodules for the padded batch")
             record = self._session.stats.padded(self._name, padded.descriptor)
             settings = self._session.settings
             entry = PaddedEntry(
@@ -190,11 +213,38 @@ class PaddedSteps:
             return Outcome(verdict.output, CUDAGraphMode.FULL)
         variant.path = real
         self._dispatcher.ran_eagerly(plan.state)
-        if reason.kind not in (Status.UNPROFITABLE, Status.WARM_UP):
+        if reason is _OTHER_WAY:
+            self._alike.note_unlike(call.descriptor)
+            self._dispatcher.not_padded(plan.state, variant)
+        elif reason.kind not in (Status.UNPROFITABLE, Status.WARM_UP):
             self._refused[padded.descriptor.fields] = reason
             self._session.stats.padded(self._name, padded.descriptor).reason = reason
-            self._dispatcher.not_padded(variant)
+            self._dispatcher.not_padded(plan.state, variant)
         return Outcome(verdict.output, CUDAGraphMode.NONE, reason)
+
+    def _take_over(
+        self, variant: Variant, call: GraphCall, way: Way | None, owner: Variant
+    ) -> ReadPath | None:
+        """Let a variant have what a watched step of another shape has shown that went its way.
+
+        Args:
+            variant: The variant.
+            call: The step, which has just run.
+            way: Its way.
+            owner: The variant with the graph of the padded batch.
+
+        Returns:
+            What the step reads on the host.
+
+        Raises:
+            _NotPaddedError: There is none, so the step must be watched.
+        """
+        assert owner.path is None or isinstance(owner.path, ReadPath)
+        found = self._alike.find(call.descriptor, call.leaves, way, owner.path)
+        if found is None:
+            raise _NotPaddedError(_OTHER_WAY)
+        take_over(variant, *found)
+        return found[1]
 
     def _describe(self, batch: Any, like: BatchDescriptor) -> tuple[tuple[Any, ...], list[Any]]:
         return describe_fields(
@@ -292,11 +342,15 @@ class _EagerRun:
     Args:
         call: The call.
         session: The runtime state of its module.
+        ways: Traces the run.
     """
 
-    def __init__(self, call: GraphCall, session: Session) -> None:
+    def __init__(self, call: GraphCall, session: Session, ways: WayRecorder) -> None:
         self.call = dataclasses.replace(call, function=self._run)
         self.output: Any = None
+        self.way: Way | None = None
+        """The way of the first run."""
+        self._ways = ways
         self._function = call.function
         self._backend = session.backend
         written = [*session.module.buffers(), *session.written.now()]
@@ -306,15 +360,16 @@ class _EagerRun:
         self._effect = ""
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        output = self._function(*args, **kwargs)
-        if not self._has_run:
-            self._has_run = True
-            self.output = output
-            if not all(same_leaf(now, before) for now, before in self._before):
-                self._effect = "the step writes to a tensor that it keeps"
-            elif not torch.equal(self._random_state, self._backend.get_random_state()):
-                self._effect = "the step draws random numbers, more of them for a padded batch"
-            self._before = []
+        if self._has_run:
+            return self._function(*args, **kwargs)
+        self._has_run = True
+        output, self.way = self._ways.run(self._function, *args, **kwargs)
+        self.output = output
+        if not all(same_leaf(now, before) for now, before in self._before):
+            self._effect = "the step writes to a tensor that it keeps"
+        elif not torch.equal(self._random_state, self._backend.get_random_state()):
+            self._effect = "the step draws random numbers, more of them for a padded batch"
+        self._before = []
         return output
 
     def check(self) -> None:

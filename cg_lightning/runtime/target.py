@@ -161,6 +161,7 @@ class GraphTarget:
             variant.watched.late if isinstance(variant.watched, WatchedStep) else (),
             isinstance(variant.watched, WatchedStep) and variant.watched.fills_batch,
             self.copies_from_host,
+            variant.watched.host_draws if isinstance(variant.watched, WatchedStep) else (),
         )
 
     def _report(self, name: str, call: GraphCall, verdict: Verdict) -> Reason:

@@ -42,6 +42,7 @@ class Mutations(Detector):
 
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
+        self._is_elsewhere = watch.device_type != "cpu"
         states = [
             getattr(metric, name) for metric in watch.all_metrics for name in states_of(metric)
         ]
@@ -166,6 +167,8 @@ class Mutations(Detector):
             tensors = [tensor for tensor in tensors if tensor.layout is torch.strided]
         addresses = addresses_of(tensors)
         for tensor in tensors:
+            if tensor.is_cpu and self._is_elsewhere:
+                continue  # no graph writes to it: see CopiedConstants
             address = tensor.untyped_storage().data_ptr()
             if address not in self._made and address not in self._written:
                 with torch.inference_mode(False), self.watch.paused():

@@ -12,13 +12,19 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.cuda import random as device_random
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.detector import Detector
+from cg_lightning.diagnosis.findings import find_location
+from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.watched_step import ModuleCall
+from cg_lightning.effects.host_draws import HostDraw
 
 _COMPILER = ("torch._dynamo.convert_frame", "torch._dynamo.utils", "torch._inductor")
 _HARMLESS = ("getstate", "get_state")
@@ -29,15 +35,48 @@ _SEEDING = (
 """Functions of PyTorch that set a generator: a replay draws on from where it is."""
 
 
+class _UnusedDraw:
+    """A tensor of the host that a step has drawn, and given to no operation so far.
+
+    Args:
+        draw: How it was drawn.
+        tensor: The tensor.
+        location: The line that draws it.
+    """
+
+    def __init__(self, draw: HostDraw, tensor: Tensor, location: str) -> None:
+        self.draw = draw
+        self.location = location
+        self.address = _storage(tensor)
+        self.is_used = False
+        self._tensor: Tensor | None = tensor  # its address must not be used again
+        self._reference = StorageWeakRef(tensor.untyped_storage())
+
+    def is_kept(self) -> bool:
+        """Return True if somebody keeps it. Nothing here does from now on."""
+        self._tensor = None
+        return not self._reference.expired()
+
+
 class RandomNumbers(Detector):
     """Compares the states of the host's generators around each call.
 
     The user's line is known if a function of ``random`` or ``numpy.random`` was called by its
     module, or if an operation of PyTorch drew. Other draws are only seen by the comparison. What
     sets a generator of PyTorch, the device's included, is reported as well.
+
+    A tensor of the host that the step draws, gives to no operation, and drops is no reason: it is
+    drawn again with each replay (``effects/host_draws.py``). Submodules that draw it get no graph.
     """
 
     causes = (Cause.HOST_RANDOMNESS,)
+
+    def __init__(self, watch: StepWatch) -> None:
+        super().__init__(watch)
+        self._unused: list[_UnusedDraw] = []
+        self._begin: tuple[Any, ...] = ()
+        self._drawn_before = 0
+        """The draws before :attr:`_begin`."""
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
@@ -45,26 +84,38 @@ class RandomNumbers(Detector):
         with self._noticing_draws(), self._noticing_seeds():
             self._begin = self._state()
             yield
-            self._compare(self._begin)
+            self._compare(self._begin, self._drawn_before)
+        for draw in self._unused:
+            if draw.is_kept():
+                self._report_draw(draw)
+        self.watch.host_draws = [each.draw for each in self._unused]
+        self._unused = []
 
     @contextlib.contextmanager
     def around_update(self) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`: ``LateUpdates`` compares it."""
-        self._compare(self._begin)
+        self._compare(self._begin, self._drawn_before)
         yield
-        self._begin = self._state()
+        self._begin, self._drawn_before = self._state(), len(self._unused)
 
     @contextlib.contextmanager
     def around_call(self, call: ModuleCall) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
-        before = self._state()
+        before, drawn_before = self._state(), len(self._unused)
         yield
-        self._compare(before)
+        self._compare(before, drawn_before)
 
     def before_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        # PyTorch itself detaches what it has drawn, which reads nothing
+        if self._unused and function is not torch.ops.aten.detach.default:
+            used = {_storage(tensor) for tensor in tensors_in((args, kwargs)) if tensor.is_cpu}
+            for draw in self._unused:
+                if draw.address in used and not draw.is_used:
+                    draw.is_used = True
+                    self._report_draw(draw)
         if self.watch.device_type != "cpu" and _drops_out_by_itself(function, args, kwargs):
             words = f"{function._schema.name} with dropout, whose state nobody can put back"
             self.watch.report_unless_found(Cause.HOST_RANDOMNESS, words)
@@ -85,8 +136,16 @@ class RandomNumbers(Detector):
             return
         tensors = tensors_in(output)
         # attention on a device returns the seed of its dropout as well, on the host
-        if tensors and all(tensor.is_cpu for tensor in tensors):
-            self.watch.report_unless_found(Cause.HOST_RANDOMNESS, function._schema.name)
+        if not (tensors and all(tensor.is_cpu for tensor in tensors)):
+            return
+        words = function._schema.name
+        if not (self.watch.is_about_step and _can_be_repeated(function, args, kwargs, output)):
+            self.watch.report_unless_found(Cause.HOST_RANDOMNESS, words)
+            return
+        draw = HostDraw(function, args, {**kwargs, "dtype": output.dtype})
+        self._unused.append(_UnusedDraw(draw, output, find_location().user))
+        inner = [call for call in self.watch.stack if call is not self.watch.step]
+        self.watch.report(Cause.HOST_RANDOMNESS, words, calls=inner)
 
     def _state(self) -> tuple[Any, ...]:
         """The generators' states; PyTorch's CPU generator is the device's if steps run there."""
@@ -100,9 +159,28 @@ class RandomNumbers(Detector):
                 else torch.get_rng_state().numpy().tobytes(),
             )
 
-    def _compare(self, before: tuple[Any, ...]) -> None:
-        if self._state() != before:
+    def _compare(self, before: tuple[Any, ...], drawn_before: int) -> None:
+        """Report a difference from an earlier state that the draws since then do not make."""
+        after = self._state()
+        draws = self._unused[drawn_before:]
+        if draws and after != before:
+            with self.watch.paused():
+                self._put(before)
+                for each in draws:
+                    each.draw.run()
+                before = self._state()
+                self._put(after)
+        if after != before:
             self.watch.report_unless_found(Cause.HOST_RANDOMNESS, "random state moved")
+
+    @staticmethod
+    def _put(state: tuple[Any, ...]) -> None:
+        """Put PyTorch's generator of the host into a state."""
+        torch.set_rng_state(torch.frombuffer(bytearray(state[-1]), dtype=torch.uint8))
+
+    def _report_draw(self, draw: _UnusedDraw) -> None:
+        words, where = draw.draw.function._schema.name, draw.location
+        self.watch.report_unless_found(Cause.HOST_RANDOMNESS, words, location=where)
 
     @contextlib.contextmanager
     def _noticing_draws(self) -> Iterator[None]:
@@ -175,6 +253,20 @@ def _seeding_functions(_: int) -> list[tuple[Any, str, Callable[..., Any]]]:
         for name in _SEEDING
         if name in names and id(names[name]) in known
     ]
+
+
+def _can_be_repeated(
+    function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> bool:
+    """Return True if an operation makes one tensor by plain values and the default generator."""
+    names = [argument.name for argument in function._schema.arguments]
+    values = tree_leaves((args, kwargs))
+    is_plain = not any(isinstance(value, (Tensor, torch.Generator)) for value in values)
+    return is_plain and type(output) is Tensor and "dtype" in names and function.namespace == "aten"
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
 
 
 def _draws(function: OpOverload) -> bool:

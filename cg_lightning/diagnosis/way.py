@@ -1,0 +1,134 @@
+"""The way of a step through the code: every instruction of Python that ran, in order.
+
+Two steps that went the same way have read the same names, called the same functions and done the
+same in Python. Only values may differ: numbers, and what tensors hold. So what a watched step has
+shown is true of each step that goes its way, whatever the shape of its batch. To trace a step takes
+half an eager step; to watch it takes twenty.
+
+What is hard here:
+
+- A thread has one place for a tracer. If a debugger or a tool for coverage is there, there is no
+  way.
+- Two modules of one class run the same code, so a call of a module tells the module as well.
+- Nobody sees which branch compiled code takes, nor which attribute ``getattr`` reads if its name
+  is computed. A step with such code has no way.
+- Our own code is around that of the user. It is no part of the way.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import hashlib
+import sys
+from array import array
+from collections.abc import Callable
+from types import CodeType, FrameType, FunctionType
+from typing import Any
+
+from torch import nn
+
+from cg_lightning.diagnosis.findings import is_our_file
+from cg_lightning.modules.kinds import is_user_file
+
+Way = bytes
+"""A digest of all that ran."""
+_CALL_OF_MODULE = nn.Module.__call__.__code__
+_COMPUTES_NAMES = frozenset({"getattr", "attrgetter", "vars", "__dict__", "eval", "exec"})
+_COMPILER = "/torch/_dynamo/"
+_OURS, _TRACED, _MODULE, _UNSEEN = range(4)
+"""Kinds of code."""
+
+
+class WayRecorder:
+    """Traces steps of one module.
+
+    It keeps the code that it has seen alive, because code is told apart by its address.
+    """
+
+    def __init__(self) -> None:
+        self._codes: dict[int, tuple[CodeType, int]] = {}
+
+    def run(
+        self, function: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> tuple[Any, Way | None]:
+        """Call a function. Return its output, and its way; None if nobody can tell."""
+        if sys.gettrace() is not None:
+            return function(*args, **kwargs), None
+        known = len(self._codes)
+        trace = _Trace(self._codes)
+        collects = gc.isenabled()
+        gc.disable()  # it would call finalizers anywhere
+        sys._getframe().f_trace_opcodes = True  # or else Python 3.12 tells no instructions
+        sys.settrace(trace.on_call)
+        try:
+            output = function(*args, **kwargs)
+        finally:
+            if is_whole := sys.gettrace() == trace.on_call:
+                sys.settrace(None)
+            if collects:
+                gc.enable()
+        is_whole = is_whole and (len(self._codes) == known or _tells_first_calls())
+        return output, trace.way() if is_whole else None
+
+
+@functools.cache
+def _tells_first_calls() -> bool:
+    """Return False in Python 3.13, which tells no instructions of the first call of a function."""
+    function = FunctionType(compile("None", "<new>", "eval"), {})  # code of ours is not traced
+    trace = _Trace({})
+    sys._getframe().f_trace_opcodes = True
+    sys.settrace(trace.on_call)
+    function()
+    sys.settrace(None)
+    return len(trace.ran) > 1
+
+
+def _kind_of(code: CodeType) -> int:
+    file = code.co_filename
+    if is_our_file(file):
+        return _OURS
+    if code is _CALL_OF_MODULE:
+        return _MODULE
+    computes_names = is_user_file(file) and not _COMPUTES_NAMES.isdisjoint(code.co_names)
+    return _UNSEEN if computes_names or _COMPILER in file else _TRACED
+
+
+class _Trace:
+    """One traced run.
+
+    Args:
+        codes: The code that was seen so far, and its kind, by id.
+    """
+
+    def __init__(self, codes: dict[int, tuple[CodeType, int]]) -> None:
+        self.ran = array("q")
+        self._codes = codes
+        self._is_seen = True
+
+    def way(self) -> Way | None:
+        """Return the way that was traced; None if it is not known."""
+        return hashlib.sha256(self.ran.tobytes()).digest() if self._is_seen else None
+
+    def on_call(self, frame: FrameType, event: str, arg: Any) -> Callable[..., Any] | None:
+        """Is called for each call of a function."""
+        code = frame.f_code
+        known = self._codes.get(id(code))
+        if known is None:
+            known = self._codes[id(code)] = (code, _kind_of(code))
+        kind = known[1]
+        if kind == _OURS:
+            return None
+        self.ran.append(id(code))
+        if kind == _MODULE:
+            self.ran.append(id(frame.f_locals["self"]))
+        elif kind == _UNSEEN:
+            self._is_seen = False
+        frame.f_trace_lines = False
+        frame.f_trace_opcodes = True
+        return self._on_instruction
+
+    def _on_instruction(self, frame: FrameType, event: str, arg: Any) -> Callable[..., Any]:
+        if event == "opcode":
+            self.ran.append(frame.f_lasti)
+        return self._on_instruction

@@ -1,0 +1,189 @@
+"""Random numbers of the host that nobody uses: drawn again with each replay."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+
+from cg_lightning.backends.recorder import RecorderBackend
+from cg_lightning.core.causes import Cause
+from cg_lightning.diagnosis.detectors.operations import Operations
+from cg_lightning.diagnosis.detectors.random_numbers import RandomNumbers
+from cg_lightning.diagnosis.watched_step import WatchedStep
+from cg_lightning.diagnosis.watcher import StepWatcher
+from cg_lightning.effects.host_draws import DrawAgain
+from tests.harness import Harness, assert_same, features
+from tests.models import Body, Predictor
+
+META = torch.device("meta")
+Use = Callable[[Any, Tensor], Any]
+
+
+class DropsLayers(nn.Module):
+    """As some models of transformers do it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        probability = torch.rand([])
+        skips = self.training and (probability < 0.5)
+        return x if skips else x * 2
+
+
+def several(m: Any, x: Tensor) -> Tensor:
+    torch.rand([])
+    torch.randint(3, (2, 2))
+    torch.randperm(5)
+    torch.randn(3, dtype=torch.float64)
+    return x
+
+
+def branches(m: Any, x: Tensor) -> Tensor:
+    return x if torch.rand([]) < 0.5 else x * 2
+
+
+def kept(m: Any, x: Tensor) -> Tensor:
+    m.drawn = torch.rand([])
+    return x
+
+
+def one_of_two(m: Any, x: Tensor) -> Any:
+    torch.rand([])
+    return x, torch.rand(2)[0]
+
+
+def through_numpy(m: Any, x: Tensor) -> Any:
+    values = torch.rand(2).numpy()
+    return x * 2 if values[0] < 0.5 else x
+
+
+def in_place(m: Any, x: Tensor) -> Tensor:
+    torch.empty(3).uniform_()
+    return x
+
+
+def of_python(m: Any, x: Tensor) -> Tensor:
+    torch.rand([])
+    random.random()
+    return x
+
+
+def of_numpy(m: Any, x: Tensor) -> Tensor:
+    np.random.rand()
+    torch.rand([])
+    return x
+
+
+def seeded(m: Any, x: Tensor) -> Tensor:
+    torch.rand([])
+    torch.manual_seed(3)
+    return x
+
+
+UNUSED: dict[str, Use] = {
+    "one": lambda m, x: (torch.rand([]), x)[1],
+    "several": several,
+    "in a submodule": lambda m, x: m.drops(m.drops(x)),
+    "detached": lambda m, x: (torch.rand(2).detach(), x)[1],
+}
+USED: dict[str, Use] = {
+    "branches": branches,
+    "kept": kept,
+    "returned": lambda m, x: (x, torch.rand([])),
+    "one of two": one_of_two,
+    "a number": lambda m, x: x * torch.rand([]),
+    "in place": in_place,
+    "Python's": of_python,
+    "NumPy's": of_numpy,
+    "seeded": seeded,
+}
+
+
+class Net(nn.Module):
+    def __init__(self, use: Use) -> None:
+        super().__init__()
+        self.drops = DropsLayers()
+        self.use = use
+
+    def forward(self, x: Tensor) -> Any:
+        return self.use(self, x)
+
+
+def watch(use: Use) -> WatchedStep:
+    net, x = Net(use).eval(), torch.empty(3, 4, device=META)
+    detectors = (RandomNumbers, Operations)
+    watcher = StepWatcher(net, RecorderBackend(META), effects=None, detectors=detectors)
+    with torch.inference_mode():
+        return watcher.watch(net, x, (x,))[1]
+
+
+@pytest.fixture
+def no_autocast(monkeypatch) -> None:
+    """No device but the real ones has autocast, and PyTorch raises if it is asked."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+
+
+@pytest.mark.usefixtures("no_autocast")
+@pytest.mark.parametrize("name", UNUSED)
+def test_what_nobody_uses_is_no_finding_and_is_drawn_again(name):
+    torch.manual_seed(0)
+    watched = watch(UNUSED[name])
+    after = torch.get_rng_state()
+    assert [str(finding) for finding in watched.findings] == []
+    torch.manual_seed(0)
+    DrawAgain(watched.host_draws).before_replay()
+    assert_same(torch.get_rng_state(), after)
+
+
+@pytest.mark.usefixtures("no_autocast")
+@pytest.mark.parametrize("name", USED)
+def test_what_is_used_is_found(name):
+    watched = watch(USED[name])
+    assert Cause.HOST_RANDOMNESS in {finding.cause for finding in watched.findings}
+
+
+class Draws(Predictor):
+    def __init__(self, use: Use) -> None:
+        super().__init__(Body())
+        self.drops = DropsLayers()
+        self.use = use
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.use(self, self.net(batch[0]))
+
+
+class DrawsToo(Callback):
+    """Keeps what it draws on the host after each batch."""
+
+    def __init__(self) -> None:
+        self.drawn: list[Tensor] = []
+
+    def on_predict_batch_end(self, *_: Any) -> None:
+        self.drawn.append(torch.rand(2))
+
+
+def run(harness: Harness, use: Use, *callbacks: Any) -> Any:
+    torch.manual_seed(1)
+    draws = DrawsToo()
+    trainer = harness.trainer(*callbacks, draws)
+    outputs = [trainer.predict(Draws(use), features(56)) for _ in range(2)]
+    return outputs, draws.drawn, torch.get_rng_state()
+
+
+@pytest.mark.parametrize("settings", [{}, {"verify_replays": 0}, {"mode": "PIECEWISE"}], ids=str)
+@pytest.mark.parametrize("name", [*UNUSED, *USED, "through numpy"])
+def test_the_host_draws_what_it_draws_in_eager(harness, name, settings):
+    """Hazard 9."""
+    use = {**UNUSED, **USED, "through numpy": through_numpy}[name]
+    callback = harness.callback(**settings)
+    found = run(harness, use, callback)
+    assert_same(found, run(harness, use))
+    if name in UNUSED and "mode" not in settings:
+        assert callback.stats.steps["FULL"] > 10, callback.summary()
+    if name in (*USED, "through numpy") and harness.backend == "cuda":
+        assert callback.stats.steps["FULL"] == 0, callback.summary()
