@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from cg_lightning import CUDAGraphCallback
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.tree import flatten
-from cg_lightning.diagnosis.watcher import StepWatcher
+from cg_lightning.diagnosis.watcher import DETECTORS, StepWatcher
 from tests.harness import KeepOutputs
 
 
@@ -327,6 +327,14 @@ def _masked_attention(self, batch):
 
 
 LENGTHS = (5, 7, 8, 5, 7, 5, 7, 12, 9, 12, 9, 12, 16, 16, 3, 3, 3, 20, 20)
+
+
+@pytest.mark.filterwarnings("ignore:CUDAGraphCallback. 30 batches")
+@pytest.mark.parametrize("pads", [False, True])
+def test_the_summary_advises_to_pad_only_who_does_not(harness, pads):
+    settings = {"pad_dims": rules((32,))} if pads else {}
+    callback = run(harness, Step(_masked_attention), texts(*range(3, 32), 3), **settings)
+    assert ("most steps are warm-ups" in str(callback.summary())) is not pads
 
 
 @pytest.mark.parametrize("verify_replays", [0, 2])
@@ -744,12 +752,13 @@ def test_shapes_that_never_repeat_are_not_watched_for_good(harness):
 
 
 def watched_steps(monkeypatch) -> list[Any]:
-    """Return a list that receives the batch of each watched step."""
+    """Return a list that receives the batch of each step that is watched by all detectors."""
     found: list[Any] = []
     original = StepWatcher.watch
 
     def watch(self, step, batch, *rest):
-        found.append(batch)
+        if self._detectors is DETECTORS:
+            found.append(batch)
         return original(self, step, batch, *rest)
 
     monkeypatch.setattr(StepWatcher, "watch", watch)
@@ -800,7 +809,7 @@ def test_not_each_shape_of_steps_that_read_the_same_is_watched(harness, monkeypa
     rule = rules((8, 16, 24, 32))
     callback = run(harness, Encodes(encodes), texts(*MANY), pad_dims=rule)
     assert callback.stats.steps["FULL"] > 50, callback.summary()
-    assert len(watched) <= 12  # four shapes, and the padded ones
+    assert len(watched) <= 8  # four, before one came again, and those of exactly a captured size
 
 
 def test_each_way_through_the_code_is_watched(harness, monkeypatch):

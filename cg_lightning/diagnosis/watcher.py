@@ -36,6 +36,7 @@ from cg_lightning.diagnosis.detectors.trainer_reads import TrainerReads
 from cg_lightning.diagnosis.detectors.world import World
 from cg_lightning.diagnosis.step_watch import Effects, StepWatch
 from cg_lightning.diagnosis.watched_step import WatchedStep
+from cg_lightning.host_values.path import ReadPath
 from cg_lightning.modules.interception import Interception, ModuleHandler, can_intercept
 
 DETECTORS: tuple[type[Detector], ...] = (
@@ -140,6 +141,16 @@ class StepWatcher:
         result = watch.result()
         watch.release()
         return output, result
+
+    def host_values(self, step: Callable[[], Any], batch: Any) -> ReadPath | None:
+        """Runs ``step`` once; returns what it reads on the host, and looks at nothing else.
+
+        Args:
+            step: The step of which all else is known.
+            batch: The batch that it runs on.
+        """
+        watcher = StepWatcher(self._root, self._backend, effects=None, detectors=(HostValues,))
+        return watcher.watch(step, batch)[1].path
 
 
 class _CallHandler(ModuleHandler):

@@ -312,7 +312,12 @@ def _padding_notes(stats: CUDAGraphStats, stage: str) -> list[str]:
 
 
 def _hint_notes(stats: CUDAGraphStats, stage: str) -> list[str]:
-    """Say so if most steps were warm-ups, because there are many shapes and few batches of each."""
+    """Say so if most steps were warm-ups, because there are many shapes and few batches of each.
+
+    Who pads already is not told to pad.
+    """
+    if any(record.stage == stage for record in stats.padding):
+        return []
     warmups = [
         record
         for record in stats.reasons

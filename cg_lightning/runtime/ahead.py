@@ -164,7 +164,7 @@ class CaptureAhead:
                 self._session.watched(plan, watched)
             elif plan.action is Action.WARM_UP:
                 self._dispatcher.ran_eagerly(state)
-                self._run(call, call.run)
+                self.rehearse(call, call.run)
             else:
                 break
         return plan
@@ -174,7 +174,7 @@ class CaptureAhead:
         step = functools.partial(self._step, call.tree, **call.frozen_kwargs)
         with self._session.ranges.range("watch"):
             given = (step, call.tree, call.frozen_args, _CANNOT_BE_UNDONE)
-            return self._run(call, lambda: watcher.watch(*given)[1])
+            return self.rehearse(call, lambda: watcher.watch(*given)[1])
 
     def _why_not(self, state: KeyState, watched: WatchedStep) -> Reason | None:
         """Return why a step cannot be captured ahead; None if it can."""
@@ -191,7 +191,9 @@ class CaptureAhead:
             return Reason(Cause.STATE_REBOUND, "it writes to a tensor that no module holds")
         return None
 
-    def _run(self, call: GraphCall, function: Callable[[], T]) -> T:
+    def rehearse(self, call: GraphCall, function: Callable[[], T]) -> T:
+        """Call a function that runs a call eagerly, and put all state back."""
+
         def run() -> T:
             context = ForwardContext(CUDAGraphMode.NONE, call.descriptor, StepInProgress())
             with override_forward_context(context):

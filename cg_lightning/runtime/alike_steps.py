@@ -60,6 +60,10 @@ class AlikeSteps:
         """Note that a key must be watched."""
         self._unlike.add(key)
 
+    def knows(self, key: BatchDescriptor) -> bool:
+        """Return True if the way of a step is known that differs in its shapes only."""
+        return bool(self._known_like(key))
+
     def expect(self, key: BatchDescriptor, leaves: Sequence[Any]) -> Variant | None:
         """Return the variant that a new key may take over; None if it must be watched.
 

@@ -184,12 +184,12 @@ class PaddedSteps:
             if padded.descriptor.fields in self._refused:
                 raise _NotPaddedError(self._refused[padded.descriptor.fields])
             eager.check()
+            if not variant.is_taken_over:
+                self._alike.note(call.descriptor, variant, real, eager.way)
             owner = self._owner(padded)
             assert isinstance(owner.entry, GraphEntry)
             if variant.is_taken_over:
                 real = self._take_over(variant, call, eager.way, owner)
-            else:
-                self._alike.note(call.descriptor, variant, real, eager.way)
             if variant.watched.called() != owner.watched.called():
                 raise NotIndependentError("the step calls other submodules for the padded batch")
             record = self._session.stats.padded(self._name, padded.descriptor)
@@ -269,6 +269,7 @@ class PaddedSteps:
         """
         variant = self._known_owner(padded)
         if variant is None:
+            self._prepare_owner(padded)
             reason = self._ahead.capture_padded(padded)
             variant = self._known_owner(padded)
             if variant is None:
@@ -278,6 +279,35 @@ class PaddedSteps:
         if not variant.entry.only_computes:
             raise NotIndependentError("the step changes state, or checks values of its batch")
         return variant
+
+    def _prepare_owner(self, padded: GraphCall) -> None:
+        """Find out if the step with the padded batch goes the way of a watched one.
+
+        Then it need not be watched. It runs once for its way, and once for its host values.
+        """
+        state = self._dispatcher.known(padded.descriptor.fields)
+        if (state is not None and state.variants) or not self._alike.knows(padded.descriptor):
+            return
+        watcher = self._session.watcher
+        try:
+            _, way = self._ahead.rehearse(padded, lambda: self._ways.run(padded.run))
+            path = self._ahead.rehearse(
+                padded, lambda: watcher.host_values(padded.run, padded.tree)
+            )
+        except Exception:  # the capture will fail alike, and tell why
+            return
+        found = self._alike.find(padded.descriptor, padded.leaves, way, path)
+        if found is None or (found[1] is None) != (path is None):
+            return
+        known = found[0]
+        if known.watched.comparisons or known.watched.late:  # no batch ahead may do that
+            return
+        if path is not None:
+            path.use(self._session.host_copies)
+        variant = Variant(known.guards, list(known.modes), watched=known.watched, path=path)
+        state = self._dispatcher.state(padded.descriptor.fields, padded.descriptor)
+        self._dispatcher.add_variant(state, variant)
+        self._dispatcher.ran_before(state, runs=2)
 
     def _known_owner(self, padded: GraphCall) -> Variant | None:
         state = self._dispatcher.known(padded.descriptor.fields)

@@ -135,9 +135,10 @@ class GlobalReads(Detector):
     def _on_event(self, frame: FrameType, event: str, function: Any) -> None:
         # a step has a million events, nearly all of torch and of our own: this must be quick
         if event == "call":
-            code = frame.f_code
-            if code.co_filename in self._harmless:
+            # to read ``f_code`` is an audit event: with a hook, it takes as long as all of the rest
+            if frame.f_globals.get("__file__") in self._harmless:
                 return
+            code = frame.f_code
             known = self._known.get(id(code))
             if known is None:
                 if self.watch.is_paused:  # we call it: what the step does with it comes later
@@ -183,7 +184,8 @@ class GlobalReads(Detector):
     def _look_at(self, frame: FrameType) -> _Code:
         code = frame.f_code
         if not is_user_file(code.co_filename):
-            if not has_clocks(code.co_filename):
+            is_of_module = frame.f_globals.get("__file__") == code.co_filename
+            if is_of_module and not has_clocks(code.co_filename):
                 self._harmless.add(code.co_filename)
             clock, is_of_environment = clock_in_python(code), reads_environment(code)
             return _Code(code, bool(clock) or is_of_environment, clock, is_of_environment)
