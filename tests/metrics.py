@@ -11,6 +11,7 @@ import torchmetrics as tm
 from torch import Tensor, nn
 from torchmetrics import classification as c
 from torchmetrics.retrieval import RetrievalMRR
+from torchmetrics.segmentation import DiceScore
 from torchmetrics.wrappers import (
     BootStrapper,
     ClasswiseWrapper,
@@ -157,6 +158,12 @@ CASES: dict[str, Case] = {
         lambda: tm.image.StructuralSimilarityIndexMeasure(data_range=1.0), _images
     ),
     "TotalVariation": Case(tm.image.TotalVariation, _one_image),
+    "DiceScore": Case(
+        lambda: DiceScore(CLASSES, input_format="index"),
+        lambda m, x, label: m((x[:, :CLASSES] > 0).long(), label[:, None].expand(-1, CLASSES)),
+    ),
+    "SignalNoiseRatio": Case(tm.audio.SignalNoiseRatio, _distributions),
+    "ScaleInvariantSignalNoiseRatio": Case(tm.audio.ScaleInvariantSignalNoiseRatio, _distributions),
     "RetrievalMRR": Case(
         RetrievalMRR,
         lambda m, x, label: m(x[:, 0].sigmoid(), label > 1, indexes=label % 2),

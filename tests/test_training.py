@@ -216,7 +216,19 @@ class Tied(nn.Module):
         return self.head(self.second(torch.tanh(self.first(x))))
 
 
-NETS = {"mlp": lambda: None, "resnet": resnet, "lstm": Recurrent, "vit": Attending, "tied": Tied}
+def synchronized():
+    """It synchronizes nothing here, because there is one process."""
+    return nn.Sequential(nn.Linear(8, 16), nn.SyncBatchNorm(16), nn.ReLU(), nn.Linear(16, 4))
+
+
+NETS = {
+    "mlp": lambda: None,
+    "resnet": resnet,
+    "lstm": Recurrent,
+    "vit": Attending,
+    "tied": Tied,
+    "synchronized": synchronized,
+}
 
 
 @pytest.mark.parametrize("net", NETS)
