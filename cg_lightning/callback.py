@@ -386,6 +386,7 @@ class CUDAGraphCallback(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._training is not None:
+            self._training.remove()  # raises the errors of deferred checks
             self._training.close()
             self._training = None
             self._log_stats(trainer, TRAIN)

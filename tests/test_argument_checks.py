@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.distributions import (
     Categorical,
@@ -115,6 +117,27 @@ def test_the_error_is_eagers(harness, name, verify_replays):
         with pytest.raises((ValueError, torch.linalg.LinAlgError)) as caught:
             predict(loader(x))(harness.trainer(*extra), Uses(ERRORS[name], identity()))
         raised.append((type(caught.value), str(caught.value)))
+    assert raised[0] == raised[1]
+
+
+class Replace(Callback):
+    """Replaces the step after a graph has noticed an error."""
+
+    def on_predict_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == 8:
+            module.predict_step = functools.partial(type(module).predict_step, module)
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_an_error_that_waits_when_the_step_is_replaced(harness, verify_replays):
+    x = torch.rand(40, 8, generator=torch.Generator().manual_seed(3)) + 0.1
+    x[24:28] = -x[24:28]
+    raised = []
+    for extra in ([harness.callback(verify_replays=verify_replays)], []):
+        trainer = harness.trainer(*extra, Replace())
+        with pytest.raises(ValueError, match="within the support") as caught:
+            predict(loader(x))(trainer, Uses(ERRORS["sample"], identity()))
+        raised.append(str(caught.value))
     assert raised[0] == raised[1]
 
 

@@ -664,77 +664,39 @@ def test_sparse_gradients(fit, batches):
 # Python around the step
 
 
-class Counting(Classifier):
+class Counting(LightningModule):
+    """Updates a metric that nobody reads."""
+
     def __init__(self):
         super().__init__()
-        self.losses = []
+        self.net = nn.Linear(8, 1)
+        self.metric = torchmetrics.classification.BinaryAccuracy()
 
     def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        self.losses.append(loss.detach())
-        return loss * (2 if self.global_step > 9 else 1) * (3 if batch_idx == 5 else 1)
+        output = self.net(batch[0])[:, 0]
+        self.metric.update(output, batch[1])
+        return output.square().mean()
 
-    def on_train_epoch_end(self):
-        self.log("mean", torch.stack(self.losses).mean())
-        self.losses.clear()
-
-
-def test_lists_and_numbers_of_the_trainer(fit):
-    assert replayed(fit(Counting())) > 5
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-2)
 
 
-class DropoutSchedule(Callback):
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx == 4:
-            pl_module.net[3].p = 0.1 + 0.2 * (trainer.current_epoch % 2)
-
-
-def test_a_setting_that_changes_between_batches(fit):
-    callback = fit(Classifier(), others=lambda: [DropoutSchedule()], max_epochs=5)
-    assert replayed(callback) > 5
-
-
-class Average(Callback):
-    """Swaps weights by their data, as averages of weights do."""
-
-    def on_validation_start(self, trainer, pl_module):
-        if trainer.sanity_checking:
-            return
-        self.before = [p.data for p in pl_module.parameters()]
-        for parameter in pl_module.parameters():
-            parameter.data = parameter.data * 0.5
-
-    def on_validation_end(self, trainer, pl_module):
-        if trainer.sanity_checking:
-            return
-        for parameter, data in zip(pl_module.parameters(), self.before, strict=True):
-            parameter.data = data
-
-
-def test_weights_that_are_swapped_for_validation(fit):
-    assert replayed(fit(Classifier(), others=lambda: [Average()])) > 5
-
-
-def test_the_closure_that_is_called_twice(fit):
-    class Twice(torch.optim.SGD):
-        def step(self, closure=None):
-            with torch.enable_grad():
-                closure()
-            return super().step(closure)
-
-    assert replayed(fit(Classifier(optimizer=functools.partial(Twice, lr=0.01)))) > 15
-
-
-def test_an_exception_leaves_no_trace(harness):
-    class Failing(Classifier):
-        def on_train_batch_end(self, outputs, batch, batch_idx):
-            if batch_idx == 6:
-                raise RuntimeError("stop")
-
-    trainer = harness.trainer(harness.callback(stages=["train"]))
-    with pytest.raises(RuntimeError, match="stop"):
-        trainer.fit(Failing(), points())
-    assert "_make_closure" not in vars(trainer.fit_loop.epoch_loop.automatic_optimization)
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_an_error_of_a_metric_that_nobody_reads(harness, verify_replays):
+    """It comes at the latest at the end of training."""
+    generator = torch.Generator().manual_seed(2)
+    x, y = torch.randn(40, 8, generator=generator), torch.randint(0, 2, (40,), generator=generator)
+    y[36] = 7
+    callback = harness.callback(stages=["train"], verify_replays=verify_replays)
+    raised = []
+    for extra in ([callback], []):
+        trainer = harness.trainer(*extra, max_epochs=1)
+        with pytest.raises(RuntimeError, match="Detected the following values") as caught:
+            trainer.fit(Counting(), loader(x, y))
+        raised.append(str(caught.value))
+        assert "_make_closure" not in vars(trainer.fit_loop.epoch_loop.automatic_optimization)
+    assert raised[0] == raised[1]
+    assert replayed(callback) == 7
 
 
 def test_another_run_and_a_copy(harness):

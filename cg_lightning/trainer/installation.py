@@ -107,6 +107,7 @@ class Installation:
         if stage in self._runners and self._definitions[stage] is definition:
             return
         if stage in self._runners:  # the user has replaced the step
+            self.session.remove()  # raises the errors of deferred checks
             self.session.close()
             self._runners.clear()
             self._definitions.clear()
