@@ -5,7 +5,9 @@ from __future__ import annotations
 import collections
 import copy
 import functools
+import importlib
 import random
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +24,7 @@ from cg_lightning.backends.tensor_makers import MakerCall, answered_makers
 from cg_lightning.capture.host_constants import HostConstants
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.errors import CaptureError
-from tests.harness import assert_same, features
+from tests.harness import assert_same, features, predict
 from tests.models import Body, Predictor
 
 Use = Callable[[Any, Tensor], Any]
@@ -301,6 +303,30 @@ def test_constants_of_a_submodule(harness):
     callback = harness.callback(verify_replays=0)
     harness.compare(Steps(Scales()), lambda t, m: t.predict(m, features(40)), callback)
     assert {entry.target for entry in callback.stats.entries} == {"net"}, callback.summary()
+
+
+def test_a_module_that_the_step_imports(harness, tmp_path, monkeypatch):
+    """It keeps no function of ours, and its constants are part of the graph."""
+    code = """
+from torch import as_tensor, tensor
+
+def scale(x):
+    return x * tensor(2.0, device=x.device)
+"""
+    (tmp_path / "imported_by_a_step.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def use(module: Any, x: Tensor) -> Tensor:
+        return importlib.import_module("imported_by_a_step").scale(x)
+
+    callback = harness.callback()
+    try:
+        harness.compare(Uses(use), predict(features(40)), callback)
+        imported = sys.modules["imported_by_a_step"]
+        assert (imported.tensor, imported.as_tensor) == (torch.tensor, torch.as_tensor)
+    finally:
+        sys.modules.pop("imported_by_a_step", None)
+    assert callback.stats.steps["FULL"] == 7, callback.summary()
 
 
 def test_without_a_trainer(backend, device):

@@ -14,12 +14,14 @@ Function = Callable[..., Any]
 def replaced_where_imported(functions: Mapping[str, tuple[Function, Function]]) -> Iterator[None]:
     """Replace functions of ``torch``, also after ``from torch import tensor``.
 
-    Each watched step and each capture looks through all modules, so this must be quick.
+    Modules that are imported meanwhile get the originals at the end. Each watched step and each
+    capture looks through all modules, so this must be quick.
 
     Args:
         functions: The original and its replacement, by the name of the original.
     """
     replaced: list[tuple[Any, str]] = []
+    imported = set(sys.modules)
     try:
         for module in list(sys.modules.values()):
             names: dict[str, Any] = getattr(module, "__dict__", {})
@@ -31,3 +33,12 @@ def replaced_where_imported(functions: Mapping[str, tuple[Function, Function]]) 
     finally:
         for module, name in replaced:
             setattr(module, name, functions[name][0])
+        for path in sys.modules.keys() - imported:
+            _put_back(getattr(sys.modules[path], "__dict__", {}), functions)
+
+
+def _put_back(members: dict[str, Any], functions: Mapping[str, tuple[Function, Function]]) -> None:
+    for original, replacement in functions.values():
+        for name, value in list(members.items()):
+            if value is replacement:
+                members[name] = original
