@@ -1,4 +1,4 @@
-"""Settings that functions of libraries read in Python: a graph freezes them, so they are guarded."""
+"""Settings that functions of PyTorch read in Python: graphs freeze them, so guards compare."""
 
 from __future__ import annotations
 
