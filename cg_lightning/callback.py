@@ -89,7 +89,7 @@ class CUDAGraphCallback(Callback):
             warning names the value.
         verify_every: After that, compare every n-th replay (0 = never).
         verify_tolerance: ``exact``: bitwise equal; if eager itself is not deterministic, within the
-            difference between two eager runs. ``close``: the defaults of
+            difference between eager runs. ``close``: the defaults of
             ``torch.testing.assert_close``.
         sync_free_metrics: In captures of whole steps, replace functions of torchmetrics that wait
             for the device by equal ones that do not (:mod:`cg_lightning.metrics.sync_free`). If a

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import sys
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -12,9 +14,11 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 
+from cg_lightning import CUDAGraphCallback
 from tests import models
 from tests.harness import Harness, assert_same, features, predict
 from tests.models import Body, Predictor
+from tests.processes import run_python
 
 FACTOR = 1.0
 TABLE: dict[str, float] = {"factor": 1.0}
@@ -290,3 +294,55 @@ def test_results_that_a_function_keeps_are_dropped(harness, kind, others, verify
         trainer = harness.trainer(*extra, others())
         seen.append(trainer.predict(Predictor(kind()), features(40)))
     assert_same(*seen)
+
+
+def scales_by_what_it_holds():
+    """Return a function, and another one that changes what the first has closed over."""
+    factor = 1.0
+
+    def scale(x):
+        return x * factor
+
+    def change(to: float) -> None:
+        nonlocal factor
+        factor = to
+
+    return scale, change
+
+
+class ChangesTheClosure(Callback):
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_: Any) -> None:
+        _, change = KEPT[0]
+        change(3.0 if batch_idx >= 5 else 1.0)
+
+
+class CallsItsFirst(Predictor):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return KEPT[0][0](self.net(batch[0]))
+
+
+def calls_a_function_that_changes(harness: Harness) -> CUDAGraphCallback:
+    callback = harness.callback(warmup_steps=1, verify_replays=0)
+    others = lambda: [ChangesTheClosure()]
+    return harness.compare(CallsItsFirst(Body()), predict(features(40)), callback, others)
+
+
+def test_closures_of_functions_that_only_the_garbage_collector_finds(harness: Harness):
+    KEPT.append(scales_by_what_it_holds())
+    assert calls_a_function_that_changes(harness).stats.steps["FULL"] == 8
+
+
+def calls_a_hidden_function(backend: str, folder: str) -> None:
+    KEPT.append(scales_by_what_it_holds())
+    gc.freeze()
+    stats = calls_a_function_that_changes(Harness(backend, Path(folder))).stats
+    assert stats.steps["FULL"] == 0
+    assert "gc.freeze hides what a function holds: scale" in str(stats.reasons)
+
+
+def test_functions_that_are_hidden_from_the_garbage_collector(backend, tmp_path):
+    """In a process of its own: what is frozen cannot be told from what was frozen before."""
+    code = f"from tests import test_global_reads as tests; tests.{calls_a_hidden_function.__name__}"
+    folder = Path(__file__).parent.parent
+    done = run_python("-c", f"{code}({backend!r}, {str(tmp_path)!r})", folder=folder)
+    assert done.returncode == 0, done.stderr

@@ -69,6 +69,8 @@ class FoundFunctions(NamedTuple):
     """The caches around them."""
     places: list[Source]
     """Where another function can be put, and would be called."""
+    is_hidden: bool = False
+    """Whether the function that runs may be another one, which ``gc.freeze`` has hidden."""
 
 
 def find_functions(frame: FrameType, is_made_here: bool) -> FoundFunctions:
@@ -91,7 +93,8 @@ def find_functions(frame: FrameType, is_made_here: bool) -> FoundFunctions:
     if is_made_here or not may_hold:
         return FoundFunctions([], [], [])
     referrers = [each for each in gc.get_referrers(code) if isinstance(each, FunctionType)]
-    return FoundFunctions(referrers, [], [])
+    is_found = any(is_running(each, frame) for each in referrers)
+    return FoundFunctions(referrers, [], [], not is_found and gc.get_freeze_count() > 0)
 
 
 def _replaceable(frame: FrameType, place: Source) -> list[Source]:

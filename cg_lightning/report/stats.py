@@ -81,7 +81,7 @@ class EntryRecord:
     saving: float | None = None
     """The share of the time that graphs save. Negative if they cost time."""
     within_spread: bool = False
-    """Whether a verified replay differed from eager, by no more than two eager runs differ."""
+    """Whether a verified replay differed from eager, by no more than eager runs differ."""
 
     def saved(self, saving: Saving) -> None:
         """Store what graphs save."""

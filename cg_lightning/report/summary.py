@@ -363,7 +363,7 @@ def _summarize(
     ]
     notes = [*(_time_notes(stats, backend, stage) if entries else []), *_again_notes(entries)]
     if any(entry.within_spread for entry in entries):
-        notes.append("replays match eager within the difference between two eager runs")
+        notes.append("replays match eager within the difference between eager runs")
     notes += _padding_notes(stats, stage)
     notes += _hint_notes(stats, stage)
     rows = _graph_rows(stats, entries) if entries else []

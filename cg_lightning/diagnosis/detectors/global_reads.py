@@ -198,6 +198,9 @@ class GlobalReads(Detector):
         found = FoundFunctions([], [], [])
         if code.co_filename != _GENERATED:
             found = find_functions(frame, id(code) in self._made_here)
+        if found.is_hidden:
+            words = f"gc.freeze hides what a function holds: {code.co_name}"
+            self.watch.report(Cause.OPAQUE, words)
         self._made_here.update(map(id, codes_inside(code)))
         if _may_use_unseen(code):
             self.watch.note_unseen_use(f"{code.co_filename}:{code.co_firstlineno}")
