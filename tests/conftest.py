@@ -106,6 +106,8 @@ def modules_with_a_trace() -> list[str]:
 def leaves_no_trace() -> Iterator[None]:
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(False)  # a Trainer sets it for the process
+    # the first call of compiled code turns these checks off for the process
+    torch.distributions.Distribution.set_default_validate_args(True)
     yield
     assert not is_forward_context_available(), "a forward context is left"
     assert torch.is_grad_enabled(), "grad mode is changed"

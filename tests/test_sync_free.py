@@ -1,9 +1,12 @@
 """Compares each replacement of a torchmetrics function with its original."""
 
+import contextlib
 import copy
 import importlib
 import inspect
 import pkgutil
+import sys
+import types
 import warnings
 from typing import Any
 
@@ -136,6 +139,56 @@ def test_the_functions_are_replaced_everywhere_and_put_back():
         assert users._bincount is not before
         assert users._bincount is importlib.import_module("torchmetrics.utilities.data")._bincount
     assert users._bincount is before
+
+
+def add_module(monkeypatch, name: str, code: str) -> types.ModuleType:
+    """Do what an import does."""
+    module = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    exec(code, vars(module))
+    return module
+
+
+def test_a_replacement_inside_another_finds_all_functions(monkeypatch):
+    """A step may run another Trainer. More modules are imported by then."""
+    users = importlib.import_module("torchmetrics.functional.classification.stat_scores")
+    before = users._bincount, torch.linalg.cholesky
+    with sync_free(CheckedCalls()):
+        outer = users._bincount, torch.linalg.cholesky
+        add_module(monkeypatch, "torchmetrics_of_a_test", "")
+        with sync_free(CheckedCalls()):
+            assert users._bincount not in (outer[0], before[0])
+            assert torch.linalg.cholesky not in (outer[1], before[1])
+        assert (users._bincount, torch.linalg.cholesky) == outer
+    assert (users._bincount, torch.linalg.cholesky) == before
+    with sync_free(CheckedCalls()):
+        assert users._bincount is not before[0]
+        assert torch.linalg.cholesky is not before[1]
+    assert (users._bincount, torch.linalg.cholesky) == before
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("name", ["torchmetrics.of_a_test", "of_a_test"])
+def test_a_module_that_is_imported_meanwhile_has_the_original(monkeypatch, name, depth):
+    original_function = importlib.import_module("torchmetrics.utilities.data")._bincount
+    code = "from torchmetrics.utilities.data import _bincount, _bincount as another"
+    with contextlib.ExitStack() as stack:
+        for _ in range(depth):
+            stack.enter_context(sync_free(CheckedCalls()))
+        module = add_module(monkeypatch, name, code)
+        assert module._bincount is not original_function
+    assert module._bincount is original_function
+    assert module.another is original_function
+
+
+def test_a_replacement_that_is_kept_becomes_the_original():
+    data = importlib.import_module("torchmetrics.utilities.data")
+    checked = CheckedCalls()
+    with sync_free(checked):
+        kept = data._bincount
+    with pytest.raises(RuntimeError, match="non-negative"):
+        kept(torch.tensor([-1]), 2)
+    assert checked.seen == []
 
 
 def test_every_function_of_the_table_exists_in_this_torchmetrics():

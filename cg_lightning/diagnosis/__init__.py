@@ -8,6 +8,7 @@
 - ``findings.py``: findings, and where in the user's code something happened.
 - ``functions.py``: the function objects behind the frames that a profiler is shown.
 - ``hidden_modules.py``: modules that are no submodules, and what they hold.
+- ``library_settings.py``: settings that functions of PyTorch read in Python.
 - ``module_state.py``: what a module holds, to be compared later.
 - ``late_unit.py``: what a watched step showed of one unit of metrics: whether its updates may
   follow the step.

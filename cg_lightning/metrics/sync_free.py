@@ -322,10 +322,53 @@ def _places(number_of_modules: int) -> dict[str, list[tuple[Any, str]]]:
         members: dict[str, Any] = getattr(module, "__dict__", {})
         of_torchmetrics = path.split(".")[0] == "torchmetrics"
         for used in list(members) if of_torchmetrics else names & members.keys():
-            found = paths.get(id(members[used]))
+            found = paths.get(id(_behind(members[used])))
             if found is not None:
                 places.setdefault(found, []).append((module, used))
     return places
+
+
+_BEHIND = "_cg_lightning_original"
+"""The attribute of a function of ours that has the function which it replaces."""
+
+
+def _behind(value: Any) -> Any:
+    """Return what a function of ours replaces. All else is returned as it is."""
+    return vars(value).get(_BEHIND, value) if type(value) is types.FunctionType else value
+
+
+class _Replacement:
+    """What is called instead of a function, in this thread and until it is ended.
+
+    A step can keep it, for example in a module that it imports. It is the original then.
+
+    Args:
+        original: The function; that of another replacement if they are nested.
+        replacement: What is called instead.
+    """
+
+    def __init__(self, original: Callable[..., Any], replacement: Callable[..., Any]) -> None:
+        self._is_active = True
+        thread = threading.get_ident()
+
+        @functools.wraps(original)
+        def function(*args: Any, **kwargs: Any) -> Any:
+            is_replaced = self._is_active and threading.get_ident() == thread
+            return (replacement if is_replaced else original)(*args, **kwargs)
+
+        setattr(function, _BEHIND, _behind(original))
+        self._original = original
+        self.function = function
+
+    def end(self) -> None:
+        """Call the original from now on."""
+        self._is_active = False
+
+    def put_back(self, members: dict[str, Any]) -> None:
+        """Put the original back among the members of a module that was imported meanwhile."""
+        for name, value in list(members.items()):
+            if value is self.function:
+                members[name] = self._original
 
 
 @contextlib.contextmanager
@@ -335,27 +378,30 @@ def replacing(make: Callable[[Callable[..., Any], SyncFree], Callable[..., Any]]
     A function that this version of torchmetrics does not have is skipped. If its successor waits
     for the device, the diagnosis finds it.
     """
-    thread = threading.get_ident()
     places_of = _places(len(sys.modules))
-
-    def for_this_thread(
-        original: Callable[..., Any], replacement: Callable[..., Any]
-    ) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def function(*args: Any, **kwargs: Any) -> Any:
-            return (replacement if threading.get_ident() == thread else original)(*args, **kwargs)
-
-        return function
-
+    imported = set(sys.modules)
+    replacements: list[_Replacement] = []
     with contextlib.ExitStack() as stack:
+        stack.callback(_end, replacements, imported)
         for path, sync_free in SYNC_FREE.items():
             places = places_of.get(path)
             if places:
                 original = getattr(*places[0])
-                function = for_this_thread(original, make(original, sync_free))
+                replacement = _Replacement(original, make(original, sync_free))
+                replacements.append(replacement)
                 for module, name in places:
-                    stack.enter_context(patch.object(module, name, function))
+                    stack.enter_context(patch.object(module, name, replacement.function))
         yield
+
+
+def _end(replacements: list[_Replacement], imported: set[str]) -> None:
+    """End replacements. Modules other than those ``imported`` before them get the originals."""
+    for replacement in replacements:
+        replacement.end()
+    for name in sys.modules.keys() - imported:
+        members = getattr(sys.modules[name], "__dict__", {})
+        for replacement in replacements:
+            replacement.put_back(members)
 
 
 def sync_free(checked: CheckedCalls) -> contextlib.AbstractContextManager[None]:

@@ -34,6 +34,7 @@ from cg_lightning.diagnosis.functions import (
     sources_of_function,
 )
 from cg_lightning.diagnosis.hidden_modules import hidden_modules, opaque_in, sources_in
+from cg_lightning.diagnosis.library_settings import has_settings, settings_read_by
 from cg_lightning.diagnosis.module_state import ModuleState
 from cg_lightning.diagnosis.profilers import paused_profiler
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
@@ -183,12 +184,17 @@ class GlobalReads(Detector):
 
     def _look_at(self, frame: FrameType) -> _Code:
         code = frame.f_code
+        settings = settings_read_by(code)
+        for source in settings:
+            self._remember(source, AT_THE_END)
         if not is_user_file(code.co_filename):
-            is_of_module = frame.f_globals.get("__file__") == code.co_filename
-            if is_of_module and not has_clocks(code.co_filename):
-                self._harmless.add(code.co_filename)
+            file = code.co_filename
+            is_of_module = frame.f_globals.get("__file__") == file
+            if is_of_module and not (has_clocks(file) or has_settings(file)):
+                self._harmless.add(file)
             clock, is_of_environment = clock_in_python(code), reads_environment(code)
-            return _Code(code, bool(clock) or is_of_environment, clock, is_of_environment)
+            matters = bool(clock or settings) or is_of_environment
+            return _Code(code, matters, clock, is_of_environment, sources=settings)
         found = FoundFunctions([], [], [])
         if code.co_filename != _GENERATED:
             found = find_functions(frame, id(code) in self._made_here)
@@ -199,7 +205,12 @@ class GlobalReads(Detector):
         if _may_use_unseen(code):
             self.watch.note_unseen_use(f"{code.co_filename}:{code.co_firstlineno}")
         location = f"{code.co_filename}:{code.co_firstlineno}"
-        sources = [*_sources_of(frame), *map(source_of_cache, found.caches), *found.places]
+        sources = [
+            *_sources_of(frame),
+            *map(source_of_cache, found.caches),
+            *found.places,
+            *settings,
+        ]
         for source in sources:
             self._remember(source, location)
         held = [(function, _sources_held_by(function)) for function in found.functions]
@@ -274,7 +285,7 @@ class _Code(NamedTuple):
     """Whether it reads environment variables for its caller."""
     location: str = ""
     sources: Sequence[Source] = ()
-    """The globals that it names."""
+    """The globals that it names, and the settings of PyTorch."""
     functions: Sequence[tuple[FunctionType, list[Source]]] = ()
     """The functions that have it, and what each holds."""
     asks_for_class: bool = False
