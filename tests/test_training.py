@@ -664,7 +664,80 @@ def test_sparse_gradients(fit, batches):
 # Python around the step
 
 
-class Counting(LightningModule):
+class Counting(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.losses = []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.detach())
+        return loss * (2 if self.global_step > 9 else 1) * (3 if batch_idx == 5 else 1)
+
+    def on_train_epoch_end(self):
+        self.log("mean", torch.stack(self.losses).mean())
+        self.losses.clear()
+
+
+def test_lists_and_numbers_of_the_trainer(fit):
+    assert replayed(fit(Counting())) > 5
+
+
+class DropoutSchedule(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 4:
+            pl_module.net[3].p = 0.1 + 0.2 * (trainer.current_epoch % 2)
+
+
+def test_a_setting_that_changes_between_batches(fit):
+    callback = fit(Classifier(), others=lambda: [DropoutSchedule()], max_epochs=5)
+    assert replayed(callback) > 5
+
+
+class Average(Callback):
+    """Swaps weights by their data, as averages of weights do."""
+
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.sanity_checking:
+            return
+        self.before = [p.data for p in pl_module.parameters()]
+        for parameter in pl_module.parameters():
+            parameter.data = parameter.data * 0.5
+
+    def on_validation_end(self, trainer, pl_module):
+        if trainer.sanity_checking:
+            return
+        for parameter, data in zip(pl_module.parameters(), self.before, strict=True):
+            parameter.data = data
+
+
+def test_weights_that_are_swapped_for_validation(fit):
+    assert replayed(fit(Classifier(), others=lambda: [Average()])) > 5
+
+
+def test_the_closure_that_is_called_twice(fit):
+    class Twice(torch.optim.SGD):
+        def step(self, closure=None):
+            with torch.enable_grad():
+                closure()
+            return super().step(closure)
+
+    assert replayed(fit(Classifier(optimizer=functools.partial(Twice, lr=0.01)))) > 15
+
+
+def test_an_exception_leaves_no_trace(harness):
+    class Failing(Classifier):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx == 6:
+                raise RuntimeError("stop")
+
+    trainer = harness.trainer(harness.callback(stages=["train"]))
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer.fit(Failing(), points())
+    assert "_make_closure" not in vars(trainer.fit_loop.epoch_loop.automatic_optimization)
+
+
+class CountsUnread(LightningModule):
     """Updates a metric that nobody reads."""
 
     def __init__(self):
@@ -692,7 +765,7 @@ def test_an_error_of_a_metric_that_nobody_reads(harness, verify_replays):
     for extra in ([callback], []):
         trainer = harness.trainer(*extra, max_epochs=1)
         with pytest.raises(RuntimeError, match="Detected the following values") as caught:
-            trainer.fit(Counting(), loader(x, y))
+            trainer.fit(CountsUnread(), loader(x, y))
         raised.append(str(caught.value))
         assert "_make_closure" not in vars(trainer.fit_loop.epoch_loop.automatic_optimization)
     assert raised[0] == raised[1]
