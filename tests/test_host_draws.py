@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cg_lightning.backends.recorder import RecorderBackend
 from cg_lightning.core.causes import Cause
+from cg_lightning.diagnosis.detectors.host_reads import HostReads
 from cg_lightning.diagnosis.detectors.operations import Operations
 from cg_lightning.diagnosis.detectors.random_numbers import RandomNumbers
 from cg_lightning.diagnosis.watched_step import WatchedStep
@@ -62,6 +63,10 @@ def through_numpy(m: Any, x: Tensor) -> Any:
     return x * 2 if values[0] < 0.5 else x
 
 
+def through_dlpack(m: Any, x: Tensor) -> Any:
+    return x * 2 if np.from_dlpack(torch.rand(2))[0] < 0.5 else x
+
+
 def in_place(m: Any, x: Tensor) -> Tensor:
     torch.empty(3).uniform_()
     return x
@@ -104,6 +109,10 @@ USED: dict[str, Use] = {
 }
 
 
+READ_UNSEEN: dict[str, Use] = {"numpy": through_numpy, "dlpack": through_dlpack}
+"""No operation shows that the values are read."""
+
+
 class Net(nn.Module):
     def __init__(self, use: Use) -> None:
         super().__init__()
@@ -116,7 +125,7 @@ class Net(nn.Module):
 
 def watch(use: Use) -> WatchedStep:
     net, x = Net(use).eval(), torch.empty(3, 4, device=META)
-    detectors = (RandomNumbers, Operations)
+    detectors = (RandomNumbers, Operations, HostReads)
     watcher = StepWatcher(net, RecorderBackend(META), effects=None, detectors=detectors)
     with torch.inference_mode():
         return watcher.watch(net, x, (x,))[1]
@@ -145,6 +154,13 @@ def test_what_nobody_uses_is_no_finding_and_is_drawn_again(name):
 def test_what_is_used_is_found(name):
     watched = watch(USED[name])
     assert Cause.HOST_RANDOMNESS in {finding.cause for finding in watched.findings}
+
+
+@pytest.mark.usefixtures("no_autocast")
+@pytest.mark.parametrize("name", READ_UNSEEN)
+def test_what_no_operation_reads_is_found(name):
+    watched = watch(READ_UNSEEN[name])
+    assert Cause.HOST_SYNC in {finding.cause for finding in watched.findings}
 
 
 class Draws(Predictor):
@@ -176,14 +192,14 @@ def run(harness: Harness, use: Use, *callbacks: Any) -> Any:
 
 
 @pytest.mark.parametrize("settings", [{}, {"verify_replays": 0}, {"mode": "PIECEWISE"}], ids=str)
-@pytest.mark.parametrize("name", [*UNUSED, *USED, "through numpy"])
+@pytest.mark.parametrize("name", [*UNUSED, *USED, *READ_UNSEEN])
 def test_the_host_draws_what_it_draws_in_eager(harness, name, settings):
     """Hazard 9."""
-    use = {**UNUSED, **USED, "through numpy": through_numpy}[name]
+    use = {**UNUSED, **USED, **READ_UNSEEN}[name]
     callback = harness.callback(**settings)
     found = run(harness, use, callback)
     assert_same(found, run(harness, use))
     if name in UNUSED and "mode" not in settings:
         assert callback.stats.steps["FULL"] > 10, callback.summary()
-    if name in (*USED, "through numpy") and harness.backend == "cuda":
+    if name in (*USED, *READ_UNSEEN) and harness.backend == "cuda":
         assert callback.stats.steps["FULL"] == 0, callback.summary()

@@ -38,6 +38,10 @@ def _never(*_: Any, **__: Any) -> bool:
     return False
 
 
+def _is_on_a_device(tensor: Tensor, *_: Any, **__: Any) -> bool:
+    return not tensor.is_cpu
+
+
 def _stays_on_the_host(*_: Any, device: Any = None, **__: Any) -> bool:
     return device is None
 
@@ -46,7 +50,8 @@ def _stays_on_the_host(*_: Any, device: Any = None, **__: Any) -> bool:
 def invisible_calls(on_call: OnCall) -> Iterator[None]:
     """Call ``on_call`` before each such call of this thread. ``on_call`` may raise.
 
-    ``tolist``, ``numpy`` and ``cpu`` of a CPU tensor do not reach the dispatcher. A tensor made
+    ``tolist``, ``numpy`` and ``cpu`` of a CPU tensor do not reach the dispatcher, nor does what
+    others read of it by DLPack, such as ``numpy.from_dlpack``. A tensor made
     from Python values for a device (``torch.tensor(..., device=...)``) looks to the dispatcher
     like a tensor that stays on the host.
     """
@@ -55,6 +60,8 @@ def invisible_calls(on_call: OnCall) -> Iterator[None]:
             stack.enter_context(
                 patch.object(Tensor, name, _noticed(Tensor, name, Cause.HOST_SYNC, on_call, _never))
             )
+        shared = _noticed(Tensor, "__dlpack__", Cause.HOST_SYNC, on_call, _is_on_a_device)
+        stack.enter_context(patch.object(Tensor, "__dlpack__", shared))
         makers = {
             name: (
                 getattr(torch, name),
