@@ -84,6 +84,7 @@ CONSTANT: dict[str, Use] = {
     "added to": lambda m, x: torch.index_put(x, (m.columns,), m.scale, accumulate=True),
     "TorchScript": lambda m, x: scripted(x),
     "made on the host": lambda m, x: x + torch.linspace(0, 1, 4).add_(m.scale).to(x.device),
+    "filled and dropped": lambda m, x: x * torch.from_numpy(np.ones(4)).fill_(2.0).to(x),
     "without elements": lambda m, x: x.sum() + m.table[:0].to(x.device).sum(),
     "a list index": lambda m, x: x[[0, 1, 0]],
 }
@@ -92,6 +93,7 @@ COPY_NOTHING = ("a number", "from an array", "a list index")
 LOWER: dict[str, Use] = {
     "a large tensor": lambda m, x: x + m.large.to(x.device)[: len(x)],
     "written on the host": lambda m, x: x * m.scale.add_(1.0),
+    "filled and kept": lambda m, x: x * m.scale.fill_(2.0),
     "drawn on the host": lambda m, x: x + torch.rand(4).to(x.device),
     "a mask": lambda m, x: x[:, torch.tensor([True, False, True, False])],
 }

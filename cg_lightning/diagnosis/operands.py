@@ -1,4 +1,4 @@
-"""The tensors that a dispatched operation takes, makes and writes to."""
+"""The tensors that dispatched operations take, make and write to."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from cg_lightning.backends.operation_writes import written_arguments
 from cg_lightning.core.tree import tensors_in
@@ -30,3 +31,22 @@ def addresses_in(values: Any) -> set[int]:
         if isinstance(value, (tuple, list)):
             found |= addresses_in(value)
     return found
+
+
+class HeldOperand:
+    """A tensor that is held until the step ends, so that its address is not used again.
+
+    Args:
+        tensor: The tensor.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.address = storage.data_ptr()
+        self._tensor: Tensor | None = tensor
+        self._storage = StorageWeakRef(storage)
+
+    def is_held_by_others(self) -> bool:
+        """Return True if somebody else can see its values. It is not held here from now on."""
+        self._tensor = None
+        return not self._storage.expired()

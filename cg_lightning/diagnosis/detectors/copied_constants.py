@@ -10,13 +10,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from cg_lightning.backends.copies_from_host import copied_from_host
 from cg_lightning.backends.host_indices import place_of_indexing
@@ -24,7 +23,7 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.detector import ReplacingDetector
 from cg_lightning.diagnosis.findings import AT_THE_END, find_location
-from cg_lightning.diagnosis.operands import written_tensors
+from cg_lightning.diagnosis.operands import HeldOperand, written_tensors
 from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.host_tensors import is_guardable, source_of_host_tensor
@@ -35,27 +34,17 @@ _READS = ("tolist", "numpy", "__array__")
 """Methods that read a tensor of the host, and that no operation shows."""
 
 
-class _Filled:
+class _Filled(NamedTuple):
     """A tensor of the host that a step fills with a number, and that it may have made unseen.
 
     TorchScript makes such tensors (``torch.tensor(2)`` in PyTorch 2.11): nobody sees them made.
-
-    Args:
-        tensor: The tensor.
-        location: The line that fills it.
-        calls: The calls under way.
     """
 
-    def __init__(self, tensor: Tensor, location: str, calls: list[ModuleCall]) -> None:
-        self._tensor: Tensor | None = tensor  # its address must not be used again
-        self._storage = StorageWeakRef(tensor.untyped_storage())
-        self.location = location
-        self.calls = calls
-
-    def is_kept(self) -> bool:
-        """Return True if somebody keeps what was filled. Nothing here does from now on."""
-        self._tensor = None
-        return not self._storage.expired()
+    held: HeldOperand
+    location: str
+    """The line that fills it."""
+    calls: list[ModuleCall]
+    """The calls under way."""
 
 
 class CopiedConstants(ReplacingDetector):
@@ -98,11 +87,10 @@ class CopiedConstants(ReplacingDetector):
                 readers = [call for call in self.watch.calls() if source.key in call.sources]
                 words = f"{source.path} changes"
                 self.watch.report(Cause.STATE_REBOUND, words, location=AT_THE_END, calls=readers)
-            for filled in self._filled:
-                if filled.is_kept():
-                    words, where = _writes("aten::fill_"), filled.location
-                    calls = filled.calls
-                    self.watch.report(Cause.STATE_REBOUND, words, location=where, calls=calls)
+            for held, location, calls in self._filled:
+                if held.is_held_by_others():
+                    words = _writes("aten::fill_")
+                    self.watch.report(Cause.STATE_REBOUND, words, location=location, calls=calls)
         finally:
             self._kept.clear()
             self._filled.clear()
@@ -173,7 +161,8 @@ class CopiedConstants(ReplacingDetector):
             storage = _storage(on_host[0])
             if storage not in self._made and storage not in self._states:
                 self._made[storage] = True
-                self._filled.append(_Filled(on_host[0], find_location().user, [*watch.stack]))
+                held = HeldOperand(on_host[0])
+                self._filled.append(_Filled(held, find_location().user, [*watch.stack]))
             return
         for tensor in on_host:
             self._read(tensor)

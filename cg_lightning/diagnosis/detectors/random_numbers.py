@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import random
 import sys
@@ -15,13 +16,13 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.cuda import random as device_random
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import find_location
+from cg_lightning.diagnosis.operands import HeldOperand, addresses_in
 from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.effects.host_draws import HostDraw
@@ -35,27 +36,15 @@ _SEEDING = (
 """Functions of PyTorch that set a generator: a replay draws on from where it is."""
 
 
+@dataclasses.dataclass
 class _UnusedDraw:
-    """A tensor of the host that a step has drawn, and given to no operation so far.
+    """A tensor of the host that a step has drawn, and given to no operation so far."""
 
-    Args:
-        draw: How it was drawn.
-        tensor: The tensor.
-        location: The line that draws it.
-    """
-
-    def __init__(self, draw: HostDraw, tensor: Tensor, location: str) -> None:
-        self.draw = draw
-        self.location = location
-        self.address = _storage(tensor)
-        self.is_used = False
-        self._tensor: Tensor | None = tensor  # its address must not be used again
-        self._reference = StorageWeakRef(tensor.untyped_storage())
-
-    def is_kept(self) -> bool:
-        """Return True if somebody keeps it. Nothing here does from now on."""
-        self._tensor = None
-        return not self._reference.expired()
+    draw: HostDraw
+    held: HeldOperand
+    location: str
+    """The line that draws it."""
+    is_used: bool = False
 
 
 class RandomNumbers(Detector):
@@ -86,7 +75,7 @@ class RandomNumbers(Detector):
             yield
             self._compare(self._begin, self._drawn_before)
         for draw in self._unused:
-            if draw.is_kept():
+            if draw.held.is_held_by_others():
                 self._report_draw(draw)
         self.watch.host_draws = [each.draw for each in self._unused]
         self._unused = []
@@ -111,9 +100,9 @@ class RandomNumbers(Detector):
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         # PyTorch itself detaches what it has drawn, which reads nothing
         if self._unused and function is not torch.ops.aten.detach.default:
-            used = {_storage(tensor) for tensor in tensors_in((args, kwargs)) if tensor.is_cpu}
+            used = addresses_in(args) | addresses_in(list(kwargs.values()))
             for draw in self._unused:
-                if draw.address in used and not draw.is_used:
+                if draw.held.address in used and not draw.is_used:
                     draw.is_used = True
                     self._report_draw(draw)
         if self.watch.device_type != "cpu" and _drops_out_by_itself(function, args, kwargs):
@@ -143,7 +132,7 @@ class RandomNumbers(Detector):
             self.watch.report_unless_found(Cause.HOST_RANDOMNESS, words)
             return
         draw = HostDraw(function, args, {**kwargs, "dtype": output.dtype})
-        self._unused.append(_UnusedDraw(draw, output, find_location().user))
+        self._unused.append(_UnusedDraw(draw, HeldOperand(output), find_location().user))
         inner = [call for call in self.watch.stack if call is not self.watch.step]
         self.watch.report(Cause.HOST_RANDOMNESS, words, calls=inner)
 
@@ -263,10 +252,6 @@ def _can_be_repeated(
     values = tree_leaves((args, kwargs))
     is_plain = not any(isinstance(value, (Tensor, torch.Generator)) for value in values)
     return is_plain and type(output) is Tensor and "dtype" in names and function.namespace == "aten"
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
 
 
 def _draws(function: OpOverload) -> bool:
