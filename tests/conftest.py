@@ -63,6 +63,12 @@ def device(backend: str) -> torch.device:
 
 
 @pytest.fixture
+def no_autocast(monkeypatch) -> None:
+    """No device but the real ones has autocast, and PyTorch raises if it is asked."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+
+
+@pytest.fixture
 def harness(backend: str, tmp_path) -> Harness:
     return Harness(backend, tmp_path)
 

@@ -110,12 +110,6 @@ def watch(net: Net) -> WatchedStep:
         return watcher.watch(net, x, (x,))[1]
 
 
-@pytest.fixture
-def no_autocast(monkeypatch) -> None:
-    """No device but the real ones has autocast, and PyTorch raises if it is asked."""
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
-
-
 def net_on(device: torch.device, use: Use) -> Net:
     torch.manual_seed(3)
     return Net(use).to(device).eval()

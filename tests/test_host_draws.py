@@ -131,12 +131,6 @@ def watch(use: Use) -> WatchedStep:
         return watcher.watch(net, x, (x,))[1]
 
 
-@pytest.fixture
-def no_autocast(monkeypatch) -> None:
-    """No device but the real ones has autocast, and PyTorch raises if it is asked."""
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
-
-
 @pytest.mark.usefixtures("no_autocast")
 @pytest.mark.parametrize("name", UNUSED)
 def test_what_nobody_uses_is_no_finding_and_is_drawn_again(name):

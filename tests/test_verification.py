@@ -231,6 +231,22 @@ def test_what_eager_differs_from_itself_is_let_pass_and_said(values, harness):
     assert "within the difference between eager runs" in callback.summary()
 
 
+class OfAnyLength(nn.Module):
+    """Two runs give outputs of other lengths, by a value that nobody sees."""
+
+    def forward(self, x):
+        put_noise((noise() + 1) % 3)
+        return x[:, : 2 + int(noise())]
+
+
+@pytest.mark.filterwarnings("ignore:.*a replay differed.*")
+def test_eager_runs_of_other_shapes_are_a_difference(harness):
+    callback = harness.callback(mode="FULL", warmup_steps=1)
+    outputs = harness.trainer(callback).predict(Predictor(OfAnyLength()), features(32))
+    assert len(outputs) == 8
+    assert callback.stats.steps["FULL"] == 0, callback.summary()
+
+
 def test_close_lets_small_differences_pass(harness):
     class Slightly(ChangesUnseen):
         def on_predict_batch_start(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 Function = Callable[..., Any]
@@ -33,12 +33,20 @@ def replaced_where_imported(functions: Mapping[str, tuple[Function, Function]]) 
     finally:
         for module, name in replaced:
             setattr(module, name, functions[name][0])
-        for path in sys.modules.keys() - imported:
-            _put_back(getattr(sys.modules[path], "__dict__", {}), functions)
+        put_back_in_others(imported, functions.values())
 
 
-def _put_back(members: dict[str, Any], functions: Mapping[str, tuple[Function, Function]]) -> None:
-    for original, replacement in functions.values():
+def put_back_in_others(imported: set[str], functions: Iterable[tuple[Function, Function]]) -> None:
+    """Put originals back in modules that were imported while these functions were replaced.
+
+    Args:
+        imported: The names of the modules that were there before.
+        functions: Pairs of an original and its replacement.
+    """
+    pairs = list(functions)
+    for path in sys.modules.keys() - imported:
+        members: dict[str, Any] = getattr(sys.modules[path], "__dict__", {})
         for name, value in list(members.items()):
-            if value is replacement:
-                members[name] = original
+            for original, replacement in pairs:
+                if value is replacement:
+                    members[name] = original

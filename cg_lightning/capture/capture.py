@@ -264,7 +264,7 @@ class Capturer:
         with (
             override_forward_context(context),
             recorder.prepared(),
-            _put_back() if target.host_draws else contextlib.nullcontext(),
+            _random_state_put_back() if target.host_draws else contextlib.nullcontext(),
         ):
             captured = capture()
             if recorder.has_unreserved_checks or constants.are_missing:
@@ -314,7 +314,7 @@ class Capturer:
 
 
 @contextlib.contextmanager
-def _put_back() -> Iterator[None]:
+def _random_state_put_back() -> Iterator[None]:
     """At the end, put back the states of the random generators of the host."""
     before = HostRandomState()
     try:

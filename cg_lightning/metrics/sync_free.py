@@ -40,6 +40,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MaxMetric, MeanMetric, MinMetric, SumMetric
 
+from cg_lightning.backends.imported_functions import put_back_in_others
 from cg_lightning.metrics import argument_checks, fixed_shapes
 from cg_lightning.metrics.argument_checks import RepeatedCall
 from cg_lightning.metrics.deferred_checks import CheckedCalls
@@ -357,18 +358,12 @@ class _Replacement:
             return (replacement if is_replaced else original)(*args, **kwargs)
 
         setattr(function, _BEHIND, _behind(original))
-        self._original = original
+        self.original = original
         self.function = function
 
     def end(self) -> None:
         """Call the original from now on."""
         self._is_active = False
-
-    def put_back(self, members: dict[str, Any]) -> None:
-        """Put the original back among the members of a module that was imported meanwhile."""
-        for name, value in list(members.items()):
-            if value is self.function:
-                members[name] = self._original
 
 
 @contextlib.contextmanager
@@ -398,10 +393,7 @@ def _end(replacements: list[_Replacement], imported: set[str]) -> None:
     """End replacements. Modules other than those ``imported`` before them get the originals."""
     for replacement in replacements:
         replacement.end()
-    for name in sys.modules.keys() - imported:
-        members = getattr(sys.modules[name], "__dict__", {})
-        for replacement in replacements:
-            replacement.put_back(members)
+    put_back_in_others(imported, [(each.original, each.function) for each in replacements])
 
 
 def sync_free(checked: CheckedCalls) -> contextlib.AbstractContextManager[None]:

@@ -56,16 +56,21 @@ def _values(state: StepState, comparison: Comparison | None) -> list[tuple[str, 
     return [*state.values(), *late]
 
 
+def _are_floats(one: Any, other: Any) -> bool:
+    """Return True for two tensors of floats of one shape."""
+    both = isinstance(one, Tensor) and isinstance(other, Tensor)
+    return both and one.is_floating_point() and one.shape == other.shape
+
+
 def _distance(one: Any, other: Any) -> float:
     """Return how far a tensor is from that of another eager run; 0.0 for all other values."""
-    is_float = isinstance(one, Tensor) and one.is_floating_point()
-    return float((one - other).abs().max()) if is_float and one.numel() else 0.0
+    if not (_are_floats(one, other) and one.numel()):
+        return 0.0
+    return float((one - other).abs().max())
 
 
 def _is_within(one: Any, other: Any, spread: float) -> bool:
-    if not isinstance(one, Tensor) or not one.is_floating_point() or one.shape != other.shape:
-        return False
-    return spread > 0 and bool(((one - other).abs() <= spread).all())
+    return spread > 0 and _are_floats(one, other) and bool(((one - other).abs() <= spread).all())
 
 
 def _show(value: Any) -> str:
