@@ -301,8 +301,10 @@ def test_dropout_of_a_recurrent_network_has_a_state_of_its_own(
     """On a CPU it draws from PyTorch's generator."""
     if backend == "recorder":
         found = 0
-    net = nn.LSTM(8, 8, num_layers=2, dropout=dropout, batch_first=True)
-    net.train(training).to(device)
+    net = nn.LSTM(8, 8, num_layers=2, dropout=dropout, batch_first=True).to(device)
+    # cuDNN keeps one state a process; made in inference mode, it could not be used to train
+    nn.LSTM(2, 2, num_layers=2, dropout=0.5).to(device)(torch.zeros(1, 1, 2, device=device))
+    net.train(training)
     module = Runs(lambda m, x: net(x)[0])
     graphs: Any = resolve_backend(backend, device)
     watcher = StepWatcher(module, graphs, effects=None, detectors=(RandomNumbers,))

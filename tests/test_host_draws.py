@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.utils.dlpack
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from cg_lightning.backends.recorder import RecorderBackend
 from cg_lightning.core.causes import Cause
+from cg_lightning.diagnosis.detector import Detector
+from cg_lightning.diagnosis.detectors.copied_constants import CopiedConstants
 from cg_lightning.diagnosis.detectors.host_reads import HostReads
 from cg_lightning.diagnosis.detectors.operations import Operations
 from cg_lightning.diagnosis.detectors.random_numbers import RandomNumbers
@@ -67,6 +70,11 @@ def through_dlpack(m: Any, x: Tensor) -> Any:
     return x * 2 if np.from_dlpack(torch.rand(2))[0] < 0.5 else x
 
 
+def through_a_capsule(m: Any, x: Tensor) -> Any:
+    capsule = torch.utils.dlpack.to_dlpack(torch.rand(2))
+    return x * 2 if torch.utils.dlpack.from_dlpack(capsule)[0] < 0.5 else x
+
+
 def in_place(m: Any, x: Tensor) -> Tensor:
     torch.empty(3).uniform_()
     return x
@@ -109,7 +117,11 @@ USED: dict[str, Use] = {
 }
 
 
-READ_UNSEEN: dict[str, Use] = {"numpy": through_numpy, "dlpack": through_dlpack}
+READ_UNSEEN: dict[str, Use] = {
+    "numpy": through_numpy,
+    "dlpack": through_dlpack,
+    "a capsule of dlpack": through_a_capsule,
+}
 """No operation shows that the values are read."""
 
 
@@ -123,9 +135,10 @@ class Net(nn.Module):
         return self.use(self, x)
 
 
-def watch(use: Use) -> WatchedStep:
+def watch(
+    use: Use, detectors: Sequence[type[Detector]] = (RandomNumbers, Operations, HostReads)
+) -> WatchedStep:
     net, x = Net(use).eval(), torch.empty(3, 4, device=META)
-    detectors = (RandomNumbers, Operations, HostReads)
     watcher = StepWatcher(net, RecorderBackend(META), effects=None, detectors=detectors)
     with torch.inference_mode():
         return watcher.watch(net, x, (x,))[1]
@@ -155,6 +168,14 @@ def test_what_is_used_is_found(name):
 def test_what_no_operation_reads_is_found(name):
     watched = watch(READ_UNSEEN[name])
     assert Cause.HOST_SYNC in {finding.cause for finding in watched.findings}
+
+
+@pytest.mark.usefixtures("no_autocast")
+@pytest.mark.parametrize("name", READ_UNSEEN)
+def test_what_no_operation_reads_is_found_where_a_device_waits_for_nothing(name):
+    """On CUDA nothing waits for a tensor of the host."""
+    watched = watch(READ_UNSEEN[name], detectors=(RandomNumbers, CopiedConstants))
+    assert Cause.HOST_RANDOMNESS in {finding.cause for finding in watched.findings}
 
 
 class Draws(Predictor):

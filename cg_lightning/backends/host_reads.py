@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.utils import dlpack
 
 from cg_lightning.backends.imported_functions import replaced_where_imported
 from cg_lightning.core.causes import Cause
@@ -62,14 +63,16 @@ def invisible_calls(on_call: OnCall) -> Iterator[None]:
             )
         shared = _noticed(Tensor, "__dlpack__", Cause.HOST_SYNC, on_call, _is_on_a_device)
         stack.enter_context(patch.object(Tensor, "__dlpack__", shared))
-        makers = {
+        functions = {
             name: (
                 getattr(torch, name),
                 _noticed(torch, name, Cause.TENSOR_FROM_PYTHON, on_call, _stays_on_the_host),
             )
             for name in _MAKERS
         }
-        stack.enter_context(replaced_where_imported(makers))
+        to_dlpack = _noticed(dlpack, "to_dlpack", Cause.HOST_SYNC, on_call, _is_on_a_device)
+        functions["to_dlpack"] = (dlpack.to_dlpack, to_dlpack)
+        stack.enter_context(replaced_where_imported(functions))
         maker = _noticed(Tensor, "new_tensor", Cause.TENSOR_FROM_PYTHON, on_call, _never)
         stack.enter_context(patch.object(Tensor, "new_tensor", maker))
         yield

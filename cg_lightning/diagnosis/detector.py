@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from torch import Tensor
 from torch._ops import OpOverload
 
 from cg_lightning.core.causes import Cause
@@ -53,6 +54,9 @@ class Detector:
 
     def returned(self, call: ModuleCall, output: Any) -> None:
         """Is called with what a call (or the step), the last on the stack, has returned."""
+
+    def before_read(self, tensor: Tensor) -> None:
+        """Is called before the step reads a tensor of the host, if no operation shows that."""
 
     def before_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]

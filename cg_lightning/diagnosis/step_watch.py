@@ -229,6 +229,12 @@ class StepWatch:
             for call in self.stack:
                 call.compared[compared.key] = compared
 
+    def note_unseen_read(self, tensor: Tensor) -> None:
+        """Notes that the step reads a tensor of the host, which no operation shows."""
+        if not (self._is_paused or self._is_in_framework):
+            for detector in self._detectors:
+                detector.before_read(tensor)
+
     def note_copy_from_host(self) -> None:
         """Notes for every call under way that it copies a constant from the host by itself."""
         if not self._is_paused:

@@ -16,9 +16,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.utils import dlpack
 
 from cg_lightning.backends.copies_from_host import copied_from_host
 from cg_lightning.backends.host_indices import place_of_indexing
+from cg_lightning.backends.imported_functions import replaced_where_imported
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.detector import ReplacingDetector
@@ -30,7 +32,7 @@ from cg_lightning.guards.host_tensors import is_guardable, source_of_host_tensor
 from cg_lightning.guards.sources import Source
 from cg_lightning.metrics.members import states_of
 
-_READS = ("tolist", "numpy", "__array__")
+_READS = ("tolist", "numpy", "__array__", "__dlpack__")
 """Methods that read a tensor of the host, and that no operation shows."""
 
 
@@ -101,6 +103,13 @@ class CopiedConstants(ReplacingDetector):
         for name in _READS if self._is_elsewhere else ():
             replacement = self._noting(getattr(Tensor, name))
             replaced.enter_context(patch.object(Tensor, name, replacement))
+        if self._is_elsewhere:
+            readers = {"to_dlpack": (dlpack.to_dlpack, self._noting(dlpack.to_dlpack))}
+            replaced.enter_context(replaced_where_imported(readers))
+
+    def before_read(self, tensor: Tensor) -> None:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        self._read(tensor)
 
     def before_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -196,9 +205,8 @@ class CopiedConstants(ReplacingDetector):
         thread = threading.get_ident()
 
         def read(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            is_ours = self.watch.is_paused or self.watch.is_in_framework
-            if tensor.is_cpu and threading.get_ident() == thread and not is_ours:
-                self._read(tensor)
+            if tensor.is_cpu and threading.get_ident() == thread:
+                self.watch.note_unseen_read(tensor)
             return original(tensor, *args, **kwargs)
 
         return read

@@ -94,17 +94,17 @@ class RandomNumbers(Detector):
         yield
         self._compare(before, drawn_before)
 
+    def before_read(self, tensor: Tensor) -> None:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        self._note_used([tensor])
+
     def before_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         # PyTorch itself detaches what it has drawn, which reads nothing
-        if self._unused and function is not torch.ops.aten.detach.default:
-            used = addresses_in(args) | addresses_in(list(kwargs.values()))
-            for draw in self._unused:
-                if draw.held.address in used and not draw.is_used:
-                    draw.is_used = True
-                    self._report_draw(draw)
+        if function is not torch.ops.aten.detach.default:
+            self._note_used([*args, *kwargs.values()])
         if self.watch.device_type != "cpu" and _drops_out_by_itself(function, args, kwargs):
             words = f"{function._schema.name} with dropout, whose state nobody can put back"
             self.watch.report_unless_found(Cause.HOST_RANDOMNESS, words)
@@ -166,6 +166,13 @@ class RandomNumbers(Detector):
     def _put(state: tuple[Any, ...]) -> None:
         """Put PyTorch's generator of the host into a state."""
         torch.set_rng_state(torch.frombuffer(bytearray(state[-1]), dtype=torch.uint8))
+
+    def _note_used(self, operands: list[Any]) -> None:
+        used = addresses_in(operands) if self._unused else ()
+        for draw in self._unused:
+            if draw.held.address in used and not draw.is_used:
+                draw.is_used = True
+                self._report_draw(draw)
 
     def _report_draw(self, draw: _UnusedDraw) -> None:
         words, where = draw.draw.function._schema.name, draw.location
