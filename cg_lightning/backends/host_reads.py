@@ -17,6 +17,8 @@ from cg_lightning.core.causes import Cause
 
 OnCall = Callable[[Cause, str], None]
 
+TO_DLPACK: Callable[..., Any] = dlpack.to_dlpack  # type: ignore[attr-defined]  # it is public
+
 _READS = ("tolist", "numpy", "__array__", "cpu")
 _MAKERS = ("tensor", "as_tensor", "asarray")
 
@@ -71,7 +73,7 @@ def invisible_calls(on_call: OnCall) -> Iterator[None]:
             for name in _MAKERS
         }
         to_dlpack = _noticed(dlpack, "to_dlpack", Cause.HOST_SYNC, on_call, _is_on_a_device)
-        functions["to_dlpack"] = (dlpack.to_dlpack, to_dlpack)
+        functions["to_dlpack"] = (TO_DLPACK, to_dlpack)
         stack.enter_context(replaced_where_imported(functions))
         maker = _noticed(Tensor, "new_tensor", Cause.TENSOR_FROM_PYTHON, on_call, _never)
         stack.enter_context(patch.object(Tensor, "new_tensor", maker))

@@ -16,10 +16,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils import dlpack
 
 from cg_lightning.backends.copies_from_host import copied_from_host
 from cg_lightning.backends.host_indices import place_of_indexing
+from cg_lightning.backends.host_reads import TO_DLPACK
 from cg_lightning.backends.imported_functions import replaced_where_imported
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.tree import tensors_in
@@ -104,7 +104,7 @@ class CopiedConstants(ReplacingDetector):
             replacement = self._noting(getattr(Tensor, name))
             replaced.enter_context(patch.object(Tensor, name, replacement))
         if self._is_elsewhere:
-            readers = {"to_dlpack": (dlpack.to_dlpack, self._noting(dlpack.to_dlpack))}
+            readers = {"to_dlpack": (TO_DLPACK, self._noting(TO_DLPACK))}
             replaced.enter_context(replaced_where_imported(readers))
 
     def before_read(self, tensor: Tensor) -> None:
