@@ -29,6 +29,15 @@ def test_captures_ahead_are_shown(harness, tmp_path):
     assert counts["cuda_graph/watch"] == 2  # the first batch, and the partial one
 
 
+def test_captures_of_padded_shapes_are_shown(harness, tmp_path):
+    """Such a shape is captured while its own capture is under way."""
+    profiler = SimpleProfiler(dirpath=tmp_path, filename="profile")
+    callback = harness.callback(capture_sizes=[8], verify_tolerance="close")
+    harness.trainer(callback, profiler=profiler).predict(Predictor(Body()), features(52, 6))
+    assert callback.stats.captures == 1, callback.summary()
+    assert len(profiler.recorded_durations["cuda_graph/capture"]) >= 1
+
+
 def test_the_advanced_profiler_shows_what_we_do(harness, tmp_path):
     profiler = AdvancedProfiler(dirpath=tmp_path, filename="profile")
     trainer = harness.trainer(harness.callback(), profiler=profiler)

@@ -30,13 +30,21 @@ class Ranges:
         self._profiler = profiler
         self.is_on = profiler is not None
         """Whether ranges are marked. A replay reads it, because an unused range costs time."""
+        self._open: set[str] = set()
 
     @contextlib.contextmanager
     def range(self, name: str) -> Iterator[None]:
-        """While this is entered, the range ``cuda_graph/<name>`` is marked."""
-        if self._profiler is None:
+        """While this is entered, the range ``cuda_graph/<name>`` is marked.
+
+        Inside a range of the same name, nothing is marked: Lightning's profilers know each once.
+        """
+        if self._profiler is None or name in self._open:
             yield
             return
         action = f"cuda_graph/{name}"
-        with self._profiler.profile(action), self._backend.range(action):
-            yield
+        self._open.add(name)
+        try:
+            with self._profiler.profile(action), self._backend.range(action):
+                yield
+        finally:
+            self._open.remove(name)
