@@ -1,6 +1,7 @@
 """Watching one eager step for what a graph could not hold, or would freeze.
 
 - ``attribute_events.py``: what a step does to attributes, and what a replay can do again.
+- ``call_events.py``: every call of a function in the watched step, as Python tells of it.
 - ``callers.py``: what the functions that are running do with a call that they have made.
 - ``clocks.py``: functions whose result nobody can guard: clocks, counts of memory.
 - ``definitions.py``: the source of a function as a tree, if it is the source of the code that runs.

@@ -145,16 +145,29 @@ def is_called_by_step(detector: str) -> bool:
 def is_step_calling(frame: FrameType | None) -> bool:
     """Whether the user's code, or a library that it calls, does what a frame does now."""
     while frame is not None:
-        file = frame.f_code.co_filename
-        if is_user_file(file):
-            return True
-        if is_our_file(file) or file.startswith("<frozen importlib") or file.endswith(_BESIDES):
-            return False
-        path = _package_path(file)
-        if path is not None:  # otherwise the standard library: whoever calls it
-            return path.split("/")[0] not in _FRAMEWORKS or path.startswith(_AT_WORK)
+        calls = _calls_for_step(frame.f_code.co_filename)
+        if calls is not None:
+            return calls
         frame = frame.f_back
     return False
+
+
+def may_call_for_step(file: str) -> bool:
+    """Whether code in this file may do something for the user's code, or for a library of it."""
+    return _calls_for_step(file) is not False
+
+
+@functools.lru_cache(maxsize=8192)
+def _calls_for_step(file: str) -> bool | None:
+    """Whether it does; None for the standard library, which does it for whoever calls it."""
+    if is_user_file(file):
+        return True
+    if is_our_file(file) or file.startswith("<frozen importlib") or file.endswith(_BESIDES):
+        return False
+    path = _package_path(file)
+    if path is None:
+        return None
+    return path.split("/")[0] not in _FRAMEWORKS or path.startswith(_AT_WORK)
 
 
 def reading_frame(frame: FrameType | None = None) -> FrameType | None:

@@ -11,6 +11,7 @@ from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
 from cg_lightning.core.causes import Cause
+from cg_lightning.diagnosis.call_events import call_events
 from cg_lightning.diagnosis.clocks import (
     NAMES_OF_CLOCKS,
     arithmetic_of_thread,
@@ -36,7 +37,6 @@ from cg_lightning.diagnosis.functions import (
 from cg_lightning.diagnosis.hidden_modules import hidden_modules, opaque_in, sources_in
 from cg_lightning.diagnosis.library_settings import has_settings, settings_read_by
 from cg_lightning.diagnosis.module_state import ModuleState
-from cg_lightning.diagnosis.profilers import paused_profiler
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.sources import ENVIRONMENT, DerivedNamespace, Source
@@ -62,13 +62,15 @@ class GlobalReads(Detector):
     """
 
     causes = (Cause.STATE_REBOUND, Cause.OPAQUE)
+    names_in_c = NAMES_OF_CLOCKS
 
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
         # by id, with the code to keep it alive: to hash code takes longer than to call it
         self._known: dict[int, _Code] = {}
-        self._harmless: set[str] = set()
+        self.quiet_files: set[str] = set()
         """Files of others in which no function is a clock."""
+        self._events = call_events(self)
         self._made_here: set[int] = set()
         """The code of functions that functions of the step make, by id."""
         self._before: dict[tuple[int, str], tuple[Source, Any, FrozenValues]] = {}
@@ -85,18 +87,12 @@ class GlobalReads(Detector):
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
-        with paused_profiler() as left:
-            if left is None:
-                sys.setprofile(self._on_event)
-            try:
-                yield
-            finally:
-                if sys.getprofile() == self._on_event:
-                    sys.setprofile(None)
-        if left is not None:
+        with self._events.telling() as hindrance:
+            yield
+        if hindrance:
             self.watch.report(
                 Cause.OPAQUE,
-                f"a profiler that cannot be paused ({left}) hides what functions hold",
+                f"a profiler that cannot be paused ({hindrance}) hides what functions hold",
                 location=NOT_YOURS,
                 module="",
                 calls=self.watch.calls(),
@@ -119,39 +115,29 @@ class GlobalReads(Detector):
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
         """While many functions of the compiler run, and none of the user's."""
-        if sys.getprofile() != self._on_event:
+        with self._events.suspended():
             yield
-            return
-        sys.setprofile(None)
-        try:
-            yield
-        finally:
-            sys.setprofile(self._on_event)
 
     def _report(self, key: tuple[int, str], cause: Cause, words: str, location: str) -> None:
         readers = [call for call in self.watch.calls() if key in call.sources]
         readers += self._unguarded.get(key, [])
         self.watch.report(cause, words, location=location, module="", calls=readers)
 
-    def _on_event(self, frame: FrameType, event: str, function: Any) -> None:
-        # a step has a million events, nearly all of torch and of our own: this must be quick
-        if event == "call":
-            # to read ``f_code`` is an audit event: with a hook, it takes as long as all of the rest
-            if frame.f_globals.get("__file__") in self._harmless:
-                return
-            code = frame.f_code
-            known = self._known.get(id(code))
-            if known is None:
-                if self.watch.is_paused:  # we call it: what the step does with it comes later
-                    return
-                known = self._known[id(code)] = self._look_at(frame)
-            if known.matters:
-                self._on_call(known, frame)
-        elif (
-            event == "c_call"
-            and getattr(function, "__name__", "") in NAMES_OF_CLOCKS
-            and (name := clock_in_c(function) or method_of_generator(function, frame))
-        ):
+    def on_call(self, frame: FrameType) -> bool:
+        """See :class:`~cg_lightning.diagnosis.call_events.CallListener`."""
+        code = frame.f_code
+        known = self._known.get(id(code))
+        if known is None:
+            if self.watch.is_paused:  # we call it: what the step does with it comes later
+                return True
+            known = self._known[id(code)] = self._look_at(frame)
+        if known.matters:
+            self._on_call(known, frame)
+        return known.matters
+
+    def on_c_call(self, function: Any, frame: FrameType) -> None:
+        """See :class:`~cg_lightning.diagnosis.call_events.CallListener`."""
+        if name := clock_in_c(function) or method_of_generator(function, frame):
             self._report_clock(name, frame)
 
     def _on_call(self, known: _Code, frame: FrameType) -> None:
@@ -191,7 +177,7 @@ class GlobalReads(Detector):
             file = code.co_filename
             is_of_module = frame.f_globals.get("__file__") == file
             if is_of_module and not (has_clocks(file) or has_settings(file)):
-                self._harmless.add(file)
+                self.quiet_files.add(file)
             clock, is_of_environment = clock_in_python(code), reads_environment(code)
             matters = bool(clock or settings) or is_of_environment
             return _Code(code, matters, clock, is_of_environment, sources=settings)
