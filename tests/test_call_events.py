@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import textwrap
 import threading
@@ -122,6 +123,25 @@ def test_two_steps_at_once():
         thread.join()
         step()
     assert (counts(outer), counts(inner)) == ([1, 3, 1, 3], [2, 6, 1, 6])
+
+
+def test_an_exception_that_is_thrown_into_a_generator():
+    """Python cannot stop telling of these."""
+    listener = Listener()
+
+    @contextlib.contextmanager
+    def opened() -> Any:
+        try:
+            yield
+        finally:
+            once()
+
+    with call_events(listener).telling():
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="mine"), opened():
+                raise RuntimeError("mine")
+    assert listener.calls["opened"]
+    assert listener.calls["once"] == 1
 
 
 def test_code_without_a_file():

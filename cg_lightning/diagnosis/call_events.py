@@ -103,11 +103,21 @@ class _Profiler:
             listener.on_c_call(function, frame)
 
 
+def _frame_of(code: CodeType) -> FrameType:
+    """Return the innermost frame that runs this code."""
+    frame = sys._getframe(1)
+    while frame.f_code is not code:
+        assert frame.f_back is not None
+        frame = frame.f_back
+    return frame
+
+
 if sys.version_info >= (3, 12):
     _MONITORING = sys.monitoring
     _EVENTS = _MONITORING.events
     _TOOLS = (3, 4)  # those that Python names for no purpose
     _STARTS = (_EVENTS.PY_START, _EVENTS.PY_RESUME, _EVENTS.PY_THROW)
+    """A function begins, a generator goes on, a generator goes on with an exception."""
 
     class _Monitoring:
         """Tells by ``sys.monitoring``: other profilers need not pause.
@@ -130,8 +140,10 @@ if sys.version_info >= (3, 12):
             _MONITORING.use_tool_id(tool, "cg_lightning")
             try:
                 on_start = functools.partial(self._on_start, tool)
-                for event in _STARTS:
-                    _MONITORING.register_callback(tool, event, on_start)
+                _MONITORING.register_callback(tool, _EVENTS.PY_START, on_start)
+                _MONITORING.register_callback(tool, _EVENTS.PY_RESUME, on_start)
+                on_throw = functools.partial(self._on_throw, tool)
+                _MONITORING.register_callback(tool, _EVENTS.PY_THROW, on_throw)
                 _MONITORING.register_callback(tool, _EVENTS.CALL, self._on_c_call)
                 _MONITORING.set_events(tool, functools.reduce(int.__or__, _STARTS))
                 _MONITORING.restart_events()  # what an earlier step has turned off
@@ -153,7 +165,10 @@ if sys.version_info >= (3, 12):
             finally:
                 self._is_suspended = before
 
-        def _on_start(self, tool: int, code: CodeType, offset: int, *_: Any) -> Any:
+        def _on_throw(self, tool: int, code: CodeType, offset: int, error: BaseException) -> None:
+            self._on_start(tool, code, offset)  # Python always tells of it
+
+        def _on_start(self, tool: int, code: CodeType, offset: int) -> Any:
             if self._is_suspended or threading.get_ident() != self._thread:
                 return None
             if id(code) not in self._seen:
@@ -161,7 +176,7 @@ if sys.version_info >= (3, 12):
                 if may_call_for_step(code.co_filename):
                     self._asked.append(code)
                     _MONITORING.set_local_events(tool, code, _EVENTS.CALL)
-            frame = sys._getframe(1)
+            frame = _frame_of(code)
             is_quiet = frame.f_globals.get("__file__") in self._listener.quiet_files
             if is_quiet or not self._listener.on_call(frame):
                 return _MONITORING.DISABLE
@@ -174,4 +189,4 @@ if sys.version_info >= (3, 12):
                 return
             if isinstance(function, MethodDescriptorType):
                 function = function.__get__(first)
-            self._listener.on_c_call(function, sys._getframe(1))
+            self._listener.on_c_call(function, _frame_of(code))
