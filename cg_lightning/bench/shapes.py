@@ -134,10 +134,17 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=2000)
     parser.add_argument("--layers", type=int, default=12, help="layers of the encoder")
     parser.add_argument("--backend", default="auto")
+    parser.add_argument(
+        "--matmul",
+        default="highest",
+        choices=["highest", "high", "medium"],
+        help="torch.set_float32_matmul_precision",
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     given = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
+    torch.set_float32_matmul_precision(given.matmul)
     backend = resolve_backend(given.backend)
     if backend is None:
         raise SystemExit("There is no CUDA device; --backend recorder runs without one.")
@@ -149,7 +156,7 @@ def main() -> None:
     model = TextClassifier(classifier).to(backend.device).eval()
     batches = texts(given.batches, backend.device)
     settings = settings_for(batches)
-    print(f"{given.batches} batches, {settings}")
+    print(f"{given.batches} batches, float32 matmul {given.matmul!r}, {settings}")
     for stage in ("predict", "validate"):
         run(model, batches[:20], stage, None, backend.synchronize)
         model.to(backend.device)
