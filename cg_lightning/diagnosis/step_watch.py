@@ -138,6 +138,8 @@ class StepWatch:
         """What the step reads, if all of it is known before the step."""
         self.host_draws: Sequence[HostDraw] = ()
         """Random numbers of the host that the step draws and does not use."""
+        self._inside: dict[int, list[nn.Module]] = {}
+        """Each module that was asked for, and all modules inside it, by its id."""
         self._first = 0
         self._set_aside: list[Finding] | None = None
         """Receives the findings of the step while a call runs that may follow it."""
@@ -310,6 +312,12 @@ class StepWatch:
         """Returns the step and all its calls so far."""
         return [self.step, *self.step.all_calls()]
 
+    def modules_in(self, module: nn.Module) -> list[nn.Module]:
+        """Returns a module and all modules inside it, as it was when it was first called."""
+        if id(module) not in self._inside:
+            self._inside[id(module)] = list(module.modules())
+        return self._inside[id(module)]
+
     def late_unit(self, metric: nn.Module) -> LateUnit | None:
         """Returns the unit of a metric; None if its updates cannot follow the step."""
         return next(
@@ -457,13 +465,29 @@ class StepWatch:
         self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> ModuleCall:
         """Describes a call of a module that is about to be made."""
-        descriptor, leaves = _describe(module, args, kwargs)
+        descriptor, leaves = self._describe(module, args, kwargs)
         inside = self.hidden.get(id(module))
         hidden = () if inside is None else (module, *[child for _, child in inside])
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         arguments = [*args, *kwargs.values()]
         given = [value for value in arguments if not isinstance(value, Tensor)]
         return ModuleCall(path, module, tensors, descriptor, hidden, given)
+
+    def _describe(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[BatchDescriptor | None, list[Any]]:
+        """Returns the key of a call, None if it has none, and the leaves of its arguments."""
+        if is_inside_transform():  # the tensors of a transform have no memory
+            return None, []
+        context = current_forward_context()
+        if context is not None and context.batch_descriptor is not None:
+            training = tuple([child.training for child in self.modules_in(module)])
+            number = context.next_call(module)
+            with contextlib.suppress(UnkeyableBatchError):  # such calls run eagerly, and say so
+                key = context.batch_descriptor
+                fields, leaves = describe_call(training, number, key, args, kwargs)
+                return BatchDescriptor(*fields), leaves
+        return None, flatten((args, kwargs))[0]
 
     def release(self) -> None:
         """Drop the tensors of the step, which would otherwise live until garbage is collected.
@@ -513,23 +537,6 @@ def _is_lightning_module(module: nn.Module) -> bool:
         cls.__name__ == "LightningModule" and cls.__module__.split(".")[0] in _LIGHTNING
         for cls in module.__class__.__mro__
     )
-
-
-def _describe(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[BatchDescriptor | None, list[Any]]:
-    """Returns the key of a call, None if it has none, and the leaves of its arguments."""
-    if is_inside_transform():  # the tensors of a transform have no memory
-        return None, []
-    context = current_forward_context()
-    if context is not None and context.batch_descriptor is not None:
-        training = tuple([child.training for child in module.modules()])
-        number = context.next_call(module)
-        with contextlib.suppress(UnkeyableBatchError):  # such calls run eagerly, and say so then
-            key = context.batch_descriptor
-            fields, leaves = describe_call(training, number, key, args, kwargs)
-            return BatchDescriptor(*fields), leaves
-    return None, flatten((args, kwargs))[0]
 
 
 class _OperationMode(EagerDispatchMode):

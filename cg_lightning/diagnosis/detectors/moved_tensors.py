@@ -59,7 +59,8 @@ class MovedTensors(Detector):
         if memory is None:
             found = [
                 self._before.get(id(tensor))
-                for tensor in chain(module.parameters(), module.buffers())
+                for inside in self.watch.modules_in(module)
+                for tensor in chain(inside._parameters.values(), inside._buffers.values())
             ]
             memory = _Memory([each for each in found if each is not None])
             self._inside[id(module)] = memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import random
@@ -138,15 +139,12 @@ class RandomNumbers(Detector):
 
     def _state(self) -> tuple[Any, ...]:
         """The generators' states; PyTorch's CPU generator is the device's if steps run there."""
-        with self.watch.paused():
-            numpy = sys.modules.get("numpy")
-            return (
-                random.getstate(),
-                _numpy_state() if numpy is not None else None,
-                None
-                if self.watch.device_type == "cpu"
-                else torch.get_rng_state().numpy().tobytes(),
-            )
+        numpy = sys.modules.get("numpy")
+        return (
+            random.getstate(),
+            _numpy_state() if numpy is not None else None,
+            None if self.watch.device_type == "cpu" else _torch_state(),
+        )
 
     def _compare(self, before: tuple[Any, ...], drawn_before: int) -> None:
         """Report a difference from an earlier state that the draws since then do not make."""
@@ -277,6 +275,12 @@ def _drops_out_by_itself(
         return False
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     return bool(given.get("train")) and bool(given.get("dropout"))
+
+
+def _torch_state() -> bytes:
+    """The state of PyTorch's generator of the host; no operation is dispatched to read it."""
+    state = torch.get_rng_state()
+    return ctypes.string_at(state.data_ptr(), state.nbytes)
 
 
 def _numpy_state() -> tuple[Any, ...]:
