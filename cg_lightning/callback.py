@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -113,7 +113,8 @@ class CUDAGraphCallback(Callback):
             ``verify_tolerance="close"``. Where rows change each other, shapes stay as they are.
         pad_dims: Pad other dimensions, for example
             ``{"input_ids": {1: {"sizes": "pow2", "value": 0}}}``: for each leaf of the batch and
-            each dimension the sizes, a list or ``"pow2"``, and the value of the padding.
+            each dimension the sizes, a list or ``"pow2"``, and the value of the padding. ``"auto"``
+            proposes these from the first batches. Only what gives the numbers of eager is used.
         min_saving: The share of a step's time that a graph must save. The first replays are timed
             on host and device. If they do not save enough, a few steps run eagerly to compare, and
             then a graph that saves less is dropped. Its key runs eagerly from then on, with the
@@ -179,7 +180,7 @@ class CUDAGraphCallback(Callback):
         copy_outputs: bool = True,
         overlap_copies: bool = True,
         capture_sizes: Sequence[int] | None = None,
-        pad_dims: Mapping[str, Any] | None = None,
+        pad_dims: Mapping[str, Any] | Literal["auto"] | None = None,
         min_saving: float = 0.03,
         max_graphs: int = 64,
         max_graph_bytes: int | None = None,

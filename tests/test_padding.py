@@ -983,13 +983,15 @@ def test_values_that_change_after_shapes_were_taken_over(harness, function, name
         ({"capture_sizes": [2, 2]}, ["increase", "2 comes after 2", "[2]"]),
         ({"capture_sizes": [4, 2]}, ["increase", "[2, 4]"]),
         ({"capture_sizes": [1.5]}, ["whole numbers"]),
-        ({"pad_dims": []}, ["pad_dims=[]", "must map"]),
+        ({"pad_dims": []}, ["pad_dims=[]", "or map leaves"]),
         ({"pad_dims": {"x": 3}}, ["pad_dims['x']=3"]),
         ({"pad_dims": {"x": {0: {"sizes": "pow2"}}}}, ["dimension 0", "capture_sizes"]),
         ({"pad_dims": {"x": {1: {"size": [2]}}}}, ["'sizes'"]),
         ({"pad_dims": {"x": {1: {"sizes": "pow3"}}}}, ["'pow3'", "'pow2'"]),
         ({"pad_dims": {"x": {1: {"sizes": [4, 2]}}}}, ["pad_dims['x'][1]['sizes']", "increase"]),
         ({"pad_dims": {"x": {1: {"sizes": [2], "value": "a"}}}}, ["'a'", "number"]),
+        ({"pad_dims": "all"}, ["'all'", "'auto'", "for example"]),
+        ({"pad_dims": "auto", "verify_tolerance": "exact"}, ["pad_dims='auto'", "'close'"]),
         ({"capture_sizes": [4], "verify_tolerance": "exact"}, ["verify_tolerance='close'"]),
         ({"capture_sizes": [4], "mode": "NONE"}, ["capture_sizes=[4]", "mode='NONE'"]),
         ({"capture_sizes": [4], "stages": ["train"]}, ["capture_sizes=[4]", "stages=['train']"]),
@@ -1022,3 +1024,74 @@ def test_settings_that_do_not_fit_the_batch_are_refused_before_it_runs(harness, 
     assert not ran
     for word in words:
         assert word in str(error.value)
+
+
+def lengths(number: int, longest: int = 40) -> list[int]:
+    drawn = torch.randint(3, longest + 1, (number,), generator=torch.Generator().manual_seed(7))
+    return drawn.tolist()
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_proposed_dimensions(harness, verify_replays):
+    """Hazard 11: nothing is known of the shapes beforehand."""
+    settings = {"pad_dims": "auto", "verify_replays": verify_replays}
+    data = texts(*lengths(150))
+    callback = run(harness, Step(_masked_attention), data, **settings)
+    assert set(callback.stats.proposed_pad_dims) == {"input_ids", "attention_mask"}
+    assert padded_steps(callback) > 40, callback.summary()
+    assert "proposed: pad_dims={'input_ids': {1: {'sizes': [" in " ".join(
+        str(callback.summary()).split()
+    )
+
+
+def test_proposed_dimensions_are_those_that_can_be_pasted(harness):
+    callback = run(harness, Step(_masked_attention), texts(*lengths(100)), pad_dims="auto")
+    given = callback.stats.proposed_pad_dims
+    again = run(harness, Step(_masked_attention), texts(*lengths(100)), pad_dims=given)
+    assert padded_steps(again) > padded_steps(callback)
+    assert callback.stats.to_dict()["proposed_pad_dims"] == given
+
+
+@pytest.mark.parametrize("function", [_mean, _unmasked, _last, _length])
+def test_proposed_dimensions_that_change_a_result_are_not_used(harness, function):
+    callback = run(harness, Step(function), texts(*lengths(120)), pad_dims="auto")
+    assert padded_steps(callback) == 0, callback.summary()
+    assert causes(callback) == {Cause.POSITIONS_NOT_INDEPENDENT}
+
+
+def test_few_shapes_and_few_batches_propose_nothing(harness):
+    for data in (texts(*[4, 5, 6, 7] * 15), texts(*lengths(10))):
+        callback = run(harness, Step(_masked_attention), data, pad_dims="auto")
+        assert callback.stats.proposed_pad_dims == {}
+
+
+def test_a_size_is_added_for_longer_batches(harness):
+    data = texts(*lengths(60), *[60, 55, 52, 50] * 15)
+    callback = run(harness, Step(_masked_attention), data, pad_dims="auto")
+    sizes = callback.stats.proposed_pad_dims["input_ids"][1]["sizes"]
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == 60
+    assert padded_steps(callback) > 20, callback.summary()
+
+
+def test_batches_of_other_kinds_have_rules_of_their_own(harness):
+    def either(self: Any, batch: Any) -> Any:
+        return _masked_attention(self, batch) if isinstance(batch, dict) else self.net(batch)
+
+    mixed = [
+        each for pair in zip(texts(*lengths(80)), batches(*[4] * 80), strict=True) for each in pair
+    ]
+    callback = run(harness, Step(either), mixed, pad_dims="auto")
+    assert set(callback.stats.proposed_pad_dims) == {"input_ids", "attention_mask"}
+    assert padded_steps(callback) > 10, callback.summary()
+
+
+def test_proposed_dimensions_of_submodules(harness):
+    callback = compare_validation(
+        harness,
+        Validated(),
+        texts(*lengths(120)),
+        pad_dims="auto",
+        mode="FULL_AND_PIECEWISE",
+    )
+    assert padded_steps(callback) > 20, callback.summary()

@@ -53,10 +53,11 @@ def _type_for_hydra(hint: Any) -> Any:
         return list[_type_for_hydra(get_args(hint)[0])]  # type: ignore[misc]
     if get_origin(hint) is Mapping:
         return dict[get_args(hint)]  # type: ignore[misc]
-    if get_origin(hint) is not None and bool in get_args(hint):
-        return Any  # a flag or a mapping: the constructor checks it
+    arms = [arm for arm in get_args(hint) if arm is not type(None)]
+    if len(arms) > 1 and any(get_origin(arm) is Mapping for arm in arms):
+        return Any  # a mapping, or else a flag or a name: the constructor checks it
     if type(None) in get_args(hint):
-        (inner,) = [_type_for_hydra(arm) for arm in get_args(hint) if arm is not type(None)]
+        (inner,) = map(_type_for_hydra, arms)
         return inner | None
     return hint
 

@@ -140,6 +140,7 @@ def main() -> None:
         choices=["highest", "high", "medium"],
         help="torch.set_float32_matmul_precision",
     )
+    parser.add_argument("--auto", action="store_true", help="pad_dims='auto': nothing is known")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     given = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -156,6 +157,8 @@ def main() -> None:
     model = TextClassifier(classifier).to(backend.device).eval()
     batches = texts(given.batches, backend.device)
     settings = settings_for(batches)
+    if given.auto:
+        settings["pad_dims"] = "auto"
     print(f"{given.batches} batches, float32 matmul {given.matmul!r}, {settings}")
     for stage in ("predict", "validate"):
         run(model, batches[:20], stage, None, backend.synchronize)

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 POWERS_OF_TWO = "pow2"
+PROPOSED = "auto"
+"""Given as ``pad_dims``: the sizes are proposed from the batches."""
 _EXAMPLE = "pad_dims={'input_ids': {1: {'sizes': 'pow2', 'value': 0}}}"
 _KEYS = ("sizes", "value")
 
@@ -61,8 +63,8 @@ def check_pad_dims(argument: str, given: Any) -> PadDims:
     """
     if not isinstance(given, Mapping) or not given:
         raise ValueError(
-            f"{argument}={given!r} must map leaves of the batch to dimensions, for example "
-            f"{_EXAMPLE}."
+            f"{argument}={given!r} must be {PROPOSED!r}, or map leaves of the batch to dimensions, "
+            f"for example {_EXAMPLE}."
         )
     return {str(path): _check_dims(argument, path, dims) for path, dims in given.items()}
 

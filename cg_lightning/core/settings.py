@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from cg_lightning.core.modes import CUDAGraphMode
-from cg_lightning.core.pad_rules import PadDims, check_pad_dims, check_sizes
+from cg_lightning.core.pad_rules import PROPOSED, PadDims, check_pad_dims, check_sizes
 from cg_lightning.core.stages import EVALUATING, STEP_METHODS
 
 ModeName = Literal["NONE", "PIECEWISE", "FULL", "FULL_AND_PIECEWISE"]
@@ -201,8 +201,9 @@ class Settings:
     """Copy batches to the device on a stream of their own, while the device computes."""
     capture_sizes: Sequence[int] | None = None
     """Pad batches along dimension 0 up to the next of these sizes. None: not at all."""
-    pad_dims: Mapping[str, Any] | None = None
-    """Pad other dimensions: for each leaf and dimension, sizes and a value. None: not at all."""
+    pad_dims: Mapping[str, Any] | Literal["auto"] | None = None
+    """Pad other dimensions: for each leaf and dimension, sizes and a value; or ``auto``: as the
+    batches propose. None: not at all."""
     min_saving: float = 0.03
     """Share of a step's time that its graph must save, or else it is dropped; 0: keep every graph.
     """
@@ -270,7 +271,7 @@ class Settings:
             )
         if self.capture_sizes is not None:
             checked["capture_sizes"] = check_sizes("capture_sizes", self.capture_sizes)
-        if self.pad_dims is not None:
+        if self.pad_dims is not None and not self.proposes_pad_dims:
             check_pad_dims("pad_dims", self.pad_dims)
         self._check_tolerance_of_padding()
         self._check_use_of_stages(checked["mode"], checked["stages"])
@@ -311,9 +312,16 @@ class Settings:
         return self.capture_sizes is not None or self.pad_dims is not None
 
     @property
+    def proposes_pad_dims(self) -> bool:
+        """Whether the batches propose how other dimensions are padded."""
+        return self.pad_dims == PROPOSED
+
+    @property
     def pad_rules(self) -> PadDims:
-        """:attr:`pad_dims` as rules; empty for None."""
-        return {} if self.pad_dims is None else check_pad_dims("pad_dims", self.pad_dims)
+        """:attr:`pad_dims` as rules; empty for None and for ``auto``."""
+        if self.pad_dims is None or self.proposes_pad_dims:
+            return {}
+        return check_pad_dims("pad_dims", self.pad_dims)
 
     @property
     def runtime_policy(self) -> CUDAGraphMode:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
@@ -206,6 +207,8 @@ class CUDAGraphStats:
         """The time of each of the latest batches. A copy has no batches."""
         self.overlapped_copies = 0
         """Batches that were copied to the device beside the computation."""
+        self.proposed_pad_dims: dict[str, Any] = {}
+        """What ``pad_dims="auto"`` has proposed, as ``pad_dims`` takes it."""
         self._padding: dict[tuple[str, str, str], PaddingRecord] = {}
         self._records: dict[tuple[str, str, str, Reason | None], StepsRecord] = {}
         self._num_shapes: Counter[tuple[str, str, Reason | None]] = Counter()
@@ -374,6 +377,7 @@ class CUDAGraphStats:
         """Return what was counted since a :meth:`copy` was taken."""
         new = CUDAGraphStats()
         new.overlapped_copies = self.overlapped_copies - earlier.overlapped_copies
+        new.proposed_pad_dims = copy.deepcopy(self.proposed_pad_dims)
         for index, entry in enumerate(self.entries):
             record = dataclasses.replace(entry)
             if index < len(earlier.entries):
@@ -476,6 +480,7 @@ class CUDAGraphStats:
             "overlapped_copies": self.overlapped_copies,
             "entries": [dataclasses.asdict(entry) for entry in self.entries],
             "padding": [record.to_dict() for record in self.padding],
+            "proposed_pad_dims": copy.deepcopy(self.proposed_pad_dims),
         }
 
     @property

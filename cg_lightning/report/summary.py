@@ -306,6 +306,8 @@ def _padding_notes(stats: CUDAGraphStats, stage: str) -> list[str]:
             f"{steps} padded runs, {share:.0%} of their elements padding; results equal eager's "
             "within the tolerance 'close'"
         )
+    if records and stats.proposed_pad_dims:
+        notes.append(f"proposed: pad_dims={stats.proposed_pad_dims}")
     reasons = {(record.target, str(record.reason)): None for record in records if record.reason}
     notes += [f"{target} not padded: {reason}" for target, reason in list(reasons)[:MOST_AGAIN]]
     return notes

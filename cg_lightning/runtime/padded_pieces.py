@@ -17,6 +17,7 @@ from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.modules.interception import Interception, ModuleHandler
 from cg_lightning.padding.padder import PadderOfCalls
+from cg_lightning.padding.rules import PadRules
 from cg_lightning.report.stats import CUDAGraphStats, EntryRecord, PaddingRecord, StepsRecord
 from cg_lightning.report.timeline import Ran
 from cg_lightning.runtime.padded_steps import PaddedSteps
@@ -31,11 +32,13 @@ class PaddedPieces:
     Args:
         session: The runtime state of the module.
         stage: The stage.
+        rules: Says how leaves of the batch are padded.
     """
 
-    def __init__(self, session: Session, stage: str) -> None:
+    def __init__(self, session: Session, stage: str, rules: PadRules) -> None:
         self._session = session
         self._stage = stage
+        self._rules = rules
 
     def are_known(self) -> bool:
         """Return True if a step has shown them, and the module has the same submodules since."""
@@ -52,7 +55,8 @@ class PaddedPieces:
         for path, module in found.items():
             key = (self._stage, id(module))
             if key not in session.pieces:
-                session.add_piece(key, PaddedPiece(session, self._stage, path, module))
+                piece = PaddedPiece(session, self._stage, path, module, self._rules)
+                session.add_piece(key, piece)
         return bool(found)
 
 
@@ -67,9 +71,12 @@ class PaddedPiece(ModuleHandler):
         stage: The stage.
         path: The dotted path of the submodule.
         module: The submodule.
+        rules: Says how leaves of the batch are padded.
     """
 
-    def __init__(self, session: Session, stage: str, path: str, module: nn.Module) -> None:
+    def __init__(
+        self, session: Session, stage: str, path: str, module: nn.Module, rules: PadRules
+    ) -> None:
         settings = dataclasses.replace(
             session.settings,
             mode="FULL_AND_PIECEWISE",
@@ -89,7 +96,7 @@ class PaddedPiece(ModuleHandler):
         self._session = Session(
             module, session.backend, settings, self._counts, effects, sharing=session
         )
-        padder = PadderOfCalls(settings.capture_sizes or (), settings.pad_rules)
+        padder = PadderOfCalls(settings.capture_sizes or (), rules)
         padded = PaddedSteps(self._session, stage, path, self._run_module, padder)
         self._runner = StepRunner(self._session, stage, path, self._run_module, padded=padded)
         self._interception: Interception | None = None

@@ -127,6 +127,8 @@ class PaddedSteps:
             state: The key.
             batch: A batch with this key.
         """
+        if state.descriptor not in self._session.without_key:
+            self._padder.note(batch, flatten(batch)[0])
         padding = self.padding_of(state, batch)
         if padding is None:
             return

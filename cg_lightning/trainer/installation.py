@@ -15,6 +15,7 @@ from cg_lightning.backends import CapturedGraph
 from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.core.stages import STEP_METHODS
 from cg_lightning.padding.padder import Padder
+from cg_lightning.padding.rules import GivenRules, PadRules, ProposedRules
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.timeline import Ran
 from cg_lightning.runtime.padded_pieces import PaddedPieces
@@ -120,9 +121,12 @@ class Installation:
         settings = self.session.settings
         if not settings.pads:
             return None
-        padder = Padder(settings.capture_sizes or (), settings.pad_rules)
+        rules: PadRules = GivenRules(settings.pad_rules)
+        if settings.proposes_pad_dims:
+            rules = ProposedRules(self.session.stats.proposed_pad_dims)
+        padder = Padder(settings.capture_sizes or (), rules)
         has_pieces = settings.runtime_policy.has_piecewise_cudagraphs()
-        pieces = PaddedPieces(self.session, stage) if has_pieces else None
+        pieces = PaddedPieces(self.session, stage, rules) if has_pieces else None
         is_whole = stage == "predict"  # other steps reduce over the batch
         return PaddedSteps(self.session, stage, name, step, padder, is_whole, pieces)
 
