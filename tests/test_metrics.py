@@ -1,11 +1,13 @@
 """Metrics and logged values inside one graph with the step: equal to eager at every batch."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import nn
+from torchmetrics.functional import classification
 from torchmetrics.wrappers import MetricTracker
 
 from cg_lightning.core.causes import Cause
@@ -83,3 +85,36 @@ def test_metrics_are_eagers_over_two_epochs(harness, name, how):
         causes = tuple(cause.value for cause in expected)
         assert reasons
         assert all(text.startswith(causes) for text in reasons)
+
+
+class Counts(LightningModule):
+    """Logs what a function of torchmetrics gives for three classes."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.net = nn.Linear(8, 3)
+        self.function = function
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        logits = self.net(batch[0])
+        self.log("value", self.function(logits, batch[1], num_classes=3).float().mean())
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+@pytest.mark.parametrize(
+    "name",
+    ["confusion_matrix", "stat_scores", "accuracy", "f1_score", "jaccard_index", "cohen_kappa"],
+)
+def test_a_label_that_is_no_class_raises_the_error_of_eager(harness, name, verify_replays):
+    """A batch of few labels passes the checks of torchmetrics; its counts are too many."""
+    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(3))
+    labels = torch.arange(40) % 3
+    labels[30] = 5
+    module = Counts(getattr(classification, f"multiclass_{name}"))
+    raised = []
+    for extra in ([harness.callback(verify_replays=verify_replays)], []):
+        trainer = harness.trainer(*extra)
+        with pytest.raises(RuntimeError) as caught:
+            trainer.validate(copy.deepcopy(module), loader(x, labels), verbose=False)
+        raised.append((type(caught.value), str(caught.value)))
+    assert raised[0] == raised[1]

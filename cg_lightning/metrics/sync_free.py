@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import inspect
 import math
 import pkgutil
@@ -189,13 +190,22 @@ def without_nan(
 
 
 def repeat_count(original: Any, x: Tensor, minlength: int) -> argument_checks.RepeatedCall:
-    """Return the call that refuses such values: eager counts only those that are not left out."""
+    """Return the call that refuses such values: eager counts only those that are not left out.
+
+    The error is that of the caller, which arranges the counts: a larger value makes them too many.
+    """
+    side = math.isqrt(minlength)
+    shape = (side, side) if side**2 == minlength else (minlength // 4, 2, 2)
 
     def count(x: Tensor) -> Tensor:
         counted: Tensor = original(x[x > fixed_shapes.LEFT_OUT], minlength)
-        return counted
+        return counted.reshape(shape)
 
-    return argument_checks.RepeatedCall(count if x.dtype is torch.int64 else original, (x,), {})
+    def count_all(x: Tensor) -> Tensor:
+        counted: Tensor = original(x, minlength)
+        return counted.reshape(shape)
+
+    return argument_checks.RepeatedCall(count if x.dtype is torch.int64 else count_all, (x,), {})
 
 
 def _knows_length(x: Tensor, minlength: int | None = None) -> bool:
