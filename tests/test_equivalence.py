@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from cg_lightning.core.tree import flatten
 from tests.harness import (
     Harness,
     KeepOutputs,
@@ -515,3 +516,39 @@ def test_nested_tensors_and_the_look_at_a_mask(harness: Harness, mode, verify_re
     assert callback.stats.steps["FULL"] == 0, callback.summary()
     if mode != "FULL":
         assert callback.stats.steps["PIECEWISE"] > 0, callback.summary()
+
+
+def _outside_inference_mode(net: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode(False):
+        return net(x.clone()) * 2
+
+
+KINDS = {
+    "jacrev": lambda net, x: torch.func.vmap(torch.func.jacrev(net))(x),
+    "jacrev beside others": lambda net, x: (torch.func.vmap(torch.func.jacrev(net))(x), net(x)),
+    "outside": _outside_inference_mode,
+    "many": lambda net, x: [torch.func.jacrev(net)(row) for row in x] * 3,
+}
+
+
+class GivesKinds(Predictor):
+    def __init__(self, function: Any) -> None:
+        super().__init__(nn.Sequential(nn.Linear(8, 8), nn.Tanh()))
+        self.function = function
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.function(self.net, batch[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", list(KINDS))
+def test_outputs_that_are_no_inference_tensors(harness, name, mode):
+    """In inference mode, the derivatives of ``torch.func`` can be used under autograd."""
+    module = GivesKinds(KINDS[name])
+    kinds = []
+    for extra in ([harness.callback(mode=mode)], []):
+        outputs = harness.trainer(*extra).predict(copy.deepcopy(module), features(40))
+        leaves = flatten(outputs)[0]
+        kinds.append([(leaf.is_inference(), leaf.requires_grad) for leaf in leaves])
+    assert kinds[0] == kinds[1]
+    assert not all(is_inference for is_inference, _ in kinds[1])

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cg_lightning.backends import CapturedGraph
@@ -30,6 +31,7 @@ from cg_lightning.capture.answered_reads import raise_other_value
 from cg_lightning.capture.outputs import (
     OutputPlan,
     copies_of,
+    copy_of_own_kind,
     copy_with_strides,
     is_cloned_with_strides,
 )
@@ -94,7 +96,10 @@ class GraphEntry:
         self._computed = computed
         self._copy: Callable[[Tensor], Tensor] = Tensor.clone
         self._is_copied_in_groups = False
-        if not all(map(is_cloned_with_strides, computed)):
+        is_inference = torch.is_inference_mode_enabled()
+        if any(tensor.is_inference() != is_inference for tensor in computed):
+            self._copy = copy_of_own_kind
+        elif not all(map(is_cloned_with_strides, computed)):
             self._copy = copy_with_strides
         elif len(computed) >= _MANY:
             self._is_copied_in_groups = True

@@ -248,6 +248,15 @@ def copy_with_strides(tensor: Tensor) -> Tensor:
     return copy.expand(tensor.shape) if stored is not tensor else copy
 
 
+def copy_of_own_kind(tensor: Tensor) -> Tensor:
+    """Return a copy with the same strides that is an inference tensor if the original is one.
+
+    In inference mode, ``torch.func.jacrev`` for one makes tensors that are none.
+    """
+    with torch.inference_mode(tensor.is_inference()):
+        return copy_with_strides(tensor)
+
+
 def copies_of(tensors: list[Tensor]) -> list[Tensor]:
     """Return copies of many tensors that ``clone`` copies with their strides.
 
