@@ -7,14 +7,14 @@
 - ``definitions.py``: the source of a function as a tree, if it is the source of the code that runs.
 - ``detector.py``: what all detectors have in common.
 - ``findings.py``: findings, and where in the user's code something happened.
-- ``functions.py``: the function objects behind the frames that a profiler is shown.
+- ``functions.py``: the function objects behind the frames of the calls that are told.
 - ``hidden_modules.py``: modules that are no submodules, and what they hold.
 - ``library_settings.py``: settings that functions of PyTorch read in Python.
 - ``module_state.py``: what a module holds, to be compared later.
 - ``late_unit.py``: what a watched step showed of one unit of metrics: whether its updates may
   follow the step.
 - ``operands.py``: the tensors that a dispatched operation takes, makes and writes to.
-- ``profilers.py``: other profilers of the thread, paused during the watched step.
+- ``profilers.py``: other profilers of the thread, which pause before Python 3.12.
 - ``report.py``: what stands in the way of graphs, as an object and as a table.
 - ``step_watch.py``: the step that is watched: the stack of calls under way, and what detectors
   report.

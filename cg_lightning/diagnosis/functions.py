@@ -1,4 +1,4 @@
-"""The function objects behind the frames that a profiler is shown, and what they hold.
+"""The function objects behind the frames of the calls that are told, and what they hold.
 
 A frame has the code and the values of what its function has closed over, and not the function. It
 is looked for where its name says that it is: among the globals, in the classes of its first

@@ -62,7 +62,7 @@ DETECTORS: tuple[type[Detector], ...] = (
     Operations,
     HostReads,  # after all that compare tensors: on a GPU a comparison waits for the device
     HostConstants,  # after HostReads, which replaces the same functions and reports
-    GlobalReads,  # stays last: its profiler is called for each function, ours included
+    GlobalReads,  # stays last: it is told of each function that is called, ours included
 )
 
 
