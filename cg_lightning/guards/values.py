@@ -49,11 +49,11 @@ _Path = tuple[Any, ...]
 
 def addresses_of(tensors: Iterable[Tensor]) -> set[int]:
     """Return the addresses of the tensors' storages."""
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors if _has_memory(tensor)}
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if has_memory(tensor)}
 
 
-def _has_memory(tensor: Tensor) -> bool:
-    # derivatives of forward mode may have none
+def has_memory(tensor: Tensor) -> bool:
+    """Return False for a tensor without memory of its own, such as a derivative of forward mode."""
     return tensor.layout is torch.strided and not tensor._is_zerotensor()
 
 

@@ -30,6 +30,7 @@ from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.host_tensors import is_guardable, source_of_host_tensor
 from cg_lightning.guards.sources import Source
+from cg_lightning.guards.values import has_memory
 from cg_lightning.metrics.members import states_of
 
 _READS = ("tolist", "numpy", "__array__", "__dlpack__")
@@ -218,7 +219,7 @@ def _writes(operation: str) -> str:
 
 def _fills_all(function: OpOverload, args: tuple[Any, ...]) -> bool:
     """Return True if an operation writes a number to all memory of a tensor."""
-    if function is not torch.ops.aten.fill_.Scalar or not _has_memory(args[0]):
+    if function is not torch.ops.aten.fill_.Scalar or not has_memory(args[0]):
         return False
     return bool(args[0].nbytes == args[0].untyped_storage().nbytes())
 
@@ -235,9 +236,5 @@ def _on_host(values: Iterable[Any]) -> list[Tensor]:
     return found
 
 
-def _has_memory(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor._is_zerotensor()
-
-
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() if _has_memory(tensor) else 0
+    return tensor.untyped_storage().data_ptr() if has_memory(tensor) else 0
