@@ -113,7 +113,8 @@ def test_a_label_that_is_no_class_raises_the_error_of_eager(harness, name, verif
     module = Counts(getattr(classification, f"multiclass_{name}"))
     raised = []
     for extra in ([harness.callback(verify_replays=verify_replays)], []):
-        trainer = harness.trainer(*extra)
+        # deterministic algorithms count only what there is room for, and raise nothing
+        trainer = harness.trainer(*extra, deterministic=False)
         with pytest.raises(RuntimeError) as caught:
             trainer.validate(copy.deepcopy(module), loader(x, labels), verbose=False)
         raised.append((type(caught.value), str(caught.value)))
