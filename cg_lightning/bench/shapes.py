@@ -140,6 +140,12 @@ def main() -> None:
         choices=["highest", "high", "medium"],
         help="torch.set_float32_matmul_precision",
     )
+    parser.add_argument(
+        "--batches-on",
+        default="device",
+        choices=["device", "host"],
+        help="where batches are before each step; values of batches on the host are read there",
+    )
     parser.add_argument("--auto", action="store_true", help="pad_dims='auto': nothing is known")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     given = parser.parse_args()
@@ -155,7 +161,8 @@ def main() -> None:
     encoder = classifier.bert.encoder
     encoder.layer = encoder.layer[: given.layers]
     model = TextClassifier(classifier).to(backend.device).eval()
-    batches = texts(given.batches, backend.device)
+    is_on_host = given.batches_on == "host"
+    batches = texts(given.batches, torch.device("cpu") if is_on_host else backend.device)
     settings = settings_for(batches)
     if given.auto:
         settings["pad_dims"] = "auto"
