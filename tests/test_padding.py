@@ -16,6 +16,7 @@ from cg_lightning import CUDAGraphCallback
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.tree import flatten
 from cg_lightning.diagnosis.watcher import DETECTORS, StepWatcher
+from cg_lightning.padding.rules import MOST_KINDS, ProposedRules
 from tests.harness import KeepOutputs
 
 
@@ -1095,3 +1096,32 @@ def test_proposed_dimensions_of_submodules(harness):
         mode="FULL_AND_PIECEWISE",
     )
     assert padded_steps(callback) > 20, callback.summary()
+
+
+def test_nothing_is_proposed_for_rows_and_from_empty_batches(harness):
+    """Rows are for ``capture_sizes``. A size of 0 is padded nowhere."""
+    rows = [torch.randn(size, 8) for size in lengths(60)]
+    callback = run(harness, Step(plain), rows, pad_dims="auto")
+    assert callback.stats.proposed_pad_dims == {}
+    data = [each for size in lengths(60) for each in (*texts(size), *texts(1))]
+    for batch in data[1::6]:
+        batch["attention_mask"] = batch["attention_mask"][:, :0]
+        batch["input_ids"] = batch["input_ids"][:, :0]
+    callback = run(harness, Step(lambda self, batch: batch["input_ids"] * 2), data, pad_dims="auto")
+    assert min(callback.stats.proposed_pad_dims["input_ids"][1]["sizes"]) > 0
+
+
+def test_sparse_tensors_are_not_padded(harness):
+    """A batch with one has no key today; the rules must not look at its strides."""
+    data = [{"x": each["input_ids"], "s": torch.eye(3).to_sparse()} for each in texts(*lengths(60))]
+    callback = run(harness, Step(lambda self, batch: batch["x"] * 2), data, pad_dims="auto")
+    assert "s" not in callback.stats.proposed_pad_dims
+
+
+def test_kinds_of_batches_without_end_are_not_kept():
+    rules = ProposedRules({})
+    for number in range(2 * MOST_KINDS):
+        batch = {f"id_{number}": torch.zeros(1, 2)}
+        rules.note(batch, list(batch.values()))
+        assert rules.of(batch, list(batch.values())) == {}
+    assert len(rules._kinds) == MOST_KINDS

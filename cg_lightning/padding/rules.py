@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -19,6 +20,8 @@ FEW_SHAPES = 8
 """So many shapes have graphs of their own: nothing is proposed for them."""
 LARGER_BATCHES = 8
 """So many batches beyond the largest size add a size."""
+MOST_KINDS = 64
+"""So many kinds of batches are told apart: names of tensors may be new in each batch."""
 
 
 class PadRules(Protocol):
@@ -88,8 +91,9 @@ class ProposedRules:
     def note(self, batch: Any, leaves: Sequence[Any]) -> None:
         """See :class:`PadRules`."""
         kind, shape, _ = self._look_at(batch, leaves)
-        if kind.note(shape):
-            self._proposed.update(kind.pad_dims)
+        is_empty = any(0 in each for each in shape.shapes)
+        if not is_empty and kind.note(shape):
+            self._proposed.update(copy.deepcopy(kind.pad_dims))
 
     def of(self, batch: Any, leaves: Sequence[Any]) -> dict[int, dict[int, PadRule]]:
         """See :class:`PadRules`."""
@@ -100,10 +104,17 @@ class ProposedRules:
         self, batch: Any, leaves: Sequence[Any]
     ) -> tuple[_Kind, SeenShape, dict[str, int]]:
         named = enumerate(zip(dotted_paths(batch), leaves, strict=True))
-        places = {path: index for index, (path, leaf) in named if isinstance(leaf, Tensor)}
+        places = {
+            path: index
+            for index, (path, leaf) in named
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided
+        }
         shapes = tuple(tuple(leaves[index].shape) for index in places.values())
         key = (tuple(places), tuple(map(len, shapes)))
-        return self._kinds.setdefault(key, _Kind()), SeenShape(tuple(places), shapes), places
+        kind = self._kinds.get(key) or _Kind()
+        if len(self._kinds) < MOST_KINDS:
+            self._kinds[key] = kind
+        return kind, SeenShape(tuple(places), shapes), places
 
 
 class _Kind:
@@ -123,6 +134,7 @@ class _Kind:
                 return False
             seen = [SeenShape(each.paths, each.shapes, n) for each, n in self._seen.items()]
             self.pad_dims = ShapeProposal(seen).pad_dims
+            self._seen.clear()  # if only dimension 0 varies, there is nothing to propose
         else:
             if not self._is_larger(shape):
                 return False
