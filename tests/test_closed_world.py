@@ -6,6 +6,7 @@ import collections
 import contextlib
 import contextvars
 import cProfile
+import ctypes
 import dataclasses
 import enum
 import functools
@@ -18,6 +19,7 @@ import queue
 import random
 import re
 import sqlite3
+import struct
 import sys
 import threading
 import types
@@ -646,6 +648,37 @@ def test_effects_on_the_world(harness: Harness, tmp_path, monkeypatch, name, set
     if "mode" not in settings:
         assert "files, processes or sockets used: o" in reasons(callback)
     assert not world._listeners
+
+
+MEMORY = (ctypes.c_float * 1)()
+
+
+class WritesToMemory(Callback):
+    def on_predict_batch_start(self, trainer, module, batch, batch_idx, *_: Any) -> None:
+        MEMORY[0] = 1.0 + batch_idx
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda address: ctypes.c_float.from_address(address).value,
+        lambda address: struct.unpack("f", ctypes.string_at(address, 4))[0],
+        lambda address: (ctypes.c_float * 1).from_address(address)[0],
+    ],
+)
+def test_memory_that_is_read_by_its_address(harness: Harness, read, settings) -> None:
+    """Hazard 37: as ``tensor.data_ptr()`` and ``ctypes`` do."""
+    address = ctypes.addressof(MEMORY)
+    callback = compare(
+        harness,
+        lambda: Uses(None, lambda *_: read(address)),
+        others=lambda: [WritesToMemory()],
+        **settings,
+    )
+    assert callback.stats.steps["FULL"] == 0, callback.summary()
+    if "mode" not in settings:
+        assert "opaque object used: ctypes." in reasons(callback)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

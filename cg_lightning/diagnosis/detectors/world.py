@@ -1,4 +1,4 @@
-"""Files, processes, threads and sockets that a step uses.
+"""Files, processes, threads, sockets and foreign memory that a step uses.
 
 A graph would use them once, when it is captured.
 """
@@ -29,13 +29,20 @@ _EVENTS = frozenset(
     }
 )
 """Audit events of Python that are seen by others than this process, or tell what others did."""
+_MEMORY = frozenset(
+    {
+        *("ctypes.string_at", "ctypes.wstring_at", "ctypes.cdata", "ctypes.cdata/buffer"),
+        *("ctypes.dlopen", "ctypes.call_function"),
+    }
+)
+"""Audit events of ``ctypes``: memory is read or written by its address, or foreign code runs."""
 
 _listeners: dict[int, Callable[[str], None]] = {}
 """Who listens, by thread: nobody, if no step is watched."""
 
 
 def _on_event(event: str, _: tuple[Any, ...]) -> None:
-    if _listeners and event in _EVENTS:
+    if _listeners and (event in _EVENTS or event in _MEMORY):
         listener = _listeners.get(threading.get_ident())
         if listener is not None:
             listener(event)
@@ -53,7 +60,7 @@ class World(Detector):
     when they are started, since nothing that they do is seen.
     """
 
-    causes = (Cause.WORLD,)
+    causes = (Cause.WORLD, Cause.OPAQUE)
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
@@ -79,4 +86,5 @@ class World(Detector):
 
     def _notice(self, event: str) -> None:
         if not self.watch.is_paused and is_called_by_step(__file__):
-            self.watch.report_unless_found(Cause.WORLD, event)
+            cause = Cause.OPAQUE if event in _MEMORY else Cause.WORLD
+            self.watch.report_unless_found(cause, event)
