@@ -1122,6 +1122,6 @@ def test_kinds_of_batches_without_end_are_not_kept():
     rules = ProposedRules({})
     for number in range(2 * MOST_KINDS):
         batch = {f"id_{number}": torch.zeros(1, 2)}
-        rules.note(batch, list(batch.values()))
+        rules.note(batch)
         assert rules.of(batch, list(batch.values())) == {}
     assert len(rules._kinds) == MOST_KINDS

@@ -19,7 +19,9 @@ OnCall = Callable[[Cause, str], None]
 
 TO_DLPACK: Callable[..., Any] = dlpack.to_dlpack  # type: ignore[attr-defined]  # it is public
 
-_READS = ("tolist", "numpy", "__array__", "cpu")
+UNSEEN_READS = ("tolist", "numpy", "__array__")
+"""Methods that read a tensor of the host, and that no operation shows."""
+_READS = (*UNSEEN_READS, "cpu")
 _MAKERS = ("tensor", "as_tensor", "asarray")
 
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 
 MOST_SIZES = 8
 """The most sizes that are proposed for one dimension."""
+FEW_SHAPES = 8
+"""So many shapes have graphs of their own: nothing is proposed for them."""
 MOST_BARS = 12
 """The most rows of a histogram; sizes are joined to ranges beyond it."""
 _WIDTH = 40

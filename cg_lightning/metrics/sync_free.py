@@ -197,14 +197,11 @@ def repeat_count(original: Any, x: Tensor, minlength: int) -> argument_checks.Re
     shape = (side, side) if side**2 == minlength else (minlength // 4, 2, 2)
 
     def count(x: Tensor) -> Tensor:
-        counted: Tensor = original(x[x > fixed_shapes.LEFT_OUT], minlength)
+        given = x[x > fixed_shapes.LEFT_OUT] if x.dtype is torch.int64 else x
+        counted: Tensor = original(given, minlength)
         return counted.reshape(shape)
 
-    def count_all(x: Tensor) -> Tensor:
-        counted: Tensor = original(x, minlength)
-        return counted.reshape(shape)
-
-    return argument_checks.RepeatedCall(count if x.dtype is torch.int64 else count_all, (x,), {})
+    return argument_checks.RepeatedCall(count, (x,), {})
 
 
 def _knows_length(x: Tensor, minlength: int | None = None) -> bool:

@@ -26,9 +26,9 @@ class Padder:
         self._rows = PadRule(tuple(capture_sizes)) if capture_sizes else None
         self._rules = rules
 
-    def note(self, batch: Any, leaves: Sequence[Any]) -> None:
+    def note(self, batch: Any) -> None:
         """Look at a batch whose shape has no graph."""
-        self._rules.note(batch, leaves)
+        self._rules.note(batch)
 
     def rules_of(self, batch: Any, leaves: Sequence[Any]) -> dict[int, dict[int, PadRule]]:
         """Return the rules for other dimensions than 0, by the place of the leaf.
@@ -69,7 +69,7 @@ class Padder:
 class PadderOfCalls(Padder):
     """Pads arguments of a submodule: those that are leaves of the batch of the current step."""
 
-    def note(self, batch: Any, leaves: Sequence[Any]) -> None:
+    def note(self, batch: Any) -> None:
         """See :meth:`Padder.note`: the padder of the step has seen the batch."""
 
     def rules_of(self, batch: Any, leaves: Sequence[Any]) -> dict[int, dict[int, PadRule]]:

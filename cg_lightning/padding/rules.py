@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from cg_lightning.core.pad_rules import PadDims, PadRule, check_pad_dims
-from cg_lightning.core.shape_proposal import SeenShape, ShapeProposal
-from cg_lightning.core.tree import dotted_paths
+from cg_lightning.core.shape_proposal import FEW_SHAPES, SeenShape, ShapeProposal
+from cg_lightning.core.tree import dotted_paths, flatten
 
 LEARNED_BATCHES = 16
 """So many batches without a graph are looked at before sizes are proposed."""
-FEW_SHAPES = 8
-"""So many shapes have graphs of their own: nothing is proposed for them."""
 LARGER_BATCHES = 8
 """So many batches beyond the largest size add a size."""
 MOST_KINDS = 64
@@ -27,7 +25,7 @@ MOST_KINDS = 64
 class PadRules(Protocol):
     """Says how other dimensions than 0 are padded."""
 
-    def note(self, batch: Any, leaves: Sequence[Any]) -> None:
+    def note(self, batch: Any) -> None:
         """Look at a batch whose shape has no graph."""
 
     def of(self, batch: Any, leaves: Sequence[Any]) -> dict[int, dict[int, PadRule]]:
@@ -48,7 +46,7 @@ class GivenRules:
     def __init__(self, pad_dims: PadDims) -> None:
         self._dims = pad_dims
 
-    def note(self, batch: Any, leaves: Sequence[Any]) -> None:
+    def note(self, batch: Any) -> None:
         """See :class:`PadRules`: nothing is learned."""
 
     def of(self, batch: Any, leaves: Sequence[Any]) -> dict[int, dict[int, PadRule]]:
@@ -88,9 +86,9 @@ class ProposedRules:
         self._proposed = proposed
         self._kinds: dict[tuple[Any, ...], _Kind] = {}
 
-    def note(self, batch: Any, leaves: Sequence[Any]) -> None:
+    def note(self, batch: Any) -> None:
         """See :class:`PadRules`."""
-        kind, shape, _ = self._look_at(batch, leaves)
+        kind, shape, _ = self._look_at(batch, flatten(batch)[0])
         is_empty = any(0 in each for each in shape.shapes)
         if not is_empty and kind.note(shape):
             self._proposed.update(copy.deepcopy(kind.pad_dims))

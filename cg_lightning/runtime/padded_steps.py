@@ -128,7 +128,7 @@ class PaddedSteps:
             batch: A batch with this key.
         """
         if state.descriptor not in self._session.without_key:
-            self._padder.note(batch, flatten(batch)[0])
+            self._padder.note(batch)
         padding = self.padding_of(state, batch)
         if padding is None:
             return

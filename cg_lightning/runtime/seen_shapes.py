@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from cg_lightning.core.descriptor import is_tensor_key
-from cg_lightning.core.shape_proposal import SeenShape, ShapeProposal
+from cg_lightning.core.shape_proposal import FEW_SHAPES, SeenShape, ShapeProposal
 from cg_lightning.core.tree import dotted_structure_paths
 from cg_lightning.runtime.session import Session
-
-FEW_SHAPES = 8
-"""So many shapes are no reason to say anything."""
 
 
 def hint(session: Session, stage: str) -> str:

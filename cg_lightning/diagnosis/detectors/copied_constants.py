@@ -19,7 +19,7 @@ from torch._ops import OpOverload
 
 from cg_lightning.backends.copies_from_host import copied_from_host
 from cg_lightning.backends.host_indices import place_of_indexing
-from cg_lightning.backends.host_reads import TO_DLPACK
+from cg_lightning.backends.host_reads import TO_DLPACK, UNSEEN_READS
 from cg_lightning.backends.imported_functions import replaced_where_imported
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.tree import tensors_in
@@ -33,8 +33,8 @@ from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import has_memory
 from cg_lightning.metrics.members import states_of
 
-_READS = ("tolist", "numpy", "__array__", "__dlpack__")
-"""Methods that read a tensor of the host, and that no operation shows."""
+_READS = (*UNSEEN_READS, "__dlpack__")
+"""Methods that read a tensor of the host, or hand its memory out; no operation shows them."""
 
 
 class _Filled(NamedTuple):
