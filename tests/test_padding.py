@@ -996,6 +996,10 @@ def test_values_that_change_after_shapes_were_taken_over(harness, function, name
         ({"capture_sizes": [4], "verify_tolerance": "exact"}, ["verify_tolerance='close'"]),
         ({"capture_sizes": [4], "mode": "NONE"}, ["capture_sizes=[4]", "mode='NONE'"]),
         ({"capture_sizes": [4], "stages": ["train"]}, ["capture_sizes=[4]", "stages=['train']"]),
+        (
+            {"pad_dims": "auto", "mode": "FULL", "stages": ["validate"]},
+            ["pad_dims='auto'", "mode='FULL'", "'FULL_AND_PIECEWISE'"],
+        ),
         ({"capture_ahead": True, "stages": ["train"]}, ["capture_ahead=True", "['train']"]),
     ],
 )

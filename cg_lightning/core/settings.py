@@ -305,6 +305,11 @@ class Settings:
                 f"{given} is for {', '.join(EVALUATING)}, and stages={list(stages)!r} has "
                 f"none of them; add one, or leave {name} out."
             )
+        if self.pads and not mode.has_piecewise_cudagraphs() and "predict" not in stages:
+            raise ValueError(
+                f"{given} pads submodules in {', '.join(stages)}, and mode={mode.name!r} has no "
+                f"graphs of these; set mode='FULL_AND_PIECEWISE', or leave {name} out."
+            )
 
     @property
     def pads(self) -> bool:
