@@ -552,4 +552,5 @@ def test_outputs_that_are_no_inference_tensors(harness, name, mode):
         leaves = [leaf for leaf in flatten(kept.kept)[0] if isinstance(leaf, Tensor)]
         kinds.append([(leaf.is_inference(), leaf.requires_grad) for leaf in leaves])
     assert kinds[0] == kinds[1]
-    assert not all(is_inference for is_inference, _ in kinds[1])
+    if name == "outside":  # of what torch.func makes, that depends on the version of PyTorch
+        assert not any(is_inference for is_inference, _ in kinds[1])
