@@ -162,7 +162,14 @@ CASES: dict[str, Case] = {
         "Tensor.new_tensor",
         None,
     ),
-    "input": (Mutations, lambda m, x: x.add_(1), Cause.INPUT_MUTATED, "aten::add_", None),
+    "input": (
+        Mutations,
+        lambda m, x: torch._foreach_add_([x[0], m.inner.linear.bias], 1),
+        Cause.INPUT_MUTATED,
+        "aten::_foreach_add_",
+        None,
+    ),
+    "shape": (Mutations, lambda m, x: x.t_(), Cause.INPUT_MUTATED, "memory of batch", AT_THE_END),
     "random": (
         RandomNumbers,
         lambda m, x: x * random.random(),

@@ -109,9 +109,12 @@ def test_clean_ones(function):
 
 def test_inputs_mutated_in_place():
     net = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 8))
-    assert [f.cause for f in diagnose(net, {"input": torch.randn(2, 8)}).findings] == [
-        Cause.INPUT_MUTATED
-    ]
+    found = diagnose(net, {"input": torch.randn(2, 8)})
+    assert found.findings == []  # a graph of the whole call copies it back
+    assert not found.capturable("0")
+    assert found.capturable()
+    (finding,) = diagnose(net, {"input": torch.randn(8, 2).t()}).findings
+    assert finding.cause is Cause.INPUT_MUTATED
 
 
 def test_hooks_also_global_ones():

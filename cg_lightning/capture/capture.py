@@ -122,6 +122,7 @@ class CaptureTarget:
         copies_from_host: Whether the call copies constants from the host, and no function that it
             calls shows it.
         host_draws: The random numbers of the host that the call draws and does not use.
+        batch_writes: The numbers of the leaves that the call writes to.
     """
 
     mode: CUDAGraphMode
@@ -136,6 +137,7 @@ class CaptureTarget:
     fills_batch: bool = False
     copies_from_host: bool = False
     host_draws: Sequence[HostDraw] = ()
+    batch_writes: Sequence[int] = ()
 
 
 class Capturer:
@@ -274,6 +276,7 @@ class Capturer:
                 constants.make()
                 captured = capture()
         inputs.keep(constants.tensors)
+        inputs.note_written(target.batch_writes)
         graph, (plan, computed, effects, tensors, takers) = captured
         return GraphEntry(
             graph, inputs, plan, computed, effects, tensors, copies_outputs, target.record, takers

@@ -5,8 +5,9 @@ What is hard here:
 - All replays write the same memory. So inputs are copied in, and outputs and the tensors of effects
   are copied out. With ``copy_outputs=False`` the user is responsible for the outputs.
 - The order in :meth:`GraphEntry.replay` must not change. *Before* the replay, effects copy metric
-  states to the tensors that the graph reads. *After* it, the tensors of effects are cloned before
-  anything else can run on this stream. ``after_replay`` comes last, because it may call the user's
+  states to the tensors that the graph reads. *After* it, what the graph has written to its inputs
+  is copied to the batch, and the tensors of effects are cloned before anything else can run on this
+  stream. ``after_replay`` comes last, because it may call the user's
   code (``self.log``).
 - A replay cannot turn into a capture. The dispatcher calls :meth:`GraphEntry.is_valid` before it,
   together with the guards. That method checks everything that could make the graph unusable, such
@@ -65,6 +66,7 @@ class GraphEntry:
         *("_after_replay", "_before_replay", "_validity_checks"),
         *(
             "_computed",
+            "_copies_back",
             "_copies_outputs",
             "_copy",
             "_effect_tensors",
@@ -109,6 +111,7 @@ class GraphEntry:
         self._after_replay = methods(effects, "after_replay")
         self._effect_tensors = effect_tensors
         self._copies_outputs = copies_outputs
+        self._copies_back = inputs.are_written
         self.record = record
         self._takers = takers
         self.replays = 0
@@ -135,7 +138,7 @@ class GraphEntry:
     @property
     def only_computes(self) -> bool:
         """Whether a replay computes its output, and neither changes nor checks anything else."""
-        if self._takers or self._outputs.gives_containers:
+        if self._takers or self._copies_back or self._outputs.gives_containers:
             return False
         return all(
             isinstance(effect, ReadChecksLater) and effect.calls() <= {raise_other_value}
@@ -165,6 +168,8 @@ class GraphEntry:
         for prepare in self._before_replay:
             prepare()
         self._graph.replay()
+        if self._copies_back:
+            self._inputs.copy_back(leaves)
         if self._after_replay:
             given = iter([tensor.clone() for tensor in self._effect_tensors])
             for finish in self._after_replay:

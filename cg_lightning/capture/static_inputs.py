@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,6 +70,9 @@ class StaticInputs:
             tuple[int, Tensor, int, bool]
         ] = []  # index, stored part, address, whether expanded
         self._kept: list[Tensor] = []
+        self._written: list[tuple[int, Tensor]] = []
+        self.are_written = False
+        """Whether the graph writes to static tensors, so :meth:`copy_back` has to follow it."""
         made: dict[int, Tensor] = {}  # a tensor that occurs twice gets one static tensor
         for index, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor):
@@ -99,6 +103,16 @@ class StaticInputs:
     def keep(self, tensors: list[Tensor]) -> None:
         """Keep further tensors alive that the graph reads and that never change."""
         self._kept = tensors
+
+    def note_written(self, indices: Sequence[int]) -> None:
+        """Note which static tensors, by the numbers of their leaves, the graph writes to."""
+        self._written = [(index, self.leaves[index]) for index in indices]
+        self.are_written = bool(self._written)
+
+    def copy_back(self, leaves: list[Any]) -> None:
+        """Copy the static tensors that the graph has written to the tensors of ``leaves``."""
+        for index, static in self._written:
+            leaves[index].copy_(static)
 
     def copy_from(self, leaves: list[Any]) -> None:
         """Copy the tensors of ``leaves`` with one grouped copy.

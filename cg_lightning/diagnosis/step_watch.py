@@ -148,6 +148,7 @@ class StepWatch:
         self._did_one_time_work = False
         self._unseen_use = ""
         self._fills_batch = False
+        self._batch_writes: Sequence[int] = ()
         self._written = WrittenTensors()
         self._generators: dict[int, torch.Generator] = {}
         """Random generators that the step may know, because it has read what holds them."""
@@ -264,6 +265,10 @@ class StepWatch:
     def note_batch_filled(self) -> None:
         """Notes that the step sets entries of its batch, and changes nothing else there."""
         self._fills_batch = True
+
+    def note_batch_writes(self, indices: Sequence[int]) -> None:
+        """Notes which leaves of its batch the step writes to, and a replay copies back."""
+        self._batch_writes = indices
 
     def note_unseen_use(self, location: str) -> None:
         """Notes code that may use a value of the batch in a way that a capture does not see."""
@@ -510,6 +515,7 @@ class StepWatch:
             late=late,
             unseen_use=self._unseen_use,
             fills_batch=self._fills_batch,
+            batch_writes=self._batch_writes,
             generators=list(self._drawn.values()),
             host_draws=self.host_draws,
         )

@@ -103,6 +103,7 @@ class WatchedStep:
         late: See the attribute.
         unseen_use: See the attribute.
         fills_batch: See the attribute.
+        batch_writes: See the attribute.
         generators: See the attribute.
         host_draws: See the attribute.
     """
@@ -117,6 +118,7 @@ class WatchedStep:
         late: Sequence[MetricUnit] = (),
         unseen_use: str = "",
         fills_batch: bool = False,
+        batch_writes: Sequence[int] = (),
         generators: Sequence[torch.Generator] = (),
         host_draws: Sequence[HostDraw] = (),
     ) -> None:
@@ -140,7 +142,10 @@ class WatchedStep:
         """The line of code that may use a value of its batch in a way that a capture does not see:
         it catches errors, or asks for the class of an object."""
         self.fills_batch = fills_batch
-        """Whether the step sets entries of its batch, and changes nothing else there."""
+        """Whether the step sets entries of its batch, and changes no other containers there."""
+        self.batch_writes = tuple(batch_writes)
+        """The numbers of the leaves of its batch that the step writes to: a replay copies them
+        back."""
         self.generators = tuple(generators)
         """Random generators, other than the default one, that the step draws from."""
         self.host_draws = tuple(host_draws)

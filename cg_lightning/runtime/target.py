@@ -162,6 +162,7 @@ class GraphTarget:
             isinstance(variant.watched, WatchedStep) and variant.watched.fills_batch,
             self.copies_from_host,
             variant.watched.host_draws if isinstance(variant.watched, WatchedStep) else (),
+            variant.watched.batch_writes if isinstance(variant.watched, WatchedStep) else (),
         )
 
     def _report(self, name: str, call: GraphCall, verdict: Verdict) -> Reason:

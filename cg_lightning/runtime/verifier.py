@@ -156,7 +156,7 @@ class Verifier:
             target.module,
             self._backend,
             target.effects,
-            [*self._written.now(), *held_before],
+            [*self._written.now(), *held_before, *[call.leaves[i] for i in target.batch_writes]],
             given,
             target.changes,
         )
@@ -170,7 +170,11 @@ class Verifier:
         step: int,
     ) -> Verdict:
         before = self._state(target, call)
-        given = [(leaf, leaf.clone()) for leaf in call.leaves if isinstance(leaf, Tensor)]
+        given = [
+            (leaf, leaf.clone())
+            for index, leaf in enumerate(call.leaves)
+            if isinstance(leaf, Tensor) and index not in target.batch_writes
+        ]
         expected = self._run_eagerly(call, comparison)
         # a graph writes to its own copies
         if not all(same_leaf(leaf, value) for leaf, value in given):

@@ -21,6 +21,7 @@ from cg_lightning.diagnosis.operands import addresses_in, written_tensors
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall, WrittenTensors
 from cg_lightning.effects.batch_entries import BatchEntries
+from cg_lightning.effects.batch_writes import BatchWrites
 from cg_lightning.effects.containers import ContainersSnapshot
 from cg_lightning.guards.values import FrozenValues, addresses_of
 from cg_lightning.metrics.members import states_of
@@ -30,6 +31,8 @@ from cg_lightning.modules.kinds import is_metric
 
 class Mutations(Detector):
     """Reports inputs that are changed in place, and notes all other tensors that are.
+
+    A tensor of the batch that the step changes is no finding if a replay can copy it back.
 
     The containers of the batch, and of the arguments of each call, are compared before and after: a
     replay adds, replaces and removes no entries.
@@ -51,6 +54,7 @@ class Mutations(Detector):
         self._written: dict[int, Tensor] = {}
         """Tensors that were changed and not made in the step, by the address of their storage."""
         self._persistent = _PersistentTensors(watch.root)
+        self._batch = BatchWrites(watch.batch, watch.device_type, self._persistent.addresses())
         self._containers: dict[int, ContainersSnapshot] = {}
         """By the id of the call."""
 
@@ -67,7 +71,10 @@ class Mutations(Detector):
             yield
         self._add(copies_inside.changed(), "compiled code")
         if not any(finding.cause is Cause.INPUT_MUTATED for finding in watch.step.findings):
-            self._add(copies.changed(), "the batch")
+            written = set(map(id, self._batch.written()))
+            unseen = [tensor for tensor in copies.changed() if id(tensor) not in written]
+            self._add(unseen, "the batch", location=AT_THE_END)
+        watch.note_batch_writes(self._batch.indices())
         watch.note_written(self._persistent.written(self._written))
 
     @contextlib.contextmanager
@@ -145,7 +152,7 @@ class Mutations(Detector):
     ) -> None:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         tensors = written_tensors(function, args, kwargs)
-        self._add(tensors, function._schema.name)
+        self._add(tensors, function._schema.name, is_seen=True)
 
     def after_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -159,7 +166,14 @@ class Mutations(Detector):
                 made -= addresses_in(list(kwargs.values()))
             self._made |= made
 
-    def _add(self, tensors: list[Tensor], operation: str) -> None:
+    def _add(
+        self,
+        tensors: list[Tensor],
+        operation: str,
+        *,
+        is_seen: bool = False,
+        location: str | None = None,
+    ) -> None:
         if not tensors:
             return
         if any(tensor.layout is not torch.strided for tensor in tensors):
@@ -177,7 +191,10 @@ class Mutations(Detector):
         given = [
             call for call in self.watch.stack if not addresses.isdisjoint(call.input_addresses)
         ]
-        self.watch.report(Cause.INPUT_MUTATED, operation, calls=given)
+        step = self.watch.step
+        if is_seen and step in given and self.watch.is_about_step and self._batch.add(tensors):
+            given.remove(step)  # a replay copies it back
+        self.watch.report(Cause.INPUT_MUTATED, operation, location=location, calls=given)
 
 
 class _TensorCopies:
@@ -230,17 +247,18 @@ class _PersistentTensors:
 
     def holds(self, tensor: Tensor) -> bool:
         """Returns whether a tensor is a parameter, a buffer, or held by an attribute."""
+        return any(each is tensor for each in self._all())
+
+    def addresses(self) -> set[int]:
+        """Returns where the storages of all of them begin."""
+        return addresses_of(self._all())
+
+    def _all(self) -> list[Tensor]:
         modules = [self._root, *self._hidden]
         members = _of(
             each for module in modules for each in (module.parameters(), module.buffers())
         )
-        return any(
-            each is tensor
-            for each in (
-                *members,
-                *(t for _, _, values in self._attributes for t in values.tensors),
-            )
-        )
+        return [*members, *(t for _, _, values in self._attributes for t in values.tensors)]
 
     def written(self, outside: dict[int, Tensor]) -> WrittenTensors:
         """Returns which tensors were changed.
