@@ -31,7 +31,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 class BatchWrites:
-    """Collects which tensors of a batch a watched step writes to.
+    """Collects which tensors of a batch a watched step writes to. It does *not* hold them.
 
     Args:
         batch: The batch, before the step.
@@ -40,29 +40,30 @@ class BatchWrites:
     """
 
     def __init__(self, batch: Any, device_type: str, held: Container[int]) -> None:
-        self._by_storage: dict[int, tuple[int, Tensor]] = {}
+        self._indices: dict[int, int] = {}
+        """The numbers of leaves that may be written to, by where their storages begin."""
         for index, leaf in enumerate(flatten(batch)[0]):
             if isinstance(leaf, Tensor) and leaf.device.type == device_type and _is_dense(leaf):
                 storage = _storage(leaf)
                 if storage not in held:
-                    self._by_storage.setdefault(storage, (index, leaf))
+                    self._indices.setdefault(storage, index)
         self._written: set[int] = set()
 
     def add(self, tensors: Iterable[Tensor]) -> bool:
         """Note that an operation writes to these tensors; return False if no replay can do it."""
         storages = {_storage(tensor) for tensor in tensors}
-        if not storages <= self._by_storage.keys():
+        if not storages <= self._indices.keys():
             return False
         self._written |= storages
         return True
 
-    def written(self) -> list[Tensor]:
-        """Return the tensors of the batch that were written to."""
-        return [self._by_storage[storage][1] for storage in self._written]
+    def has(self, tensor: Tensor) -> bool:
+        """Return whether an operation was seen to write to this tensor of the batch."""
+        return _storage(tensor) in self._written
 
     def indices(self) -> Sequence[int]:
         """Return the numbers of the written tensors among the leaves of the batch.
 
         A tensor that occurs twice has the number of its first place.
         """
-        return sorted(self._by_storage[storage][0] for storage in self._written)
+        return sorted(self._indices[storage] for storage in self._written)

@@ -71,8 +71,7 @@ class Mutations(Detector):
             yield
         self._add(copies_inside.changed(), "compiled code")
         if not any(finding.cause is Cause.INPUT_MUTATED for finding in watch.step.findings):
-            written = set(map(id, self._batch.written()))
-            unseen = [tensor for tensor in copies.changed() if id(tensor) not in written]
+            unseen = [tensor for tensor in copies.changed() if not self._batch.has(tensor)]
             self._add(unseen, "the batch", location=AT_THE_END)
         watch.note_batch_writes(self._batch.indices())
         watch.note_written(self._persistent.written(self._written))
