@@ -76,7 +76,7 @@ def run(harness, model: LightningModule, data: list[Any], *others: Any, **settin
         torch.manual_seed(1)
         kept = KeepOutputs()
         trainer = harness.trainer(*extra, kept, *[make() for make in others])
-        returned = trainer.predict(module, DataLoader(data, batch_size=None))
+        returned = trainer.predict(module, DataLoader(copy.deepcopy(data), batch_size=None))
         results.append((returned, kept.kept, dict(module.state_dict()), module.scale, module.total))
     (leaves, structure), (wanted, wanted_structure) = map(flatten, results)
     assert structure == wanted_structure
@@ -415,6 +415,25 @@ def test_a_threshold_that_padding_may_cross_later_is_found_at_once(harness):
     step = Step(lambda self, x: self.net(x) * (x.std(0, correction=0).amax() < 9))
     callback = run(harness, step, batches(*SIZES), capture_sizes=[4])
     assert causes(callback) == {Cause.ROWS_NOT_INDEPENDENT}
+
+
+def _returns_its_batch(self, batch):
+    self.net(batch["x"])
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("step", "does"),
+    [
+        (_returns_its_batch, "returns a container of its batch"),
+        (lambda self, batch: self.net(batch["x"].mul_(2)), "writes to its batch"),
+    ],
+)
+def test_a_step_that_does_more_than_compute_is_not_padded(harness, step, does):
+    data = [{"x": x} for x in batches(*SIZES)]
+    callback = run(harness, Step(step), data, capture_sizes=[4])
+    assert padded_steps(callback) == 0
+    assert any(does in record.reason.text for record in callback.stats.reasons), callback.summary()
 
 
 def test_leaves_are_named_by_their_place_in_nested_batches(harness):

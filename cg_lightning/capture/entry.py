@@ -136,14 +136,17 @@ class GraphEntry:
         return self.graph.num_bytes + self._inputs.num_bytes
 
     @property
-    def only_computes(self) -> bool:
-        """Whether a replay computes its output, and neither changes nor checks anything else."""
-        if self._takers or self._copies_back or self._outputs.gives_containers:
-            return False
-        return all(
+    def does_besides(self) -> str:
+        """What the step does besides computing its output; empty if nothing."""
+        if self._outputs.gives_containers:
+            return "returns a container of its batch"
+        if self._copies_back:
+            return "writes to its batch"
+        only_computes = not self._takers and all(
             isinstance(effect, ReadChecksLater) and effect.calls() <= {raise_other_value}
             for effect in self._effects
         )
+        return "" if only_computes else "changes state, or checks values of its batch"
 
     def is_valid(self) -> bool:
         """Return True if the graph exists and all its side effects can be done again."""

@@ -278,8 +278,8 @@ class PaddedSteps:
                 reason = reason or Reason(Status.CAPTURE_FAILED, "the padded batch has no graph")
                 raise _NotPaddedError(reason)
         assert isinstance(variant.entry, GraphEntry)
-        if not variant.entry.only_computes:
-            raise NotIndependentError("the step changes state, or checks values of its batch")
+        if does := variant.entry.does_besides:
+            raise NotIndependentError(f"the step {does}")
         return variant
 
     def _prepare_owner(self, padded: GraphCall) -> None:
