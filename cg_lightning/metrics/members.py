@@ -41,6 +41,22 @@ def bookkeeping() -> frozenset[str]:
     )
 
 
+@functools.cache
+def attributes_of_metrics() -> frozenset[str]:
+    """Return the names of the attributes that each metric of torchmetrics has."""
+    return frozenset(vars(_Bare()))
+
+
+class _Bare(Metric):
+    """A metric without states."""
+
+    def update(self) -> None:
+        """Do nothing."""
+
+    def compute(self) -> None:
+        """Give nothing."""
+
+
 def state_names(module: nn.Module) -> set[str]:
     """Return the names of the states of a metric. A collection has none."""
     return set(module._defaults) if isinstance(module, Metric) else set()

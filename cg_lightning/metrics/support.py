@@ -11,8 +11,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cg_lightning.metrics.members import averages_by_count, bookkeeping, state_names, states_of
+from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.metrics.members import (
+    attributes_of_metrics,
+    averages_by_count,
+    bookkeeping,
+    state_names,
+    states_of,
+)
 from cg_lightning.modules.attributes import is_same_value
+from cg_lightning.modules.kinds import is_user_class, is_value_of_class
 
 _COUNTS = frozenset({"update_count", "_update_count", "update_called", "_update_called"})
 """The counter of updates, and what is made of it. Frameworks read it to count up, and to warn."""
@@ -39,7 +47,29 @@ def unsupported_read(metric: nn.Module, name: str, written: set[str]) -> str:
         return f"{type(metric).__name__}.{name} is read"
     if name == "_computed" and name not in written and vars(metric).get(name) is not None:
         return f"{type(metric).__name__} returns the result of an earlier step"
+    if name not in written and _is_kept_by_user(metric, name):
+        return f"{type(metric).__name__}.{name} is kept in Python"
     return ""
+
+
+def _is_kept_by_user(metric: nn.Module, name: str) -> bool:
+    """Return True for what a metric of the user's holds that is neither a state nor a plain value.
+
+    No guard compares it, and no replay does again what an update does to a list or dictionary. Its
+    parameters, buffers and submodules are seen otherwise.
+    """
+    # what this function itself reads comes here too
+    if name.startswith("__") or name in attributes_of_metrics():
+        return False
+    if not is_user_class(type(metric)) or name in state_names(metric):
+        return False
+    if name in vars(metric):
+        return not is_plain_value(vars(metric)[name])
+    holders = [cls for cls in type(metric).__mro__ if name in vars(cls)]
+    if not holders or not is_user_class(holders[0]):
+        return False
+    value = vars(holders[0])[name]
+    return not is_plain_value(value) and is_value_of_class(value)
 
 
 def unsupported_update(metric: nn.Module, written: set[str]) -> str:
