@@ -19,7 +19,12 @@ _include_or_exclude = getattr(torch._C, "_SetExcludeDispatchKeyGuard", None)
 
 @functools.cache
 def _has_kernel(function: OpOverload, key: str) -> bool:
-    """Return True if a dispatch key has a kernel for this operation itself."""
+    """Return True if a dispatch key has a kernel for this operation itself.
+
+    Questions of subclasses, such as ``prim::layout``, are no operations of the dispatcher.
+    """
+    if function.namespace == "prim":
+        return True
     return torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), key)
 
 

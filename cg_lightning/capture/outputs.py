@@ -126,6 +126,9 @@ class OutputPlan:
                 view = _View(number, tuple(leaf.shape), leaf.stride(), offset)
                 sources.append((_Source.VIEW_OF_INPUT, view))
             else:
+                if leaf.requires_grad:  # the step has asked for it: a copy is another tensor
+                    path = leaf_paths(output, "output")[index]
+                    raise CaptureError(f"{path} was made to require gradients.")
                 if id(leaf) not in computed:
                     computed[id(leaf)] = len(tensors)
                     tensors.append(leaf)

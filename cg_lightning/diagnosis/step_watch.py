@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from cg_lightning.backends import GraphBackend
@@ -546,7 +546,12 @@ def _is_lightning_module(module: nn.Module) -> bool:
 
 
 class _OperationMode(EagerDispatchMode):
-    """Tells detectors of each dispatched operation."""
+    """Tells detectors of each dispatched operation.
+
+    It does not look into operators that take functions, such as ``torch.cond``.
+    """
+
+    supports_higher_order_operators = True
 
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch.device_type)
@@ -574,12 +579,15 @@ class _OperationMode(EagerDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: OpOverload,
+        func: OpOverload | HigherOrderOperator,
         types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            self._watch.report(Cause.OPAQUE, f"torch.ops.higher_order.{func.name()}")
+            return func(*args, **kwargs)
         if self._watch.is_paused:
             return self.call(func, args, kwargs)
         for before in self._before:

@@ -53,8 +53,19 @@ def addresses_of(tensors: Iterable[Tensor]) -> set[int]:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Return False for a tensor without memory of its own, such as a derivative of forward mode."""
-    return tensor.layout is torch.strided and not tensor._is_zerotensor()
+    """Return False for a tensor without memory of its own.
+
+    Such is a derivative of forward mode, or a subclass that only wraps other tensors.
+    """
+    if tensor.layout is not torch.strided or tensor._is_zerotensor():
+        return False
+    if type(tensor) in (Tensor, nn.Parameter):
+        return True
+    try:
+        tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # nothing else tells
+        return False
+    return True
 
 
 _OF_OBJECT = "an attribute of an object"

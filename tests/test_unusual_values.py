@@ -1,0 +1,88 @@
+"""Tensors and operators that few people use: a watched step gives what eager gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from tests.harness import features
+
+
+class Wraps(torch.Tensor):
+    """A tensor without memory of its own."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wraps:
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, device=inner.device
+        )
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        plain = [each.inner if isinstance(each, Wraps) else each for each in args]
+        return func(*plain, **(kwargs or {}))
+
+
+class Doubles(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+def _nested(module: Any, x: Tensor) -> Tensor:
+    jagged = torch.nested.nested_tensor([x[0, :2, None], x[1, :3, None]], layout=torch.jagged)
+    return module.doubles(jagged).values()
+
+
+UNUSUAL = {
+    "jagged": _nested,
+    "wrapper": lambda module, x: module.doubles(Wraps(module.net(x))),
+    "cond": lambda module, x: torch.cond(
+        x.sum() > 0, lambda y: module.net(y) + 1, lambda y: module.net(y) - 1, (x,)
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE", "FULL_AND_PIECEWISE"])
+@pytest.mark.parametrize("name", list(UNUSUAL))
+def test_unusual_tensors_and_operators_in_a_watched_step(harness, name, mode):
+    class Runs(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.doubles = nn.Linear(8, 3), Doubles()
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return UNUSUAL[name](self, batch[0])
+
+    harness.compare(
+        Runs(),
+        lambda trainer, module: trainer.predict(module, features(48)),
+        harness.callback(mode=mode, warmup_steps=1),
+    )
+
+
+@pytest.mark.parametrize("make", [lambda y: y.requires_grad_(), nn.Parameter])
+def test_an_output_that_was_made_to_require_gradients(harness, make):
+    class Makes(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(8, 3)
+            self.seen: list[Any] = []
+
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            return {"y": make(self.net(batch[0]))}
+
+        def on_validation_batch_end(self, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+            self.seen.append((type(outputs["y"]).__name__, outputs["y"].requires_grad))
+
+    def job(trainer, module):
+        trainer.validate(module, features(48), verbose=False)
+        return module.seen
+
+    harness.compare(Makes(), job, harness.callback(warmup_steps=1, verify_replays=0))
