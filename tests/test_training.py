@@ -294,6 +294,28 @@ def test_bfloat16(fit, batches):
     assert replayed(callback) > 15, callback.summary()
 
 
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_own_autocast_around_a_layer_that_is_used_twice(fit, device, verify_replays):
+    """Eager casts its weight once, so it adds two gradients in 16 bits."""
+
+    class Twice(Classifier):
+        def training_step(self, batch, batch_idx):
+            x, labels = batch
+            with torch.autocast(device.type, torch.bfloat16):
+                one, other = self.net(x), self.net(x + 1)
+            criterion = nn.functional.cross_entropy
+            return criterion(one.float(), labels) + criterion(other.float(), labels)
+
+    callback = fit(Twice(), settings={"verify_replays": verify_replays})
+    assert replayed(callback) > 15, callback.summary()
+
+
+def test_options_that_pad_are_those_of_other_stages(fit):
+    settings = {"capture_sizes": [4], "verify_tolerance": "close"}
+    callback = fit(Classifier(), settings=settings)
+    assert replayed(callback) > 15, callback.summary()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("net", ["mlp", "vit"])
 def test_scaled_float16(tmp_path, net):
@@ -485,6 +507,14 @@ class ShrinksInZeroGrad(Classifier):
         optimizer.zero_grad()
 
 
+class ShrinksAsOptimizer(torch.optim.SGD):
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.clamp_(-0.2, 0.2)
+
+
 class Shrinks(Callback):
     def on_before_zero_grad(self, trainer, pl_module, optimizer):
         _shrink(pl_module)
@@ -493,6 +523,10 @@ class Shrinks(Callback):
 SHRINKING = {
     "ShrinksBeforeZeroGrad.on_before_zero_grad": (ShrinksBeforeZeroGrad, list),
     "ShrinksInZeroGrad.optimizer_zero_grad": (ShrinksInZeroGrad, list),
+    "ShrinksAsOptimizer.zero_grad": (
+        functools.partial(Classifier, optimizer=functools.partial(ShrinksAsOptimizer, lr=1e-2)),
+        list,
+    ),
     "Shrinks.on_before_zero_grad": (Classifier, lambda: [Shrinks()]),
     "LambdaCallback.on_before_zero_grad": (
         Classifier,

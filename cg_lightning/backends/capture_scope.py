@@ -37,19 +37,18 @@ def garbage_collection_paused(collect_first: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def autocast_cache_off() -> Iterator[None]:
+def autocast_cache_emptied() -> Iterator[None]:
     """Make casts of weights part of the graph.
 
-    A cast from before the capture would keep its values after the next optimizer step.
+    A cast from before the capture would keep its values after the next optimizer step, and nobody
+    may use one that lies in graph memory. Within the capture the cache stays on as in eager: the
+    gradients of a weight that is used twice are added in the precision of its one cast.
     """
-    was_enabled = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
-    torch.set_autocast_cache_enabled(False)
     try:
         yield
     finally:
         torch.clear_autocast_cache()
-        torch.set_autocast_cache_enabled(was_enabled)
 
 
 _TOLD = ("torch", "triton", "cg_lightning")

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from cg_lightning.backends.capture_scope import (
     CAPTURE_LOCK,
     as_capture_error,
-    autocast_cache_off,
+    autocast_cache_emptied,
     capture_looks_eager,
     garbage_collection_paused,
     release_frames,
@@ -111,7 +111,7 @@ class CUDABackend:
             # the stance takes effect when its object is made, so it must be the last one
             with (
                 garbage_collection_paused(collect_garbage),
-                autocast_cache_off(),
+                autocast_cache_emptied(),
                 capture_looks_eager(),
                 torch.compiler.set_stance("fail_on_recompile"),
             ):

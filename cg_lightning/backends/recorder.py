@@ -47,7 +47,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from cg_lightning.backends.capture_scope import (
     CAPTURE_LOCK,
     as_capture_error,
-    autocast_cache_off,
+    autocast_cache_emptied,
     capture_looks_eager,
     garbage_collection_paused,
     release_frames,
@@ -271,7 +271,7 @@ class RecorderBackend:
         with (
             CAPTURE_LOCK,
             garbage_collection_paused(collect_garbage),
-            autocast_cache_off(),
+            autocast_cache_emptied(),
             capture_looks_eager(),
             invisible_calls(_refuse),
             # compiled code does not dispatch operations, so the original code is recorded

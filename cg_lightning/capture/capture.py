@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from cg_lightning.backends import CapturedGraph, GraphBackend
-from cg_lightning.backends.capture_scope import autocast_cache_off
+from cg_lightning.backends.capture_scope import autocast_cache_emptied
 from cg_lightning.capture.answered_reads import AnsweredReads
 from cg_lightning.capture.cache import GraphCache
 from cg_lightning.capture.entry import GraphEntry
@@ -305,7 +305,7 @@ class Capturer:
             changes=target.changes,
         )
         context = ForwardContext(CUDAGraphMode.NONE, call.descriptor)
-        with autocast_cache_off(), override_forward_context(context):
+        with autocast_cache_emptied(), override_forward_context(context):
             run = functools.partial(call.run_with, inputs.leaves)
             run() if target.effects is None else target.effects.rehearse(run, target.late)
         before.restore()

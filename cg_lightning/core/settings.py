@@ -350,6 +350,8 @@ class Settings:
     def for_training(self) -> Settings:
         """Return the options for closures of training: whole, as written, with copied gradients.
 
+        Their batches are not padded, since a loss reduces over its batch.
+
         A replay leaves a part of the closure to what follows it, so times cannot be compared.
         """
         return dataclasses.replace(
@@ -360,6 +362,8 @@ class Settings:
             copy_outputs=True,
             min_saving=0,
             capture_ahead=False,
+            capture_sizes=None,
+            pad_dims=None,
         )
 
     def next_verification(self, replays: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cg_lightning.backends.capture_scope import autocast_cache_off
+from cg_lightning.backends.capture_scope import autocast_cache_emptied
 from cg_lightning.modules.compiled import COMPILED_IN_PLACE, is_compiled
 from cg_lightning.modules.kinds import is_metric
 
@@ -77,7 +77,7 @@ def _compiled(module: nn.Module, arguments: Mapping[str, Any]) -> Callable[..., 
 
     @functools.wraps(compiled)
     def call_compiled(*args: Any, **kwargs: Any) -> Any:
-        with autocast_cache_off():
+        with autocast_cache_emptied():
             return compiled(*args, **kwargs)
 
     return call_compiled

@@ -15,6 +15,7 @@ from types import CodeType, FunctionType
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.optim import Optimizer
 
 from cg_lightning.core.reasons import Reason, Status
 
@@ -53,6 +54,9 @@ def why_not_closed(
     for name in _MODULE_HOOKS:
         if _is_overridden(module, LightningModule, name):
             return _hook(f"{type(module).__name__}.{name}")
+    for optimizer in trainer.optimizers:
+        if _is_overridden(optimizer, Optimizer, "zero_grad"):
+            return _hook(f"{type(optimizer).__name__}.zero_grad")
     for name, parameter in parameters.items():
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             return _hook(f"a gradient hook of {name}")
@@ -78,6 +82,8 @@ def _is_overridden(owner: object, base: type, name: str) -> bool:
             return False
     if type(hook) is not FunctionType or name == "backward":
         return True
+    if name == "zero_grad":
+        return not set(hook.__code__.co_names) <= {"super", name}
     if name == "optimizer_zero_grad":
         return not (is_method and _only_zeroes(hook.__code__))
     return not _does_nothing(hook.__code__)
