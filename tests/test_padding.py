@@ -127,7 +127,6 @@ def test_partial_batches_run_from_the_graph_of_the_full_one(harness, mode, verif
     [
         pytest.param(lambda self, x: {"y": self.net(x), "t": (x * 2, None, 3)}, id="nested"),
         pytest.param(lambda self, x: x, id="the batch itself"),
-        pytest.param(lambda self, x: (x[:, 0], self.net(x)), id="view of the batch"),
         pytest.param(lambda self, x: self.net(x).t(), id="rows are the last dimension"),
         pytest.param(lambda self, x: self.net(x)[:, None].expand(-1, 4, -1), id="expanded"),
         pytest.param(lambda self, x: (self.net.weight_sum if False else self.net[0].weight,
@@ -417,6 +416,57 @@ def test_a_threshold_that_padding_may_cross_later_is_found_at_once(harness):
     assert causes(callback) == {Cause.ROWS_NOT_INDEPENDENT}
 
 
+POSITIONS = {"x": {1: {"sizes": [8], "value": 0}}}
+UNLIKE: dict[str, Any] = {
+    "zeros first": (lambda index: 0.0 if index < 6 else 1.0, lambda x: x.mean(1)),
+    "both signs first": (lambda index: 1.0, lambda x: x.amin(1)),
+    "small": (lambda index: 1e-6, lambda x: x.mean(1)),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_positions_that_only_later_batches_show(harness, name):
+    """The first batches are unlike the others: silence, say; or all results are small."""
+    scale, function = UNLIKE[name]
+    generator = torch.Generator().manual_seed(3)
+    data = [
+        {"x": torch.randn(1, (5, 6, 7)[index % 3], 1, generator=generator) * scale(index)}
+        for index in range(12)
+    ]
+    if name != "small":
+        data += [{"x": each["x"] + 3} for each in data[6:]]
+    step = Step(lambda self, batch: function(batch["x"]))
+    callback = run(harness, step, data, pad_dims=POSITIONS)
+    assert causes(callback) == {Cause.POSITIONS_NOT_INDEPENDENT}, callback.summary()
+
+
+VIEWS: dict[str, Any] = {
+    "of another part": lambda y, x: {"all": y, "first": y[:, 0]},
+    "another name": lambda y, x: {"all": y, "same": y.detach()},
+    "of the batch": lambda y, x: {"all": y, "flat": x.flatten(0)},
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_parts_of_an_output_that_share_memory(harness, name):
+    """A callback that writes to one part changes the other one."""
+
+    class Writes(Callback):
+        def on_predict_batch_end(self, trainer, pl_module, outputs, *_: Any) -> None:
+            outputs["all"].mul_(100)
+
+    step = Step(lambda self, x: VIEWS[name](self.net(x), x))
+    callback = run(harness, step, batches(*SIZES), Writes, capture_sizes=[4])
+    assert padded_steps(callback) == 0
+
+
+def test_an_output_that_needs_no_cut_has_the_strides_of_eager(harness):
+    data = [{"x": torch.randn(4, 1, 8)} for _ in range(8)]
+    step = Step(lambda self, batch: self.net(batch["x"])[:, 0])
+    callback = run(harness, step, data, pad_dims={"x": {1: {"sizes": [8], "value": 0}}})
+    assert padded_steps(callback) > 4, callback.summary()
+
+
 def _returns_its_batch(self, batch):
     self.net(batch["x"])
     return batch
@@ -607,6 +657,39 @@ def test_validation_inside_fit(harness):
     data = texts(5, 7, 8, 5, 7, 5, 7, 12, 5, 7, 12)
     callback = compare_validation(harness, Validated(), data, epochs=3, fit=True, pad_dims=rules())
     assert padded_steps(callback) >= 16, callback.summary()
+
+
+class Adapted(Encoder):
+    """Adds the mean over all positions, times a weight that is 0 until it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, input_ids, attention_mask):
+        mean = self.embedding(input_ids).mean(1, keepdim=True)
+        return super().forward(input_ids, attention_mask) + self.gate * mean
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_padding_is_compared_again_if_weights_have_changed(harness, is_trained):
+    """In the first epochs of validation nothing shows what the gate lets through later."""
+
+    class Opens(Callback):
+        def on_validation_start(self, trainer, pl_module) -> None:
+            if is_trained and trainer.current_epoch == 2:
+                with torch.no_grad():
+                    pl_module.encoder.gate.fill_(1.0)
+
+    model = Validated()
+    model.encoder = Adapted()
+    model.encoder.gate.requires_grad_(False)
+    data = texts(5, 7, 6, 5, 7, 6, 5, 7, 6)
+    callback = compare_validation(
+        harness, model, data, Opens, epochs=5, fit=True, pad_dims=rules(), verify_replays=0
+    )
+    refused = {cause for cause in causes(callback) if isinstance(cause, Cause)}
+    assert (Cause.POSITIONS_NOT_INDEPENDENT in refused) is is_trained, callback.summary()
 
 
 def test_a_whole_step_of_validate_is_never_padded(harness):

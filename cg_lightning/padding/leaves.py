@@ -15,7 +15,8 @@ class Fill(enum.Enum):
 
     GIVEN = "rows: the last row again; other dimensions: the value of the settings"
     OTHER = "mirrored values of the last row and of the first position; no other positions of masks"
-    """For the check that nothing depends on it."""
+    """For the check that nothing depends on it. Floats lie above all real values."""
+    BELOW = "the same, but floats lie below all real values"
     NAN = "rows of floats: NaN; all else as in OTHER"
     """It spreads to whatever is computed of it."""
 
@@ -35,7 +36,7 @@ class PaddedLeaf(NamedTuple):
         order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
         new = torch.empty_permuted(self.padded, order, dtype=tensor.dtype, device=tensor.device)
         new[tuple([slice(size) for size in self.real])] = tensor
-        other = tensor if fill is Fill.GIVEN else _mirrored(tensor)
+        other = tensor if fill is Fill.GIVEN else _mirrored(tensor, fill is Fill.BELOW)
         is_varied = fill is not Fill.GIVEN and not _is_mask(tensor)
         for dim, value in self.values.items():
             size = self.real[dim]
@@ -59,18 +60,29 @@ class PaddedLeaf(NamedTuple):
 
 
 def _is_mask(tensor: Tensor) -> bool:
-    """Return True if only 0 and 1 occur: another value in the padding would mean another batch."""
-    return tensor.dtype is torch.bool or bool(((tensor == 0) | (tensor == 1)).all())
+    """Return True if only 0 and 1 occur: another value in the padding would mean another batch.
+
+    Floats that are all 0 are no mask, which would hide everything: such is the silence before a
+    recording.
+    """
+    if tensor.dtype is torch.bool:
+        return True
+    is_binary = bool(((tensor == 0) | (tensor == 1)).all())
+    return is_binary and not (tensor.is_floating_point() and not tensor.any())
 
 
-def _mirrored(tensor: Tensor) -> Tensor:
+def _mirrored(tensor: Tensor, is_below: bool) -> Tensor:
     """Return values that the tensor may have, in other places. Those of floats lie outside it."""
     if tensor.is_complex():
         return -2 * tensor
     if tensor.dtype is torch.bool:
         return tensor ^ (tensor.any() & ~tensor.all())
-    mirrored = tensor.amin() + (tensor.amax() - tensor)
-    return 4 * mirrored + 1 if tensor.is_floating_point() else mirrored
+    least, most = tensor.amin(), tensor.amax()
+    mirrored = least + (most - tensor)
+    if not tensor.is_floating_point():
+        return mirrored
+    distance = 4 * mirrored.abs() + 1
+    return least - distance if is_below else most + distance
 
 
 class PaddedLeaves:

@@ -51,7 +51,7 @@ class OutputCut:
 
 
 def _cut(tensor: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-    if tensor.shape == shape or tensor.dim() != len(shape):
+    if tensor.dim() != len(shape) or (tensor.shape == shape and tensor.stride() == strides):
         return tensor
     if any(size > there for size, there in zip(shape, tensor.shape, strict=True)):
         return tensor

@@ -152,6 +152,8 @@ class Entry(Protocol):
     """A graph, as the dispatcher sees it."""
 
     replays: int
+    record: Any
+    """Its row in the statistics. The shapes that are padded to one batch share it."""
 
     def is_valid(self) -> bool:
         """Return True if the graph exists and may be replayed."""
@@ -329,6 +331,8 @@ class CUDAGraphDispatcher:
         self._states: dict[tuple[Any, ...], KeyState] = {}
         self._ledgers: dict[tuple[Any, ...], CaptureLedger] = {}
         self._unrepeated: set[tuple[Any, ...]] = set()
+        self._unproven: set[int] = set()
+        """The ids of the records of padded graphs that are compared at their next replay."""
 
     # by hand
 
@@ -420,7 +424,10 @@ class CUDAGraphDispatcher:
     def _plan_replay(self, state: KeyState, variant: Variant, entry: Entry) -> Plan:
         state.ledger.earn()
         action = Action.REPLAY
-        if entry.replays == variant.verify_at:
+        if self._unproven and variant.padding is not None and id(entry.record) in self._unproven:
+            self._unproven.discard(id(entry.record))
+            action = Action.VERIFY
+        elif entry.replays == variant.verify_at:
             variant.verify_at = self._next_verification(entry.replays + 1)
             action = Action.VERIFY
         elif variant.trial is not None and variant.trial.wants_eager():
@@ -590,6 +597,25 @@ class CUDAGraphDispatcher:
         state.ledger.spend(1)  # a comparison with eager
         variant.entry = entry
         variant.verify_at = self._next_verification(entry.replays + 1)
+
+    def compare_padded_again(self) -> None:
+        """Let the next replay of each padded graph be compared with eager."""
+        self._unproven = {id(entry.record) for _, _, entry in self._padded()}
+
+    def none_padded(self, padded: KeyState) -> None:
+        """Record that no batches are padded to those of a key any more."""
+        records = [variant.entry.record for variant in padded.variants if variant.entry is not None]
+        for state, variant, entry in self._padded():
+            if any(entry.record is record for record in records):
+                self.not_padded(state, variant)
+
+    def _padded(self) -> list[tuple[KeyState, Variant, Entry]]:
+        return [
+            (state, variant, variant.entry)
+            for state in self._states.values()
+            for variant in state.variants
+            if variant.padding is not None and variant.entry is not None
+        ]
 
     def not_padded(self, state: KeyState, variant: Variant) -> None:
         """Record that batches of this key are not padded: they may have a graph of their own."""

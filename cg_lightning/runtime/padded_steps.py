@@ -16,7 +16,7 @@ from cg_lightning.core.equality import same_leaf
 from cg_lightning.core.errors import CaptureError, NotIndependentError, UnkeyableBatchError
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason, Status
-from cg_lightning.core.tree import flatten, rebuild
+from cg_lightning.core.tree import flatten, rebuild, tensors_in
 from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.diagnosis.way import Way, WayRecorder
 from cg_lightning.host_values.path import ReadPath
@@ -200,6 +200,7 @@ class PaddedSteps:
                 owner.entry, owner.guards, padding, eager.cut(), record, settings.verify_replays
             )
             self._check_fill(Fill.OTHER, owner, entry, call, eager.output)
+            self._check_fill(Fill.BELOW, owner, entry, call, eager.output)
             if padding.has_rows:
                 self._check_fill(Fill.NAN, owner, entry, call, eager.output)
             if isinstance(owner.path, ReadPath):
@@ -222,6 +223,8 @@ class PaddedSteps:
             self._refused[padded.descriptor.fields] = reason
             self._session.stats.padded(self._name, padded.descriptor).reason = reason
             self._dispatcher.not_padded(plan.state, variant)
+            if (owner := self._dispatcher.known(padded.descriptor.fields)) is not None:
+                self._dispatcher.none_padded(owner)
         return Outcome(verdict.output, CUDAGraphMode.NONE, reason)
 
     def _take_over(
@@ -409,10 +412,22 @@ class _EagerRun:
         """Check that the call does nothing but compute its output.
 
         Raises:
-            NotIndependentError: It does something else.
+            NotIndependentError: It does something else, or a part of its output is a view of
+                another part or of the batch. What is cut from the output for a padded batch shares
+                no memory.
         """
         if self._effect:
             raise NotIndependentError(self._effect)
+        given = {id(tensor) for tensor in tensors_in(self.call.leaves)}
+        parts = {id(tensor): tensor for tensor in tensors_in((self.output, self.call.leaves))}
+        storages: dict[int, int] = {}
+        for key, tensor in parts.items():
+            if tensor.layout is torch.strided and tensor.numel():
+                other = storages.setdefault(tensor.untyped_storage().data_ptr(), key)
+                if other != key and not {key, other} <= given:
+                    raise NotIndependentError(
+                        "a part of its output is a view of another one, or of the batch"
+                    )
 
     def cut(self) -> OutputCut:
         """Return what an output for a padded batch is cut to."""

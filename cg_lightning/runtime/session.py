@@ -133,6 +133,9 @@ class Session:
         self.stage_length: StageLength | None = None
         """How many batches are left in a stage; None: captures need not pay within it."""
         self._is_installed = False
+        self._weights: list[int] = []
+        """The versions of parameters and buffers when the latest stage began, if batches are
+        padded."""
         self.arguments: dict[str, Any] = {}
         """The arguments of the current step that guards look at, by name."""
         self.without_key: dict[BatchDescriptor, Reason] = {}
@@ -151,6 +154,8 @@ class Session:
         """Intercept all submodules that are known to run from graphs."""
         if not self._is_installed:
             self.is_first_step = True
+            if self.settings.pads:
+                self._note_weights()
         self._is_installed = True
         self._compilation.install(self.module)
         targets = self.settings.targets
@@ -161,6 +166,17 @@ class Session:
         self._written_settings.install()
         for piece in self.pieces.values():
             piece.install()
+
+    def _note_weights(self) -> None:
+        """Let padded graphs be compared again if weights have changed since the last stage.
+
+        A branch that is multiplied by a weight of 0 shows nothing of what it would let through.
+        """
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        versions = [0 if each.is_inference() else each._version for each in tensors]
+        if versions != self._weights:
+            self._weights = versions
+            self.target.dispatcher.compare_padded_again()
 
     def add_piece(self, key: tuple[str, int], piece: Piece) -> None:
         """Intercept a submodule that is padded, from now on."""

@@ -22,6 +22,8 @@ _LIKELY_CAUSE = (
     "The graph has most likely frozen a Python value, one that a library keeps for "
     "instance, or reads memory that has moved"
 )
+_FAR = 0.05
+"""More of the largest value than any rounding, in 16 bits as well."""
 _MOST_EAGER_RUNS = 8
 """Runs that show how much eager differs from itself. A replay is outside of all once in nine."""
 
@@ -67,6 +69,14 @@ def _distance(one: Any, other: Any) -> float:
     if not (_are_floats(one, other) and one.numel()):
         return 0.0
     return float((one - other).abs().max())
+
+
+def _is_far(one: Any, other: Any) -> bool:
+    """Return True for floats that differ by more than a share of the largest value."""
+    if not (_are_floats(one, other) and one.numel()):
+        return False
+    largest = other.abs().nan_to_num(0.0, 0.0, 0.0).amax()
+    return bool(((one - other).abs() > _FAR * largest).any())
 
 
 def _is_within(one: Any, other: Any, spread: float) -> bool:
@@ -131,14 +141,17 @@ class Verifier:
             return self._compare(target, call, comparison, get_entry, step)
 
     def difference(self, found: Any, expected: Any) -> str:
-        """Return the first leaf of an output that differs from eager's; empty if none does."""
+        """Return the first leaf of an output that differs from eager's; empty if none does.
+
+        Values below the absolute tolerance are compared by their own scale.
+        """
         leaves, structure = flatten(found)
         wanted, wanted_structure = flatten(expected)
         if structure != wanted_structure:
             return "the output has other containers than eager's"
         paths = leaf_paths(expected, "output")
         for path, one, other in zip(paths, leaves, wanted, strict=True):
-            if not self._is_same(one, other):
+            if not self._is_same(one, other) or _is_far(one, other):
                 return f"{path} is {_show(one)} from the graph, {_show(other)} from eager"
         return ""
 
