@@ -21,11 +21,12 @@ _include_or_exclude = getattr(torch._C, "_SetExcludeDispatchKeyGuard", None)
 def _has_kernel(function: OpOverload, key: str) -> bool:
     """Return True if a dispatch key has a kernel for this operation itself.
 
-    Questions of subclasses, such as ``prim::layout``, are no operations of the dispatcher.
+    What subclasses are asked, such as ``prim::layout``, is no operation of the dispatcher.
     """
-    if function.namespace == "prim":
+    try:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), key)
+    except RuntimeError:  # nothing else tells, for all versions of PyTorch
         return True
-    return torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), key)
 
 
 class EagerDispatchMode(TorchDispatchMode):

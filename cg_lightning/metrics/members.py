@@ -41,12 +41,6 @@ def bookkeeping() -> frozenset[str]:
     )
 
 
-@functools.cache
-def attributes_of_metrics() -> frozenset[str]:
-    """Return the names of the attributes that each metric of torchmetrics has."""
-    return frozenset(vars(_Bare()))
-
-
 class _Bare(Metric):
     """A metric without states."""
 
@@ -55,6 +49,10 @@ class _Bare(Metric):
 
     def compute(self) -> None:
         """Give nothing."""
+
+
+ATTRIBUTES_OF_METRICS = frozenset(vars(_Bare()))
+"""The names of the attributes that each metric of torchmetrics has."""
 
 
 def state_names(module: nn.Module) -> set[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.metrics.members import (
-    attributes_of_metrics,
+    ATTRIBUTES_OF_METRICS,
     averages_by_count,
     bookkeeping,
     state_names,
@@ -59,7 +59,7 @@ def _is_kept_by_user(metric: nn.Module, name: str) -> bool:
     parameters, buffers and submodules are seen otherwise.
     """
     # what this function itself reads comes here too
-    if name.startswith("__") or name in attributes_of_metrics():
+    if name.startswith("__") or name in ATTRIBUTES_OF_METRICS:
         return False
     if not is_user_class(type(metric)) or name in state_names(metric):
         return False
