@@ -595,6 +595,41 @@ def test_hooks_that_do_more_are_named(fit, make):
     assert make.__name__ in str(callback.stats.eager_reasons)
 
 
+class ReadsGradientInBackward(Classifier):
+    def training_step(self, batch, batch_idx):
+        x, labels = batch
+        weight, logits = self.net[0].weight, self.net(x)
+
+        def damp(gradient):
+            return gradient if weight.grad is None else gradient / (1 + weight.grad.norm())
+
+        logits.register_hook(damp)
+        return nn.functional.cross_entropy(logits, labels)
+
+
+class ClampsInBackward(Classifier):
+    def on_train_start(self):
+        weight = self.net[0].weight
+        self.node = weight.view_as(weight).grad_fn.next_functions[0][0]
+
+        @torch.no_grad()
+        def clamp(*_):
+            weight.grad.clamp_(-0.01, 0.01)
+
+        self.node.register_hook(clamp)
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+@pytest.mark.parametrize("batches", [1, 3])
+@pytest.mark.parametrize("make", [ReadsGradientInBackward, ClampsInBackward])
+def test_gradients_that_are_read_in_the_backward(fit, make, batches, verify_replays):
+    """In the watched closure as well, they are those of earlier micro-batches."""
+    settings = {"verify_replays": verify_replays}
+    callback = fit(make(), accumulate_grad_batches=batches, settings=settings)
+    assert replayed(callback) == 0
+    assert "the step reads a gradient" in str(callback.stats.eager_reasons)
+
+
 def test_a_hook_of_a_parameter_is_named(fit):
     class Hooked(Classifier):
         def on_train_start(self):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from cg_lightning.core.descriptor import Fixed
@@ -37,6 +39,44 @@ class ClosureOutput(NamedTuple):
 
     Under DDP, also parameters that the backward reaches without giving them a gradient: None.
     """
+
+
+class GradientsAside:
+    """The gradients of earlier micro-batches, while a backward computes new ones in their place.
+
+    Args:
+        parameters: The parameters. From now on they have no gradients.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._held = {id(parameter): (parameter, parameter.grad) for parameter in parameters}
+        self._given: set[int] = set()
+        for parameter, _ in self._held.values():
+            parameter.grad = None
+
+    @torch.no_grad()
+    def give(self, parameter: Tensor) -> None:
+        """Put back a gradient that is about to be read, with what the backward has added to it.
+
+        From now on the backward adds to it, as it does without us.
+        """
+        _, gradient = self._held.get(id(parameter), (None, None))
+        if gradient is None or id(parameter) in self._given:
+            return
+        self._given.add(id(parameter))
+        if parameter.grad is not None:
+            gradient += parameter.grad
+        parameter.grad = gradient
+
+    def is_given(self, parameter: Tensor) -> bool:
+        """Return whether the gradient of a parameter was put back, so nothing is left to add."""
+        return id(parameter) in self._given
+
+    def put_back(self) -> None:
+        """Put back all other gradients."""
+        for parameter, gradient in self._held.values():
+            if not self.is_given(parameter):
+                parameter.grad = gradient
 
 
 class UnfinishedClosure:

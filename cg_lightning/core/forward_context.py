@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
+from cg_lightning.core.closure import GradientsAside
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason
@@ -18,12 +19,14 @@ _RUNTIME_MODES = frozenset(mode for mode in CUDAGraphMode if mode.is_valid_runti
 class StepInProgress:
     """Counts the calls and graphs of submodules within one step."""
 
-    __slots__ = ("_calls", "batch", "graphs", "is_warm", "misses", "reasons", "times")
+    __slots__ = ("_calls", "aside", "batch", "graphs", "is_warm", "misses", "reasons", "times")
 
     def __init__(self) -> None:
         self._calls: dict[int, int] = {}
         self.batch: Any = None
         """The batch, where submodules pad the parts of it that they are given; None elsewhere."""
+        self.aside: GradientsAside | None = None
+        """The gradients that are set aside during a backward, if it would add to them."""
         self.graphs = 0
         """Number of replayed graphs of submodules."""
         self.is_warm = True

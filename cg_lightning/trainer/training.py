@@ -131,8 +131,9 @@ class TrainingInstallation:
         # the signature is that of the user's step, and its first parameter is looked at
         @functools.wraps(self._module.training_step)
         def compute(given: ClosureInput, *args: Any) -> Any:
+            accumulates = self._closure is not None and self._closure._zero_grad_fn is None
             with self.session.backend.capture_stream():
-                return self._step.compute(given, *args)
+                return self._step.compute(given, *args, accumulates=accumulates)
 
         return compute
 

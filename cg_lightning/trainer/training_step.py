@@ -28,7 +28,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
 from torch import Tensor, nn
 
-from cg_lightning.core.closure import ClosureInput, ClosureOutput, UnfinishedClosure
+from cg_lightning.core.closure import (
+    ClosureInput,
+    ClosureOutput,
+    GradientsAside,
+    UnfinishedClosure,
+)
+from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.tree import flatten, rebuild
 from cg_lightning.guards.module_guard import ModuleGuard
 
@@ -56,12 +62,15 @@ class TrainingStep:
         self._named: dict[str, nn.Parameter] = {}
         self._known: list[nn.Module] | None = None
 
-    def compute(self, given: ClosureInput, *args: Any) -> ClosureOutput | UnfinishedClosure:
+    def compute(
+        self, given: ClosureInput, *args: Any, accumulates: bool = False
+    ) -> ClosureOutput | UnfinishedClosure:
         """Run the step and its backward.
 
         Args:
             given: The batch, and what else the closure depends on.
             args: What Lightning gives the step after the batch.
+            accumulates: Whether the backward adds to gradients of earlier micro-batches.
 
         Returns:
             The loss and the gradients. If a graph cannot hold the backward, it has not run yet.
@@ -95,7 +104,7 @@ class TrainingStep:
             if self._is_reduced:
                 gradients = _asked_for(scaled, reached)
             else:
-                gradients = self._gradients(scaled, parameters)
+                gradients = self._gradients(scaled, parameters, accumulates)
         extra = _detached(result.extra)
         return ClosureOutput(loss.detach(), extra, gradients)
 
@@ -107,22 +116,25 @@ class TrainingStep:
             return ClosureResult.from_training_step_output(output, given.normalize.value)
 
     def _gradients(
-        self, loss: Tensor, parameters: dict[str, nn.Parameter]
+        self, loss: Tensor, parameters: dict[str, nn.Parameter], accumulates: bool
     ) -> dict[str, Tensor | None]:
-        aside = [(parameter, parameter.grad) for parameter in _of(parameters)]
+        aside = GradientsAside(_of(parameters))
+        context = current_forward_context()
+        step = None if context is None else context.step
         try:
-            for parameter, _ in aside:
-                parameter.grad = None
+            if step is not None and accumulates:
+                step.aside = aside
             with torch.autograd.set_multithreading_enabled(False):
                 self._module.backward(loss)
             return {
                 name: parameter.grad
                 for name, parameter in parameters.items()
-                if parameter.grad is not None
+                if parameter.grad is not None and not aside.is_given(parameter)
             }
         finally:
-            for parameter, gradient in aside:
-                parameter.grad = gradient
+            if step is not None:
+                step.aside = None
+            aside.put_back()
 
     def finish(self, closure: Closure, output: ClosureOutput) -> ClosureResult:
         """Do what is left of a closure after its step and its backward have run.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.closure import ClosureOutput, UnfinishedClosure
+from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import NOT_YOURS, is_our_file
 from cg_lightning.diagnosis.watched_step import ModuleCall
@@ -58,6 +59,9 @@ class Backward(Detector):
             file = sys._getframe(1).f_code.co_filename
             if not (is_our_file(file) or file.startswith(_TORCH)):
                 watch.report(Cause.BACKWARD, "the step reads a gradient")
+                context = current_forward_context()
+                if context is not None and context.step is not None and context.step.aside:
+                    context.step.aside.give(tensor)
             return inherited.__get__(tensor)  # type: ignore[no-any-return]
 
         def retain_grad(tensor: Tensor) -> None:
