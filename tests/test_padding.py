@@ -417,6 +417,24 @@ def test_a_threshold_that_padding_may_cross_later_is_found_at_once(harness):
 
 
 POSITIONS = {"x": {1: {"sizes": [8], "value": 0}}}
+
+
+@pytest.mark.parametrize("hidden", [float("-inf"), -1e9])
+def test_a_mask_that_is_added_to_scores(harness, hidden):
+    data = []
+    for index, x in enumerate(batches(*[5, 6, 7] * 4, width=1)):
+        mask = torch.zeros(1, len(x))
+        mask[:, : 1 + index % 2] = hidden
+        data.append({"x": x[None], "mask": mask})
+
+    def step(self, batch):
+        return (batch["mask"].softmax(1)[..., None] * batch["x"]).sum(1)
+
+    rule = {"x": {1: {"sizes": [8], "value": 0}}, "mask": {1: {"sizes": [8], "value": hidden}}}
+    callback = run(harness, Step(step), data, pad_dims=rule)
+    assert padded_steps(callback) >= 6, callback.summary()
+
+
 UNLIKE: dict[str, Any] = {
     "zeros first": (lambda index: 0.0 if index < 6 else 1.0, lambda x: x.mean(1)),
     "both signs first": (lambda index: 1.0, lambda x: x.amin(1)),

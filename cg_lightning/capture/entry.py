@@ -7,8 +7,7 @@ What is hard here:
 - The order in :meth:`GraphEntry.replay` must not change. *Before* the replay, effects copy metric
   states to the tensors that the graph reads. *After* it, what the graph has written to its inputs
   is copied to the batch, and the tensors of effects are cloned before anything else can run on this
-  stream. ``after_replay`` comes last, because it may call the user's
-  code (``self.log``).
+  stream. ``after_replay`` comes last, because it may call the user's code (``self.log``).
 - A replay cannot turn into a capture. The dispatcher calls :meth:`GraphEntry.is_valid` before it,
   together with the guards. That method checks everything that could make the graph unusable, such
   as a metric state with another shape or other metrics behind the logged values.

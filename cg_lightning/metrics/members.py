@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 
 from torch import nn
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.data import dim_zero_mean
 
 from cg_lightning.modules.kinds import is_metric
@@ -51,8 +51,8 @@ class _Bare(Metric):
         """Give nothing."""
 
 
-ATTRIBUTES_OF_METRICS = frozenset(vars(_Bare()))
-"""The names of the attributes that each metric of torchmetrics has."""
+ATTRIBUTES_OF_METRICS = frozenset({**vars(_Bare()), **vars(MetricCollection({}))})
+"""The names of the attributes that each metric and each collection of torchmetrics has."""
 
 
 def state_names(module: nn.Module) -> set[str]:

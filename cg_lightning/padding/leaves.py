@@ -62,13 +62,19 @@ class PaddedLeaf(NamedTuple):
 def _is_mask(tensor: Tensor) -> bool:
     """Return True if only 0 and 1 occur: another value in the padding would mean another batch.
 
-    Floats that are all 0 are no mask, which would hide everything: such is the silence before a
-    recording.
+    So it would if only 0 and what hides a score occur that it is added to. Floats that are all 0
+    are no mask: such is the silence before a recording.
     """
     if tensor.dtype is torch.bool:
         return True
-    is_binary = bool(((tensor == 0) | (tensor == 1)).all())
-    return is_binary and not (tensor.is_floating_point() and not tensor.any())
+    if not tensor.is_floating_point():
+        return bool(((tensor == 0) | (tensor == 1)).all())
+    is_zero = tensor == 0
+    is_mask = (is_zero | (tensor == 1)).all() | (is_zero | (tensor <= _HIDES)).all()
+    return bool(is_mask & tensor.any())
+
+
+_HIDES = -1e4
 
 
 def _mirrored(tensor: Tensor, is_below: bool) -> Tensor:

@@ -19,6 +19,7 @@ from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.core.tree import flatten, rebuild, tensors_in
 from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.diagnosis.way import Way, WayRecorder
+from cg_lightning.guards.values import has_memory
 from cg_lightning.host_values.path import ReadPath
 from cg_lightning.padding.entry import PaddedEntry
 from cg_lightning.padding.leaves import Fill, PaddedLeaves
@@ -422,7 +423,7 @@ class _EagerRun:
         parts = {id(tensor): tensor for tensor in tensors_in((self.output, self.call.leaves))}
         storages: dict[int, int] = {}
         for key, tensor in parts.items():
-            if tensor.layout is torch.strided and tensor.numel():
+            if has_memory(tensor) and tensor.numel():
                 other = storages.setdefault(tensor.untyped_storage().data_ptr(), key)
                 if other != key and not {key, other} <= given:
                     raise NotIndependentError(
