@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,26 @@ class KeepOutputs(Callback):
         self.kept.append(outputs)
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+
+class Batches:
+    """Makes its batches anew for each run, unless ``keeps`` is set.
+
+    Args:
+        make: Makes the batch with a number.
+        number: Number of batches.
+        keeps: Whether a batch that comes again is the same object.
+    """
+
+    def __init__(self, make: Callable[[int], Any], number: int, keeps: bool = False) -> None:
+        self._make = functools.cache(make) if keeps else make
+        self._number = number
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __getitem__(self, index: int) -> Any:
+        return self._make(index)
 
 
 class Harness:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from torchmetrics.text import CharErrorRate
 
-from tests.harness import Harness, assert_same, predict, validate
+from tests.harness import Batches, Harness, assert_same, predict, validate
 
 BATCHES = 12
 SETTINGS = [
@@ -36,24 +36,9 @@ class Net(LightningModule):
         return self.do(self, batch, self.net(batch["x"]))
 
 
-class Batches:
-    """Makes its batches anew for each run, unless ``keeps`` is set."""
-
-    def __init__(self, keeps: bool = False) -> None:
-        self._made: dict[int, Any] = {}
-        self._keeps = keeps
-
-    def __len__(self) -> int:
-        return BATCHES
-
-    def __getitem__(self, index: int) -> Any:
-        if index in self._made:
-            return self._made[index]
-        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(index))
-        made = {"x": x, "y": x + 1, "inner": {"z": x * 2, "list": [x - 1]}, "name": "same"}
-        if self._keeps:
-            self._made[index] = made
-        return made
+def make(index: int) -> Any:
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(index))
+    return {"x": x, "y": x + 1, "inner": {"z": x * 2, "list": [x - 1]}, "name": "same"}
 
 
 class Sees(Callback):
@@ -79,7 +64,7 @@ def compare(harness: Harness, do: Any, keeps: bool = False, **settings: Any) -> 
         return [Sees(runs[-1])]
 
     def job(trainer, module):
-        loader = DataLoader(Batches(keeps), batch_size=None)  # type: ignore[arg-type]
+        loader = DataLoader(Batches(make, BATCHES, keeps), batch_size=None)  # type: ignore[arg-type]
         return trainer.predict(module, loader), trainer.predict(module, loader)
 
     callback = harness.callback(warmup_steps=1, **settings)
@@ -265,7 +250,7 @@ def test_a_metric_that_is_updated_late_reads_the_batch(harness: Harness):
         def on_validation_batch_end(self, outputs, batch, batch_idx, dataloader_idx=0) -> None:
             self.log("end", batch["pred"].sum())
 
-    loader = DataLoader(Batches(), batch_size=None)  # type: ignore[arg-type]
+    loader = DataLoader(Batches(make, BATCHES), batch_size=None)  # type: ignore[arg-type]
     callback = harness.compare(Reads(), validate(loader))
     assert callback.stats.steps["FULL"], callback.summary()
 
@@ -278,7 +263,7 @@ def test_entries_that_only_some_batches_get(harness: Harness):
                 batch["pred"] = y
             return y, batch.get("pred")
 
-    loader = DataLoader(Batches(), batch_size=None)  # type: ignore[arg-type]
+    loader = DataLoader(Batches(make, BATCHES), batch_size=None)  # type: ignore[arg-type]
     harness.compare(Some(adds), predict(loader), harness.callback(warmup_steps=1))
 
 
@@ -303,7 +288,7 @@ def test_entries_in_training(harness: Harness, detaches: bool, verify: int):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     def job(trainer, module):
-        trainer.fit(module, DataLoader(Batches(), batch_size=None))  # type: ignore[arg-type]
+        trainer.fit(module, DataLoader(Batches(make, BATCHES), batch_size=None))  # type: ignore[arg-type]
         return module.seen, [parameter.detach().clone() for parameter in module.parameters()]
 
     callback = harness.callback(stages=["train"], verify_replays=verify, warmup_steps=1)

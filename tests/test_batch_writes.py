@@ -6,6 +6,7 @@ Hazard 35.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
 from cg_lightning import graphed
-from tests.harness import Harness, assert_same
+from tests.harness import Batches, Harness, assert_same
 
 BATCHES = 12
 SETTINGS = [
@@ -56,30 +57,15 @@ class Inner:
     z: Tensor
 
 
-class Batches:
-    """Makes its batches anew for each run, unless ``keeps`` is set."""
-
-    def __init__(self, keeps: bool = False, device: str = "cpu") -> None:
-        self._made: dict[int, Any] = {}
-        self._keeps, self._device = keeps, device
-
-    def __len__(self) -> int:
-        return BATCHES
-
-    def __getitem__(self, index: int) -> Any:
-        if index in self._made:
-            return self._made[index]
-        generator = torch.Generator().manual_seed(index)
-        x = torch.randn(4, 3, generator=generator)
-        labels = torch.randint(0, 3, (4,), generator=generator)
-        labels[torch.rand(4, generator=generator) < 0.3] = -100
-        made = {"x": x, "labels": labels, "inner": Inner(x * 2), "list": [x - 1]}
-        made |= {"turned": torch.randn(3, 4, generator=generator).t()}
-        made |= {"wide": torch.ones(1, 3).expand(4, 3), "none": torch.ones(0, 3)}
-        made = move_data_to_device(made, self._device)
-        if self._keeps:
-            self._made[index] = made
-        return made
+def make(index: int, device: str = "cpu") -> Any:
+    generator = torch.Generator().manual_seed(index)
+    x = torch.randn(4, 3, generator=generator)
+    labels = torch.randint(0, 3, (4,), generator=generator)
+    labels[torch.rand(4, generator=generator) < 0.3] = -100
+    made = {"x": x, "labels": labels, "inner": Inner(x * 2), "list": [x - 1]}
+    made |= {"turned": torch.randn(3, 4, generator=generator).t()}
+    made |= {"wide": torch.ones(1, 3).expand(4, 3), "none": torch.ones(0, 3)}
+    return move_data_to_device(made, device)
 
 
 class Sees(Callback):
@@ -108,7 +94,7 @@ def compare(harness: Harness, do: Any, keeps: bool = False, module: Any = None, 
         return [Sees(runs[-1])]
 
     def job(trainer, module):
-        loader = DataLoader(Batches(keeps), batch_size=None)  # type: ignore[arg-type]
+        loader = DataLoader(Batches(make, BATCHES, keeps), batch_size=None)  # type: ignore[arg-type]
         results = [trainer.validate(module, loader, verbose=False) for _ in range(2)]
         return results, module.seen, module.last
 
@@ -317,7 +303,7 @@ def test_batches_that_the_loader_makes_on_the_device(
     """Without a copy by Lightning, the loader's own tensors are written."""
 
     def job(trainer, module):
-        batches = Batches(keeps=True, device=str(device))
+        batches = Batches(functools.partial(make, device=str(device)), BATCHES, keeps=True)
         loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
         for _ in range(2):
             trainer.validate(module, loader, verbose=False)
@@ -366,7 +352,7 @@ def test_a_batch_that_is_padded_is_written_as_in_eager(harness: Harness, verify:
             self.seen.append(x)
             return self.net(x.mul_(2))
 
-    loader = DataLoader(Batches(), batch_size=None)  # type: ignore[arg-type]
+    loader = DataLoader(Batches(make, BATCHES), batch_size=None)  # type: ignore[arg-type]
     settings = {"capture_sizes": [8], "verify_tolerance": "close", "verify_replays": verify}
     callback = harness.callback(warmup_steps=1, **settings)
     harness.compare(
@@ -408,7 +394,7 @@ def test_in_training(harness: Harness, do: Any, verify: int):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     def job(trainer, module):
-        trainer.fit(module, DataLoader(Batches(), batch_size=None))  # type: ignore[arg-type]
+        trainer.fit(module, DataLoader(Batches(make, BATCHES), batch_size=None))  # type: ignore[arg-type]
         return module.seen, [parameter.detach().clone() for parameter in module.parameters()]
 
     callback = harness.callback(stages=["train"], verify_replays=verify, warmup_steps=1)
