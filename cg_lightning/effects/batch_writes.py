@@ -8,17 +8,14 @@ tensor was given another shape or other memory.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cg_lightning.core.tree import flatten
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+from cg_lightning.guards.values import addresses_of
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -39,19 +36,18 @@ class BatchWrites:
         held: Where the storages begin that others hold: parameters, for example.
     """
 
-    def __init__(self, batch: Any, device_type: str, held: Container[int]) -> None:
+    def __init__(self, batch: Any, device_type: str, held: Set[int]) -> None:
         self._indices: dict[int, int] = {}
         """The numbers of leaves that may be written to, by where their storages begin."""
         for index, leaf in enumerate(flatten(batch)[0]):
             if isinstance(leaf, Tensor) and leaf.device.type == device_type and _is_dense(leaf):
-                storage = _storage(leaf)
-                if storage not in held:
+                for storage in addresses_of([leaf]) - held:
                     self._indices.setdefault(storage, index)
         self._written: set[int] = set()
 
     def add(self, tensors: Iterable[Tensor]) -> bool:
         """Note that an operation writes to these tensors; return False if no replay can do it."""
-        storages = {_storage(tensor) for tensor in tensors}
+        storages = addresses_of(tensors)
         if not storages <= self._indices.keys():
             return False
         self._written |= storages
@@ -59,7 +55,7 @@ class BatchWrites:
 
     def has(self, tensor: Tensor) -> bool:
         """Return whether an operation was seen to write to this tensor of the batch."""
-        return _storage(tensor) in self._written
+        return not self._written.isdisjoint(addresses_of([tensor]))
 
     def indices(self) -> Sequence[int]:
         """Return the numbers of the written tensors among the leaves of the batch.

@@ -75,6 +75,7 @@ def _is_mask(tensor: Tensor) -> bool:
 
 
 _HIDES = -1e4
+"""A score that this is added to has no weight after a softmax, in 16 bits as well."""
 
 
 def _mirrored(tensor: Tensor, is_below: bool) -> Tensor:

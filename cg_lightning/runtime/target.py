@@ -149,6 +149,7 @@ class GraphTarget:
         """Return what a capture and a comparison need to know about the target of a call."""
         variant = plan.variant
         assert variant is not None
+        watched = variant.watched if isinstance(variant.watched, WatchedStep) else None
         return CaptureTarget(
             self.mode,
             self.module,
@@ -158,11 +159,11 @@ class GraphTarget:
             self._changes(variant),
             plan.state.ledger.why,
             variant.path.reads if isinstance(variant.path, ReadPath) else [],
-            variant.watched.late if isinstance(variant.watched, WatchedStep) else (),
-            isinstance(variant.watched, WatchedStep) and variant.watched.fills_batch,
+            () if watched is None else watched.late,
+            watched is not None and watched.fills_batch,
             self.copies_from_host,
-            variant.watched.host_draws if isinstance(variant.watched, WatchedStep) else (),
-            variant.watched.batch_writes if isinstance(variant.watched, WatchedStep) else (),
+            () if watched is None else watched.host_draws,
+            () if watched is None else watched.batch_writes,
         )
 
     def _report(self, name: str, call: GraphCall, verdict: Verdict) -> Reason:
