@@ -619,6 +619,8 @@ class ClampsInBackward(Classifier):
         self.node.register_hook(clamp)
 
 
+# the hook's node belongs to the stream on which on_train_start ran
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
 @pytest.mark.parametrize("verify_replays", [0, 2])
 @pytest.mark.parametrize("batches", [1, 3])
 @pytest.mark.parametrize("make", [ReadsGradientInBackward, ClampsInBackward])
