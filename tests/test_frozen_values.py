@@ -214,6 +214,54 @@ def test_changed_by_the_step_itself(harness: Harness, name, verify_replays):
     assert callback.stats.steps["PIECEWISE"] == 7, callback.summary()
 
 
+def replaced(value: list[Any]) -> None:
+    value[0] = {"a": [1, 3]}
+
+
+CHANGES_OF_ITEMS: dict[str, tuple[Function[[], Any], Function[[Any], object], bool]] = {
+    # what is held, what changes, whether the values are other ones then
+    "from one list to the next": (
+        lambda: [[1, 2], [3]],
+        lambda value: value[1].insert(0, value[0].pop()),
+        True,
+    ),
+    "item of an inner list": (lambda: ([1, [2]],), lambda value: value[0][1].append(3), True),
+    "value of an inner dictionary": (lambda: [{"a": 1}], lambda value: value[0].update(a=2), True),
+    "key": (lambda: [{"a": 1}], lambda value: value[0].update(b=value[0].pop("a")), True),
+    "0.0 and -0.0": (lambda: [0.0], lambda value: value.__setitem__(0, -0.0), True),
+    "1 and True": (lambda: [1], lambda value: value.__setitem__(0, True), True),
+    "deque": (lambda: collections.deque([1, 2]), lambda value: value.rotate(), True),
+    "ordered": (
+        lambda: collections.OrderedDict(a=1, b=2),
+        lambda value: value.move_to_end("a"),
+        True,
+    ),
+    "equal number": (lambda: [1000.5], lambda value: value.__setitem__(0, float("1000.5")), False),
+    "equal dictionary": (
+        lambda: [{"a": [1, 2]}],
+        lambda value: value.insert(0, dict(value.pop())),
+        False,
+    ),
+    "inside an equal dictionary": (lambda: [{"a": [1, 2]}], replaced, True),
+    "dictionary of a class of its own": (
+        lambda: OmegaConf.to_object(OmegaConf.create({"a": 1})),
+        lambda value: value.update(a=2),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES_OF_ITEMS)
+def test_items_of_containers(name):
+    make, change, differs = CHANGES_OF_ITEMS[name]
+    value = make()
+    frozen = FrozenValues([value], ["self.kept"])
+    assert frozen.hold()
+    change(value)
+    assert frozen.hold() is not differs
+    assert bool(frozen.explain()) is differs
+
+
 @pytest.mark.parametrize("items", [3, 1000])
 def test_large_ones_are_for_close_looks(items):
     for make, change in (

@@ -129,6 +129,12 @@ class GraphEntry:
         return self._graph
 
     @property
+    def static_leaves(self) -> Sequence[Any]:
+        """The leaves that the graph reads: what is in them need not be copied by a replay."""
+        assert self._inputs is not None, "a graph that was dropped is not used"
+        return self._inputs.leaves
+
+    @property
     def num_bytes(self) -> int:
         """Graph memory and static inputs, in bytes."""
         assert self._inputs is not None, "a graph that was dropped is not used"

@@ -86,6 +86,11 @@ def _container(node: Any) -> _Container | None:
         return _containers.setdefault(kind, _find_container(kind))
 
 
+def is_container(node: Any) -> bool:
+    """Return True if :func:`flatten` looks into ``node``."""
+    return _container(node) is not None
+
+
 def _collect(node: Any, container: _Container, leaves: list[Any]) -> Hashable:
     keys, values = container.children(node)
     children: list[Hashable] = []

@@ -4,6 +4,7 @@
 - ``comparisons.py``: how a step compares a number, and what comes out of it.
 - ``guard_set.py``: what one graph has frozen of what its step read in Python.
 - ``host_tensors.py``: tensors of the host that a step on a device reads.
+- ``identity.py``: comparisons by identity, in a few native calls.
 - ``module_guard.py``: what a graph has frozen of a module itself: members, their
   placement, hooks, settings.
 - ``sources.py``: where a value comes from that a step reads in Python.

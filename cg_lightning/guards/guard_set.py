@@ -4,8 +4,9 @@ The way of Dynamo: a graph carries its guards, a lookup takes the first graph wh
 the message is made only after a failure.
 
 - ``check()`` runs before each replay, so it is flat: one list of namespaces, one of names, one of
-  expected values, compared by identity first. Reading a name is one ``dict.get``; no attribute of
-  the user's object is asked, because that could run code of theirs (a property, ``__getattr__``).
+  expected values, compared by identity first (:mod:`cg_lightning.guards.identity`). Reading a name
+  is one look into a dictionary; no attribute of the user's object is asked, because that could run
+  code of theirs (a property, ``__getattr__``).
 - Identity is not enough: a list stays the same object when something is appended. What is inside
   values is compared by :class:`~cg_lightning.guards.values.FrozenValues`, and modules that no
   module tree contains by a guard of their own.
@@ -22,13 +23,13 @@ the message is made only after a failure.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from cg_lightning.guards.comparisons import ComparedSource
+from cg_lightning.guards.identity import SameNames
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.guards.sources import MISSING, Source, describe_change
 from cg_lightning.guards.values import FrozenValues
@@ -76,8 +77,10 @@ class GuardSet:
         self._settings = settings or FrozenSettings({}, ())
         self.guards = [Guard(source, source.value()) for source in _with_classes(sources)]
         self._namespaces = [guard.source.namespace for guard in self.guards]
-        self._names = [guard.source.name for guard in self.guards]
-        self._expected = [guard.expected for guard in self.guards]
+        self._same_names = SameNames(
+            (space, guard.source.name, guard.expected)
+            for space, guard in zip(self._namespaces, self.guards, strict=True)
+        )
         there = [guard for guard in self.guards if guard.expected is not MISSING]
         self._contents = FrozenValues(
             [guard.expected for guard in there], [guard.source.path for guard in there]
@@ -103,9 +106,13 @@ class GuardSet:
 
     def _values(self) -> list[Any]:
         return [
-            namespace.get(name, MISSING)
-            for namespace, name in zip(self._namespaces, self._names, strict=True)
+            namespace.get(guard.source.name, MISSING)
+            for namespace, guard in zip(self._namespaces, self.guards, strict=True)
         ]
+
+    def _values_are_equal(self) -> bool:
+        expected = [guard.expected for guard in self.guards]
+        return all(map(is_same_value, expected, self._values()))
 
     def check(self) -> bool:
         """Return whether all guarded values are unchanged. Large containers are not compared."""
@@ -114,10 +121,7 @@ class GuardSet:
                 return False
         if self._settings.written and not self._settings.hold():
             return False
-        values = self._values()
-        if not all(map(operator.is_, values, self._expected)) and not all(
-            map(is_same_value, self._expected, values)
-        ):
+        if not self._same_names.hold() and not self._values_are_equal():
             return False
         if self._has_contents and not self._contents.hold():
             return False

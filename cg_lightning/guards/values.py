@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextvars
 import gc
+import operator
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.tree import flatten, structure_paths
+from cg_lightning.guards.identity import SameItems, SameNames
 from cg_lightning.guards.module_guard import Placement
 from cg_lightning.guards.sources import describe_change, shorten
 from cg_lightning.guards.value_kinds import (
@@ -149,6 +151,15 @@ class FrozenValues:
         for _, leaves, structure, path in self._large_containers:
             self._look_into_large(leaves, structure, path, seen)
         self._placement = Placement(self.tensors)
+        self._same_items = SameItems(
+            [container for container, *_ in self._containers],
+            [attributes for attributes, *_ in self._objects],
+        )
+        others = set(map(id, self._same_items.others))
+        self._other_containers = [each for each in self._containers if id(each[0]) in others]
+        self._same_class_values = SameNames(self._class_values)
+        self._typed = [value for value, _, _ in self._types]
+        self._expected_types = [cls for _, cls, _ in self._types]
         self.is_empty = not any(
             (
                 *(self.tensors, self._containers, self._objects),
@@ -256,14 +267,24 @@ class FrozenValues:
         """Return whether nothing has changed. Large containers are not compared."""
         return (
             self._placement.check()
-            and all(_leaves_hold(value, leaves, s) for value, leaves, s, _ in self._containers)
-            and all(same_attributes(attributes, before) for attributes, before, _ in self._objects)
-            and all(same_attributes(attributes_of(v), before) for v, before, _ in self._slotted)
-            and all(type(value) is cls for value, cls, _ in self._types)
+            and (self._same_items.hold() or self._items_are_equal())
             and all(
-                is_same_value(value, space.get(name)) for space, name, value in self._class_values
+                _leaves_hold(value, leaves, s) for value, leaves, s, _ in self._other_containers
             )
+            and all(same_attributes(attributes_of(v), before) for v, before, _ in self._slotted)
+            and all(map(operator.is_, map(type, self._typed), self._expected_types))
+            and (self._same_class_values.hold() or self._class_values_are_equal())
             and all(contents(value) == before for value, contents, before, _ in self._copies)
+        )
+
+    def _items_are_equal(self) -> bool:
+        return all(
+            _leaves_hold(value, leaves, s) for value, leaves, s, _ in self._containers
+        ) and all(same_attributes(attributes, before) for attributes, before, _ in self._objects)
+
+    def _class_values_are_equal(self) -> bool:
+        return all(
+            is_same_value(value, space.get(name)) for space, name, value in self._class_values
         )
 
     def large_ones_hold(self) -> bool:

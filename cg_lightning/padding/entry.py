@@ -66,7 +66,7 @@ class PaddedEntry:
             tree: The batch. The graph only computes, so it needs none.
             fill: What the padding is filled with.
         """
-        padded = self.padding.pad(leaves, fill)
+        padded = self.padding.pad_into(self._graph.static_leaves, leaves, fill)
         output = self._graph.replay(padded, step)
         return self._outputs.cut(output, padded, leaves)
 

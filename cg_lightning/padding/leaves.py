@@ -32,9 +32,14 @@ class PaddedLeaf(NamedTuple):
     """What the padding of each dimension but the first is filled with."""
 
     def pad(self, tensor: Tensor, fill: Fill) -> Tensor:
-        """Return a new tensor of the padded shape. All of its padding is written."""
+        """Return a new tensor of the padded shape."""
         order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
         new = torch.empty_permuted(self.padded, order, dtype=tensor.dtype, device=tensor.device)
+        self.pad_into(new, tensor, fill)
+        return new
+
+    def pad_into(self, new: Tensor, tensor: Tensor, fill: Fill) -> None:
+        """Write a tensor and all of its padding to ``new``, which has the padded shape."""
         new[tuple([slice(size) for size in self.real])] = tensor
         other = tensor if fill is Fill.GIVEN else _mirrored(tensor, fill is Fill.BELOW)
         is_varied = fill is not Fill.GIVEN and not _is_mask(tensor)
@@ -53,7 +58,6 @@ class PaddedLeaf(NamedTuple):
                 part.copy_(other[rows - 1].expand_as(part))
                 if fill is Fill.NAN and tensor.is_floating_point():
                     part.fill_(float("nan"))
-        return new
 
     def _without(self, dim: int) -> list[int | None]:
         return [None if each == dim else size for each, size in enumerate(self.real)]
@@ -119,6 +123,14 @@ class PaddedLeaves:
         padded = list(leaves)
         for index, leaf in self._leaves.items():
             padded[index] = leaf.pad(leaves[index], fill)
+        return padded
+
+    def pad_into(self, static: Sequence[Any], leaves: Sequence[Any], fill: Fill) -> list[Any]:
+        """Return the leaves of the padded batch; write what is padded to tensors of ``static``."""
+        padded = list(leaves)
+        for index, leaf in self._leaves.items():
+            leaf.pad_into(static[index], leaves[index], fill)
+            padded[index] = static[index]
         return padded
 
     def pad_some(self, leaves: Mapping[int, Tensor]) -> dict[int, Tensor]:
