@@ -4,9 +4,9 @@ The way of Dynamo: a graph carries its guards, a lookup takes the first graph wh
 the message is made only after a failure.
 
 - ``check()`` runs before each replay, so it is flat: one list of namespaces, one of names, one of
-  expected values, compared by identity first (:mod:`cg_lightning.guards.identity`). Reading a name
-  is one look into a dictionary; no attribute of the user's object is asked, because that could run
-  code of theirs (a property, ``__getattr__``).
+  expected values, compared by identity first. Reading a name is one look into a dictionary; no
+  attribute of the user's object is asked, because that could run code of theirs (a property,
+  ``__getattr__``).
 - Identity is not enough: a list stays the same object when something is appended. What is inside
   values is compared by :class:`~cg_lightning.guards.values.FrozenValues`, and modules that no
   module tree contains by a guard of their own.
@@ -23,13 +23,14 @@ the message is made only after a failure.
 
 from __future__ import annotations
 
+import operator
+import types
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from cg_lightning.guards.comparisons import ComparedSource
-from cg_lightning.guards.identity import SameNames
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.guards.sources import MISSING, Source, describe_change
 from cg_lightning.guards.values import FrozenValues
@@ -42,6 +43,11 @@ class Guard(NamedTuple):
 
     source: Source
     expected: Any
+
+
+def _is_in_dictionary(guard: Guard) -> bool:
+    is_there = guard.expected is not MISSING
+    return is_there and type(guard.source.namespace) in (dict, types.MappingProxyType)
 
 
 def _with_classes(sources: Iterable[Source]) -> list[Source]:
@@ -77,11 +83,13 @@ class GuardSet:
         self._settings = settings or FrozenSettings({}, ())
         self.guards = [Guard(source, source.value()) for source in _with_classes(sources)]
         self._namespaces = [guard.source.namespace for guard in self.guards]
-        self._same_names = SameNames(
-            (space, guard.source.name, guard.expected)
-            for space, guard in zip(self._namespaces, self.guards, strict=True)
-        )
         there = [guard for guard in self.guards if guard.expected is not MISSING]
+        plain = [guard for guard in there if _is_in_dictionary(guard)]
+        self._dictionaries = [guard.source.namespace for guard in plain]
+        self._names = [guard.source.name for guard in plain]
+        self._expected = [guard.expected for guard in plain]
+        self._others = [guard for guard in self.guards if not _is_in_dictionary(guard)]
+        self._other_namespaces = [guard.source.namespace for guard in self._others]
         self._contents = FrozenValues(
             [guard.expected for guard in there], [guard.source.path for guard in there]
         )
@@ -110,6 +118,18 @@ class GuardSet:
             for namespace, guard in zip(self._namespaces, self.guards, strict=True)
         ]
 
+    def _are_same_objects(self) -> bool:
+        try:  # two native calls
+            found = map(operator.getitem, self._dictionaries, self._names)
+            if not all(map(operator.is_, found, self._expected)):
+                return False
+        except KeyError:
+            return False
+        for guard, namespace in zip(self._others, self._other_namespaces, strict=True):
+            if namespace.get(guard.source.name, MISSING) is not guard.expected:
+                return False
+        return True
+
     def _values_are_equal(self) -> bool:
         expected = [guard.expected for guard in self.guards]
         return all(map(is_same_value, expected, self._values()))
@@ -121,7 +141,7 @@ class GuardSet:
                 return False
         if self._settings.written and not self._settings.hold():
             return False
-        if not self._same_names.hold() and not self._values_are_equal():
+        if not self._are_same_objects() and not self._values_are_equal():
             return False
         if self._has_contents and not self._contents.hold():
             return False

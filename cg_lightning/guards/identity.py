@@ -14,40 +14,9 @@ from itertools import chain
 from typing import Any
 
 from cg_lightning.core.tree import is_container
-from cg_lightning.guards.sources import MISSING
 
 _MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict, types.MappingProxyType)
 _SEQUENCES = (list, collections.deque)
-_NAMESPACES = (dict, types.MappingProxyType)
-
-
-class SameNames:
-    """Tells whether names refer to the same objects as before.
-
-    Args:
-        names: Namespaces, names in them, and the objects; ``MISSING`` for a name that is not there.
-    """
-
-    def __init__(self, names: Iterable[tuple[Any, str, Any]]) -> None:
-        names = list(names)
-        plain = [each for each in names if type(each[0]) in _NAMESPACES]
-        there = [each for each in plain if each[2] is not MISSING]
-        absent = [each for each in plain if each[2] is MISSING]
-        self._spaces, self._names, self._expected = _columns(there)
-        self._other_spaces, self._absent_names, _ = _columns(absent)
-        self._derived = [each for each in names if type(each[0]) not in _NAMESPACES]
-
-    def hold(self) -> bool:
-        """Return True if each name refers to the same object."""
-        try:
-            found = map(operator.getitem, self._spaces, self._names)
-            if not all(map(operator.is_, found, self._expected)):
-                return False
-        except KeyError:
-            return False
-        return not any(map(operator.contains, self._other_spaces, self._absent_names)) and all(
-            space.get(name, MISSING) is value for space, name, value in self._derived
-        )
 
 
 class SameItems:
@@ -56,9 +25,15 @@ class SameItems:
     Args:
         containers: Containers that are compared as deep as they go.
         mappings: Dictionaries of which only the items are compared, not what is inside them.
+        names: Namespaces, names in them, and the objects that they refer to.
     """
 
-    def __init__(self, containers: Iterable[Any], mappings: Iterable[dict[str, Any]] = ()) -> None:
+    def __init__(
+        self,
+        containers: Iterable[Any],
+        mappings: Iterable[dict[str, Any]],
+        names: list[tuple[Any, str, Any]],
+    ) -> None:
         self._views: list[Any] = []
         for mapping in mappings:
             self._add_mapping(mapping)
@@ -66,6 +41,9 @@ class SameItems:
         """Containers that it cannot compare: their classes decide what their items are."""
         self._lengths = list(map(len, self._views))
         self._items = list(chain.from_iterable(self._views))
+        self._spaces = [space for space, _, _ in names]
+        self._names = [name for _, name, _ in names]
+        self._named = [value for _, _, value in names]
 
     def _add_mapping(self, mapping: Any) -> Iterable[Any]:
         items: Iterable[Any] = mapping.values()
@@ -84,12 +62,14 @@ class SameItems:
         return all(self._add(item) for item in items if is_container(item))
 
     def hold(self) -> bool:
-        """Return True if all containers have the same items in the same order."""
+        """Return True if containers have the same items in the same order, and so have names."""
         # lengths tell when an item has moved to the next container
-        return list(map(len, self._views)) == self._lengths and all(
-            map(operator.is_, chain.from_iterable(self._views), self._items)
-        )
-
-
-def _columns(rows: list[tuple[Any, str, Any]]) -> tuple[list[Any], list[str], list[Any]]:
-    return [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
+        if list(map(len, self._views)) != self._lengths:
+            return False
+        if not all(map(operator.is_, chain.from_iterable(self._views), self._items)):
+            return False
+        try:
+            found = map(operator.getitem, self._spaces, self._names)
+            return all(map(operator.is_, found, self._named))
+        except KeyError:
+            return False

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.tree import flatten, structure_paths
-from cg_lightning.guards.identity import SameItems, SameNames
+from cg_lightning.guards.identity import SameItems
 from cg_lightning.guards.module_guard import Placement
 from cg_lightning.guards.sources import describe_change, shorten
 from cg_lightning.guards.value_kinds import (
@@ -154,10 +154,10 @@ class FrozenValues:
         self._same_items = SameItems(
             [container for container, *_ in self._containers],
             [attributes for attributes, *_ in self._objects],
+            self._class_values,
         )
         others = set(map(id, self._same_items.others))
         self._other_containers = [each for each in self._containers if id(each[0]) in others]
-        self._same_class_values = SameNames(self._class_values)
         self._typed = [value for value, _, _ in self._types]
         self._expected_types = [cls for _, cls, _ in self._types]
         self.is_empty = not any(
@@ -273,18 +273,16 @@ class FrozenValues:
             )
             and all(same_attributes(attributes_of(v), before) for v, before, _ in self._slotted)
             and all(map(operator.is_, map(type, self._typed), self._expected_types))
-            and (self._same_class_values.hold() or self._class_values_are_equal())
             and all(contents(value) == before for value, contents, before, _ in self._copies)
         )
 
     def _items_are_equal(self) -> bool:
-        return all(
-            _leaves_hold(value, leaves, s) for value, leaves, s, _ in self._containers
-        ) and all(same_attributes(attributes, before) for attributes, before, _ in self._objects)
-
-    def _class_values_are_equal(self) -> bool:
-        return all(
-            is_same_value(value, space.get(name)) for space, name, value in self._class_values
+        return (
+            all(_leaves_hold(value, leaves, s) for value, leaves, s, _ in self._containers)
+            and all(same_attributes(attributes, before) for attributes, before, _ in self._objects)
+            and all(
+                is_same_value(value, space.get(name)) for space, name, value in self._class_values
+            )
         )
 
     def large_ones_hold(self) -> bool:
