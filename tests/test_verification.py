@@ -182,7 +182,7 @@ class Noisy(nn.Module):
 
     def forward(self, x):
         put_noise((noise() + 1) % self.values)
-        return self.linear(x) * 0 + noise()
+        return self.linear(x) * 0 + 1 + noise() / 2**20
 
 
 noise, put_noise = unseen(2.0)
@@ -229,6 +229,28 @@ def test_what_eager_differs_from_itself_is_let_pass_and_said(values, harness):
     assert callback.stats.replays == 7
     assert any(entry.within_spread for entry in callback.stats.entries)
     assert "within the difference between eager runs" in callback.summary()
+
+
+class Counts(nn.Module):
+    """Runs differ from each other by what nobody sees, and by more than a rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        put_noise(noise() + 1)
+        return self.linear(x) * 0 + noise() % 2
+
+
+@pytest.mark.filterwarnings("ignore:CUDAGraphCallback. a replay differed")
+def test_more_than_a_rounding_is_not_excused(harness):
+    callback = harness.callback(mode="FULL", warmup_steps=1)
+    harness.trainer(callback).predict(Predictor(Counts()), features(32))
+    assert callback.stats.replays <= 1
+    assert any("from the graph" in reason for reason in callback.stats.eager_reasons), (
+        callback.summary()
+    )
 
 
 class OfAnyLength(nn.Module):

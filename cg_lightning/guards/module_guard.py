@@ -29,8 +29,11 @@ _NativeLayouts = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuard
 
 
 def layout_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Return how a tensor lies in its memory."""
-    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg())
+    """Return how a tensor lies in its memory, and whether it requires gradients."""
+    return (
+        *(tensor.shape, tensor.stride(), tensor.dtype),
+        *(tensor.is_conj(), tensor.is_neg(), tensor.requires_grad),
+    )
 
 
 class Placement:
@@ -79,7 +82,7 @@ class Placement:
         if list(map(layout_of, self._tensors)) != self._layouts:
             return False
         if _NativeLayouts is not None:
-            # it also compares ``requires_grad``, and whether inference mode is on
+            # it also compares whether inference mode is on
             self._native_layouts = _NativeLayouts(
                 *self._different, dynamic_dims_sizes=None, dynamic_dims_strides=None
             )
@@ -93,7 +96,7 @@ class Change(enum.Enum):
     """Graphs are captured again. The step takes the same path."""
     STRUCTURE = "submodules, parameters, buffers or forward hooks were replaced"
     """The step may take another path, so it is watched again."""
-    LAYOUT = "a parameter or buffer has another shape, other strides or another data type"
+    LAYOUT = "a parameter or buffer has another shape, other strides, data type or requires_grad"
     """As for :attr:`STRUCTURE`."""
     SETTINGS = "a setting of a submodule has changed"
     """As for :attr:`STRUCTURE`."""

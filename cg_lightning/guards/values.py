@@ -324,7 +324,8 @@ class FrozenValues:
             return f"{_format(self._tensor_paths[index])}: the tensor has another address"
         for index in self._placement.laid_out_otherwise():
             where = _format(self._tensor_paths[index])
-            return f"{where}: the tensor has another shape, other strides or another data type"
+            what = "another shape, other strides, data type or requires_grad"
+            return f"{where}: the tensor has {what}"
         return next(filter(None, [values.explain() for values in self._inside_large]), "")
 
 
