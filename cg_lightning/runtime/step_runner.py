@@ -30,7 +30,7 @@ from cg_lightning.padding.entry import PaddedEntry
 from cg_lightning.report.stats import HostTime, StepsRecord
 from cg_lightning.report.timeline import Ran
 from cg_lightning.runtime.ahead import CaptureAhead
-from cg_lightning.runtime.dispatcher import Action, KeyState, Plan, Variant
+from cg_lightning.runtime.dispatcher import NEW_KEY, Action, KeyState, Plan, Variant
 from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.padded_steps import PaddedSteps
 from cg_lightning.runtime.session import BATCH_INDEX, Session
@@ -300,10 +300,12 @@ class StepRunner:
 
     def _warm_up(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
         self._dispatcher.ran_eagerly(plan.state)
+        # submodules would describe each call, for a key that hardly comes again
+        seen = None if plan.reason is NEW_KEY else plan.state.descriptor
         if not self._session.must_save_time:
-            return self._run_eagerly(plan.state.descriptor, args, kwargs, plan.reason)
+            return self._run_eagerly(seen, args, kwargs, plan.reason)
         times = self._step_times(perf_counter())
-        outcome = self._run_eagerly(plan.state.descriptor, args, kwargs, plan.reason)
+        outcome = self._run_eagerly(seen, args, kwargs, plan.reason)
         times.stop()
         plan.state.warm_up_times.append(times)
         return outcome
