@@ -105,6 +105,14 @@ class _Trace:
         self.ran = array("q")
         self._codes = codes
         self._is_seen = True
+        append = self.ran.append
+
+        # it is called for each instruction, so it looks nothing up
+        def on_instruction(frame: FrameType, event: str, arg: Any) -> Callable[..., Any]:
+            append(frame.f_lasti)
+            return on_instruction
+
+        self._on_instruction = on_instruction
 
     def way(self) -> Way | None:
         """Return the way that was traced; None if it is not known."""
@@ -126,9 +134,4 @@ class _Trace:
             self._is_seen = False
         frame.f_trace_lines = False
         frame.f_trace_opcodes = True
-        return self._on_instruction
-
-    def _on_instruction(self, frame: FrameType, event: str, arg: Any) -> Callable[..., Any]:
-        if event == "opcode":
-            self.ran.append(frame.f_lasti)
         return self._on_instruction

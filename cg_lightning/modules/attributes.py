@@ -80,7 +80,12 @@ def names_of_frameworks(module: nn.Module) -> frozenset[str]:
 
     ``training`` is one of them. It is part of the key.
     """
-    return _names_in(lightning_class(type(module), "LightningModule") or nn.Module)
+    return _names_for(type(module))
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_for(kind: type) -> frozenset[str]:
+    return _names_in(lightning_class(kind, "LightningModule") or nn.Module)
 
 
 @functools.cache
