@@ -80,7 +80,8 @@ def names_of_frameworks(module: nn.Module) -> frozenset[str]:
 
     ``training`` is one of them. It is part of the key.
     """
-    return _names_for(type(module))
+    kind: type = type(module)
+    return _names_for(kind)
 
 
 @functools.lru_cache(maxsize=4096)
