@@ -140,15 +140,18 @@ def imported_by(source: str) -> set[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative imports hide the layer"
             names.add(node.module)
+            if node.module == "cg_lightning":  # ``from cg_lightning import runtime``
+                names.update(f"{node.module}.{alias.name}" for alias in node.names)
     return names
 
 
 def arrows(layer: str, source: str) -> set[tuple[str, str]]:
     """The layers of ours that a source imports, other than its own."""
     ours = {name.split(".")[1] for name in imported_by(source) if name.startswith("cg_lightning.")}
-    return {(layer, other) for other in ours - {layer}}
+    return {(layer, other) for other in ours & set(LAYERS) - {layer}}
 
 
 def pointing_upwards(found: set[tuple[str, str]]) -> set[tuple[str, str]]:
@@ -160,10 +163,17 @@ def test_arrows_point_downwards():
     assert pointing_upwards(found) == set()
 
 
-def test_that_an_arrow_that_points_upwards_is_seen():
-    assert pointing_upwards(arrows("core", "from cg_lightning.runtime.session import Session")) == {
-        ("core", "runtime")
-    }
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from cg_lightning.runtime.session import Session",
+        "from cg_lightning.runtime import session",
+        "from cg_lightning import runtime",
+        "import cg_lightning.runtime.session as session",
+    ],
+)
+def test_that_an_arrow_that_points_upwards_is_seen(source):
+    assert pointing_upwards(arrows("core", source)) == {("core", "runtime")}
 
 
 @pytest.mark.parametrize("name", list(MAY_IMPORT))

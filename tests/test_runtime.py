@@ -145,7 +145,13 @@ def call_of(function: Any, *tensors: Tensor) -> GraphCall:
 
 def target_of(module: nn.Module) -> CaptureTarget:
     record = EntryRecord("predict", "PIECEWISE", "net", "4x8")
-    return CaptureTarget(CUDAGraphMode.PIECEWISE, module, None, set(), record)
+    return CaptureTarget(
+        mode=CUDAGraphMode.PIECEWISE,
+        module=module,
+        effects=None,
+        storage_addresses=set(),
+        record=record,
+    )
 
 
 def make_capturer(backend: str, **settings: Any) -> tuple[Capturer, GraphCache]:

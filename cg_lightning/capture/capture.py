@@ -103,7 +103,7 @@ class GraphCall:
             return self.run()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CaptureTarget:
     """The step or submodule to capture.
 

@@ -151,19 +151,19 @@ class GraphTarget:
         assert variant is not None
         watched = variant.watched if isinstance(variant.watched, WatchedStep) else None
         return CaptureTarget(
-            self.mode,
-            self.module,
-            self._effects,
-            self.guard.storage_addresses(),
-            self._stats.entry(self.mode.name, name, call.descriptor),
-            self._changes(variant),
-            plan.state.ledger.why,
-            variant.path.reads if isinstance(variant.path, ReadPath) else [],
-            () if watched is None else watched.late,
-            watched is not None and watched.fills_batch,
-            self.copies_from_host,
-            () if watched is None else watched.host_draws,
-            () if watched is None else watched.batch_writes,
+            mode=self.mode,
+            module=self.module,
+            effects=self._effects,
+            storage_addresses=self.guard.storage_addresses(),
+            record=self._stats.entry(self.mode.name, name, call.descriptor),
+            changes=self._changes(variant),
+            changed=plan.state.ledger.why,
+            reads=variant.path.reads if isinstance(variant.path, ReadPath) else [],
+            late=() if watched is None else watched.late,
+            fills_batch=watched is not None and watched.fills_batch,
+            copies_from_host=self.copies_from_host,
+            host_draws=() if watched is None else watched.host_draws,
+            batch_writes=() if watched is None else watched.batch_writes,
         )
 
     def _report(self, name: str, call: GraphCall, verdict: Verdict) -> Reason:
