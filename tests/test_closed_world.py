@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import enum
 import functools
+import importlib
 import io
 import itertools
 import logging
@@ -21,10 +22,13 @@ import re
 import sqlite3
 import struct
 import sys
+import textwrap
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from os import write as write_kept
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -37,6 +41,7 @@ from cg_lightning import CUDAGraphCallback
 from cg_lightning.diagnosis.detectors import world
 from cg_lightning.guards.value_kinds import ValueKind, kind_of
 from cg_lightning.guards.values import FrozenValues
+from tests import models
 from tests.harness import Harness, KeepOutputs, assert_same, features
 from tests.models import Body, Predictor
 
@@ -561,6 +566,293 @@ def test_functions_made_in_the_step_are_no_state(harness: Harness) -> None:
     assert callback.stats.steps["FULL"] == 7, callback.summary()
 
 
+# names that a step reaches in other ways than by a global
+
+
+USERS = types.ModuleType("users_own_names")
+USERS.__file__ = __file__
+SECOND = USERS.__name__ + "_later"
+
+
+class Registry:
+    count = 0
+    kept: ClassVar[list[int]] = []
+    by_name: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def tick(cls) -> int:
+        cls.count += 1
+        return cls.count
+
+    @classmethod
+    def put(cls) -> int:
+        cls.kept.append(1)
+        return len(cls.kept)
+
+    @classmethod
+    def get(cls) -> Any:
+        return cls.by_name.setdefault("a", Meter())
+
+
+class Derived(Registry):
+    pass
+
+
+class Single:
+    one: ClassVar[Any] = None
+    count = 0
+
+    def __new__(cls) -> Any:
+        if cls.one is None:
+            cls.one = super().__new__(cls)
+        return cls.one
+
+
+class SingleByHasattr:
+    count = 0
+
+    def __new__(cls) -> Any:
+        if not hasattr(cls, "one"):
+            cls.one = super().__new__(cls)  # type: ignore[attr-defined]
+        return cls.one  # type: ignore[attr-defined]
+
+
+def count_of(single: Any) -> int:
+    single.count += 1
+    return single.count
+
+
+def imports_a_name() -> int:
+    from users_own_names import STATE
+
+    STATE["n"] += 1
+    return STATE["n"]
+
+
+def imports_a_module() -> int:
+    import users_own_names as own
+
+    own.COUNT += 1
+    return own.COUNT
+
+
+def imports_by_name() -> int:
+    own = __import__("users_own_names")
+    own.COUNT += 1
+    return own.COUNT
+
+
+def sets_a_module() -> int:
+    import users_own_names as own
+
+    if hasattr(own, "LATER"):
+        own.LATER += 1
+    else:
+        own.LATER = 1
+    return own.LATER
+
+
+def imports_first() -> int:
+    import users_own_names_later as later
+
+    later.STATE["n"] += 1
+    return later.STATE["n"]
+
+
+def count_in(given: Any) -> int:
+    given.COUNT += 1
+    return given.COUNT
+
+
+def sets_a_global() -> int:
+    global MADE_BY_THE_STEP
+    try:
+        MADE_BY_THE_STEP += 1
+    except NameError:
+        MADE_BY_THE_STEP = 1
+    return MADE_BY_THE_STEP
+
+
+def looks_up(name: str) -> int:
+    state = getattr(USERS, name)
+    state["n"] += 1
+    return state["n"]
+
+
+def makes_it(start: int = 0) -> Any:
+    kept = [start]
+
+    def made() -> int:
+        kept[0] += 1
+        return kept[0]
+
+    return made
+
+
+made: Any = None
+
+
+def twin() -> Any:
+    """Return a function; another one of its kind is the global with its name."""
+    global made
+    made = makes_it()
+    return makes_it()
+
+
+def twin_that_counts() -> Any:
+    global function
+    function = counts()
+    return counts()
+
+
+def twin_by_default() -> Any:
+    def make() -> Any:
+        def named_twin(kept: list[int]) -> int:
+            kept[0] += 1
+            return kept[0]
+
+        named_twin.__defaults__ = ([0],)
+        return named_twin
+
+    global named_twin
+    named_twin = make()
+    return make()
+
+
+def made_in_the_step_too() -> Any:
+    older = makes_it()
+    return lambda: makes_it(5)() * older()
+
+
+def from_a_text() -> Any:
+    names: dict[str, Any] = {"__name__": "__main__", "COUNT": 0}
+    text = "def count():\n    global COUNT\n    COUNT += 1\n    return COUNT\n"
+    exec(compile(text, "<string>", "exec"), names)
+    return names["count"]
+
+
+def by_name(name: str) -> Callable[[], Any]:
+    return lambda: lambda: looks_up(name)
+
+
+REACHES: dict[str, Callable[[], Any]] = {
+    "classmethod": lambda: lambda: Registry.tick(),
+    "classmethod that appends": lambda: lambda: Registry.put(),
+    "classmethod of a base": lambda: lambda: Derived.tick(),
+    "kept classmethod": lambda: Registry.tick,
+    "singleton by classmethod": lambda: lambda: Registry.get()(),
+    "singleton by new": lambda: lambda: count_of(Single()),
+    "singleton by hasattr": lambda: lambda: count_of(SingleByHasattr()),
+    "import of a name": lambda: imports_a_name,
+    "import of a module": lambda: imports_a_module,
+    "import by a function": lambda: imports_by_name,
+    "first set in the step": lambda: sets_a_module,
+    "import that is the first": lambda: imports_first,
+    "module as argument": lambda: lambda: count_in([USERS][0]),
+    "class as argument": lambda: lambda: count_in([USERS.Inside][0]),  # type: ignore[attr-defined]
+    "global set in the step": lambda: sets_a_global,
+    "computed name": by_name("STATE"),
+    "twin": twin,
+    "twin that counts": twin_that_counts,
+    "twin by default": twin_by_default,
+    "made in the step too": made_in_the_step_too,
+    "code of no file": from_a_text,
+}
+
+
+@pytest.fixture
+def own_names(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Callable[[], None]:
+    """Return what puts all names back, and what is not imported yet."""
+    monkeypatch.setitem(sys.modules, USERS.__name__, USERS)
+    (tmp_path / f"{SECOND}.py").write_text("STATE = {'n': 0}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def reset() -> None:
+        vars(USERS).update(STATE={"n": 0}, COUNT=0, SCALE=1.0, Inside=type("Inside", (), {}))
+        USERS.Inside.COUNT = 0  # type: ignore[attr-defined]
+        USERS.Inside.__module__ = USERS.__name__  # type: ignore[attr-defined]
+        vars(USERS).pop("LATER", None)
+        globals().pop("MADE_BY_THE_STEP", None)
+        sys.modules.pop(SECOND, None)
+        Registry.count, Registry.kept, Registry.by_name = 0, [], {}
+        for cls, name in ((Derived, "count"), (SingleByHasattr, "one")):
+            if name in vars(cls):
+                delattr(cls, name)
+        Single.one = None
+
+    reset()
+    return reset
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", REACHES)
+def test_names_that_count(harness: Harness, own_names: Any, name: str, settings: Any) -> None:
+    """Hazards 6 and 47: through a class or module that is given, imported, or named by a text."""
+
+    def make() -> Any:
+        own_names()
+        return Uses(REACHES[name](), lambda _, held: held())
+
+    callback = compare(harness, make, **settings)
+    # what an import in the step brings is there from the second step on
+    is_first = name == "import that is the first"
+    assert callback.stats.steps["PIECEWISE"] == 7 - is_first, callback.summary()
+    assert "opaque" not in reasons(callback)
+
+
+def runs(text: str, **names: Any) -> Callable[[], int]:
+    names |= {"importlib": importlib, "sys": sys, "USERS": USERS, "__name__": "__main__"}
+    exec(f"def read():\n{textwrap.indent(text, '    ')}\n", names)
+    return names["read"]
+
+
+BY_TEXT = {
+    "globals": "return globals()['USERS'].COUNT",
+    "eval": "return eval('USERS.COUNT')",
+    "exec": "exec('USERS.COUNT += 1'); return USERS.COUNT",
+    "sys.modules": "return sys.modules['users_own_names'].COUNT",
+    "importlib.import_module": "return importlib.import_module('users_own_names').COUNT",
+    "__import__": "return __import__('_'.join(['users', 'own', 'names'])).COUNT",
+    "__dict__": "return USERS.__dict__['COUNT']",
+    "vars": "return vars(USERS)['COUNT']",
+    "setattr": "setattr(USERS, ''.join('COUNT'), USERS.COUNT + 1); return USERS.COUNT",
+    "f_globals": "return sys._getframe().f_globals['USERS'].COUNT",
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", BY_TEXT)
+def test_names_that_nobody_can_follow(
+    harness: Harness, own_names: Any, name: str, settings: Any
+) -> None:
+    """Hazard 37."""
+
+    def make() -> Any:
+        own_names()
+        return Uses(runs(BY_TEXT[name]), lambda _, held: held())
+
+    changes = lambda: [ChangesInTheMiddle(lambda _: vars(USERS).update(COUNT=7))]
+    callback = compare(harness, make, others=changes, **settings)
+    assert callback.stats.steps["FULL"] == 0, callback.summary()
+    if "mode" not in settings:
+        assert f"opaque object used: {name} (<string>:" in reasons(callback)
+
+
+@dataclasses.dataclass
+class Pair:
+    first: Any
+    second: float = 1.0
+
+
+class Named(NamedTuple):
+    first: Any
+
+
+def test_methods_that_dataclasses_make_hold_nothing(harness: Harness) -> None:
+    callback = compare(harness, lambda: Uses(None, lambda *_: Pair(2.0).first * Named(3.0).first))
+    assert callback.stats.steps["FULL"] == 7, callback.summary()
+
+
 class Misses(nn.Module):
     def __init__(self, function: Any) -> None:
         super().__init__()
@@ -681,6 +973,22 @@ def test_memory_that_is_read_by_its_address(harness: Harness, read, settings) ->
         assert "opaque object used: ctypes." in reasons(callback)
 
 
+LOGGER = logging.getLogger("user.of.closed.world")
+
+
+def record_of_x() -> logging.LogRecord:
+    return logging.LogRecord(LOGGER.name, logging.INFO, "elsewhere", 1, "x", (), None)
+
+
+@pytest.fixture
+def a_handler(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.handlers[:] = [logging.StreamHandler(sys.stderr)]
+    yield
+    LOGGER.handlers.clear()
+
+
+@pytest.mark.usefixtures("a_handler")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize(
     "write",
@@ -690,6 +998,15 @@ def test_memory_that_is_read_by_its_address(harness: Harness, read, settings) ->
         lambda _: print("x"),
         lambda _: __import__("tqdm").tqdm.write("x"),
         lambda _: os.write(1, b"x\n"),
+        lambda _: write_kept(1, b"x\n"),
+        lambda _: os.writev(1, [b"x\n"]),
+        lambda _: sys.stdout.buffer.write(b"x\n"),
+        lambda _: sys.__stderr__.write("x\n"),  # type: ignore[union-attr]
+        lambda _: LOGGER.info("x", stacklevel=3),
+        lambda _: LOGGER.handlers[0].emit(record_of_x()),
+        lambda _: LOGGER.handlers[0].handle(record_of_x()),
+        lambda _: LOGGER.callHandlers(record_of_x()),
+        lambda _: warnings.showwarning("x\n", UserWarning, "x", 1),
     ],
 )
 def test_writes_to_standard_output(harness: Harness, capfd, write, settings) -> None:
@@ -1194,6 +1511,68 @@ def scale_of_the_class(module: Any) -> None:
     type(module).cfg["scale"] = 3.0
 
 
+def scales_by_plain_defaults(scale: float = 1.0, *, other: float = 1.0) -> float:
+    return scale * other
+
+
+def other_defaults(_: Any) -> None:
+    scales_by_plain_defaults.__defaults__ = (3.0,)
+
+
+def other_keyword_default(_: Any) -> None:
+    scales_by_plain_defaults.__kwdefaults__["other"] = 3.0
+
+
+def uses_defaults() -> Any:
+    scales_by_plain_defaults.__defaults__ = (1.0,)
+    scales_by_plain_defaults.__kwdefaults__ = {"other": 1.0}
+    return Uses(None, lambda *_: scales_by_plain_defaults())
+
+
+class Settings:
+    scale = 1.0
+
+    @classmethod
+    def get(cls) -> float:
+        return cls.scale
+
+
+class OwnSettings(Settings):
+    pass
+
+
+def uses_settings(read: Callable[[], float]) -> Callable[[], Any]:
+    def make() -> Any:
+        Settings.scale, models.SCALE = 1.0, 1.0  # type: ignore[attr-defined]
+        if "scale" in vars(OwnSettings):
+            del OwnSettings.scale
+        return Uses(None, lambda *_: read())
+
+    return make
+
+
+def scale_of_settings(_: Any) -> None:
+    Settings.scale = 3.0
+
+
+def scale_of_own_settings(_: Any) -> None:
+    OwnSettings.scale = 3.0
+
+
+def scale_of_models(_: Any) -> None:
+    models.SCALE = 3.0  # type: ignore[attr-defined]
+
+
+def imports_scale() -> float:
+    from tests.models import SCALE
+
+    return SCALE
+
+
+def looks_scale_up() -> float:
+    return getattr(models, "".join(["SC", "ALE"]))
+
+
 def class_of_an_object(module: Any) -> None:
     module.held.__class__ = Doubles
 
@@ -1216,8 +1595,19 @@ class Triples(Holder):
         (holds_in_a_list, table_of_a_list),
         (holds_on_a_layer, scale_on_a_layer),
         (lambda: Uses(Triples(1), lambda self, held: held.factor), class_of_an_object),
+        (uses_defaults, other_defaults),
+        (uses_defaults, other_keyword_default),
+        (uses_settings(Settings.get), scale_of_settings),
+        (uses_settings(OwnSettings.get), scale_of_own_settings),
+        (uses_settings(lambda: OwnSettings.scale), scale_of_own_settings),
+        (uses_settings(imports_scale), scale_of_models),
+        (uses_settings(looks_scale_up), scale_of_models),
     ],
-    ids=["class", "class by name", "module in a list", "its table", "layer", "class of an object"],
+    ids=[
+        *("class", "class by name", "module in a list", "its table", "layer", "class of an object"),
+        *("default", "keyword default", "classmethod", "classmethod of a base", "base"),
+        *("import in the step", "computed name"),
+    ],
 )
 def test_what_changes_in_the_middle(harness: Harness, make: Any, change: Any, mode: str) -> None:
     """Hazard 7: read through a class, of a module that is no submodule, of a module of torch."""

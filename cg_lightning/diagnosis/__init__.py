@@ -13,6 +13,7 @@
 - ``module_state.py``: what a module holds, to be compared later.
 - ``late_unit.py``: what a watched step showed of one unit of metrics: whether its updates may
   follow the step.
+- ``names_in_code.py``: what the instructions of a function name: globals, imports, computed names.
 - ``operands.py``: the tensors that a dispatched operation takes, makes and writes to.
 - ``profilers.py``: other profilers of the thread, which pause before Python 3.12.
 - ``report.py``: what stands in the way of graphs, as an object and as a table.
@@ -23,4 +24,5 @@
 - ``watched_step.py``: what one watched step showed, by call of a submodule.
 - ``way.py``: the way of a step through the code: every instruction of Python that ran.
 - ``watcher.py``: watches one eager step under all detectors, without changing what it computes.
+- ``writes.py``: functions by which a step says something, and that nobody replaces.
 """

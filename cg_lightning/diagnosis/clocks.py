@@ -24,6 +24,7 @@ _IN_C = {
         {
             *("times", "getloadavg", "urandom", "getrandom", "getcwd", "getcwdb"),
             *("stat", "lstat", "access", "readlink", "statvfs"),
+            *("read", "readv", "pread", "preadv", "lseek", "fstat", "fstatvfs", "isatty"),
         }
     ),
     "torch": frozenset({"get_num_threads"}),

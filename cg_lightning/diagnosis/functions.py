@@ -2,23 +2,22 @@
 
 A frame has the code and the values of what its function has closed over, and not the function. It
 is looked for where its name says that it is: among the globals, in the classes of its first
-argument, and below decorators there. Only if it is at neither place (a lambda, a function that a
-function has returned) and may have closed over something or have defaults, the garbage collector is
-asked who refers to the code (30 ms for 400,000 objects).
+argument, and below decorators there. If it is at neither place (a lambda, a function that a
+function has returned), or if others of its kind may run in its place (two closures of one factory),
+the garbage collector is asked who refers to the code (30 ms for 400,000 objects).
 """
 
 from __future__ import annotations
 
 import gc
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
-from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.diagnosis.findings import is_our_file
 from cg_lightning.guards.sources import MISSING, CacheWrapper, Source
-from cg_lightning.modules.kinds import lightning_class
+from cg_lightning.modules.kinds import is_user_file, lightning_class
 
 _MOST_WRAPPERS = 10
 _IGNORED = "__class__"
@@ -64,7 +63,7 @@ def _places(frame: FrameType) -> Iterator[Source]:
 class FoundFunctions(NamedTuple):
     """The functions that have the code of a frame."""
 
-    functions: list[FunctionType]
+    functions: Sequence[FunctionType]
     caches: list[Any]
     """The caches around them."""
     places: list[Source]
@@ -73,28 +72,61 @@ class FoundFunctions(NamedTuple):
     """Whether the function that runs may be another one, which ``gc.freeze`` has hidden."""
 
 
-def find_functions(frame: FrameType, is_made_here: bool) -> FoundFunctions:
+def find_functions(
+    frame: FrameType, from_before: Sequence[FunctionType] | None = None
+) -> FoundFunctions:
     """Return the functions that have the code of a frame.
 
     Args:
         frame: A frame at its start.
-        is_made_here: Whether the functions with this code are made in the step itself.
+        from_before: If the step itself makes functions with this code: those that are older.
     """
     code = frame.f_code
     caches: list[Any] = []
+    places: list[Source] = []
+    for function, caches, place in _named_functions(frame):
+        places = _replaceable(frame, place)
+        if from_before is None and _is_only_one(function):
+            return FoundFunctions([function], caches, places)
+        break
+    may_hold = closes_over(code) or code.co_argcount or code.co_kwonlyargcount
+    if not may_hold:
+        return FoundFunctions([], caches, places)
+    if from_before is not None:
+        return FoundFunctions(from_before, caches, places)
+    referrers = [each for each in gc.get_referrers(code) if isinstance(each, FunctionType)]
+    is_found = any(is_running(each, frame) for each in referrers)
+    return FoundFunctions(referrers, caches, places, not is_found and gc.get_freeze_count() > 0)
+
+
+def _named_functions(frame: FrameType) -> Iterator[tuple[FunctionType, list[Any], Source]]:
+    """Yield functions with the code of a frame, the caches around them, and where they are."""
     for place in _places(frame):
+        caches: list[Any] = []
         for function in _inner(place.value()):
             if isinstance(function, CacheWrapper):
                 caches.append(function)
-            elif isinstance(function, FunctionType) and function.__code__ is code:
-                return FoundFunctions([function], caches, _replaceable(frame, place))
-        caches.clear()
-    may_hold = closes_over(code) or code.co_argcount or code.co_kwonlyargcount
-    if is_made_here or not may_hold:
-        return FoundFunctions([], [], [])
-    referrers = [each for each in gc.get_referrers(code) if isinstance(each, FunctionType)]
-    is_found = any(is_running(each, frame) for each in referrers)
-    return FoundFunctions(referrers, [], [], not is_found and gc.get_freeze_count() > 0)
+            elif isinstance(function, FunctionType) and function.__code__ is frame.f_code:
+                yield function, caches, place
+                break
+
+
+def _is_only_one(function: FunctionType) -> bool:
+    """Whether no other function with this code holds something else."""
+    if closes_over(function.__code__):
+        return False
+    has_defaults = function.__defaults__ or function.__kwdefaults__
+    return not (has_defaults and "<locals>" in function.__qualname__)
+
+
+def users_functions() -> dict[int, list[FunctionType]]:
+    """Return all functions of the user's by the ids of their code."""
+    found: dict[int, list[FunctionType]] = {}
+    for each in gc.get_objects():
+        # to read ``__code__`` is an audit event, so others are left out before
+        if type(each) is FunctionType and is_user_file(each.__globals__.get("__file__") or ""):
+            found.setdefault(id(each.__code__), []).append(each)
+    return found
 
 
 def _replaceable(frame: FrameType, place: Source) -> list[Source]:
@@ -127,9 +159,9 @@ def sources_of_function(function: FunctionType) -> list[Source]:
     found = [
         Source(cell, free, f"closure {free} of {name}") for free, cell in cells if free != _IGNORED
     ]
-    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-    if not all(map(is_plain_value, defaults)):
+    if function.__defaults__:
         found.append(Source(function, "__defaults__", f"defaults of {name}"))
+    if function.__kwdefaults__:
         found.append(Source(function, "__kwdefaults__", f"keyword defaults of {name}"))
     return [*found, source_of_attributes(function)]
 
@@ -147,3 +179,8 @@ def source_of_cache(function: Any) -> Source:
 def codes_inside(code: CodeType) -> list[CodeType]:
     """Return the code of the functions that a function makes."""
     return [each for each in code.co_consts if isinstance(each, types.CodeType)]
+
+
+def is_only_called_here(code: CodeType) -> bool:
+    """Return whether a function is called where it is made: a comprehension, not a lambda."""
+    return code.co_name.startswith("<") and code.co_name != "<lambda>"

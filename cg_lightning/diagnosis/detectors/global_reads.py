@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
-import dis
+import functools
+import importlib
 import sys
 import types
 from collections.abc import Iterator, Sequence
@@ -29,17 +31,27 @@ from cg_lightning.diagnosis.functions import (
     FoundFunctions,
     codes_inside,
     find_functions,
+    is_only_called_here,
     is_running,
     source_of_attributes,
     source_of_cache,
     sources_of_function,
+    users_functions,
 )
 from cg_lightning.diagnosis.hidden_modules import hidden_modules, opaque_in, sources_in
 from cg_lightning.diagnosis.library_settings import has_settings, settings_read_by
 from cg_lightning.diagnosis.module_state import ModuleState
+from cg_lightning.diagnosis.names_in_code import NamesInCode
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall
-from cg_lightning.guards.sources import ENVIRONMENT, DerivedNamespace, Source
+from cg_lightning.diagnosis.writes import (
+    NAMES_OF_WRITES,
+    has_writes,
+    is_said_by_user,
+    write_in_c,
+    write_in_python,
+)
+from cg_lightning.guards.sources import ENVIRONMENT, MISSING, DerivedNamespace, Source
 from cg_lightning.guards.values import FrozenValues
 from cg_lightning.modules.attributes import is_same_value
 from cg_lightning.modules.kinds import is_user_file
@@ -50,19 +62,23 @@ _FUNCTIONS = (types.FunctionType, classmethod, staticmethod, property)
 _CLASS_OF = frozenset({"type", "__class__"})
 """How a function asks for the class of an object."""
 _LOOK_AT_ANYTHING = frozenset({"type", "id", "callable", "suppress", "eval", "exec"})
-_GENERATED = "<string>"
-"""The file of methods that dataclasses and named tuples make."""
+_NO_FILE = "<string>"
+"""The file of code that is run from a text."""
+_BY_TEXT = frozenset({"globals", "eval", "exec"})
+"""Functions of C by which code reads globals that it does not name."""
+_IMPORT = importlib.import_module.__code__
 
 
 class GlobalReads(Detector):
     """Notes the globals that the user's functions name, and what these functions hold.
 
     A function holds what it has closed over, its defaults and its attributes. What the step changes
-    of all that is reported, and so is what nobody can look into, clocks included.
+    of all that is reported, and so is what nobody can look into, clocks included. Being told of all
+    calls, it also reports those by which a step says something.
     """
 
-    causes = (Cause.STATE_REBOUND, Cause.OPAQUE)
-    names_in_c = NAMES_OF_CLOCKS
+    causes = (Cause.STATE_REBOUND, Cause.OPAQUE, Cause.PRINTED)
+    names_in_c = NAMES_OF_CLOCKS | NAMES_OF_WRITES | _BY_TEXT
 
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
@@ -73,14 +89,16 @@ class GlobalReads(Detector):
         self._events = call_events(self)
         self._made_here: set[int] = set()
         """The code of functions that functions of the step make, by id."""
+        self._from_before: dict[int, list[FunctionType]] | None = None
+        """The functions that were there before the step made any, by the ids of their code."""
         self._before: dict[tuple[int, str], tuple[Source, Any, FrozenValues]] = {}
         self._modules: dict[tuple[int, str], list[ModuleState]] = {}
         """The modules that a source holds."""
         self._inside: dict[tuple[int, str], list[Source]] = {}
         """What these hold."""
         self._problems: dict[tuple[int, str], list[tuple[Cause, str, str]]] = {}
-        self._of_classes: dict[tuple[int, type], list[Source]] = {}
-        """What the functions with some code read of the class of their first argument."""
+        self._of_arguments: dict[tuple[int, int], list[Source]] = {}
+        """What the functions with some code read of a class or module that they are given."""
         self._unguarded: dict[tuple[int, str], list[ModuleCall]] = {}
         """Which calls read what only the step itself is expected to change."""
 
@@ -139,19 +157,30 @@ class GlobalReads(Detector):
         """See :class:`~cg_lightning.diagnosis.call_events.CallListener`."""
         if name := clock_in_c(function) or method_of_generator(function, frame):
             self._report_clock(name, frame)
+        elif name := write_in_c(function, frame):
+            self.watch.report_unless_found(Cause.PRINTED, name)
+        elif _reads_by_text(function) and _is_users_code(frame):
+            self.watch.report_unless_found(Cause.OPAQUE, function.__name__)
 
     def _on_call(self, known: _Code, frame: FrameType) -> None:
         if known.clock:
             self._report_clock(known.clock, caller_of(frame))
+        if known.write and is_said_by_user(frame.f_back):
+            self.watch.report_unless_found(Cause.PRINTED, known.write)
+        if known.code is _IMPORT and frame.f_back and _is_users_code(frame.f_back):
+            self.watch.report_unless_found(Cause.OPAQUE, "importlib.import_module")
         if known.is_of_environment:
             self._read_environment(frame)
+        for words, line in known.opaque:
+            self.watch.report_unless_found(Cause.OPAQUE, words, location=line)
         for source in known.sources:
             self._read(source)
-        if known.asks_for_class:
-            for source in self._sources_of_own_class(frame, known):
-                self._read(source)
+        if known.names is not None:
+            for namespace in _namespaces_given(frame, known.names):
+                for source in self._sources_of_argument(namespace, known):
+                    self._read(source)
         for function, sources in known.functions:
-            if len(known.functions) == 1 or is_running(function, frame):
+            if is_running(function, frame):
                 for source in sources:
                     self._note(source, known.location)
 
@@ -173,65 +202,95 @@ class GlobalReads(Detector):
         settings = settings_read_by(code)
         for source in settings:
             self._remember(source, AT_THE_END)
-        if not is_user_file(code.co_filename):
-            file = code.co_filename
-            is_of_module = frame.f_globals.get("__file__") == file
-            if is_of_module and not (has_clocks(file) or has_settings(file)):
-                self.quiet_files.add(file)
-            clock, is_of_environment = clock_in_python(code), reads_environment(code)
-            matters = bool(clock or settings) or is_of_environment
-            return _Code(code, matters, clock, is_of_environment, sources=settings)
-        found = FoundFunctions([], [], [])
-        if code.co_filename != _GENERATED:
-            found = find_functions(frame, id(code) in self._made_here)
+        if not _is_users_code(frame):
+            return self._look_at_library(frame, settings)
+        names = NamesInCode(frame)
+        found = self._find_functions(frame)
         if found.is_hidden:
             words = f"gc.freeze hides what a function holds: {code.co_name}"
             self.watch.report(Cause.OPAQUE, words)
-        self._made_here.update(map(id, codes_inside(code)))
-        if _may_use_unseen(code):
+        self._note_makes(code)
+        if _may_use_unseen(names):
             self.watch.note_unseen_use(f"{code.co_filename}:{code.co_firstlineno}")
+        if names.imports_unknown:  # the next step finds it, and what it holds
+            self.watch.note_one_time_work()
         location = f"{code.co_filename}:{code.co_firstlineno}"
+        computed = list(names.computed(_is_users_namespace))
         sources = [
-            *_sources_of(frame),
+            *_sources_of(frame, names),
             *map(source_of_cache, found.caches),
             *found.places,
             *settings,
         ]
+        for each in computed:
+            if each.only_reads_one:
+                sources += _all_sources_in(each.namespace)
+        opaque = [
+            (each.words, f"{code.co_filename}:{each.line}")
+            for each in computed
+            if not each.only_reads_one
+        ]
         for source in sources:
             self._remember(source, location)
         held = [(function, _sources_held_by(function)) for function in found.functions]
-        asks = not _CLASS_OF.isdisjoint(code.co_names)
+        given = names if code.co_argcount or code.co_kwonlyargcount else None
         clock = arithmetic_of_thread(code)
-        matters = bool(sources or held or asks or clock)
-        return _Code(code, matters, clock, False, location, sources, held, asks)
+        matters = bool(sources or held or given or clock or opaque)
+        return _Code(code, matters, clock, False, "", location, sources, held, given, opaque)
 
-    def _sources_of_own_class(self, frame: FrameType, known: _Code) -> list[Source]:
-        """What a function reads of the class of its first argument: ``type(self).scale``."""
-        code = known.code
-        if not code.co_argcount:
-            return []
-        cls = type(frame.f_locals.get(code.co_varnames[0]))
-        key = (id(code), cls)
-        if key not in self._of_classes:
+    def _look_at_library(self, frame: FrameType, settings: Sequence[Source]) -> _Code:
+        code = frame.f_code
+        file = code.co_filename
+        is_of_module = frame.f_globals.get("__file__") == file
+        is_looked_at = has_clocks(file) or has_settings(file) or has_writes(file)
+        if is_of_module and not (is_looked_at or file == importlib.__file__):
+            self.quiet_files.add(file)
+        clock, is_of_environment = clock_in_python(code), reads_environment(code)
+        write = write_in_python(code)
+        matters = bool(clock or settings or write) or is_of_environment or code is _IMPORT
+        return _Code(code, matters, clock, is_of_environment, write, sources=settings)
+
+    def _find_functions(self, frame: FrameType) -> FoundFunctions:
+        code = frame.f_code
+        if _is_generated(frame):
+            return FoundFunctions([], [], [])
+        if id(code) not in self._made_here:
+            return find_functions(frame)
+        if is_only_called_here(code):
+            return FoundFunctions([], [], [])
+        assert self._from_before is not None
+        return find_functions(frame, self._from_before.get(id(code), []))
+
+    def _note_makes(self, code: CodeType) -> None:
+        """Note the functions that a function of the step is about to make."""
+        inside = codes_inside(code)
+        self._made_here.update(map(id, inside))
+        if self._from_before is None and not all(map(is_only_called_here, inside)):
+            self._from_before = users_functions()
+
+    def _sources_of_argument(self, namespace: Any, known: _Code) -> list[Source]:
+        """What a function reads of a class or module that it is given: ``cls``, ``type(self)``."""
+        key = (id(known.code), id(namespace))
+        if key not in self._of_arguments:
             found = []
-            if _is_users_namespace(cls):
-                found = _sources_in(cls, cls.__name__, _names_in(code), set())
-            self._of_classes[key] = found
+            if _is_users_namespace(namespace) and known.names is not None:
+                found = _sources_in(namespace, namespace.__name__, known.names, set())
+            self._of_arguments[key] = found
             for source in found:
                 self._remember(source, known.location)
-        return self._of_classes[key]
+        return self._of_arguments[key]
 
     def _note(self, source: Source, location: str) -> None:
         self._remember(source, location)
         self._read(source)
 
     def _read(self, source: Source) -> None:
-        if source.name != "__dict__" or source.value():
+        if _needs_guard(source):
             self.watch.read(source)
             for inside in self._inside.get(source.key, ()):
                 self.watch.read(inside)
             return
-        # hardly any function has attributes: a guard of each would cost more than the rest
+        # hardly any of these are there: a guard of each would cost more than the rest
         readers = self._unguarded.setdefault(source.key, [])
         readers += [call for call in self.watch.stack if call not in readers]
 
@@ -269,13 +328,63 @@ class _Code(NamedTuple):
     """What it asks that nobody can guard; empty if nothing."""
     is_of_environment: bool
     """Whether it reads environment variables for its caller."""
+    write: str
+    """By what it says something for its caller; empty if by nothing."""
     location: str = ""
     sources: Sequence[Source] = ()
     """The globals that it names, and the settings of PyTorch."""
     functions: Sequence[tuple[FunctionType, list[Source]]] = ()
     """The functions that have it, and what each holds."""
-    asks_for_class: bool = False
-    """Whether it may ask for the class of an object."""
+    names: NamesInCode | None = None
+    """The names that it may read of a class or module that it is given; None: it is given none."""
+    opaque: Sequence[tuple[str, str]] = ()
+    """What it does that nobody can follow, and the lines."""
+
+
+class _Unset(Source):
+    """A name that is not there before the step: the step itself may set it."""
+
+
+def _needs_guard(source: Source) -> bool:
+    if isinstance(source, _Unset):
+        return source.value() is not MISSING
+    return source.name != "__dict__" or bool(source.value())
+
+
+def _reads_by_text(function: Any) -> bool:
+    name = getattr(function, "__name__", "")
+    return name in _BY_TEXT and function is getattr(builtins, name)
+
+
+def _is_users_code(frame: FrameType) -> bool:
+    """Whether code is the user's. Code of no file belongs to the module whose globals it has."""
+    file = frame.f_code.co_filename
+    if file == _NO_FILE:
+        file = frame.f_globals.get("__file__") or file
+    return is_user_file(file)
+
+
+def _is_generated(frame: FrameType) -> bool:
+    """Whether a frame is of a method that a dataclass or a named tuple has made."""
+    code = frame.f_code
+    if code.co_filename != _NO_FILE or not code.co_argcount:
+        return False
+    if not getattr(code, "co_qualname", "__create_fn__").startswith(("__create_fn__", "<lambda>")):
+        return False
+    first = frame.f_locals.get(code.co_varnames[0])
+    classes = (first if isinstance(first, type) else type(first)).__mro__
+    return any("__dataclass_fields__" in vars(each) or "_fields" in vars(each) for each in classes)
+
+
+def _namespaces_given(frame: FrameType, names: NamesInCode) -> Iterator[Any]:
+    """Yield classes and modules among the arguments; also the class that ``type(self)`` gives."""
+    code, values = frame.f_code, frame.f_locals
+    for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
+        value = values.get(name)
+        if isinstance(value, (type, types.ModuleType)):
+            yield value
+        elif name == code.co_varnames[0] and not _CLASS_OF.isdisjoint(code.co_names):
+            yield type(value)
 
 
 def _words(source: Source) -> str:
@@ -293,39 +402,74 @@ def _is_users_namespace(value: Any) -> bool:
     )
 
 
-def _sources_in(namespace: Any, path: str, names: tuple[str, ...], seen: set[int]) -> list[Source]:
+def _sources_in(namespace: Any, path: str, names: NamesInCode, seen: set[int]) -> list[Source]:
     """What may be read of a module or class by these names, and of modules and classes in it."""
+    found = _sources_by_names(namespace, path, names.names, seen)
+    is_set, is_asked_for = names.may_be_missing()
+    for name in {*is_set, *is_asked_for}:
+        if not any(name in vars(holder) for holder in _holders(namespace)):
+            kind = Source if name in is_asked_for else _Unset
+            found.append(kind(namespace, name, f"{path}.{name}"))
+    return found
+
+
+def _holders(namespace: Any) -> Sequence[Any]:
+    return namespace.__mro__ if isinstance(namespace, type) else (namespace,)
+
+
+def _sources_by_names(
+    namespace: Any, path: str, names: Sequence[str], seen: set[int]
+) -> list[Source]:
     found: list[Source] = []
     seen.add(id(namespace))
     for name in names:
-        holders = namespace.__mro__ if isinstance(namespace, type) else (namespace,)
+        holders = _holders(namespace)
         holder = next((each for each in holders if name in vars(each)), None)
         value = None if holder is None else vars(holder)[name]
         if isinstance(value, (types.ModuleType, type)):
             if id(value) not in seen and _is_users_namespace(value):
-                found += _sources_in(value, f"{path}.{name}", names, seen)
+                found += _sources_by_names(value, f"{path}.{name}", names, seen)
         elif holder is not None and isinstance(value, types.FunctionType):
             place = holder if isinstance(holder, type) else vars(holder)
             found += [Source(place, name, f"{path}.{name}"), *_attributes_of_function(value)]
         elif holder is not None and not isinstance(value, _FUNCTIONS):
             owner = holder.__name__ if isinstance(holder, type) else path
             found.append(Source(holder, name, f"{owner}.{name}"))
+            if holder is not namespace:  # a class may get a value of its own
+                found.append(Source(namespace, name, f"{path}.{name}"))
     return found
 
 
-def _names_in(code: CodeType) -> tuple[str, ...]:
-    """The names that a function mentions, also as a text: ``getattr(type(self), "scale")``."""
-    return (*code.co_names, *[each for each in code.co_consts if isinstance(each, str)])
+class _Names(DerivedNamespace):
+    """Which names a module or class has."""
+
+    def __init__(self, namespace: Any) -> None:
+        self._namespace = namespace
+
+    def get(self, name: str, default: Any) -> Any:
+        """Return all of them."""
+        return " ".join(vars(self._namespace))
+
+
+_names_of = functools.lru_cache(maxsize=256)(_Names)  # two sources are the same by their holder
+
+
+def _all_sources_in(namespace: Any) -> list[Source]:
+    """What may be read of a module or class by a name that is computed."""
+    names = tuple(vars(namespace))
+    found = _sources_by_names(namespace, namespace.__name__, names, set())
+    return [*found, Source(_names_of(namespace), "names", f"names in {namespace.__name__}")]
 
 
 def _sources_held_by(function: FunctionType) -> list[Source]:
     """What a function holds, and what it may read of modules and classes that it holds."""
     found = sources_of_function(function)
-    names = _names_in(function.__code__)
+    code = function.__code__
+    names = (*code.co_names, *[each for each in code.co_consts if isinstance(each, str)])
     for source in list(found):
         value = source.value()
         if isinstance(value, (types.ModuleType, type)) and _is_users_namespace(value):
-            found += _sources_in(value, value.__name__, names, set())
+            found += _sources_by_names(value, value.__name__, names, set())
         elif isinstance(value, types.FunctionType):
             found += _attributes_of_function(value)
     return found
@@ -337,28 +481,40 @@ def _attributes_of_function(function: FunctionType) -> list[Source]:
     return [source_of_attributes(function)]
 
 
-def _may_use_unseen(code: CodeType) -> bool:
+def _may_use_unseen(names: NamesInCode) -> bool:
     """Whether a function may handle an error, or looks at objects without asking them."""
-    if not _LOOK_AT_ANYTHING.isdisjoint(code.co_names):
+    if not _LOOK_AT_ANYTHING.isdisjoint(names.code.co_names):
         return True
-    names = [step.opname for step in dis.get_instructions(code)]
-    return names.count("PUSH_EXC_INFO") > names.count("WITH_EXCEPT_START")
+    return names.opnames.count("PUSH_EXC_INFO") > names.opnames.count("WITH_EXCEPT_START")
 
 
-def _sources_of(frame: FrameType) -> list[Source]:
+def _sources_of(frame: FrameType, names: NamesInCode) -> list[Source]:
     """What a function of the user's may read: globals that it names, and attributes of them."""
-    code, namespace = frame.f_code, frame.f_globals
     found: list[Source] = []
-    for name in {
-        step.argval for step in dis.get_instructions(code) if step.opname.endswith("_GLOBAL")
-    }:
-        value = namespace.get(name)
-        if isinstance(value, (types.ModuleType, type)):
-            if _is_users_namespace(value):
-                path = value.__name__ if isinstance(value, type) else name
-                found += _sources_in(value, path, _names_in(code), set())
-        elif isinstance(value, types.FunctionType):
-            found += [Source(namespace, name, name), *_attributes_of_function(value)]
-        elif name in namespace and not isinstance(value, _FUNCTIONS):
-            found.append(Source(namespace, name, name))
+    namespace = frame.f_globals
+    is_set = names.sets_globals()
+    for name in names.globals:
+        found += _sources_of_name(namespace, name, name, names)
+        if name not in namespace and name in is_set:
+            found.append(_Unset(namespace, name, name))
+    for module, name in names.imported:
+        if name:
+            found += _sources_of_name(vars(module), name, f"{module.__name__}.{name}", names)
+        elif _is_users_namespace(module):
+            found += _sources_in(module, module.__name__, names, set())
     return found
+
+
+def _sources_of_name(
+    namespace: dict[str, Any], name: str, path: str, names: NamesInCode
+) -> list[Source]:
+    value = namespace.get(name)
+    if isinstance(value, (types.ModuleType, type)):
+        if not _is_users_namespace(value):
+            return []
+        return _sources_in(value, value.__name__ if isinstance(value, type) else path, names, set())
+    if isinstance(value, types.FunctionType):
+        return [Source(namespace, name, path), *_attributes_of_function(value)]
+    if name in namespace and not isinstance(value, _FUNCTIONS):
+        return [Source(namespace, name, path)]
+    return []

@@ -1,0 +1,191 @@
+"""What the instructions of a function name: globals, what it imports, names that it computes."""
+
+from __future__ import annotations
+
+import dis
+import importlib.util
+import itertools
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
+_CALLS = ("CALL", "PRECALL")
+_LOOKS_UP = frozenset({"getattr", "hasattr"})
+_CHANGES = frozenset({"setattr", "delattr", "vars"})
+_GLOBALS_OF_FRAMES = frozenset({"f_globals", "f_builtins", "__globals__"})
+"""How a function gets a namespace of globals from a frame or a function."""
+
+
+class ImportedName(NamedTuple):
+    """A module that a function imports itself, and the name that it takes from there."""
+
+    module: types.ModuleType
+    name: str
+    """Empty: the module itself."""
+
+
+class ComputedNames(NamedTuple):
+    """A use of a namespace by names that the instructions do not show."""
+
+    namespace: Any
+    words: str
+    """How it is used: ``getattr``, ``__dict__``."""
+    line: int
+    only_reads_one: bool
+    """Whether it only looks one name up."""
+
+
+class NamesInCode:
+    """The names that the code of a frame mentions.
+
+    Args:
+        frame: A frame at its start.
+    """
+
+    def __init__(self, frame: FrameType) -> None:
+        self.code: CodeType = frame.f_code
+        self._globals = frame.f_globals
+        self._values = frame.f_locals
+        self._steps = list(dis.get_instructions(self.code))
+        texts = [each for each in self.code.co_consts if isinstance(each, str)]
+        self.names = (*self.code.co_names, *texts)
+        """All names, also those of a text: ``getattr(type(self), "scale")``."""
+        self.globals = {s.argval for s in self._steps if s.opname.endswith("_GLOBAL")}
+        self.opnames = [step.opname for step in self._steps]
+        self.imports_unknown = False
+        """Whether it imports a module that is not there yet."""
+        self.imported: list[ImportedName] = []
+        self._locals: dict[str, Any] = {}
+        """The variables to which it assigns modules that it imports."""
+        for index, step in enumerate(self._steps):
+            if step.opname == "IMPORT_NAME":
+                self._note_import(index)
+            elif self._function_before(index) == "__import__" and self._is_text(index):
+                self._note_module(str(step.argval))
+
+    def may_be_missing(self) -> tuple[set[str], set[str]]:
+        """Return names that a namespace may not have yet: those that are set, and asked for."""
+        is_set = {step.argval for step in self._steps if step.opname == "STORE_ATTR"}
+        if _LOOKS_UP.isdisjoint(self.code.co_names):
+            return is_set, set()
+        return is_set, {each for each in self.names if each.isidentifier()} - {*self.code.co_names}
+
+    def sets_globals(self) -> set[str]:
+        """Return the globals that the function sets."""
+        return {step.argval for step in self._steps if step.opname == "STORE_GLOBAL"}
+
+    def computed(self, is_users: Callable[[Any], bool]) -> Iterator[ComputedNames]:
+        """Yield uses of the user's namespaces, and of ``sys.modules``, by names unknown here."""
+        line = self.code.co_firstlineno
+        for index, step in enumerate(self._steps):
+            line = getattr(step, "starts_line", None) or line
+            if step.opname in _ATTRIBUTES and step.argval in _GLOBALS_OF_FRAMES:
+                yield ComputedNames(None, step.argval, line, False)
+            elif step.opname.startswith("LOAD_"):
+                found = self._computed_at(index, step, line, is_users)
+                if found is not None:
+                    yield found
+
+    def _computed_at(
+        self, index: int, step: dis.Instruction, line: int, is_users: Callable[[Any], bool]
+    ) -> ComputedNames | None:
+        value, steps = self._value_of(step), self._steps
+        if step.argval == "__import__" and not self._is_text(index + 1):
+            return ComputedNames(None, "__import__", line, False)
+        if value is sys.modules:
+            return ComputedNames(None, "sys.modules", line, False)
+        if not isinstance(value, (types.ModuleType, type)):
+            return None
+        after = index + 1
+        while after < len(steps) and steps[after].opname in _ATTRIBUTES:
+            inner = vars(value).get(steps[after].argval)
+            if inner is sys.modules:
+                return ComputedNames(None, "sys.modules", line, False)
+            if not isinstance(inner, (types.ModuleType, type)):
+                break
+            value, after = inner, after + 1
+        if after == len(steps) or not is_users(value):
+            return None
+        if steps[after].opname in _ATTRIBUTES and steps[after].argval == "__dict__":
+            return ComputedNames(value, "__dict__", line, False)
+        function = self._function_before(index)
+        is_known = self._is_text(after)
+        if function in _CHANGES and not (is_known and function != "vars"):
+            return ComputedNames(value, function, line, False)
+        if function in _LOOKS_UP and not is_known:
+            return ComputedNames(value, function, line, True)
+        return None
+
+    def _is_text(self, index: int) -> bool:
+        """Return whether an argument is a text of the code, and not the beginning of more."""
+        steps = self._steps[index : index + 3]
+        if not steps or steps[0].opname != "LOAD_CONST":
+            return False
+        return any(
+            step.opname.startswith(_CALLS)
+            and all(each.opname.startswith("LOAD_") for each in steps[1:number])
+            and not any(each.opname in _ATTRIBUTES for each in steps[1:number])
+            for number, step in enumerate(steps)
+        )
+
+    def _function_before(self, index: int) -> str:
+        """Return the name of the function whose first argument is loaded here, if it is global."""
+        before = self._steps[index - 1] if index else None
+        is_global = before is not None and before.opname == "LOAD_GLOBAL"
+        return str(before.argval) if before is not None and is_global else ""
+
+    def _value_of(self, step: dis.Instruction) -> Any:
+        """Return what an instruction loads, if it is a global, an argument or an import."""
+        name = step.argval
+        if step.opname == "LOAD_GLOBAL":
+            return self._globals.get(name)
+        if step.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLASSDEREF")):
+            return self._locals.get(name, self._values.get(name))
+        return None
+
+    def _note_module(self, name: str) -> types.ModuleType | None:
+        """Note that the function imports a module; return it if it is there already."""
+        module = sys.modules.get(name)
+        if not isinstance(module, types.ModuleType):
+            self.imports_unknown = True
+            return None
+        self.imported.append(ImportedName(module, ""))
+        return module
+
+    def _note_import(self, index: int) -> None:
+        level, names = (_constant(self._steps, index - back) for back in (2, 1))
+        step = self._steps[index]
+        package = self._globals.get("__package__") or ""
+        try:
+            name = importlib.util.resolve_name("." * (level or 0) + step.argval, package)
+        except ImportError:  # Python raises it when the step comes here
+            return
+        module = self._note_module(name)
+        if module is None:
+            return
+        after = self._steps[index + 1 :]
+        if not names:  # ``import a.b`` assigns ``a``, and ``import a.b as c`` assigns ``b``
+            top = self._note_module(name.split(".")[0])
+            is_named = bool(after) and after[0].opname == "IMPORT_FROM"
+            stores = [each for each in after if each.opname.startswith("STORE_")][:1]
+            for store in stores:
+                self._locals[store.argval] = module if is_named else top
+            return
+        for each in names:
+            value = vars(module).get(each, sys.modules.get(f"{name}.{each}"))
+            if isinstance(value, types.ModuleType):
+                self.imported.append(ImportedName(value, ""))
+            else:
+                self.imported.append(ImportedName(module, each))
+        for load, store in itertools.pairwise(after):
+            if load.opname == "POP_TOP":
+                break
+            if load.opname == "IMPORT_FROM":
+                self._locals[store.argval] = vars(module).get(load.argval)
+
+
+def _constant(steps: Sequence[dis.Instruction], index: int) -> Any:
+    return steps[index].argval if index >= 0 else None

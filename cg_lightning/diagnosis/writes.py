@@ -1,0 +1,88 @@
+"""Functions by which a step says something, and that nobody replaces: they are told as calls.
+
+What ``Printing`` replaces (``print``, the ``write`` of ``sys.stdout``) is reported there. Others
+have kept a function (``from os import write``), or write below that.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from logging import handlers
+from pathlib import Path
+from types import CodeType, FrameType, FunctionType
+from typing import Any
+
+from cg_lightning.diagnosis.findings import is_step_calling
+from cg_lightning.modules.kinds import is_user_file
+
+_IN_C = {
+    "posix": frozenset(
+        {"write", "writev", "pwrite", "pwritev", "sendfile", "splice", "copy_file_range"}
+    ),
+    "syslog": frozenset({"syslog", "openlog", "closelog", "setlogmask"}),
+    "sys": frozenset({"audit"}),
+}
+"""Names of functions by module."""
+_OF_FILES = frozenset({"write", "writelines"})
+_FILES = (io.FileIO, io.BufferedWriter, io.BufferedRandom, io.BufferedRWPair, io.TextIOWrapper)
+NAMES_OF_WRITES = _OF_FILES.union(*_IN_C.values())
+"""Functions of C with other names are none of these."""
+_METHODS = ("handle", "emit", "callHandlers")
+_FILES_OF_LOGGING = (logging.__file__, handlers.__file__)
+_PRINTING = str(Path(__file__).parent / "detectors" / "printing.py")
+"""The file of a detector that calls what it replaces."""
+
+
+def _methods_of_logging() -> dict[CodeType, str]:
+    classes = [
+        each
+        for module in (logging, handlers)
+        for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, (logging.Logger, logging.Handler))
+    ]
+    return {
+        function.__code__: "logging"
+        for each in classes
+        for function in map(vars(each).get, _METHODS)
+        if isinstance(function, FunctionType)
+    }
+
+
+_IN_PYTHON = {**_methods_of_logging(), warnings.showwarning.__code__: "warnings.showwarning"}
+
+
+def write_in_c(function: Any, caller: FrameType) -> str:
+    """Return the name of a function of C by which a step says something; empty if it is none."""
+    name = getattr(function, "__name__", "")
+    if name not in NAMES_OF_WRITES:
+        return ""
+    module = getattr(function, "__module__", None) or ""
+    if name in _IN_C.get(module, ()):
+        is_for_step = is_step_calling(caller)
+        if name == "audit":  # Python tells its own events, too
+            is_for_step = is_user_file(caller.f_code.co_filename)
+        return f"{module.replace('posix', 'os')}.{name}" if is_for_step else ""
+    is_of_file = name in _OF_FILES and isinstance(getattr(function, "__self__", None), _FILES)
+    return f"file.{name}" if is_of_file and is_step_calling(caller) else ""
+
+
+def write_in_python(code: CodeType) -> str:
+    """Return the name of such a function of Python's library; empty if it is none."""
+    return _IN_PYTHON.get(code, "") if has_writes(code.co_filename) else ""
+
+
+def has_writes(file: str) -> bool:
+    """Return whether a file of Python's library has such functions."""
+    return file in _FILES_OF_LOGGING or file == warnings.__file__
+
+
+def is_said_by_user(frame: FrameType | None) -> bool:
+    """Return whether the user's code, and no library, has called what says something here."""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not (has_writes(file) or file == _PRINTING):
+            return is_user_file(file)
+        frame = frame.f_back
+    return False
