@@ -973,22 +973,6 @@ def test_memory_that_is_read_by_its_address(harness: Harness, read, settings) ->
         assert "opaque object used: ctypes." in reasons(callback)
 
 
-LOGGER = logging.getLogger("user.of.closed.world")
-
-
-def record_of_x() -> logging.LogRecord:
-    return logging.LogRecord(LOGGER.name, logging.INFO, "elsewhere", 1, "x", (), None)
-
-
-@pytest.fixture
-def a_handler(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-    LOGGER.setLevel(logging.INFO)
-    LOGGER.handlers[:] = [logging.StreamHandler(sys.stderr)]
-    yield
-    LOGGER.handlers.clear()
-
-
-@pytest.mark.usefixtures("a_handler")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize(
     "write",
@@ -1002,10 +986,6 @@ def a_handler(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
         lambda _: os.writev(1, [b"x\n"]),
         lambda _: sys.stdout.buffer.write(b"x\n"),
         lambda _: sys.__stderr__.write("x\n"),  # type: ignore[union-attr]
-        lambda _: LOGGER.info("x", stacklevel=3),
-        lambda _: LOGGER.handlers[0].emit(record_of_x()),
-        lambda _: LOGGER.handlers[0].handle(record_of_x()),
-        lambda _: LOGGER.callHandlers(record_of_x()),
         lambda _: warnings.showwarning("x\n", UserWarning, "x", 1),
     ],
 )
@@ -1021,6 +1001,48 @@ def test_writes_to_standard_output(harness: Harness, capfd, write, settings) -> 
     if "mode" not in settings:
         assert "logger or print used" in reasons(callback)
     assert "write" not in vars(sys.stdout)
+
+
+LOGGER = logging.getLogger("user.of.closed.world")
+RECORD = logging.makeLogRecord({"name": LOGGER.name, "levelno": logging.INFO, "msg": "x"})
+AUDITED: list[str] = []
+
+
+@functools.cache
+def hear_own_events() -> None:
+    """Hooks cannot be removed, so there is one."""
+    sys.addaudithook(lambda event, _: event == "users.own.event" and AUDITED.append(event))
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda _: LOGGER.info("x", stacklevel=7),
+        lambda _: LOGGER.handlers[0].emit(RECORD),
+        lambda _: LOGGER.handlers[0].handle(RECORD),
+        lambda _: LOGGER.callHandlers(RECORD),
+        lambda _: sys.audit("users.own.event"),
+    ],
+)
+def test_records_that_name_no_line_of_the_step(harness: Harness, write, settings) -> None:
+    """Hazard 38."""
+    hear_own_events()
+    streams: list[io.StringIO] = []
+
+    def make() -> Any:
+        AUDITED.clear()
+        streams.append(io.StringIO())
+        LOGGER.setLevel(logging.INFO)
+        LOGGER.handlers[:] = [logging.StreamHandler(streams[-1])]
+        return Writes(write)
+
+    look = lambda: (streams[-1].getvalue(), len(AUDITED))
+    callback = compare(harness, make, look, **settings)
+    LOGGER.handlers.clear()
+    assert callback.stats.steps["PIECEWISE"] == 7, callback.summary()
+    if "mode" not in settings:
+        assert "logger or print used" in reasons(callback)
 
 
 # the batch
@@ -1354,6 +1376,26 @@ def test_what_a_capture_leaves_in_attributes(
     assert_same(*seen)
     if not verify_replays:
         assert "module state rebound: self" in reasons(callback), callback.summary()
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: random.Random().random(),
+        lambda: random.Random(None).random(),
+        lambda: float(torch.initial_seed() % 7),
+    ],
+    ids=["Random()", "Random(None)", "initial_seed"],
+)
+def test_randomness_that_nobody_can_repeat(harness: Harness, ask, settings) -> None:
+    """Hazard 37: a graph would freeze it."""
+    module = lambda: Uses(None, lambda *_: ask())
+    callback = harness.callback(warmup_steps=1, **settings)
+    run(harness, module, callback)
+    assert callback.stats.steps["PIECEWISE"] == 7, callback.summary()
+    if "mode" not in settings:
+        assert "opaque object used" in reasons(callback)
 
 
 SEEDS: dict[str, Callable[[], Any]] = {

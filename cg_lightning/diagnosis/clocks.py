@@ -7,10 +7,13 @@ context of ``decimal`` belongs to the thread, and nothing in Python refers to it
 from __future__ import annotations
 
 import os
+import random
 from types import CodeType, FrameType
 from typing import Any
 
 import torch
+
+from cg_lightning.modules.kinds import is_user_file
 
 _IN_C = {
     "time": frozenset(
@@ -47,6 +50,8 @@ _OF_MEMORY = frozenset(
 _DECIMAL = frozenset({"decimal", "Decimal"})
 _GET_VARIABLE = type(os.environ).__getitem__.__code__
 _ALL_VARIABLES = {getattr(type(os.environ), name).__code__ for name in ("__iter__", "__len__")}
+_SEED = random.Random.seed.__code__
+_RANDOM_FILE = "torch/random.py"
 _MEMORY_FILES = ("torch/cuda/memory.py", "torch/accelerator/memory.py")
 
 
@@ -74,8 +79,24 @@ def method_of_generator(function: Any, caller: FrameType) -> str:
     return "" if is_of_torch else f"torch.Generator.{function.__name__}"
 
 
+def seeds_itself(function: Any, caller: FrameType) -> str:
+    """Return the name of a generator that the system seeds (``random.Random()``); empty if none."""
+    if getattr(function, "__name__", "") != "seed" or caller.f_code is not _SEED:
+        return ""
+    if caller.f_locals.get("a") is not None:
+        return ""
+    maker: FrameType | None = caller
+    while maker is not None and maker.f_code.co_filename == _SEED.co_filename:
+        maker = maker.f_back
+    # Python itself makes some, for names of temporary files
+    is_users = maker is not None and is_user_file(maker.f_code.co_filename)
+    return "random.Random()" if is_users else ""
+
+
 def clock_in_python(code: CodeType) -> str:
-    """Return the name of a function of PyTorch that counts memory; empty if it is none."""
+    """Return the name of a function of PyTorch that counts memory, or tells the seed; or empty."""
+    if code.co_name == "initial_seed" and code.co_filename.endswith(_RANDOM_FILE):
+        return "torch.initial_seed"
     if code.co_name in _OF_MEMORY and code.co_filename.endswith(_MEMORY_FILES):
         return f"torch.cuda.{code.co_name}"
     return ""
@@ -93,7 +114,7 @@ def reads_environment(code: CodeType) -> bool:
 
 def has_clocks(file: str) -> bool:
     """Return whether a file of others has functions that are looked at here."""
-    return file.endswith(_MEMORY_FILES) or file == _GET_VARIABLE.co_filename
+    return file.endswith((*_MEMORY_FILES, _RANDOM_FILE)) or file == _GET_VARIABLE.co_filename
 
 
 def environment_variable(frame: FrameType) -> str:
@@ -106,6 +127,7 @@ def environment_variable(frame: FrameType) -> str:
 def caller_of(frame: FrameType) -> FrameType:
     """Return the frame that calls a function of PyTorch, and not the file of that function."""
     caller = frame
-    while caller.f_back is not None and caller.f_code.co_filename.endswith(_MEMORY_FILES):
+    files = (*_MEMORY_FILES, _RANDOM_FILE)
+    while caller.f_back is not None and caller.f_code.co_filename.endswith(files):
         caller = caller.f_back
     return caller

@@ -81,7 +81,7 @@ class NamesInCode:
         """Yield uses of the user's namespaces, and of ``sys.modules``, by names unknown here."""
         line = self.code.co_firstlineno
         for index, step in enumerate(self._steps):
-            line = getattr(step, "starts_line", None) or line
+            line = getattr(step, "line_number", step.starts_line) or line  # from 3.13 on
             if step.opname in _ATTRIBUTES and step.argval in _GLOBALS_OF_FRAMES:
                 yield ComputedNames(None, step.argval, line, False)
             elif step.opname.startswith("LOAD_"):

@@ -24,6 +24,7 @@ from cg_lightning.diagnosis.clocks import (
     has_clocks,
     method_of_generator,
     reads_environment,
+    seeds_itself,
 )
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import AT_THE_END, NOT_YOURS, is_step_calling
@@ -155,7 +156,8 @@ class GlobalReads(Detector):
 
     def on_c_call(self, function: Any, frame: FrameType) -> None:
         """See :class:`~cg_lightning.diagnosis.call_events.CallListener`."""
-        if name := clock_in_c(function) or method_of_generator(function, frame):
+        name = clock_in_c(function) or method_of_generator(function, frame)
+        if name := name or seeds_itself(function, frame):
             self._report_clock(name, frame)
         elif name := write_in_c(function, frame):
             self.watch.report_unless_found(Cause.PRINTED, name)
