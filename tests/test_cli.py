@@ -90,7 +90,7 @@ def test_the_help_has_every_option_with_its_default(capsys):
 def test_a_yaml_file(capsys):
     Path("run.yaml").write_text(CONFIG)
     cli("fit", "--config=run.yaml")
-    assert "validate: 9 steps FULL, 1 steps eager" in capsys.readouterr().out
+    assert "validate: 9 steps FULL, 1 step eager" in capsys.readouterr().out
     config = printed(capsys, "fit", "--config=run.yaml", "--print_config")
     for line in ("mode: FULL", "capture_ahead: true", "gc_disable: true", "max_graphs: 64"):
         assert line in config

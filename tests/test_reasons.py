@@ -319,8 +319,8 @@ def test_host_time_of_eager_and_of_graphs(harness, mode):
     assert 0 < times.graph < 1
     assert 0 < times.eager < 1
     recorder = harness.backend == "recorder"
-    factor = "no speed-up" if recorder else f"factor {times.eager / times.graph:.1f}"
-    assert f"{mode} {times.graph * 1e3:.3f} ms ({factor})" in callback.summary()
+    factor = "recorder: means nothing" if recorder else f"factor {times.eager / times.graph:.1f}"
+    assert f"{mode} {times.graph * 1e3:.3f} ms ({factor})" in " ".join(callback.summary().split())
     assert (
         callback.stats.comparison("predict", "FULL" if mode == "PIECEWISE" else "PIECEWISE") is None
     )
@@ -333,8 +333,8 @@ def test_host_time_of_eager_and_of_graphs(harness, mode):
         assert entry.timed == entry.replays - 2 == 14
 
 
-def test_too_few_eager_steps_are_not_compared(harness):
-    callback = harness.callback(warmup_steps=2)
+def test_without_an_eager_step_there_is_no_comparison(harness):
+    callback = harness.callback(warmup_steps=1)
     harness.trainer(callback).predict(Predictor(Body()), features(40))
     assert callback.stats.comparison("predict", "FULL") is None
     assert "host time" not in callback.summary()

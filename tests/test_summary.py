@@ -9,10 +9,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from cg_lightning import CUDAGraphCallback
+from cg_lightning import BatchDescriptor, CUDAGraphCallback, graphed
 from cg_lightning.core.reasons import Reason, Status
-from cg_lightning.report.stats import CUDAGraphStats
+from cg_lightning.report.stats import CUDAGraphStats, HostTime
 from cg_lightning.report.summary import Summary, print_summary, render_summary
 from tests.harness import Harness, features, images
 from tests.models import Body, ConvNetClassifier, Predictor
@@ -43,6 +44,72 @@ def test_the_summary_is_text(callback):
     for other in (pickle.loads(pickle.dumps(summary)), copy.deepcopy(summary)):
         assert other == summary
         assert other._repr_html_() == summary._repr_html_()
+
+
+LAYER = "encoder_of_something_with_long_name.layer_{}.attention.output.dense"
+
+
+@pytest.mark.parametrize("target", ["net.{}", "bert.encoder.layer.{}", LAYER, "{}" + "x" * 90])
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+@pytest.mark.parametrize("by_rich", [True, False])
+def test_long_targets_cost_no_number_and_stay_apart(target, width, by_rich):
+    stats = CUDAGraphStats()
+    shapes = torch.ones(16, 128, 768)
+    key = BatchDescriptor.from_batch([shapes, shapes.clone(), shapes.clone()], stage="predict")
+    stats.ran("predict", "PIECEWISE", key.shapes(), Reason(Status.CHANGED, "a word"))
+    for number in range(2):
+        entry = stats.entry("PIECEWISE", target.format(number), key)
+        entry.captured(0.1, 123_456_789, "")
+        entry.replays, entry.timed, entry.host_seconds = 98765 + number, 9, 0.0123456
+        entry.saving, entry.eager_seconds = 0.37, 1.0
+    summary = render_summary(stats, "cuda", ["predict"])
+    shown = rendered(summary, width) if by_rich else summary.as_text(width)
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= width
+    for number in ("98765", "98766", "1372", "117.7", "37%"):
+        assert number in shown, shown
+    starts = [number for number, line in enumerate(lines) if line.startswith("  PIECEWISE")]
+    first, second = (" ".join(lines[start:][: starts[1] - starts[0]]) for start in starts)
+    cut = lambda row: row.split("98765")[0].split("98766")[0]
+    assert cut(first) != cut(second), shown
+    assert len(lines) <= 20 or width < 80
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_one_eager_step_is_a_time_everywhere(harness, steps):
+    callback = harness.callback()
+    harness.trainer(callback).predict(Predictor(Body()), features(40))
+    stats = callback.stats
+    assert stats._times["predict", "NONE", "4x8"].steps >= 1
+    stats._times["predict", "NONE", "4x8"] = HostTime(steps, 0.002 * steps, 0.002)
+    assert "(2000)" in callback.summary()
+    assert "eager 2.000 ms" in callback.summary()
+    assert stats.host_times("predict").eager == pytest.approx(0.002)
+
+
+def test_of_a_default_validation_both_times_are_shown(callback):
+    entries = [entry for entry in callback.stats.entries if entry.timed]
+    assert entries
+    for entry in entries:
+        assert None not in callback.stats.times_of([entry])
+    assert "(-)" not in callback.summary()
+
+
+def test_graphs_that_differ_by_a_plain_value_say_so(harness):
+    run = graphed(
+        lambda x, *, name, scale, flag: x * scale,
+        module=torch.nn.Linear(2, 2),
+        backend=harness.backend,
+        min_saving=0,
+    )
+    device = "cuda" if harness.backend == "cuda" else "cpu"
+    with torch.inference_mode(), run:
+        for scale in (2.0, 3.0, -0.0):
+            for _ in range(6):
+                run(torch.ones(4, 2, device=device), name="a", scale=scale, flag=True)
+    for value in ("4x2 with 2.0 ", "4x2 with 3.0 ", "4x2 with -0.0 "):
+        assert value in run.summary()
+    assert "True" not in run.summary()
 
 
 @pytest.mark.parametrize("width", [80, 200])
@@ -118,4 +185,4 @@ def test_the_statistics_of_nothing(harness):
     assert callback.summary() == f"CUDA graphs (backend: {harness.backend})"
     assert callback.stats._repr_html_() == "<p>CUDA graphs</p>"
     harness.trainer(callback).predict(Predictor(Body()), features(4))
-    assert "1 steps eager" in callback.summary()
+    assert "1 step eager" in callback.summary()

@@ -115,7 +115,23 @@ class BatchDescriptor:
             return f"batch_size={self.batch_size}"
         return ", ".join("x".join(map(str, shape)) or "scalar" for shape in shapes) or "-"
 
+    def plain_values(self) -> tuple[str, ...]:
+        """Return the plain values of the batch for printing, without those only passed on."""
+        return tuple(
+            _printed(*leaf)
+            for leaf in self.leaves
+            if isinstance(leaf, tuple) and isinstance(leaf[0], type) and not is_tensor_key(leaf)
+        )
 
+
+def _printed(kind: type, value: Any) -> str:
+    if kind is float:
+        return repr(float.fromhex(value))
+    text = f"{kind.__name__}.{value}" if issubclass(kind, enum.Enum) else repr(value)
+    return text if len(text) <= _MOST_PRINTED else f"{text[: _MOST_PRINTED - 3]}..."
+
+
+_MOST_PRINTED = 40  # characters of one value
 _FIELDS = tuple(field.name for field in dataclasses.fields(BatchDescriptor))
 ALIGNMENT = 16
 """Kernels take wider loads at addresses that are multiples of it, and may sum in another order."""

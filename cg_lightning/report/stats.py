@@ -22,8 +22,6 @@ MOST_REASONS = 64
 """Sentences of one kind that are told apart; further ones are counted by their kind."""
 MOST_TIMES = 1024
 """Stages, modes and shapes whose time on the host is kept."""
-LEAST_EAGER_STEPS = 2
-"""Eager steps of a shape for a comparison of times: the first may still do what is done once."""
 OTHER_SHAPES = "other shapes"
 _NO_MATPLOTLIB = (
     'stats.plot() draws with matplotlib, which is not installed: pip install "cg-lightning[plot]".'
@@ -83,6 +81,8 @@ class EntryRecord:
     """The share of the time that graphs save. Negative if they cost time."""
     within_spread: bool = False
     """Whether a verified replay differed from eager, by no more than eager runs differ."""
+    values: tuple[str, ...] = ()
+    """The plain values of the key, such as ``2.0``, in the order of the batch."""
 
     def saved(self, saving: Saving) -> None:
         """Store what graphs save."""
@@ -223,7 +223,13 @@ class CUDAGraphStats:
         """Return the record of one key of one target; the same one after a second capture."""
         key = (mode, target, descriptor)
         if key not in self._index:
-            made = EntryRecord(descriptor.stage or "", mode, target, descriptor.shapes())
+            made = EntryRecord(
+                descriptor.stage or "",
+                mode,
+                target,
+                descriptor.shapes(),
+                values=descriptor.plain_values(),
+            )
             self._index[key] = made
             self.entries.append(made)
         return self._index[key]
@@ -303,7 +309,7 @@ class CUDAGraphStats:
         both = [
             (time, self._times[stage, "NONE", shapes])
             for shapes, time in graphs.items()
-            if self._times.get((stage, "NONE", shapes), HostTime()).steps >= LEAST_EAGER_STEPS
+            if (stage, "NONE", shapes) in self._times
         ]
         steps = sum(graph.steps for graph, _ in both)
         if not steps:
@@ -324,7 +330,7 @@ class CUDAGraphStats:
             for entry in entries
             if entry.mode == "FULL"
         ]
-        known = [(steps, time) for steps, time in eager if time.steps >= LEAST_EAGER_STEPS]
+        known = [(steps, time) for steps, time in eager if time.steps]
         steps = sum(steps for steps, _ in known)
         return Times(
             sum(entry.host_seconds for entry in entries) / timed if timed else None,

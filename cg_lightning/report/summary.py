@@ -1,9 +1,14 @@
-"""The counts as a table of at most 20 lines a stage: as plain text, by rich, and as HTML."""
+"""The counts as a table: as plain text, by rich, and as HTML.
+
+A stage has at most 20 lines, or a few more if the names of its graphs are too long for a table.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
+import sys
 import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,7 +19,7 @@ from cg_lightning.report.html import html_paragraph, html_table
 from cg_lightning.report.stats import OTHER_SHAPES, CUDAGraphStats, EntryRecord, StepsRecord, Times
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
 MOST_GRAPHS = 6
 """Rows of graphs that are shown for one stage."""
@@ -32,6 +37,7 @@ _WORDS = {"NONE": "eager", "PIECEWISE": "PIECEWISE", "FULL": "FULL"}
 _HEADERS = ("mode", "target", "shapes", "captures", "replays", "us (eager)", "MiB")
 _SAVES = "saves"  # one more column, if that is known of a graph
 _NUMBERS = 3  # columns from here on are aligned to the right
+_LEAST_WIDTH = 12  # of shortened targets and shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +80,7 @@ class Summary(str):
     stages: list[StageSummary]
 
     def __new__(cls, heading: str, stages: list[StageSummary]) -> Summary:  # noqa: D102
-        lines = [heading]
-        for stage in stages:
-            lines += ["", *_plain_lines(stage)]
-        self = super().__new__(cls, "\n".join(lines))
+        self = super().__new__(cls, "\n".join(_lines(heading, stages, WIDTH)))
         self.heading, self.stages = heading, stages
         return self
 
@@ -102,37 +105,37 @@ class Summary(str):
         return "".join(parts)
 
     def __rich__(self) -> RenderableType:
-        from rich.console import Group
+        return _ForRich(self)
+
+    def as_text(self, width: int) -> str:
+        """Return the text for a terminal of ``width`` columns. No number is cut."""
+        return "\n".join(_lines(self.heading, self.stages, width))
+
+
+class _ForRich:
+    """The summary in colours. A console that prints it says how wide it is."""
+
+    def __init__(self, summary: Summary) -> None:
+        self._summary = summary
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.padding import Padding
-        from rich.table import Table
         from rich.text import Text
 
-        parts: list[RenderableType] = [Text(self.heading, "bold")]
-        for stage in self.stages:
-            parts += [Text(), Text(stage.title, "bold cyan")]
-            if stage.rows:
-                table = Table(box=None, pad_edge=False, header_style="dim")
-                for index, header in enumerate(stage.headers):
-                    is_number = index >= _NUMBERS
-                    table.add_column(
-                        header,
-                        justify="right" if is_number else "left",
-                        overflow="ellipsis",
-                        no_wrap=True,
-                        min_width=len(header) if is_number else None,
-                    )
-                for row in stage.rows:
-                    table.add_row(*(Text(cell) for cell in row))
-                parts.append(Padding(table, (0, 0, 0, 2)))
-            parts += [Padding(Text(_relative(note)), (0, 0, 0, 2)) for note in stage.notes]
+        yield Text(self._summary.heading, "bold")
+        for stage in self._summary.stages:
+            yield Text()
+            yield Text(stage.title, "bold cyan")
+            for line, is_header in _table(stage.headers, stage.rows, options.max_width):
+                yield Text(line, "dim" if is_header else "")
+            for note in stage.notes:
+                yield Padding(Text(_relative(note)), (0, 0, 0, 2))
             for reason in stage.reasons:
-                parts.append(Padding(Text(_relative(reason.text), "yellow"), (0, 0, 0, 2)))
+                yield Padding(Text(_relative(reason.text), "yellow"), (0, 0, 0, 2))
                 if reason.remedy:
-                    remedy = Text(f"remedy: {reason.remedy}", "green")
-                    parts.append(Padding(remedy, (0, 0, 0, 4)))
+                    yield Padding(Text(f"remedy: {reason.remedy}", "green"), (0, 0, 0, 4))
             if stage.rest:
-                parts.append(Padding(Text(stage.rest, "dim"), (0, 0, 0, 2)))
-        return Group(*parts)
+                yield Padding(Text(stage.rest, "dim"), (0, 0, 0, 2))
 
 
 def print_summary(summary: Summary) -> None:
@@ -140,7 +143,8 @@ def print_summary(summary: Summary) -> None:
     try:
         from rich import get_console
     except ImportError:
-        print(summary)
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
+        print(summary.as_text(min(columns, WIDTH)))
         return
     # the console of Lightning's bar, so that a bar that still runs is not torn
     console = get_console()
@@ -151,23 +155,56 @@ def print_summary(summary: Summary) -> None:
 
 
 def _shortened(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[: width - 3]}..."
+    """Cut the middle, because names of layers often differ at their ends."""
+    if len(text) <= width:
+        return text
+    head = (width - 3) // 3
+    return f"{text[:head]}...{text[head + 3 - width :]}"
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def _table(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], width: int
+) -> list[tuple[str, bool]]:
+    """Return lines, and for each one whether it is a header. No number is cut.
+
+    Targets and shapes are shortened to what is left of ``width``. If that is too little, or if
+    names would not differ any more, each row has its numbers in lines of their own.
+    """
+    if not rows:
+        return []
     widths = [max(len(row[column]) for row in (headers, *rows)) for column in range(len(headers))]
-    for column in (2, 1):  # shapes, then targets
-        excess = sum(widths) + 2 * len(widths) - WIDTH
-        widths[column] = min(widths[column], max(widths[column] - excess, 12))
-
-    def line(row: Sequence[str]) -> str:
+    for column in (1, 2):  # targets, then shapes
+        excess = 2 * len(widths) + sum(widths) - width
+        widths[column] = min(widths[column], max(widths[column] - excess, _LEAST_WIDTH))
+    short = [
+        [_shortened(cell, width) for cell, width in zip(row, widths, strict=True)]
+        for row in (headers, *rows)
+    ]
+    is_ambiguous = len({tuple(row[:_NUMBERS]) for row in short[1:]}) < len(
+        {tuple(row[:_NUMBERS]) for row in rows}
+    )
+    if 2 * len(widths) + sum(widths) > width or is_ambiguous:
+        return [(line, False) for row in rows for line in _row_in_lines(headers, row, width)]
+    lines: list[tuple[str, bool]] = []
+    for row in short:
         cells = [
-            cell.rjust(width) if column >= _NUMBERS else _shortened(cell, width).ljust(width)
+            cell.rjust(width) if column >= _NUMBERS else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        return "  " + "  ".join(cells).rstrip()
+        lines.append(("  " + "  ".join(cells).rstrip(), not lines))
+    return lines
 
-    return [line(headers), *(line(row) for row in rows)]
+
+def _row_in_lines(headers: Sequence[str], row: Sequence[str], width: int) -> list[str]:
+    """Return mode and target, then shapes and numbers with their names."""
+    mode, target, shapes = row[:_NUMBERS]
+    parts = [shapes, *map(" ".join, zip(headers[_NUMBERS:], row[_NUMBERS:], strict=True))]
+    whole = ", ".join(part.replace(" ", "\0") for part in parts)  # lines end between the parts
+    numbers = textwrap.wrap(
+        whole, width, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
+    )
+    names = textwrap.wrap(f"{mode}  {target}", width, initial_indent="  ", subsequent_indent="    ")
+    return [*names, *(line.replace("\0", " ") for line in numbers)]
 
 
 def _relative(text: str) -> str:
@@ -175,10 +212,10 @@ def _relative(text: str) -> str:
     return text.replace(f"{os.getcwd()}{os.sep}", "")
 
 
-def _wrapped(text: str, indent: int = 2, most_lines: int | None = None) -> list[str]:
+def _wrapped(text: str, width: int, indent: int = 2, most_lines: int | None = None) -> list[str]:
     return textwrap.wrap(
         _relative(text),
-        WIDTH,
+        width,
         initial_indent=" " * indent,
         subsequent_indent=" " * (indent + 2),
         max_lines=most_lines,
@@ -186,6 +223,10 @@ def _wrapped(text: str, indent: int = 2, most_lines: int | None = None) -> list[
         break_long_words=False,
         break_on_hyphens=False,
     )
+
+
+def _steps(number: int) -> str:
+    return f"{number} step{'' if number == 1 else 's'}"
 
 
 def _join(names: Sequence[str], what: str) -> str:
@@ -210,12 +251,15 @@ def _share(entries: Sequence[EntryRecord]) -> str:
     return f"{sum(seconds * saving for seconds, saving in known) / eager:.0%}" if eager else "-"
 
 
-def _row(stats: CUDAGraphStats, entries: Sequence[EntryRecord]) -> tuple[str, ...]:
+def _row(
+    stats: CUDAGraphStats, entries: Sequence[EntryRecord], values: str = ""
+) -> tuple[str, ...]:
     times = stats.times_of(entries)
+    shapes = _join([entry.shapes for entry in entries], "shapes")
     return (
         entries[0].mode,
         _join([entry.target for entry in entries], "targets"),
-        _join([entry.shapes for entry in entries], "shapes"),
+        f"{shapes} with {values}" if values else shapes,
         str(sum(entry.captures for entry in entries)),
         str(sum(entry.replays for entry in entries)),
         _microseconds(times),
@@ -224,10 +268,24 @@ def _row(stats: CUDAGraphStats, entries: Sequence[EntryRecord]) -> tuple[str, ..
     )
 
 
+def _values(entry: EntryRecord, entries: Sequence[EntryRecord]) -> str:
+    """Return the plain values in which a graph differs from others of its target and shapes."""
+    alike = [
+        other.values
+        for other in entries
+        if (other.mode, other.target, other.shapes) == (entry.mode, entry.target, entry.shapes)
+    ]
+    if len({len(values) for values in alike}) > 1:
+        return ", ".join(entry.values)
+    return ", ".join(
+        values[0] for values in zip(entry.values, *alike, strict=True) if len(set(values)) > 1
+    )
+
+
 def _graph_rows(stats: CUDAGraphStats, entries: Sequence[EntryRecord]) -> list[tuple[str, ...]]:
     """Return a row for each graph; if too many, for each target; if too many, one for the rest."""
     if len(entries) <= MOST_GRAPHS:
-        return [_row(stats, [entry]) for entry in entries]
+        return [_row(stats, [entry], _values(entry, entries)) for entry in entries]
     groups: dict[tuple[str, str], list[EntryRecord]] = defaultdict(list)
     for entry in entries:
         groups[entry.mode, entry.target].append(entry)
@@ -250,9 +308,9 @@ def _again_notes(entries: Sequence[EntryRecord]) -> list[str]:
     ]
 
 
-def _reason_lines(reason: ReasonLine) -> list[str]:
-    lines = _wrapped(reason.text, most_lines=_MOST_LINES_OF_A_REASON)
-    return lines + (_wrapped(f"remedy: {reason.remedy}", indent=4) if reason.remedy else [])
+def _reason_lines(reason: ReasonLine, width: int) -> list[str]:
+    lines = _wrapped(reason.text, width, most_lines=_MOST_LINES_OF_A_REASON)
+    return lines + (_wrapped(f"remedy: {reason.remedy}", width, 4) if reason.remedy else [])
 
 
 def _reasons(records: Sequence[StepsRecord], room: int) -> tuple[list[ReasonLine], str]:
@@ -267,7 +325,7 @@ def _reasons(records: Sequence[StepsRecord], room: int) -> tuple[list[ReasonLine
         steps = sum(record.steps for record in group)
         shapes = _join([record.shapes for record in group], "shapes")
         line = ReasonLine(f"{steps} {_WORDS[mode]} ({shapes}): {reason}", reason.remedy)
-        room -= len(_reason_lines(line))
+        room -= len(_reason_lines(line, WIDTH))
         if shown and room < (len(shown) + 1 < len(ordered)):
             break
         shown.append(line)
@@ -276,7 +334,7 @@ def _reasons(records: Sequence[StepsRecord], room: int) -> tuple[list[ReasonLine
         return shown, ""
     steps = sum(record.steps for record in rest)
     left_out = len(ordered) - len(shown)
-    return shown, f"{steps} steps for {left_out} other reasons: see stats.reasons"
+    return shown, f"{_steps(steps)} for {left_out} other reasons: see stats.reasons"
 
 
 def _time_notes(stats: CUDAGraphStats, backend: str, stage: str) -> list[str]:
@@ -286,8 +344,11 @@ def _time_notes(stats: CUDAGraphStats, backend: str, stage: str) -> list[str]:
         times = stats.comparison(stage, mode)
         if times is not None:
             eager, graph = times.eager * 1e3, times.graph * 1e3
-            # the recorder is there to try things without a GPU: its factor would say nothing
-            factor = "no speed-up" if backend == "recorder" else f"factor {eager / graph:.1f}"
+            factor = (
+                "recorder: means nothing"
+                if backend == "recorder"
+                else f"factor {eager / graph:.1f}"
+            )
             notes.append(
                 f"host time a step: eager {eager:.3f} ms, {mode} {graph:.3f} ms ({factor})"
             )
@@ -338,26 +399,27 @@ def _hint_notes(stats: CUDAGraphStats, stage: str) -> list[str]:
     ]
 
 
-def _plain_lines(stage: StageSummary) -> list[str]:
-    lines = _lines_without_reasons(stage)
-    for reason in stage.reasons:
-        lines += _reason_lines(reason)
-    return [*lines, *_wrapped(stage.rest)]
+def _lines(heading: str, stages: Sequence[StageSummary], width: int) -> list[str]:
+    lines = [heading]
+    for stage in stages:
+        lines += ["", *_lines_without_reasons(stage, width)]
+        for reason in stage.reasons:
+            lines += _reason_lines(reason, width)
+        lines += _wrapped(stage.rest, width)
+    return lines
 
 
-def _lines_without_reasons(stage: StageSummary) -> list[str]:
-    lines = [stage.title]
-    if stage.rows:
-        lines += _table(stage.headers, stage.rows)
+def _lines_without_reasons(stage: StageSummary, width: int) -> list[str]:
+    lines = [stage.title, *(line for line, _ in _table(stage.headers, stage.rows, width))]
     for note in stage.notes:
-        lines += _wrapped(note)
+        lines += _wrapped(note, width)
     return lines
 
 
 def _summarize(
     stats: CUDAGraphStats, backend: str, stage: str, counts: dict[str, int]
 ) -> StageSummary:
-    steps = ", ".join(f"{number} steps {_WORDS[mode]}" for mode, number in counts.items())
+    steps = ", ".join(f"{_steps(number)} {_WORDS[mode]}" for mode, number in counts.items())
     entries = [
         entry
         for entry in stats.entries
@@ -373,7 +435,7 @@ def _summarize(
     if all(entry.saving is None for entry in entries):
         headers, rows = _HEADERS, [row[:-1] for row in rows]
     shown = StageSummary(f"{stage}: {steps}", rows, headers, notes, [], "")
-    room = _MOST_LINES - len(_lines_without_reasons(shown))
+    room = _MOST_LINES - len(_lines_without_reasons(shown, WIDTH))
     records = [record for record in stats.reasons if record.stage == stage]
     reasons, rest = _reasons(records, room)
     return dataclasses.replace(shown, reasons=reasons, rest=rest)
