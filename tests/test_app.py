@@ -20,6 +20,13 @@ from tests.processes import run_python
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 SCRIPT = Path(sysconfig.get_path("scripts")) / "cg-lightning"
+LINEAR = ("task=validate", "model._target_=torch.nn.Linear")
+_BORING = "lightning.pytorch.demos.boring_classes"
+BORING = (
+    f"model._target_={_BORING}.BoringModel",
+    "data=custom",
+    f"data._target_={_BORING}.BoringDataModule",
+)
 IDENTICAL = "without graphs gives identical metrics and predictions"
 
 
@@ -270,12 +277,100 @@ def test_a_gpu_that_is_not_there_is_one_sentence(tmp_path, argument):
         (("task=diagnose", "stage=fit"), "expected one of [validate, test, predict]"),
         (("task=zoo", "zoo=[mpl*]"), "zoo=['mpl*']: 'mpl*' matches none of torch_attention_lstm, "),
         (("task=bench", "bench.cases=[mpl]"), "'mpl' is unknown; choose from mlp, resnet18, "),
+        (("model=mlp", "data=custom"), "Missing mandatory value: data._target_."),
+        (
+            ("task=validate", "ckpt_path=nothere.ckpt"),
+            "ckpt_path=nothere.ckpt: there is no such file.",
+        ),
+        (
+            (*LINEAR, "+model.in_features=3", "+model.out_features=4"),
+            "model._target_=torch.nn.Linear makes a Linear, which is no lightning.pytorch.",
+        ),
+        (LINEAR, "Error in call to target 'torch.nn.modules.linear.Linear': "),
+        (("model._target_=nowhere.Model",), "No module named 'nowhere'"),
+        (("cuda_graph.mode=FAST",), "mode='FAST' is not a CUDAGraphMode; choose one of NONE, "),
+        (
+            (*BORING, "task=validate", "cuda_graph.targets=[nothing]"),
+            "targets=['nothing']: 'nothing' matches no submodule of BoringModel.",
+        ),
+        ((*BORING, "task=validate", "trainer.accelerator=tpus"), "accelerator"),
     ],
 )
 def test_mistakes_without_a_traceback(tmp_path, arguments, sentence):
     printed = run(tmp_path, *arguments, fails=True)
     assert sentence in printed
     assert "Traceback" not in printed
+    for noise in ("full_key", "object_type", "HYDRA_FULL_ERROR"):
+        assert noise not in printed
+
+
+def test_a_mistake_has_its_traceback_if_hydra_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "HYDRA_FULL_ERROR", "1")
+    printed = run(tmp_path, "task=nope", fails=True)
+    assert "Traceback" in printed
+    assert "full_key: task" in printed
+
+
+@pytest.mark.parametrize("error", ["ValueError", "TypeError", "FileNotFoundError"])
+@pytest.mark.parametrize("where", ["self.net = ", "return self.net(batch).square()"])
+def test_errors_of_the_users_code_keep_their_traceback(tmp_path, error, where):
+    raises = f"raise {error}('mine')"
+    text = MINE.replace(where, f"{raises}; {where}", 1)
+    (tmp_path / "my.py").write_text(text)
+    mine = ("model._target_=my.Model", "data=custom", "data._target_=my.DataModule")
+    printed = run(tmp_path, *mine, fails=True)
+    assert "Traceback" in printed
+    assert "my.py" in printed
+    assert raises in printed
+    assert f"{error}: mine" in printed or f"{error}('mine')" in printed
+
+
+def test_without_the_callback_metrics_are_printed(tmp_path):
+    arguments = ("task=validate", "callbacks=none")
+    (tmp_path / "my.py").write_text(MINE)
+    mine = ("model._target_=my.Model", "data=custom", "data._target_=my.DataModule")
+    printed = run(tmp_path, *arguments, *mine)
+    assert re.search(r"^val_loss +\d", printed, re.MULTILINE)
+    assert "The validate ran without CUDAGraphCallback, so there is nothing to compare" in printed
+
+
+def test_a_diagnosis_in_a_narrow_terminal_breaks_no_word():
+    from cg_lightning import diagnose
+    from cg_lightning.app.diagnose import fitted
+
+    class Net(torch.nn.Module):
+        def forward(self, x):
+            return x * x.sum().item()
+
+    found = diagnose(Net(), torch.ones(2, 3))
+    assert fitted(found, 0) == str(found)
+    shown = fitted(found, 60)
+    assert "host sync: aten::item" in shown
+    assert found.findings[0].remedy in " ".join(shown.split())
+    assert set(shown.split()) >= set(str(found.findings[0]).split())
+    assert shown.splitlines()[-1].startswith("Largest capturable submodules: ")
+    assert fitted(diagnose(torch.nn.Linear(3, 2), torch.ones(1, 3)), 20).startswith("Nothing")
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_a_table_breaks_no_word(capsys, monkeypatch, columns):
+    from cg_lightning.app.tables import print_table
+
+    pytest.importorskip("rich")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    row = ["0", "task=predict cuda_graph=off", "123456 predict", "0.693147", "38 eager", "ok"]
+    print_table("All jobs", ["job", "overrides", "us a batch", "loss", "steps", "result"], [row])
+    words = capsys.readouterr().out.split()
+    assert set(" ".join(row).split()) <= set(words)
+
+
+def test_enums_are_written_as_on_the_command_line():
+    from cg_lightning.app.config import DiagnosedStage, Task
+
+    assert [str(each) for each in (*Task, *DiagnosedStage)] == [
+        each.value for each in (*Task, *DiagnosedStage)
+    ]
 
 
 def test_a_missing_extra_is_one_sentence(tmp_path):
@@ -325,6 +420,7 @@ def test_help_is_ours(tmp_path):
     assert examples.count("\n  cg-lightning") == 5
     assert "cuda_graph: debug, full, full_and_piecewise, off, piecewise" in printed
     assert len(printed.splitlines()) <= 50
+    assert max(map(len, printed.splitlines())) <= 79
 
 
 def test_the_options_of_the_examples_compose():
@@ -358,13 +454,15 @@ def test_completion_in_bash(tmp_path):
         complete_line "cg-lightning cuda_graph="
         complete_line "cg-lightning cuda_graph.verify_re"
         complete_line "cg-lightning task=diagnose trainer.acc"
+        complete_line "cg-lightning task="
     """
     done = start(tmp_path, command=["bash", "-c", script])
     lines = done.stdout.splitlines()
-    assert len(lines) == 3, done.stdout + done.stderr
+    assert len(lines) == 4, done.stdout + done.stderr
     assert "full_and_piecewise" in lines[0]
     assert "verify_replays=" in lines[1]
     assert "accelerator=" in lines[2]
+    assert "Task." not in lines[3]
 
 
 def test_no_report(tmp_path):

@@ -9,6 +9,7 @@
 - ``help.py``: what ``cg-lightning --help`` prints.
 - ``jobs.py``: results of jobs, and the one table of them with which a multirun ends.
 - ``main.py``: the command ``cg-lightning``.
+- ``mistakes.py``: mistakes on the command line, each as one sentence.
 - ``run.py``: one run of a task.
 - ``shapes.py``: ``task=shapes``: the shapes of a dataloader, and the sizes to pad to.
 - ``tables.py``: tables, by rich where it is installed.

@@ -77,6 +77,13 @@ def run_and_compare(config: DictConfig) -> JobResult:
     metrics = {name: float(value) for name, value in with_graphs.metrics.items()}
     result = JobResult("", with_graphs.microseconds, metrics)
     if callback is None:
+        if metrics:
+            rows = [[name, f"{value:.8g}"] for name, value in metrics.items()]
+            print_table("Metrics", ["", "without graphs"], rows)
+        print(
+            f"The {task} ran without CUDAGraphCallback, so there is nothing to compare: "
+            f"{len(metrics)} metrics and {with_graphs.num_predictions} predicted batches."
+        )
         return result
     words = {"NONE": "eager"}
     steps = {words.get(mode, mode): n for mode, n in callback.stats.steps.items() if n}

@@ -31,6 +31,9 @@ class Task(Enum):
     bench = "bench"
     zoo = "zoo"
 
+    def __str__(self) -> str:  # what the shell completion offers
+        return self.value
+
 
 class DiagnosedStage(Enum):
     """The stages whose step ``task=diagnose`` can look at."""
@@ -38,6 +41,9 @@ class DiagnosedStage(Enum):
     validate = "validate"
     test = "test"
     predict = "predict"
+
+    def __str__(self) -> str:
+        return self.value
 
 
 def _type_for_hydra(hint: Any) -> Any:

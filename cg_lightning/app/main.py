@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 import hydra
@@ -10,13 +11,36 @@ from hydra.utils import get_original_cwd
 from omegaconf import DictConfig
 
 from cg_lightning.app.config import Task, config_dir, register_configs
+from cg_lightning.app.mistakes import sentence_of, without_hydra
 
 register_configs()
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+
+
+def main() -> None:
+    """Run a task with any model, data and Trainer, with and without graphs.
+
+    Raises:
+        SystemExit: The command line has a mistake, the run failed, or numbers differ.
+    """
+    if os.environ.get(_FULL_ERROR) == "1":
+        _main()
+        return
+    os.environ[_FULL_ERROR] = "1"  # so that Hydra raises errors instead of printing them
+    try:
+        _main()
+    except Exception as error:
+        sentence = sentence_of(error)
+        if sentence:
+            raise SystemExit(sentence) from None
+        error.__traceback__ = without_hydra(error.__traceback__)
+        raise
+    finally:
+        del os.environ[_FULL_ERROR]
 
 
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")
-def main(config: DictConfig) -> None:
-    """Run a task with any model, data and Trainer, with and without graphs."""
+def _main(config: DictConfig) -> None:
     folder = get_original_cwd()
     if folder not in sys.path:  # a script's path has the script's folder instead
         sys.path.insert(0, folder)
@@ -32,11 +56,12 @@ def main(config: DictConfig) -> None:
         zoo(config)
         return
     from cg_lightning.app.jobs import finish_job
-    from cg_lightning.app.run import require_device
+    from cg_lightning.app.run import require_checkpoint, require_device
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its import sets INFO
     try:
         require_device(config)
+        require_checkpoint(config)
         if config.task is Task.diagnose:
             from cg_lightning.app.diagnose import diagnose_step
 

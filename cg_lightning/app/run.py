@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from hydra.utils import instantiate
@@ -22,6 +23,9 @@ from cg_lightning.app.timing import BatchClock
 from cg_lightning.backends import resolve_backend
 from cg_lightning.callback import CUDAGraphCallback
 
+_Built = TypeVar("_Built", LightningModule, LightningDataModule)
+_CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # which a Trainer knows
+
 
 @dataclasses.dataclass(frozen=True)
 class Results:
@@ -36,6 +40,40 @@ class Results:
     def num_predictions(self) -> int:
         """Number of predicted batches."""
         return len(self.predictions or ())
+
+
+def build(config: DictConfig) -> tuple[LightningModule, LightningDataModule]:
+    """Build model and data.
+
+    Raises:
+        ValueError: A class is neither a LightningModule nor a LightningDataModule.
+    """
+    return (
+        _build(config, "model", LightningModule),
+        _build(config, "data", LightningDataModule),
+    )
+
+
+def _build(config: DictConfig, key: str, kind: type[_Built]) -> _Built:
+    made = instantiate(config[key], _convert_="all")
+    if not isinstance(made, kind):
+        raise ValueError(
+            f"{key}._target_={config[key].get('_target_')} makes a {type(made).__name__}, which is "
+            f"no lightning.pytorch.{kind.__name__}."
+        )
+    return made
+
+
+def require_checkpoint(config: DictConfig) -> None:
+    """Check that the file of ``ckpt_path`` is there.
+
+    Raises:
+        SystemExit: It is not.
+    """
+    path = config.ckpt_path
+    if path is None or "://" in path or path in _CHECKPOINT_WORDS or Path(path).exists():
+        return
+    raise SystemExit(f"ckpt_path={path}: there is no such file.")
 
 
 def require_device(config: DictConfig) -> None:
@@ -121,8 +159,7 @@ def run(config: DictConfig, *, graphs: bool = True) -> tuple[Results, CUDAGraphC
     """
     seed_everything(config.seed, workers=True, verbose=False)
     callbacks = _callbacks(config, graphs)
-    model: LightningModule = instantiate(config.model, _convert_="all")
-    data: LightningDataModule = instantiate(config.data, _convert_="all")
+    model, data = build(config)
     clock = BatchClock()
     trainer: Trainer = instantiate(config.trainer, _convert_="all", callbacks=[*callbacks, clock])
     metrics: dict[str, torch.Tensor] = {}

@@ -24,12 +24,26 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     except ModuleNotFoundError:
         print(aligned([header, *rows]))
         return
+    words = [max(map(len, " ".join(column).split())) for column in zip(header, *rows, strict=True)]
+    least = sum(words) + 2 * len(words)
+    console = Console(width=None if sys.stdout.isatty() else max(_WIDTH, least), markup=False)
+    if least > console.width:  # a column would break its words
+        console.print(_in_lines(header, rows), soft_wrap=True, highlight=False, end="")
+        return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in header:
-        table.add_column(name, overflow="fold")
+    for name, width in zip(header, words, strict=True):
+        table.add_column(name, overflow="fold", min_width=width)
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else _WIDTH, markup=False).print(table)
+    console.print(table)
+
+
+def _in_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a line for each cell, with an empty line between rows."""
+    return "\n".join(
+        "".join(f"{name} {cell}".strip() + "\n" for name, cell in zip(header, row, strict=True))
+        for row in rows
+    )
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -1,0 +1,79 @@
+"""Mistakes on the command line, each as one sentence."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+_OURS = "cg_lightning"
+_NOT_THE_USERS = {
+    *(_OURS, "hydra", "omegaconf", "torch", "lightning", "lightning_fabric", "fsspec"),
+    *sys.stdlib_module_names,
+}
+_OF_A_CONFIG = (HydraException, OmegaConfBaseException)
+_NOISE = re.compile(
+    r"\s*(?:full_key:|object_type=|reference_type=).*|, set env var HYDRA_FULL_ERROR=1.*"
+)
+
+
+def sentence_of(error: Exception) -> str:
+    """Return what to say about a mistake on the command line; empty if the error is another one.
+
+    An error that code of the user's raised, or called what raised it, is no such mistake.
+
+    Args:
+        error: What the run raised.
+    """
+    chain = list(_chain(error))
+    frames = [frame for each in chain for frame in _frames(each.__traceback__)]
+    if not all(_package(frame) in _NOT_THE_USERS for frame in frames):
+        return ""
+    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
+    kinds = (TypeError, FileNotFoundError, getattr(lightning, "MisconfigurationException", ()))
+    is_ours = bool(frames) and _package(list(_frames(error.__traceback__))[-1]) == _OURS
+    # a ValueError is how this package names a mistake; other errors in its code are its own
+    if not isinstance(error, (*_OF_A_CONFIG, ValueError)) and (
+        is_ours or not isinstance(error, kinds)
+    ):
+        return ""
+    texts = [" ".join(_NOISE.sub("", str(each)).split()) for each in chain]
+    shown = [text for text in dict.fromkeys(texts) if text]
+    # the cause is often part of what was raised
+    shown = [text for text in shown if not any(text in other for other in shown if other != text)]
+    return ": ".join(text.rstrip(".:") for text in shown) + "."
+
+
+def without_hydra(traceback: TracebackType | None) -> TracebackType | None:
+    """Return a traceback without its first frames, which are those of Hydra and of the command."""
+    first = traceback
+    while first is not None and (
+        _package(first.tb_frame) == "hydra"
+        or first.tb_frame.f_globals.get("__name__") in (f"{_OURS}.app.main", "__main__")
+    ):
+        first = first.tb_next
+    return first or traceback
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    each: BaseException | None = error
+    while each is not None and id(each) not in seen:
+        seen.add(id(each))
+        yield each
+        each = each.__cause__
+
+
+def _frames(traceback: TracebackType | None) -> Iterator[FrameType]:
+    while traceback is not None:
+        yield traceback.tb_frame
+        traceback = traceback.tb_next
+
+
+def _package(frame: FrameType) -> str:
+    name = str(frame.f_globals.get("__name__", ""))
+    return _OURS if name == "__main__" and frame.f_code.co_name == "main" else name.split(".")[0]
