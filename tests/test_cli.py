@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import runpy
+import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -155,3 +158,57 @@ def test_started_from_a_shell(tmp_path):
     )
     assert "predict: " in done.stdout, done.stderr
     assert " FULL" in done.stdout
+
+
+# docs/command-line.md
+
+
+PAGE = (Path(__file__).parent.parent / "docs" / "command-line.md").read_text()
+
+
+def snippet(language: str, section: str) -> str:
+    return PAGE.split(f"## {section}")[1].split(f"```{language}\n")[1].split("```")[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["bash", "yaml"])
+def test_what_the_page_says_of_lightning_cli_runs(capsys, monkeypatch, form):
+    section = "With LightningCLI"
+    Path("cli.py").write_text(snippet("python", section))
+    if form == "yaml":
+        text = snippet("yaml", section)
+        Path("run.yaml").write_text(text.replace("FULL\n", "FULL\n        backend: recorder\n"))
+        arguments = ["cli.py", "validate", "--config=run.yaml"]
+    else:
+        arguments = shlex.split(snippet("bash", section))[1:]
+        arguments.append("--trainer.callbacks.backend=recorder")
+    small = ["accelerator=cpu", "logger=false", "limit_val_batches=16"]
+    monkeypatch.setattr(sys, "argv", [*arguments, *(f"--trainer.{each}" for each in small)])
+    runpy.run_path("cli.py", run_name="__main__")
+    assert " steps FULL" in capsys.readouterr().out
+
+
+def test_the_entry_point_of_the_page_reaches_every_trainer(tmp_path, monkeypatch):
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.trainer.connectors import callback_connector
+
+    from cg_lightning import CUDAGraphCallback
+
+    section = "In every Trainer of an environment"
+    Path("my_callbacks.py").write_text(snippet("python", section))
+    points = tomllib.loads(snippet("toml", section))["project"]["entry-points"]
+    info = tmp_path / "mine-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    lines = [
+        f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in of_group.items())
+        for group, of_group in points.items()
+    ]
+    (info / "entry_points.txt").write_text("".join(lines))
+    # conftest.py caches it
+    load = callback_connector._load_external_callbacks.__wrapped__
+    monkeypatch.setattr(callback_connector, "_load_external_callbacks", load)
+    names = lambda: [type(each) for each in Trainer(accelerator="cpu", logger=False).callbacks]
+    assert CUDAGraphCallback not in names()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert CUDAGraphCallback in names()
