@@ -282,7 +282,7 @@ class CUDAGraphCallback(Callback):
             ValueError: The Trainer does not have this callback, the mode has no whole steps, the
                 stage is unknown, or ``batches`` is no list of batches.
         """
-        if self not in trainer.callbacks:  # type: ignore[attr-defined]
+        if self not in getattr(trainer, "callbacks", ()):
             raise ValueError(
                 "callback.capture(trainer, ...): the Trainer does not have this callback; make it "
                 "with Trainer(callbacks=[callback])."

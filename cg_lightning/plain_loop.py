@@ -6,10 +6,11 @@ import warnings
 from collections.abc import Callable
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Generic, Self
 
 import torch
 from torch import nn
+from typing_extensions import ParamSpec, TypeVar
 
 from cg_lightning.backends import resolve_backend
 from cg_lightning.core.reasons import Reason, Status
@@ -31,7 +32,11 @@ _NOT_HERE = (
 _NO_CUDA = Reason(Status.INERT, "no CUDA device: backend='auto' runs eagerly")
 
 
-class Graphed:
+_Given = ParamSpec("_Given", default=...)
+_Returned = TypeVar("_Returned", default=Any)
+
+
+class Graphed(Generic[_Given, _Returned]):
     """Runs calls of a module, or of a function that uses one, from graphs.
 
     :func:`graphed` makes it. The first call intercepts submodules. :meth:`close`, or the end of the
@@ -55,7 +60,9 @@ class Graphed:
         stats: Counts, as in :class:`~cg_lightning.CUDAGraphCallback`. The stage is ``call``.
     """
 
-    def __init__(self, function: Callable[..., Any], module: nn.Module, settings: Settings) -> None:
+    def __init__(
+        self, function: Callable[_Given, _Returned], module: nn.Module, settings: Settings
+    ) -> None:
         self.stats = CUDAGraphStats()
         self._function = function
         self._module = module
@@ -65,7 +72,7 @@ class Graphed:
         self._is_eager = False
         self._name = getattr(function, "__name__", type(function).__name__)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: _Given.args, **kwargs: _Given.kwargs) -> _Returned:
         """Call the function: eagerly while its arguments are new, then from a graph."""
         if self._runner is None and not self._is_eager:
             self._open()
@@ -75,7 +82,7 @@ class Graphed:
             self.stats.timeline.add(_STAGE, Ran.EAGER, began, _NO_CUDA)
             self.stats.ran(_STAGE, "NONE", "-", _NO_CUDA)
             return output
-        return self._runner.run(((args, kwargs),), {})
+        return self._runner.run(((args, kwargs),), {})  # type: ignore[no-any-return]
 
     def _open(self) -> None:
         device = next((p.device for p in self._module.parameters()), None)
@@ -137,8 +144,8 @@ class Graphed:
 
 
 def graphed(
-    function: Callable[..., Any], *, module: nn.Module | None = None, **options: Any
-) -> Graphed:
+    function: Callable[_Given, _Returned], *, module: nn.Module | None = None, **options: Any
+) -> Graphed[_Given, _Returned]:
     """Run calls of a module or function from graphs, in a plain loop or with Lightning Fabric.
 
     It works as :class:`~cg_lightning.CUDAGraphCallback` does: the first calls of each shape run

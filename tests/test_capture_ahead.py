@@ -736,3 +736,8 @@ def test_the_option_without_whole_steps(mode):
         CUDAGraphCallback(mode=mode, capture_ahead=True)
     with pytest.raises(ValueError, match="capture_ahead=1 must be True or False"):
         CUDAGraphCallback(capture_ahead=1)
+
+
+def test_captures_for_no_trainer_are_refused(harness):
+    with pytest.raises(ValueError, match=r"does not have this callback; make it with Trainer"):
+        harness.callback().capture(None, Predictor(Body()), [])

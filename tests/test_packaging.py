@@ -150,7 +150,8 @@ import torch
 from lightning.pytorch import Trainer
 
 from cg_lightning import BatchDescriptor, CUDAGraphCallback, CUDAGraphMode, Diagnosis
-from cg_lightning import CUDAGraphWrapper, diagnose, graphed, set_forward_context
+from cg_lightning import CaptureError, CUDAGraphWrapper, diagnose, graphed, set_forward_context
+from cg_lightning import weak_ref_tensors
 
 callback = CUDAGraphCallback(mode="FULL", stages=("validate",), verify_every=100)
 trainer = Trainer(callbacks=[callback])
@@ -162,16 +163,35 @@ found: Diagnosis = diagnose(net, torch.ones(4, 3))
 remedies: list[str] = [finding.remedy for finding in found.findings]
 with graphed(net) as run:
     run(torch.ones(4, 3))
+
+
+def double(x: torch.Tensor, times: int = 2) -> torch.Tensor:
+    return x * times
+
+
+def cause_of(error: CaptureError) -> str:
+    return "" if error.diagnosis is None else error.diagnosis.findings[0].remedy
+
+
+doubled: torch.Tensor = graphed(double, module=net)(torch.ones(2), times=3)
+weak: torch.Tensor = weak_ref_tensors(doubled)
 wrapper = CUDAGraphWrapper(net, CUDAGraphMode.FULL)
 with set_forward_context(CUDAGraphMode.FULL, BatchDescriptor(batch_size=4)):
     wrapper(torch.ones(4, 3))
 """
 MISTAKES = """
-from cg_lightning import CUDAGraphCallback, diagnose
+import torch; from cg_lightning import CUDAGraphCallback, graphed
 
 CUDAGraphCallback(mode="FAST")
 CUDAGraphCallback(stages=["validation"])
 CUDAGraphCallback(warmup=3)
+
+
+def length(x: str) -> int:
+    return len(x)
+
+
+number: str = graphed(length, module=torch.nn.Linear(3, 2))(4)
 """
 
 
@@ -200,6 +220,8 @@ def test_types_help_a_user_of_mypy(tmp_path):
         ["bad.py", "4"],
         ["bad.py", "5"],
         ["bad.py", "6"],
+        ["bad.py", "13"],
+        ["bad.py", "13"],
     ], done.stdout + done.stderr
     assert 'Argument "mode"' in errors[0]
     assert "validation" in errors[1] or "List item 0" in errors[1]

@@ -90,6 +90,16 @@ def test_every_argument_of_the_callback_with_its_default():
         assert written == in_words.get(name, shown), name
 
 
+def test_the_options_that_graphed_does_not_take():
+    from cg_lightning.plain_loop import _NOT_HERE, graphed
+
+    page = (ROOT / "docs" / "without-a-trainer.md").read_text()
+    listed = page.split("that only a Trainer has (")[1].split(")")[0]
+    assert set(re.findall(r"`(\w+)`", listed)) == set(_NOT_HERE)
+    described = graphed.__doc__.split("except ``stages``")[1].split("Returns:")[0]
+    assert {"stages", *re.findall(r"``(\w+)``", described)} == set(_NOT_HERE)
+
+
 def _without_figures(text: str) -> str:
     """Replace times, which differ from run to run, and what depends on them."""
     text = re.sub(r"\((?:recorder: means nothing|factor [\d.]+)\)", "(FACTOR)", text)

@@ -12,6 +12,8 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from cg_lightning import CUDAGraphCallback
+from cg_lightning.core.reasons import WARM_UP, Reason, Status
+from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.timeline import MOST_BATCHES, Ran, Timeline
 from tests.harness import features, images, predict
 from tests.models import Body, ConvNetClassifier, Predictor
@@ -182,6 +184,16 @@ def test_the_figure_says_why_batches_were_eager(harness, mode):
         assert ": 7, median" in shown
     else:
         assert "pieces from graphs: 7, median" in shown
+
+
+def test_a_watched_step_that_is_no_warm_up_is_drawn_as_eager():
+    pytest.importorskip("matplotlib")
+    stats = CUDAGraphStats()
+    for reason in (WARM_UP, Reason(Status.CHANGED, "self.scale: now 2.0, before 1.0"), WARM_UP):
+        stats.timeline.add("predict", Ran.WARM_UP, 0.0, reason)
+    shown = legend(stats.plot())
+    assert "warm-up: 2," in shown
+    assert "eager, self.scale: now 2.0, before 1.0: 1, median" in shown
 
 
 def test_times_of_batches_without_a_key_and_without_graphs(harness):

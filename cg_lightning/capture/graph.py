@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -20,11 +20,15 @@ from cg_lightning.core.settings import CUDAGraphOptions
 from cg_lightning.core.tree import flatten, rebuild
 
 logger = logging.getLogger("cg_lightning")
+_Output = TypeVar("_Output")
 
 
 @dataclasses.dataclass
 class CompilationCounter:
-    """Counts since the start of the process (vLLM: ``vllm/compilation/counter.py``)."""
+    """Counts captures since the start of the process; it counts no compilation.
+
+    The name is vLLM's (``vllm/compilation/counter.py``).
+    """
 
     num_cudagraph_captured: int = 0
     """Number of successful captures by any wrapper and any callback."""
@@ -83,7 +87,7 @@ def validate_cudagraph_capturing_enabled() -> None:
         )
 
 
-def weak_ref_tensors(output: Any, backend: GraphBackend | None = None) -> Any:
+def weak_ref_tensors(output: _Output, backend: GraphBackend | None = None) -> _Output:
     """Return ``output`` with each tensor replaced by a weak reference to the same memory.
 
     A weak reference has the same shape, dtype and strides, but does not keep the memory alive. It
@@ -106,7 +110,7 @@ def weak_ref_tensors(output: Any, backend: GraphBackend | None = None) -> Any:
     """
     leaves, _ = flatten(output)
     weak = [_weak(leaf, backend) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    return rebuild(output, iter(weak))
+    return rebuild(output, iter(weak))  # type: ignore[no-any-return]
 
 
 def _weak(tensor: Tensor, backend: GraphBackend | None) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, Protocol
+
 
 class CUDAGraphError(RuntimeError):
     """Base class of the errors of this package. A wrong argument raises ``ValueError`` instead.
@@ -41,6 +44,44 @@ class UnkeyableBatchError(CUDAGraphError):
         self.path = path
 
 
+class FindingLike(Protocol):
+    """What a :class:`CaptureError` says of one finding. A ``Finding`` of the diagnosis is one."""
+
+    @property
+    def cause(self) -> Any:
+        """The kind of obstacle, with its text as ``value``."""
+
+    @property
+    def operation(self) -> str:
+        """What was called or changed, such as ``aten::item``."""
+
+    @property
+    def module(self) -> str:
+        """Dotted path of the innermost module that was running; empty for the step itself."""
+
+    @property
+    def location(self) -> str:
+        """The user's own line, as ``file:line``."""
+
+    @property
+    def remedy(self) -> str:
+        """What a user can do about it."""
+
+
+class DiagnosisLike(Protocol):
+    """What a :class:`CaptureError` says of a watched step, as :class:`~cg_lightning.Diagnosis`."""
+
+    @property
+    def findings(self) -> Sequence[FindingLike]:
+        """What stands in the way of one graph for all of it, in order."""
+
+    def capturable(self, path: str = "") -> bool:
+        """Whether the submodule at ``path`` could be one graph; empty: the step."""
+
+    def largest_capturable(self) -> list[str]:
+        """Return the paths of the fewest, largest submodules that could be graphs."""
+
+
 class CaptureError(CUDAGraphError):
     """A graph could not be captured, or (``strict=True``) a step ran in a lower mode than asked.
 
@@ -66,7 +107,7 @@ class CaptureError(CUDAGraphError):
             None if no step was watched.
     """
 
-    def __init__(self, message: str, diagnosis: object = None) -> None:
+    def __init__(self, message: str, diagnosis: DiagnosisLike | None = None) -> None:
         super().__init__(message)
         self.diagnosis = diagnosis
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from cg_lightning.core.reasons import Status
 from cg_lightning.report.timeline import BatchTime, Ran
 
 MOST_REASONS = 3
@@ -73,7 +74,9 @@ def _groups(batches: Sequence[BatchTime]) -> dict[str, tuple[str, str, Points]]:
     by_reason: dict[str, Points] = defaultdict(list)
     for number, batch in enumerate(batches):
         point = (number, batch.seconds * 1e3)
-        if batch.how is Ran.EAGER:
+        # the steps of a warm-up may be eager for another reason, such as one that comes late
+        is_warm_up = batch.reason is None or batch.reason.kind is Status.WARM_UP
+        if batch.how is Ran.EAGER or (batch.how is Ran.WARM_UP and not is_warm_up):
             by_reason[str(batch.reason)].append(point)
         else:
             by_kind[batch.how].append(point)
