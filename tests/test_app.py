@@ -334,6 +334,19 @@ def test_without_the_callback_metrics_are_printed(tmp_path):
     assert "The validate ran without CUDAGraphCallback, so there is nothing to compare" in printed
 
 
+def test_equal_findings_are_one_row():
+    from cg_lightning import diagnose
+
+    class Net(torch.nn.Module):
+        def forward(self, x):
+            for _ in range(3):
+                x = x * x.sum().item()
+            return x
+
+    found = diagnose(Net(), torch.ones(2, 3))
+    assert str(found).count("host sync") == found._repr_html_().count("host sync") == 1
+
+
 def test_a_diagnosis_in_a_narrow_terminal_breaks_no_word():
     from cg_lightning import diagnose
     from cg_lightning.app.diagnose import fitted

@@ -17,6 +17,7 @@ PRINTED = {
     "quickstart": [
         "predicted batches are equal in every bit",
         "batches of a loop without a Trainer are equal in every bit",
+        "batches of Fabric are equal in every bit",
         "host sync: aten::",
     ],
     "why_not_one_graph": [

@@ -55,9 +55,10 @@ class Diagnosis:
         return list(self._watched.largest_capturable())
 
     def _rows(self) -> list[tuple[str, ...]]:
-        return [
+        rows = [
             (f.cause.value, f.operation, f.module or "-", f.where, f.remedy) for f in self.findings
         ]
+        return list(dict.fromkeys(rows))  # one line may be found twice
 
     def __str__(self) -> str:
         if not self.findings:
