@@ -5,7 +5,14 @@ from __future__ import annotations
 import array
 import collections
 import dataclasses
+import decimal
+import enum
+import functools
+import logging
+import pathlib
 import random
+import types
+import weakref
 from collections.abc import Callable as Function
 from typing import Any
 
@@ -13,11 +20,15 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.distributions.transforms import AffineTransform
+from torchmetrics import MeanMetric
 
+from cg_lightning import CUDAGraphCallback
 from cg_lightning.guards.values import FrozenValues
-from tests.harness import Harness, features, predict
+from tests.harness import Harness, assert_same, features, predict
 from tests.models import Body, Predictor
 
 
@@ -44,6 +55,119 @@ class Scales:
         return x * self.factor
 
 
+def with_factor(value: Any) -> Any:
+    """Gives a value an attribute."""
+    value.factor = 1.0
+    return value
+
+
+def fresh_class() -> Any:
+    class Config:
+        factor = 1.0
+
+        class Deep:
+            factor = 1.0
+
+    return Config
+
+
+def fresh_module() -> Any:
+    module = types.ModuleType("settings_of_a_test")
+    module.__file__ = __file__
+    module.factor = 1.0  # type: ignore[attr-defined]
+    return module
+
+
+class OwnStr(str):
+    pass
+
+
+class OwnInt(int):
+    pass
+
+
+class OwnDecimal(decimal.Decimal):
+    pass
+
+
+class OwnPath(type(pathlib.Path())):  # type: ignore[misc]
+    pass
+
+
+class OwnSet(set):  # type: ignore[type-arg]
+    pass
+
+
+class OwnArray(np.ndarray):  # type: ignore[type-arg]
+    pass
+
+
+class OwnList(list):  # type: ignore[type-arg]
+    pass
+
+
+class OwnMapping(collections.UserDict):  # type: ignore[type-arg]
+    pass
+
+
+class OwnHandler(logging.Handler):
+    pass
+
+
+def fresh_enum() -> Any:
+    return enum.Enum("Phase", {"A": 1, "B": [1.0]}, module=__name__)
+
+
+def fresh_function() -> Any:
+    def function(x: Tensor) -> Tensor:
+        return x
+
+    return function
+
+
+def fresh_closure() -> Any:
+    kept = Slotted()
+
+    def function() -> Any:
+        return kept
+
+    return function
+
+
+def cached() -> Any:
+    @functools.lru_cache
+    def table() -> list[float]:
+        return [1.0]
+
+    table()
+    return table
+
+
+def change_item(items: Any) -> None:
+    items[0] = 3.0
+
+
+def first(items: Any) -> Any:
+    return next(iter(items))
+
+
+class Referred:
+    def __init__(self) -> None:
+        self.factor = 1.0
+
+
+KEPT: list[Any] = []
+"""What only weak references of a model refer to."""
+
+
+def referred(make: Function[[Any], Any]) -> Function[[], Any]:
+    def made() -> Any:
+        KEPT.append(Referred())
+        return make(KEPT[-1])
+
+    return made
+
+
 def set_to(name: str, value: Any) -> Function[[Any], None]:
     def change(kept: Any) -> None:
         setattr(kept, name, value)
@@ -59,6 +183,141 @@ Case = tuple[Function[[], Any], Function[[Tensor, Any], Tensor], Function[[Any],
 """Functions to make, use and change a value that the module stores."""
 CASES: dict[str, Case] = {
     "slots": (Slotted, lambda x, kept: x * kept.factor, set_to("factor", 3.0)),
+    **{
+        name: (
+            lambda make=make: with_factor(make()),  # type: ignore[misc]
+            lambda x, kept: x * kept.factor,
+            lambda kept: setattr(kept, "factor", 3.0),
+        )
+        for name, make in {
+            "member of an enum": lambda: fresh_enum().A,
+            "str": lambda: OwnStr("a"),
+            "int": lambda: OwnInt(1),
+            "Decimal": lambda: OwnDecimal(1),
+            "Path": lambda: OwnPath("a"),
+            "set with an attribute": OwnSet,
+            "array with an attribute": lambda: np.ones(2).view(OwnArray),
+            "list with an attribute": lambda: OwnList([1]),
+            "mapping with an attribute": OwnMapping,
+            "exception": lambda: ValueError("a"),
+            "logger": lambda: logging.Logger("of a test"),
+            "handler": OwnHandler,
+            "function": fresh_function,
+            "partial": lambda: functools.partial(abs),
+            "class": fresh_class,
+            "module": fresh_module,
+        }.items()
+    },
+    "nested class": (
+        fresh_class,
+        lambda x, kept: x * kept.Deep.factor,
+        lambda kept: set_to("factor", 3.0)(kept.Deep),
+    ),
+    "class in a dictionary": (
+        lambda: {"a": fresh_class()},
+        lambda x, kept: x * kept["a"].factor,
+        lambda kept: set_to("factor", 3.0)(kept["a"]),
+    ),
+    "new name in a class": (
+        fresh_class,
+        lambda x, kept: x * getattr(kept, "other", 1.0),
+        set_to("other", 3.0),
+    ),
+    "class in an object": (
+        lambda: types.SimpleNamespace(config=fresh_class()),
+        lambda x, kept: x * kept.config.factor,
+        lambda kept: set_to("factor", 3.0)(kept.config),
+    ),
+    "key": (
+        lambda: [{Plain(): 1}],
+        lambda x, kept: x * first(kept[0]).factor,
+        lambda kept: set_to("factor", 3.0)(first(kept[0])),
+    ),
+    "member of a set": (
+        lambda: {Plain()},
+        lambda x, kept: x * first(kept).factor,
+        lambda kept: set_to("factor", 3.0)(first(kept)),
+    ),
+    "member of a frozenset": (
+        lambda: frozenset([Plain()]),
+        lambda x, kept: x * first(kept).factor,
+        lambda kept: set_to("factor", 3.0)(first(kept)),
+    ),
+    "module in a frozenset": (
+        lambda: frozenset([with_factor(Body())]),
+        lambda x, kept: x * first(kept).factor,
+        lambda kept: set_to("factor", 3.0)(first(kept)),
+    ),
+    "array of objects": (
+        lambda: np.array([[Plain()]], dtype=object),
+        lambda x, kept: x * kept[0, 0].factor,
+        lambda kept: set_to("factor", 3.0)(kept[0, 0]),
+    ),
+    "value of an enum": (
+        lambda: fresh_enum().B,
+        lambda x, kept: x * kept.value[0],
+        lambda kept: change_item(kept.value),
+    ),
+    "arguments of an exception": (
+        lambda: ValueError(1.0),
+        lambda x, kept: x * kept.args[0],
+        set_to("args", (3.0,)),
+    ),
+    "LoggerAdapter": (
+        lambda: logging.LoggerAdapter(logging.Logger("of a test"), {"factor": 1.0}),
+        lambda x, kept: x * kept.extra["factor"],
+        lambda kept: kept.extra.update(factor=3.0),
+    ),
+    "list with an attribute in a list": (
+        lambda: [with_factor(OwnList([1]))],
+        lambda x, kept: x * kept[0].factor,
+        lambda kept: set_to("factor", 3.0)(kept[0]),
+    ),
+    "default_factory": (
+        lambda: collections.defaultdict(lambda: 1.0),
+        lambda x, kept: x * kept.default_factory(),
+        set_to("default_factory", lambda: 3.0),
+    ),
+    "closure of a function that is not called": (
+        fresh_closure,
+        lambda x, kept: x * kept.__closure__[0].cell_contents.factor,
+        lambda kept: set_to("factor", 3.0)(kept.__closure__[0].cell_contents),
+    ),
+    "slice": (
+        lambda: slice(Plain(), 1),
+        lambda x, kept: x * kept.start.factor,
+        lambda kept: set_to("factor", 3.0)(kept.start),
+    ),
+    "weak reference": (
+        referred(weakref.ref),
+        lambda x, kept: x * kept().factor,
+        lambda kept: set_to("factor", 3.0)(kept()),
+    ),
+    "WeakSet": (
+        referred(lambda value: weakref.WeakSet([value])),
+        lambda x, kept: x * first(kept).factor,
+        lambda kept: set_to("factor", 3.0)(first(kept)),
+    ),
+    "result in a cache": (
+        cached,
+        lambda x, kept: x * kept()[0],
+        lambda kept: change_item(kept()),
+    ),
+    "callback of Lightning": (
+        lambda: EarlyStopping("loss"),
+        lambda x, kept: x * (1 + kept.wait_count),
+        set_to("wait_count", 3),
+    ),
+    "transform of PyTorch": (
+        lambda: AffineTransform(0.0, 1.0),
+        lambda x, kept: kept(x),
+        set_to("scale", 3.0),
+    ),
+    "metric in a list": (
+        lambda: [with_factor(MeanMetric())],
+        lambda x, kept: x * kept[0].factor,
+        lambda kept: set_to("factor", 3.0)(kept[0]),
+    ),
     "tensor in slots": (
         lambda: Slotted(tensor=torch.ones(8)),
         lambda x, kept: x * kept.tensor,
@@ -123,9 +382,9 @@ def on(kept: Any, device: torch.device) -> Any:
     """Moves values that a LightningModule does not move."""
     if isinstance(kept, Tensor):
         return kept.to(device)
-    if isinstance(kept, list):
+    if type(kept) is list:
         return [on(item, device) for item in kept]
-    if isinstance(kept, dict):
+    if type(kept) is dict:
         return {name: on(item, device) for name, item in kept.items()}
     if isinstance(kept, nn.Module):
         return kept.to(device)
@@ -149,19 +408,30 @@ class Keeps(Predictor):
             self.change(self.kept)
 
 
+def compare(harness: Harness, make: Function[[], Predictor], callback: CUDAGraphCallback) -> None:
+    """Compare with eager. No copy is made: it would share classes and functions."""
+    seen = []
+    for extra in ([callback], []):
+        torch.manual_seed(2)
+        module = make()
+        torch.manual_seed(1)
+        result = harness.trainer(*extra).predict(module, features(32))
+        seen.append((result, dict(module.state_dict())))
+    assert_same(*seen)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_changed_between_two_batches(harness: Harness, device, name):
     """Hazards 4 and 7: guards find it before each replay, verification is off."""
-    torch.manual_seed(2)
     callback = harness.callback(warmup_steps=1, verify_replays=0)
-    harness.compare(Keeps(CASES[name], device, 4), predict(features(32)), callback)
+    compare(harness, lambda: Keeps(CASES[name], device, 4), callback)
     assert callback.stats.steps["NONE"] < 4, callback.summary()
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_without_a_change_nothing_is_captured_anew(harness: Harness, device, name):
     callback = harness.callback(warmup_steps=1, mode="FULL")
-    harness.compare(Keeps(CASES[name], device, 99), predict(features(32)), callback)
+    compare(harness, lambda: Keeps(CASES[name], device, 99), callback)
     assert callback.stats.captures == 1
 
 
@@ -185,9 +455,31 @@ def keep_last(kept: Any) -> float:
     return kept[0]
 
 
+def counted(holder: Any) -> float:
+    holder.factor += 1
+    return holder.factor
+
+
 CHANGED_BY_THE_STEP: dict[str, tuple[Function[[], Any], Function[[Any], float]]] = {
     "object in an object": (Nested, bump),
     "list in a list": (lambda: [[0.0]], bump_first),
+    "class": (fresh_class, counted),
+    "nested class": (fresh_class, lambda kept: counted(kept.Deep)),
+    "module": (fresh_module, counted),
+    "key": (lambda: {Plain(): 1}, lambda kept: counted(first(kept))),
+    "member of a set": (lambda: frozenset([Plain()]), lambda kept: counted(first(kept))),
+    "array of objects": (
+        lambda: np.array([Plain()], dtype=object),
+        lambda kept: counted(kept[0]),
+    ),
+    "member of an enum": (lambda: with_factor(fresh_enum().A), counted),
+    "str": (lambda: with_factor(OwnStr("a")), counted),
+    "function": (lambda: with_factor(fresh_function()), counted),
+    "weak reference": (referred(weakref.ref), lambda kept: counted(kept())),
+    "metric in a list": (
+        lambda: [with_factor(MeanMetric())],
+        lambda kept: counted(kept[0]),
+    ),
     "NumPy array": (lambda: np.zeros((1, 1)), bump_first),
     "deque": (lambda: collections.deque([1.0, 2.0], maxlen=2), keep_last),
     "random.Random": (lambda: random.Random(3), lambda kept: kept.random()),
@@ -210,7 +502,7 @@ def test_changed_by_the_step_itself(harness: Harness, name, verify_replays):
             return self.net(batch[0]) * change(self.kept)
 
     callback = harness.callback(warmup_steps=1, verify_replays=verify_replays)
-    harness.compare(Changes(), predict(features(32)), callback)
+    compare(harness, Changes, callback)
     assert callback.stats.steps["PIECEWISE"] == 7, callback.summary()
 
 
@@ -235,6 +527,11 @@ CHANGES_OF_ITEMS: dict[str, tuple[Function[[], Any], Function[[Any], object], bo
         lambda: collections.OrderedDict(a=1, b=2),
         lambda value: value.move_to_end("a"),
         True,
+    ),
+    "not a number": (
+        lambda: [float("nan")],
+        lambda value: value.__setitem__(0, float("nan")),
+        False,
     ),
     "equal number": (lambda: [1000.5], lambda value: value.__setitem__(0, float("1000.5")), False),
     "equal dictionary": (
@@ -276,6 +573,15 @@ def test_large_ones_are_for_close_looks(items):
         change(kept)
         assert values.hold() == (items == 1000)
         assert values.large_ones_hold() == (items == 3)
+
+
+def test_what_is_weakly_referred_to_is_not_kept_alive():
+    """A step would see it die in eager."""
+    kept = Referred()
+    values = FrozenValues([weakref.ref(kept)], ["self.kept"])
+    assert values.hold()
+    del kept
+    assert not values.hold()
 
 
 def test_what_refers_to_itself():

@@ -1,12 +1,13 @@
 """Changes of a module from outside. Sampling is off, so only guards can notice them."""
 
+import math
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchmetrics.classification import BinaryAccuracy
 
@@ -503,3 +504,109 @@ def test_a_step_that_gives_weights_other_memory(harness, kind, mode, verify_repl
     harness.compare(Predictor(kind()), predict(features(32)), callback)
     assert callback.stats.steps["FULL"] == 0, callback.summary()
     assert any("other memory" in str(each.reason) for each in callback.stats.reasons)
+
+
+class SlottedBody(nn.Module):
+    __slots__ = ("scale",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.scale
+
+
+class CountsInASlot(SlottedBody):
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale += 1
+        return super().forward(x)
+
+
+class CountsUnreadInASlot(SlottedBody):
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale += 1
+        return self.linear(x)
+
+
+class ReadsItsDictionary(Predictor):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().predict_step(batch, batch_idx) * self.__dict__.get("extra", 1.0)
+
+
+class ReadsItsNames(Predictor):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().predict_step(batch, batch_idx) * (2.0 if "extra" in vars(self) else 1.0)
+
+
+class ReadsItsExample(Predictor):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.example_input_array = torch.ones(8)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        output = super().predict_step(batch, batch_idx)
+        return output * self.example_input_array.to(output.device)
+
+
+def not_a_number(module: Any, batch: int) -> None:
+    module.scale = float("nan")
+
+
+class ReadsNotANumber(Predictor):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().predict_step(batch, batch_idx) * (1.0 if math.isnan(self.scale) else 2.0)
+
+
+def at(batch: int, name: str, value: Any, where: str = "") -> Any:
+    def change(module: Any, now: int) -> None:
+        if now == batch:
+            setattr(module.get_submodule(where), name, value)
+
+    return change
+
+
+def toggle_slot(module: Any, batch: int) -> None:
+    module.net.scale = 1.0 + batch // 2 % 2
+
+
+UNUSUAL_ATTRIBUTES: dict[str, tuple[Any, Any, int]] = {
+    # the module, what is done before each of 16 batches, captures of mode FULL
+    "slot": (lambda: Predictor(SlottedBody()), at(8, "scale", 3.0, "net"), 2),
+    "slot that toggles": (lambda: Predictor(SlottedBody()), toggle_slot, 2),
+    "slot that the step counts in": (lambda: Predictor(CountsInASlot()), None, 0),
+    "slot that the step only counts": (lambda: Predictor(CountsUnreadInASlot()), None, 0),
+    "new name": (lambda: ReadsItsDictionary(Body()), at(8, "extra", 3.0), 2),
+    "names": (lambda: ReadsItsNames(Body()), at(8, "extra", 3.0), 2),
+    "attribute of Lightning": (
+        lambda: ReadsItsExample(Body()),
+        at(8, "example_input_array", torch.full((8,), 3.0)),
+        2,
+    ),
+    "not a number": (lambda: ReadsNotANumber(Body()), not_a_number, 1),
+}
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", UNUSUAL_ATTRIBUTES)
+def test_attributes_that_are_found_in_unusual_places(harness: Harness, name, mode, verify_replays):
+    """Hazards 6 and 7: slots, the names in a dictionary, what Lightning stores, NaN."""
+    make, change, captures = UNUSUAL_ATTRIBUTES[name]
+
+    class Changes(Callback):
+        def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+            if change is not None:
+                change(pl_module, batch_idx)
+
+    callback = harness.callback(warmup_steps=1, mode=mode, verify_replays=verify_replays)
+    seen = []
+    for extra in ([callback], []):  # made anew: a copy of a module loses its slots
+        torch.manual_seed(2)
+        module = make()
+        result = harness.trainer(*extra, Changes()).predict(module, features(64))
+        seen.append((result, getattr(module.net, "scale", None)))
+    assert_same(*seen)
+    if mode == "FULL":
+        assert callback.stats.captures == captures, callback.summary()

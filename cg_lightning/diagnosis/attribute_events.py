@@ -24,7 +24,12 @@ from cg_lightning.effects.containers import ContainersSnapshot
 from cg_lightning.effects.python_changes import ChangedAttribute
 from cg_lightning.guards.changed_values import kind_to_change
 from cg_lightning.guards.values import addresses_of
-from cg_lightning.modules.attributes import is_same_value, names_of_frameworks, value_in_class
+from cg_lightning.modules.attributes import (
+    is_same_value,
+    names_of_frameworks,
+    slots_in,
+    value_in_class,
+)
 from cg_lightning.modules.interception import ModuleHandler
 from cg_lightning.modules.kinds import is_user_class
 
@@ -96,9 +101,8 @@ class AttributeEvents(ModuleHandler):
     def set_first(self) -> list[str]:
         """Return the names of attributes that the step set before it read them."""
         frameworks = names_of_frameworks(self.module)
-        return [
-            name for name in self._set_first if name in self._attributes and name not in frameworks
-        ]
+        stored = {*self._attributes, *slots_in(self.module)}
+        return [name for name in self._set_first if name in stored and name not in frameworks]
 
     def changes(self, changed: Iterable[str]) -> list[ChangedAttribute]:
         """Return the attributes that a replay can change as the step did.

@@ -9,9 +9,10 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
-from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.diagnosis.step_watch import StepWatch, look_into
 from cg_lightning.guards.sources import MISSING, Source
+from cg_lightning.guards.value_kinds import holds_nothing
+from cg_lightning.metrics.members import ATTRIBUTES_OF_METRICS, state_names
 from cg_lightning.modules.attributes import plain_attributes
 from cg_lightning.modules.kinds import is_metric
 
@@ -19,11 +20,7 @@ from cg_lightning.modules.kinds import is_metric
 def hidden_modules(watch: StepWatch, found: Collection[nn.Module]) -> list[nn.Module]:
     """Returns the modules inside some modules, without those that the step's module contains."""
     inside = {id(child): child for module in found for child in module.modules()}
-    return [
-        child
-        for key, child in inside.items()
-        if key not in watch.inside_root and not is_metric(child)
-    ]
+    return [child for key, child in inside.items() if key not in watch.inside_root]
 
 
 def sources_in(modules: Iterable[nn.Module], path: str) -> list[Source]:
@@ -31,8 +28,15 @@ def sources_in(modules: Iterable[nn.Module], path: str) -> list[Source]:
     return [
         Source(module, name, f"{path}: {type(module).__name__}.{name}")
         for module in modules
-        for name in plain_attributes(module)
+        for name in _attributes(module)
     ]
+
+
+def _attributes(module: nn.Module) -> list[str]:
+    if not is_metric(module):
+        return plain_attributes(module)
+    known = ATTRIBUTES_OF_METRICS | state_names(module)
+    return [name for name in vars(module) if name not in known]
 
 
 def opaque_in(watch: StepWatch, sources: Iterable[Source]) -> list[str]:
@@ -44,6 +48,6 @@ def opaque_in(watch: StepWatch, sources: Iterable[Source]) -> list[str]:
     found: list[str] = []
     for source in sources:
         value = source.value()
-        if value is not MISSING and not is_plain_value(value):
+        if value is not MISSING and not holds_nothing(value):
             found += watch.look_at(look_into(value, source.path))
     return found

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.diagnosis.step_watch import UnreadableError, look_into
+from cg_lightning.guards.value_kinds import holds_nothing, values_of
 from cg_lightning.guards.values import FrozenValues
 from cg_lightning.modules.attributes import (
-    class_values,
     is_same_value,
     names_of_frameworks,
     scripted_attributes,
+    set_by_users,
+    slots_in,
 )
 
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -32,7 +33,8 @@ class ModuleState:
         self._values = _values(module)
         self._contents = {
             name: contents
-            for name in self._values.keys() - names_of_frameworks(module)
+            for name in self._values
+            if name not in names_of_frameworks(module) or set_by_users(module, name)
             if (contents := _contents(self._values[name])) is not None
         }
 
@@ -55,7 +57,7 @@ class ModuleState:
 
 
 def _values(module: nn.Module) -> dict[str, Any]:
-    attributes = {**vars(module), **scripted_attributes(module)}
+    attributes = {**vars(module), **slots_in(module), **scripted_attributes(module)}
     # Lightning's cache of the names of metrics, made by the first ``self.log``
     attributes.pop("_metric_attributes", None)
     # torch.jit's cache of its compiled methods, made when they are first read
@@ -65,12 +67,12 @@ def _values(module: nn.Module) -> dict[str, Any]:
         for table in _TABLES
         for name, member in attributes.pop(table, {}).items()
     }
-    return {**dict(class_values(module)), **attributes, **members, "__class__": type(module)}
+    return {**values_of(type(module)), **attributes, **members, "__class__": type(module)}
 
 
 def _contents(value: Any) -> FrozenValues | None:
     """Returns what is in a value; None if nothing is, or if nobody can look into it."""
-    if is_plain_value(value):
+    if holds_nothing(value):
         return None
     try:
         return look_into(value)

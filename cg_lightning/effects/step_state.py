@@ -16,28 +16,44 @@ from cg_lightning.core.tree import flatten
 from cg_lightning.effects.containers import ContainersSnapshot
 from cg_lightning.effects.python_changes import ChangedAttribute, ChangedAttributesSnapshot
 from cg_lightning.metrics.members import states_of
-from cg_lightning.modules.attributes import global_hooks, names_of_frameworks
+from cg_lightning.modules.attributes import (
+    global_hooks,
+    has_slots,
+    names_of_frameworks,
+    slots_in,
+)
 from cg_lightning.modules.kinds import is_metric
 
 if TYPE_CHECKING:
     from cg_lightning.effects.module_effects import ModuleEffects
 
 
+def _held_by(module: nn.Module) -> dict[str, Any]:
+    return {**vars(module), **slots_in(module)}
+
+
 class AttributesSnapshot:
     """Stores which objects the attributes refer to. It does *not* copy these objects.
 
     Args:
-        objects: Objects with a ``__dict__`` that is never replaced.
+        modules: The modules that have the attributes.
     """
 
-    def __init__(self, objects: Iterable[object]) -> None:
-        self._attributes = [(vars(obj), dict(vars(obj))) for obj in objects]
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        modules = list(modules)
+        self._attributes = [(vars(module), dict(vars(module))) for module in modules]
+        self._slots = [(module, slots_in(module)) for module in modules if has_slots(module)]
 
     def restore(self) -> None:
         """Restore all attributes, and remove new ones."""
         for attributes, before in self._attributes:
             attributes.clear()
             attributes.update(before)
+        for module, held in self._slots:
+            for name in slots_in(module).keys() - held.keys():
+                object.__delattr__(module, name)
+            for name, value in held.items():
+                object.__setattr__(module, name, value)
 
 
 class HeldByModules:
@@ -55,18 +71,18 @@ class HeldByModules:
             if effects is None or not is_metric(child)
         ]
         self._attributes = AttributesSnapshot(child for _, child in self._modules)
-        self._before = [dict(vars(child)) for _, child in self._modules]
+        self._before = [_held_by(child) for _, child in self._modules]
         self._containers = ContainersSnapshot(
             (f"{path}.{name}", value)
             for path, child in self._modules
-            for name, value in vars(child).items()
+            for name, value in _held_by(child).items()
             if name in _TENSOR_TABLES or name not in names_of_frameworks(child)
         )
 
     def left(self) -> str:
         """Return where a tensor is that was not there before; empty if nowhere."""
         for (path, child), before in zip(self._modules, self._before, strict=True):
-            for name, value in vars(child).items():
+            for name, value in _held_by(child).items():
                 if value is not before.get(name) and any(
                     isinstance(leaf, Tensor) for leaf in flatten(value)[0]
                 ):
@@ -195,7 +211,7 @@ class StepState:
         self._containers = ContainersSnapshot(
             (name, value)
             for child in modules
-            for name, value in vars(child).items()
+            for name, value in _held_by(child).items()
             if name not in names_of_frameworks(child)
         )
         self._host_random_state = HostRandomState()

@@ -9,10 +9,11 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.guards.trainer_values import TrainerTypes, TrainerValues
+from cg_lightning.modules.attributes import names_of_users, slots_of
 
 MISSING: Any = type("Missing", (), {"__repr__": lambda _: "not there"})()
 """The value of a source whose holder has no such name."""
@@ -60,6 +61,27 @@ _VIEWS: dict[type, Callable[[Any], Any]] = {
     types.FunctionType: _Function,
     CacheWrapper: _Cache,
 }
+
+
+ALL_NAMES = "__dict__"
+"""As the name of a source of a module: which attributes the user has set, and no values."""
+
+
+class _Slots:
+    """The slots of a module as a namespace, and the names of all that the user has set."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def get(self, name: str, default: Any) -> Any:
+        """Return what is in a slot, or the names; ``default`` if the slot is empty."""
+        if name == ALL_NAMES:
+            users = names_of_users(self._module)
+            return ", ".join([each for each in vars(self._module) if each in users])
+        try:
+            return object.__getattribute__(self._module, name)
+        except AttributeError:
+            return default
 
 
 class DerivedNamespace:
@@ -110,7 +132,10 @@ class Source:
         """The mapping that has the name; the same object each time."""
         if isinstance(self.holder, (dict, DerivedNamespace)) or self.belongs_to_trainer:
             return self.holder
-        view = _VIEWS.get(type(self.holder))
+        cls: type = type(self.holder)
+        if isinstance(self.holder, nn.Module) and self.name in (ALL_NAMES, *slots_of(cls)):
+            return _Slots(self.holder)
+        view = _VIEWS.get(cls)
         return vars(self.holder) if view is None else view(self.holder)
 
     @property

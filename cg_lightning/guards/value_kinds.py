@@ -37,8 +37,14 @@ from torch import Tensor, nn
 
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.guards.sources import CacheWrapper
-from cg_lightning.modules.attributes import attributes_of, slots_of
-from cg_lightning.modules.kinds import is_user_class, is_value_of_class, lightning_class
+from cg_lightning.modules.attributes import attributes_of, has_room_for_attributes, slots_of
+from cg_lightning.modules.kinds import (
+    is_user_class,
+    is_user_file,
+    is_users_namespace,
+    is_value_of_class,
+    lightning_class,
+)
 
 
 class ValueKind(enum.Enum):
@@ -47,7 +53,9 @@ class ValueKind(enum.Enum):
     HARMLESS = "nothing in it can change what a step computes"
     TENSOR = "compared by its address"
     MODULE = "has a guard of its own"
-    FUNCTION = "what it is bound to is looked into"
+    FUNCTION = "what it is bound to and what it has closed over is looked into"
+    NAMESPACE = "a class or module of the user's: its values are looked into"
+    REFERENCE = "what it refers to is looked into"
     CONTENTS = "its contents can be copied and compared"
     CACHE = "a function with functools.cache: a step that misses it changes it"
     GENERATOR = "what a step draws from it on its device can be part of a graph"
@@ -57,7 +65,7 @@ class ValueKind(enum.Enum):
 
 
 _HARMLESS: tuple[type, ...] = (
-    *(type, types.ModuleType, types.GenericAlias, types.UnionType),
+    *(types.GenericAlias, types.UnionType),
     *(
         str,
         bytes,
@@ -65,7 +73,6 @@ _HARMLESS: tuple[type, ...] = (
         float,
         complex,
         range,
-        slice,
         frozenset,
         type(Ellipsis),
         type(NotImplemented),
@@ -73,19 +80,31 @@ _HARMLESS: tuple[type, ...] = (
     *(enum.Enum, re.Pattern, re.Match, pathlib.PurePath, uuid.UUID),
     *(datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo),
     *(decimal.Decimal, fractions.Fraction, BaseException),
-    *(logging.Filterer, logging.LoggerAdapter, logging.Filter),
-    *(property, classmethod, staticmethod, weakref.ref),
+    *(logging.Filterer, logging.Filter),
     *(types.CodeType, types.FrameType, types.TracebackType, types.MemberDescriptorType),
     *(types.GetSetDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType),
     *(types.ClassMethodDescriptorType, type(collections.namedtuple("_Pair", "first").first)),  # type: ignore[attr-defined]
 )
-"""Immutable, or outside what a step computes: what is logged is watched by a detector."""
+"""Immutable, or outside what a step computes: what is logged is watched by a detector.
+
+What somebody has set on them is another matter.
+"""
+_BOUND_TO: tuple[tuple[Any, tuple[str, ...]], ...] = (
+    (functools.partial, ("func", "args", "keywords")),
+    (property, ("fget", "fset", "fdel")),
+    (slice, ("start", "stop", "step")),
+    ((classmethod, staticmethod), ("__func__",)),
+    (types.MethodType, ("__self__", "__func__")),
+    ((types.BuiltinFunctionType, types.MethodWrapperType), ("__self__",)),
+    ((types.FunctionType, types.CellType), ()),
+)
+"""What functions, and a few other values of C, hold for good."""
 _FUNCTIONS = (
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType),
-    functools.partial,
+    *(functools.partial, property, classmethod, staticmethod, types.CellType, slice),
 )
-_FRAMEWORKS = ("lightning", "pytorch_lightning", "lightning_fabric", "cg_lightning")
-"""Their objects know the Trainer; what a step reads of that is watched by a detector."""
+_PARTS_OF_TRAINER = ("Trainer", "Fabric", "Strategy", "_Loop")
+"""What a step reads of them is watched by a detector."""
 _OPAQUE = (io.IOBase, random.Random)
 
 
@@ -153,17 +172,30 @@ def _root(cls: type) -> str:
     return cls.__module__.split(".")[0]
 
 
-def _is_harmless_class(cls: type) -> bool:
-    if issubclass(cls, _HARMLESS) or lightning_class(cls, "Trainer") or hasattr(cls, "__members__"):
+def _is_of_library(cls: type) -> bool:
+    return not is_user_class(cls) or _root(cls) in sys.stdlib_module_names
+
+
+def _can_be_given_attributes(cls: type) -> bool:
+    """Whether users set attributes on instances of a harmless class."""
+    if issubclass(cls, (BaseException, logging.Filterer)):
         return True
-    if _root(cls) in _FRAMEWORKS and not has_hidden_state(cls):
+    return has_room_for_attributes(cls) and not _is_of_library(cls)
+
+
+def _is_harmless_class(cls: type) -> bool:
+    if lightning_class(cls, *_PARTS_OF_TRAINER) or _root(cls) == "cg_lightning":
+        return True
+    if hasattr(cls, "__members__"):
         return True
     numpy = sys.modules.get("numpy")
     if numpy is not None and issubclass(cls, (numpy.generic, numpy.dtype, numpy.ufunc)):
         return True
     is_called = "__call__" in dir(cls)
     if is_called and not is_user_class(cls):
-        return True
+        # an operator of PyTorch, with caches of its own, or one that sets a mode while it is used
+        is_private = cls.__module__.startswith("torch._")
+        return has_hidden_state(cls) or is_private or hasattr(cls, "__enter__")
     if not has_hidden_state(cls):
         return False
     if hasattr(cls, "__next__"):
@@ -179,6 +211,12 @@ def _kind_of_class(cls: type) -> ValueKind:
         return ValueKind.MODULE
     if issubclass(cls, _FUNCTIONS):
         return ValueKind.FUNCTION
+    if issubclass(cls, (type, types.ModuleType)):
+        return ValueKind.NAMESPACE
+    if issubclass(cls, weakref.ref):
+        return ValueKind.REFERENCE
+    if issubclass(cls, _HARMLESS):
+        return ValueKind.OBJECT if _can_be_given_attributes(cls) else ValueKind.HARMLESS
     if cls is CacheWrapper:
         return ValueKind.CACHE
     if issubclass(cls, torch.Generator):
@@ -194,9 +232,14 @@ def _kind_of_class(cls: type) -> ValueKind:
     return ValueKind.OPAQUE if has_hidden_state(cls) else ValueKind.OBJECT
 
 
+def holds_nothing(value: Any) -> bool:
+    """Return whether a value is plain: there is nothing in it that could change."""
+    return is_plain_value(value) and not isinstance(value, enum.Enum)
+
+
 def kind_of(value: Any) -> ValueKind:
     """Return what a value is to a graph."""
-    if is_plain_value(value):
+    if holds_nothing(value):
         return ValueKind.HARMLESS
     if contents_of(value) is not None:
         return ValueKind.CONTENTS
@@ -204,6 +247,10 @@ def kind_of(value: Any) -> ValueKind:
     kind = _kind_of_class(cls)
     if kind is ValueKind.OPAQUE and callable(value) and hasattr(value, "__qualname__"):
         return ValueKind.HARMLESS  # a function that another language made
+    if kind is ValueKind.NAMESPACE and not is_users_namespace(value):
+        return ValueKind.HARMLESS
+    if issubclass(cls, _HARMLESS):
+        return kind
     if kind is not ValueKind.OBJECT or _root(type(value)) not in sys.stdlib_module_names:
         return kind
     return ValueKind.OPAQUE if _is_around_opaque(value, 2) else kind
@@ -225,34 +272,86 @@ def _is_around_opaque(value: Any, depth: int) -> bool:
 def bound_to(function: Any) -> dict[str, Any]:
     """Return what a function carries with it, by name: what it is bound to, or given already.
 
-    What a function of the user's has closed over is seen when it is called.
+    Of a function of the user's, that is also what it has closed over: as cells.
     """
-    if isinstance(function, functools.partial):
-        return {"func": function.func, "args": function.args, "keywords": function.keywords}
-    owner = getattr(function, "__self__", None)
-    if owner is None or isinstance(owner, (type, types.ModuleType)):
-        return {}
-    return {"__self__": owner}
+    if isinstance(function, types.FunctionType):
+        names = function.__code__.co_freevars
+        cells = zip(names, function.__closure__ or (), strict=False)
+        # ``super()`` closes over ``__class__``
+        return {f"closure {name}": cell for name, cell in cells if name != "__class__"}
+    names = next(names for kinds, names in _BOUND_TO if isinstance(function, kinds))
+    return {name: getattr(function, name, None) for name in names}
 
 
-def has_attributes(container: Any) -> bool:
-    """Return whether a container keeps attributes beside its items."""
-    if isinstance(container, (list, tuple, dict, collections.deque)):
-        return bool(getattr(container, "__dict__", None))
-    return False
+def is_users_function(function: Any) -> bool:
+    """Return False for functions that a library has defined. All else counts as the user's."""
+    if not isinstance(function, types.FunctionType):
+        return True
+    return is_user_file(function.__code__.co_filename)
 
 
-def class_values_of(cls: type) -> dict[str, Any]:
-    """Return what the user's classes of an object hold beside methods."""
+def holds_something(function: Any) -> bool:
+    """Return whether a function has closed over something, has attributes or defaults in it."""
+    if not isinstance(function, types.FunctionType):
+        return True
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    return bool(bound_to(function) or vars(function)) or not all(map(holds_nothing, defaults))
+
+
+def keeps_more_than_items(container: Any) -> bool:
+    """Return whether a container may have attributes beside its items, or its class may."""
+    cls: type = type(container)
+    if cls in (list, tuple, dict, collections.deque):
+        return False
+    is_built_in = isinstance(container, (list, tuple, dict, collections.deque))
+    return is_built_in or is_users_namespace(cls)
+
+
+def inside(value: Any) -> list[Any]:
+    """Return what a value has inside that is neither an item of a container nor an attribute."""
+    if isinstance(value, (set, frozenset)):
+        return list(value)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.ndarray) and value.dtype.hasobject:
+        return [value.item()] if value.ndim == 0 else list(value.ravel().tolist())
+    return []
+
+
+def spaces_of(namespace: Any) -> list[Any]:
+    """Return the namespaces that the user has written among those of a class, or of a module."""
+    if not isinstance(namespace, type):
+        return [namespace]
+    kind: type = type(namespace)
+    kinds = [cls for cls in kind.__mro__ if is_users_namespace(cls)]
+    return [*[cls for cls in namespace.__mro__ if is_user_class(cls)], *kinds]
+
+
+def values_of(namespace: Any) -> dict[str, Any]:
+    """Return what a class of the user's with its bases, or a module, holds beside functions."""
+    is_class = isinstance(namespace, type)
     return {
-        f"{base.__name__}.{name}": value
-        for base in cls.__mro__
-        if is_user_class(base)
-        for name, value in vars(base).items()
-        if not name.startswith("__")
-        and is_value_of_class(value)
-        and not (name.startswith("_abc_") or isinstance(value, types.MemberDescriptorType))
+        f"{space.__name__}.{name}" if is_class else name: value
+        for space in spaces_of(namespace)
+        for name, value in vars(space).items()
+        if _is_value_of_namespace(name, value)
     }
+
+
+def named_values_of(namespace: Any) -> list[tuple[Any, str, Any]]:
+    """Return the same as mappings, names in them, and values."""
+    return [
+        (vars(space), name, value)
+        for space in spaces_of(namespace)
+        for name, value in vars(space).items()
+        if _is_value_of_namespace(name, value)
+    ]
+
+
+def _is_value_of_namespace(name: str, value: Any) -> bool:
+    is_internal = name.startswith(("__", "_abc_")) or (name[0] == "_" == name[-1])
+    if is_internal or isinstance(value, types.MemberDescriptorType):
+        return False
+    return is_value_of_class(value) or is_users_namespace(value)
 
 
 def name_of_class(value: Any) -> str:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import dataclasses
+import enum
 import functools
-import math
+import logging
+import pathlib
+import struct
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -26,12 +32,18 @@ _PLAIN = (bool, int, float, str, bytes, type(None), torch.device, torch.dtype, t
 
 
 def is_same_value(before: Any, after: Any) -> bool:
-    """Return True if both are the same object, or equal plain values of the same type."""
+    """Return True if both are the same object, or equal plain values of the same type.
+
+    Of a float every bit counts: 0.0 and -0.0 differ, and NaN equals itself.
+    """
     if before is after:
         return True
-    if type(before) is not type(after) or not isinstance(before, _PLAIN) or before != after:
+    cls: type = type(before)
+    if cls is not type(after) or not isinstance(before, _PLAIN) or has_room_for_attributes(cls):
         return False
-    return not isinstance(before, float) or math.copysign(1, before) == math.copysign(1, after)
+    if isinstance(before, float):
+        return struct.pack("d", before) == struct.pack("d", after)
+    return bool(before == after)
 
 
 def same_attributes(attributes: dict[str, Any], before: dict[str, Any]) -> bool:
@@ -55,11 +67,82 @@ def slots_of(cls: type) -> tuple[str, ...]:
     return tuple(found)
 
 
+def has_room_for_attributes(cls: type) -> bool:
+    """Return True if instances of a class can be given attributes."""
+    return cls.__dictoffset__ != 0 or bool(slots_of(cls))
+
+
+_KEPT_IN_C: tuple[tuple[type, tuple[str, ...]], ...] = (
+    (BaseException, ("args",)),
+    (collections.defaultdict, ("default_factory",)),
+    (types.CellType, ("cell_contents",)),
+    (types.FunctionType, ("__defaults__", "__kwdefaults__")),
+)
+"""What instances of some classes hold although no dictionary and no slot of theirs has it."""
+
+
+@functools.lru_cache(maxsize=4096)
+def members_of(cls: type) -> tuple[str, ...]:
+    """Return what instances of ``cls`` hold outside a dictionary, as ``getattr`` wants it."""
+    in_c = [name for base, names in _KEPT_IN_C if issubclass(cls, base) for name in names]
+    own = slots_of(cls)
+    if issubclass(cls, pathlib.PurePath):  # fills its slots when it is asked
+        own = tuple([name for name in own if not hasattr(pathlib.PurePath, name)])
+    return (*own, *in_c)
+
+
+@functools.lru_cache(maxsize=4096)
+def names_of_library(cls: type) -> frozenset[str]:
+    """Return the attributes of instances that only the class of a library writes and reads.
+
+    Such are caches that it fills when it is asked, and what decides what is logged.
+    """
+    if issubclass(cls, logging.Handler):
+        return frozenset({*vars(logging.StreamHandler()), *vars(logging.NullHandler())})
+    if issubclass(cls, logging.Logger):
+        return frozenset(vars(logging.Logger("any")))
+    if issubclass(cls, enum.Enum):
+        return frozenset(("_name_", "__objclass__", "_sort_order_", "_inverted_", "_hash_"))
+    return frozenset()
+
+
 def attributes_of(value: Any) -> dict[str, Any]:
-    """Gives what a plain object holds, also in slots."""
+    """Return what an object holds: in its dictionary, in slots, and in a few places of C."""
     cls: type = type(value)
-    kept = {name: getattr(value, name) for name in slots_of(cls) if hasattr(value, name)}
-    return {**getattr(value, "__dict__", {}), **kept}
+    found = dict(getattr(value, "__dict__", ()))
+    for name in names_of_library(cls):
+        found.pop(name, None)
+    for name in members_of(cls):
+        try:
+            found[name] = getattr(value, name)
+        except (AttributeError, ValueError):  # an empty slot, an empty cell
+            continue
+    return found
+
+
+def attributes_beside_items(container: Any) -> dict[str, Any]:
+    """Return the attributes of a container that are none of its items."""
+    found = attributes_of(container)
+    if dataclasses.is_dataclass(container):
+        for field in dataclasses.fields(container):
+            found.pop(field.name, None)
+    return found
+
+
+def has_slots(module: nn.Module) -> bool:
+    """Return True if the class of a module has slots beside the dictionary."""
+    cls: type = type(module)
+    return bool(slots_of(cls))
+
+
+def slots_in(module: nn.Module) -> dict[str, Any]:
+    """Return what a module holds in slots. A user's ``__getattribute__`` is not asked."""
+    found = {}
+    cls: type = type(module)
+    for name in slots_of(cls):
+        with contextlib.suppress(AttributeError):
+            found[name] = object.__getattribute__(module, name)
+    return found
 
 
 def scripted_attributes(module: nn.Module) -> dict[str, Any]:
@@ -92,6 +175,33 @@ def _names_for(kind: type) -> frozenset[str]:
 @functools.cache
 def _names_in(cls: type) -> frozenset[str]:
     return frozenset({*vars(cls()), "__dict__", "__class__"})
+
+
+_SET_BY_USERS = frozenset(
+    (
+        "_example_input_array",
+        "_automatic_optimization",
+        "_strict_loading",
+        "prepare_data_per_node",
+        "allow_zero_length_dataloader_with_multiple_devices",
+    )
+)
+"""Attributes that Lightning stores, and the user sets and reads, mostly as properties."""
+
+
+def set_by_users(module: nn.Module, name: str) -> str:
+    """Return where Lightning stores what users call ``name``; empty if it stores no such thing."""
+    attributes: dict[str, Any] = object.__getattribute__(module, "__dict__")
+    found = (each for each in (f"_{name}", name) if each in _SET_BY_USERS and each in attributes)
+    return next(found, "")
+
+
+def names_of_users(module: nn.Module) -> set[str]:
+    """Return the names of the attributes that users set: in the module itself, and in slots."""
+    attributes: dict[str, Any] = object.__getattribute__(module, "__dict__")
+    cls: type = type(module)
+    names = {*attributes, *slots_of(cls)}
+    return {name for name in names if name in _SET_BY_USERS} | (names - names_of_frameworks(module))
 
 
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
@@ -215,7 +325,12 @@ def plain_attributes(module: nn.Module) -> list[str]:
     attributes: dict[str, Any] = object.__getattribute__(
         module, "__dict__"
     )  # the module may be intercepted
-    names = {*attributes, *[name.split(".")[-1] for name, _ in class_values(module)]}
+    cls: type = type(module)
+    names = {
+        *attributes,
+        *slots_of(cls),
+        *[name.split(".")[-1] for name, _ in class_values(module)],
+    }
     return [name for name in names if is_plain_attribute(module, name)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import sysconfig
+import types
 from pathlib import Path
 
 from torch import nn
@@ -79,3 +80,13 @@ def is_user_file(file: str) -> bool:
     """Return True if a file is not from a library or this package. The demo is a user's file."""
     is_ours = file.startswith(_OURS) and not file.startswith(f"{_OURS}/app")
     return not is_ours and not _is_library(file)
+
+
+def is_users_namespace(value: object) -> bool:
+    """Return True for a module or class of the user's: ``import config``, ``class Config``."""
+    if isinstance(value, type):
+        value = sys.modules.get(value.__module__)
+    if not isinstance(value, types.ModuleType):
+        return False
+    file = getattr(value, "__file__", None)
+    return value.__name__ == "__main__" if file is None else is_user_file(file)

@@ -8,19 +8,21 @@ from collections.abc import Iterator
 from torch import nn
 
 from cg_lightning.core.causes import Cause
-from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import is_read_by_user
 from cg_lightning.diagnosis.hidden_modules import hidden_modules, opaque_in, sources_in
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall
-from cg_lightning.guards.sources import Source
+from cg_lightning.guards.sources import ALL_NAMES, Source
+from cg_lightning.guards.value_kinds import holds_nothing
 from cg_lightning.modules.attributes import (
     has_attributes_of_users,
     holding_class,
     is_plain_attribute,
     plain_attributes,
     plain_values_of,
+    set_by_users,
+    slots_of,
     values_of_classes,
 )
 from cg_lightning.modules.interception import Interception, ModuleHandler, can_intercept
@@ -98,18 +100,31 @@ class _Attributes:
         for name in names:
             self.read(name)
 
+    def read_names(self) -> None:
+        """Notes that it is read which attributes there are, and all of them."""
+        path = self._prefix.removesuffix(".")
+        self._watch.read(Source(self._module, ALL_NAMES, f"the attributes of {path}"))
+        self.read_all()
+
     def _sources_of(self, name: str) -> list[Source]:
         module = self._module
         own = vars(module)
         members = (own["_parameters"], own["_buffers"], own["_modules"])
-        if not is_plain_attribute(module, name) or any(name in table for table in members):
+        path, inside = f"{self._prefix}{name}", list[Source]()
+        if stored := set_by_users(module, name):
+            name, cls = stored, None
+        elif not is_plain_attribute(module, name) or any(name in table for table in members):
             return []
-        cls = holding_class(module, name)
+        else:
+            cls = holding_class(module, name)
         if cls is not None and not is_user_class(cls):  # a property of a framework's
             return []
-        path, inside = f"{self._prefix}{name}", list[Source]()
-        value = vars(module).get(name) if cls is None else vars(cls)[name]
-        if not is_plain_value(value) and (cls is None or is_value_of_class(value)):
+        kind: type = type(module)
+        is_in_slot = name in slots_of(kind)
+        in_class = None if cls is None else vars(cls)[name]
+        value = Source(module, name, path).value() if is_in_slot or cls is None else in_class
+        is_value = is_in_slot or cls is None or isinstance(value, type) or is_value_of_class(value)
+        if is_value and not holds_nothing(value):
             try:
                 contents = look_into(value, path)
                 inside = sources_in(hidden_modules(self._watch, contents.modules), path)
@@ -120,10 +135,9 @@ class _Attributes:
         sources = [Source(module, name, path), *inside]
         if cls is not None:
             sources.append(Source(cls, name, f"{cls.__name__}.{name}"))
-        held = value if cls is None else vars(cls)[name]
-        if isinstance(held, type):  # a configuration: ``self.config.scale``
+        if isinstance(value, type):  # a configuration: ``self.config.scale``
             sources += [
-                Source(base, inner, f"{path}.{inner}") for base, inner in plain_values_of([held])
+                Source(base, inner, f"{path}.{inner}") for base, inner in plain_values_of([value])
             ]
         return sources
 
@@ -146,7 +160,7 @@ class _ReadHandler(ModuleHandler):
         elif name != "__dict__":
             self._attributes.read(name)
         elif is_read_by_user():  # ``vars(self)["name"]``
-            self._attributes.read_all()
+            self._attributes.read_names()
 
 
 def _constants_of_classes(modules: list[nn.Module]) -> list[Source]:

@@ -14,7 +14,7 @@ from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.sources import Source
 from cg_lightning.modules.interception import Interception, can_intercept
-from cg_lightning.modules.kinds import is_metric, is_user_module
+from cg_lightning.modules.kinds import is_user_module
 
 
 class ReboundState(Detector):
@@ -43,7 +43,7 @@ class ReboundState(Detector):
         known = {id(module) for module in watch.root.modules()}
         for path, state in list(before):
             for module in state.modules_inside():
-                if id(module) not in known and not is_metric(module):
+                if id(module) not in known:
                     known.add(id(module))
                     before.append((path, ModuleState(module)))
         with self._noticing_events():
