@@ -22,6 +22,7 @@ from cg_lightning.core.forward_context import (
 )
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.stages import EVALUATING, STEP_METHODS
+from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.report import Diagnosis
 from cg_lightning.diagnosis.watcher import StepWatcher
 from cg_lightning.effects.module_effects import ModuleEffects
@@ -84,6 +85,13 @@ def _copy_of(module: nn.Module) -> nn.Module:
         if tensor.grad is not None:
             other.grad = tensor.grad.detach().clone()
     return copied
+
+
+def _copy_of_batch(batch: Any) -> Any:
+    """Return a copy of a batch, which a step may change in place."""
+    # a nested tensor without a layout of its own has a clone, and no deep copy
+    nested = {id(tensor): tensor.clone() for tensor in tensors_in(batch) if tensor.is_nested}
+    return copy.deepcopy(batch, nested)
 
 
 @contextlib.contextmanager
@@ -156,7 +164,7 @@ def diagnose(
         except UnkeyableBatchError as error:
             unkeyable = str(error)
         for _ in range(_LOOKS):
-            given = copy.deepcopy(batch)  # a step may change its batch in place
+            given = _copy_of_batch(batch)
             with override_forward_context(
                 ForwardContext(CUDAGraphMode.NONE, key, step=StepInProgress())
             ):

@@ -8,8 +8,11 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.data import DataLoader
 
-from tests.harness import features
+from cg_lightning import diagnose
+from tests.harness import Batches, features
 
 
 class Wraps(torch.Tensor):
@@ -40,7 +43,16 @@ def _nested(module: Any, x: Tensor) -> Tensor:
     return module.doubles(jagged).values()
 
 
+def _tangent(module: Any, x: Tensor) -> Any:
+    with torch.inference_mode(False), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.clone(), torch.ones_like(x))
+        return forward_ad.unpack_dual(module.net(dual)).tangent
+
+
 UNUSUAL = {
+    "jvp": lambda module, x: torch.func.jvp(module.net, (x,), (torch.ones_like(x),)),
+    "jacfwd": lambda module, x: torch.func.jacfwd(module.net)(x),
+    "forward mode": _tangent,
     "jagged": _nested,
     "wrapper": lambda module, x: module.doubles(Wraps(module.net(x))),
     "cond": lambda module, x: torch.cond(
@@ -65,6 +77,40 @@ def test_unusual_tensors_and_operators_in_a_watched_step(harness, name, mode):
         lambda trainer, module: trainer.predict(module, features(48)),
         harness.callback(mode=mode, warmup_steps=1),
     )
+
+
+def _lists(index: int, layout: torch.layout) -> Tensor:
+    x = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(index))
+    return torch.nested.nested_tensor([x[0][:1], x[1][: 1 + index % 3]], layout=layout)
+
+
+NESTED = {
+    "reads": lambda module, b: module.net(b.to_padded_tensor(0.0)),
+    "writes": lambda module, b: module.net(b.mul_(2).to_padded_tensor(0.0)),
+    "parts": lambda module, b: [module.net(part) for part in b.unbind()],
+    "whole": lambda module, b: module.net(b).to_padded_tensor(0.0),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("step", NESTED)
+def test_nested_tensors_in_a_batch(harness, step, layout, mode):
+    class Runs(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(8, 3)
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return NESTED[step](self, batch["x"])
+
+    def job(trainer, module):
+        given = Batches(lambda index: {"x": _lists(index, layout)}, 9)
+        return trainer.predict(module, DataLoader(given, batch_size=None))  # type: ignore[arg-type]
+
+    harness.compare(Runs(), job, harness.callback(mode=mode, warmup_steps=1))
+    assert diagnose(Runs(), {"x": _lists(1, layout)}, backend="recorder").unkeyable
 
 
 @pytest.mark.parametrize("make", [lambda y: y.requires_grad_(), nn.Parameter])

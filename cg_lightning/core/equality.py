@@ -1,4 +1,7 @@
-"""Comparisons of two leaves of an output: bitwise, or within a tolerance; sparse ones as well."""
+"""Comparisons of two leaves of an output: bitwise, or within a tolerance.
+
+Sparse and nested tensors are compared as well.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,12 @@ def same_leaf(one: Any, other: Any) -> bool:
         return type(one) is type(other) and bool(
             one is other or one == other or (one != one and other != other)
         )
-    if (one.shape, one.dtype, one.layout) != (other.shape, other.dtype, other.layout):
+    if (one.dtype, one.layout, one.is_nested) != (other.dtype, other.layout, other.is_nested):
+        return False
+    if one.is_nested:  # it may have no shape
+        parts, others = parts_of(one), parts_of(other)
+        return len(parts) == len(others) and all(map(same_leaf, parts, others))
+    if one.shape != other.shape:
         return False
     if one.layout is not torch.strided:
         return all(map(same_leaf, parts_of(one), parts_of(other)))
@@ -38,7 +46,11 @@ def same_leaf(one: Any, other: Any) -> bool:
 
 
 def parts_of(tensor: Tensor) -> list[Tensor]:
-    """Return the strided tensors that a tensor consists of: itself, or those of a sparse one."""
+    """Return the strided tensors that a tensor consists of, which may be the tensor itself."""
+    if tensor.is_nested:
+        if tensor.layout is torch.strided:
+            return list(tensor.unbind())
+        return [tensor.values(), tensor.offsets()]  # type: ignore[attr-defined]
     if tensor.layout is torch.strided:
         return [tensor]
     if tensor.layout is torch.sparse_coo:

@@ -60,11 +60,12 @@ MOST_ELEMENTS = 65536
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Return True for a strided tensor that is no subclass and no lazy view."""
+    """Return True for a strided tensor that is no subclass and no lazy view, and has memory."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.layout is torch.strided
         and not (tensor.is_nested or tensor.is_quantized or tensor.is_neg() or tensor.is_conj())
+        and not tensor._is_zerotensor()  # a derivative of forward mode
     )
 
 
