@@ -309,6 +309,75 @@ def test_steps_that_take_anything(step, uses):
     assert uses_batch_index(kind(Body()), "predict_step") == uses
 
 
+class Varargs(LightningModule):
+    """Steps that hand on all that they are given."""
+
+    def forward(self, batch):
+        return batch
+
+    def ignores(self, batch, batch_idx):
+        return batch
+
+    def uses(self, batch, batch_idx):
+        return batch * batch_idx
+
+    def takes_all(self, *args, **kwargs):
+        return self.ignores(*args, **kwargs)
+
+    def takes_rest(self, batch, *rest):
+        return self.takes_all(batch, *rest)
+
+    def takes_all_and_uses(self, *args):
+        return self.uses(*args)
+
+    def shifts(self, batch, *rest):
+        return self.uses(*rest, batch)
+
+    def looks(self, *args):
+        return self.ignores(*args) * args[1]
+
+    def both(self, batch, *rest):
+        return self.ignores(batch, *rest) + self.uses(batch, *rest)
+
+    def unknown(self, *args):
+        ignores = self.ignores
+        return ignores(*args)
+
+    def later(self, *args):
+        return lambda: self.ignores(*args)
+
+    def rebinds(self, *args):
+        args = args[::-1]
+        return self.ignores(*args)
+
+    def twice(self, *args):
+        return self.ignores(*args, *args)
+
+    def itself(self, *args):
+        return self.itself(*args)
+
+
+class SuperVarargs(Varargs):
+    def ignores(self, *args, **kw):
+        return super().ignores(*args, **kw)
+
+    def uses(self, batch, *args):
+        return super().uses(batch, *args)
+
+
+@pytest.mark.parametrize("kind", [Varargs, SuperVarargs])
+@pytest.mark.parametrize(
+    ("step", "uses"),
+    [
+        *(("ignores", False), ("takes_all", False), ("takes_rest", False), ("uses", True)),
+        *(("takes_all_and_uses", True), ("shifts", True), ("looks", True), ("both", True)),
+        *(("unknown", True), ("later", True), ("rebinds", True), ("twice", True), ("itself", True)),
+    ],
+)
+def test_steps_that_hand_on_all_arguments(kind, step, uses):
+    assert uses_batch_index(kind(), step) == uses
+
+
 def test_full_runs_lower_where_batch_idx_is_used(harness):
     """Hazard 7."""
     from tests.harness import features, predict

@@ -421,6 +421,20 @@ def test_diagnosis_names_only_what_stands_in_the_way():
     assert [finding.operation for finding in found.findings] == ["aten::is_nonzero"]
 
 
+def test_the_reason_names_the_read_that_nobody_can_answer(backend, device):
+    def step(net, b):
+        y = net.lin(b["x"]) * 2 if b["m"].all() else net.lin(b["x"])
+        return y * y.mean().item()  # the reason
+
+    call = run(step, backend, device)
+    assert not call.stats.steps["FULL"]
+    reasons = {r.reason.location for r in call.stats.reasons if r.mode == "PIECEWISE"}
+    line = step.__code__.co_firstlineno + 2
+    assert reasons == {f"{__file__}:{line}"}
+    found = diagnose(Net(step), (next(batches(torch.device("cpu"))),))
+    assert [finding.location for finding in found.findings] == [f"{__file__}:{line}"]
+
+
 def test_reasons_of_new_values_name_the_read(backend, device):
     call = run(mask_check, backend, device)
     reasons = [record.reason for record in call.stats.reasons]

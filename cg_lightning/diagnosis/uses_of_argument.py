@@ -15,7 +15,7 @@ import dis
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
@@ -118,13 +118,42 @@ def _cell_is(cell: types.CellType, value: Any) -> bool:
         return False
 
 
-def _uses_in_varargs(code: CodeType, position: int, decorated: str | None) -> bool:
+def _calls_with_all(
+    code: CodeType, definition: Definition | None
+) -> Iterator[tuple[ast.Call, int]]:
+    """Yield the calls that are given all of ``*args``, and the position of its first item there."""
+    if definition is None or not code.co_flags & inspect.CO_VARARGS:
+        return
+    parents = parents_in(definition)
+    for call in ast.walk(definition):
+        if not isinstance(call, ast.Call) or _is_in_other_frame(call, definition, parents):
+            continue
+        starred = [each for each in call.args if isinstance(each, ast.Starred)]
+        if len(starred) == 1 and _is_name(starred[0].value, _name_of_varargs(code)):
+            yield call, call.args.index(starred[0])
+
+
+def _is_name(node: ast.expr, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
+
+
+def _calls_name(name: str | None, call: ast.Call) -> bool:
+    return name is not None and _is_name(call.func, name)
+
+
+def _name_of_varargs(code: CodeType) -> str:
+    return code.co_varnames[code.co_argcount + code.co_kwonlyargcount]
+
+
+def _uses_in_varargs(
+    code: CodeType, position: int, is_followed: Callable[[ast.Call], bool]
+) -> bool:
     """Whether a function may use an argument that is one of its ``*args``.
 
     Args:
         code: The code of the function.
         position: The position of the argument.
-        decorated: The name of the function to which a decorator passes on its ``*args``.
+        is_followed: Whether a call may be given all of them.
     """
     if not code.co_flags & inspect.CO_VARARGS:
         return False
@@ -132,13 +161,10 @@ def _uses_in_varargs(code: CodeType, position: int, decorated: str | None) -> bo
     if definition is None:
         return True
     nodes = list(ast.walk(definition))
-    name = code.co_varnames[code.co_argcount + code.co_kwonlyargcount]
     harmless = {
         id(argument.value)
         for node in nodes
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id == decorated
+        if isinstance(node, ast.Call) and is_followed(node)
         for argument in node.args
         if isinstance(argument, ast.Starred)
     }
@@ -150,6 +176,7 @@ def _uses_in_varargs(code: CodeType, position: int, decorated: str | None) -> bo
             and node.slice.value in before
         ):
             harmless.add(id(node.value))
+    name = _name_of_varargs(code)
     return any(
         isinstance(node, ast.Name) and node.id == name and id(node) not in harmless
         for node in nodes
@@ -308,11 +335,12 @@ class ArgumentUses:
         if isinstance(function, staticmethod):
             return _line_of(getattr(function.__func__, "__code__", None))
         while (inner_function := getattr(function, "__wrapped__", None)) is not None:
+            name = _name_of(function, inner_function)
             if (
                 code is None
                 or position < code.co_argcount
                 or _reads_all_locals(code)
-                or _uses_in_varargs(code, position, _name_of(function, inner_function))
+                or _uses_in_varargs(code, position, functools.partial(_calls_name, name))
             ):
                 return _line_of(code)
             function = inner_function
@@ -320,9 +348,29 @@ class ArgumentUses:
         if code is None or not isinstance(function, FunctionType):
             return _line_of(code)
         if position >= code.co_argcount:
-            used = _uses_in_varargs(code, position, None)
-            return _line_of(code) if used or _reads_all_locals(code) else None
+            return self._find_in_varargs(function, owner, position, depth)
         return self._find_named(function, owner, code.co_varnames[position], depth)
+
+    def _find_in_varargs(
+        self, function: FunctionType, owner: type | None, position: int, depth: int
+    ) -> str | None:
+        """Return the line that uses an argument which is one of the ``*args``."""
+        code = function.__code__
+        definition = definition_of(code)
+        if _reads_all_locals(code) or depth > _MOST_CALLS:
+            return _line_of(code)
+        followed: set[int] = set()
+        for call, index in _calls_with_all(code, definition):
+            callee = self._callee(call, function, owner)
+            if callee is None:
+                continue
+            inner = callee.offset + index + position - code.co_argcount
+            used = self._find_at(callee, inner, depth + 1)
+            if used is not None:
+                return used
+            followed.add(id(call))
+        is_used = _uses_in_varargs(code, position, lambda call: id(call) in followed)
+        return _line_of(code) if is_used else None
 
     def _find_named(
         self, function: FunctionType, owner: type | None, name: str, depth: int

@@ -126,9 +126,9 @@ class WatchedStep:
         self._calls = list(step.all_calls())
         self.path = path
         """What the step reads on the host, if all of it is known before the step."""
-        self.findings = [
-            finding for finding in step.findings if path is None or not finding.is_known_before
-        ]
+        # without a path, reads that are known before are none, but what stands in their way is told
+        unknown = [finding for finding in step.findings if not finding.is_known_before]
+        self.findings = unknown if path is not None else unknown or list(step.findings)
         """Why the whole step cannot be one graph; empty if it can."""
         self.comparisons = step.comparisons
         """How the step compares ``batch_idx``, and what comes out."""
