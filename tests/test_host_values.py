@@ -238,7 +238,42 @@ def mask_in_a_list(net, b):
     return wide[:, [False, True] * 3] if b["m"][[0, 2]][:, [True] * 6].all() else wide
 
 
+def set_numbers(net, b):
+    m = b["m"].clone()
+    m[m == 0] = 7
+    m[0] = 1
+    m[:, 1:3] = 1
+    m[1, 0] = 1
+    y = net.lin(b["x"])
+    return y[m > 1] if (m == 1).all() else y[m == 7].sum(0), m
+
+
+def set_by_lengths(net, b):
+    """wav2vec2's mask: a mark at the last frame, and a sum from the end."""
+    lengths = b["m"].sum(-1)
+    m = torch.zeros_like(b["m"])
+    m[(torch.arange(3, device=m.device), lengths - 1)] = 1
+    m = m.flip([-1]).cumsum(-1).flip([-1]).bool()
+    y = net.lin(b["x"])
+    y[~m] = 0
+    return y if m.all() else y[m].mean(0)
+
+
+def set_twice_in_one_place(net, b):
+    m = torch.zeros_like(b["m"])
+    m[b["m"][:, 0], b["m"][:, 1]] = 1
+    m.scatter_(1, b["m"], 2)
+    return net.lin(b["x"])[m == 1].sum(0), net.lin(b["x"])[m == 2].mean(0)
+
+
+def number_that_was_read(net, b):
+    m = b["m"].clone()
+    m[0] = int(m.sum())
+    return net.lin(b["x"])[m > 16]
+
+
 FULL = [
+    *(set_numbers, set_by_lengths, set_twice_in_one_place, number_that_was_read),
     *(index_of_a_list, constants_in_a_read, set_by_a_list, mask_in_a_list),
     *(rows_of_a_mask, rows_that_are_not_zero, where_of_one_argument, selected_by_a_mask),
     *(put_by_a_mask, added_by_a_mask, mask_of_one_dimension, no_rows),
@@ -324,7 +359,26 @@ def tensors_of_the_batch_in_a_list(net, b):
     return net.lin(b["x"])[[0, 1, 2], [last[0], last[1], last[2]]]
 
 
+def set_to_a_tensor(net, b):
+    m = b["m"].clone()
+    m[0] = (net.lin(b["x"]).sum() > 0).long()
+    return net.lin(b["x"])[m > 0]
+
+
+def set_to_racing_values(net, b):
+    m = b["m"].clone()
+    m[b["m"][:, 0], b["m"][:, 1]] = torch.arange(3, device=m.device)
+    return net.lin(b["x"])[m > 1]
+
+
+def set_to_a_number_of_the_network(net, b):
+    m = b["m"].clone()
+    m[0] = int(net.lin(b["x"]).sum() > 0)
+    return net.lin(b["x"])[m > 0]
+
+
 REFUSED = [
+    *(set_to_a_tensor, set_to_racing_values, set_to_a_number_of_the_network),
     *(tensors_in_a_list, tensors_of_the_batch_in_a_list),
     *(written_by_the_network, alias_without_an_operation, of_the_network, of_randomness),
     *(of_random_integers, of_a_counter, of_a_buffer, sum_of_floats, set_to_another_storage),

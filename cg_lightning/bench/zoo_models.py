@@ -78,7 +78,13 @@ def _text_and_pixels(seed: int) -> Inputs:
 
 
 def _waves(seed: int) -> Inputs:
-    return {"input_values": torch.randn(_ROWS, 4000, generator=_random(seed))}
+    inputs = {"input_values": torch.randn(_ROWS, 4000, generator=_random(seed))}
+    if seed % 3 != 2:
+        mask = torch.ones(_ROWS, 4000, dtype=torch.long)
+        if seed % 3 == 1:
+            mask[0, 3000:] = 0
+        inputs["attention_mask"] = mask
+    return inputs
 
 
 def _mels(seed: int) -> Inputs:

@@ -74,7 +74,7 @@ def is_exact(function: OpOverload, inputs: Sequence[Tensor], outputs: Sequence[T
     tensors = [*inputs, *outputs]
     if function.namespace != "aten" or torch.Tag.nondeterministic_seeded in function.tags:
         return False
-    if function._schema.name in _RACING:
+    if function._schema.name in _RACING and not _writes_one_value(function, inputs):
         return False
     if not all(map(is_plain, tensors)) or sum(t.numel() for t in tensors) > MOST_ELEMENTS:
         return False
@@ -85,6 +85,13 @@ def is_exact(function: OpOverload, inputs: Sequence[Tensor], outputs: Sequence[T
     # devices convert numbers that an integer cannot hold to different integers
     to_integers = any(not _is_inexact(t) and t.dtype is not torch.bool for t in outputs)
     return not (any(map(_is_inexact, inputs)) and to_integers)
+
+
+def _writes_one_value(function: OpOverload, inputs: Sequence[Tensor]) -> bool:
+    """Return True if all writes of an operation in ``_RACING`` write the same value."""
+    if function._schema.name in _INDEXING:
+        return inputs[-1].numel() == 1  # the values are its last tensor
+    return function._overloadname == "value"
 
 
 def is_same_on_host(function: OpOverload) -> bool:

@@ -6,8 +6,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
 from torch._ops import OpOverload
 
+from cg_lightning.backends.host_indices import place_of_indexing
 from cg_lightning.core.tree import flatten
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import find_location
@@ -51,8 +53,14 @@ class HostValues(Detector):
     ) -> None:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         self._provenance.end(function, args, kwargs, output)
-        is_constant = self.watch.makes_constant or self.watch.copies_constant
-        if is_constant and function._schema.name == "aten::lift_fresh":
+        if function._schema.name == "aten::lift_fresh" and self._is_constant(output):
             with self.watch.paused():
                 self._provenance.note_constant(output)
         self.watch.reads_host_value = False
+
+    def _is_constant(self, made: Tensor) -> bool:
+        """Return whether a tensor that was just made of Python values is the same in each step."""
+        if self.watch.makes_constant or self.watch.copies_constant:
+            return True
+        # the number in ``labels[labels == -100] = 0``
+        return made.dim() == 0 and place_of_indexing() is not None
