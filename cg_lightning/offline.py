@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from cg_lightning.backends import GraphBackend, check_backend, resolve_backend
+from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.errors import UnkeyableBatchError
 from cg_lightning.core.forward_context import (
@@ -112,7 +113,8 @@ def diagnose(
     It needs no GPU and no Trainer. The copy runs once. If the run did one-time work, such as
     filling a cache, the copy runs up to twice more, as the callback does in its warm-up.
     ``self.log`` and ``self.print`` have no effect, and no random number is consumed. It does *not*
-    capture anything, does *not* change ``module``, and does *not* see other batches.
+    capture anything, does *not* change ``module``, and does *not* see other batches. What the step
+    changes elsewhere (globals, files) stays changed; a step that uses files runs once only.
 
     Example::
 
@@ -140,13 +142,44 @@ def diagnose(
         The findings, as a :class:`~cg_lightning.Diagnosis`.
 
     Raises:
-        ValueError: ``stage`` or ``backend`` is unknown. An exception of the module itself is raised
+        ValueError: ``stage`` or ``backend`` is unknown, or the LightningModule has no step of its
+            own for ``stage``. An exception of the module itself is raised
             unchanged, with one exception: a step that reads ``self.trainer`` without a Trainer
             stops there, and :attr:`Diagnosis.stopped <cg_lightning.Diagnosis>` says so.
     """
     check_backend(backend)
     if stage not in EVALUATING:
         raise ValueError(f"stage={stage!r} is unknown; choose one of {', '.join(EVALUATING)}.")
+    if _is_lightning(module):
+        _check_step(module, stage)
+    try:
+        with torch.inference_mode():
+            return _look(module, batch, stage)
+    except RuntimeError:  # it may be that of a step which computes gradients
+        with torch.no_grad():
+            return _look(module, batch, stage)
+
+
+def _check_step(module: nn.Module, stage: str) -> None:
+    """Raise ValueError if a LightningModule has no step of its own for ``stage``."""
+    base = lightning_class(type(module), "LightningModule")
+
+    def has(name: str) -> bool:
+        return name in vars(module) or getattr(type(module), name) is not getattr(base, name)
+
+    name = STEP_METHODS[stage]
+    if has(name) or (stage == "predict" and has("forward")):
+        return
+    missing = f"{name} and no forward" if stage == "predict" else name
+    others = [each for each in EVALUATING if has(STEP_METHODS[each])]
+    raise ValueError(
+        f"stage={stage!r}: {type(module).__name__} has no {missing} of its own; "
+        f"choose a stage that it has: {', '.join(others) or 'none'}."
+    )
+
+
+def _look(module: nn.Module, batch: Any, stage: str) -> Diagnosis:
+    """Watch the step of a copy, as often as it may show less."""
     module = _copy_of(module)
     module.eval()
     is_lightning = _is_lightning(module)
@@ -157,7 +190,7 @@ def diagnose(
     index = (0,) if is_lightning else ()
     effects = ModuleEffects(module, device, sync_free=True) if is_lightning else None
     watcher = StepWatcher(module, watching, effects=effects, run_logging=not is_lightning)
-    with torch.inference_mode(), _random_state_kept(watching):
+    with _random_state_kept(watching):
         key = BatchDescriptor(stage=stage if is_lightning else None)
         try:
             key = BatchDescriptor.from_batch(batch, stage=key.stage)
@@ -170,7 +203,8 @@ def diagnose(
             ):
                 output, watched = watcher.watch(_runner(module, given, stage), given, index)
             stopped = output is _STOPPED
-            if stopped or not watched.needs_second_look:
+            is_outside = any(finding.cause is Cause.WORLD for finding in watched.findings)
+            if stopped or is_outside or not watched.needs_second_look:
                 break
     return Diagnosis(
         list(watched.findings), unkeyable, watched, stopped=_NO_TRAINER if stopped else ""

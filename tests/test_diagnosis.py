@@ -144,6 +144,49 @@ def test_gradients_enabled_inside():
     assert Cause.GRADIENTS in {f.cause for f in diagnose(Runs(step), torch.randn(2, 8)).findings}
 
 
+@pytest.mark.parametrize("asks_for", [torch.autograd.grad, lambda y, x: y.backward() or [x.grad]])
+def test_gradients_that_need_no_inference_mode(asks_for):
+    def step(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            x = x.clone().requires_grad_()
+            return asks_for(x.square().sum(), x)[0]
+
+    module = Runs(step)
+    found = diagnose(module, torch.randn(2, 8))
+    assert {f.cause for f in found.findings} == {Cause.GRADIENTS}
+    assert found.largest_capturable() == ["trunk"]
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_an_error_of_the_step_stays_the_same():
+    with pytest.raises(RuntimeError, match="mine"):
+        diagnose(Runs(lambda m, x: (_ for _ in ()).throw(RuntimeError("mine"))), torch.randn(2, 8))
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_a_stage_without_a_step(stage):
+    class Validates(LightningModule):
+        def validation_step(self, batch, batch_idx):
+            return batch * 2
+
+    if stage == "validate":
+        assert diagnose(Validates(), torch.ones(2), stage=stage).capturable()
+        return
+    with pytest.raises(ValueError, match=f"stage='{stage}'.*choose .*: validate"):
+        diagnose(Validates(), torch.ones(2), stage=stage)
+
+
+def test_a_step_that_writes_a_file_runs_once(tmp_path):
+    def step(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with open(tmp_path / "seen", "a") as file:
+            file.write("x")
+        return x
+
+    found = diagnose(Runs(step), torch.randn(2, 8))
+    assert Cause.WORLD in {f.cause for f in found.findings}
+    assert (tmp_path / "seen").read_text() == "x"
+
+
 def test_the_step_of_a_lightning_module_without_a_trainer():
     model = ConvNetClassifier(4)
     batch = (torch.randn(4, 1, 8, 8), torch.randint(0, 10, (4,)))
