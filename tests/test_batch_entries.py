@@ -153,15 +153,50 @@ def keeps_too(module: Any, batch: Any, y: Tensor) -> Any:
     return y
 
 
+def pops(module: Any, batch: Any, y: Tensor) -> Any:
+    return (y[:, :1] - batch.pop("y")).mean(), batch.pop("name") == "same"
+
+
+def deletes(module: Any, batch: Any, y: Tensor) -> Any:
+    del batch["y"], batch["inner"]["z"]
+    return y
+
+
+def renames(module: Any, batch: Any, y: Tensor) -> Any:
+    batch["labels"] = batch.pop("y")
+    batch["pred"] = y
+    return batch
+
+
+def pops_a_container(module: Any, batch: Any, y: Tensor) -> Any:
+    inner = batch["other"] = batch.pop("inner")
+    batch["inner"] = {}
+    inner.pop("z")
+    inner["list"][0] = inner["list"][0] * 2
+    return y
+
+
+def replaces_in_a_list(module: Any, batch: Any, y: Tensor) -> Any:
+    batch["inner"]["list"][0] = y
+    return y
+
+
+def swaps_into_a_list(module: Any, batch: Any, y: Tensor) -> Any:
+    batch["inner"]["list"][0], batch["y"] = batch.pop("y"), batch["inner"]["list"][0]
+    return y
+
+
+def writes_and_pops(module: Any, batch: Any, y: Tensor) -> Any:
+    labels = batch.pop("y")
+    labels[labels > 1] = 0
+    return y.sum() + labels.sum(), labels
+
+
 FULL = [
+    *(pops, deletes, renames, replaces_in_a_list, writes_and_pops),
     *(adds, adds_and_returns, returns_batch, updates, replaces, replaces_a_container, deep, swaps),
     *(aliases, twice, plain, views, parameter, puts_and_takes),
 ]
-
-
-def pops(module: Any, batch: Any, y: Tensor) -> Any:
-    batch.pop("y")
-    return y
 
 
 def moves(module: Any, batch: Any, y: Tensor) -> Any:
@@ -177,6 +212,11 @@ def appends(module: Any, batch: Any, y: Tensor) -> Any:
 def marks(module: Any, batch: Any, y: Tensor) -> Any:
     batch["pred"] = y
     batch["x"].mark = 1
+    return y
+
+
+def shortens(module: Any, batch: Any, y: Tensor) -> Any:
+    batch["inner"]["list"].pop()
     return y
 
 
@@ -206,7 +246,19 @@ def shares_twice(module: Any, batch: Any, y: Tensor) -> Any:
     return y
 
 
-NOT_FULL = [pops, moves, appends, marks, odd_key, counts, odd_value, shares, shares_twice]
+NOT_FULL = [
+    moves,
+    appends,
+    shortens,
+    swaps_into_a_list,
+    pops_a_container,
+    marks,
+    odd_key,
+    counts,
+    odd_value,
+    shares,
+    shares_twice,
+]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -293,3 +345,35 @@ def test_entries_in_training(harness: Harness, detaches: bool, verify: int):
 
     callback = harness.callback(stages=["train"], verify_replays=verify, warmup_steps=1)
     harness.compare(Trains(), job, callback, max_epochs=1)
+
+
+@pytest.mark.parametrize(
+    "settings", [*SETTINGS[:2], {"capture_sizes": [8], "verify_tolerance": "close"}], ids=str
+)
+def test_a_batch_that_is_a_list(harness: Harness, settings: Any):
+    class Takes(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(3, 2)
+            self.seen: list[Any] = []
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            batch[0] = batch[0] * 2
+            if isinstance(batch[1], dict):
+                return self.net(batch[0]) - batch[1].pop("y")
+            return self.net(batch[0])
+
+        def on_predict_batch_end(self, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+            self.seen.append([batch[0], dict(batch[1])])
+
+    def make_list(index: int) -> Any:
+        x = torch.randn(6 + index % 2, 3, generator=torch.Generator().manual_seed(index))
+        return [x, {"y": x[:, :1] + 1, "z": x + 2}]
+
+    def job(trainer, module):
+        loader = DataLoader(Batches(make_list, BATCHES), batch_size=None)  # type: ignore[arg-type]
+        return trainer.predict(module, loader), module.seen
+
+    callback = harness.compare(Takes(), job, harness.callback(warmup_steps=1, **settings))
+    if "capture_sizes" not in settings:
+        assert callback.stats.steps["FULL"], callback.summary()

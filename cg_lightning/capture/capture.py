@@ -118,7 +118,7 @@ class CaptureTarget:
         changed: What has changed since an earlier capture; empty if nothing has.
         reads: What the watched step read on the host, and a capture cannot read.
         late: The metrics that are updated after the step; see ``effects/late_updates.py``.
-        fills_batch: Whether the call sets entries of its batch.
+        fills_batch: Whether the call sets or removes entries of its batch.
         copies_from_host: Whether the call copies constants from the host, and no function that it
             calls shows it.
         host_draws: The random numbers of the host that the call draws and does not use.
@@ -238,7 +238,7 @@ class Capturer:
                 takers.insert(0, late)
             if target.fills_batch:
                 takers.insert(0, SetBatchEntries(entries, output, containers))
-                output = (output, entries.new())
+                output = (output, (entries.new(), entries.removed()))
             recording.refuse_states_in(output)
             plan, computed = OutputPlan.make(output, leaves, target.storage_addresses, containers)
             # outputs that are not copied out must not share memory with those of other graphs

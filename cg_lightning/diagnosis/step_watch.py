@@ -263,7 +263,7 @@ class StepWatch:
         self._did_one_time_work = True
 
     def note_batch_filled(self) -> None:
-        """Notes that the step sets entries of its batch, and changes nothing else there."""
+        """Notes that the step only sets or removes entries of the containers of its batch."""
         self._fills_batch = True
 
     def note_batch_writes(self, indices: Sequence[int]) -> None:

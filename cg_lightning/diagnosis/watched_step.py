@@ -142,7 +142,7 @@ class WatchedStep:
         """The line of code that may use a value of its batch in a way that a capture does not see:
         it catches errors, or asks for the class of an object."""
         self.fills_batch = fills_batch
-        """Whether the step sets entries of its batch, and changes no other containers there."""
+        """Whether the step only sets or removes entries of the containers of its batch."""
         self.batch_writes = tuple(batch_writes)
         """The numbers of the leaves of its batch that the step writes to: a replay copies them
         back."""

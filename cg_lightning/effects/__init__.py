@@ -1,6 +1,6 @@
 """Side effects of a step in Python, and how to do them again after a replay.
 
-- ``batch_entries.py``: entries that a step adds to its batch, or replaces in it.
+- ``batch_entries.py``: entries that a step adds to its batch, replaces or removes.
 - ``batch_writes.py``: tensors of its batch that a step writes to; a replay copies them back.
 - ``containers.py``: ContainersSnapshot: containers and objects, compared and restored.
 - ``effect.py``: Effect and its kinds: one side effect of a captured step.

@@ -1,13 +1,15 @@
-"""Entries that a step adds to its batch, or replaces in it: ``batch["pred"] = y``.
+"""Entries that a step adds to its batch, replaces in it or removes: ``batch["pred"] = y``.
 
 A captured step runs on containers of its own, so it may do with its entries what it likes. After
 it, what is new is a part of the output of the graph. A replay gives the batch the same entries, as
-callbacks see them. Entries are followed in dictionaries, at any depth.
+callbacks see them. Entries are followed in dictionaries and lists, at any depth; lists keep their
+length.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,8 +17,11 @@ from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.errors import CaptureError
 from cg_lightning.core.tree import containers_in, tensors_in
 
-Entry = tuple[dict[Any, Any], Any, Any]
-"""A dictionary of the batch, a key, and the value."""
+_Container = dict[Any, Any] | list[Any]
+Entry = tuple[_Container, Any, Any]
+"""A dictionary or list of the batch, a key, and the value."""
+Removed = tuple[dict[Any, Any], Any]
+"""A dictionary of the batch, and a key."""
 
 
 class BatchEntries:
@@ -28,9 +33,9 @@ class BatchEntries:
 
     def __init__(self, batch: Any) -> None:
         self._before = [
-            (container, dict(container))
+            (container, container.copy())
             for container in containers_in(batch)
-            if type(container) is dict
+            if type(container) in (dict, list)
         ]
 
     def new(self) -> list[Entry]:
@@ -38,23 +43,33 @@ class BatchEntries:
         return [
             (container, key, value)
             for container, before in self._before
-            for key, value in container.items()
-            if key not in before or before[key] is not value
+            for key, value in _items(container).items()
+            if key not in (items := _items(before)) or items[key] is not value
         ]
 
-    def are_only_set(self) -> bool:
-        """Return whether no entry was removed or moved, and a replay can set all new ones."""
-        return all(
-            list(container)[: len(before)] == list(before) for container, before in self._before
-        ) and all(
-            is_plain_value(key) and all(tensor.grad_fn is None for tensor in tensors_in(value))
-            for _, key, value in self.new()
+    def removed(self) -> list[Removed]:
+        """Return the entries that were removed from dictionaries."""
+        return [
+            (container, key)
+            for container, before in self._before
+            if isinstance(container, dict)
+            for key in before
+            if key not in container
+        ]
+
+    def can_be_made_again(self) -> bool:
+        """Return whether a replay can set all new entries and remove those that are gone."""
+        keys = [key for _, key, _ in self.new()] + [key for _, key in self.removed()]
+        return (
+            all(itertools.starmap(_is_in_order, self._before))
+            and all(map(is_plain_value, keys))
+            and all(tensor.grad_fn is None for _, _, v in self.new() for tensor in tensors_in(v))
         )
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
         """While this is entered, the batch has its entries of before."""
-        now = [(container, dict(container)) for container, _ in self._before]
+        now = [(container, container.copy()) for container, _ in self._before]
         _fill(self._before)
         try:
             yield
@@ -62,14 +77,26 @@ class BatchEntries:
             _fill(now)
 
 
-def _fill(contents: list[tuple[dict[Any, Any], dict[Any, Any]]]) -> None:
+def _items(container: _Container) -> dict[Any, Any]:
+    return container if isinstance(container, dict) else dict(enumerate(container))
+
+
+def _is_in_order(container: _Container, before: _Container) -> bool:
+    """Return whether what was there before, and is still there, has not moved."""
+    if isinstance(container, list):
+        return len(container) == len(before)
+    kept = [key for key in before if key in container]
+    return list(container)[: len(kept)] == kept
+
+
+def _fill(contents: list[tuple[Any, Any]]) -> None:
     for container, items in contents:
         container.clear()
-        container.update(items)
+        container.extend(items) if isinstance(container, list) else container.update(items)
 
 
 class SetBatchEntries:
-    """Sets the entries of the batch after each replay.
+    """Sets and removes entries of the batch after each replay.
 
     Args:
         entries: What the captured step has set.
@@ -77,12 +104,13 @@ class SetBatchEntries:
         given: The containers of the batch before the step.
 
     Raises:
-        CaptureError: The step sets other entries than the watched one, which set some; or two parts
-            share a container, and each would get one of its own.
+        CaptureError: The step changes other entries than the watched one, which changed some; or
+            two parts share a container, and each would get one of its own.
     """
 
     def __init__(self, entries: BatchEntries, output: Any, given: Sequence[Any]) -> None:
-        if not (entries.new() and entries.are_only_set()):
+        is_changed = bool(entries.new() or entries.removed())
+        if not (is_changed and entries.can_be_made_again()):
             raise CaptureError("the batch is not changed as in the watched step")
         known = set(map(id, given))
         own: list[int] = []
@@ -91,9 +119,11 @@ class SetBatchEntries:
         if len(own) != len(set(own)):
             raise CaptureError("what the step sets in its batch and returns share a container")
 
-    def take(self, built: tuple[Any, list[Entry]]) -> Any:
-        """Set the entries; see :class:`~cg_lightning.effects.effect.Taker`."""
-        output, entries = built
+    def take(self, built: tuple[Any, tuple[list[Entry], list[Removed]]]) -> Any:
+        """Change the entries; see :class:`~cg_lightning.effects.effect.Taker`."""
+        output, (entries, removed) = built
+        for without, key in removed:
+            del without[key]
         for container, key, value in entries:
             container[key] = value
         return output

@@ -124,7 +124,7 @@ class Mutations(Detector):
             del self._containers[id(call)]
         with self.watch.paused():
             changed = containers.changed()
-            if changed and entries is not None and entries.are_only_set():
+            if changed and entries is not None and entries.can_be_made_again():
                 with entries.undone():
                     changed = containers.changed()
                 if not changed:
