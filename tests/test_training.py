@@ -632,6 +632,143 @@ def test_gradients_that_are_read_in_the_backward(fit, make, batches, verify_repl
     assert "the step reads a gradient" in str(callback.stats.eager_reasons)
 
 
+class StepsAnotherOptimizer(Classifier):
+    def on_train_start(self):
+        self.others = [torch.optim.SGD(self.net[0].parameters(), 0.05)]
+
+    def training_step(self, batch, batch_idx):
+        self.others[0].step()
+        return super().training_step(batch, batch_idx)
+
+
+class ReadsByTorch(Classifier):
+    def training_step(self, batch, batch_idx):
+        norm = nn.utils.clip_grad_norm_(self.parameters(), 1e9)
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1]) * (1 + norm)
+
+
+class ClearsInStep(Classifier):
+    def training_step(self, batch, batch_idx):
+        self.net.zero_grad()
+        return super().training_step(batch, batch_idx)
+
+
+class SetsInStep(Classifier):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        for parameter in self.parameters():
+            parameter.grad = None
+        return loss
+
+
+class DeletesInStep(Classifier):
+    def training_step(self, batch, batch_idx):
+        for parameter in self.parameters():
+            del parameter.grad
+        return super().training_step(batch, batch_idx)
+
+
+class KeepsZeros(Classifier):
+    """Its gradients are zero at the beginning of a backward, and not None."""
+
+    def change(self, gradient):
+        raise NotImplementedError
+
+    def training_step(self, batch, batch_idx):
+        logits = self.net(batch[0])
+        logits.register_hook(self.change)
+        return nn.functional.cross_entropy(logits, batch[1])
+
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        optimizer.zero_grad(set_to_none=False)
+
+
+class ReadsByTorchInBackward(KeepsZeros):
+    def change(self, gradient):
+        return gradient * (1 + nn.utils.clip_grad_norm_(self.parameters(), 1e9))
+
+
+class ClipsByTorchInBackward(ReadsByTorchInBackward):
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        optimizer.zero_grad()
+
+
+class ReadsFlatGradients(KeepsZeros):
+    def on_train_start(self):
+        parameters = list(self.parameters())
+        self.flat = torch.ones(sum(map(torch.numel, parameters)), device=self.device)
+        for parameter, part in zip(
+            parameters, self.flat.split(list(map(torch.numel, parameters))), strict=True
+        ):
+            parameter.grad = part.view_as(parameter)
+
+    def change(self, gradient):
+        return gradient * (1 + self.flat.norm())
+
+
+class LogsInBackward(KeepsZeros):
+    def change(self, gradient):
+        self.log("norm", gradient.norm(), on_step=True, on_epoch=True)
+        return gradient
+
+
+class ClearsAtWindow(Callback):
+    """Has no gradients in the steps that are watched and captured first."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx % 2:
+            trainer.optimizers[0].zero_grad()
+
+
+USES_OF_GRADIENTS = {
+    StepsAnotherOptimizer: "the step reads a gradient",
+    ReadsByTorch: "the step reads a gradient",
+    ClearsInStep: "the step reads a gradient",
+    SetsInStep: "the step sets a gradient",
+    DeletesInStep: "the step sets a gradient",
+    ReadsByTorchInBackward: "the step reads a gradient",
+    ClipsByTorchInBackward: "the step reads a gradient",
+    ReadsFlatGradients: "the backward reads memory of a gradient",
+    LogsInBackward: "self.log in the backward",
+}
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("make", USES_OF_GRADIENTS)
+def test_uses_of_gradients_by_torch_by_memory_and_by_logs(fit, make, batches):
+    settings = {"warmup_steps": 2, "verify_replays": 0}
+    others = {} if make is ReadsFlatGradients else {"others": lambda: [ClearsAtWindow()]}
+    callback = fit(make(), accumulate_grad_batches=batches, settings=settings, **others)
+    assert replayed(callback) == 0
+    assert USES_OF_GRADIENTS[make] in str(callback.stats.eager_reasons)
+
+
+class MovesInStep(Classifier):
+    def training_step(self, batch, batch_idx):
+        self.net.to(self.device)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_move_to_where_a_module_is_uses_no_gradient(fit, batches):
+    assert replayed(fit(MovesInStep(), accumulate_grad_batches=batches)) > 10
+
+
+class LooksForAnomalies(Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        torch.autograd.set_detect_anomaly(trainer.current_epoch == 1)
+
+    def on_train_end(self, trainer, pl_module):
+        torch.autograd.set_detect_anomaly(False)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+def test_anomalies_that_are_looked_for_in_one_epoch(fit):
+    callback = fit(Classifier(), others=lambda: [LooksForAnomalies()])
+    assert 0 < replayed(callback) <= 16
+    assert "detect_anomaly=True" in str(callback.stats.eager_reasons)
+
+
 def test_a_hook_of_a_parameter_is_named(fit):
     class Hooked(Classifier):
         def on_train_start(self):
@@ -900,6 +1037,18 @@ def test_with_strict_it_is_an_error(harness, words):
     callback = harness.callback(stages=["train"], strict=True, **settings)
     with pytest.raises(RuntimeError, match=words):
         harness.trainer(callback, **trainer_settings).fit(make(), points())
+
+
+class StrategyThatCounts(Callback):
+    def on_fit_start(self, trainer, pl_module):
+        pl_module.register_buffer("steps", torch.zeros((), device=pl_module.device))
+        trainer.strategy.post_training_step = lambda: pl_module.steps.add_(1)
+
+
+def test_a_strategy_that_does_more_after_each_step(fit):
+    with pytest.warns(UserWarning, match="post_training_step is not Lightning's own"):
+        callback = fit(Classifier(), others=lambda: [StrategyThatCounts()])
+    assert replayed(callback) == 0
 
 
 def test_training_is_not_graphed_by_default(harness):

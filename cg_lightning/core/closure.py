@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -34,49 +34,70 @@ class ClosureOutput(NamedTuple):
     """The loss of the step, divided by the number of micro-batches; without its autograd graph."""
     extra: dict[str, Any]
     """What the step returns besides the loss."""
-    gradients: dict[str, Tensor | None]
+    gradients: dict[str, Tensor | None] | None
     """The gradients of this backward alone, by the names of their parameters.
 
-    Under DDP, also parameters that the backward reaches without giving them a gradient: None.
+    Under DDP, also parameters that the backward reaches without giving them a gradient: None. The
+    value as a whole is None if the backward has added them to those that are there.
     """
 
 
 class GradientsAside:
-    """The gradients of earlier micro-batches, while a backward computes new ones in their place.
+    """The gradients of earlier backwards, while a backward computes new ones in their place.
 
     Args:
         parameters: The parameters. From now on they have no gradients.
+        zero_grad: What comes before the backward without us; None: nothing does.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self._held = {id(parameter): (parameter, parameter.grad) for parameter in parameters}
-        self._given: set[int] = set()
-        for parameter, _ in self._held.values():
+    def __init__(
+        self, parameters: Iterable[Tensor], zero_grad: Callable[[], None] | None = None
+    ) -> None:
+        self._held = [(parameter, parameter.grad) for parameter in parameters]
+        self._zero_grad = zero_grad
+        self.are_given = False
+        """Whether the gradients were put back, so that nothing is left to add."""
+        for parameter, _ in self._held:
             parameter.grad = None
 
+    @property
+    def gradients(self) -> list[Tensor]:
+        """The gradients of earlier backwards."""
+        return [gradient for _, gradient in self._held if gradient is not None]
+
     @torch.no_grad()
-    def give(self, parameter: Tensor) -> None:
-        """Put back a gradient that is about to be read, with what the backward has added to it.
+    def give(self) -> None:
+        """Put back all gradients, because one is about to be read, and add what was computed.
 
-        From now on the backward adds to it, as it does without us.
+        From now on the backward adds to them, as it does without us.
         """
-        _, gradient = self._held.get(id(parameter), (None, None))
-        if gradient is None or id(parameter) in self._given:
+        if self.are_given:
             return
-        self._given.add(id(parameter))
-        if parameter.grad is not None:
-            gradient += parameter.grad
-        parameter.grad = gradient
-
-    def is_given(self, parameter: Tensor) -> bool:
-        """Return whether the gradient of a parameter was put back, so nothing is left to add."""
-        return id(parameter) in self._given
+        computed = [parameter.grad for parameter, _ in self._held]
+        self.put_back()
+        self.are_given = True
+        if self._zero_grad is not None:
+            self._zero_grad()
+        for (parameter, _), gradient in zip(self._held, computed, strict=True):
+            if gradient is not None:
+                add_gradient(parameter, gradient)
 
     def put_back(self) -> None:
-        """Put back all other gradients."""
-        for parameter, gradient in self._held.values():
-            if not self.is_given(parameter):
+        """Put back all gradients; idempotent."""
+        if not self.are_given:
+            for parameter, gradient in self._held:
                 parameter.grad = gradient
+
+
+def add_gradient(parameter: Tensor, gradient: Tensor) -> None:
+    """Do what PyTorch does with one gradient at the end of a backward."""
+    existing = parameter.grad
+    if existing is None:
+        parameter.grad = gradient
+    elif existing.is_sparse and not gradient.is_sparse:
+        parameter.grad = gradient + existing
+    else:
+        existing += gradient
 
 
 class UnfinishedClosure:

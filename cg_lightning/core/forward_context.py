@@ -26,7 +26,7 @@ class StepInProgress:
         self.batch: Any = None
         """The batch, where submodules pad the parts of it that they are given; None elsewhere."""
         self.aside: GradientsAside | None = None
-        """The gradients that are set aside during a backward, if it would add to them."""
+        """The gradients that are set aside during a backward; None outside of it."""
         self.graphs = 0
         """Number of replayed graphs of submodules."""
         self.is_warm = True

@@ -101,6 +101,7 @@ class StepInDDP:
     def _with_gradients(self, output: ClosureOutput) -> Tensor:
         """Return the loss with a backward that gives the parameters the gradients of a graph."""
         parameters = self._parameters()
+        assert output.gradients is not None, "no backward here adds gradients"
         names = list(output.gradients)
         gradients = [output.gradients.pop(name) for name in names]
         chosen = [parameters[name] for name in names]

@@ -20,7 +20,10 @@ from cg_lightning.modules.compiled import (
 )
 from cg_lightning.modules.kinds import is_lightnings_own, lightning_class
 
+ANOMALY = "detect_anomaly=True looks at each operation of the backward"
 _RESHARDING = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
+_TRAINING = ("training_step", "post_training_step", "backward", "pre_backward", "post_backward")
+"""What a strategy does in a closure."""
 
 
 def why_inert(trainer: Trainer, module: nn.Module) -> str:
@@ -70,7 +73,7 @@ def why_no_training(trainer: Trainer, module: LightningModule) -> str:
         if isinstance(optimizer, torch.optim.LBFGS):
             return f"{type(optimizer).__name__} calls the closure several times an iteration"
     if torch.is_anomaly_enabled():
-        return "detect_anomaly=True looks at each operation of the backward"
+        return ANOMALY
     for name, child in module.named_modules():
         if is_compiled(child):
             return f"{name} is compiled, and nobody sees the backward of compiled code"
@@ -78,7 +81,7 @@ def why_no_training(trainer: Trainer, module: LightningModule) -> str:
         return reason
     if lightning_class(type(precision), "Precision", "MixedPrecision") is not type(precision):
         return f"{type(precision).__name__} is a precision whose backward is not known here"
-    for name in ("training_step", "backward", "pre_backward", "post_backward"):
+    for name in _TRAINING:
         if not is_lightnings_own(strategy, name):
             return f"{type(strategy).__name__}.{name} is not Lightning's own"
     # private, in Lightning since 2.0

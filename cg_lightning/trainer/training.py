@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -24,11 +23,13 @@ from cg_lightning.runtime.step_runner import StepRunner
 from cg_lightning.trainer.batch_transfer import NotedTransfer, OverlappedTransfer
 from cg_lightning.trainer.closure_hooks import why_not_closed
 from cg_lightning.trainer.ddp import StepInDDP
-from cg_lightning.trainer.training_step import TrainingStep
+from cg_lightning.trainer.preconditions import ANOMALY
+from cg_lightning.trainer.training_step import TrainingStep, logging_in
 
 _NAME = STEP_METHODS[TRAIN]
 _MAKE_CLOSURE = "_make_closure"
 _NO_BACKWARD = Reason(Status.CLOSURE_HOOK, "the loop skips the backward")
+_ANOMALY = Reason(Status.CLOSURE_HOOK, f"{Status.CLOSURE_HOOK.value}: {ANOMALY}")
 _requires_grad = attrgetter("requires_grad")
 
 Run = Callable[["_InterceptedClosure"], ClosureResult]
@@ -131,9 +132,9 @@ class TrainingInstallation:
         # the signature is that of the user's step, and its first parameter is looked at
         @functools.wraps(self._module.training_step)
         def compute(given: ClosureInput, *args: Any) -> Any:
-            accumulates = self._closure is not None and self._closure._zero_grad_fn is None
+            zero_grad = None if self._closure is None else self._closure._zero_grad_fn
             with self.session.backend.capture_stream():
-                return self._step.compute(given, *args, accumulates=accumulates)
+                return self._step.compute(given, *args, zero_grad=zero_grad)
 
         return compute
 
@@ -145,7 +146,7 @@ class TrainingInstallation:
         self._closure = closure
         try:
             step = functools.partial(self._run_step, closure)
-            with _logging_as_step(self._module), torch.no_grad():
+            with logging_in(self._module, _NAME), torch.no_grad():
                 if self._ddp is None:
                     output = step(*closure.arguments)
                 else:
@@ -196,20 +197,11 @@ class TrainingInstallation:
             return _NO_BACKWARD
         if self._ddp is not None and not self._ddp.may_be_graph:
             return WARM_UP
+        if torch.is_anomaly_enabled():
+            return _ANOMALY
         return why_not_closed(
             self._trainer,
             self._module,
             self._step.parameters(),
             self.session.target.guard.modules,
         )
-
-
-@contextlib.contextmanager
-def _logging_as_step(module: LightningModule) -> Iterator[None]:
-    """While this is entered, ``self.log`` belongs to the training step."""
-    before = module._current_fx_name
-    module._current_fx_name = _NAME
-    try:
-        yield
-    finally:
-        module._current_fx_name = before

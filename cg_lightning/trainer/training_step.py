@@ -19,8 +19,9 @@ What is hard here:
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from cg_lightning.core.closure import (
     ClosureOutput,
     GradientsAside,
     UnfinishedClosure,
+    add_gradient,
 )
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.tree import flatten, rebuild
@@ -63,14 +65,14 @@ class TrainingStep:
         self._known: list[nn.Module] | None = None
 
     def compute(
-        self, given: ClosureInput, *args: Any, accumulates: bool = False
+        self, given: ClosureInput, *args: Any, zero_grad: Callable[[], None] | None = None
     ) -> ClosureOutput | UnfinishedClosure:
         """Run the step and its backward.
 
         Args:
             given: The batch, and what else the closure depends on.
             args: What Lightning gives the step after the batch.
-            accumulates: Whether the backward adds to gradients of earlier micro-batches.
+            zero_grad: What comes between the step and its backward without us.
 
         Returns:
             The loss and the gradients. If a graph cannot hold the backward, it has not run yet.
@@ -100,11 +102,13 @@ class TrainingStep:
                 problem = f"the backward of {nested} runs another one, which DDP would reduce"
                 return UnfinishedClosure(result, problem)
             scaled = loss if given.scale is None else loss * given.scale
-            gradients: dict[str, Tensor | None]
-            if self._is_reduced:
-                gradients = _asked_for(scaled, reached)
-            else:
-                gradients = self._gradients(scaled, parameters, accumulates)
+            gradients: dict[str, Tensor | None] | None
+            with self._backward(zero_grad) as aside:
+                if self._is_reduced:
+                    gradients = _asked_for(scaled, reached)
+                else:
+                    self._module.backward(scaled)
+                    gradients = None if aside.are_given else _computed(parameters)
         extra = _detached(result.extra)
         return ClosureOutput(loss.detach(), extra, gradients)
 
@@ -115,22 +119,20 @@ class TrainingStep:
                 output = self._module.training_step(given.batch, *args)
             return ClosureResult.from_training_step_output(output, given.normalize.value)
 
-    def _gradients(
-        self, loss: Tensor, parameters: dict[str, nn.Parameter], accumulates: bool
-    ) -> dict[str, Tensor | None]:
-        aside = GradientsAside(_of(parameters))
+    @contextlib.contextmanager
+    def _backward(self, zero_grad: Callable[[], None] | None) -> Iterator[GradientsAside]:
+        """While a backward runs: gradients are aside, and ``self.log`` is that of the backward."""
+        aside = GradientsAside(_of(self.parameters()), None if self._is_reduced else zero_grad)
         context = current_forward_context()
         step = None if context is None else context.step
+        if step is not None:
+            step.aside = aside
         try:
-            if step is not None and accumulates:
-                step.aside = aside
-            with torch.autograd.set_multithreading_enabled(False):
-                self._module.backward(loss)
-            return {
-                name: parameter.grad
-                for name, parameter in parameters.items()
-                if parameter.grad is not None and not aside.is_given(parameter)
-            }
+            with (
+                torch.autograd.set_multithreading_enabled(False),
+                logging_in(self._module, "backward"),
+            ):
+                yield aside
         finally:
             if step is not None:
                 step.aside = None
@@ -144,9 +146,10 @@ class TrainingStep:
             output: What was computed.
         """
         with torch.enable_grad():
-            if closure._zero_grad_fn is not None:
-                closure._zero_grad_fn()
-            self._add(output.gradients)
+            if output.gradients is not None:
+                if closure._zero_grad_fn is not None:
+                    closure._zero_grad_fn()
+                self._add(output.gradients)
             # it calls on_after_backward
             self._trainer.precision_plugin.post_backward(output.loss, self._module)
         return ClosureResult(output.loss, extra=output.extra)
@@ -173,15 +176,11 @@ class TrainingStep:
             assert gradient is not None, "only DDP has to know of such parameters"
             parameter = parameters[name]
             existing = parameter.grad
-            if existing is None:
-                parameter.grad = gradient
-            elif existing.layout is gradient.layout is torch.strided:
+            if existing is not None and existing.layout is gradient.layout is torch.strided:
                 targets.append(existing)
                 added.append(gradient)
-            elif existing.is_sparse and not gradient.is_sparse:
-                parameter.grad = gradient + existing
             else:
-                existing += gradient
+                add_gradient(parameter, gradient)
         if targets:
             torch._foreach_add_(targets, added)
 
@@ -207,10 +206,13 @@ def _detached(extra: dict[str, Any]) -> dict[str, Any]:
     return detached
 
 
+def _computed(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor | None]:
+    return {name: p.grad for name, p in parameters.items() if p.grad is not None}
+
+
 def _asked_for(loss: Tensor, reached: dict[str, nn.Parameter]) -> dict[str, Tensor | None]:
     """Return gradients without running the nodes that set ``.grad``, and the hooks of DDP there."""
-    with torch.autograd.set_multithreading_enabled(False):
-        gradients = torch.autograd.grad(loss, list(reached.values()), allow_unused=True)
+    gradients = torch.autograd.grad(loss, list(reached.values()), allow_unused=True)
     return dict(zip(reached, gradients, strict=True))
 
 
@@ -251,3 +253,14 @@ def _nodes(loss: Tensor) -> Iterator[Any]:
             if following is not None and following not in seen:
                 seen.add(following)
                 nodes.append(following)
+
+
+@contextlib.contextmanager
+def logging_in(module: LightningModule, hook: str) -> Iterator[None]:
+    """While this is entered, ``self.log`` belongs to a hook."""
+    before = module._current_fx_name
+    module._current_fx_name = hook
+    try:
+        yield
+    finally:
+        module._current_fx_name = before

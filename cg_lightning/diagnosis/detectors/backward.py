@@ -4,38 +4,66 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import CodeType
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from cg_lightning.core.causes import Cause
-from cg_lightning.core.closure import ClosureOutput, UnfinishedClosure
+from cg_lightning.core.closure import ClosureOutput, GradientsAside, UnfinishedClosure
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.diagnosis.detector import Detector
+from cg_lightning.diagnosis.detectors.logging import LOGGING_METHODS
 from cg_lightning.diagnosis.findings import NOT_YOURS, is_our_file
+from cg_lightning.diagnosis.operands import addresses_in
+from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.watched_step import ModuleCall
+from cg_lightning.guards.values import addresses_of
+from cg_lightning.modules.interception import replaced_method
 
-_TORCH = f"{Path(torch.__file__).parent}/"
+_TORCH = Path(torch.__file__).parent
+_HARMLESS = {
+    (str(_TORCH / "_tensor.py"), "__deepcopy__"),  # of a copy's gradient, that is reported if read
+    (str(_TORCH / "nn/modules/module.py"), "_apply"),  # of ``to``, which moves it as well
+    (str(_TORCH / "utils/checkpoint.py"), "backward"),  # of inputs that it has made itself
+}
+"""Where PyTorch reads or sets gradients for itself: files and functions."""
 
 
 class Backward(Detector):
     """Reports a backward that a graph of the closure cannot hold.
 
     A graph computes new gradients, and the parameters have those of the iteration before until
-    then. So a step must not read ``parameter.grad``. Other tensors have no gradients after a
-    replay, so a step must not ask for them by ``retain_grad``.
+    then. So a step must neither read nor set ``parameter.grad``, and its backward must not read
+    memory of a gradient. Other tensors have no gradients after a replay, so a step must not ask for
+    them by ``retain_grad``. What the backward logs belongs to another hook than the step.
     """
 
     causes = (Cause.BACKWARD,)
 
-    def around_step(self) -> AbstractContextManager[None]:
+    def __init__(self, watch: StepWatch) -> None:
+        super().__init__(watch)
+        self._aside: GradientsAside | None = None
+        self._addresses: set[int] = set()
+        """Where the gradients begin that lie aside."""
+
+    @contextlib.contextmanager
+    def around_step(self) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
-        return self._noticing_reads() if self.watch.has_backward else contextlib.nullcontext()
+        if not self.watch.has_backward:
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            for name in LOGGING_METHODS:
+                stack.enter_context(replaced_method(self.watch.root, name, self._replace(name)))
+            stack.enter_context(self._noticing_gradients())
+            yield
+        self._aside = None
 
     def returned(self, call: ModuleCall, output: Any) -> None:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
@@ -44,30 +72,77 @@ class Backward(Detector):
         if isinstance(output, UnfinishedClosure):
             self.watch.report(Cause.BACKWARD, output.problem, location=NOT_YOURS)
         elif isinstance(output, ClosureOutput):
-            for name, gradient in output.gradients.items():
+            for name, gradient in (output.gradients or {}).items():
                 if gradient is not None and gradient.layout is not torch.strided:
                     words = f"the gradient of {name} is sparse"
                     self.watch.report(Cause.BACKWARD, words, location=NOT_YOURS)
 
+    def before_operation(
+        self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        aside = _aside()
+        if aside is None or aside.are_given:
+            return
+        if aside is not self._aside:
+            self._aside, self._addresses = aside, addresses_of(aside.gradients)
+        if self._addresses and addresses_in([*args, *kwargs.values()]) & self._addresses:
+            self._note("the backward reads memory of a gradient")
+
+    def _replace(self, name: str) -> Callable[..., Any]:
+        def log(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if _aside() is not None:
+                self.watch.report_unless_found(Cause.BACKWARD, f"self.{name} in the backward")
+            return original(*args, **kwargs)
+
+        return log
+
+    def _note(self, words: str) -> None:
+        """Report what the step does with gradients, and let it find those of eager."""
+        self.watch.report(Cause.BACKWARD, words)
+        aside = _aside()
+        if aside is not None:
+            with self.watch.paused():
+                aside.give()
+
     @contextlib.contextmanager
-    def _noticing_reads(self) -> Iterator[None]:
+    def _noticing_gradients(self) -> Iterator[None]:
         inherited: Any = Tensor.grad  # of a base class that is written in C
         original: Any = Tensor.retain_grad
         watch = self.watch
 
+        def note(words: str) -> None:
+            code = sys._getframe(2).f_code
+            if not (watch.is_paused or is_our_file(code.co_filename) or _is_harmless(code)):
+                self._note(words)
+
         def get(tensor: Tensor) -> Tensor | None:
-            file = sys._getframe(1).f_code.co_filename
-            if not (is_our_file(file) or file.startswith(_TORCH)):
-                watch.report(Cause.BACKWARD, "the step reads a gradient")
-                context = current_forward_context()
-                if context is not None and context.step is not None and context.step.aside:
-                    context.step.aside.give(tensor)
+            note("the step reads a gradient")
             return inherited.__get__(tensor)  # type: ignore[no-any-return]
+
+        def set_gradient(tensor: Tensor, gradient: Tensor | None) -> None:
+            note("the step sets a gradient")
+            inherited.__set__(tensor, gradient)
+
+        def delete(tensor: Tensor) -> None:
+            note("the step sets a gradient")
+            inherited.__delete__(tensor)
 
         def retain_grad(tensor: Tensor) -> None:
             watch.report(Cause.BACKWARD, "retain_grad")
             original(tensor)
 
-        grad = property(get, inherited.__set__, inherited.__delete__)
+        grad = property(get, set_gradient, delete)
         with patch.object(Tensor, "grad", grad), patch.object(Tensor, "retain_grad", retain_grad):
             yield
+
+
+def _aside() -> GradientsAside | None:
+    """Return the gradients that lie aside while the backward of the step runs; None before it."""
+    context = current_forward_context()
+    return None if context is None or context.step is None else context.step.aside
+
+
+def _is_harmless(code: CodeType) -> bool:
+    """Return True for functions of PyTorch in which a gradient decides nothing."""
+    return (code.co_filename, code.co_name) in _HARMLESS
