@@ -259,6 +259,25 @@ class Strings(Step):
         return scores
 
 
+class OwnAutocast(Step):
+    """The update multiplies under autocast, and the rest of the step does not."""
+
+    class Gram(CatMetric):
+        def update(self, x: Tensor) -> None:
+            super().update(x @ x.T)
+
+    def __init__(self) -> None:
+        super().__init__(self.Gram())
+
+    @torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16)
+    def update(self, x: Tensor) -> None:
+        self.metric.update(x)
+
+    def measure(self, x, label, scores):
+        self.update(scores)
+        return scores
+
+
 FULL = {
     "update": lambda: Updates(),
     "update, keeps all": lambda: GivenTheBatch(Keeps()),
@@ -275,6 +294,7 @@ FULL = {
     "a collection, logged on_step": lambda: LoggedCollectionOfValues(),
     "shared by two": lambda: Shared(),
     "strings": lambda: Strings(),
+    "under autocast": lambda: OwnAutocast(),
 }
 
 
@@ -380,12 +400,10 @@ class Handled(Step):
 
 
 class OtherSettings(Step):
-    @torch.autocast("cpu", dtype=torch.bfloat16)
-    def update(self, x: Tensor) -> None:
-        self.metric.update(x @ x.T)
-
     def measure(self, x, label, scores):
-        self.update(scores)
+        torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+        self.metric.update(x @ x.T)
+        torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
         return scores
 
 

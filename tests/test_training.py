@@ -1,5 +1,6 @@
 """Training: closures from graphs, and everything that users see of them, compared with eager."""
 
+import collections
 import copy
 import functools
 
@@ -889,6 +890,79 @@ class Counting(Classifier):
 
 def test_lists_and_numbers_of_the_trainer(fit):
     assert replayed(fit(Counting())) > 5
+
+
+class KeepsGraphs(Classifier):
+    """Keeps computed tensors as they are: from a graph they come without the autograd graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.losses, self.latest, self.last = [], collections.deque(maxlen=3), {}
+
+    def training_step(self, batch, batch_idx):
+        logits = self.net(batch[0])
+        loss = nn.functional.cross_entropy(logits, batch[1])
+        self.losses.append({"loss": loss, "logits": logits[:2]})
+        self.latest.append(loss)
+        self.last["loss"] = loss
+        return {"loss": loss, "mean": logits.mean()}
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.log("latest", torch.stack(list(self.latest)).mean())
+        self.log("last", self.last["loss"])
+
+    def on_train_epoch_end(self):
+        kept = [each["logits"].sum() + each["loss"] for each in self.losses]
+        self.log("mean", torch.stack(kept).mean())
+        self.losses.clear()
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+@pytest.mark.parametrize("batches", [1, 2])
+def test_tensors_with_a_graph_that_are_kept(fit, batches, verify_replays):
+    settings = {"verify_replays": verify_replays}
+    assert replayed(fit(KeepsGraphs(), accumulate_grad_batches=batches, settings=settings)) > 10
+
+
+class Kernel(torchmetrics.Metric):
+    """Waits for the device, and computes another number under autocast."""
+
+    full_state_update = False
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, values):
+        self.total += (values @ values.T).sum().item()
+
+    def compute(self):
+        return self.total
+
+
+class LateMetrics(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.kernel, self.kept = Kernel(), torchmetrics.CatMetric()
+
+    def training_step(self, batch, batch_idx):
+        logits = self.net(batch[0])
+        loss = nn.functional.cross_entropy(logits, batch[1])
+        self.kernel(logits)
+        self.kept.update(loss)
+        self.log("kernel", self.kernel, on_step=True, on_epoch=True)
+        return loss
+
+    def on_train_epoch_end(self):
+        self.log("kept", self.kept.compute().sum())
+        self.kept.reset()
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_metrics_that_are_updated_after_the_step(fit, precision, verify_replays):
+    settings = {"verify_replays": verify_replays}
+    assert replayed(fit(LateMetrics(), precision=precision, settings=settings)) > 10
 
 
 class DropoutSchedule(Callback):

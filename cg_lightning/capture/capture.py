@@ -24,6 +24,7 @@ from cg_lightning.capture.outputs import OutputPlan
 from cg_lightning.capture.passed_on import PassedOnValues
 from cg_lightning.capture.static_inputs import StaticInputs
 from cg_lightning.core.causes import Cause
+from cg_lightning.core.closure import ClosureOutput
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.errors import (
     CaptureError,
@@ -225,6 +226,7 @@ class Capturer:
                     passed_on.during_step(),
                 ):
                     output = call.run_on(tree)
+                is_closure = isinstance(output, ClosureOutput)
                 effects, tensors = recording.finish()
                 if target.host_draws:
                     effects.append(DrawAgain(target.host_draws))
@@ -240,7 +242,9 @@ class Capturer:
                 takers.insert(0, SetBatchEntries(entries, output, containers))
                 output = (output, (entries.new(), entries.removed()))
             recording.refuse_states_in(output)
-            plan, computed = OutputPlan.make(output, leaves, target.storage_addresses, containers)
+            plan, computed = OutputPlan.make(
+                output, leaves, target.storage_addresses, containers, detaches=is_closure
+            )
             # outputs that are not copied out must not share memory with those of other graphs
             if options.weak_ref_output and copies_outputs:
                 computed = weak_ref_tensors(computed, self._backend)

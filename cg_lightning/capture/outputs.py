@@ -79,6 +79,7 @@ class OutputPlan:
         inputs: list[Any],
         module_storages: set[int],
         containers: Sequence[Any] = (),
+        detaches: bool = False,
     ) -> tuple[OutputPlan, list[Tensor]]:
         """Return the plan and the computed tensors, without duplicates.
 
@@ -87,6 +88,7 @@ class OutputPlan:
             inputs: The leaves of the arguments of the captured call.
             module_storages: The addresses of the storages of parameters and buffers.
             containers: The containers of the inputs, as the call was given them.
+            detaches: Whether tensors leave their autograd graph.
 
         Raises:
             CaptureError: A leaf is neither a tensor nor a plain value, so a replay cannot make it;
@@ -94,6 +96,8 @@ class OutputPlan:
         """
         output = _with_given_containers(output, containers)
         leaves, structure = flatten(output)
+        if detaches:
+            leaves = _detached(leaves)
         positions = {
             id(leaf): index for index, leaf in enumerate(inputs) if not is_plain_value(leaf)
         }
@@ -189,6 +193,16 @@ def _with_given_containers(output: Any, containers: Sequence[Any]) -> Any:
         if id(container) in given
     }
     return with_leaves_for(output, found) if found else output
+
+
+def _detached(leaves: list[Any]) -> list[Any]:
+    """Return leaves without the autograd graph: the same tensor is the same again."""
+    detached = {
+        id(leaf): leaf.detach()
+        for leaf in leaves
+        if isinstance(leaf, Tensor) and leaf.grad_fn is not None
+    }
+    return [detached.get(id(leaf), leaf) for leaf in leaves]
 
 
 def _check_same_kind(one: Tensor, other: Tensor, output: Any, index: int) -> None:

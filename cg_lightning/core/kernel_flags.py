@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._device import DeviceContext
@@ -96,6 +97,7 @@ def _function_modes() -> tuple[Any, ...]:
     return tuple([mode.device if type(mode) is DeviceContext else mode for mode in modes])
 
 
+_AUTOCASTING = ("cuda", "cpu")
 _any_autocast = _native("_is_any_autocast_enabled", lambda: True)
 
 
@@ -134,3 +136,31 @@ def kernel_flags() -> tuple[Any, ...]:
     if _any_autocast():
         return (*flags, autocast_flags("cuda"), autocast_flags("cpu"))
     return flags
+
+
+def lasting_flags() -> tuple[Any, ...]:
+    """Return all switches but those that :class:`CallModes` has."""
+    flags = kernel_flags()
+    return flags[1:-2] if _any_autocast() else flags[1:]
+
+
+class CallModes(NamedTuple):
+    """Grad mode and autocast, as a call of a step finds them."""
+
+    grad: bool
+    autocast: dict[str, tuple[bool, torch.dtype | None]]
+
+    @classmethod
+    def now(cls) -> CallModes:
+        """Return those of this moment."""
+        return cls(torch.is_grad_enabled(), {kind: autocast_flags(kind) for kind in _AUTOCASTING})
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """While this is entered, another call finds them as well."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            for kind, (is_on, dtype) in self.autocast.items():
+                if autocast_flags(kind) != (is_on, dtype):
+                    stack.enter_context(torch.autocast(kind, dtype, enabled=is_on))
+            yield

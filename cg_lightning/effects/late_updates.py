@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torchmetrics import Metric
 
+from cg_lightning.core.kernel_flags import CallModes
 from cg_lightning.core.tree import flatten, leaf_paths
 from cg_lightning.effects.step_state import AttributesSnapshot
 from cg_lightning.metrics.units import MetricUnit, calls_from_outside
@@ -36,6 +37,8 @@ class LateCall(NamedTuple):
 
     metric: nn.Module
     method: str
+    modes: CallModes
+    """What the step found in its place."""
 
 
 class LateValue:
@@ -83,7 +86,7 @@ class CollectedCalls:
         kwargs: dict[str, Any],
     ) -> Any:
         """Store a call. Return what the step expects: nobody uses the value of an update."""
-        self.calls.append(LateCall(metric, method))
+        self.calls.append(LateCall(metric, method, CallModes.now()))
         self.arguments.append((args, kwargs))
         if method == "items":
             return original(**{**kwargs, "copy_state": False})
@@ -132,15 +135,16 @@ class LateUpdates:
         if self._is_held:
             self._latest = (calls, arguments)
             return False
-        for (metric, method), (args, kwargs) in zip(calls, arguments, strict=True):
-            getattr(metric, method)(*args, **kwargs)
+        for call, (args, kwargs) in zip(calls, arguments, strict=True):
+            with call.modes.entered():
+                getattr(call.metric, call.method)(*args, **kwargs)
         return True
 
     def latest_arguments(self) -> list[tuple[str, Any]]:
         """Return names and values of the arguments of the latest calls that were left out."""
         found = []
-        for (metric, method), given in zip(*self._latest, strict=True):
-            name = f"argument of {type(metric).__name__}.{method}: "
+        for call, given in zip(*self._latest, strict=True):
+            name = f"argument of {type(call.metric).__name__}.{call.method}: "
             paths = [f"{name}{path}" for path in leaf_paths(given, "")]
             found += list(zip(paths, flatten(given)[0], strict=True))
         return found

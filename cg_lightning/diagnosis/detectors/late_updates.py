@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.equality import same_leaf
-from cg_lightning.core.kernel_flags import kernel_flags
+from cg_lightning.core.kernel_flags import lasting_flags
 from cg_lightning.core.tree import flatten
 from cg_lightning.diagnosis.callers import (
     callers,
@@ -51,7 +51,8 @@ class LateUpdates(Detector):
       call writes to nothing but the metric.
     - After the call, the step draws no random number.
     - An error of the call leaves the step: nothing in the step handles it.
-    - Grad mode, autocast and the like are those of the whole step.
+    - Determinism, inference mode and the like are those of the whole step. Grad mode and autocast
+      may be others: they are set again.
     - A replay can make the arguments.
     """
 
@@ -78,7 +79,7 @@ class LateUpdates(Detector):
         if not units:
             yield
             return
-        self._flags = kernel_flags()
+        self._flags = lasting_flags()
         with contextlib.ExitStack() as stack:
             for late in units:
                 for metric in late.unit.metrics:
@@ -149,7 +150,7 @@ class LateUpdates(Detector):
             late.refuse("that the step uses otherwise")
         if method == "__call__" and late.is_logged:
             late.refuse("that is logged before it is updated")
-        if kernel_flags() != self._flags:
+        if lasting_flags() != self._flags:
             late.refuse("that is updated under settings of its own")
         if method not in _LOGS and any(map(is_exception_handled, callers())):
             late.refuse("that is updated inside try or with")
