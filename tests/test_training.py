@@ -20,6 +20,7 @@ from lightning.pytorch.loggers.logger import Logger
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from cg_lightning import CUDAGraphCallback
 from tests.harness import assert_same, loader
@@ -934,6 +935,7 @@ class Kernel(torchmetrics.Metric):
         self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
 
     def update(self, values):
+        values = values.float()
         self.total += (values @ values.T).sum().item()
 
     def compute(self):
@@ -969,6 +971,33 @@ class DropoutSchedule(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == 4:
             pl_module.net[3].p = 0.1 + 0.2 * (trainer.current_epoch % 2)
+
+
+class Checkpointed(Classifier):
+    keeps_random_state = False
+
+    def training_step(self, batch, batch_idx):
+        logits = checkpoint(
+            self.net,
+            batch[0],
+            use_reentrant=False,
+            preserve_rng_state=self.keeps_random_state,
+        )
+        return nn.functional.cross_entropy(logits, batch[1])
+
+
+class CheckpointedWithState(Checkpointed):
+    keeps_random_state = True
+
+
+def test_a_checkpoint_that_keeps_no_random_state(fit):
+    assert replayed(fit(Checkpointed())) > 10
+
+
+def test_a_checkpoint_that_keeps_its_random_state(fit):
+    callback = fit(CheckpointedWithState())
+    assert replayed(callback) == 0
+    assert "torch.fork_rng (unknown)" in str(callback.stats.eager_reasons)
 
 
 def test_a_setting_that_changes_between_batches(fit):

@@ -21,6 +21,7 @@ NOT_YOURS = "not in your code"
 UNKNOWN = "unknown"
 """The location if no frame of the user's is on the stack."""
 
+_WATCHER = str(Path(__file__).with_name("watcher.py"))
 _OURS = Path(__file__).resolve().parent.parent
 _PACKAGES = [Path(path) for key in ("purelib", "platlib") if (path := sysconfig.get_path(key))]
 _FRAMEWORKS = ("torch", "functorch", "lightning", "pytorch_lightning", "lightning_fabric")
@@ -108,12 +109,14 @@ def find_location() -> Location:
     """Returns the user's innermost line, and the innermost line of a library that it called.
 
     torch, Lightning, the wrappers of torchmetrics, the standard library and this package are no
-    such libraries.
+    such libraries. What PyTorch does by itself, as in the backward, has no line of the user's.
     """
     library = ""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
+        if not library and file == _WATCHER and frame.f_code.co_name == "watch":
+            break  # what follows has started the step
         if is_user_file(file):
             return Location(f"{file}:{frame.f_lineno}", library)
         if not library and (path := _library_path(file)) is not None:

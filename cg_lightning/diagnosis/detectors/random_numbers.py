@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import inspect
 import random
 import sys
 import threading
@@ -201,7 +202,8 @@ class RandomNumbers(Detector):
             def seed(*args: Any, **kwargs: Any) -> Any:
                 caller = sys._getframe(1).f_globals.get("__name__", "")
                 # the compiler sets generators, and sets them back
-                if threading.get_ident() == thread and not caller.startswith(_COMPILER):
+                is_ours = threading.get_ident() == thread and not caller.startswith(_COMPILER)
+                if is_ours and not _forks_nothing(function, args, kwargs):
                     self.watch.report_unless_found(
                         Cause.HOST_RANDOMNESS, f"torch.{function.__name__}"
                     )
@@ -257,6 +259,16 @@ def _can_be_repeated(
     values = tree_leaves((args, kwargs))
     is_plain = not any(isinstance(value, (Tensor, torch.Generator)) for value in values)
     return is_plain and type(output) is Tensor and "dtype" in names and function.namespace == "aten"
+
+
+def _forks_nothing(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
+    """Whether it is ``fork_rng(enabled=False)``, as checkpoints call it that keep no state."""
+    if function.__name__ != "fork_rng":
+        return False
+    given = inspect.signature(function).bind_partial(*args, **kwargs).arguments
+    return given.get("enabled") is False
 
 
 def _draws(function: OpOverload) -> bool:
