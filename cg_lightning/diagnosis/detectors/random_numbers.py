@@ -202,8 +202,8 @@ class RandomNumbers(Detector):
             def seed(*args: Any, **kwargs: Any) -> Any:
                 caller = sys._getframe(1).f_globals.get("__name__", "")
                 # the compiler sets generators, and sets them back
-                is_ours = threading.get_ident() == thread and not caller.startswith(_COMPILER)
-                if is_ours and not _forks_nothing(function, args, kwargs):
+                is_of_step = threading.get_ident() == thread and not caller.startswith(_COMPILER)
+                if is_of_step and not _forks_nothing(function, args, kwargs):
                     self.watch.report_unless_found(
                         Cause.HOST_RANDOMNESS, f"torch.{function.__name__}"
                     )
