@@ -823,7 +823,7 @@ BY_TEXT = {
     "eval": "return eval('USERS.COUNT')",
     "exec": "exec('USERS.COUNT += 1'); return USERS.COUNT",
     "sys.modules": "return sys.modules['users_own_names'].COUNT",
-    "importlib.import_module": "return importlib.import_module('users_own_names').COUNT",
+    "importlib.import_module": "return importlib.import_module('.test_tree', 'tests') and 1",
     "__import__": "return __import__('_'.join(['users', 'own', 'names'])).COUNT",
     "__dict__": "return USERS.__dict__['COUNT']",
     "vars": "return vars(USERS)['COUNT']",
@@ -848,6 +848,24 @@ def test_names_that_nobody_can_follow(
     assert callback.stats.steps["FULL"] == 0, callback.summary()
     if "mode" not in settings:
         assert f"opaque object used: {name} (<string>:" in reasons(callback)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_what_a_module_holds_that_the_step_imports_is_guarded(
+    harness: Harness, own_names: Any, settings: Any
+) -> None:
+    """Hazards 6 and 47."""
+
+    def make() -> Any:
+        own_names()
+        read = runs("return importlib.import_module('_'.join(['users', 'own', 'names'])).COUNT")
+        return Uses(read, lambda _, held: held())
+
+    changes = lambda: [ChangesInTheMiddle(lambda _: vars(USERS).update(COUNT=7))]
+    callback = compare(harness, make, others=changes, **settings)
+    assert "opaque" not in reasons(callback)
+    if "mode" not in settings:
+        assert callback.stats.steps["FULL"] > 0, callback.summary()
 
 
 @dataclasses.dataclass

@@ -95,14 +95,13 @@ def test_of_a_default_validation_both_times_are_shown(callback):
     assert "(-)" not in callback.summary()
 
 
-def test_graphs_that_differ_by_a_plain_value_say_so(harness):
+def test_graphs_that_differ_by_a_plain_value_say_so(harness, device):
     run = graphed(
         lambda x, *, name, scale, flag: x * scale,
-        module=torch.nn.Linear(2, 2),
+        module=torch.nn.Linear(2, 2, device=device),
         backend=harness.backend,
         min_saving=0,
     )
-    device = "cuda" if harness.backend == "cuda" else "cpu"
     with torch.inference_mode(), run:
         for scale in (2.0, 3.0, -0.0):
             for _ in range(6):

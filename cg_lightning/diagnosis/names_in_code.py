@@ -7,7 +7,7 @@ import importlib.util
 import itertools
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -48,7 +48,6 @@ class NamesInCode:
     def __init__(self, frame: FrameType) -> None:
         self.code: CodeType = frame.f_code
         self._globals = frame.f_globals
-        self._values = frame.f_locals
         self._steps = list(dis.get_instructions(self.code))
         texts = [each for each in self.code.co_consts if isinstance(each, str)]
         self.names = (*self.code.co_names, *texts)
@@ -77,23 +76,32 @@ class NamesInCode:
         """Return the globals that the function sets."""
         return {step.argval for step in self._steps if step.opname == "STORE_GLOBAL"}
 
-    def computed(self, is_users: Callable[[Any], bool]) -> Iterator[ComputedNames]:
-        """Yield uses of the user's namespaces, and of ``sys.modules``, by names unknown here."""
+    def computed(
+        self, arguments: Mapping[str, Any], is_users: Callable[[Any], bool]
+    ) -> Iterator[ComputedNames]:
+        """Yield uses of the user's namespaces, and of ``sys.modules``, by names unknown here.
+
+        Args:
+            arguments: What the function was called with, by name. They are not kept: the batch may
+                be one of them.
+            is_users: Returns True for a namespace of the user's.
+        """
         line = self.code.co_firstlineno
         for index, step in enumerate(self._steps):
             line = getattr(step, "line_number", step.starts_line) or line  # from 3.13 on
             if step.opname in _ATTRIBUTES and step.argval in _GLOBALS_OF_FRAMES:
                 yield ComputedNames(None, step.argval, line, False)
             elif step.opname.startswith("LOAD_"):
-                found = self._computed_at(index, step, line, is_users)
+                value = self._value_of(step, arguments)
+                found = self._computed_at(index, value, line, is_users)
                 if found is not None:
                     yield found
 
     def _computed_at(
-        self, index: int, step: dis.Instruction, line: int, is_users: Callable[[Any], bool]
+        self, index: int, value: Any, line: int, is_users: Callable[[Any], bool]
     ) -> ComputedNames | None:
-        value, steps = self._value_of(step), self._steps
-        if step.argval == "__import__" and not self._is_text(index + 1):
+        steps = self._steps
+        if steps[index].argval == "__import__" and not self._is_text(index + 1):
             return ComputedNames(None, "__import__", line, False)
         if value is sys.modules:
             return ComputedNames(None, "sys.modules", line, False)
@@ -137,13 +145,13 @@ class NamesInCode:
         is_global = before is not None and before.opname == "LOAD_GLOBAL"
         return str(before.argval) if before is not None and is_global else ""
 
-    def _value_of(self, step: dis.Instruction) -> Any:
+    def _value_of(self, step: dis.Instruction, arguments: Mapping[str, Any]) -> Any:
         """Return what an instruction loads, if it is a global, an argument or an import."""
         name = step.argval
         if step.opname == "LOAD_GLOBAL":
             return self._globals.get(name)
         if step.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLASSDEREF")):
-            return self._locals.get(name, self._values.get(name))
+            return self._locals.get(name, arguments.get(name))
         return None
 
     def _note_module(self, name: str) -> types.ModuleType | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import operator
+from collections.abc import Callable
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -29,11 +30,13 @@ _NativeLayouts = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuard
 
 
 def layout_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return how a tensor lies in its memory."""
+    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg())
+
+
+def layout_and_gradient_of(tensor: Tensor) -> tuple[Any, ...]:
     """Return how a tensor lies in its memory, and whether it requires gradients."""
-    return (
-        *(tensor.shape, tensor.stride(), tensor.dtype),
-        *(tensor.is_conj(), tensor.is_neg(), tensor.requires_grad),
-    )
+    return (*layout_of(tensor), tensor.requires_grad)
 
 
 class Placement:
@@ -43,13 +46,19 @@ class Placement:
 
     Args:
         tensors: The tensors, all of them strided.
+        layout: What is compared beside their addresses.
     """
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+    def __init__(
+        self,
+        tensors: list[Tensor],
+        layout: Callable[[Tensor], tuple[Any, ...]] = layout_and_gradient_of,
+    ) -> None:
         self._tensors = tensors
         self._addresses = [tensor.data_ptr() for tensor in tensors]
         self._indices = list(range(len(tensors)))
-        self._layouts = list(map(layout_of, tensors))
+        self._layout_of = layout
+        self._layouts = list(map(layout, tensors))
         # the guards of Dynamo refuse a tensor that comes twice
         self._different = list({id(tensor): tensor for tensor in tensors}.values())
         self._native_layouts: Any = None
@@ -76,13 +85,13 @@ class Placement:
     def laid_out_otherwise(self) -> list[int]:
         """Return the indices of the tensors whose layout has changed."""
         pairs = zip(self._tensors, self._layouts, strict=True)
-        return [i for i, (tensor, layout) in enumerate(pairs) if layout_of(tensor) != layout]
+        return [i for i, (tensor, layout) in enumerate(pairs) if self._layout_of(tensor) != layout]
 
     def _layouts_hold(self) -> bool:
-        if list(map(layout_of, self._tensors)) != self._layouts:
+        if list(map(self._layout_of, self._tensors)) != self._layouts:
             return False
         if _NativeLayouts is not None:
-            # it also compares whether inference mode is on
+            # it also compares ``requires_grad``, and whether inference mode is on
             self._native_layouts = _NativeLayouts(
                 *self._different, dynamic_dims_sizes=None, dynamic_dims_strides=None
             )
@@ -126,10 +135,13 @@ class ModuleGuard:
 
     Args:
         root: The module.
+        compares_gradients: Whether ``requires_grad`` of its tensors is compared. The keys of
+            training have it.
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, compares_gradients: bool = True) -> None:
         self._root = root
+        self._layout = layout_and_gradient_of if compares_gradients else layout_of
         self._settings: dict[tuple[int, str], Any] | None = None
         self._held_settings: list[tuple[dict[str, Any], str, Any]] | None = None
         self.refresh()
@@ -158,7 +170,7 @@ class ModuleGuard:
             part for member in members if not is_lazy(member) for part in parts_of(member)
         ]
         self._sparse = [member for member in members if member.layout is not torch.strided]
-        self._placement = Placement(self.tensors)
+        self._placement = Placement(self.tensors, self._layout)
         self._scripted_values = [scripted_attributes(module) for module in self._scripted]
 
     def _current_members(self) -> list[Any]:

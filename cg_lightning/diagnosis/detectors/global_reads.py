@@ -170,7 +170,7 @@ class GlobalReads(Detector):
         if known.write and is_said_by_user(frame.f_back):
             self.watch.report_unless_found(Cause.PRINTED, known.write)
         if known.code is _IMPORT and frame.f_back and _is_users_code(frame.f_back):
-            self.watch.report_unless_found(Cause.OPAQUE, "importlib.import_module")
+            self._import(frame.f_locals["name"], frame.f_back)
         if known.is_of_environment:
             self._read_environment(frame)
         for words, line in known.opaque:
@@ -217,7 +217,7 @@ class GlobalReads(Detector):
         if names.imports_unknown:  # the next step finds it, and what it holds
             self.watch.note_one_time_work()
         location = f"{code.co_filename}:{code.co_firstlineno}"
-        computed = list(names.computed(_is_users_namespace))
+        computed = list(names.computed(frame.f_locals, _is_users_namespace))
         sources = [
             *_sources_of(frame, names),
             *map(source_of_cache, found.caches),
@@ -239,6 +239,17 @@ class GlobalReads(Detector):
         clock = arithmetic_of_thread(code)
         matters = bool(sources or held or given or clock or opaque)
         return _Code(code, matters, clock, False, "", location, sources, held, given, opaque)
+
+    def _import(self, name: str, caller: FrameType) -> None:
+        """Note that a function of the user's imports a module by a name that it computes."""
+        module = sys.modules.get(name)
+        if name.startswith("."):
+            self.watch.report_unless_found(Cause.OPAQUE, "importlib.import_module")
+        elif module is None:  # the next step finds it, and what it holds
+            self.watch.note_one_time_work()
+        elif _is_users_namespace(module):
+            for source in _all_sources_in(module):
+                self._note(source, f"{caller.f_code.co_filename}:{caller.f_lineno}")
 
     def _look_at_library(self, frame: FrameType, settings: Sequence[Source]) -> _Code:
         code = frame.f_code
