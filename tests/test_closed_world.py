@@ -1194,7 +1194,7 @@ def test_what_happens_to_the_batch(harness: Harness, make, do, settings, inside)
         others,
         **settings,
     )
-    is_one = do in (adds, replaces, returns_it, returns_it_inside) and "mode" not in settings
+    is_one = do in (adds, pops, replaces, returns_it, returns_it_inside) and "mode" not in settings
     assert callback.stats.steps["FULL" if is_one else "PIECEWISE"] == 7, callback.summary()
     if "mode" not in settings and not is_one:
         assert "input mutated in place" in reasons(callback)

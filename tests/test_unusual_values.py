@@ -49,9 +49,14 @@ def _tangent(module: Any, x: Tensor) -> Any:
         return forward_ad.unpack_dual(module.net(dual)).tangent
 
 
+def _jacobian(module: Any, x: Tensor) -> Tensor:
+    with torch.inference_mode(False):  # torch 2.11 has no rule for it in inference mode
+        return torch.func.jacfwd(module.net)(x.clone())
+
+
 UNUSUAL = {
     "jvp": lambda module, x: torch.func.jvp(module.net, (x,), (torch.ones_like(x),)),
-    "jacfwd": lambda module, x: torch.func.jacfwd(module.net)(x),
+    "jacfwd": _jacobian,
     "forward mode": _tangent,
     "jagged": _nested,
     "wrapper": lambda module, x: module.doubles(Wraps(module.net(x))),
