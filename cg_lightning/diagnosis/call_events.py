@@ -188,5 +188,5 @@ if sys.version_info >= (3, 12):
             if self._is_suspended or threading.get_ident() != self._thread:
                 return
             if isinstance(function, MethodDescriptorType):
-                function = function.__get__(first)
+                function = function.__get__(first, type(first))  # without the type, some crash
             self._listener.on_c_call(function, _frame_of(code))
