@@ -553,7 +553,8 @@ CHANGES: dict[str, Any] = {
 def test_the_same_items_are_the_same_objects_in_the_same_order(name):
     first, second, expected = [[object()], object()], [object()], object()
     space = {"name": expected, "map": {"key": 1}}
-    same = SameItems([first, second, space["map"]], [], [(space, "name", expected)])
+    names = [(space, "name", expected)]
+    same = SameItems([first, second, space["map"]], [], names, [], [], None)
     assert same.others == []
     assert same.hold()
     CHANGES[name](space, first, second)

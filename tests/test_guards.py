@@ -221,7 +221,6 @@ def test_settings_are_compared_once_an_epoch():
         lambda module: setattr(module[0].weight, "data", module[0].weight.data[:1]),
         lambda module: setattr(module[0].table, "data", module[0].table.view(torch.int32)),
         lambda module: setattr(module[0].bias, "data", torch._neg_view(module[0].bias.data)),
-        lambda module: module[0].weight.requires_grad_(False),
     ],
 )
 @pytest.mark.parametrize("native", [True, False])
@@ -237,6 +236,10 @@ def test_layouts_are_compared(monkeypatch, change, native):
         with torch.inference_mode():
             assert guard.check()
             assert guard.check()
+        flags = guard.flags()
+        module[0].weight.requires_grad_(False)
+        assert guard.check()
+        assert guard.flags() != flags  # another key
         addresses = [each.data_ptr() for each in guard.tensors]
         change(module)
         assert [each.data_ptr() for each in guard.tensors] == addresses
@@ -356,3 +359,13 @@ def test_what_is_inside_large_containers_is_compared_once_an_epoch(make, change,
     change(module.scale[7])
     assert not guards.check_epoch()
     assert text in guards.explain()
+
+
+def test_flags_are_those_of_a_watched_call():
+    """The key of a watched call is that of a call later on, also with scripted modules inside."""
+    scripted = torch.jit.script(nn.Linear(2, 2))
+    module = nn.Sequential(scripted, nn.Dropout(), nn.BatchNorm1d(2))
+    module[1].eval()
+    module[2].weight.requires_grad_(False)
+    assert module_guard.flags_of(list(module.modules())) == ModuleGuard(module).flags()
+    assert bytes([1, 1, 0, 1, 0, 0, 0]) in ModuleGuard(module).flags()

@@ -45,8 +45,8 @@ class BatchDescriptor:
     """``validate``, ``test`` or ``predict``."""
     dataloader_idx: int = 0
     """Index of the dataloader of the batch."""
-    training: tuple[bool, ...] = ()
-    """The ``training`` flags of the wrapped modules."""
+    training: tuple[bool | bytes, ...] = ()
+    """The ``training`` flags of the wrapped modules, and ``requires_grad`` of their tensors."""
     flags: tuple[Hashable, ...] = ()
     """The switches of :func:`~cg_lightning.core.kernel_flags.kernel_flags`."""
     call: int = 0
@@ -270,7 +270,7 @@ def describe_fields(
     *,
     stage: str | None = None,
     dataloader_idx: int = 0,
-    training: tuple[bool, ...] = (),
+    training: tuple[bool | bytes, ...] = (),
     call: int = 0,
     repeats: bool = False,
     objects: bool = False,
@@ -283,7 +283,7 @@ def describe_fields(
         batch: As in :meth:`BatchDescriptor.from_batch`.
         stage: The stage.
         dataloader_idx: Index of the dataloader.
-        training: The ``training`` flags.
+        training: The ``training`` flags, and ``requires_grad`` of tensors.
         call: The number of the call within one step.
         repeats: True if one tensor may occur several times, as in ``attention(x, x, x)``. Its
             positions are then part of the key.
@@ -317,7 +317,7 @@ _WITHOUT_KEY = "a batch without a key"
 
 
 def describe_without_batch(
-    stage: str, dataloader_idx: int, training: tuple[bool, ...]
+    stage: str, dataloader_idx: int, training: tuple[bool | bytes, ...]
 ) -> tuple[Any, ...]:
     """Return the fields of the key of all steps whose batches cannot be part of one.
 
@@ -336,7 +336,7 @@ def is_inside_transform() -> bool:
 
 
 def describe_call(
-    training: tuple[bool, ...],
+    training: tuple[bool | bytes, ...],
     number: int,
     step: BatchDescriptor,
     args: tuple[Any, ...],

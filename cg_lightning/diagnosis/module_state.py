@@ -52,7 +52,11 @@ class ModuleState:
             if not is_same_value(self._values.get(name, missing), value)
         ]
         gone = [name for name in self._values if name not in now]
-        inside = [name for name, contents in self._contents.items() if not contents.all_hold()]
+        inside = [
+            name
+            for name, contents in self._contents.items()
+            if f"{name}.requires_grad" not in changed and not contents.all_hold()
+        ]
         return list(dict.fromkeys([*changed, *gone, *inside]))
 
 
@@ -66,6 +70,11 @@ def _values(module: nn.Module) -> dict[str, Any]:
         f"{table}.{name}": member
         for table in _TABLES
         for name, member in attributes.pop(table, {}).items()
+    }
+    members |= {
+        f"{name}.requires_grad": member.requires_grad
+        for name, member in members.items()
+        if isinstance(member, torch.Tensor)
     }
     return {**values_of(type(module)), **attributes, **members, "__class__": type(module)}
 

@@ -100,7 +100,7 @@ class GuardSet:
         for guard in self._hidden:
             guard.check_epoch()  # stores what later ones are compared with
         self._settings.add(self.hidden_modules)
-        self._hidden_flags = [guard.training_flags() for guard in self._hidden]
+        self._hidden_flags = [guard.flags() for guard in self._hidden]
 
     @property
     def hidden_modules(self) -> list[nn.Module]:
@@ -146,7 +146,7 @@ class GuardSet:
         if self._has_contents and not self._contents.hold():
             return False
         return not self._hidden or all(
-            guard.check() and guard.training_flags() == flags
+            guard.check() and guard.flags() == flags
             for guard, flags in zip(self._hidden, self._hidden_flags, strict=True)
         )
 
@@ -177,8 +177,8 @@ class GuardSet:
         for hidden, flags in zip(self._hidden, self._hidden_flags, strict=True):
             if not hidden.check():
                 return hidden.failure().text
-            if hidden.training_flags() != flags:
-                return "a module that is no submodule: another training flag"
+            if hidden.flags() != flags:
+                return "a module that is no submodule: another training flag or requires_grad"
             if (failure := hidden.epoch_failure()) is not None:
                 return failure.text
         return "a value that changed and changed back"

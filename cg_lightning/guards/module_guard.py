@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -52,7 +52,7 @@ class Placement:
     def __init__(
         self,
         tensors: list[Tensor],
-        layout: Callable[[Tensor], tuple[Any, ...]] = layout_and_gradient_of,
+        layout: Callable[[Tensor], tuple[Any, ...]] = layout_of,
     ) -> None:
         self._tensors = tensors
         self._addresses = [tensor.data_ptr() for tensor in tensors]
@@ -105,7 +105,7 @@ class Change(enum.Enum):
     """Graphs are captured again. The step takes the same path."""
     STRUCTURE = "submodules, parameters, buffers or forward hooks were replaced"
     """The step may take another path, so it is watched again."""
-    LAYOUT = "a parameter or buffer has another shape, other strides, data type or requires_grad"
+    LAYOUT = "a parameter or buffer has another shape, other strides or another data type"
     """As for :attr:`STRUCTURE`."""
     SETTINGS = "a setting of a submodule has changed"
     """As for :attr:`STRUCTURE`."""
@@ -120,6 +120,25 @@ class GuardFailure(NamedTuple):
 
 
 _training = operator.itemgetter("training")
+_requires_grad = operator.attrgetter("requires_grad")
+
+
+def _weights_of(modules: Iterable[nn.Module]) -> list[Tensor]:
+    return [
+        member
+        for module in modules
+        for table in (module._parameters, module._buffers)
+        for member in table.values()
+        if isinstance(member, Tensor)
+    ]
+
+
+def flags_of(modules: Sequence[nn.Module]) -> tuple[bool | bytes, ...]:
+    """Return what :meth:`ModuleGuard.flags` returns for a module, and all modules inside it."""
+    scripted = [module for module in modules if "training" not in vars(module)]
+    others = [vars(module) for module in modules if "training" in vars(module)]
+    weights = bytes(map(_requires_grad, _weights_of(modules)))
+    return (*map(_training, others), weights, *[module.training for module in scripted])
 
 
 class ModuleGuard:
@@ -135,13 +154,10 @@ class ModuleGuard:
 
     Args:
         root: The module.
-        compares_gradients: Whether ``requires_grad`` of its tensors is compared. The keys of
-            training have it.
     """
 
-    def __init__(self, root: nn.Module, compares_gradients: bool = True) -> None:
+    def __init__(self, root: nn.Module) -> None:
         self._root = root
-        self._layout = layout_and_gradient_of if compares_gradients else layout_of
         self._settings: dict[tuple[int, str], Any] | None = None
         self._held_settings: list[tuple[dict[str, Any], str, Any]] | None = None
         self.refresh()
@@ -162,6 +178,7 @@ class ModuleGuard:
         self._tables_of_scripted = [
             table for table in every if not isinstance(table, dict) and table
         ]
+        self._weights = _weights_of(self.modules)
         self._members = self._current_members()
         members = [member for member in self._members if isinstance(member, Tensor)]
         # lazy parameters have no address before their first step
@@ -170,7 +187,7 @@ class ModuleGuard:
             part for member in members if not is_lazy(member) for part in parts_of(member)
         ]
         self._sparse = [member for member in members if member.layout is not torch.strided]
-        self._placement = Placement(self.tensors, self._layout)
+        self._placement = Placement(self.tensors)
         self._scripted_values = [scripted_attributes(module) for module in self._scripted]
 
     def _current_members(self) -> list[Any]:
@@ -267,9 +284,9 @@ class ModuleGuard:
                 return False
         return True
 
-    def training_flags(self) -> tuple[bool, ...]:
-        """Return the ``training`` flags of all submodules."""
-        flags = tuple(map(_training, self._flags))
+    def flags(self) -> tuple[bool | bytes, ...]:
+        """Return the ``training`` flags of submodules, and ``requires_grad`` of their tensors."""
+        flags = (*map(_training, self._flags), bytes(map(_requires_grad, self._weights)))
         if self._scripted:
             flags += tuple([module.training for module in self._scripted])
         return flags

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cg_lightning.core.tree import containers_in, flatten, structure_paths
 from cg_lightning.guards.identity import SameItems
-from cg_lightning.guards.module_guard import Placement
+from cg_lightning.guards.module_guard import Placement, layout_and_gradient_of
 from cg_lightning.guards.sources import MISSING, describe_change, shorten
 from cg_lightning.guards.value_kinds import (
     ValueKind,
@@ -195,7 +195,7 @@ class FrozenValues:
             self._look_into_large(leaves, structure_paths(structure, _format(path)), seen)
         for members, path in self._large_members:
             self._look_into_large(members, [_format(path)] * len(members), seen)
-        self._placement = Placement(self.tensors)
+        self._placement = Placement(self.tensors, layout_and_gradient_of)
         self._same_items = SameItems(
             [container for container, *_ in self._containers],
             [attributes for attributes, *_ in self._objects],

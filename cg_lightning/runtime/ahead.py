@@ -97,7 +97,7 @@ class CaptureAhead:
     ) -> Reason | None:
         """Return why it was not captured; None if there is a graph."""
         batch = self.undone(example.load)
-        training = self._session.target.guard.training_flags()
+        training = self._session.target.guard.flags()
         try:
             fields, leaves = describe_fields(
                 batch, stage=self._stage, dataloader_idx=loader, training=training

@@ -120,7 +120,7 @@ class Session:
         is_compiled = settings.compile_arguments is not None
         tolerance = "close" if is_compiled else settings.verify_tolerance
         self._verifier = Verifier(backend, tolerance, self.written, self._compilation.suspended)
-        self.target = self._make_target(module, CUDAGraphMode.FULL, effects, has_backward)
+        self.target = self._make_target(module, CUDAGraphMode.FULL, effects)
         self._submodules: dict[int, SubmoduleRunner] = {}
         self.pieces: dict[tuple[str, int], Piece] = {}
         """Submodules that are padded, by stage and ``id`` of the module."""
@@ -146,14 +146,9 @@ class Session:
         """True until the first step after :meth:`install`."""
 
     def _make_target(
-        self,
-        module: nn.Module,
-        mode: CUDAGraphMode,
-        effects: ModuleEffects | None,
-        has_backward: bool = False,
+        self, module: nn.Module, mode: CUDAGraphMode, effects: ModuleEffects | None
     ) -> GraphTarget:
-        capturer, verifier = self._capturer, self._verifier
-        return GraphTarget(module, mode, capturer, verifier, self.stats, effects, has_backward)
+        return GraphTarget(module, mode, self._capturer, self._verifier, self.stats, effects)
 
     def install(self) -> None:
         """Intercept all submodules that are known to run from graphs."""

@@ -138,7 +138,7 @@ class StepRunner:
         if self._compares_index:
             session.arguments[BATCH_INDEX] = args[1]
         loader = args[2] if len(args) > 2 else kwargs.get("dataloader_idx", 0)
-        training = session.target.guard.training_flags()
+        training = session.target.guard.flags()
         try:
             fields, leaves = describe_fields(
                 args[0], stage=self._stage, dataloader_idx=loader, training=training
@@ -172,7 +172,7 @@ class StepRunner:
         return output
 
     def _describe_with_objects(
-        self, batch: Any, loader: int, training: tuple[bool, ...]
+        self, batch: Any, loader: int, training: tuple[bool | bytes, ...]
     ) -> tuple[tuple[Any, ...], list[Any]] | None:
         """Return the key of a batch with objects that the step may pass on; None if it may not."""
         if not self._session.settings.runtime_policy.has_full_cudagraphs():
@@ -197,7 +197,7 @@ class StepRunner:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         loader: int,
-        training: tuple[bool, ...],
+        training: tuple[bool | bytes, ...],
         reason: Reason,
     ) -> Any:
         """Run a step whose batch cannot be part of a key: in pieces, whose calls have their own."""

@@ -154,7 +154,7 @@ class SubmoduleRunner(ModuleHandler):
                 step.reasons[self.path] = self._refusals[key]
             return original(*args, **kwargs)
         try:
-            training = self.target.guard.training_flags()
+            training = self.target.guard.flags()
             fields, leaves = describe_call(training, step.next_call(self), key, args, kwargs)
         except UnkeyableBatchError as error:
             step.reasons[self.path] = reason_of(error, f"{self.name}: ")

@@ -56,7 +56,6 @@ class GraphTarget:
         verifier: Compares with eager.
         stats: Counts.
         effects: The side effects of whole steps; None for a submodule.
-        has_backward: Whether the calls compute gradients themselves.
     """
 
     def __init__(
@@ -67,13 +66,12 @@ class GraphTarget:
         verifier: Verifier,
         stats: CUDAGraphStats,
         effects: ModuleEffects | None,
-        has_backward: bool = False,
     ) -> None:
         settings = capturer.settings
         self.module = module
         self.mode = mode
         self.cache = capturer.cache
-        self.guard = ModuleGuard(module, compares_gradients=not has_backward)
+        self.guard = ModuleGuard(module)
         self.copies_from_host = False
         """Whether a watched call was seen to copy constants from the host by itself."""
         self.dispatcher = CUDAGraphDispatcher(
