@@ -50,7 +50,13 @@ def _methods_of_logging() -> dict[CodeType, str]:
     }
 
 
-_IN_PYTHON = {**_methods_of_logging(), warnings.showwarning.__code__: "warnings.showwarning"}
+# private: a library may have replaced the public one, as ``logging.captureWarnings`` does
+_SHOWS_WARNINGS = (warnings.showwarning, getattr(warnings, "_showwarning_orig", None))
+_IN_PYTHON = _methods_of_logging() | {
+    function.__code__: "warnings.showwarning"
+    for function in _SHOWS_WARNINGS
+    if isinstance(function, FunctionType)
+}
 
 
 def write_in_c(function: Any, caller: FrameType) -> str:
