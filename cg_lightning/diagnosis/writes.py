@@ -30,7 +30,6 @@ _FILES = (io.FileIO, io.BufferedWriter, io.BufferedRandom, io.BufferedRWPair, io
 NAMES_OF_WRITES = _OF_FILES.union(*_IN_C.values())
 """Functions of C with other names are none of these."""
 _METHODS = ("handle", "emit", "callHandlers")
-_FILES_OF_LOGGING = (logging.__file__, handlers.__file__)
 _PRINTING = str(Path(__file__).parent / "detectors" / "printing.py")
 """The file of a detector that calls what it replaces."""
 
@@ -57,6 +56,9 @@ _IN_PYTHON = _methods_of_logging() | {
     for function in _SHOWS_WARNINGS
     if isinstance(function, FunctionType)
 }
+_FILES_OF_WRITES = frozenset(code.co_filename for code in _IN_PYTHON)
+_BY_ID = {id(code): name for code, name in _IN_PYTHON.items()}
+"""By identity: while Python tells of calls, the code has other instructions in it."""
 
 
 def write_in_c(function: Any, caller: FrameType) -> str:
@@ -76,12 +78,12 @@ def write_in_c(function: Any, caller: FrameType) -> str:
 
 def write_in_python(code: CodeType) -> str:
     """Return the name of such a function of Python's library; empty if it is none."""
-    return _IN_PYTHON.get(code, "") if has_writes(code.co_filename) else ""
+    return _BY_ID.get(id(code), "")
 
 
 def has_writes(file: str) -> bool:
-    """Return whether a file of Python's library has such functions."""
-    return file in _FILES_OF_LOGGING or file == warnings.__file__
+    """Return whether a file has such functions."""
+    return file in _FILES_OF_WRITES
 
 
 def is_said_by_user(frame: FrameType | None) -> bool:
