@@ -621,7 +621,7 @@ def training_step_of(module: Predictor) -> TrainingStep:
 
 
 def closure_input(batch: Any) -> ClosureInput:
-    return ClosureInput(batch, Fixed(2), Fixed(b""), None)
+    return ClosureInput(batch, Fixed(2), None)
 
 
 def test_a_training_step_computes_gradients_and_changes_none_until_it_is_finished():

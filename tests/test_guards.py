@@ -367,5 +367,5 @@ def test_flags_are_those_of_a_watched_call():
     module = nn.Sequential(scripted, nn.Dropout(), nn.BatchNorm1d(2))
     module[1].eval()
     module[2].weight.requires_grad_(False)
-    assert module_guard.flags_of(list(module.modules())) == ModuleGuard(module).flags()
+    assert module_guard.Flags(list(module.modules())).now() == ModuleGuard(module).flags()
     assert bytes([1, 1, 0, 1, 0, 0, 0]) in ModuleGuard(module).flags()

@@ -21,8 +21,6 @@ class ClosureInput(NamedTuple):
     """The batch of the step."""
     normalize: Fixed
     """What the loss is divided by: the number of micro-batches of one optimizer step."""
-    requires_grad: Fixed
-    """Which tensors of the module require gradients, one byte each."""
     scale: Tensor | None
     """What the loss is multiplied by before the backward; None without a gradient scaler."""
 

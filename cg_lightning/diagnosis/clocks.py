@@ -53,6 +53,7 @@ _ALL_VARIABLES = {getattr(type(os.environ), name).__code__ for name in ("__iter_
 _SEED = random.Random.seed.__code__
 _RANDOM_FILE = "torch/random.py"
 _MEMORY_FILES = ("torch/cuda/memory.py", "torch/accelerator/memory.py")
+_FILES_OF_TORCH = (*_MEMORY_FILES, _RANDOM_FILE)
 
 
 def clock_in_c(function: Any) -> str:
@@ -114,7 +115,7 @@ def reads_environment(code: CodeType) -> bool:
 
 def has_clocks(file: str) -> bool:
     """Return whether a file of others has functions that are looked at here."""
-    return file.endswith((*_MEMORY_FILES, _RANDOM_FILE)) or file == _GET_VARIABLE.co_filename
+    return file.endswith(_FILES_OF_TORCH) or file == _GET_VARIABLE.co_filename
 
 
 def environment_variable(frame: FrameType) -> str:
@@ -127,7 +128,6 @@ def environment_variable(frame: FrameType) -> str:
 def caller_of(frame: FrameType) -> FrameType:
     """Return the frame that calls a function of PyTorch, and not the file of that function."""
     caller = frame
-    files = (*_MEMORY_FILES, _RANDOM_FILE)
-    while caller.f_back is not None and caller.f_code.co_filename.endswith(files):
+    while caller.f_back is not None and caller.f_code.co_filename.endswith(_FILES_OF_TORCH):
         caller = caller.f_back
     return caller

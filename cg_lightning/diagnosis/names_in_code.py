@@ -38,6 +38,11 @@ class ComputedNames(NamedTuple):
     """Whether it only looks one name up."""
 
 
+def names_of(code: CodeType) -> tuple[str, ...]:
+    """Return all names in some code, also those of a text: ``getattr(type(self), "scale")``."""
+    return (*code.co_names, *[each for each in code.co_consts if isinstance(each, str)])
+
+
 class NamesInCode:
     """The names that the code of a frame mentions.
 
@@ -49,9 +54,7 @@ class NamesInCode:
         self.code: CodeType = frame.f_code
         self._globals = frame.f_globals
         self._steps = list(dis.get_instructions(self.code))
-        texts = [each for each in self.code.co_consts if isinstance(each, str)]
-        self.names = (*self.code.co_names, *texts)
-        """All names, also those of a text: ``getattr(type(self), "scale")``."""
+        self.names = names_of(self.code)
         self.globals = {s.argval for s in self._steps if s.opname.endswith("_GLOBAL")}
         self.opnames = [step.opname for step in self._steps]
         self.imports_unknown = False

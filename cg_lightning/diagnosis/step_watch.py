@@ -27,7 +27,7 @@ from cg_lightning.diagnosis.watched_step import ModuleCall, WatchedStep, Written
 from cg_lightning.effects.host_draws import HostDraw
 from cg_lightning.effects.python_changes import ChangedAttribute
 from cg_lightning.guards.comparisons import ComparedSource
-from cg_lightning.guards.module_guard import flags_of
+from cg_lightning.guards.module_guard import Flags
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues
 from cg_lightning.host_values.path import ReadPath
@@ -488,7 +488,7 @@ class StepWatch:
         context = current_forward_context()
         if context is not None and context.batch_descriptor is not None:
             with self.paused():  # it reads attributes, and the step does not
-                training = flags_of(self.modules_in(module))
+                training = Flags(self.modules_in(module)).now()
             number = context.next_call(module)
             with contextlib.suppress(UnkeyableBatchError):  # such calls run eagerly, and say so
                 key = context.batch_descriptor

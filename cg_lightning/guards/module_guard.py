@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -123,22 +123,31 @@ _training = operator.itemgetter("training")
 _requires_grad = operator.attrgetter("requires_grad")
 
 
-def _weights_of(modules: Iterable[nn.Module]) -> list[Tensor]:
-    return [
-        member
-        for module in modules
-        for table in (module._parameters, module._buffers)
-        for member in table.values()
-        if isinstance(member, Tensor)
-    ]
+class Flags:
+    """The ``training`` flags of modules, and ``requires_grad`` of their tensors, as part of keys.
 
+    Args:
+        modules: A module, and all modules inside it.
+    """
 
-def flags_of(modules: Sequence[nn.Module]) -> tuple[bool | bytes, ...]:
-    """Return what :meth:`ModuleGuard.flags` returns for a module, and all modules inside it."""
-    scripted = [module for module in modules if "training" not in vars(module)]
-    others = [vars(module) for module in modules if "training" in vars(module)]
-    weights = bytes(map(_requires_grad, _weights_of(modules)))
-    return (*map(_training, others), weights, *[module.training for module in scripted])
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.scripted = [module for module in modules if "training" not in vars(module)]
+        """They have the flag outside of Python."""
+        self._others = [vars(module) for module in modules if "training" in vars(module)]
+        self._tensors = [
+            member
+            for module in modules
+            for table in (module._parameters, module._buffers)
+            for member in table.values()
+            if isinstance(member, Tensor)
+        ]
+
+    def now(self) -> tuple[bool | bytes, ...]:
+        """Return all flags as they are now."""
+        flags = (*map(_training, self._others), bytes(map(_requires_grad, self._tensors)))
+        if self.scripted:
+            flags += tuple([module.training for module in self.scripted])
+        return flags
 
 
 class ModuleGuard:
@@ -166,8 +175,8 @@ class ModuleGuard:
         """Store the current state as the reference for later checks."""
         named = list(self._root.named_modules())
         self.modules: list[nn.Module] = [module for _, module in named]
-        self._flags = [vars(module) for module in self.modules if "training" in vars(module)]
-        self._scripted = [module for module in self.modules if "training" not in vars(module)]
+        self._flags = Flags(self.modules)
+        self._scripted = self._flags.scripted
         tables = [
             (module._modules, module._parameters, module._buffers, *hooks_of(module))
             for module in self.modules
@@ -178,7 +187,6 @@ class ModuleGuard:
         self._tables_of_scripted = [
             table for table in every if not isinstance(table, dict) and table
         ]
-        self._weights = _weights_of(self.modules)
         self._members = self._current_members()
         members = [member for member in self._members if isinstance(member, Tensor)]
         # lazy parameters have no address before their first step
@@ -286,10 +294,7 @@ class ModuleGuard:
 
     def flags(self) -> tuple[bool | bytes, ...]:
         """Return the ``training`` flags of submodules, and ``requires_grad`` of their tensors."""
-        flags = (*map(_training, self._flags), bytes(map(_requires_grad, self._weights)))
-        if self._scripted:
-            flags += tuple([module.training for module in self._scripted])
-        return flags
+        return self._flags.now()
 
     def storage_addresses(self) -> set[int]:
         """Return the addresses of the storages of parameters and buffers."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ _NAME = STEP_METHODS[TRAIN]
 _MAKE_CLOSURE = "_make_closure"
 _NO_BACKWARD = Reason(Status.CLOSURE_HOOK, "the loop skips the backward")
 _ANOMALY = Reason(Status.CLOSURE_HOOK, f"{Status.CLOSURE_HOOK.value}: {ANOMALY}")
-_requires_grad = attrgetter("requires_grad")
 
 Run = Callable[["_InterceptedClosure"], ClosureResult]
 
@@ -162,13 +160,11 @@ class TrainingInstallation:
         return self._step.finish(closure, output)
 
     def _run_step(self, closure: _InterceptedClosure, batch: Any, *args: Any) -> Any:
-        guard = self.session.target.guard
-        if not guard.settings_hold():
+        if not self.session.target.guard.settings_hold():
             self.begin_epoch()
         given = ClosureInput(
             batch,
             Fixed(self._trainer.accumulate_grad_batches),
-            Fixed(bytes(map(_requires_grad, guard.tensors))),
             self._scale(),
         )
         reason = self._why_as_it_is(closure)

@@ -42,7 +42,7 @@ from cg_lightning.diagnosis.functions import (
 from cg_lightning.diagnosis.hidden_modules import hidden_modules, opaque_in, sources_in
 from cg_lightning.diagnosis.library_settings import has_settings, settings_read_by
 from cg_lightning.diagnosis.module_state import ModuleState
-from cg_lightning.diagnosis.names_in_code import NamesInCode
+from cg_lightning.diagnosis.names_in_code import NamesInCode, names_of
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.diagnosis.writes import (
@@ -55,7 +55,7 @@ from cg_lightning.diagnosis.writes import (
 from cg_lightning.guards.sources import ENVIRONMENT, MISSING, DerivedNamespace, Source
 from cg_lightning.guards.values import FrozenValues
 from cg_lightning.modules.attributes import is_same_value
-from cg_lightning.modules.kinds import is_user_file
+from cg_lightning.modules.kinds import is_user_file, is_users_namespace
 
 _FUNCTIONS = (types.FunctionType, classmethod, staticmethod, property)
 
@@ -217,7 +217,7 @@ class GlobalReads(Detector):
         if names.imports_unknown:  # the next step finds it, and what it holds
             self.watch.note_one_time_work()
         location = f"{code.co_filename}:{code.co_firstlineno}"
-        computed = list(names.computed(frame.f_locals, _is_users_namespace))
+        computed = list(names.computed(frame.f_locals, is_users_namespace))
         sources = [
             *_sources_of(frame, names),
             *map(source_of_cache, found.caches),
@@ -247,7 +247,7 @@ class GlobalReads(Detector):
             self.watch.report_unless_found(Cause.OPAQUE, "importlib.import_module")
         elif module is None:  # the next step finds it, and what it holds
             self.watch.note_one_time_work()
-        elif _is_users_namespace(module):
+        elif is_users_namespace(module):
             for source in _all_sources_in(module):
                 self._note(source, f"{caller.f_code.co_filename}:{caller.f_lineno}")
 
@@ -286,7 +286,7 @@ class GlobalReads(Detector):
         key = (id(known.code), id(namespace))
         if key not in self._of_arguments:
             found = []
-            if _is_users_namespace(namespace) and known.names is not None:
+            if is_users_namespace(namespace) and known.names is not None:
                 found = _sources_in(namespace, namespace.__name__, known.names, set())
             self._of_arguments[key] = found
             for source in found:
@@ -405,16 +405,6 @@ def _words(source: Source) -> str:
     return source.path if is_attribute else f"global {source.name}"
 
 
-def _is_users_namespace(value: Any) -> bool:
-    """Whether ``value`` is a module or class of the user's: ``import config``, ``class Config``."""
-    if isinstance(value, type):
-        value = sys.modules.get(value.__module__)
-    file = getattr(value, "__file__", None)
-    return isinstance(value, types.ModuleType) and (
-        value.__name__ == "__main__" if file is None else is_user_file(file)
-    )
-
-
 def _sources_in(namespace: Any, path: str, names: NamesInCode, seen: set[int]) -> list[Source]:
     """What may be read of a module or class by these names, and of modules and classes in it."""
     found = _sources_by_names(namespace, path, names.names, seen)
@@ -440,7 +430,7 @@ def _sources_by_names(
         holder = next((each for each in holders if name in vars(each)), None)
         value = None if holder is None else vars(holder)[name]
         if isinstance(value, (types.ModuleType, type)):
-            if id(value) not in seen and _is_users_namespace(value):
+            if id(value) not in seen and is_users_namespace(value):
                 found += _sources_by_names(value, f"{path}.{name}", names, seen)
         elif holder is not None and isinstance(value, types.FunctionType):
             place = holder if isinstance(holder, type) else vars(holder)
@@ -477,11 +467,10 @@ def _all_sources_in(namespace: Any) -> list[Source]:
 def _sources_held_by(function: FunctionType) -> list[Source]:
     """What a function holds, and what it may read of modules and classes that it holds."""
     found = sources_of_function(function)
-    code = function.__code__
-    names = (*code.co_names, *[each for each in code.co_consts if isinstance(each, str)])
+    names = names_of(function.__code__)
     for source in list(found):
         value = source.value()
-        if isinstance(value, (types.ModuleType, type)) and _is_users_namespace(value):
+        if isinstance(value, (types.ModuleType, type)) and is_users_namespace(value):
             found += _sources_by_names(value, value.__name__, names, set())
         elif isinstance(value, types.FunctionType):
             found += _attributes_of_function(value)
@@ -513,7 +502,7 @@ def _sources_of(frame: FrameType, names: NamesInCode) -> list[Source]:
     for module, name in names.imported:
         if name:
             found += _sources_of_name(vars(module), name, f"{module.__name__}.{name}", names)
-        elif _is_users_namespace(module):
+        elif is_users_namespace(module):
             found += _sources_in(module, module.__name__, names, set())
     return found
 
@@ -523,7 +512,7 @@ def _sources_of_name(
 ) -> list[Source]:
     value = namespace.get(name)
     if isinstance(value, (types.ModuleType, type)):
-        if not _is_users_namespace(value):
+        if not is_users_namespace(value):
             return []
         return _sources_in(value, value.__name__ if isinstance(value, type) else path, names, set())
     if isinstance(value, types.FunctionType):
