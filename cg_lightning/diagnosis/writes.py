@@ -30,8 +30,12 @@ _FILES = (io.FileIO, io.BufferedWriter, io.BufferedRandom, io.BufferedRWPair, io
 NAMES_OF_WRITES = _OF_FILES.union(*_IN_C.values())
 """Functions of C with other names are none of these."""
 _METHODS = ("handle", "emit", "callHandlers")
-_PRINTING = str(Path(__file__).parent / "detectors" / "printing.py")
-"""The file of a detector that calls what it replaces."""
+_OURS = Path(__file__).parent.parent
+_STAND_INS = frozenset(
+    str(_OURS / file) for file in ("diagnosis/detectors/printing.py", "backends/cuda.py")
+)
+"""Files of ours whose functions replace one that says something, and call it."""
+_WARNINGS = warnings.formatwarning.__code__.co_filename
 
 
 def _methods_of_logging() -> dict[CodeType, str]:
@@ -90,7 +94,9 @@ def is_said_by_user(frame: FrameType | None) -> bool:
     """Return whether the user's code, and no library, has called what says something here."""
     while frame is not None:
         file = frame.f_code.co_filename
-        if not (has_writes(file) or file == _PRINTING):
+        if file == _WARNINGS:  # Python shows a warning: ``Printing`` is told of each
+            return False
+        if not (has_writes(file) or file in _STAND_INS):
             return is_user_file(file)
         frame = frame.f_back
     return False
