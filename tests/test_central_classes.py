@@ -240,8 +240,7 @@ def test_a_submodule_is_padded_in_a_step_that_is_not():
     graphs = []
     with torch.inference_mode():
         for batch in batches(3, 5, 3, 5, 3, 5, 3, 5):
-            step = StepInProgress()
-            step.batch = batch
+            step = StepInProgress(batch)
             key = BatchDescriptor.from_batch(batch, stage="predict")
             with override_forward_context(ForwardContext(PIECEWISE, key, step)):
                 found = net.reducing_step(batch)
@@ -249,6 +248,31 @@ def test_a_submodule_is_padded_in_a_step_that_is_not():
             graphs.append(step.graphs)
     assert graphs[-2:] == [1, 1]
     assert len(session.cache.entries()) == 1
+    piece.close()
+    session.close()
+
+
+class Printing(nn.Module):
+    """A submodule that no graph can contain."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        print(end="")
+        return x + 1
+
+
+def test_each_eager_call_of_a_padded_submodule_tells_the_step_its_reason():
+    net = nn.ModuleDict({"body": Printing()})
+    session = session_of(net, capture_sizes=(8,), verify_tolerance="close")
+    piece = PaddedPiece(session, "predict", "body", net["body"], GivenRules({}))
+    piece.install()
+    with torch.inference_mode():
+        for batch in batches(3, 3, 3, 3):
+            step = StepInProgress(batch)
+            key = BatchDescriptor.from_batch(batch, stage="predict")
+            with override_forward_context(ForwardContext(PIECEWISE, key, step)):
+                net["body"](*batch)
+            assert (step.graphs, list(step.reasons), step.is_warm) == (0, ["body"], False)
+    assert step.reasons["body"].kind is Cause.PRINTED
     piece.close()
     session.close()
 

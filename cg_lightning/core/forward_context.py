@@ -17,26 +17,57 @@ _RUNTIME_MODES = frozenset(mode for mode in CUDAGraphMode if mode.is_valid_runti
 
 
 class StepInProgress:
-    """Counts the calls and graphs of submodules within one step."""
+    """The record of one step: which calls of submodules it made, and how they ran.
+
+    The runner of the step makes and reads it. The runners of submodules report to it, because the
+    user's code lies between them and the runner of the step.
+
+    Args:
+        batch: The batch, if submodules pad the parts of it that they are given; otherwise None.
+        times: Stores the times of submodules; None: they are not taken. Only the runners use it.
+    """
 
     __slots__ = ("_calls", "aside", "batch", "graphs", "is_warm", "misses", "reasons", "times")
 
-    def __init__(self) -> None:
+    def __init__(self, batch: Any = None, times: Any = None) -> None:
         self._calls: dict[int, int] = {}
-        self.batch: Any = None
-        """The batch, where submodules pad the parts of it that they are given; None elsewhere."""
+        self.batch = batch
+        self.times = times
         self.aside: GradientsAside | None = None
         """The gradients that are set aside during a backward; None outside of it."""
         self.graphs = 0
-        """Number of replayed graphs of submodules."""
+        """Number of calls of submodules that ran from graphs."""
         self.is_warm = True
-        """False if a submodule was captured or verified, so the step took longer than usual."""
+        """False if a call took longer than a replay, because of a capture for example."""
         self.misses: list[Any] = []
         """Submodules whose guarded values no watched step has seen. Only the runners read them."""
         self.reasons: dict[str, Reason] = {}
         """Why a submodule ran eagerly, by its path."""
-        self.times: Any = None
-        """Where the times of submodules go; None: they are not taken. Only the runners use it."""
+
+    def ran_from_graph(self) -> None:
+        """Record a call of a submodule that ran from a graph."""
+        self.graphs += 1
+
+    def ran_eagerly(self, path: str, reason: Reason) -> None:
+        """Record why a call of the submodule at ``path`` ran eagerly."""
+        self.reasons[path] = reason
+
+    def took_longer(self) -> None:
+        """Record that a call took longer than a replay, so the time of the step is not usual."""
+        self.is_warm = False
+
+    def missed(self, miss: Any) -> None:
+        """Record a submodule whose guarded values no watched step has seen."""
+        self.misses.append(miss)
+
+    @contextlib.contextmanager
+    def inside_timed_call(self) -> Iterator[None]:
+        """While a call whose time is taken runs: the time of calls inside it is not taken."""
+        times, self.times = self.times, None
+        try:
+            yield
+        finally:
+            self.times = times
 
     def next_call(self, caller: object) -> int:
         """Return the number of this call among those that ``caller`` makes."""

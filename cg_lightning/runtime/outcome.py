@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason
+from cg_lightning.report.timeline import Ran
 
 
 class Outcome(NamedTuple):
@@ -16,3 +17,5 @@ class Outcome(NamedTuple):
     """The mode in which it ran."""
     reason: Reason | None = None
     """Why it ran in a lower mode than asked; None if it did not."""
+    ran: Ran | None = None
+    """How a whole step ran, as the timeline shows it; None for the call of a submodule."""

@@ -12,14 +12,15 @@ from torch import nn
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.forward_context import StepInProgress, current_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
-from cg_lightning.core.reasons import WARM_UP, Reason
+from cg_lightning.core.reasons import WARM_UP
 from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.modules.interception import Interception, ModuleHandler
 from cg_lightning.padding.padder import PadderOfCalls
 from cg_lightning.padding.rules import PadRules
-from cg_lightning.report.stats import CUDAGraphStats, EntryRecord, PaddingRecord, StepsRecord
+from cg_lightning.report.stats import CUDAGraphStats, EntryRecord, PaddingRecord
 from cg_lightning.report.timeline import Ran
+from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.padded_steps import PaddedSteps
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner
@@ -90,11 +91,15 @@ class PaddedPiece(ModuleHandler):
         self._path = path
         self._module = module
         self._backend = session.backend
-        self._counts = _CountsOfPiece(session.stats, path)
         self._is_inside = False
         effects = ModuleEffects(module, session.backend.device, sync_free=False)
         self._session = Session(
-            module, session.backend, settings, self._counts, effects, sharing=session
+            module,
+            session.backend,
+            settings,
+            _CountsOfPiece(session.stats, path),
+            effects,
+            sharing=session,
         )
         padder = PadderOfCalls(settings.capture_sizes or (), rules)
         padded = PaddedSteps(self._session, stage, path, self._run_module, padder)
@@ -136,21 +141,20 @@ class PaddedPiece(ModuleHandler):
         ):
             return original(*args, **kwargs)
         self._is_inside = True
-        self._counts.why_eager = None
         try:
-            output = self._runner.run(((args, kwargs),), {})
+            outcome = self._runner.run_with_outcome(((args, kwargs),), {})
         finally:
             self._is_inside = False
-        self._tell(context.step)
-        return output
+        self._report(context.step, outcome)
+        return outcome.output
 
-    def _tell(self, step: StepInProgress) -> None:
-        if self._counts.why_eager is None:
-            step.graphs += 1
+    def _report(self, step: StepInProgress, outcome: Outcome) -> None:
+        if outcome.mode is CUDAGraphMode.NONE:
+            step.ran_eagerly(self._path, outcome.reason or WARM_UP)
         else:
-            step.reasons[self._path] = self._counts.why_eager
-        rows = self._counts.timeline.rows
-        step.is_warm = step.is_warm and bool(rows) and rows[-1][1] is Ran.REPLAY
+            step.ran_from_graph()
+        if outcome.ran is not Ran.REPLAY:
+            step.took_longer()
 
     def _run_module(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
         args, kwargs = call
@@ -173,8 +177,6 @@ class _CountsOfPiece(CUDAGraphStats):
         super().__init__()
         self._of_module = counts
         self._path = path
-        self.why_eager: Reason | None = None
-        """Why the latest call ran eagerly; None if it ran from graphs."""
 
     def entry(self, mode: str, target: str, descriptor: BatchDescriptor) -> EntryRecord:
         """See :meth:`CUDAGraphStats.entry`."""
@@ -184,9 +186,3 @@ class _CountsOfPiece(CUDAGraphStats):
     def padded(self, target: str, descriptor: BatchDescriptor) -> PaddingRecord:
         """See :meth:`CUDAGraphStats.padded`."""
         return self._of_module.padded(self._path, descriptor)
-
-    def ran(self, stage: str, mode: str, shapes: str, reason: Reason | None) -> StepsRecord:
-        """See :meth:`CUDAGraphStats.ran`."""
-        if mode == "NONE":
-            self.why_eager = reason or WARM_UP
-        return super().ran(stage, mode, shapes, reason)

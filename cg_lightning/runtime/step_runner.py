@@ -112,7 +112,11 @@ class StepRunner:
         """Whether a watched step has compared ``batch_idx``, so that guards look at it."""
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one step.
+        """Run one step, and return its output. See :meth:`run_with_outcome`."""
+        return self.run_with_outcome(args, kwargs).output
+
+    def run_with_outcome(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
+        """Run one step, and tell how it ran.
 
         Args:
             args: The positional arguments: the batch, then ``batch_idx`` and ``dataloader_idx`` if
@@ -124,9 +128,9 @@ class StepRunner:
             VerificationError: With ``strict=True``, a replay differed from eager.
         """
         if self._batch_name == "dataloader_iter":
-            return self.run_as_it_is(args, kwargs, _LOADER_ITERATOR)
+            return self._run_as_it_is(args, kwargs, _LOADER_ITERATOR)
         if torch.is_grad_enabled():
-            return self.run_as_it_is(args, kwargs, _GRADIENTS)
+            return self._run_as_it_is(args, kwargs, _GRADIENTS)
         start = perf_counter()
         session = self._session
         session.cache.step += 1
@@ -153,7 +157,7 @@ class StepRunner:
             return self._replay(plan, leaves, args[0], start)
         return self._run(plan, args, kwargs, leaves)
 
-    def _replay(self, plan: Plan, leaves: list[Any], batch: Any, start: float) -> Any:
+    def _replay(self, plan: Plan, leaves: list[Any], batch: Any, start: float) -> Outcome:
         session, variant = self._session, plan.variant
         assert variant is not None and isinstance(variant.entry, _ENTRIES)  # noqa: PT018
         times = None if variant.trial is None else self._step_times(start)
@@ -169,7 +173,7 @@ class StepRunner:
         self._times.append((self._stage, Ran.REPLAY, seconds, None))
         if times is not None:
             self._timed(plan, times, is_eager=False)
-        return output
+        return Outcome(output, FULL, None, Ran.REPLAY)
 
     def _describe_with_objects(
         self, batch: Any, loader: int, training: tuple[bool | bytes, ...]
@@ -199,11 +203,11 @@ class StepRunner:
         loader: int,
         training: tuple[bool | bytes, ...],
         reason: Reason,
-    ) -> Any:
+    ) -> Outcome:
         """Run a step whose batch cannot be part of a key: in pieces, whose calls have their own."""
         session = self._session
         if not session.settings.runtime_policy.has_piecewise_cudagraphs():
-            return self.run_as_it_is(args, kwargs, reason)
+            return self._run_as_it_is(args, kwargs, reason)
         state = self._dispatcher.state(describe_without_batch(self._stage, loader, training))
         session.without_key.setdefault(state.descriptor, reason)
         return self._run(self._dispatcher.plan(state), args, kwargs, [])
@@ -227,7 +231,7 @@ class StepRunner:
 
     def _run(
         self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]
-    ) -> Any:
+    ) -> Outcome:
         began = perf_counter()
         length = self._session.stage_length
         if length is not None and self._session.examples is None and len(args) > 1:
@@ -267,7 +271,8 @@ class StepRunner:
         if plan.action is Action.WARM_UP:
             self._host_time(NONE, descriptor).add(seconds)
         self._times.append((self._stage, how, seconds, outcome.reason))
-        return self._finish(outcome, descriptor, variant)
+        self._finish(outcome, descriptor, variant)
+        return outcome._replace(ran=how)
 
     def _invoke(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         return self._step(batch, *args, **kwargs)
@@ -329,13 +334,12 @@ class StepRunner:
 
     def _run_piecewise(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
         assert plan.variant is not None
-        progress = StepInProgress()
-        if plan.variant.padding is not None:
-            progress.batch = args[0]
-        context = ForwardContext(PIECEWISE, plan.state.descriptor, progress)
         start = perf_counter()
-        if plan.variant.trial is not None:
-            progress.times = self._step_times(start)
+        progress = StepInProgress(
+            batch=None if plan.variant.padding is None else args[0],
+            times=None if plan.variant.trial is None else self._step_times(start),
+        )
+        context = ForwardContext(PIECEWISE, plan.state.descriptor, progress)
         with override_forward_context(context):
             output = self._step(*args, **kwargs)
         seconds, reason = perf_counter() - start, plan.variant.reason
@@ -367,8 +371,7 @@ class StepRunner:
         reason: Reason | None,
         times: StepTimes | None = None,
     ) -> Outcome:
-        progress = StepInProgress()
-        progress.times = times
+        progress = StepInProgress(times=times)
         with override_forward_context(ForwardContext(NONE, descriptor, progress)):
             return Outcome(self._as_it_is(*args, **kwargs), NONE, reason)
 
@@ -377,21 +380,26 @@ class StepRunner:
 
     def run_as_it_is(self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: Reason) -> Any:
         """Run one step eagerly, and count it with its reason. See :meth:`run`."""
+        return self._run_as_it_is(args, kwargs, reason).output
+
+    def _run_as_it_is(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: Reason
+    ) -> Outcome:
         began = perf_counter()
         outcome = self._run_eagerly(None, args, kwargs, reason)
         self._times.append((self._stage, Ran.EAGER, perf_counter() - began, reason))
-        return self._finish(outcome, None, None)
+        self._finish(outcome, None, None)
+        return outcome._replace(ran=Ran.EAGER)
 
     def _finish(
         self, outcome: Outcome, descriptor: BatchDescriptor | None, variant: Variant | None
-    ) -> Any:
+    ) -> None:
         """Count the step. With ``strict=True``, raise if it ran in a lower mode than asked."""
         session = self._session
         if outcome.mode is not FULL:
             self._count(outcome, descriptor, variant)
         if session.settings.strict and outcome.reason is not None:
             self._refuse(outcome, outcome.reason, variant)
-        return outcome.output
 
     def _count(
         self, outcome: Outcome, descriptor: BatchDescriptor | None, variant: Variant | None

@@ -151,13 +151,13 @@ class SubmoduleRunner(ModuleHandler):
         step, key = context.step, context.batch_descriptor
         if mode is CUDAGraphMode.PIECEWISE and key not in self._guards:
             if key in self._refusals:
-                step.reasons[self.path] = self._refusals[key]
+                step.ran_eagerly(self.path, self._refusals[key])
             return original(*args, **kwargs)
         try:
             training = self.target.guard.flags()
             fields, leaves = describe_call(training, step.next_call(self), key, args, kwargs)
         except UnkeyableBatchError as error:
-            step.reasons[self.path] = reason_of(error, f"{self.name}: ")
+            step.ran_eagerly(self.path, reason_of(error, f"{self.name}: "))
             return original(*args, **kwargs)
         state = self.target.dispatcher.state(fields)
         if mode is CUDAGraphMode.NONE:
@@ -173,7 +173,7 @@ class SubmoduleRunner(ModuleHandler):
             else:
                 output = plan.variant.entry.replay(leaves, self.target.cache.step, given)
             plan.variant.entry.count()
-            step.graphs += 1
+            step.ran_from_graph()
             return output
         return self._run(plan, original, args, kwargs, leaves, step)
 
@@ -185,12 +185,10 @@ class SubmoduleRunner(ModuleHandler):
         kwargs: dict[str, Any],
     ) -> Any:
         """Run one call, and take its time. Calls inside of it are part of it."""
-        times, step.times = step.times, None
+        times = step.times
         stopwatch = times.begin(perf_counter())
-        try:
+        with step.inside_timed_call():
             output = self.on_call(original, args, kwargs)
-        finally:
-            step.times = times
         stopwatch.stop()
         times.pieces[self].append(stopwatch)
         return output
@@ -205,7 +203,7 @@ class SubmoduleRunner(ModuleHandler):
         if guards is None:
             known = self._guards[key]
             changed = known[0].explain() if known else self._changed.get(key, self.name)
-            step.misses.append(Miss(changed, list(known)))
+            step.missed(Miss(changed, list(known)))
             reason = Reason(Status.CHANGED, f"{self.name}: {changed}")
             return Plan(Action.EAGER, state, None, reason)
         self._drop(
@@ -223,7 +221,7 @@ class SubmoduleRunner(ModuleHandler):
         step: StepInProgress,
     ) -> Any:
         if plan.action in (Action.CAPTURE, Action.VERIFY):
-            step.is_warm = False
+            step.took_longer()
 
             def call_original(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
                 return original(*arguments[0], **arguments[1])
@@ -233,16 +231,16 @@ class SubmoduleRunner(ModuleHandler):
                 outcome = self.target.run(self.name, plan, call)
             if outcome is not None:
                 if outcome.reason is None:
-                    step.graphs += 1
+                    step.ran_from_graph()
                 else:
-                    step.reasons[self.path] = outcome.reason
+                    step.ran_eagerly(self.path, outcome.reason)
                 return outcome.output
             assert plan.variant is not None and plan.variant.reason is not None  # noqa: PT018
-            step.reasons[self.path] = plan.variant.reason
+            step.ran_eagerly(self.path, plan.variant.reason)
             return original(*args, **kwargs)
         if plan.action is Action.WARM_UP:
             self.target.dispatcher.ran_eagerly(plan.state)
-        step.reasons[self.path] = plan.reason or WARM_UP
+        step.ran_eagerly(self.path, plan.reason or WARM_UP)
         return original(*args, **kwargs)
 
     def _module_changed(self) -> None:
