@@ -577,9 +577,9 @@ CHANGES: dict[str, Any] = {
 def test_the_same_items_are_the_same_objects_in_the_same_order(name):
     first, second, expected = [[object()], object()], [object()], object()
     space = {"name": expected, "map": {"key": 1}}
-    names = [(space, "name", expected)]
-    same = SameItems([first, second, space["map"]], [], names, [], [], None)
-    assert same.others == []
+    same = SameItems(None)
+    assert all(map(same.add, [first, second, space["map"]]))
+    same.add_name(space, "name", expected)
     assert same.hold()
     CHANGES[name](space, first, second)
     assert not same.hold()

@@ -2,6 +2,7 @@
 
 - ``changed_values.py``: the kinds of values that a step changes and never looks at.
 - ``comparisons.py``: how a step compares a number, and what comes out of it.
+- ``frozen_parts.py``: records of frozen values, which compare them and explain changes.
 - ``guard_set.py``: what one graph has frozen of what its step read in Python.
 - ``host_tensors.py``: tensors of the host that a step on a device reads.
 - ``identity.py``: comparisons by identity, in a few native calls.

@@ -42,12 +42,25 @@ class Guard(NamedTuple):
     """A source and the value that a graph has frozen."""
 
     source: Source
+    namespace: Any
+    """The namespace of the source, which is made only once."""
     expected: Any
 
+    @classmethod
+    def of(cls, source: Source) -> Guard:
+        """Return a guard that expects what the source has now."""
+        namespace = source.namespace
+        return cls(source, namespace, namespace.get(source.name, MISSING))
 
-def _is_in_dictionary(guard: Guard) -> bool:
-    is_there = guard.expected is not MISSING
-    return is_there and type(guard.source.namespace) in (dict, types.MappingProxyType)
+    def value(self) -> Any:
+        """Return what the source has now."""
+        return self.namespace.get(self.source.name, MISSING)
+
+    @property
+    def is_in_dictionary(self) -> bool:
+        """Whether a native look-up finds the value, unless the name is gone."""
+        is_there = self.expected is not MISSING
+        return is_there and type(self.namespace) in (dict, types.MappingProxyType)
 
 
 def _with_classes(sources: Iterable[Source]) -> list[Source]:
@@ -81,15 +94,17 @@ class GuardSet:
     ) -> None:
         self._compared = list(compared)
         self._settings = settings or FrozenSettings({}, ())
-        self.guards = [Guard(source, source.value()) for source in _with_classes(sources)]
-        self._namespaces = [guard.source.namespace for guard in self.guards]
+        self.guards = list(map(Guard.of, _with_classes(sources)))
         there = [guard for guard in self.guards if guard.expected is not MISSING]
-        plain = [guard for guard in there if _is_in_dictionary(guard)]
-        self._dictionaries = [guard.source.namespace for guard in plain]
-        self._names = [guard.source.name for guard in plain]
-        self._expected = [guard.expected for guard in plain]
-        self._others = [guard for guard in self.guards if not _is_in_dictionary(guard)]
-        self._other_namespaces = [guard.source.namespace for guard in self._others]
+        native = [guard for guard in there if guard.is_in_dictionary]
+        self._dictionaries = [guard.namespace for guard in native]
+        self._names = [guard.source.name for guard in native]
+        self._expected = [guard.expected for guard in native]
+        self._others = [
+            (guard.namespace.get, guard.source.name, guard.expected)
+            for guard in self.guards
+            if not guard.is_in_dictionary
+        ]
         self._contents = FrozenValues(
             [guard.expected for guard in there], [guard.source.path for guard in there]
         )
@@ -112,27 +127,18 @@ class GuardSet:
         """Whether there is nothing to compare."""
         return not (self.guards or self._compared)
 
-    def _values(self) -> list[Any]:
-        return [
-            namespace.get(guard.source.name, MISSING)
-            for namespace, guard in zip(self._namespaces, self.guards, strict=True)
-        ]
-
     def _are_same_objects(self) -> bool:
+        for get, name, expected in self._others:
+            if get(name, MISSING) is not expected:
+                return False
         try:  # two native calls
             found = map(operator.getitem, self._dictionaries, self._names)
-            if not all(map(operator.is_, found, self._expected)):
-                return False
+            return all(map(operator.is_, found, self._expected))
         except KeyError:
             return False
-        for guard, namespace in zip(self._others, self._other_namespaces, strict=True):
-            if namespace.get(guard.source.name, MISSING) is not guard.expected:
-                return False
-        return True
 
     def _values_are_equal(self) -> bool:
-        expected = [guard.expected for guard in self.guards]
-        return all(map(is_same_value, expected, self._values()))
+        return all(is_same_value(guard.expected, guard.value()) for guard in self.guards)
 
     def check(self) -> bool:
         """Return whether all guarded values are unchanged. Large containers are not compared."""
@@ -169,8 +175,8 @@ class GuardSet:
                 return changed
         if changed := self._settings.explain():
             return changed
-        for guard, value in zip(self.guards, self._values(), strict=True):
-            if not is_same_value(guard.expected, value):
+        for guard in self.guards:
+            if not is_same_value(guard.expected, value := guard.value()):
                 return describe_change(guard.source.path, value, guard.expected)
         if changed := self._contents.explain():
             return changed

@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import operator
 import types
-from collections.abc import Iterable
 from itertools import chain, repeat
 from typing import Any
 
@@ -20,57 +19,66 @@ _SEQUENCES = (list, collections.deque)
 
 
 class SameItems:
-    """Tells whether containers have the same objects as items.
+    """Compares items of containers, names and attributes with the objects of when they were added.
 
     Args:
-        containers: Containers that are compared as deep as they go.
-        mappings: Dictionaries of which only the items are compared, not what is inside them.
-        names: Namespaces, names in them, and the objects that they refer to.
-        attributes: Objects, names of attributes that no dictionary has, and what they refer to.
-        sized: Namespaces of which only the number of names is compared.
-        missing: What an attribute refers to that is not there.
+        missing: The value of an attribute that does not exist.
     """
 
-    def __init__(
-        self,
-        containers: Iterable[Any],
-        mappings: Iterable[dict[str, Any]],
-        names: list[tuple[Any, str, Any]],
-        attributes: list[tuple[Any, str, Any]],
-        sized: Iterable[Any],
-        missing: Any,
-    ) -> None:
+    def __init__(self, missing: Any) -> None:
         self._views: list[Any] = []
-        for mapping in mappings:
-            self._add_mapping(mapping)
-        self.others = [each for each in containers if not self._add(each)]
-        """Containers that it cannot compare: their classes decide what their items are."""
-        self._items = list(chain.from_iterable(self._views))
-        self._sized = [*self._views, *sized]
-        self._lengths = list(map(len, self._sized))
-        self._spaces = [space for space, _, _ in names]
-        self._names = [name for _, name, _ in names]
-        self._named = [value for _, _, value in names]
-        self._holders = [holder for holder, _, _ in attributes]
-        self._attributes = [name for _, name, _ in attributes]
-        self._held = [value for _, _, value in attributes]
+        self._items: list[Any] = []
+        self._sized: list[Any] = []
+        self._lengths: list[int] = []
+        self._spaces: list[Any] = []
+        self._names: list[str] = []
+        self._named: list[Any] = []
+        self._holders: list[Any] = []
+        self._attributes: list[str] = []
+        self._held: list[Any] = []
         self._missing = repeat(missing)
 
-    def _add_mapping(self, mapping: Any) -> Iterable[Any]:
-        items: Iterable[Any] = mapping.values()
-        self._views += (mapping, items)  # a view of a mapping follows its changes
-        return items
+    def add(self, container: Any) -> bool:
+        """Add a container with the containers inside it.
 
-    def _add(self, container: Any) -> bool:
+        Return False if it cannot be compared here, because a class decides what its items are.
+        """
         kind = type(container)
-        items: Iterable[Any] = container
         if kind in _MAPPINGS:
-            items = self._add_mapping(container)
+            self.add_mapping(container)
         elif kind in _SEQUENCES:
-            self._views.append(container)
+            self._add_view(container)
         elif kind is not tuple:
             return False
-        return all(self._add(item) for item in items if is_container(item))
+        items = container.values() if kind in _MAPPINGS else container
+        return all(self.add(item) for item in items if is_container(item))
+
+    def add_mapping(self, mapping: Any) -> None:
+        """Add the keys and values of a mapping, but not the contents of its values."""
+        self._add_view(mapping)
+        self._add_view(mapping.values())  # a view of a mapping follows its changes
+
+    def _add_view(self, view: Any) -> None:
+        self._views.append(view)
+        self._items += view
+        self.add_size(view)
+
+    def add_size(self, namespace: Any) -> None:
+        """Add a namespace of which only the number of names is compared."""
+        self._sized.append(namespace)
+        self._lengths.append(len(namespace))
+
+    def add_name(self, namespace: Any, name: str, value: Any) -> None:
+        """Add a name in a namespace, and the object that it refers to."""
+        self._spaces.append(namespace)
+        self._names.append(name)
+        self._named.append(value)
+
+    def add_attribute(self, holder: Any, name: str, value: Any) -> None:
+        """Add an attribute that no dictionary has, and the object that it refers to."""
+        self._holders.append(holder)
+        self._attributes.append(name)
+        self._held.append(value)
 
     def hold(self) -> bool:
         """Return True if containers have the same items in the same order, and so have names."""

@@ -5,21 +5,32 @@ Values stay the same objects when something in them changes, so identity is not 
 
 from __future__ import annotations
 
-import collections
 import contextvars
 import gc
 import operator
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cg_lightning.core.tree import containers_in, flatten, structure_paths
+from cg_lightning.core.tree import containers_in, structure_paths
+from cg_lightning.guards.frozen_parts import (
+    FrozenAttributes,
+    FrozenClass,
+    FrozenContainer,
+    FrozenContents,
+    Path,
+    Reader,
+    as_tree,
+    flatten_value,
+    format_path,
+    itself,
+)
 from cg_lightning.guards.identity import SameItems
 from cg_lightning.guards.module_guard import Placement, layout_and_gradient_of
-from cg_lightning.guards.sources import MISSING, describe_change, shorten
+from cg_lightning.guards.sources import MISSING
 from cg_lightning.guards.value_kinds import (
     ValueKind,
     bound_to,
@@ -40,10 +51,8 @@ from cg_lightning.modules.attributes import (
     attributes_beside_items,
     attributes_of,
     has_room_for_attributes,
-    is_same_value,
     members_of,
     names_of_library,
-    same_attributes,
 )
 
 LARGE = 256
@@ -53,8 +62,6 @@ Of what a function with a cache has stored, only the counts are compared then.
 """
 MOST_VALUES = 50_000
 """What holds more values than that is no longer looked into: it is opaque."""
-_Path = tuple[Any, ...]
-"""A value's parent and how to get from there: formatted only if something has changed."""
 
 
 def addresses_of(tensors: Iterable[Tensor]) -> set[int]:
@@ -78,11 +85,10 @@ def has_memory(tensor: Tensor) -> bool:
     return True
 
 
-_Reader = Callable[[Any], dict[str, Any]]
 _OF_OBJECT = "an attribute of an object"
 
 
-def _is_in_object(path: _Path) -> bool:
+def _is_in_object(path: Path) -> bool:
     while path[0] is not None:
         if path[2] == _OF_OBJECT:
             return True
@@ -90,17 +96,7 @@ def _is_in_object(path: _Path) -> bool:
     return False
 
 
-def _as_tree(value: Any) -> Any:
-    if isinstance(value, collections.deque):
-        return list(value)
-    return dict(value) if isinstance(value, types.MappingProxyType) else value
-
-
-def _flatten(value: Any) -> tuple[list[Any], Any]:
-    return flatten(_as_tree(value))
-
-
-def _path_in_function(path: _Path, function: Any, name: str) -> _Path:
+def _path_in_function(path: Path, function: Any, name: str) -> Path:
     if isinstance(function, types.CellType):
         return (path, None, None)
     if name.startswith("closure "):
@@ -116,23 +112,11 @@ def _keys_in(container: Any) -> list[Any]:
     """Return the keys of all mappings in a container that are no plain values."""
     return [
         key
-        for each in containers_in(_as_tree(container))
+        for each in containers_in(as_tree(container))
         if isinstance(each, Mapping)
         for key in each
         if not holds_nothing(key)
     ]
-
-
-def _format(path: _Path) -> str:
-    parent, step, detail = path
-    if parent is None:
-        return str(step)
-    root = _format(parent)
-    if step is None:
-        return root
-    if isinstance(step, str):
-        return f"{root}.{step}"
-    return structure_paths(detail, root)[step]
 
 
 class FrozenValues:
@@ -159,26 +143,23 @@ class FrozenValues:
         self.generators: dict[str, torch.Generator] = {}
         """Random generators of PyTorch, by their names: operations show what is drawn from them."""
         self.tensors: list[Tensor] = []
-        self._tensor_paths: list[_Path] = []
-        self._containers: list[tuple[Any, list[Any], Any, _Path]] = []
-        self._large_containers: list[tuple[Any, list[Any], Any, _Path]] = []
-        self._large_members: list[tuple[list[Any], _Path]] = []
+        self._tensor_paths: list[Path] = []
+        self._items: list[FrozenContainer | FrozenAttributes] = []
+        self._same_items = SameItems(MISSING)
+        """Compares the same items natively, by identity."""
+        self._other_containers: list[FrozenContainer] = []
+        """Those among the items that it cannot compare."""
+        self._classes: list[FrozenClass] = []
+        self._contents: list[FrozenContents] = []
+        self._large: list[FrozenContainer | FrozenContents] = []
+        self._large_members: list[tuple[list[Any], Path]] = []
         self._inside_large: list[FrozenValues] = []
-        self._looked_beside: set[int] = set()
-        self._objects: list[tuple[dict[str, Any], dict[str, Any], _Path]] = []
-        self._read: list[tuple[Any, _Reader, dict[str, Any], _Path]] = []
-        """Values, how they are asked for what they hold, and what that is."""
-        self._names: list[tuple[Any, str, Any]] = []
-        self._members: list[tuple[Any, str, Any]] = []
-        self._sized: list[Any] = []
-        """Natively comparable, these say the same as what was read."""
-        self._types: list[tuple[Any, type, _Path]] = []
-        self._opaque: list[tuple[_Path, str]] = []
-        self._copies: list[tuple[Any, Callable[[Any], Any], Any, _Path]] = []
-        self._large_copies: list[tuple[Any, Callable[[Any], Any], Any, _Path]] = []
+        self._opaque: list[tuple[Path, str]] = []
+        self._known_subclasses: set[int] = set()
+        """The ids of containers whose attributes are stored."""
         roots = list(values)
         names = [""] * len(roots) if paths is None else list(paths)
-        pending: list[tuple[Any, _Path]] = [
+        pending: list[tuple[Any, Path]] = [
             (value, (None, name, None)) for value, name in zip(roots, names, strict=True)
         ]
         seen = set() if seen is None else seen
@@ -191,54 +172,41 @@ class FrozenValues:
                 self._opaque.append((path, "more values than anybody compares"))
                 break
             pending += self._store(value, path, seen)
-        for _, leaves, structure, path in self._large_containers:
-            self._look_into_large(leaves, structure_paths(structure, _format(path)), seen)
+        for large in self._large:
+            if isinstance(large, FrozenContainer):
+                paths_inside = structure_paths(large.structure, format_path(large.path))
+                self._look_into_large(large.leaves, paths_inside, seen)
         for members, path in self._large_members:
-            self._look_into_large(members, [_format(path)] * len(members), seen)
+            self._look_into_large(members, [format_path(path)] * len(members), seen)
         self._placement = Placement(self.tensors, layout_and_gradient_of)
-        self._same_items = SameItems(
-            [container for container, *_ in self._containers],
-            [attributes for attributes, *_ in self._objects],
-            self._names,
-            self._members,
-            self._sized,
-            MISSING,
-        )
-        others = set(map(id, self._same_items.others))
-        self._other_containers = [each for each in self._containers if id(each[0]) in others]
-        self._typed = [value for value, _, _ in self._types]
-        self._expected_types = [cls for _, cls, _ in self._types]
-        self.is_empty = not any(
-            (
-                *(self.tensors, self._containers, self._objects),
-                *(self._read, self._types, self._copies),
-            )
-        )
+        self._typed = [each.value for each in self._classes]
+        self._expected_types = [each.cls for each in self._classes]
+        self.is_empty = not any((self.tensors, self._items, self._classes, self._contents))
         """Whether :meth:`hold` has nothing to compare."""
 
     def opaque(self) -> list[str]:
         """Return what nobody can look into: ``self.rng: numpy.random.Generator``."""
-        return [f"{_format(path)}: {name}" for path, name in self._opaque]
+        return [f"{format_path(path)}: {name}" for path, name in self._opaque]
 
-    def _store(self, value: Any, path: _Path, seen: set[int]) -> Iterable[tuple[Any, _Path]]:
+    def _store(self, value: Any, path: Path, seen: set[int]) -> Iterable[tuple[Any, Path]]:
         """Store one value; return what is to be looked into next."""
         kind = kind_of(value)
         if kind is ValueKind.TENSOR:
             if type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided:
                 self.tensors.append(value)
                 self._tensor_paths.append(path)
-            if held := vars(value):  # somebody gave it attributes
-                self._objects.append((held, dict(held), path))
+            if held := vars(value):  # attributes that the user has set
+                self._store_space(held, dict(held), path)
                 return [(item, (path, name, None)) for name, item in held.items()]
         elif kind is ValueKind.GENERATOR:
-            self.generators[_format(path)] = value
+            self.generators[format_path(path)] = value
         elif kind is ValueKind.MODULE:
             self.modules.append(value)
         elif kind is ValueKind.CONTAINER:
             return self._store_container(value, path, seen)
         elif kind is ValueKind.CACHE:
             results = _Results(value)
-            self._copies.append((value, results.now, results.now(value), path))
+            self._contents.append(FrozenContents(value, results.now, results.now(value), path))
             return self._inside(results.kept(value), path, "results")
         elif kind is ValueKind.FUNCTION:
             return self._store_function(value, path)
@@ -251,15 +219,15 @@ class FrozenValues:
         elif kind is ValueKind.CONTENTS:
             return self._store_contents(value, path, seen)
         elif _is_in_object(path) and (contents := state_of_generator(value)) is not None:
-            self._copies.append((value, contents, contents(value), path))
+            self._contents.append(FrozenContents(value, contents, contents(value), path))
         elif kind is ValueKind.OPAQUE:
             self._opaque.append((path, name_of_class(value)))
         return self._members_of(value, path)
 
-    def _members_of(self, value: Any, path: _Path) -> list[tuple[Any, _Path]]:
+    def _members_of(self, value: Any, path: Path) -> list[tuple[Any, Path]]:
         return self._inside(inside(value), path, "members")
 
-    def _inside(self, values: Iterable[Any], path: _Path, name: str) -> list[tuple[Any, _Path]]:
+    def _inside(self, values: Iterable[Any], path: Path, name: str) -> list[tuple[Any, Path]]:
         """Return values to look into next, or note them for a closer look if they are many."""
         found = [each for each in values if not holds_nothing(each)]
         if len(found) > LARGE:
@@ -267,7 +235,7 @@ class FrozenValues:
             return []
         return [(each, (path, name, None)) for each in found]
 
-    def _store_contents(self, value: Any, path: _Path, seen: set[int]) -> list[tuple[Any, _Path]]:
+    def _store_contents(self, value: Any, path: Path, seen: set[int]) -> list[tuple[Any, Path]]:
         contents = contents_of(value)
         assert contents is not None
         items = 1
@@ -275,8 +243,11 @@ class FrozenValues:
             items = value.nbytes // value.itemsize
         elif hasattr(value, "__len__"):
             items = len(value)
-        copies = self._large_copies if items > LARGE else self._copies
-        copies.append((value, contents, contents(value), path))
+        stored = FrozenContents(value, contents, contents(value), path)
+        if items > LARGE:
+            self._large.append(stored)
+        else:
+            self._contents.append(stored)
         found = self._members_of(value, path)
         if isinstance(value, contextvars.ContextVar):
             found.append((value.get(None), (path, "get()", None)))
@@ -285,42 +256,54 @@ class FrozenValues:
         return found
 
     def _store_container(
-        self, value: Any, path: _Path, seen: set[int]
-    ) -> Iterable[tuple[Any, _Path]]:
-        leaves, structure = _flatten(value)
-        found: list[tuple[Any, _Path]] = []
-        for container in [value, *containers_in(_as_tree(value))]:
-            if keeps_more_than_items(container) and id(container) not in self._looked_beside:
-                self._looked_beside.add(id(container))
+        self, value: Any, path: Path, seen: set[int]
+    ) -> Iterable[tuple[Any, Path]]:
+        leaves, structure = flatten_value(value)
+        found: list[tuple[Any, Path]] = []
+        for container in [value, *containers_in(as_tree(value))]:
+            if keeps_more_than_items(container) and id(container) not in self._known_subclasses:
+                self._known_subclasses.add(id(container))
                 held = self._store_attributes(container, attributes_beside_items, path)
                 found += [(item, (path, name, None)) for name, item in held.items()]
                 found += self._store_class(type(container), path, seen)
         found += self._inside(_keys_in(value), path, "keys")
+        container = FrozenContainer(value, leaves, structure, path)
         if len(leaves) > LARGE:
-            self._large_containers.append((value, leaves, structure, path))
+            self._large.append(container)
             return found
-        self._containers.append((value, leaves, structure, path))
+        self._items.append(container)
+        if not self._same_items.add(value):
+            self._other_containers.append(container)
         return [*found, *[(leaf, (path, i, structure)) for i, leaf in enumerate(leaves)]]
 
-    def _store_attributes(self, value: Any, read: _Reader, path: _Path) -> dict[str, Any]:
+    def _store_attributes(self, value: Any, read: Reader, path: Path) -> dict[str, Any]:
         """Store what a value holds, as ``read`` tells; return it."""
         cls: type = type(value)
         held = read(value)
         space = getattr(value, "__dict__", None)
         members = members_of(cls)
         if space is not None and len(held) == len(space) and not members:
-            self._objects.append((space, held, path))
+            self._store_space(space, held, path)
             return held
         if space is None and not members:
             return held
-        self._read.append((value, read, held, path))
+        self._items.append(FrozenAttributes(value, read, held, path))
+        same = self._same_items
         if space is not None:
-            self._sized.append(space)
-            self._names += [(space, name, space[name]) for name in held if name in space]
-        self._members += [(value, name, held.get(name, MISSING)) for name in members]
+            same.add_size(space)
+            for name in held:
+                if name in space:
+                    same.add_name(space, name, space[name])
+        for name in members:
+            same.add_attribute(value, name, held.get(name, MISSING))
         return held
 
-    def _store_function(self, value: Any, path: _Path) -> list[tuple[Any, _Path]]:
+    def _store_space(self, space: dict[str, Any], held: dict[str, Any], path: Path) -> None:
+        """Store a namespace and a copy of it."""
+        self._items.append(FrozenAttributes(space, itself, held, path))
+        self._same_items.add_mapping(space)
+
+    def _store_function(self, value: Any, path: Path) -> list[tuple[Any, Path]]:
         # each function that is called is guarded: those that hold nothing must cost nothing
         if not is_users_function(value) or not holds_something(value):
             return []
@@ -330,31 +313,33 @@ class FrozenValues:
             held |= self._store_attributes(value, attributes_of, path)
         return [(each, _path_in_function(path, value, name)) for name, each in held.items()]
 
-    def _store_object(self, value: Any, path: _Path, seen: set[int]) -> list[tuple[Any, _Path]]:
+    def _store_object(self, value: Any, path: Path, seen: set[int]) -> list[tuple[Any, Path]]:
         """Store an object with its class; return what is to be looked into next."""
         held = self._store_attributes(value, attributes_of, path)
-        self._types.append((value, type(value), path))
+        self._classes.append(FrozenClass(value, type(value), path))
         found = [(item, (path, name, _OF_OBJECT)) for name, item in held.items()]
         return [*found, *self._store_class(type(value), path, seen)]
 
-    def _store_class(self, cls: type, path: _Path, seen: set[int]) -> list[tuple[Any, _Path]]:
+    def _store_class(self, cls: type, path: Path, seen: set[int]) -> list[tuple[Any, Path]]:
         if id(cls) in seen or not spaces_of(cls):
             return []
         seen.add(id(cls))
         return self._store_namespace(cls, path)
 
-    def _store_namespace(self, namespace: Any, path: _Path) -> list[tuple[Any, _Path]]:
+    def _store_namespace(self, namespace: Any, path: Path) -> list[tuple[Any, Path]]:
         held = values_of(namespace)
-        self._read.append((namespace, values_of, held, path))
-        self._names += named_values_of(namespace)
-        self._sized += map(vars, spaces_of(namespace))
+        self._items.append(FrozenAttributes(namespace, values_of, held, path))
+        for space, name, value in named_values_of(namespace):
+            self._same_items.add_name(space, name, value)
+        for space in spaces_of(namespace):
+            self._same_items.add_size(vars(space))
         return [(item, (path, name, _OF_OBJECT)) for name, item in held.items()]
 
     def _store_reference(
-        self, reference: Any, path: _Path, seen: set[int]
-    ) -> list[tuple[Any, _Path]]:
+        self, reference: Any, path: Path, seen: set[int]
+    ) -> list[tuple[Any, Path]]:
         value = reference()
-        self._copies.append((reference, _is_alive, _is_alive(reference), path))
+        self._contents.append(FrozenContents(reference, _is_alive, _is_alive(reference), path))
         cls: type = type(value)
         is_plain = kind_of(value) is ValueKind.OBJECT and cls.__dictoffset__ != 0
         if not is_plain or members_of(cls) or names_of_library(cls):
@@ -363,7 +348,7 @@ class FrozenValues:
             return []
         seen.add(id(value))
         held = dict(vars(value))
-        self._objects.append((vars(value), held, path))  # this does not keep the object alive
+        self._store_space(vars(value), held, path)  # this does not keep the object alive
         found = [(item, (path, name, _OF_OBJECT)) for name, item in held.items()]
         return [*found, *self._store_class(cls, path, seen)]
 
@@ -381,27 +366,16 @@ class FrozenValues:
         """Return whether nothing has changed. Large containers are not compared."""
         return (
             self._placement.check()
-            and (self._same_items.hold() or self._items_are_equal())
-            and all(
-                _leaves_hold(value, leaves, s) for value, leaves, s, _ in self._other_containers
-            )
+            and (self._same_items.hold() or all(each.holds() for each in self._items))
+            and all(each.holds() for each in self._other_containers)
             and all(map(operator.is_, map(type, self._typed), self._expected_types))
-            and all(contents(value) == before for value, contents, before, _ in self._copies)
-        )
-
-    def _items_are_equal(self) -> bool:
-        return (
-            all(_leaves_hold(value, leaves, s) for value, leaves, s, _ in self._containers)
-            and all(same_attributes(attributes, before) for attributes, before, _ in self._objects)
-            and all(same_attributes(read(value), before) for value, read, before, _ in self._read)
+            and all(read(value) == before for value, read, before, _ in self._contents)
         )
 
     def large_ones_hold(self) -> bool:
         """Return whether large containers have not changed."""
-        return (
-            all(_leaves_hold(value, leaves, s) for value, leaves, s, _ in self._large_containers)
-            and all(contents(value) == before for value, contents, before, _ in self._large_copies)
-            and all(values.all_hold() for values in self._inside_large)
+        return all(each.holds() for each in self._large) and all(
+            values.all_hold() for values in self._inside_large
         )
 
     def all_hold(self) -> bool:
@@ -410,25 +384,13 @@ class FrozenValues:
 
     def explain(self) -> str:
         """Return what has changed, with both values; empty if nothing has. It takes its time."""
-        for value, leaves, structure, path in [*self._containers, *self._large_containers]:
-            if not _leaves_hold(value, leaves, structure):
-                return _explain_container(value, leaves, structure, _format(path))
-        for attributes, before, path in self._objects:
-            if not same_attributes(attributes, before):
-                return _explain_attributes(attributes, before, _format(path))
-        for value, read, before, path in self._read:
-            if not same_attributes(now := read(value), before):
-                return _explain_attributes(now, before, _format(path))
-        for value, cls, path in self._types:
-            if type(value) is not cls:
-                return f"{_format(path)}: now a {type(value).__name__}, before a {cls.__name__}"
-        for value, contents, before, path in [*self._copies, *self._large_copies]:
-            if contents(value) != before:
-                return f"{_format(path)}: the contents of the {type(value).__name__} have changed"
+        for each in [*self._items, *self._classes, *self._contents, *self._large]:
+            if not each.holds():
+                return each.explain()
         for index in self._placement.moved():
-            return f"{_format(self._tensor_paths[index])}: the tensor has another address"
+            return f"{format_path(self._tensor_paths[index])}: the tensor has another address"
         for index in self._placement.laid_out_otherwise():
-            where = _format(self._tensor_paths[index])
+            where = format_path(self._tensor_paths[index])
             what = "another shape, other strides, data type or requires_grad"
             return f"{where}: the tensor has {what}"
         return next(filter(None, [values.explain() for values in self._inside_large]), "")
@@ -461,32 +423,3 @@ class _Results:
         if info.currsize > LARGE:
             return info.misses, info.currsize
         return (info.misses, info.currsize, *map(id, self._stored.values()))
-
-
-def _leaves_hold(container: Any, leaves: list[Any], structure: Any) -> bool:
-    now, structure_now = _flatten(container)
-    return structure_now == structure and all(map(is_same_value, leaves, now))
-
-
-def _explain_container(value: Any, leaves: list[Any], structure: Any, path: str) -> str:
-    now, structure_now = _flatten(value)
-    if structure_now != structure:
-        return f"{path}: other keys or another length, now {len(now)} items, before {len(leaves)}"
-    paths = structure_paths(structure, path)
-    changed = (
-        describe_change(paths[index], item, before)
-        for index, (item, before) in enumerate(zip(now, leaves, strict=True))
-        if not is_same_value(before, item)
-    )
-    return next(changed)
-
-
-def _explain_attributes(attributes: dict[str, Any], before: dict[str, Any], path: str) -> str:
-    for name in [*before, *attributes]:
-        if name not in attributes:
-            return f"{path}.{name}: now not there, before {shorten(before[name])}"
-        if name not in before:
-            return f"{path}.{name}: now {shorten(attributes[name])}, before not there"
-        if not is_same_value(before[name], attributes[name]):
-            return describe_change(f"{path}.{name}", attributes[name], before[name])
-    raise AssertionError("called only if an attribute has changed")

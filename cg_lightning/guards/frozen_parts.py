@@ -1,0 +1,135 @@
+"""Records of values that a graph has frozen. Each one compares its value, and explains a change."""
+
+from __future__ import annotations
+
+import collections
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from cg_lightning.core.tree import flatten, structure_paths
+from cg_lightning.guards.sources import describe_change, shorten
+from cg_lightning.modules.attributes import is_same_value, same_attributes
+
+Path = tuple[Any, ...]
+"""The path of the parent, the step from there, and a detail. It is formatted after a change."""
+Reader = Callable[[Any], dict[str, Any]]
+
+
+def as_tree(value: Any) -> Any:
+    """Return a container as one that trees know."""
+    if isinstance(value, collections.deque):
+        return list(value)
+    return dict(value) if isinstance(value, types.MappingProxyType) else value
+
+
+def flatten_value(value: Any) -> tuple[list[Any], Any]:
+    """Return the leaves and the structure of a container."""
+    return flatten(as_tree(value))
+
+
+def format_path(path: Path) -> str:
+    """Return a path as the user would write it."""
+    parent, step, detail = path
+    if parent is None:
+        return str(step)
+    root = format_path(parent)
+    if step is None:
+        return root
+    if isinstance(step, str):
+        return f"{root}.{step}"
+    return structure_paths(detail, root)[step]
+
+
+def itself(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Return the attributes: they are the value that is read."""
+    return attributes
+
+
+class FrozenContainer(NamedTuple):
+    """A container and its leaves, which are compared as deep as containers go."""
+
+    value: Any
+    leaves: list[Any]
+    structure: Any
+    path: Path
+
+    def holds(self) -> bool:
+        """Return True if it has the same structure and leaves."""
+        now, structure = flatten_value(self.value)
+        return structure == self.structure and all(map(is_same_value, self.leaves, now))
+
+    def explain(self) -> str:
+        """Return the first change."""
+        path = format_path(self.path)
+        now, structure = flatten_value(self.value)
+        if structure != self.structure:
+            sizes = f"now {len(now)} items, before {len(self.leaves)}"
+            return f"{path}: other keys or another length, {sizes}"
+        paths = structure_paths(structure, path)
+        changed = (
+            describe_change(paths[index], item, before)
+            for index, (item, before) in enumerate(zip(now, self.leaves, strict=True))
+            if not is_same_value(before, item)
+        )
+        return next(changed)
+
+
+class FrozenAttributes(NamedTuple):
+    """A value and its attributes, which a function reads."""
+
+    value: Any
+    read: Reader
+    before: dict[str, Any]
+    path: Path
+
+    def holds(self) -> bool:
+        """Return True if it has the same attributes."""
+        return same_attributes(self.read(self.value), self.before)
+
+    def explain(self) -> str:
+        """Return the first change."""
+        now, before, path = self.read(self.value), self.before, format_path(self.path)
+        for name in [*before, *now]:
+            if name not in now:
+                return f"{path}.{name}: now not there, before {shorten(before[name])}"
+            if name not in before:
+                return f"{path}.{name}: now {shorten(now[name])}, before not there"
+            if not is_same_value(before[name], now[name]):
+                return describe_change(f"{path}.{name}", now[name], before[name])
+        raise AssertionError("called only if an attribute has changed")
+
+
+class FrozenContents(NamedTuple):
+    """A value and a copy of its contents, which a function reads."""
+
+    value: Any
+    read: Callable[[Any], Any]
+    before: Any
+    path: Path
+
+    def holds(self) -> bool:
+        """Return True if the contents are equal to the copy."""
+        return bool(self.read(self.value) == self.before)
+
+    def explain(self) -> str:
+        """Return the change."""
+        kind = type(self.value).__name__
+        return f"{format_path(self.path)}: the contents of the {kind} have changed"
+
+
+class FrozenClass(NamedTuple):
+    """An object and its class."""
+
+    value: Any
+    cls: type
+    path: Path
+
+    def holds(self) -> bool:
+        """Return True if the object has the same class."""
+        return type(self.value) is self.cls
+
+    def explain(self) -> str:
+        """Return the change."""
+        now, before = type(self.value).__name__, self.cls.__name__
+        return f"{format_path(self.path)}: now a {now}, before a {before}"
