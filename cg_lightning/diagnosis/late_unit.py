@@ -28,6 +28,15 @@ class LateUnit:
         self.refusal = ""
         """Why the calls cannot follow the step; empty if they can."""
 
+    def called(self, position: int) -> None:
+        """Note a call of one of these metrics, and for the first one the findings before it."""
+        if not self.is_called:
+            self.is_called, self.position = True, position
+
+    def logged(self) -> None:
+        """Note that ``self.log`` has read the value of one of these metrics."""
+        self.is_logged = True
+
     def refuse(self, why: str) -> None:
         """Note why the calls cannot follow the step. The first reason stays."""
         self.refusal = self.refusal or why

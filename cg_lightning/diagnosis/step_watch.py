@@ -71,7 +71,7 @@ class Effects(Protocol):
 class StepWatch:
     """One watched step. It owns the stack of calls; detectors report what they find to it.
 
-    Everything that a detector has to know of the step is an attribute. Nobody else may write them.
+    Detectors read its attributes. Only methods of this class write them.
 
     Args:
         root: The module whose step runs.
@@ -135,9 +135,9 @@ class StepWatch:
         """Whether an operation is under way that copies such a tensor to the device."""
         self._indexing: tuple[Place | None, int] = (None, 0)
         """Where lists were made indices last, and how many of these copies nobody has told."""
-        self.read_path: ReadPath | None = None
-        """What the step reads, if all of it is known before the step."""
-        self.host_draws: Sequence[HostDraw] = ()
+        self._path: ReadPath | None = None
+        """The values that the step reads on the host, if all are known before the step."""
+        self._host_draws: Sequence[HostDraw] = ()
         """Random numbers of the host that the step draws and does not use."""
         self._inside: dict[int, list[nn.Module]] = {}
         """Each module that was asked for, and all modules inside it, by its id."""
@@ -238,6 +238,28 @@ class StepWatch:
         if not (self._is_paused or self._is_in_framework):
             for detector in self._detectors:
                 detector.before_read(tensor)
+
+    def note_operation(
+        self, *, reads_host_value: bool | None = None, copies_constant: bool | None = None
+    ) -> None:
+        """Notes what the operation under way does, until it has ended. None: no change.
+
+        Args:
+            reads_host_value: See the attribute.
+            copies_constant: See the attribute.
+        """
+        if reads_host_value is not None:
+            self.reads_host_value = reads_host_value
+        if copies_constant is not None:
+            self.copies_constant = copies_constant
+
+    def note_path(self, path: ReadPath | None) -> None:
+        """Notes the values that the step has read on the host; None: not all are known before."""
+        self._path = path
+
+    def note_host_draws(self, draws: Sequence[HostDraw]) -> None:
+        """Notes the random numbers of the host that the step draws and does not use."""
+        self._host_draws = draws
 
     def note_copy_from_host(self) -> None:
         """Notes for every call under way that it copies a constant from the host by itself."""
@@ -513,13 +535,13 @@ class StepWatch:
             self._written,
             self._did_one_time_work,
             changes=self._changes,
-            path=self.read_path,
+            path=self._path,
             late=late,
             unseen_use=self._unseen_use,
             fills_batch=self._fills_batch,
             batch_writes=self._batch_writes,
             generators=list(self._drawn.values()),
-            host_draws=self.host_draws,
+            host_draws=self._host_draws,
         )
 
 

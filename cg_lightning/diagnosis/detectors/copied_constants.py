@@ -120,17 +120,18 @@ class CopiedConstants(ReplacingDetector):
         is_lifted = function._schema.name == "aten::lift_fresh"
         if self._is_elsewhere and not (is_lifted or watch.is_in_framework):
             self._note_uses(function, args, kwargs)
-        watch.copies_constant = not (watch.hidden or watch.makes_constant) and (
+        copies_constant = not (watch.hidden or watch.makes_constant) and (
             self._is_index(args[0]) if is_lifted else self._copies(function, args, kwargs)
         )
-        if watch.copies_constant:
+        watch.note_operation(copies_constant=copies_constant)
+        if copies_constant:
             watch.note_copy_from_host()
 
     def after_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
-        self.watch.copies_constant = False
+        self.watch.note_operation(copies_constant=False)
         if not self._is_elsewhere:
             return
         made = _on_host((output,))

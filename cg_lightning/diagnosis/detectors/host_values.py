@@ -35,7 +35,7 @@ class HostValues(Detector):
         try:
             yield
             with self.watch.paused():
-                self.watch.read_path = self._provenance.path()
+                self.watch.note_path(self._provenance.path())
         finally:
             self._provenance.give_up()  # it holds the batch
 
@@ -46,7 +46,7 @@ class HostValues(Detector):
         is_about_step = self.watch.is_about_step
         with self.watch.paused():  # it may wait for the device
             is_known = self._provenance.begin(function, args, kwargs, is_about_step)
-        self.watch.reads_host_value = is_known
+        self.watch.note_operation(reads_host_value=is_known)
 
     def after_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -56,7 +56,7 @@ class HostValues(Detector):
         if function._schema.name == "aten::lift_fresh" and self._is_constant(output):
             with self.watch.paused():
                 self._provenance.note_constant(output)
-        self.watch.reads_host_value = False
+        self.watch.note_operation(reads_host_value=False)
 
     def _is_constant(self, made: Tensor) -> bool:
         """Return whether a tensor that was just made of Python values is the same in each step."""

@@ -116,8 +116,7 @@ class LateUpdates(Detector):
         assert late is not None
         self._check_draws()
         self._check_call(late, metric, method, args, kwargs)
-        if not late.is_called:
-            late.is_called, late.position = True, len(self.watch.step.findings)
+        late.called(len(self.watch.step.findings))
         self._called.append(late)
         with self.watch.paused():
             self._own = _addresses_inside(late)
@@ -198,7 +197,7 @@ class LateUpdates(Detector):
             if name not in _READ_BY_CALLERS:
                 late.refuse("that the step reads")
         elif name == VALUE:
-            late.is_logged = True
+            late.logged()
             effects = self.watch.effects
             if effects is not None and not effects.logs_in_graph():
                 late.refuse("that is logged")
