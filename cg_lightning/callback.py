@@ -356,7 +356,7 @@ class CUDAGraphCallback(Callback):
             self._installation = InertInstallation(trainer.strategy, self.stats, why)
             return
         session = self._session(trainer, pl_module, backend)
-        if session.must_save_time:
+        if session.target.dispatcher.compares_times:
             session.stage_length = TrainerStageLength(trainer)
         transfers = self._transfers(trainer, pl_module, session, EVALUATION_HOOKS)
         self._installation = Installation(trainer.strategy, pl_module, session, transfers)

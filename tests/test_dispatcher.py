@@ -21,6 +21,7 @@ from cg_lightning.runtime.dispatcher import (
     MOST_VARIANTS,
     Action,
     CaptureLedger,
+    GuardScope,
     KeyState,
     Plan,
     Unguarded,
@@ -368,6 +369,29 @@ def test_what_no_branch_changes(policy, reason):
     """A mode that knows no whole steps, and a reason that is not in the code of the step."""
     dispatcher = CUDAGraphDispatcher(policy)
     assert not dispatcher.is_of_one_branch(dispatcher.state(KEY.fields, KEY), reason)
+
+
+ALL, TRAINER, ALWAYS = GuardScope.ALL, GuardScope.TRAINER, GuardScope.NONE
+
+
+@pytest.mark.parametrize(
+    ("policy", "full", "piecewise", "is_padded", "modes", "guards", "has_trial"),
+    [
+        (CUDAGraphMode.FULL_AND_PIECEWISE, None, None, False, [FULL, PIECEWISE], ALL, True),
+        (CUDAGraphMode.FULL_AND_PIECEWISE, None, None, True, [FULL, PIECEWISE], ALL, False),
+        (CUDAGraphMode.FULL_AND_PIECEWISE, SYNC, None, False, [PIECEWISE], TRAINER, True),
+        (CUDAGraphMode.FULL_AND_PIECEWISE, NOTHING, None, False, [PIECEWISE], ALWAYS, True),
+        (CUDAGraphMode.FULL_AND_PIECEWISE, SYNC, NOTHING, False, [], TRAINER, False),
+        (PIECEWISE, None, None, False, [PIECEWISE], ALWAYS, True),
+        (PIECEWISE, SYNC, None, False, [PIECEWISE], ALWAYS, True),
+        (FULL, SYNC, None, False, [], TRAINER, False),
+    ],
+)
+def test_what_a_watched_step_may_do(policy, full, piecewise, is_padded, modes, guards, has_trial):
+    dispatcher = CUDAGraphDispatcher(policy, min_saving=0.03)
+    judged = dispatcher.judge_watched(dispatcher.state(KEY.fields, KEY), full, piecewise, is_padded)
+    assert (judged.modes, judged.guards) == (modes, guards)
+    assert (judged.trial is not None) is has_trial
 
 
 class Decided:

@@ -199,6 +199,26 @@ class Miss(NamedTuple):
         return not any(guards.check() for guards in self.known)
 
 
+class GuardScope(enum.Enum):
+    """Which guards a variant needs."""
+
+    ALL = "all values that the step read"
+    TRAINER = "batch_idx and values of the Trainer, which may lead to another branch"
+    NONE = "none, so the variant always holds"
+
+
+class Judgement(NamedTuple):
+    """What a watched step may do from now on."""
+
+    modes: list[CUDAGraphMode]
+    """The allowed modes, highest first."""
+    reason: Reason | None
+    """Why the mode asked for is not allowed; None if it is."""
+    guards: GuardScope
+    trial: Trial | None
+    """Compares times; None: nothing is to be compared."""
+
+
 class Settled(NamedTuple):
     """What graphs of a variant save, and which are left alone from now on."""
 
@@ -273,6 +293,8 @@ class KeyState:
     """Times of eager warm-up steps, if graphs must save time."""
     miss: Miss | None = None
     """Set if a submodule asked for another watched step."""
+    without_batch: Reason | None = None
+    """Why the batch cannot be part of the key; None if it is part of it."""
 
 
 class Plan(NamedTuple):
@@ -311,6 +333,7 @@ class CUDAGraphDispatcher:
         watches: True if steps are watched before a capture. False for calls of submodules, because
             the step around them is watched.
         least_steps: Number of steps, from the capture on, below which a capture cannot pay.
+        min_saving: The share of a step's time that graphs must save; 0: times are not compared.
     """
 
     def __init__(
@@ -321,12 +344,14 @@ class CUDAGraphDispatcher:
         *,
         watches: bool = True,
         least_steps: int = 0,
+        min_saving: float = 0.0,
     ) -> None:
         self._policy = policy
         self._warmup_steps = warmup_steps
         self._next_verification = next_verification
         self._watches = watches
         self._least_steps = least_steps
+        self._min_saving = min_saving
         self._graph_mode = FULL if watches else PIECEWISE
         self._states: dict[tuple[Any, ...], KeyState] = {}
         self._ledgers: dict[tuple[Any, ...], CaptureLedger] = {}
@@ -373,6 +398,11 @@ class CUDAGraphDispatcher:
         return Dispatch(variant.mode, state.descriptor, variant.reason)
 
     # what the runners ask
+
+    @property
+    def compares_times(self) -> bool:
+        """Whether graphs that do not save time are dropped."""
+        return self._min_saving > 0
 
     def known(self, fields: tuple[Any, ...]) -> KeyState | None:
         """Return the state of a key, or None if the key is new.
@@ -515,6 +545,28 @@ class CUDAGraphDispatcher:
             elif is_asked and not modes:
                 reasons.append(reason)
         return modes, reasons[0] if reasons else None
+
+    def judge_watched(
+        self, state: KeyState, full: Reason | None, piecewise: Reason | None, is_padded: bool
+    ) -> Judgement:
+        """Decide what a watched step may do. It becomes a variant of its key.
+
+        Args:
+            state: The key.
+            full: Why the step cannot be one graph; None if it can.
+            piecewise: Why no submodule can run from a graph; None if one can.
+            is_padded: Whether its batch is padded, which asks for graphs at any price.
+        """
+        modes, reason = self.judge(full, piecewise)
+        is_full, guards = FULL in modes, GuardScope.NONE
+        if is_full:
+            guards = GuardScope.ALL
+        elif full is not None and self.is_of_one_branch(state, full):
+            guards = GuardScope.TRAINER
+        trial = None
+        if modes and self.compares_times and not is_padded:
+            trial = Trial(self._min_saving, state.warm_up_times if is_full else [])
+        return Judgement(modes, reason, guards, trial)
 
     def is_of_one_branch(self, state: KeyState, full: Reason) -> bool:
         """Return True if another branch of a step may be one graph, although this one cannot.

@@ -103,9 +103,7 @@ class PaddedSteps:
         Raises:
             ValueError: A setting does not fit the batch.
         """
-        if (not self._is_whole and self._pieces is None) or (
-            state.descriptor in self._session.without_key
-        ):
+        if state.without_batch is not None or (not self._is_whole and self._pieces is None):
             return None
         try:
             own = self._describe(batch, state.descriptor)[0]
@@ -128,7 +126,7 @@ class PaddedSteps:
             state: The key.
             batch: A batch with this key.
         """
-        if state.descriptor not in self._session.without_key:
+        if state.without_batch is None:
             self._padder.note(batch)
         padding = self.padding_of(state, batch)
         if padding is None:

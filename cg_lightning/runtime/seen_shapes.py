@@ -20,9 +20,7 @@ def hint(session: Session, stage: str) -> str:
     seen = [
         SeenShape(*_tensors_of(state.descriptor.structure, state.descriptor.leaves), state.sights)
         for state in session.target.dispatcher.states()
-        if state.descriptor.stage == stage
-        and state.sights
-        and state.descriptor not in session.without_key
+        if state.descriptor.stage == stage and state.sights and state.without_batch is None
     ]
     eager = max(session.settings.warmup_steps, 1)
     batches = sum(each.batches for each in seen)

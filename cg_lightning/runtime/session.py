@@ -1,4 +1,7 @@
-"""One module in one run: build, start and stop the parts that run its steps. No policy is here."""
+"""One module in one run: build, start and stop the parts that run its steps.
+
+No policy is here: a session collects facts for the dispatcher, and does what it decides.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +33,20 @@ from cg_lightning.modules.kinds import is_metric
 from cg_lightning.padding.leaves import PaddedLeaves
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.changing_values import ChangingValues
-from cg_lightning.runtime.dispatcher import Guards, KeyState, Plan, Unguarded, Variant
+from cg_lightning.runtime.dispatcher import (
+    Guards,
+    GuardScope,
+    KeyState,
+    Plan,
+    Unguarded,
+    Variant,
+)
 from cg_lightning.runtime.examples import Examples
 from cg_lightning.runtime.profiling import Profiler, Ranges
 from cg_lightning.runtime.stage_length import StageLength
 from cg_lightning.runtime.submodule_runner import SubmoduleRunner
 from cg_lightning.runtime.target import GraphTarget
 from cg_lightning.runtime.targets import match_targets
-from cg_lightning.runtime.trial import Trial
 from cg_lightning.runtime.verifier import Replayed, Verdict, Verifier
 
 
@@ -54,14 +63,11 @@ class Piece(Protocol):
         """Drop all graphs."""
 
 
-BATCH_INDEX = "batch_idx"
-"""The name of the number of the batch in :attr:`Session.arguments`."""
+_BATCH_INDEX = "batch_idx"
 NO_TARGET = Reason(
     Status.NO_TARGET,
     "no submodule with parameters was called (those of torch.jit cannot be captured)",
 )
-
-
 _MAY_READ = (
     "the step may read a value of its batch that is another one in each batch: it handles errors, "
     "or asks for classes"
@@ -120,35 +126,39 @@ class Session:
         is_compiled = settings.compile_arguments is not None
         tolerance = "close" if is_compiled else settings.verify_tolerance
         self._verifier = Verifier(backend, tolerance, self.written, self._compilation.suspended)
-        self.target = self._make_target(module, CUDAGraphMode.FULL, effects)
+        may_drop = not settings.strict and backend.stopwatch(0.0) is not None
+        self.target = self._make_target(
+            module, CUDAGraphMode.FULL, effects, settings.min_saving if may_drop else 0.0
+        )
         self._submodules: dict[int, SubmoduleRunner] = {}
         self.pieces: dict[tuple[str, int], Piece] = {}
         """Submodules that are padded, by stage and ``id`` of the module."""
-        self.must_save_time = (
-            settings.min_saving > 0
-            and not settings.strict  # which asks for graphs at any price
-            and backend.stopwatch(0.0) is not None
-        )
-        """Whether graphs that do not save time are dropped."""
         self.stage_length: StageLength | None = None
         """How many batches are left in a stage; None: captures need not pay within it."""
         self._is_installed = False
         self._weights: list[int] = []
         """The versions of parameters and buffers when the latest stage began, if batches are
         padded."""
-        self.arguments: dict[str, Any] = {}
-        """The arguments of the current step that guards look at, by name."""
-        self.without_key: dict[BatchDescriptor, Reason] = {}
-        """Why batches cannot be part of a key, by the key that their steps have instead."""
+        self._arguments: dict[str, Any] = {}
+        """The arguments of the current step that guards compare, by name."""
         self.examples: Examples | None = None
         """Batches to capture ahead; None: none."""
         self.is_first_step = True
         """True until the first step after :meth:`install`."""
 
     def _make_target(
-        self, module: nn.Module, mode: CUDAGraphMode, effects: ModuleEffects | None
+        self,
+        module: nn.Module,
+        mode: CUDAGraphMode,
+        effects: ModuleEffects | None = None,
+        min_saving: float = 0.0,
     ) -> GraphTarget:
-        return GraphTarget(module, mode, self._capturer, self._verifier, self.stats, effects)
+        parts = (self._capturer, self._verifier, self.stats, effects)
+        return GraphTarget(module, mode, *parts, min_saving)
+
+    def set_batch_index(self, batch_idx: Any) -> None:
+        """Tell the guards which ``batch_idx`` the current step has."""
+        self._arguments[_BATCH_INDEX] = batch_idx
 
     def install(self) -> None:
         """Intercept all submodules that are known to run from graphs."""
@@ -284,24 +294,20 @@ class Session:
         for generator in watched.generators:
             self.backend.follow(generator)
         dispatcher = self.target.dispatcher
-        modes, reason = dispatcher.judge(full, piecewise)
-        is_full = CUDAGraphMode.FULL in modes
+        judged = dispatcher.judge_watched(plan.state, full, piecewise, padding is not None)
+        is_full = CUDAGraphMode.FULL in judged.modes
         if full is not None and full.kind is Status.VALUE_READ:
             self.changing_values.note_read(plan.state.descriptor)
         variant = Variant(
-            self._guards(watched) if is_full else self._guards_of_branch(plan.state, watched, full),
-            modes,
-            reason,
+            self._guards(watched, judged.guards),
+            judged.modes,
+            judged.reason,
             watched.needs_second_look,
             watched.did_one_time_work,
             watched,
             path=watched.path if is_full else None,
             padding=padding,
-            trial=(
-                Trial(self.settings.min_saving, plan.state.warm_up_times if is_full else [])
-                if modes and self.must_save_time and padding is None  # who pads asks for graphs
-                else None
-            ),
+            trial=judged.trial,
         )
         if variant.path is not None and watched.path is not None:
             watched.path.use(self.host_copies)
@@ -310,16 +316,14 @@ class Session:
         if not is_full and in_pieces is None:
             self.find_submodules(plan.state.descriptor, variant, plan.state.warmup_runs)
 
-    def _guards(self, watched: WatchedStep, of_trainer_only: bool = False) -> GuardSet:
-        """Return the guards of a watched step: all, or those of the circumstances that it asks for.
-
-        Args:
-            watched: The watched step.
-            of_trainer_only: Only ``batch_idx`` and values of the Trainer.
-        """
+    def _guards(self, watched: WatchedStep, scope: GuardScope) -> Guards:
+        """Return the guards of a watched step."""
+        if scope is GuardScope.NONE:
+            return Unguarded()
+        of_trainer_only = scope is GuardScope.TRAINER
         compared, sources = watched.compared(), watched.sources()
         if watched.comparisons:
-            source = Source(self.arguments, BATCH_INDEX, BATCH_INDEX)
+            source = Source(self._arguments, _BATCH_INDEX, _BATCH_INDEX)
             compared.append(ComparedSource(source, watched.comparisons))
         if of_trainer_only:
             sources = [each for each in sources if each.belongs_to_trainer]
@@ -329,7 +333,8 @@ class Session:
             for path, module in self.module.named_modules()
             if not of_trainer_only and id(module) not in late
         ]
-        return self._guard_set(sources, compared, modules)
+        guards = self._guard_set(sources, compared, modules)
+        return Unguarded() if of_trainer_only and guards.is_empty else guards
 
     def _guard_set(
         self,
@@ -346,22 +351,10 @@ class Session:
         self._written_settings.add((type(each).__name__, each) for each in guards.hidden_modules)
         return guards
 
-    def _guards_of_branch(
-        self, state: KeyState, watched: WatchedStep, full: Reason | None
-    ) -> Guards:
-        """Return the guards of a step that is not one graph; ``full`` is the reason.
-
-        They hold always, unless another batch may take a branch that can be one graph.
-        """
-        if full is None or not self.target.dispatcher.is_of_one_branch(state, full):
-            return Unguarded()
-        guards = self._guards(watched, of_trainer_only=True)
-        return Unguarded() if guards.is_empty else guards
-
     def full_reason(self, state: KeyState, watched: WatchedStep) -> Reason | None:
         """Return why a watched step cannot be one graph; None if it can."""
-        if state.descriptor in self.without_key:
-            return self.without_key[state.descriptor]
+        if state.without_batch is not None:
+            return state.without_batch
         if watched.findings:
             return watched.findings[0].reason()
         if watched.unseen_use and self.changing_values.has_passed_on(state.descriptor):
@@ -398,7 +391,7 @@ class Session:
     def _add_submodules(self, submodules: dict[str, nn.Module]) -> None:
         for path, module in submodules.items():
             if id(module) not in self._submodules:
-                target = self._make_target(module, CUDAGraphMode.PIECEWISE, None)
+                target = self._make_target(module, CUDAGraphMode.PIECEWISE)
                 self._submodules[id(module)] = SubmoduleRunner(
                     path, target, self.backend, self.ranges
                 )

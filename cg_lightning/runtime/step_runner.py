@@ -33,7 +33,7 @@ from cg_lightning.runtime.ahead import CaptureAhead
 from cg_lightning.runtime.dispatcher import NEW_KEY, Action, KeyState, Plan, Variant
 from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.padded_steps import PaddedSteps
-from cg_lightning.runtime.session import BATCH_INDEX, Session
+from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.target import reason_of
 from cg_lightning.runtime.trial import StepTimes
 
@@ -140,7 +140,7 @@ class StepRunner:
             kwargs = dict(kwargs)
             args = (kwargs.pop(self._batch_name),)
         if self._compares_index:
-            session.arguments[BATCH_INDEX] = args[1]
+            session.set_batch_index(args[1])
         loader = args[2] if len(args) > 2 else kwargs.get("dataloader_idx", 0)
         training = session.target.guard.flags()
         try:
@@ -209,7 +209,7 @@ class StepRunner:
         if not session.settings.runtime_policy.has_piecewise_cudagraphs():
             return self._run_as_it_is(args, kwargs, reason)
         state = self._dispatcher.state(describe_without_batch(self._stage, loader, training))
-        session.without_key.setdefault(state.descriptor, reason)
+        state.without_batch = state.without_batch or reason
         return self._run(self._dispatcher.plan(state), args, kwargs, [])
 
     def _state(self, fields: tuple[Any, ...], batch: Any) -> KeyState:
@@ -286,7 +286,7 @@ class StepRunner:
             output, watched = self._session.watcher.watch(step, args[0], args[1:])
         if watched.comparisons:
             self._compares_index = True
-            self._session.arguments[BATCH_INDEX] = args[1]
+            self._session.set_batch_index(args[1])
         session = self._session
         if padded is None:
             session.watched(plan, watched)
@@ -307,7 +307,7 @@ class StepRunner:
         self._dispatcher.ran_eagerly(plan.state)
         # submodules would describe each call, for a key that hardly comes again
         seen = None if plan.reason is NEW_KEY else plan.state.descriptor
-        if not self._session.must_save_time:
+        if not self._dispatcher.compares_times:
             return self._run_eagerly(seen, args, kwargs, plan.reason)
         times = self._step_times(perf_counter())
         outcome = self._run_eagerly(seen, args, kwargs, plan.reason)

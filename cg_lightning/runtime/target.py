@@ -56,6 +56,7 @@ class GraphTarget:
         verifier: Compares with eager.
         stats: Counts.
         effects: The side effects of whole steps; None for a submodule.
+        min_saving: The share of a step's time that graphs must save; 0: times are not compared.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class GraphTarget:
         verifier: Verifier,
         stats: CUDAGraphStats,
         effects: ModuleEffects | None,
+        min_saving: float = 0.0,
     ) -> None:
         settings = capturer.settings
         self.module = module
@@ -80,6 +82,7 @@ class GraphTarget:
             settings.next_verification,
             watches=mode is CUDAGraphMode.FULL,
             least_steps=settings.verify_replays + 2,
+            min_saving=min_saving,
         )
         self._settings = settings
         self._capturer = capturer
