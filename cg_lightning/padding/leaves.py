@@ -42,7 +42,7 @@ class PaddedLeaf(NamedTuple):
         """Write a tensor and all of its padding to ``new``, which has the padded shape."""
         new[tuple([slice(size) for size in self.real])] = tensor
         other = tensor if fill is Fill.GIVEN else _mirrored(tensor, fill is Fill.BELOW)
-        is_varied = fill is not Fill.GIVEN and not _is_mask(tensor)
+        is_varied = bool(self.values) and fill is not Fill.GIVEN and not _is_mask(tensor)
         for dim, value in self.values.items():
             size = self.real[dim]
             padding = new.narrow(dim, size, self.padded[dim] - size)
