@@ -3,7 +3,6 @@
 - ``attribute_events.py``: what a step does to attributes, and what a replay can do again.
 - ``call_events.py``: every call of a function in the watched step, as Python tells of it.
 - ``callers.py``: what the functions that are running do with a call that they have made.
-- ``clocks.py``: functions whose result nobody can guard: clocks, counts of memory.
 - ``definitions.py``: the source of a function as a tree, if it is the source of the code that runs.
 - ``detector.py``: what all detectors have in common.
 - ``findings.py``: findings, and where in the user's code something happened.
@@ -21,6 +20,7 @@
   report.
 - ``uses_of_argument.py``: where a step uses one of its arguments, read from byte code and source.
 - ``uses_of_attribute.py``: what a line does with an attribute that it reads, from its source.
+- ``volatile_functions.py``: functions whose result no guard can compare: clocks, counts of memory.
 - ``watched_step.py``: what one watched step showed, by call of a submodule.
 - ``way.py``: the way of a step through the code: every instruction of Python that ran.
 - ``watcher.py``: watches one eager step under all detectors, without changing what it computes.

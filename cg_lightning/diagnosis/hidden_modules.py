@@ -13,7 +13,7 @@ from cg_lightning.diagnosis.step_watch import StepWatch, look_into
 from cg_lightning.guards.sources import MISSING, Source
 from cg_lightning.guards.value_kinds import holds_nothing
 from cg_lightning.metrics.members import ATTRIBUTES_OF_METRICS, state_names
-from cg_lightning.modules.attributes import plain_attributes
+from cg_lightning.modules.attributes import user_attributes
 from cg_lightning.modules.kinds import is_metric
 
 
@@ -34,7 +34,7 @@ def sources_in(modules: Iterable[nn.Module], path: str) -> list[Source]:
 
 def _attributes(module: nn.Module) -> list[str]:
     if not is_metric(module):
-        return plain_attributes(module)
+        return user_attributes(module)
     known = ATTRIBUTES_OF_METRICS | state_names(module)
     return [name for name in vars(module) if name not in known]
 

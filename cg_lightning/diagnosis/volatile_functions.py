@@ -1,4 +1,4 @@
-"""Functions whose result nobody can guard: clocks, random numbers of the system, facts about files.
+"""Functions whose result no guard can compare: clocks, seeds, counts of memory, facts about files.
 
 They change nothing and keep nothing in Python. What they return is another value in each step. The
 context of ``decimal`` belongs to the thread, and nothing in Python refers to it.
@@ -39,7 +39,7 @@ _IN_C = {
 }
 """Names of functions by module."""
 _OF_GENERATORS = frozenset(name for name in vars(torch.Generator) if name[0] != "_")
-NAMES_OF_CLOCKS = _OF_GENERATORS.union(*_IN_C.values())
+NAMES_OF_VOLATILE = _OF_GENERATORS.union(*_IN_C.values())
 """Functions of C with other names are none of these."""
 _OF_MEMORY = frozenset(
     {
@@ -56,10 +56,10 @@ _MEMORY_FILES = ("torch/cuda/memory.py", "torch/accelerator/memory.py")
 _FILES_OF_TORCH = (*_MEMORY_FILES, _RANDOM_FILE)
 
 
-def clock_in_c(function: Any) -> str:
-    """Return the name of a function of C that is a clock; empty if it is none."""
+def volatile_in_c(function: Any) -> str:
+    """Return the name of a function of C whose result no guard can compare; otherwise empty."""
     name = getattr(function, "__name__", "")
-    if name not in NAMES_OF_CLOCKS:
+    if name not in NAMES_OF_VOLATILE:
         return ""
     module = getattr(function, "__module__", None)
     owner = getattr(function, "__self__", None)
@@ -94,7 +94,7 @@ def seeds_itself(function: Any, caller: FrameType) -> str:
     return "random.Random()" if is_users else ""
 
 
-def clock_in_python(code: CodeType) -> str:
+def volatile_in_python(code: CodeType) -> str:
     """Return the name of a function of PyTorch that counts memory, or tells the seed; or empty."""
     if code.co_name == "initial_seed" and code.co_filename.endswith(_RANDOM_FILE):
         return "torch.initial_seed"
@@ -113,7 +113,7 @@ def reads_environment(code: CodeType) -> bool:
     return code is _GET_VARIABLE or code in _ALL_VARIABLES
 
 
-def has_clocks(file: str) -> bool:
+def has_volatile(file: str) -> bool:
     """Return whether a file of others has functions that are looked at here."""
     return file.endswith(_FILES_OF_TORCH) or file == _GET_VARIABLE.co_filename
 

@@ -303,7 +303,7 @@ def has_attributes_of_users(module: nn.Module) -> bool:
     )
 
 
-def is_plain_attribute(module: nn.Module, name: str) -> bool:
+def is_user_attribute(module: nn.Module, name: str) -> bool:
     """Return True if ``name`` is a user's attribute and not a method.
 
     ``self.half = 2`` hides a method, and is an attribute.
@@ -318,7 +318,7 @@ def is_plain_attribute(module: nn.Module, name: str) -> bool:
     return isinstance(found, type) or is_value_of_class(found) or not is_method
 
 
-def plain_attributes(module: nn.Module) -> list[str]:
+def user_attributes(module: nn.Module) -> list[str]:
     """Return all attributes that a call may read, for modules whose reads cannot be observed."""
     if not is_user_module(module):
         return []
@@ -331,7 +331,7 @@ def plain_attributes(module: nn.Module) -> list[str]:
         *slots_of(cls),
         *[name.split(".")[-1] for name, _ in class_values(module)],
     }
-    return [name for name in names if is_plain_attribute(module, name)]
+    return [name for name in names if is_user_attribute(module, name)]
 
 
 def _methods_of_classes(cls: type) -> dict[str, Any]:

@@ -18,11 +18,11 @@ from cg_lightning.guards.value_kinds import holds_nothing
 from cg_lightning.modules.attributes import (
     has_attributes_of_users,
     holding_class,
-    is_plain_attribute,
-    plain_attributes,
+    is_user_attribute,
     plain_values_of,
     set_by_users,
     slots_of,
+    user_attributes,
     values_of_classes,
 )
 from cg_lightning.modules.interception import Interception, ModuleHandler, can_intercept
@@ -96,7 +96,7 @@ class _Attributes:
     def read_all(self) -> None:
         """Notes that all attributes are read."""
         with self._watch.paused():
-            names = plain_attributes(self._module)
+            names = user_attributes(self._module)
         for name in names:
             self.read(name)
 
@@ -113,7 +113,7 @@ class _Attributes:
         path, inside = f"{self._prefix}{name}", list[Source]()
         if stored := set_by_users(module, name):
             name, cls = stored, None
-        elif not is_plain_attribute(module, name) or any(name in table for table in members):
+        elif not is_user_attribute(module, name) or any(name in table for table in members):
             return []
         else:
             cls = holding_class(module, name)

@@ -14,18 +14,6 @@ from typing import Any, NamedTuple
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.call_events import call_events
-from cg_lightning.diagnosis.clocks import (
-    NAMES_OF_CLOCKS,
-    arithmetic_of_thread,
-    caller_of,
-    clock_in_c,
-    clock_in_python,
-    environment_variable,
-    has_clocks,
-    method_of_generator,
-    reads_environment,
-    seeds_itself,
-)
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import AT_THE_END, NOT_YOURS, is_step_calling
 from cg_lightning.diagnosis.functions import (
@@ -44,6 +32,18 @@ from cg_lightning.diagnosis.library_settings import has_settings, settings_read_
 from cg_lightning.diagnosis.module_state import ModuleState
 from cg_lightning.diagnosis.names_in_code import NamesInCode, names_of
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
+from cg_lightning.diagnosis.volatile_functions import (
+    NAMES_OF_VOLATILE,
+    arithmetic_of_thread,
+    caller_of,
+    environment_variable,
+    has_volatile,
+    method_of_generator,
+    reads_environment,
+    seeds_itself,
+    volatile_in_c,
+    volatile_in_python,
+)
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.diagnosis.writes import (
     NAMES_OF_WRITES,
@@ -79,14 +79,14 @@ class GlobalReads(Detector):
     """
 
     causes = (Cause.STATE_REBOUND, Cause.OPAQUE, Cause.PRINTED)
-    names_in_c = NAMES_OF_CLOCKS | NAMES_OF_WRITES | _BY_TEXT
+    names_in_c = NAMES_OF_VOLATILE | NAMES_OF_WRITES | _BY_TEXT
 
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
         # by id, with the code to keep it alive: to hash code takes longer than to call it
         self._known: dict[int, _Code] = {}
         self.quiet_files: set[str] = set()
-        """Files of others in which no function is a clock."""
+        """Files of others in which no function is volatile."""
         self._events = call_events(self)
         self._made_here: set[int] = set()
         """The code of functions that functions of the step make, by id."""
@@ -156,17 +156,17 @@ class GlobalReads(Detector):
 
     def on_c_call(self, function: Any, frame: FrameType) -> None:
         """See :class:`~cg_lightning.diagnosis.call_events.CallListener`."""
-        name = clock_in_c(function) or method_of_generator(function, frame)
+        name = volatile_in_c(function) or method_of_generator(function, frame)
         if name := name or seeds_itself(function, frame):
-            self._report_clock(name, frame)
+            self._report_volatile(name, frame)
         elif name := write_in_c(function, frame):
             self.watch.report_unless_found(Cause.PRINTED, name)
         elif _reads_by_text(function) and _is_users_code(frame):
             self.watch.report_unless_found(Cause.OPAQUE, function.__name__)
 
     def _on_call(self, known: _Code, frame: FrameType) -> None:
-        if known.clock:
-            self._report_clock(known.clock, caller_of(frame))
+        if known.volatile:
+            self._report_volatile(known.volatile, caller_of(frame))
         if known.write and is_said_by_user(frame.f_back):
             self.watch.report_unless_found(Cause.PRINTED, known.write)
         if known.code is _IMPORT and frame.f_back and _is_users_code(frame.f_back):
@@ -186,7 +186,7 @@ class GlobalReads(Detector):
                 for source in sources:
                     self._note(source, known.location)
 
-    def _report_clock(self, name: str, caller: FrameType) -> None:
+    def _report_volatile(self, name: str, caller: FrameType) -> None:
         if is_step_calling(caller):
             self.watch.report(Cause.OPAQUE, name)
 
@@ -236,9 +236,9 @@ class GlobalReads(Detector):
             self._remember(source, location)
         held = [(function, _sources_held_by(function)) for function in found.functions]
         given = names if code.co_argcount or code.co_kwonlyargcount else None
-        clock = arithmetic_of_thread(code)
-        matters = bool(sources or held or given or clock or opaque)
-        return _Code(code, matters, clock, False, "", location, sources, held, given, opaque)
+        volatile = arithmetic_of_thread(code)
+        matters = bool(sources or held or given or volatile or opaque)
+        return _Code(code, matters, volatile, False, "", location, sources, held, given, opaque)
 
     def _import(self, name: str, caller: FrameType) -> None:
         """Note that a function of the user's imports a module by a name that it computes."""
@@ -255,13 +255,13 @@ class GlobalReads(Detector):
         code = frame.f_code
         file = code.co_filename
         is_of_module = frame.f_globals.get("__file__") == file
-        is_looked_at = has_clocks(file) or has_settings(file) or has_writes(file)
+        is_looked_at = has_volatile(file) or has_settings(file) or has_writes(file)
         if is_of_module and not (is_looked_at or file == importlib.__file__):
             self.quiet_files.add(file)
-        clock, is_of_environment = clock_in_python(code), reads_environment(code)
+        volatile, is_of_environment = volatile_in_python(code), reads_environment(code)
         write = write_in_python(code)
-        matters = bool(clock or settings or write) or is_of_environment or code is _IMPORT
-        return _Code(code, matters, clock, is_of_environment, write, sources=settings)
+        matters = bool(volatile or settings or write) or is_of_environment or code is _IMPORT
+        return _Code(code, matters, volatile, is_of_environment, write, sources=settings)
 
     def _find_functions(self, frame: FrameType) -> FoundFunctions:
         code = frame.f_code
@@ -337,7 +337,7 @@ class _Code(NamedTuple):
     code: CodeType
     matters: bool
     """Whether a call tells anything."""
-    clock: str
+    volatile: str
     """What it asks that nobody can guard; empty if nothing."""
     is_of_environment: bool
     """Whether it reads environment variables for its caller."""
