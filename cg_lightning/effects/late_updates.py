@@ -14,7 +14,7 @@ all metrics of a compute group their states: this too is made late.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -23,7 +23,7 @@ from torchmetrics import Metric
 from cg_lightning.core.kernel_flags import CallModes
 from cg_lightning.core.tree import flatten, leaf_paths
 from cg_lightning.effects.step_state import AttributesSnapshot
-from cg_lightning.metrics.units import MetricUnit, calls_from_outside
+from cg_lightning.metrics.units import MetricCall, MetricUnit, calls_from_outside
 from cg_lightning.modules.interception import Interception, ModuleHandler
 
 VALUE = "_forward_cache"
@@ -77,20 +77,13 @@ class CollectedCalls:
         self.calls: list[LateCall] = []
         self.arguments: list[Arguments] = []
 
-    def add(
-        self,
-        metric: nn.Module,
-        method: str,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Store a call. Return what the step expects: nobody uses the value of an update."""
-        self.calls.append(LateCall(metric, method, CallModes.now()))
-        self.arguments.append((args, kwargs))
-        if method == "items":
-            return original(**{**kwargs, "copy_state": False})
-        return metric if method == "to" else None
+    def add(self, call: MetricCall) -> Any:
+        """Store a call. Return what the step expects: it does not use the value of an update."""
+        self.calls.append(LateCall(call.metric, call.method, CallModes.now()))
+        self.arguments.append((call.args, call.kwargs))
+        if call.method == "items":
+            return call.original(**{**call.kwargs, "copy_state": False})
+        return call.metric if call.method == "to" else None
 
 
 class LateUpdates:

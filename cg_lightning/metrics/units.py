@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -24,8 +24,20 @@ METHODS = ("update", "to", "items")
 ``self.log`` calls ``to``, and ``self.log_dict`` calls ``items`` of a collection.
 """
 
-OnCall = Callable[[nn.Module, str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-"""Replaces a call: ``on_call(metric, method, original, args, kwargs)``."""
+
+class MetricCall(NamedTuple):
+    """A call of a metric from outside."""
+
+    metric: nn.Module
+    method: str
+    original: Callable[..., Any]
+    """The method as the metric has it."""
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+OnCall = Callable[[MetricCall], Any]
+"""Replaces a call, and returns what the caller gets."""
 
 
 class MetricUnit:
@@ -61,7 +73,7 @@ class _CallHandler(ModuleHandler):
     def on_call(
         self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        return self._on_call(self._metric, "__call__", original, args, kwargs)
+        return self._on_call(MetricCall(self._metric, "__call__", original, args, kwargs))
 
 
 @contextlib.contextmanager
@@ -72,37 +84,31 @@ def calls_from_outside(units: Iterable[MetricUnit], on_call: OnCall) -> Iterator
     """
     is_inside = False
 
-    def call(
-        metric: nn.Module,
-        method: str,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def outermost(call: MetricCall) -> Any:
         nonlocal is_inside
         if is_inside:
-            return original(*args, **kwargs)
+            return call.original(*call.args, **call.kwargs)
         is_inside = True
         try:
-            return on_call(metric, method, original, args, kwargs)
+            return on_call(call)
         finally:
             is_inside = False
 
     with contextlib.ExitStack() as stack:
         for metric in [metric for unit in units for metric in unit.metrics]:
-            stack.callback(Interception(metric, _CallHandler(metric, call)).remove)
+            stack.callback(Interception(metric, _CallHandler(metric, outermost)).remove)
             for method in [name for name in METHODS if hasattr(type(metric), name)]:
-                stack.enter_context(_replaced(metric, method, call))
+                stack.enter_context(_replaced(metric, method, outermost))
         yield
 
 
 @contextlib.contextmanager
-def _replaced(metric: nn.Module, name: str, call: OnCall) -> Iterator[None]:
+def _replaced(metric: nn.Module, name: str, on_call: OnCall) -> Iterator[None]:
     attributes = vars(metric)
     if name not in attributes:  # torchmetrics stores ``update`` in each metric, but no collection
 
         def replacement(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            return call(metric, name, original, args, kwargs)
+            return on_call(MetricCall(metric, name, original, args, kwargs))
 
         cls = next(cls for cls in type(metric).__mro__ if name in vars(cls))
         with replaced_method(metric, name, replacement, cls=cls):
@@ -112,7 +118,7 @@ def _replaced(metric: nn.Module, name: str, call: OnCall) -> Iterator[None]:
 
     @functools.wraps(original)
     def method(*args: Any, **kwargs: Any) -> Any:
-        return call(metric, name, original, args, kwargs)
+        return on_call(MetricCall(metric, name, original, args, kwargs))
 
     attributes[name] = method
     try:

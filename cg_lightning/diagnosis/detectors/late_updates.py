@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._ops import OpOverload
 
 from cg_lightning.core.causes import Cause
@@ -30,7 +30,7 @@ from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.effects.late_updates import VALUE
 from cg_lightning.effects.step_state import HostRandomState
 from cg_lightning.guards.values import addresses_of
-from cg_lightning.metrics.units import METHODS, calls_from_outside
+from cg_lightning.metrics.units import METHODS, MetricCall, calls_from_outside
 from cg_lightning.modules.interception import Interception, ModuleHandler
 
 _LOGS = ("to", "items")
@@ -104,18 +104,11 @@ class LateUpdates(Detector):
                 if not same_leaf(tensor, before):
                     late.refuse("whose argument the step changes later")
 
-    def _call(
-        self,
-        metric: nn.Module,
-        method: str,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        late = self.watch.late_unit(metric)
+    def _call(self, call: MetricCall) -> Any:
+        late = self.watch.late_unit(call.metric)
         assert late is not None
         self._check_draws()
-        self._check_call(late, metric, method, args, kwargs)
+        self._check_call(late, call)
         late.called(len(self.watch.step.findings))
         self._called.append(late)
         with self.watch.paused():
@@ -124,27 +117,21 @@ class LateUpdates(Detector):
         self._current = late
         try:
             with self.watch.setting_aside(late.findings):
-                output = original(*args, **kwargs)
+                output = call.original(*call.args, **call.kwargs)
                 if self._was_drawn(before):
                     self.watch.report_unless_found(Cause.HOST_RANDOMNESS, "random state moved")
         finally:
             self._current = None
         with self.watch.paused():
             self._random = HostRandomState()
-        is_unused = method in _LOGS or (method == "update" and output is None)
+        is_unused = call.method in _LOGS or (call.method == "update" and output is None)
         caller = next(callers(), None)  # None: a container of PyTorch's has called it
         if not is_unused and (caller is None or not is_value_dropped(caller)):
             late.refuse("whose value is used")
         return output
 
-    def _check_call(
-        self,
-        late: LateUnit,
-        metric: nn.Module,
-        method: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
+    def _check_call(self, late: LateUnit, call: MetricCall) -> None:
+        metric, method, _, args, kwargs = call
         if (method in _LOGS) is not self.watch.is_in_framework or (method == "items" and args):
             late.refuse("that the step uses otherwise")
         if method == "__call__" and late.is_logged:
