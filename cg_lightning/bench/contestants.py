@@ -18,8 +18,8 @@ from cg_lightning.callback import CUDAGraphCallback
 from cg_lightning.core.settings import BackendName, ModeName
 
 
-class BenchmarkStep(LightningModule):
-    """The step to measure: forward, cross entropy, accuracy, and two logs.
+class Classifier(LightningModule):
+    """A network and its accuracy.
 
     Args:
         net: Maps inputs to logits.
@@ -29,6 +29,10 @@ class BenchmarkStep(LightningModule):
         super().__init__()
         self.net = net
         self.accuracy = MulticlassAccuracy(CLASSES)
+
+
+class BenchmarkStep(Classifier):
+    """The step to measure: forward, cross entropy, accuracy, and two logs."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs ``loss`` and ``accuracy``."""

@@ -7,30 +7,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torchmetrics.classification import MulticlassAccuracy
 
-from cg_lightning.bench.cases import CLASSES
-from cg_lightning.bench.contestants import Contestant
+from cg_lightning.bench.contestants import Classifier, Contestant
 from cg_lightning.bench.records import OURS
 from cg_lightning.callback import CUDAGraphCallback
 from cg_lightning.core.equality import same_leaf
 from cg_lightning.core.settings import BackendName
 
 
-class TrainedStep(LightningModule):
-    """The step to train: forward, cross entropy, accuracy, and two logs; AdamW steps.
-
-    Args:
-        net: Maps inputs to logits.
-    """
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        self.accuracy = MulticlassAccuracy(CLASSES)
+class TrainedStep(Classifier):
+    """The step to train: forward, cross entropy, accuracy, and two logs; AdamW steps."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """Return the loss, and log it with the accuracy."""
