@@ -51,7 +51,7 @@ from cg_lightning.backends.capture_scope import (
     garbage_collection_paused,
     release_frames,
 )
-from cg_lightning.backends.followed_generators import FollowedGenerators
+from cg_lightning.backends.followed_generators import FollowedGenerators, FollowsGenerators
 from cg_lightning.backends.host_reads import OnCall
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.settings import BackendName
@@ -81,7 +81,7 @@ class CUDACapturedGraph(torch.cuda.CUDAGraph):
     num_bytes = 0
 
 
-class CUDABackend:
+class CUDABackend(FollowsGenerators):
     """Captures on one persistent side stream, into one memory pool for each device and thread.
 
     An anchor graph keeps the pool in use. After a failed capture, the pool is replaced.
@@ -94,9 +94,11 @@ class CUDABackend:
         self._stream = torch.cuda.Stream(device)
         self._pool: Any = None
         self._anchor: torch.cuda.CUDAGraph | None = None
-        self._generators = FollowedGenerators(
-            lambda: torch.cuda.get_rng_state(device),
-            lambda state: torch.cuda.set_rng_state(state, device),
+        super().__init__(
+            FollowedGenerators(
+                lambda: torch.cuda.get_rng_state(device),
+                lambda state: torch.cuda.set_rng_state(state, device),
+            )
         )
 
     def is_capturing(self) -> bool:
@@ -174,18 +176,6 @@ class CUDABackend:
         return generator.device == self.device and hasattr(
             torch.cuda.CUDAGraph, "register_generator_state"
         )
-
-    def follow(self, generator: torch.Generator) -> None:
-        """See :class:`~cg_lightning.backends.base.GraphBackend`."""
-        self._generators.add(generator)
-
-    def get_random_state(self) -> Tensor:
-        """Return the states of the default CUDA generator and of followed ones."""
-        return self._generators.get_state()
-
-    def set_random_state(self, state: Tensor) -> None:
-        """Set the states of these generators."""
-        self._generators.set_state(state)
 
     def batch_copies(self) -> CUDABatchCopies:
         """Return copies on a stream of their own."""

@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # private. Without it, a watched step in inference mode may differ from eager in the last bit
@@ -47,6 +47,20 @@ class EagerDispatchMode(TorchDispatchMode):
         self.device_type = device_type
         self._thread = threading.get_ident()
         self._autocast = torch.is_autocast_enabled(device_type)
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload | HigherOrderOperator,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Return what :meth:`dispatch` returns."""
+        return self.dispatch(func, args, kwargs or {})
+
+    def dispatch(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the result of an operation that the mode meets."""
+        raise NotImplementedError
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:

@@ -55,3 +55,26 @@ class FollowedGenerators:
         setters = [self._set_default, *[each.set_state for each in self]]
         for set_state, part in zip(setters, parts, strict=False):
             set_state(part.clone())
+
+
+class FollowsGenerators:
+    """The part of a backend that follows random generators.
+
+    Args:
+        generators: The generators of its device.
+    """
+
+    def __init__(self, generators: FollowedGenerators) -> None:
+        self._generators = generators
+
+    def follow(self, generator: torch.Generator) -> None:
+        """See :class:`~cg_lightning.backends.base.GraphBackend`."""
+        self._generators.add(generator)
+
+    def get_random_state(self) -> Tensor:
+        """Return the states of the default generator of the device and of followed ones."""
+        return self._generators.get_state()
+
+    def set_random_state(self, state: Tensor) -> None:
+        """Set the states of these generators."""
+        self._generators.set_state(state)

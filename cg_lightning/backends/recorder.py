@@ -53,7 +53,7 @@ from cg_lightning.backends.capture_scope import (
     release_frames,
 )
 from cg_lightning.backends.dispatch_mode import EagerDispatchMode
-from cg_lightning.backends.followed_generators import FollowedGenerators
+from cg_lightning.backends.followed_generators import FollowedGenerators, FollowsGenerators
 from cg_lightning.backends.host_reads import OnCall, invisible_calls
 from cg_lightning.backends.illegal_operations import find_illegal
 from cg_lightning.backends.operation_writes import may_write_undeclared
@@ -148,37 +148,38 @@ class _Recorder(EagerDispatchMode):
         self.weakly_held: list[Tensor] = []
         self._overwritten: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if (cause := find_illegal(func, args, kwargs, self.device_type)) is not None:
-            _refuse(cause, func._schema.name)
+    def dispatch(self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See :class:`~cg_lightning.backends.dispatch_mode.EagerDispatchMode`."""
+        if (cause := find_illegal(function, args, kwargs, self.device_type)) is not None:
+            _refuse(cause, function._schema.name)
         inputs = _tensors(args, kwargs)
-        if _may_write(func):
+        if _may_write(function):
             self._remember(inputs)
-        casts = self.casts_inside(func)
+        casts = self.casts_inside(function)
         autocast = (casts, torch.get_autocast_dtype(self.device_type) if casts else None)
         fixed_args, fixed_kwargs = _fix((args, kwargs))
-        output = self.call(func, args, kwargs)
+        output = self.call(function, args, kwargs)
         # an in-place view changes one tensor object, and no memory
-        if torch.Tag.inplace_view not in func.tags:
+        if torch.Tag.inplace_view not in function.tags:
             known = {_address(tensor) for tensor in inputs}
             results = [
                 self._created(tensor) if _address(tensor) not in known else None
                 for tensor in _tensors(output)
             ]
             pure_view = (
-                bool(results) and not any(r is not None for r in results) and not _may_write(func)
+                bool(results)
+                and not any(r is not None for r in results)
+                and not _may_write(function)
             )
             if not pure_view:
                 self.operations.append(
                     _Operation(
-                        func, fixed_args, fixed_kwargs, results, autocast, torch.is_grad_enabled()
+                        function,
+                        fixed_args,
+                        fixed_kwargs,
+                        results,
+                        autocast,
+                        torch.is_grad_enabled(),
                     )
                 )
         return output
@@ -241,7 +242,7 @@ def _refuse(cause: Cause, operation: str) -> None:
     raise IllegalOperationError(f"{operation} cannot be captured in a CUDA graph: {cause.value}")
 
 
-class RecorderBackend:
+class RecorderBackend(FollowsGenerators):
     """The contract of CUDA graphs without a GPU, for laptops, CI and tests.
 
     It is stricter than CUDA, so a test that passes here should pass on a GPU. It is no speed-up.
@@ -252,7 +253,7 @@ class RecorderBackend:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool = _pools.by_device.setdefault(device, _Pool())
-        self._generators = FollowedGenerators(torch.get_rng_state, torch.set_rng_state)
+        super().__init__(FollowedGenerators(torch.get_rng_state, torch.set_rng_state))
 
     def is_capturing(self) -> bool:
         """Return True if this thread is recording."""
@@ -302,18 +303,6 @@ class RecorderBackend:
     def can_follow(self, generator: torch.Generator) -> bool:
         """Return True for generators of this device: recorded operations draw from them."""
         return generator.device == self.device
-
-    def follow(self, generator: torch.Generator) -> None:
-        """See :class:`~cg_lightning.backends.base.GraphBackend`."""
-        self._generators.add(generator)
-
-    def get_random_state(self) -> Tensor:
-        """Return the states of the CPU generators that recorded operations use."""
-        return self._generators.get_state()
-
-    def set_random_state(self, state: Tensor) -> None:
-        """Set the states of these generators."""
-        self._generators.set_state(state)
 
     def batch_copies(self) -> None:
         """Return None, because the recorder knows no streams."""

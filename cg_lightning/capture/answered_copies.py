@@ -37,17 +37,11 @@ class AnsweredCopies(EagerDispatchMode):
         self._device = device
         self._answer = answer
 
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if not copied_from_host(func, args, kwargs, self._device):
-            return self.call(func, args, kwargs)
-        name = func._schema.name
+    def dispatch(self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See :class:`~cg_lightning.backends.dispatch_mode.EagerDispatchMode`."""
+        if not copied_from_host(function, args, kwargs, self._device):
+            return self.call(function, args, kwargs)
+        name = function._schema.name
         if name in CASTS:
             layout = kwargs.get("memory_format") or torch.preserve_format
             return self._copied(args[0], type_of_cast(args, kwargs), layout)
@@ -57,7 +51,7 @@ class AnsweredCopies(EagerDispatchMode):
             indices = [self._index(each) for each in args[1]]
             values = [self._copied(each, each.dtype) if each.is_cpu else each for each in args[2:3]]
             args = (args[0], indices, *values, *args[3:])
-        return self.call(func, args, kwargs)
+        return self.call(function, args, kwargs)
 
     def _index(self, value: Any) -> Any:
         return self._copied(value, value.dtype) if is_copied_index(value) else value

@@ -67,15 +67,9 @@ class AnsweredReads(EagerDispatchMode):
                 f"the watched one {len(self._reads)}"
             )
 
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = func._schema.name
+    def dispatch(self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See :class:`~cg_lightning.backends.dispatch_mode.EagerDispatchMode`."""
+        name = function._schema.name
         if name in SCALAR_READS:
             read = self._next(name)
             if not read.is_constant:
@@ -83,7 +77,7 @@ class AnsweredReads(EagerDispatchMode):
             return read.value
         masks = counted_masks(name, args)
         if not masks:
-            return self.call(func, args, kwargs)
+            return self.call(function, args, kwargs)
         if name == "aten::masked_select":
             return self._selected(args[0], masks[0])
         if name in COUNTING:
@@ -92,7 +86,7 @@ class AnsweredReads(EagerDispatchMode):
         indices: list[Any] = []
         for index in args[1]:
             indices += self._rows(name, index).unbind(1) if masks_in([index]) else [index]
-        return self.call(func, (args[0], indices, *args[2:]), kwargs)
+        return self.call(function, (args[0], indices, *args[2:]), kwargs)
 
     def _counted(self, name: str, mask: Tensor) -> HostRead:
         read = self._next(name)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from cg_lightning.backends import GraphBackend
@@ -393,31 +394,26 @@ class StepWatch:
                 self._is_paused = before
 
     @contextlib.contextmanager
-    def making_constant(self) -> Iterator[None]:
+    def _with(self, **attributes: Any) -> Iterator[None]:
+        """While this is entered, some attributes of the watch have other values."""
+        before = {name: getattr(self, name) for name in attributes}
+        vars(self).update(attributes)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
+    def making_constant(self) -> AbstractContextManager[None]:
         """While a tensor is made that a capture makes before the graph: that is no finding."""
-        before, self.makes_constant = self.makes_constant, True
-        try:
-            yield
-        finally:
-            self.makes_constant = before
+        return self._with(makes_constant=True)
 
-    @contextlib.contextmanager
-    def making_on_host(self) -> Iterator[None]:
+    def making_on_host(self) -> AbstractContextManager[None]:
         """While a tensor of constants is made that stays on the host."""
-        before, self.makes_on_host = self.makes_on_host, True
-        try:
-            yield
-        finally:
-            self.makes_on_host = before
+        return self._with(makes_on_host=True)
 
-    @contextlib.contextmanager
-    def only_for_submodules(self) -> Iterator[None]:
+    def only_for_submodules(self) -> AbstractContextManager[None]:
         """While something runs that a graph of the whole step can hold, but none of a submodule."""
-        before, self._first = self._first, 1
-        try:
-            yield
-        finally:
-            self._first = before
+        return self._with(_first=1)
 
     @contextlib.contextmanager
     def setting_aside(self, findings: list[Finding]) -> Iterator[None]:
@@ -432,14 +428,9 @@ class StepWatch:
             finally:
                 self._set_aside = before
 
-    @contextlib.contextmanager
-    def in_framework(self) -> Iterator[None]:
+    def in_framework(self) -> AbstractContextManager[None]:
         """While Lightning itself runs in ``self.log``."""
-        before, self._is_in_framework = self._is_in_framework, True
-        try:
-            yield
-        finally:
-            self._is_in_framework = before
+        return self._with(_is_in_framework=True)
 
     @contextlib.contextmanager
     def calling(self, call: ModuleCall) -> Iterator[None]:
@@ -601,26 +592,20 @@ class _OperationMode(EagerDispatchMode):
             if type(detector).after_operation is not Detector.after_operation
         ]
 
-    def __torch_dispatch__(
-        self,
-        func: OpOverload | HigherOrderOperator,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if isinstance(func, HigherOrderOperator):
-            self._watch.report(Cause.OPAQUE, f"torch.ops.higher_order.{func.name()}")
-            return func(*args, **kwargs)
+    def dispatch(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See :class:`~cg_lightning.backends.dispatch_mode.EagerDispatchMode`."""
+        if isinstance(function, HigherOrderOperator):
+            self._watch.report(Cause.OPAQUE, f"torch.ops.higher_order.{function.name()}")
+            return function(*args, **kwargs)
         if self._watch.is_paused:
-            return self.call(func, args, kwargs)
+            return self.call(function, args, kwargs)
         for before in self._before:
-            before(func, args, kwargs)
+            before(function, args, kwargs)
         if self._watch.reads_host_value or self._watch.copies_constant:
             with self._watch.backend.ignoring_host_syncs():
-                output = self.call(func, args, kwargs)
+                output = self.call(function, args, kwargs)
         else:
-            output = self.call(func, args, kwargs)
+            output = self.call(function, args, kwargs)
         for after in self._after:
-            after(func, args, kwargs, output)
+            after(function, args, kwargs, output)
         return output
