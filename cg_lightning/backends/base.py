@@ -27,7 +27,7 @@ class BatchCopies(Protocol):
     """Copies batches to the device while it computes."""
 
     def run(self, copy: Callable[[], Any]) -> Any:
-        """Run ``copy`` beside the work that the current stream has been given.
+        """Run ``copy`` concurrently with the work that is queued on the current stream.
 
         Args:
             copy: Called once. It copies a batch to the device, and it does nothing else there.
@@ -96,7 +96,7 @@ class GraphBackend(Protocol):
         """Set these states."""
 
     def batch_copies(self) -> BatchCopies | None:
-        """Return what copies batches beside the computation. None: the device has no streams."""
+        """Return an object that copies batches during the computation. None: without streams."""
 
     def stopwatch(self, began: float) -> Stopwatch | None:
         """Begin to take the time of a step.

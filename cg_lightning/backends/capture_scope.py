@@ -40,9 +40,9 @@ def garbage_collection_paused(collect_first: bool) -> Iterator[None]:
 def autocast_cache_emptied() -> Iterator[None]:
     """Make casts of weights part of the graph.
 
-    A cast from before the capture would keep its values after the next optimizer step, and nobody
-    may use one that lies in graph memory. Within the capture the cache stays on as in eager: the
-    gradients of a weight that is used twice are added in the precision of its one cast.
+    A cast from before the capture would keep its values after the next optimizer step, and a cast
+    in graph memory must not be used outside of the graph. Within the capture the cache stays on as
+    in eager: the gradients of a weight that is used twice are added in the precision of its cast.
     """
     torch.clear_autocast_cache()
     try:

@@ -22,8 +22,8 @@ def copied_from_host(
 ) -> list[Tensor]:
     """Return the tensors of the host that an operation copies to ``device``.
 
-    There are none if it is the CPU. Masks are left out: an operation counts their elements. So is
-    the value beside a mask: PyTorch calls ``masked_fill``, which takes it as a number.
+    There are none if it is the CPU. Masks are left out, because an operation counts their elements.
+    The value that is set with a mask is left out, because ``masked_fill`` takes it as a number.
     """
     name = function._schema.name
     if device.type == "cpu":
@@ -66,7 +66,7 @@ def type_of_cast(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.dtype:
 
 
 def _of_cast(args: Sequence[Any], kwargs: dict[str, Any], name: str, kind: type) -> Any:
-    """Return what a cast names itself, or else what the tensor has that it is given."""
+    """Return the value that a cast names, otherwise that of the tensor that it is given."""
     for given in (kwargs.get(name), *args[1:], kwargs.get("other")):
         if isinstance(given, kind):
             return given

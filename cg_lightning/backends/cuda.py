@@ -162,7 +162,7 @@ class CUDABackend(FollowsGenerators):
     def ignoring_host_syncs(self) -> Iterator[None]:
         """See :class:`~cg_lightning.backends.base.GraphBackend`."""
         mode = torch.cuda.get_sync_debug_mode()
-        if not mode:  # the first change of the mode gives a warning, which somebody may see
+        if not mode:  # the first change of the mode shows a warning
             yield
             return
         torch.cuda.set_sync_debug_mode("default")

@@ -1,10 +1,10 @@
 """Lists and arrays of the host that index a tensor: ``x[:, [-1, 0]]``.
 
-What is hard here: PyTorch makes a tensor of the list and copies it to the device, before anybody
-sees an operation. A function in the place of ``Tensor.__getitem__`` makes every tensor a sequence
-for C, for good: ``torch.tensor([one, other])`` then fails for tensors without a dimension. So
-captures enter a ``TorchFunctionMode``, if the watched step showed such an index, and watched steps
-look at the instruction that runs.
+What is hard here: PyTorch makes a tensor of the list and copies it to the device before it
+dispatches an operation. If a function replaces ``Tensor.__getitem__``, code in C takes every tensor
+for a sequence, also after the function was restored: ``torch.tensor([one, other])`` then fails for
+tensors without a dimension. So captures enter a ``TorchFunctionMode`` if the watched step has used
+such an index, and watched steps read the instruction that runs.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _is_flat(index: Any) -> bool:
 
 
 def index_on_host(item: Any) -> Tensor | None:
-    """Return the tensor that PyTorch makes of one index; None if it makes none, or nobody knows."""
+    """Return the tensor that PyTorch makes of one index; None if it makes none, or is not known."""
     if not hasattr(item, "__len__") or count_plain(item, shares_memory=False) > MOST_VALUES:
         return None
     value = made_on_host(item)
@@ -113,7 +113,7 @@ def index_on_host(item: Any) -> Tensor | None:
 
 
 def place_of_indexing() -> Place | None:
-    """Return what tells the indexing that runs now from others; None if other code runs."""
+    """Return frame and offset of the indexing instruction that runs; None if none runs."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").startswith(_BETWEEN):
         frame = frame.f_back
@@ -126,7 +126,7 @@ _BETWEEN = (
     *("cg_lightning.", "contextlib", "warnings"),
     *("torch.utils._", "torch._ops", "torch._compile", "torch._dynamo"),
 )
-"""Modules whose functions run between an indexing and what it reports."""
+"""Modules whose functions run between an indexing instruction and a detector."""
 
 
 @functools.lru_cache(maxsize=4096)

@@ -8,9 +8,10 @@ from torch._ops import OpOverload
 
 
 def may_write_undeclared(function: OpOverload) -> bool:
-    """Return True if the schema of an operation need not tell what it writes to.
+    """Return True if an operation may write to arguments that its schema does not declare.
 
-    Batch norm updates its statistics without declaring it, and nobody checks schemas of others.
+    Batch norm updates its statistics without declaring it. Schemas of custom operations are not
+    checked by PyTorch.
     """
     return function.namespace != "aten" or "norm" in function._schema.name
 
@@ -20,7 +21,7 @@ def written_arguments(
 ) -> list[Any]:
     """Return the arguments that the schema declares to be written, in the order of the schema.
 
-    ``detach_`` changes no value. ``torch.tensor`` calls it for what it has made.
+    ``detach_`` changes no value. ``torch.tensor`` calls it for its result.
     """
     if not function._schema.is_mutable or function._schema.name == "aten::detach_":
         return []

@@ -36,7 +36,7 @@ _NUMBERS = (bool, int, float, complex)
 _SEQUENCES = (list, tuple, range, torch.Size)
 MOST_VALUES = 256
 """What has more values is compared once an epoch only (``guards/values.py``), so it may change."""
-# private. Without it, the recorder would record what we do beside the step, so nothing is constant
+# private. Without it, the recorder would record operations of ours, so nothing is constant
 _without_modes = getattr(_python_dispatch, "_disable_current_modes", None)
 
 
@@ -103,7 +103,7 @@ class MakerCall:
         return torch.get_default_device()
 
     def on_host(self) -> Tensor:
-        """Return what the call makes, on the CPU in memory of its own. Nothing dispatches it."""
+        """Return the result of the call, on the CPU in memory of its own, without a dispatch."""
         options = {name: self.arguments.get(name) for name in ("dtype",)}
         given = [self.arguments["self"]] if self.name == "new_tensor" else []
         with beside_the_step():

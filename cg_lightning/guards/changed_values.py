@@ -1,7 +1,7 @@
-"""The kinds of values that a step changes and never looks at.
+"""Kinds of values that a step changes and never reads.
 
-What is in such a value does not matter to a graph. Its kind does: to append to a list is something
-else than to append to an object of the user's.
+The contents of such a value do not matter to a graph, but its kind does: a list and an object of
+the user's may both have ``append``, with different effects.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _NUMBERS = (bool, int, float, complex, Tensor)
 
 
 def kind_to_change(value: Any) -> Any:
-    """Return the kind of a value that a step changes; None if nobody knows what a change does.
+    """Return the kind of a value that a step changes; None if the effect of a change is not known.
 
-    Classes derived from lists and the like may have methods of their own, so they have no kind.
+    Subclasses of lists and other containers may have methods of their own, so they have no kind.
     """
     cls: type = type(value)
     if cls in _NUMBERS:

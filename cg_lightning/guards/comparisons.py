@@ -1,18 +1,18 @@
-"""How a step compares a number, and what comes out of it.
+"""Comparisons of a number that a step makes, and their outcomes, which are guarded.
 
-``batch_idx`` is another number in each batch, so it cannot be guarded as it is. In
-``if batch_idx % 10 == 0`` it decides nothing but which branch is taken. So a graph is used while
-all comparisons of its step come out as they did then.
+``batch_idx`` is another number in each batch, so its value cannot be guarded. In
+``if batch_idx % 10 == 0`` it only decides which branch is taken. So a graph is used while all
+comparisons of its step have the outcomes of the watched step.
 
 Which comparisons a step makes is recorded while it is watched: it gets a :class:`ComparedNumber`.
-What they compare with (``self.every``) is read and guarded as everything else, so as long as the
+The other operand (``self.every``) is read and guarded as everything else. So as long as the
 outcomes are equal, the step takes the same path and makes the same comparisons.
 
-What does not work alone is such an ``int``: code in C (``x * batch_idx``, ``names[batch_idx]``,
-``range(batch_idx)``, ``"%d" % batch_idx``) reads its value and calls nothing of it. What does not
-work alone is the source: it cannot say what ``self.every`` is. So the source must show that the
-number is nowhere but at the left of an operator, where Python calls the number first
-(``cg_lightning/diagnosis/uses_of_argument.py``), and the number says what it was compared with.
+What is hard here: neither the number nor the source code is enough. Code in C (``x * batch_idx``,
+``names[batch_idx]``, ``range(batch_idx)``, ``"%d" % batch_idx``) reads the value of an ``int`` and
+calls no method of it. The source code does not give the value of ``self.every``. So the source code
+must show that the number occurs only at the left of an operator, where Python calls the number
+first (``cg_lightning/diagnosis/uses_of_argument.py``), and the number records the other operand.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ComparisonNotes:
     """The comparisons of one number in one watched step.
 
     Args:
-        used: Is called with what else the step does with the number: ``== Tensor``.
+        used: Is called with any other use of the number: ``== Tensor``.
     """
 
     def __init__(self, used: Callable[[str], None]) -> None:
@@ -84,14 +84,14 @@ class ComparisonNotes:
 
 
 class ComparedNumber(int):
-    """A number that notes what it is compared with. For code in C it is an ordinary ``int``."""
+    """A number that records its comparisons. For code in C it is an ordinary ``int``."""
 
     _notes: ComparisonNotes
     _arithmetic: tuple[tuple[str, int], ...]
 
     @classmethod
     def of(cls, number: int, notes: ComparisonNotes) -> ComparedNumber:
-        """Return such a number."""
+        """Return a number that records its comparisons in ``notes``."""
         return cls(number)._with(notes, ())
 
     def _with(

@@ -1,21 +1,21 @@
-"""What one graph has frozen of what its step read in Python.
+"""The guards of one graph: the values that its step read in Python, and that it has frozen.
 
-The way of Dynamo: a graph carries its guards, a lookup takes the first graph whose guards hold, and
-the message is made only after a failure.
+As in Dynamo, each graph has its guards, a lookup takes the first graph whose guards hold, and the
+message is made only after a failure.
 
 - ``check()`` runs before each replay, so it is flat: one list of namespaces, one of names, one of
-  expected values, compared by identity first. Reading a name is one look into a dictionary; no
-  attribute of the user's object is asked, because that could run code of theirs (a property,
+  expected values, compared by identity first. Reading a name is one look-up in a dictionary. No
+  attribute of the user's object is read, because that could run the user's code (a property,
   ``__getattr__``).
-- Identity is not enough: a list stays the same object when something is appended. What is inside
-  values is compared by :class:`~cg_lightning.guards.values.FrozenValues`, and modules that no
-  module tree contains by a guard of their own.
+- Identity is not enough: a list stays the same object when an item is appended. The contents of
+  values are compared by :class:`~cg_lightning.guards.values.FrozenValues`, and modules that no
+  module tree contains have a guard of their own.
 - A value that compares equal is the same only if it is plain (a number, a string, a dtype). Two
-  equal tensors at two addresses are two different things to a graph.
+  equal tensors at two addresses are different, because a graph reads addresses.
 - A name that a module does not have itself is looked up in its class: both places are guarded,
   since an attribute of the instance may come later and hide that of the class.
-- ``check_epoch()`` compares what takes too long for each step. It must run before the first replay
-  of an epoch and never alone: it does not repeat what ``check()`` does.
+- ``check_epoch()`` compares values that take too long for each step. It must run before the first
+  replay of an epoch, and together with ``check()``, because it does not repeat those comparisons.
 - Order: expected values are read when the set is made. It must be made after the step that was
   watched, and before anything else runs: if the step itself changes a value, that is a finding, and
   no graph.
@@ -48,12 +48,12 @@ class Guard(NamedTuple):
 
     @classmethod
     def of(cls, source: Source) -> Guard:
-        """Return a guard that expects what the source has now."""
+        """Return a guard that expects the current value of a source."""
         namespace = source.namespace
         return cls(source, namespace, namespace.get(source.name, MISSING))
 
     def value(self) -> Any:
-        """Return what the source has now."""
+        """Return the current value of the source."""
         return self.namespace.get(self.source.name, MISSING)
 
     @property
@@ -76,11 +76,11 @@ def _with_classes(sources: Iterable[Source]) -> list[Source]:
 
 
 class GuardSet:
-    """Compares the values of some sources with what they are when the set is made.
+    """Compares values of sources with those of the time when the set was made.
 
     Args:
-        sources: What the step read.
-        inside: Modules whose own guard is somebody else's business.
+        sources: The sources that the step read.
+        inside: Modules that the caller guards.
         compared: Numbers of which only the outcomes of comparisons matter.
         settings: Settings of submodules; None: they do not matter.
     """
@@ -157,16 +157,16 @@ class GuardSet:
         )
 
     def check_epoch(self) -> bool:
-        """Return whether what is compared once per epoch is unchanged.
+        """Return whether large containers are unchanged, and settings of hidden modules.
 
-        That is large containers, and settings of modules that no module tree contains.
+        Hidden are modules that no module tree contains.
         """
         return self._contents.large_ones_hold() and all(
             guard.epoch_failure() is None for guard in self._hidden
         )
 
     def explain(self) -> str:
-        """Return what has changed: ``self.scale: now 2.0, before 1.0``.
+        """Return the change: ``self.scale: now 2.0, before 1.0``.
 
         Call it only after a check has failed.
         """

@@ -1,4 +1,4 @@
-"""Tensors of the host that a step on a device reads: a graph freezes what is in them."""
+"""Tensors of the host that a step on a device reads: a graph freezes their contents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_BYTES = 16384
 
 
 class _Contents(DerivedNamespace):
-    """What is in one tensor of the host, as a namespace of one name."""
+    """The contents of one tensor of the host, as a namespace of one name."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
@@ -75,7 +75,7 @@ def is_guardable(tensor: Tensor) -> bool:
 
 
 def source_of_host_tensor(tensor: Tensor) -> Source:
-    """Return the source of what is in a tensor; of a large one, of where and how it was written."""
+    """Return a source for the contents of a tensor; for a large one, for address and version."""
     path = f"the tensor of shape {tuple(tensor.shape)} on the host"
     kind: Callable[[Tensor], DerivedNamespace] = _Contents
     if not is_guardable(tensor):

@@ -1,4 +1,4 @@
-"""The parts of a module that a graph freezes: members, where they lie, hooks and settings."""
+"""The guard of a module itself: its members, their addresses and layouts, hooks and settings."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Placement:
 
     Args:
         tensors: The tensors, all of them strided.
-        layout: What is compared beside their addresses.
+        layout: Returns the properties of a tensor that are compared, besides its address.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Where a value comes from that a step reads in Python, and that a graph therefore freezes."""
+"""Sources: where a value comes from that a step reads in Python, so that a graph freezes it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MISSING: Any = type("Missing", (), {"__repr__": lambda _: "not there"})()
 
 
 class _Cell:
-    """What a function has closed over, as a namespace of one name."""
+    """A cell in the closure of a function, as a namespace of one name."""
 
     def __init__(self, cell: types.CellType) -> None:
         self._cell = cell
@@ -34,13 +34,13 @@ class _Cell:
 
 
 class _Function:
-    """What a function holds: ``__defaults__``, ``__kwdefaults__``, and ``__dict__``."""
+    """The state of a function: ``__defaults__``, ``__kwdefaults__``, and ``__dict__``."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
 
     def get(self, name: str, default: Any) -> Any:
-        """Return what it holds under a name."""
+        """Return the attribute with this name."""
         return getattr(self._function, name, default)
 
 
@@ -74,7 +74,7 @@ class _Slots:
         self._module = module
 
     def get(self, name: str, default: Any) -> Any:
-        """Return what is in a slot, or the names; ``default`` if the slot is empty."""
+        """Return the value in a slot, or the names; ``default`` if the slot is empty."""
         if name == ALL_NAMES:
             users = names_of_users(self._module)
             return ", ".join([each for each in vars(self._module) if each in users])
@@ -85,10 +85,10 @@ class _Slots:
 
 
 class DerivedNamespace:
-    """A namespace that does not keep values but finds something out about them."""
+    """A namespace that computes its values."""
 
     def get(self, name: str, default: Any) -> Any:
-        """Return what is known of the value with this name; ``default`` if there is none."""
+        """Return the value with this name; ``default`` if there is none."""
         raise NotImplementedError
 
 
@@ -106,17 +106,17 @@ ENVIRONMENT = _Environment()
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """A name in a namespace: an attribute of a module or class, a global, or what a function holds.
+    """A name in a namespace: an attribute of a module, class or function, or a global.
 
-    Two sources are the same if their :attr:`key` is. It holds the namespace, not the value: what
-    the name refers to is looked up each time.
+    Two sources are the same if their keys are. A source refers to the namespace and not to the
+    value, which is looked up each time.
     """
 
     holder: Any
     """The module, class or object whose ``vars()`` have the name, or a dictionary of globals.
 
-    Or a cell of a closure, a function for what it holds, one with a cache, what knows a Trainer, or
-    a :class:`DerivedNamespace`.
+    Or a cell of a closure, a function (for its attributes), a function with a cache, an object that
+    refers to a Trainer, or a :class:`DerivedNamespace`.
     """
     name: str
     path: str
@@ -124,7 +124,7 @@ class Source:
 
     @property
     def key(self) -> tuple[int, str]:
-        """What tells this source from others."""
+        """The identity of the source."""
         return (id(self.holder), self.name)
 
     @property
@@ -149,7 +149,7 @@ class Source:
         return isinstance(self.holder, (TrainerValues, TrainerTypes))
 
     def value(self) -> Any:
-        """What the name refers to now; :data:`MISSING` if there is no such name."""
+        """The current value; :data:`MISSING` if there is no such name."""
         return self.namespace.get(self.name, MISSING)
 
     def __str__(self) -> str:

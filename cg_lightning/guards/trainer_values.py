@@ -1,7 +1,7 @@
-"""What a step may read of the Trainer and still be one graph: plain values.
+"""Plain values of the Trainer, which can be guarded.
 
 They are compared before each replay. Reading them has no side effects, and most of them do not
-change within a stage. The Trainer itself is no value that can be compared: it knows the whole run.
+change within a stage. The Trainer itself cannot be compared, because it refers to the whole run.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What a value is to a graph: the one table by which everything that a step reads is classified.
+"""Kinds of values: the one table that classifies everything that a step reads.
 
-A step may be one graph only if all that it read is known: known to be harmless, or compared before
-each replay. What nobody can look into is neither. It is *opaque*: an iterator, a random generator,
-a file, a lock, or any other object with state in C.
+A step may be one graph only if each value that it read is harmless, or is compared before each
+replay. All other values are *opaque*: iterators, random generators, files, locks, and any other
+object with state in C.
 
-How it is found out that an object has state in C: its instances are larger than a header, a
-dictionary, a list of weak references and their slots together. ``object.__reduce_ex__`` asks the
-same before it refuses to pickle something. Types that are larger for a known reason come first.
+An object has state in C if it is larger than a header, a dictionary, a list of weak references and
+its slots together. ``object.__reduce_ex__`` makes the same test before it refuses to pickle an
+object. Types that are larger for a known reason come first.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ from cg_lightning.modules.kinds import (
 
 
 class ValueKind(enum.Enum):
-    """What has to be done about a value that a step reads."""
+    """Decides how a value that a step reads is guarded."""
 
     HARMLESS = "nothing in it can change what a step computes"
     TENSOR = "compared by its address"
     MODULE = "has a guard of its own"
-    FUNCTION = "what it is bound to and what it has closed over is looked into"
-    NAMESPACE = "a class or module of the user's: its values are looked into"
-    REFERENCE = "what it refers to is looked into"
+    FUNCTION = "its closure, defaults and bound objects are guarded"
+    NAMESPACE = "a class or module of the user's: its values are guarded"
+    REFERENCE = "its referent is guarded"
     CONTENTS = "its contents can be copied and compared"
     CACHE = "a function with functools.cache: a step that misses it changes it"
-    GENERATOR = "what a step draws from it on its device can be part of a graph"
-    CONTAINER = "its items are looked into"
-    OBJECT = "its attributes are looked into"
-    OPAQUE = "nobody can look into it"
+    GENERATOR = "a graph can draw from it on its device"
+    CONTAINER = "its items are guarded"
+    OBJECT = "its attributes are guarded"
+    OPAQUE = "its contents cannot be read"
 
 
 _HARMLESS: tuple[type, ...] = (
@@ -85,9 +85,9 @@ _HARMLESS: tuple[type, ...] = (
     *(types.GetSetDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType),
     *(types.ClassMethodDescriptorType, type(collections.namedtuple("_Pair", "first").first)),  # type: ignore[attr-defined]
 )
-"""Immutable, or outside what a step computes: what is logged is watched by a detector.
+"""Immutable, or without influence on a result. A detector watches what is logged.
 
-What somebody has set on them is another matter.
+Attributes that the user has set on them are guarded.
 """
 _BOUND_TO: tuple[tuple[Any, tuple[str, ...]], ...] = (
     (functools.partial, ("func", "args", "keywords")),
@@ -98,13 +98,13 @@ _BOUND_TO: tuple[tuple[Any, tuple[str, ...]], ...] = (
     ((types.BuiltinFunctionType, types.MethodWrapperType), ("__self__",)),
     ((types.FunctionType, types.CellType), ()),
 )
-"""What functions, and a few other values of C, hold for good."""
+"""Attributes of functions, and of a few other values of C, that never change."""
 _FUNCTIONS = (
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType),
     *(functools.partial, property, classmethod, staticmethod, types.CellType, slice),
 )
 _PARTS_OF_TRAINER = ("Trainer", "Fabric", "Strategy", "_Loop")
-"""What a step reads of them is watched by a detector."""
+"""A detector watches reads of their attributes."""
 _OPAQUE = (io.IOBase, random.Random)
 
 
@@ -133,7 +133,7 @@ _CONTENTS: dict[type, Callable[[Any], Any]] = {
 
 
 def contents_of(value: Any) -> Callable[[Any], Any] | None:
-    """Return what copies the contents of such a value for a comparison; None if they cannot be."""
+    """Return a function that copies the contents of a value; None if they cannot be compared."""
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.ndarray):
         return _array_contents
@@ -233,12 +233,12 @@ def _kind_of_class(cls: type) -> ValueKind:
 
 
 def holds_nothing(value: Any) -> bool:
-    """Return whether a value is plain: there is nothing in it that could change."""
+    """Return whether a value is plain, so nothing in it can change."""
     return is_plain_value(value) and not isinstance(value, enum.Enum)
 
 
 def kind_of(value: Any) -> ValueKind:
-    """Return what a value is to a graph."""
+    """Return the kind of a value."""
     if holds_nothing(value):
         return ValueKind.HARMLESS
     if contents_of(value) is not None:
@@ -257,7 +257,7 @@ def kind_of(value: Any) -> ValueKind:
 
 
 def _is_around_opaque(value: Any, depth: int) -> bool:
-    """Whether an object is Python around something opaque: a queue, an event, a pool."""
+    """Return True for an object of Python that keeps an opaque one: a queue, an event, a pool."""
     for held in attributes_of(value).values():
         cls: type = type(held)
         kind = _kind_of_class(cls)
@@ -270,10 +270,7 @@ def _is_around_opaque(value: Any, depth: int) -> bool:
 
 
 def bound_to(function: Any) -> dict[str, Any]:
-    """Return what a function carries with it, by name: what it is bound to, or given already.
-
-    Of a function of the user's, that is also what it has closed over: as cells.
-    """
+    """Return bound objects and arguments of a function by name, and the cells of its closure."""
     if isinstance(function, types.FunctionType):
         names = function.__code__.co_freevars
         cells = zip(names, function.__closure__ or (), strict=False)
@@ -299,7 +296,7 @@ def holds_something(function: Any) -> bool:
 
 
 def keeps_more_than_items(container: Any) -> bool:
-    """Return whether a container may have attributes beside its items, or its class may."""
+    """Return whether a container or its class may have attributes."""
     cls: type = type(container)
     if cls in (list, tuple, dict, collections.deque):
         return False
@@ -308,7 +305,7 @@ def keeps_more_than_items(container: Any) -> bool:
 
 
 def inside(value: Any) -> list[Any]:
-    """Return what a value has inside that is neither an item of a container nor an attribute."""
+    """Return values inside a value that are neither items of a container nor attributes."""
     if isinstance(value, (set, frozenset)):
         return list(value)
     numpy = sys.modules.get("numpy")
@@ -327,7 +324,7 @@ def spaces_of(namespace: Any) -> list[Any]:
 
 
 def values_of(namespace: Any) -> dict[str, Any]:
-    """Return what a class of the user's with its bases, or a module, holds beside functions."""
+    """Return all but the functions in a class of the user's with its bases, or in a module."""
     is_class = isinstance(namespace, type)
     return {
         f"{space.__name__}.{name}" if is_class else name: value

@@ -1,6 +1,6 @@
-"""What is inside frozen values: containers, objects, arrays and tensors, however deep.
+"""The contents of guarded values: containers, objects, arrays and tensors, at any depth.
 
-Values stay the same objects when something in them changes, so identity is not enough.
+A value stays the same object when its contents change, so identity is not enough.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ from cg_lightning.modules.attributes import (
 LARGE = 256
 """Containers and arrays with more items, such as a vocabulary, are compared once an epoch.
 
-Of what a function with a cache has stored, only the counts are compared then.
+For a function with a larger cache, only the counts of its results are compared.
 """
 MOST_VALUES = 50_000
-"""What holds more values than that is no longer looked into: it is opaque."""
+"""A value that contains more values is opaque."""
 
 
 def addresses_of(tensors: Iterable[Tensor]) -> set[int]:
@@ -72,7 +72,7 @@ def addresses_of(tensors: Iterable[Tensor]) -> set[int]:
 def has_memory(tensor: Tensor) -> bool:
     """Return False for a tensor without memory of its own.
 
-    Such is a derivative of forward mode, or a subclass that only wraps other tensors.
+    Examples are derivatives of forward mode, and subclasses that only wrap other tensors.
     """
     if tensor.layout is not torch.strided or tensor._is_zerotensor():
         return False
@@ -80,7 +80,7 @@ def has_memory(tensor: Tensor) -> bool:
         return True
     try:
         tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # nothing else tells
+    except (RuntimeError, NotImplementedError):  # there is no other test
         return False
     return True
 
@@ -120,11 +120,11 @@ def _keys_in(container: Any) -> list[Any]:
 
 
 class FrozenValues:
-    """Stores what is inside some values, and compares it later.
+    """Stores the contents of some values, and compares them later.
 
     Containers are compared by their leaves, objects by their attributes, both as deep as they go,
     and tensors by their addresses. A value that has nothing inside is for the caller to compare,
-    and what nobody can look into is in ``opaque``.
+    and values whose contents cannot be read are in ``opaque``.
 
     Args:
         values: The values.
@@ -141,7 +141,7 @@ class FrozenValues:
         self.modules: list[nn.Module] = []
         """Modules among them: those in a list, for example, are no submodules."""
         self.generators: dict[str, torch.Generator] = {}
-        """Random generators of PyTorch, by their names: operations show what is drawn from them."""
+        """Random generators of PyTorch, by their names. Operations show which ones a step uses."""
         self.tensors: list[Tensor] = []
         self._tensor_paths: list[Path] = []
         self._items: list[FrozenContainer | FrozenAttributes] = []
@@ -169,7 +169,7 @@ class FrozenValues:
                 continue
             seen.add(id(value))
             if len(seen) > MOST_VALUES:
-                self._opaque.append((path, "more values than anybody compares"))
+                self._opaque.append((path, f"more than {MOST_VALUES} values"))
                 break
             pending += self._store(value, path, seen)
         for large in self._large:
@@ -185,11 +185,11 @@ class FrozenValues:
         """Whether :meth:`hold` has nothing to compare."""
 
     def opaque(self) -> list[str]:
-        """Return what nobody can look into: ``self.rng: numpy.random.Generator``."""
+        """Return the values that cannot be compared: ``self.rng: numpy.random.Generator``."""
         return [f"{format_path(path)}: {name}" for path, name in self._opaque]
 
     def _store(self, value: Any, path: Path, seen: set[int]) -> Iterable[tuple[Any, Path]]:
-        """Store one value; return what is to be looked into next."""
+        """Store one value; return the values inside it, which are stored next."""
         kind = kind_of(value)
         if kind is ValueKind.TENSOR:
             if type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided:
@@ -228,7 +228,7 @@ class FrozenValues:
         return self._inside(inside(value), path, "members")
 
     def _inside(self, values: Iterable[Any], path: Path, name: str) -> list[tuple[Any, Path]]:
-        """Return values to look into next, or note them for a closer look if they are many."""
+        """Return the values to store next. If they are many, they are compared once an epoch."""
         found = [each for each in values if not holds_nothing(each)]
         if len(found) > LARGE:
             self._large_members.append((found, (path, name, None)))
@@ -277,7 +277,7 @@ class FrozenValues:
         return [*found, *[(leaf, (path, i, structure)) for i, leaf in enumerate(leaves)]]
 
     def _store_attributes(self, value: Any, read: Reader, path: Path) -> dict[str, Any]:
-        """Store what a value holds, as ``read`` tells; return it."""
+        """Store the attributes of a value, which ``read`` returns; return them."""
         cls: type = type(value)
         held = read(value)
         space = getattr(value, "__dict__", None)
@@ -304,7 +304,7 @@ class FrozenValues:
         self._same_items.add_mapping(space)
 
     def _store_function(self, value: Any, path: Path) -> list[tuple[Any, Path]]:
-        # each function that is called is guarded: those that hold nothing must cost nothing
+        # each function that is called is guarded, so functions without state must cost no time
         if not is_users_function(value) or not holds_something(value):
             return []
         cls: type = type(value)
@@ -314,7 +314,7 @@ class FrozenValues:
         return [(each, _path_in_function(path, value, name)) for name, each in held.items()]
 
     def _store_object(self, value: Any, path: Path, seen: set[int]) -> list[tuple[Any, Path]]:
-        """Store an object with its class; return what is to be looked into next."""
+        """Store an object with its class; return the values inside it, which are stored next."""
         held = self._store_attributes(value, attributes_of, path)
         self._classes.append(FrozenClass(value, type(value), path))
         found = [(item, (path, name, _OF_OBJECT)) for name, item in held.items()]
@@ -353,7 +353,7 @@ class FrozenValues:
         return [*found, *self._store_class(cls, path, seen)]
 
     def _look_into_large(self, items: list[Any], paths: list[str], seen: set[int]) -> None:
-        """Store what is inside the items of something large, to be compared with it."""
+        """Store the contents of the items of a large container, which are compared with it."""
         inside = {index: item for index, item in enumerate(items) if not holds_nothing(item)}
         if inside:
             values = FrozenValues(inside.values(), [paths[index] for index in inside], seen)
@@ -397,7 +397,7 @@ class FrozenValues:
 
 
 class _Results:
-    """What a function with a cache has stored. Counts alone are the same again after a while.
+    """The results in the cache of a function. Counts alone may be equal for different results.
 
     Args:
         cache: The function.

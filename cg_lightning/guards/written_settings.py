@@ -1,10 +1,8 @@
-"""Settings of submodules (``eps``, ``p``, ``threshold``) that somebody sets during a stage.
+"""Settings of submodules (``eps``, ``p``, ``threshold``) that are set during a stage.
 
-A network has hundreds of settings, so they are compared once a stage. Between two stages anything
-may change them. During a stage it is seen when one is set, and from then on the few that were set
-are compared before each replay.
-
-What is written to ``vars(layer)`` is seen by nobody, so it counts at the next stage.
+A network has hundreds of settings, so all of them are compared only once a stage. During a stage,
+writes to attributes are intercepted, and the few settings that were written are compared before
+each replay. A write to ``vars(layer)`` cannot be intercepted, so it counts at the next stage.
 """
 
 from __future__ import annotations
@@ -43,10 +41,10 @@ class _Class(DerivedNamespace):
 
 
 class WrittenSettings:
-    """Notes each setting that is set while :meth:`install` is in effect.
+    """Records each setting that is written while :meth:`install` is in effect.
 
-    It looks at modules whose settings are part of a graph's guards, and at no others, so that what
-    runs eagerly pays nothing.
+    Only modules are intercepted whose settings belong to the guards of a graph, so eager steps
+    cost nothing.
     """
 
     def __init__(self) -> None:
@@ -56,7 +54,7 @@ class WrittenSettings:
         self._is_installed = False
 
     def add(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
-        """Look at some modules, which have these paths, from now on."""
+        """Intercept some modules, which have these paths, from now on."""
         for path, module in modules:
             if _can_be_seen(module):
                 self._modules.setdefault(id(module), (path, module))
@@ -64,7 +62,7 @@ class WrittenSettings:
             self.install()
 
     def install(self) -> None:
-        """Notice what is set from now on; idempotent."""
+        """Intercept writes from now on; idempotent."""
         self._is_installed = True
         for key, (path, module) in self._modules.items():
             if key not in self._interceptions:
@@ -87,22 +85,22 @@ class WrittenSettings:
         self.written = {}
 
     def contains(self, modules: Iterable[tuple[str, nn.Module]]) -> bool:
-        """Return whether it looks at all these modules, as far as it can."""
+        """Return whether it intercepts all of these modules that can be intercepted."""
         return all(id(module) in self._modules for _, module in modules if _can_be_seen(module))
 
     def frozen(self, modules: Sequence[tuple[str, nn.Module]]) -> FrozenSettings:
-        """Return what compares settings of modules, which have these paths, with those of now."""
+        """Return guards that expect the current settings of modules, which have these paths."""
         self.add(modules)
         return FrozenSettings(self.written, [module for _, module in modules])
 
 
 def _can_be_seen(module: nn.Module) -> bool:
-    # Lightning itself sets attributes of a LightningModule all the time
+    # Lightning itself sets attributes of a LightningModule in each step
     return can_intercept(module) and lightning_class(type(module), "LightningModule") is None
 
 
 class FrozenSettings:
-    """Compares settings that were written with what they were when this was made.
+    """Compares settings that were written with their values when this was made.
 
     Args:
         written: All settings that were written until now, and that are from now on.
