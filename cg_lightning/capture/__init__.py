@@ -1,7 +1,7 @@
-"""A graph of ours: inputs, outputs, budget, and the wrapper.
+"""Captures and their graphs: inputs, outputs, budget, and the wrapper.
 
-- ``answered_copies.py``: answers what a captured call copies from the host.
-- ``answered_reads.py``: answers what a captured step reads on the host.
+- ``answered_copies.py``: answers copies from the host in a captured call.
+- ``answered_reads.py``: answers reads on the host in a captured step.
 - ``cache.py``: all graphs of one session: the budget, and which graph is dropped first.
 - ``capture.py``: captures one call of a step or of a submodule.
 - ``entry.py``: a captured graph with everything that its replay needs: the fast path.

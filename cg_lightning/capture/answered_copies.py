@@ -1,6 +1,6 @@
-"""Answers what a captured call copies from the host: with constants that are on the device.
+"""Answers copies from the host in a captured call, with constants that are on the device.
 
-All is done on the host but the copy, as eager does it: also a conversion to another type. So the
+All work but the copy is done on the host, as in eager, also a conversion to another type. So the
 bits are the same.
 """
 

@@ -1,11 +1,11 @@
-"""Answers what a captured step reads on the host: with what the watched step read there.
+"""Answers reads on the host in a captured step, with the values that the watched step read.
 
 What is hard here:
 
-- Answers go by position. The step takes the path of the watched one, since its guards hold and the
-  batch gives the same values. Whatever deviates is an error, and no graph.
-- A graph computes once more what was read, and sets a flag if that is something else. The flags are
-  deferred checks (``metrics/deferred_checks.py``): reading one here would wait for the device.
+- Reads are answered by their position. The step takes the path of the watched one, because its
+  guards hold and the batch gives the same values. If a read deviates, the capture fails.
+- A graph computes each value that was read once more, and sets a flag if it differs. The flags are
+  deferred checks (``metrics/deferred_checks.py``), because reading one would wait for the device.
 - A tensor whose shape depends on a count is made with the count that was read:
   ``nonzero_static`` in place of ``nonzero``, with the same strides. Missing rows are -1, which is
   an index that exists, so nothing is read out of bounds.
@@ -41,7 +41,7 @@ class AnsweredReads(EagerDispatchMode):
     """Answers the reads of one captured step.
 
     Args:
-        reads: What the watched step read, in order.
+        reads: The reads of the watched step, in order.
         checked: Takes the conditions under which an answer is wrong.
         device_type: Type of the device of the graphs.
     """

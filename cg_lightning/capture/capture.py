@@ -115,9 +115,9 @@ class CaptureTarget:
             effects is not captured.
         storage_addresses: The addresses of the storages of parameters and buffers.
         record: The row in the statistics.
-        changes: What the call changes in Python, and a replay changes as well.
-        changed: What has changed since an earlier capture; empty if nothing has.
-        reads: What the watched step read on the host, and a capture cannot read.
+        changes: Attributes that the call changes in Python, and that a replay changes as well.
+        changed: The value that has changed since an earlier capture; empty if none has.
+        reads: Reads of the watched step on the host, which a capture cannot make.
         late: The metrics that are updated after the step; see ``effects/late_updates.py``.
         fills_batch: Whether the call sets or removes entries of its batch.
         copies_from_host: Whether the call copies constants from the host, and no function that it

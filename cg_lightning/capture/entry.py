@@ -5,15 +5,15 @@ What is hard here:
 - All replays write the same memory. So inputs are copied in, and outputs and the tensors of effects
   are copied out. With ``copy_outputs=False`` the user is responsible for the outputs.
 - The order in :meth:`GraphEntry.replay` must not change. *Before* the replay, effects copy metric
-  states to the tensors that the graph reads. *After* it, what the graph has written to its inputs
-  is copied to the batch, and the tensors of effects are cloned before anything else can run on this
-  stream. ``after_replay`` comes last, because it may call the user's code (``self.log``).
+  states to the tensors that the graph reads. *After* it, inputs that the graph has written to
+  are copied to the batch, and the tensors of effects are cloned before anything else can run on
+  this stream. ``after_replay`` comes last, because it may call the user's code (``self.log``).
 - A replay cannot turn into a capture. The dispatcher calls :meth:`GraphEntry.is_valid` before it,
   together with the guards. That method checks everything that could make the graph unusable, such
   as a metric state with another shape or other metrics behind the logged values.
 - It runs between two batches with cold caches, so each function call and each allocation counts. It
-  enters no context, hashes no key and looks nothing up. A part that an entry does not have costs
-  nothing.
+  enters no context, hashes no key and looks up no name. Parts that an entry does not have cost no
+  time.
 - If an output *is* a tensor of the batch, a parameter or a buffer, that very object is returned
   (:mod:`cg_lightning.capture.outputs`).
 """
@@ -57,8 +57,8 @@ class GraphEntry:
         effect_tensors: The tensors that the graph computes for the effects, in their order.
         copies_outputs: True if outputs are copied out of graph memory.
         record: The row in the statistics.
-        takers: Use what the graph hands out beside the output. Each makes an output of a pair, the
-            first one of what the graph gives.
+        takers: Use values that the graph computes besides the output. Each one turns a pair into an
+            output; the first one gets the pair that the graph computes.
     """
 
     __slots__ = (
@@ -130,7 +130,7 @@ class GraphEntry:
 
     @property
     def static_leaves(self) -> Sequence[Any]:
-        """The leaves that the graph reads: what is in them need not be copied by a replay."""
+        """The leaves that the graph reads. Values that are in them already need no copy."""
         assert self._inputs is not None, "a graph that was dropped is not used"
         return self._inputs.leaves
 
@@ -142,7 +142,7 @@ class GraphEntry:
 
     @property
     def does_besides(self) -> str:
-        """What the step does besides computing its output; empty if nothing."""
+        """The side effects of the step, in words; empty if it only computes its output."""
         if self._outputs.gives_containers:
             return "returns a container of its batch"
         if self._copies_back:

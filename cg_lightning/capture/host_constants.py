@@ -3,7 +3,7 @@
 What is hard here:
 
 - A graph cannot contain a copy from the host. So each constant is made before the capture, and the
-  graph clones it, because steps write to what they have made.
+  graph clones it, because steps may write to tensors that they have made.
 - A constant needs memory from outside the capture: other graphs of the pool, and earlier kernels of
   this graph, may write to memory that a capture has allocated. But only a capture shows the
   constants. So a call with constants is captured twice, and the first graph is dropped.

@@ -20,13 +20,13 @@ class _Source(enum.Enum):
     INPUT = "the input tensor itself, or a value of the input that is passed on"
     CONTAINER = "a container of the input itself"
     HELD = "a parameter, a buffer, a view of one, or a plain value"
-    COMPUTED = "what the graph computes"
+    COMPUTED = "a tensor that the graph computes"
     VIEW_OF_INPUT = "a view of an input tensor"
-    VIEW_OF_COMPUTED = "a view of what the graph computes, with which it shares memory"
+    VIEW_OF_COMPUTED = "a view of a tensor that the graph computes, with which it shares memory"
 
 
 class _Given:
-    """Is a leaf in the place of a container of the input."""
+    """A leaf that replaces a container of the input."""
 
     def __init__(self, number: int) -> None:
         self.number = number

@@ -1,13 +1,13 @@
-"""Values of a batch that are another one in each batch, and that a step only passes on.
+"""Values that differ in each batch, and that a step only passes on.
 
 What is hard here:
 
-- A text is read in many ways, and most of them call no code of ours. So a captured step gets a
-  :class:`_StandIn` in its place, which can do nothing. It notes each use, also if the step catches
-  the error. A step that passes it on has shown that its graph is right for any text.
-- ``type(text)``, and an error of C code that the step catches, are not seen. A step with code that
-  may do so gets no stand-ins (``diagnosis/detectors/global_reads.py``).
-- The stand-in is in place only while the step runs: what looks at outputs afterwards may use it.
+- A text is read in many ways, and most of them call no code of this package. So a captured step
+  gets a :class:`_StandIn` in its place, which supports no operation. It records each use, also if
+  the step catches the error. If there was no use, the graph is right for any text.
+- ``type(text)``, and an error of C code that the step catches, are not recorded. A step with such
+  code gets no stand-ins (``diagnosis/detectors/global_reads.py``).
+- The stand-in is in place only while the step runs, because code after the step may use outputs.
 """
 
 from __future__ import annotations

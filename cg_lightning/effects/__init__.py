@@ -4,13 +4,13 @@
 - ``batch_writes.py``: tensors of its batch that a step writes to; a replay copies them back.
 - ``containers.py``: ContainersSnapshot: containers and objects, compared and restored.
 - ``effect.py``: Effect and its kinds: one side effect of a captured step.
-- ``host_draws.py``: random numbers of the host that nobody uses, drawn again with each replay.
+- ``host_draws.py``: unused random numbers of the host, drawn again with each replay.
 - ``late_updates.py``: updates of metrics that no graph can hold: they run eagerly after each
   replay.
 - ``logged_numbers.py``: ``self.log`` of Python numbers: a graph makes the tensor on the device.
 - ``logged_values.py``: the interface to ``self.log``, which ``trainer/`` implements.
 - ``module_effects.py``: all side effects of the steps of one module.
-- ``python_changes.py``: what a step appends, adds and sets in Python, done again.
+- ``python_changes.py``: values that a step appends, adds or sets in Python, done again.
 - ``recorder.py``: EffectRecorder: the order in which captures of a step are recorded.
 - ``recording.py``: StepRecording: one captured step, and its effects.
 - ``step_state.py``: StepState: everything that a step may change; it can be restored.

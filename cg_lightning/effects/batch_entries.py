@@ -1,8 +1,8 @@
 """Entries that a step adds to its batch, replaces in it or removes: ``batch["pred"] = y``.
 
-A captured step runs on containers of its own, so it may do with its entries what it likes. After
-it, what is new is a part of the output of the graph. A replay gives the batch the same entries, as
-callbacks see them. Entries are followed in dictionaries and lists, at any depth; lists keep their
+A captured step runs on copies of the containers, so it may change any entry. New entries become a
+part of the output of the graph. A replay sets and removes the same entries in the batch, so
+callbacks find them. Entries are compared in dictionaries and lists, at any depth. Lists keep their
 length.
 """
 
@@ -99,8 +99,8 @@ class SetBatchEntries:
     """Sets and removes entries of the batch after each replay.
 
     Args:
-        entries: What the captured step has set.
-        output: What it has returned, and what else it hands out.
+        entries: The entries that the captured step has set.
+        output: All values that it has returned, or keeps.
         given: The containers of the batch before the step.
 
     Raises:
@@ -117,7 +117,9 @@ class SetBatchEntries:
         for part in (output, *[value for _, _, value in entries.new()]):
             own += {id(each) for each in containers_in(part)} - known
         if len(own) != len(set(own)):
-            raise CaptureError("what the step sets in its batch and returns share a container")
+            raise CaptureError(
+                "values that the step sets in its batch and returns share a container"
+            )
 
     def take(self, built: tuple[Any, tuple[list[Entry], list[Removed]]]) -> Any:
         """Change the entries; see :class:`~cg_lightning.effects.effect.Taker`."""

@@ -1,8 +1,8 @@
 """Tensors of its batch that a step writes to: ``labels[labels == -100] = 0``.
 
-A graph writes to static inputs, and each replay copies these back to the batch, so everybody who
-sees the batch later sees what eager has written there. That holds if the written memory belongs to
-the batch alone; two tensors of a batch that share memory have no key. It does *not* tell whether a
+A graph writes to static inputs, and each replay copies these back to the batch, so later readers of
+the batch get the values of eager. That holds if the written memory belongs to the batch alone; a
+batch with two tensors that share memory has no key. It does *not* tell whether a
 tensor was given another shape or other memory.
 """
 

@@ -1,8 +1,8 @@
-"""Containers and objects as they were: compared later, and put back.
+"""Snapshots of containers and objects, which are compared and restored later.
 
-Tensors in them are compared by identity, and by the attributes that users set on them. What is
-written *into* a tensor is somebody else's business
-(:class:`~cg_lightning.effects.step_state.StepState`), and so is what modules hold.
+Tensors in them are compared by identity, and by the attributes that users set on them. Writes
+*into* a tensor, and attributes of modules, belong to
+:class:`~cg_lightning.effects.step_state.StepState`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _changed_key(now: _Items, before: _Items) -> Any:
 
 
 def _memory_of(tensor: Tensor) -> Any:
-    """Return where the values of a tensor are; None: nobody can say."""
+    """Return address and layout of a tensor; None if it has none."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
         return None
     if tensor.is_nested or is_inside_transform():
@@ -60,11 +60,11 @@ def _memory_of(tensor: Tensor) -> Any:
 
 
 class ContainersSnapshot:
-    """What some values hold, however deep.
+    """The contents of some values, at any depth.
 
     Args:
-        roots: Names and values. Modules and tensors are not looked into.
-        most: Maximum number of values that are looked into.
+        roots: Names and values. The contents of modules and tensors are left out.
+        most: Maximum number of values that are stored.
     """
 
     def __init__(self, roots: Iterable[tuple[str, Any]], most: float = MOST_VALUES) -> None:

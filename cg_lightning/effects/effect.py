@@ -51,7 +51,7 @@ class Effect:
 
 
 class Taker(Protocol):
-    """Uses values that a graph hands out beside the output: they are made like outputs."""
+    """Uses values that a graph computes besides the output. They are copied like outputs."""
 
     def take(self, built: tuple[Any, Any]) -> Any:
         """Use the values, and return the output.

@@ -1,7 +1,7 @@
-"""Random numbers of the host that a step draws and nobody uses: drawn again with each replay.
+"""Random numbers of the host that a step draws and does not use: drawn again with each replay.
 
-transformers does so, for layers that it drops in training only. The numbers are worth nothing, but
-all that is drawn later depends on how many were drawn before.
+transformers draws them for layers that it drops in training only. All later random numbers depend
+on the number of earlier draws.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ class HostDraw(NamedTuple):
     kwargs: dict[str, Any]
 
     def run(self) -> None:
-        """Draw once more, and drop what was drawn."""
+        """Draw once more, and drop the result."""
         self.function(*self.args, **self.kwargs)
 
 
 class DrawAgain(Effect):
-    """Draws the numbers of a step that nobody uses.
+    """Draws the numbers that a step does not use.
 
     Args:
-        draws: What the step draws, in its order.
+        draws: The draws of the step, in their order.
     """
 
     def __init__(self, draws: Sequence[HostDraw]) -> None:

@@ -1,9 +1,9 @@
 """Updates of metrics that no graph can hold: they run eagerly after each replay.
 
-The step uses nothing of what such a call returns or changes
+The step does not use any value that such a call returns or changes
 (``diagnosis/detectors/late_updates.py`` decides that). So the captured step leaves the call out,
-and hands out its arguments like outputs. The call is then the one of eager, with the same
-arguments, in the same order.
+and returns its arguments like outputs. The call is then the one of eager, with the same arguments,
+in the same order.
 
 What is hard here: ``self.log`` of such a metric moves the metric to its device, and copies the
 metric's latest value. So ``to`` is a late call as well, and a :class:`LateValue` stands for the
@@ -38,7 +38,7 @@ class LateCall(NamedTuple):
     metric: nn.Module
     method: str
     modes: CallModes
-    """What the step found in its place."""
+    """The modes in which the step would have made the call."""
 
 
 class LateValue:

@@ -59,7 +59,7 @@ class LoggedValues(Protocol):
         """Reset values as the first ``self.log`` of an epoch does. Otherwise do nothing."""
 
     def begin_batch(self, batch: Any) -> None:
-        """Take the size of ``batch`` as the weight of what the next step logs."""
+        """Take the size of ``batch`` as the weight of the values that the next step logs."""
 
     def effect(self) -> Effect:
         """Return the side effects of ``self.log`` in the last step, except metric updates."""

@@ -2,13 +2,13 @@
 
 What is hard here:
 
-- A step may change only what it does not look at: then its graph holds whatever is there. The
+- A step may change only values that it does not read, so its graph is right for any value. The
   watched step has shown that (``diagnosis/uses_of_attribute.py``). A capture proves it again: a
-  :class:`_StandIn` takes the place of each such value. It records changes and can do nothing else.
-- So the user's own containers are not touched by a capture, and nothing has to be undone in them.
-- What is appended or set becomes a part of the output of the graph, so it is copied out of graph
-  memory, and it is the batch's own tensor where eager has the batch's own tensor.
-- A change is made as the user's line makes it: ``+=`` of Python, on the value that is there.
+  :class:`_StandIn` replaces each such value. It records changes and supports no other operation.
+- So a capture does not change the user's own containers, and nothing has to be restored in them.
+- A value that is appended or set becomes a part of the output of the graph, so it is copied out of
+  graph memory. If eager appends a tensor of the batch, a replay appends that very tensor.
+- A change is made as the user's line makes it: ``+=`` of Python, on the current value.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _FACTORIES = (list, dict, int, float, collections.deque)
 
 
 class ChangedAttribute(NamedTuple):
-    """An attribute of a module that the watched step changed and did not look at."""
+    """An attribute of a module that the watched step changed and did not read."""
 
     module: nn.Module
     name: str
     path: str
     """As the user would write it: ``self.outputs``."""
     is_set: bool
-    """True if the step sets it before it reads it. False if it changes what is there."""
+    """True if the step sets it before it reads it. False if it changes the current value."""
     is_added_to: bool = False
     """Whether a line of the step adds to it. If it is a tensor, that changes it in place."""
 
@@ -59,7 +59,7 @@ class ChangedAttribute(NamedTuple):
         return found
 
     def kind_source(self) -> Source:
-        """Return the kind of its value, as something to guard."""
+        """Return a source for the kind of its value."""
         return Source(KindsToChange(self.attributes), self.name, self.path)
 
 
@@ -116,7 +116,7 @@ class Place(NamedTuple):
 
 
 def _look_up(value: Any, is_key: bool, key: Any) -> Any:
-    """Return what a container or object has, if it gives it in the usual way; else MISSING."""
+    """Return an item or attribute, if it is looked up in the usual way; else MISSING."""
     cls: type = type(value)
     if not is_key:
         is_set_by_class = hasattr(getattr(cls, key, None), "__set__")
@@ -153,7 +153,7 @@ class Change(NamedTuple):
     """The kind of the value that is changed; None if it is set."""
 
     def is_possible(self) -> bool:
-        """Return whether the change does what it did in the watched step."""
+        """Return whether the change has the same effect as in the watched step."""
         if self.verb is Verb.SET:
             return self.place.can_be_set()
         return self.kind is not None and self.place.kind() == self.kind
@@ -181,7 +181,7 @@ class Change(NamedTuple):
 
 
 class _StandIn:
-    """Is in the place of a value while its step is captured, and records what is done to it."""
+    """Replaces a value while its step is captured, and records the changes of it."""
 
     __slots__ = ("_place", "_record")
     _place: Place
@@ -229,14 +229,14 @@ def _known(key: Any) -> Any:
 
 
 class _NotSet:
-    """Is in the place of an attribute until the captured step sets it."""
+    """Replaces an attribute until the captured step sets it."""
 
 
 class ChangeRecording:
     """The changes of one captured step.
 
     Args:
-        attributes: What the step changes.
+        attributes: The attributes that the step changes.
     """
 
     def __init__(self, attributes: Sequence[ChangedAttribute]) -> None:
@@ -301,7 +301,7 @@ def _place_of(attribute: ChangedAttribute) -> Place:
 
 
 def _as_it_is_now(value: Any) -> Any:
-    """Return what a step adds to something; it may change it in place later."""
+    """Return a copy of a value that a step adds, because it may change it in place later."""
     if type(value) is list:
         return list(value)
     return value.clone() if isinstance(value, Tensor) else value
@@ -324,7 +324,7 @@ def _without_repeats(parts: list[Any]) -> tuple[list[Any], list[int]]:
             first.append(before)
             continue
         if any(owners.setdefault(id(container), index) != index for container in own):
-            raise CaptureError("what the step keeps and what it returns share a container")
+            raise CaptureError("values that the step keeps and returns share a container")
         kept.append(part)
         first.append(index)
     return kept, first
@@ -341,12 +341,12 @@ class RepeatChanges(Effect):
     def __init__(self, changes: Sequence[Change], first: Sequence[int]) -> None:
         self._changes = list(changes)
         self._first = list(first)
-        # guards look at attributes of modules, and at nothing inside
+        # guards compare attributes of modules, and not their contents
         self._inside = [change for change in changes if len(change.place.steps) > 1]
         self._has_repeats = list(first) != list(range(len(first)))
 
     def is_valid(self) -> bool:
-        """Return False if what is to be changed is gone, or of another kind."""
+        """Return False if a value that is to be changed is gone, or of another kind."""
         for change in self._inside:  # noqa: SIM110  # a generator takes longer
             if not change.is_possible():
                 return False
@@ -364,10 +364,10 @@ class RepeatChanges(Effect):
 
 
 class ChangedAttributesSnapshot:
-    """What a step is about to change in Python: put back, and compared after the step.
+    """Snapshot of the values that a step changes in Python, which is compared and restored.
 
     Args:
-        attributes: What the step changes.
+        attributes: The attributes that the step changes.
     """
 
     def __init__(self, attributes: Sequence[ChangedAttribute]) -> None:
@@ -378,11 +378,11 @@ class ChangedAttributesSnapshot:
         self._containers = ContainersSnapshot(filled, most=math.inf)
 
     def restore(self) -> None:
-        """Put back what is in containers and objects; attributes are somebody else's business."""
+        """Restore the contents of containers and objects. The caller restores attributes."""
         self._containers.restore()
 
     def values(self) -> list[tuple[str, Any]]:
-        """Return names and copies of what is new."""
+        """Return names and copies of new values."""
         new = [*self._containers.new_items()]
         for attribute, before, path in self._before:
             now = attribute.attributes.get(attribute.name, MISSING)
@@ -400,7 +400,7 @@ def recording_changes(attributes: Sequence[ChangedAttribute]) -> Iterator[Change
     """While this is entered, the changes of a step are recorded, and not made.
 
     Args:
-        attributes: What the step changes.
+        attributes: The attributes that the step changes.
     """
     recording = ChangeRecording(attributes)
     try:

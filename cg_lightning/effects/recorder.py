@@ -55,13 +55,13 @@ class Recording(Protocol):
         """
 
     def late(self) -> tuple[MakeLateCalls | None, list[Arguments]]:
-        """Return what makes the late calls of the step, and their arguments.
+        """Return an object that makes the late calls of the step, and their arguments.
 
         None if there are none. Call it after :meth:`finish`.
         """
 
     def refuse_states_in(self, output: Any) -> None:
-        """Raise if the step hands out a state of a metric. Call it after :meth:`finish`.
+        """Raise if the step returns or keeps a state of a metric. Call it after :meth:`finish`.
 
         Args:
             output: All that the user gets from the step.
@@ -117,7 +117,7 @@ class NoEffects:
 
     @property
     def checked_calls(self) -> CheckedCalls:
-        """Calls that nobody reads."""
+        """An empty record, which is not used."""
         return CheckedCalls()
 
     def prepared(self) -> AbstractContextManager[None]:

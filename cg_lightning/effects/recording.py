@@ -240,14 +240,14 @@ class StepRecording:
         return make, collected.arguments
 
     def refuse_states_in(self, output: Any) -> None:
-        """Raise if the step hands out a state. Call it after :meth:`finish`.
+        """Raise if the step returns or keeps a state. Call it after :meth:`finish`.
 
         Args:
             output: All that the user gets from the step.
 
         Raises:
-            CaptureError: A later step may write to the state. Then the tensor that eager has handed
-                out changes, but a copy does not.
+            CaptureError: A later step may write to the state. Then the tensor that eager returns
+                changes, but a copy does not.
         """
         held = [(state, state.graph_tensor) for state in self._metric_states] + self._final
         states = {
@@ -258,7 +258,7 @@ class StepRecording:
                 state = states.get(tensor.untyped_storage().data_ptr())
                 if state is not None:
                     what = f"{type(state.metric).__name__}.{state.name}"
-                    raise CaptureError(f"the step hands out the state {what}")
+                    raise CaptureError(f"the step returns or keeps the state {what}")
 
     def _log_effect(self) -> Effect | None:
         logged = set(map(id, self._logged.metrics()))

@@ -57,7 +57,9 @@ class AttributesSnapshot:
 
 
 class HeldByModules:
-    """What modules hold, to see what a capture leaves there: it lies in graph memory.
+    """Snapshot of the attributes of modules, which finds tensors that a capture leaves there.
+
+    Such tensors are in graph memory.
 
     Args:
         module: The module.
@@ -90,13 +92,13 @@ class HeldByModules:
         return self._containers.changed()
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore all of them."""
         self._attributes.restore()
         self._containers.restore()
 
 
 class TablesSnapshot:
-    """What the dictionaries of torch in modules hold: submodules, parameters, buffers, and hooks.
+    """Snapshot of the dictionaries of PyTorch in modules: members and hooks.
 
     Args:
         module: The module; its submodules and the global hooks are stored as well.
@@ -156,7 +158,7 @@ class HostRandomState:
 
 
 def can_be_written(tensor: Tensor) -> bool:
-    """Return False for a tensor that PyTorch lets nobody write to, so no step has done so."""
+    """Return False for a tensor that PyTorch protects from writes, so no step has written to it."""
     is_expanded = tensor.layout is torch.strided and any(
         stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
     )
@@ -184,8 +186,8 @@ class StepState:
         backend: The backend on which it runs.
         effects: The effects of its steps. None if the module runs as a submodule.
         written: Other tensors that steps write to.
-        given: What the step is given: its containers are put back as well.
-        changes: What the step changes in Python and a replay changes as well.
+        given: The arguments of the step, whose containers are restored as well.
+        changes: Attributes that the step changes in Python and a replay changes as well.
     """
 
     def __init__(
@@ -207,7 +209,7 @@ class StepState:
         modules = [child for child in module.modules() if effects is None or not is_metric(child)]
         self._attributes = AttributesSnapshot(modules)
         self.containers = ContainersSnapshot([("batch", given)])
-        """The containers of what the step is given."""
+        """The containers in the arguments of the step."""
         self._containers = ContainersSnapshot(
             (name, value)
             for child in modules
