@@ -1,7 +1,7 @@
-"""Operations that give the same bits each time, and reads of what they compute.
+"""Operations that give the same bits each time, and reads of their results.
 
-Integers and booleans are exact. Of floating point numbers that holds only if they are moved, cast
-or compared: a sum depends on its order. Nearly all of them give these bits on every device.
+Operations on integers and booleans are exact. Floating point numbers may only be moved, cast or
+compared, because a sum depends on its order. Nearly all operations give these bits on every device.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What the host still has of a batch that was copied to the device.
+"""The tensors of a batch on the host, after the batch was copied to the device.
 
-A read on the device waits until it has run everything that it was given, the replay of the step
-before included. The host has the same bits, and waits for nobody.
+A read on the device waits for all queued work, the replay of the step before included. The host has
+the same bits, and reads them without a wait.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from cg_lightning.host_values.exact_operations import MOST_ELEMENTS, is_plain
 class HostCopies:
     """The small tensors of the last batch, on the host.
 
-    Nobody may have written to the tensors on the device since they were copied; who notes copies
-    has to know that.
+    They are valid only if the tensors on the device have not been written to since the copy. The
+    caller of :meth:`note` must know that.
     """
 
     def __init__(self) -> None:
         self.are_wanted = False
-        """True once a step reads host values. Until then nobody needs to note anything."""
+        """True once a step reads host values. Until then no copies are needed."""
         self._copies: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
 
     def note(self, on_host: Sequence[Any], on_device: Sequence[Any]) -> None:
-        """Forget the batch before, and note a new one.
+        """Forget the last batch, and store a new one.
 
         Args:
             on_host: The leaves that were copied.

@@ -1,9 +1,9 @@
 """The values that one path through a step reads, as a program that is run before the step.
 
-A step that reads a value decides by it which operations follow. So a graph of it holds for batches
-that give the same values only. The program computes them with the very operations of the step, in
-their order, and stops at the first value that differs: what follows belongs to that value, and may
-fail for another one.
+The values that a step reads decide which operations follow. So a graph of it is right only for
+batches that give the same values. The program computes them with the operations of the step, in
+their order, and stops at the first value that differs, because later operations may fail for
+another value.
 """
 
 from __future__ import annotations

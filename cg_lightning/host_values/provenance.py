@@ -1,19 +1,19 @@
-"""Where the tensors of a watched step come from: which are made of its batch and constants alone.
+"""Provenance: the tensors of a watched step that are computed from its batch and constants alone.
 
 What is hard here:
 
-- Writes. What a read gives depends on all earlier writes to the memory behind its tensor, through
-  any view. So a program holds the operations that made its tensors, and all earlier writes to
+- Writes. The value of a read depends on all earlier writes to the memory of its tensor, through any
+  view. So a program holds the operations that made its tensors, and all earlier writes to
   their storages. Tensors of the batch that it writes to are copied first.
 - Aliases that no operation makes (``x.data``, ``set_``). A tensor is known by the object *and* by
   its storage and layout. A new object on a known storage that no operation returned is foreign.
 - Addresses are used again. So every known tensor is kept alive until the step ends, and a storage
   that an operation allocates is a new one.
-- What another operation writes is foreign from then on, and so is what an operation was given that
-  raised. Operations that are not of PyTorch may write to what they do not declare.
-- Tensors that lived before the step, other than the batch, are foreign: they may change. So are
-  tensors made from Python values, but for those that somebody knows to be constant:
-  ``torch.tensor`` takes tensors as well, and nobody sees it.
+- A tensor that another operation writes is foreign from then on, and so are the arguments of an
+  operation that raised. Custom operations may write to arguments that they do not declare.
+- Tensors that existed before the step, other than the batch, are foreign, because they may change.
+  So are tensors made from Python values, unless a detector has found them to be constant:
+  ``torch.tensor`` takes tensors as well, and does not dispatch that.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _storage(tensor: Tensor) -> int:
-    """Return what tells the memory of a tensor from other memory; 0 if it has none of its own."""
+    """Return the identity of the memory of a tensor; 0 if it has none of its own."""
     if not is_plain(tensor):
         return 0
     return tensor.untyped_storage().data_ptr() or -id(tensor)
@@ -106,7 +106,7 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 
 
 class Provenance:
-    """Records the operations of one watched step, and what it reads on the host.
+    """Records the operations of one watched step, and its reads on the host.
 
     Args:
         leaves: The leaves of its batch.
@@ -121,7 +121,7 @@ class Provenance:
         self._writes: dict[int, list[int]] = {}
         """The operations that wrote to a storage of known tensors."""
         self._foreign: set[int] = set()
-        """Storages with something in them that is not made of the batch."""
+        """Storages with values that are not computed from the batch."""
         self._operations: list[_Recorded] = []
         self._reads: list[_RecordedRead] = []
         self._started: _Started | None = None
@@ -306,7 +306,7 @@ class Provenance:
     # the path
 
     def path(self) -> ReadPath | None:
-        """Return what the step reads; None if it cannot be known before the step."""
+        """Return the reads of the step; None if their values cannot be known before the step."""
         if self._is_given_up or not self._reads or self._started is not None:
             return None
         slices = [self._slice(recorded) for recorded in self._reads]

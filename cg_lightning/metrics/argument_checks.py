@@ -4,7 +4,7 @@ They compute what the original computes, with the same operations. Only the chec
 device, and eager's error is raised later (:mod:`~cg_lightning.metrics.deferred_checks`). What comes
 after the check must be harmless for arguments that eager refuses. So only distributions whose
 methods are plain arithmetic are in the list: ``Categorical``, for example, would read out of
-bounds. And nobody may catch the error, so a call inside ``try`` or ``with`` is left as it is.
+bounds. The error must not be caught, so a call inside ``try`` or ``with`` is not replaced.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ARITHMETIC = (Normal, Laplace, Cauchy, Exponential, HalfNormal)
 
 
 def _may_come_later() -> bool:
-    """Return True if an error may come after the step: nobody catches it, or trains meanwhile."""
+    """Return True if an error may be raised later: it is not caught, and gradients are off."""
     return not torch.is_grad_enabled() and not may_be_caught()
 
 

@@ -23,7 +23,7 @@ from cg_lightning.modules.attributes import is_same_value
 from cg_lightning.modules.kinds import is_user_class, is_value_of_class
 
 _COUNTS = frozenset({"update_count", "_update_count", "update_called", "_update_called"})
-"""The counter of updates, and what is made of it. Frameworks read it to count up, and to warn."""
+"""The counter of updates, and values computed from it. Frameworks read it to count, and to warn."""
 
 
 def unsupported_write(metric: nn.Module, name: str, value: Any) -> str:

@@ -313,7 +313,7 @@ def _places(number_of_modules: int) -> dict[str, list[tuple[Any, str]]]:
     torchmetrics: the diagnosis then finds it elsewhere.
 
     Args:
-        number_of_modules: Number of imported modules. With another one, they are looked at again.
+        number_of_modules: Number of imported modules. If it changes, they are searched again.
     """
     places: dict[str, list[tuple[Any, str]]] = {}
     paths: dict[int, str] = {}
@@ -340,7 +340,7 @@ _BEHIND = "_cg_lightning_original"
 
 
 def _behind(value: Any) -> Any:
-    """Return what a function of ours replaces. All else is returned as it is."""
+    """Return the function that a function of ours replaces. Other values are returned as such."""
     return vars(value).get(_BEHIND, value) if type(value) is types.FunctionType else value
 
 

@@ -41,7 +41,7 @@ OnCall = Callable[[MetricCall], Any]
 
 
 class MetricUnit:
-    """Metrics of one module that change each other: a wrapper or collection, and what is inside.
+    """Metrics of one module that change each other: a wrapper or collection, and those inside.
 
     Args:
         metrics: All of them.

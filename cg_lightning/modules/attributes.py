@@ -83,7 +83,7 @@ _KEPT_IN_C: tuple[tuple[type, tuple[str, ...]], ...] = (
 
 @functools.lru_cache(maxsize=4096)
 def members_of(cls: type) -> tuple[str, ...]:
-    """Return what instances of ``cls`` hold outside a dictionary, as ``getattr`` wants it."""
+    """Return the names of attributes that instances of ``cls`` store outside a dictionary."""
     in_c = [name for base, names in _KEPT_IN_C if issubclass(cls, base) for name in names]
     own = slots_of(cls)
     if issubclass(cls, pathlib.PurePath):  # fills its slots when it is asked
@@ -95,7 +95,7 @@ def members_of(cls: type) -> tuple[str, ...]:
 def names_of_library(cls: type) -> frozenset[str]:
     """Return the attributes of instances that only the class of a library writes and reads.
 
-    Such are caches that it fills when it is asked, and what decides what is logged.
+    Examples are caches that it fills on a read, and settings of loggers.
     """
     if issubclass(cls, logging.Handler):
         return frozenset({*vars(logging.StreamHandler()), *vars(logging.NullHandler())})
@@ -107,7 +107,7 @@ def names_of_library(cls: type) -> frozenset[str]:
 
 
 def attributes_of(value: Any) -> dict[str, Any]:
-    """Return what an object holds: in its dictionary, in slots, and in a few places of C."""
+    """Return the attributes of an object: in its dictionary, in slots, and a few in C."""
     cls: type = type(value)
     found = dict(getattr(value, "__dict__", ()))
     for name in names_of_library(cls):
@@ -121,7 +121,7 @@ def attributes_of(value: Any) -> dict[str, Any]:
 
 
 def attributes_beside_items(container: Any) -> dict[str, Any]:
-    """Return the attributes of a container that are none of its items."""
+    """Return the attributes of a container that are not items."""
     found = attributes_of(container)
     if dataclasses.is_dataclass(container):
         for field in dataclasses.fields(container):
@@ -130,13 +130,13 @@ def attributes_beside_items(container: Any) -> dict[str, Any]:
 
 
 def has_slots(module: nn.Module) -> bool:
-    """Return True if the class of a module has slots beside the dictionary."""
+    """Return True if the class of a module has slots as well as a dictionary."""
     cls: type = type(module)
     return bool(slots_of(cls))
 
 
 def slots_in(module: nn.Module) -> dict[str, Any]:
-    """Return what a module holds in slots. A user's ``__getattribute__`` is not asked."""
+    """Return the slots of a module, without a call of the user's ``__getattribute__``."""
     found = {}
     cls: type = type(module)
     for name in slots_of(cls):
@@ -190,7 +190,7 @@ _SET_BY_USERS = frozenset(
 
 
 def set_by_users(module: nn.Module, name: str) -> str:
-    """Return where Lightning stores what users call ``name``; empty if it stores no such thing."""
+    """Return the attribute in which Lightning stores a user's value ``name``; otherwise empty."""
     attributes: dict[str, Any] = object.__getattribute__(module, "__dict__")
     found = (each for each in (f"_{name}", name) if each in _SET_BY_USERS and each in attributes)
     return next(found, "")
@@ -241,7 +241,7 @@ def holding_class(module: nn.Module, name: str) -> type | None:
 
 
 def value_in_class(cls: type, name: str) -> Any:
-    """Return what a class or a base has under a name, without asking descriptors; else None."""
+    """Return the value of a name in a class or a base, without descriptors; otherwise None."""
     return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
 
 
@@ -265,7 +265,7 @@ def values_of_classes(modules: list[nn.Module]) -> list[tuple[type, str]]:
 def plain_values_of(classes: Iterable[type]) -> list[tuple[type, str]]:
     """Return class and name of each plain value of these classes and their bases.
 
-    Only classes of the user's code are looked at.
+    Only classes of the user's code are searched.
     """
     written = {base: None for cls in classes for base in cls.__mro__ if is_user_class(base)}
     named = [

@@ -18,9 +18,9 @@ from cg_lightning.modules.kinds import is_metric
 class Compilation:
     """Runs submodules under ``torch.compile`` while it is installed.
 
-    The compiled calls are kept, so a later :meth:`install` compiles nothing anew. Compiled are the
-    largest submodules that have parameters and a ``forward``. It leaves metrics, ``torch.jit`` and
-    what the user has compiled as they are, and it does *not* compile the step itself.
+    The compiled calls are kept, so a later :meth:`install` compiles nothing again. Compiled are the
+    largest submodules that have parameters and a ``forward``. It does *not* compile metrics,
+    ``torch.jit`` modules, modules that the user has compiled, or the step itself.
 
     Args:
         arguments: Arguments of ``torch.compile``. None: nothing is compiled.
@@ -65,8 +65,8 @@ def _compiled(module: nn.Module, arguments: Mapping[str, Any]) -> Callable[..., 
 
     The compiler skips functions of torch, so ``module.compile()`` of a ``Linear`` or ``Sequential``
     compiles nothing (torch 2.13). It keeps its results, and their limit, for each code object, so
-    each module gets one of its own. It also compiles anew for another state of the autocast cache,
-    which is off in captures.
+    each module gets one of its own. It also compiles again for another state of the autocast
+    cache, which is off in captures.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -64,10 +64,10 @@ class PaddedLeaf(NamedTuple):
 
 
 def _is_mask(tensor: Tensor) -> bool:
-    """Return True if only 0 and 1 occur: another value in the padding would mean another batch.
+    """Return True for a mask, whose padding may have no other value.
 
-    So it would if only 0 and what hides a score occur that it is added to. Floats that are all 0
-    are no mask: such is the silence before a recording.
+    In a mask occur only 0 and 1, or only 0 and numbers that hide a score when they are added to it.
+    Floats that are all 0 are no mask; they may be the silence before a recording.
     """
     if tensor.dtype is torch.bool:
         return True

@@ -1,4 +1,4 @@
-"""Cuts the output for a padded batch to what eager gives for the batch."""
+"""Cuts the output for a padded batch to the shapes that eager gives for the batch."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Padder:
         self._rules = rules
 
     def note(self, batch: Any) -> None:
-        """Look at a batch whose shape has no graph."""
+        """Record a batch whose shape has no graph."""
         self._rules.note(batch)
 
     def rules_of(self, batch: Any, leaves: Sequence[Any]) -> dict[int, dict[int, PadRule]]:

@@ -15,18 +15,18 @@ from cg_lightning.core.shape_proposal import FEW_SHAPES, SeenShape, ShapeProposa
 from cg_lightning.core.tree import dotted_paths, flatten
 
 LEARNED_BATCHES = 16
-"""So many batches without a graph are looked at before sizes are proposed."""
+"""Number of batches without a graph after which sizes are proposed."""
 LARGER_BATCHES = 8
-"""So many batches beyond the largest size add a size."""
+"""Number of batches beyond the largest size that add a size."""
 MOST_KINDS = 64
-"""So many kinds of batches are told apart: names of tensors may be new in each batch."""
+"""Maximum number of kinds of batches, because names of tensors may be new in each batch."""
 
 
 class PadRules(Protocol):
     """Says how other dimensions than 0 are padded."""
 
     def note(self, batch: Any) -> None:
-        """Look at a batch whose shape has no graph."""
+        """Record a batch whose shape has no graph."""
 
     def of(self, batch: Any, leaves: Sequence[Any]) -> dict[int, dict[int, PadRule]]:
         """Return the rules of a batch, by the place of the leaf and by dimension.

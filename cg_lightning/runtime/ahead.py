@@ -39,7 +39,7 @@ from cg_lightning.runtime.target import reason_of
 
 T = TypeVar("T")
 _CANNOT_BE_UNDONE = frozenset({Cause.PRINTED, Cause.WORLD, Cause.OPAQUE, Cause.TRAINER_READ})
-"""A step that is about to do such a thing is stopped before."""
+"""A step is stopped before it does anything with one of these causes."""
 _MOST_LOOKS = 3
 """Watched runs of one batch."""
 
@@ -151,7 +151,7 @@ class CaptureAhead:
             return self.undone(capture, call.tree)
 
     def _warm_up(self, call: GraphCall, state: KeyState) -> Plan:
-        """Run the step until its key is warm; return what the dispatcher wants then."""
+        """Run the step until its key is warm; return the plan for the next run."""
         for _ in range(self._session.settings.warmup_steps + _MOST_LOOKS):
             plan = self._dispatcher.plan(state, call.leaves)
             if plan.action is Action.WATCH:
@@ -182,7 +182,7 @@ class CaptureAhead:
         if reason is not None:
             return reason
         if watched.comparisons:
-            # guards look at the batch_idx of the current step, which is that of another batch
+            # guards compare the batch_idx of the current step, which is that of another batch
             return Reason(Cause.BATCH_INDEX_USED, "it compares batch_idx")
         if watched.late:
             return Reason(Cause.METRIC_UPDATED, "it updates a metric that no graph can hold")

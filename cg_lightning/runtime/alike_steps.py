@@ -50,7 +50,7 @@ class AlikeSteps:
             key: Its key.
             variant: What it has shown.
             path: What it reads on the host.
-            way: Its way; None if nobody can tell.
+            way: Its way; None if it is not known.
         """
         known = self._known_like(key)
         if way is not None and not any(each.variant is variant for each in known):

@@ -298,7 +298,7 @@ class PaddedSteps:
             path = self._ahead.rehearse(
                 padded, lambda: watcher.host_values(padded.run, padded.tree)
             )
-        except Exception:  # the capture will fail alike, and tell why
+        except Exception:  # the capture will fail for the same reason, and report it
             return
         found = self._alike.find(padded.descriptor, padded.leaves, way, path)
         if found is None or (found[1] is None) != (path is None):
@@ -372,7 +372,7 @@ class _NotPaddedError(CaptureError):
 
 
 class _EagerRun:
-    """Keeps what the eager run of a call gives, and what else it changes.
+    """Records the output of the eager run of a call, and its side effects.
 
     Args:
         call: The call.
@@ -408,10 +408,10 @@ class _EagerRun:
         return output
 
     def check(self) -> None:
-        """Check that the call does nothing but compute its output.
+        """Check that the call has no side effects.
 
         Raises:
-            NotIndependentError: It does something else, or a part of its output is a view of
+            NotIndependentError: It has side effects, or a part of its output is a view of
                 another part or of the batch. What is cut from the output for a padded batch shares
                 no memory.
         """
@@ -429,5 +429,5 @@ class _EagerRun:
                     )
 
     def cut(self) -> OutputCut:
-        """Return what an output for a padded batch is cut to."""
+        """Return the shapes to which an output for a padded batch is cut."""
         return OutputCut(self.output)

@@ -1,4 +1,4 @@
-"""The shapes that a stage has seen, and what to say if most of them came too seldom."""
+"""The shapes that a stage has seen, and a hint if most of them came too seldom."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ class Session:
     def _note_weights(self) -> None:
         """Let padded graphs be compared again if weights have changed since the last stage.
 
-        A branch that is multiplied by a weight of 0 shows nothing of what it would let through.
+        If a branch is multiplied by a weight of 0, a comparison cannot find an error in it.
         """
         tensors = [*self.module.parameters(), *self.module.buffers()]
         versions = [0 if each.is_inference() else each._version for each in tensors]
@@ -342,10 +342,10 @@ class Session:
         compared: Iterable[ComparedSource],
         modules: Iterable[tuple[str, nn.Module]],
     ) -> GuardSet:
-        """Return guards of what was read in Python, and of the settings of modules, by path."""
+        """Return guards of values that were read in Python, and of the settings of modules."""
         named = list(modules)
         if not self._written_settings.contains(named):
-            self.target.guard.check_epoch()  # nobody has noted what was set since the last one
+            self.target.guard.check_epoch()  # earlier writes were not recorded
         settings = self._written_settings.frozen(named)
         guards = GuardSet(sources, self.target.guard.modules, compared, settings)
         self._written_settings.add((type(each).__name__, each) for each in guards.hidden_modules)

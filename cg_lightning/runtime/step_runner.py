@@ -109,7 +109,7 @@ class StepRunner:
         self._times = session.stats.timeline.rows
         self._padded = padded
         self._compares_index = False
-        """Whether a watched step has compared ``batch_idx``, so that guards look at it."""
+        """Whether a watched step has compared ``batch_idx``, so that guards compare it."""
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one step, and return its output. See :meth:`run_with_outcome`."""
@@ -264,7 +264,7 @@ class StepRunner:
         elif plan.action is Action.TRIAL:
             outcome = self._run_in_trial(plan, args, kwargs)
         else:
-            # without a key, submodules look at nothing
+            # without a key, submodules do not describe their calls
             seen = descriptor if variant is None or variant.modes else None
             outcome = self._run_eagerly(seen, args, kwargs, plan.reason)
         seconds, how = perf_counter() - began, _how(plan.action, outcome)
@@ -295,7 +295,7 @@ class StepRunner:
         if (
             session.examples is not None
             and (watched.may_be_full_next_time or not session.full_reason(plan.state, watched))
-            and not watched.late  # nobody can put back what these metrics hold in Python
+            and not watched.late  # the state of these metrics in Python cannot be restored
             and session.target.guard.check()  # or else the step has changed the module
         ):
             ahead = CaptureAhead(session, self._stage, self._name, self._invoke)
@@ -326,7 +326,7 @@ class StepRunner:
         return StepTimes(self._session.backend.stopwatch, began)
 
     def _timed(self, plan: Plan, times: StepTimes, is_eager: bool) -> None:
-        """Hand the time of a step that has just run to its trial."""
+        """Add the time of a step that has just run to its trial."""
         times.stop()
         assert plan.variant is not None and plan.variant.trial is not None  # noqa: PT018
         plan.variant.trial.add(times, is_eager)

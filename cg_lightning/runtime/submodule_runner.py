@@ -58,7 +58,7 @@ class SubmoduleRunner(ModuleHandler):
         """The keys of the calls that watched steps made, by the key of the step."""
         self._interception: Interception | None = None
         self._is_idle = False
-        """Whether no step uses its graphs any more, so that it is not intercepted."""
+        """True if no step uses its graphs any more, so that it is not intercepted."""
 
     @property
     def module(self) -> nn.Module:

@@ -23,9 +23,12 @@ _LIKELY_CAUSE = (
     "instance, or reads memory that has moved"
 )
 _FAR = 0.05
-"""More of the largest value than any rounding, in 16 bits as well."""
+"""A share of the largest value that no rounding exceeds, in 16 bits as well."""
 _MOST_EAGER_RUNS = 8
-"""Runs that show how much eager differs from itself. A replay is outside of all once in nine."""
+"""Number of eager runs that show how much eager differs from itself.
+
+One replay in nine is outside the range of eight runs.
+"""
 
 
 class Replayed(Protocol):
@@ -53,7 +56,7 @@ def _leaves(output: Any, values: list[tuple[str, Any]]) -> list[Any]:
 
 
 def _values(state: StepState, comparison: Comparison | None) -> list[tuple[str, Any]]:
-    """Return names and values of everything that the latest run has changed or handed out."""
+    """Return names and values of everything that the latest run has changed or returned."""
     late = [] if comparison is None else comparison.late_arguments()
     return [*state.values(), *late]
 
@@ -101,7 +104,7 @@ class Verifier:
     If both are equal, output and state are those of the replay, otherwise those of eager. If they
     differ by a rounding, eager runs again, up to eight times. If eager runs differ from each other
     (atomic additions, for example), the replay may differ by as much. More than a rounding is never
-    excused: a counter that nobody sees makes eager runs differ as well.
+    excused: an unseen counter in the step makes eager runs differ as well.
 
     Args:
         backend: Captures and replays.
