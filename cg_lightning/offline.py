@@ -22,6 +22,7 @@ from cg_lightning.core.forward_context import (
     override_forward_context,
 )
 from cg_lightning.core.modes import CUDAGraphMode
+from cg_lightning.core.settings import BackendName, EvaluatingStageName
 from cg_lightning.core.stages import EVALUATING, STEP_METHODS
 from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.report import Diagnosis
@@ -106,7 +107,11 @@ def _random_state_kept(backend: GraphBackend) -> Iterator[None]:
 
 
 def diagnose(
-    module: nn.Module, batch: Any, *, stage: str = "predict", backend: str = "auto"
+    module: nn.Module,
+    batch: Any,
+    *,
+    stage: EvaluatingStageName = "predict",
+    backend: BackendName = "auto",
 ) -> Diagnosis:
     """Run a copy of ``module`` on ``batch``, and return what prevents graphs.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Generic, Self
@@ -13,8 +13,15 @@ from torch import nn
 from typing_extensions import ParamSpec, TypeVar
 
 from cg_lightning.backends import resolve_backend
+from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason, Status
-from cg_lightning.core.settings import Settings
+from cg_lightning.core.settings import (
+    BackendName,
+    CUDAGraphOptions,
+    ModeName,
+    Settings,
+    Tolerance,
+)
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.summary import Summary, render_summary
@@ -24,11 +31,6 @@ from cg_lightning.runtime.step_runner import StepRunner
 from cg_lightning.runtime.targets import check_targets
 
 _STAGE = "call"
-_NOT_HERE = (
-    *("stages", "report", "log_stats", "capture_ahead", "overlap_copies"),
-    *("capture_sizes", "pad_dims"),
-)
-"""Options of the callback that are not there without a Trainer."""
 _NO_CUDA = Reason(Status.INERT, "no CUDA device: backend='auto' runs eagerly")
 
 
@@ -144,7 +146,24 @@ class Graphed(Generic[_Given, _Returned]):
 
 
 def graphed(
-    function: Callable[_Given, _Returned], *, module: nn.Module | None = None, **options: Any
+    function: Callable[_Given, _Returned],
+    *,
+    module: nn.Module | None = None,
+    mode: CUDAGraphMode | ModeName = "FULL_AND_PIECEWISE",
+    targets: Sequence[str] | None = None,
+    warmup_steps: int = 3,
+    verify_replays: int = 2,
+    verify_every: int = 0,
+    verify_tolerance: Tolerance = "exact",
+    sync_free_metrics: bool = True,
+    compile: bool | Mapping[str, Any] = False,
+    copy_outputs: bool = True,
+    min_saving: float = 0.03,
+    max_graphs: int = 64,
+    max_graph_bytes: int | None = None,
+    strict: bool = False,
+    backend: BackendName = "auto",
+    options: CUDAGraphOptions | None = None,
 ) -> Graphed[_Given, _Returned]:
     """Run calls of a module or function from graphs, in a plain loop or with Lightning Fabric.
 
@@ -158,16 +177,28 @@ def graphed(
             arguments, including nested ones, are inputs of the graph. Other arguments are part of
             its key.
         module: The module whose parameters and submodules a plain function uses.
-        **options: The arguments of :class:`~cg_lightning.CUDAGraphCallback`, except ``stages``,
-            ``report``, ``log_stats``, ``capture_ahead``, ``overlap_copies``, ``capture_sizes`` and
-            ``pad_dims``.
+        mode: This and all below are those of :class:`~cg_lightning.CUDAGraphCallback`. FULL: each
+            call is one graph. PIECEWISE: the submodules that it calls.
+        targets: Submodules for PIECEWISE: patterns for their names. None: the largest that can be.
+        warmup_steps: Number of eager calls of a key before its capture.
+        verify_replays: Number of first replays of each graph to compare with eager.
+        verify_every: After that, compare every n-th replay (0 = never).
+        verify_tolerance: ``exact`` or ``close``.
+        sync_free_metrics: Replace functions of torchmetrics that wait for the device.
+        compile: Run the networks under ``torch.compile``; or its arguments as a dictionary.
+        copy_outputs: Copy outputs out of graph memory. False: valid until the next replay.
+        min_saving: The share of a call's time that a graph must save, or else it is dropped.
+        max_graphs: Maximum number of graphs. The least recently used graph is dropped first.
+        max_graph_bytes: Maximum memory of all graphs, in bytes. None: any.
+        strict: Raise if a call runs in a lower mode than asked after its warm-up.
+        backend: ``cuda``, ``recorder`` or ``auto`` (``cuda`` if the module is on CUDA).
+        options: How graphs are captured.
 
     Returns:
         A callable that is also a context manager. At its end nothing is left on the module.
 
     Raises:
-        ValueError: A plain function is given without ``module``, or an option is unknown or out of
-            its range.
+        ValueError: A plain function is given without ``module``, or an option is out of its range.
 
     Example::
 
@@ -179,12 +210,6 @@ def graphed(
         >>> run.stats.steps
         {'NONE': 3, 'PIECEWISE': 0, 'FULL': 5}
     """
-    known = set(Settings.__dataclass_fields__) - set(_NOT_HERE)
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise ValueError(
-            f"graphed has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}."
-        )
     if module is None:
         owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
         if not isinstance(owner, nn.Module):
@@ -193,4 +218,21 @@ def graphed(
                 "no method of a module; expected module=..., the module that it uses."
             )
         module = owner
-    return Graphed(function, module, Settings(**options))
+    settings = Settings(
+        mode=mode,
+        targets=targets,
+        warmup_steps=warmup_steps,
+        verify_replays=verify_replays,
+        verify_every=verify_every,
+        verify_tolerance=verify_tolerance,
+        sync_free_metrics=sync_free_metrics,
+        compile=compile,
+        copy_outputs=copy_outputs,
+        min_saving=min_saving,
+        max_graphs=max_graphs,
+        max_graph_bytes=max_graph_bytes,
+        strict=strict,
+        backend=backend,
+        options=options,
+    )
+    return Graphed(function, module, settings)

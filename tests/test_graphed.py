@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,14 @@ def test_functions_without_a_module(arguments, parts):
 
 
 def test_options_are_those_of_the_callback():
-    with pytest.raises(ValueError, match=r"no option 'stages'; its options are backend"):
+    parameters = inspect.signature(cg_lightning.graphed).parameters
+    of_callback = inspect.signature(cg_lightning.CUDAGraphCallback).parameters
+    options = list(parameters)[2:]  # after the function and its module
+    assert options == [name for name in of_callback if name in options]
+    for name in options:
+        for field in ("kind", "default", "annotation"):
+            assert getattr(parameters[name], field) == getattr(of_callback[name], field), name
+    with pytest.raises(TypeError, match="unexpected keyword argument 'stages'"):
         graphed(Body(), stages=["test"])
     with pytest.raises(ValueError, match="max_graphs=0"):
         graphed(Body(), max_graphs=0)

@@ -91,13 +91,17 @@ def test_every_argument_of_the_callback_with_its_default():
 
 
 def test_the_options_that_graphed_does_not_take():
-    from cg_lightning.plain_loop import _NOT_HERE, graphed
+    import inspect
+
+    from cg_lightning import CUDAGraphCallback, graphed
 
     page = (ROOT / "docs" / "without-a-trainer.md").read_text()
     listed = page.split("that only a Trainer has (")[1].split(")")[0]
-    assert set(re.findall(r"`(\w+)`", listed)) == set(_NOT_HERE)
-    described = graphed.__doc__.split("except ``stages``")[1].split("Returns:")[0]
-    assert {"stages", *re.findall(r"``(\w+)``", described)} == set(_NOT_HERE)
+    options = inspect.signature(CUDAGraphCallback).parameters
+    taken = inspect.signature(graphed).parameters
+    assert set(re.findall(r"`(\w+)`", listed)) == set(options) - set(taken)
+    described = re.findall(r"^        (\w+): ", graphed.__doc__.split("Args:")[1], re.MULTILINE)
+    assert described[: len(taken)] == list(taken)
 
 
 def _without_figures(text: str) -> str:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from cg_lightning.app.jobs import JobResult
 from cg_lightning.app.run import build, why_skipped
+from cg_lightning.core.settings import EvaluatingStageName
 from cg_lightning.core.stages import STEP_METHODS
 from cg_lightning.diagnosis.report import Diagnosis
 from cg_lightning.offline import diagnose
@@ -27,7 +28,7 @@ _LIMITS = {
 class _FirstBatch(Callback):
     """Diagnoses the step on the first batch, just before the Trainer runs it."""
 
-    def __init__(self, stage: str) -> None:
+    def __init__(self, stage: EvaluatingStageName) -> None:
         self._stage = stage
         self.found: Diagnosis | None = None
 
@@ -92,7 +93,7 @@ def diagnose_step(config: DictConfig) -> JobResult:
     Args:
         config: A config of the schema :class:`~cg_lightning.app.config.AppConfig`.
     """
-    stage: str = config.stage.value
+    stage: EvaluatingStageName = config.stage.value
     look = _FirstBatch(stage)
     model, data = build(config)
     why = "" if stage == "validate" else why_skipped(stage, model, data)

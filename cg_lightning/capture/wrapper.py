@@ -6,9 +6,10 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic
 
 from torch import Tensor
+from typing_extensions import ParamSpec, TypeVar
 
 from cg_lightning.backends import CapturedGraph, GraphBackend, check_backend, resolve_backend
 from cg_lightning.capture.graph import capture_graph, logger, weak_ref_tensors
@@ -18,6 +19,9 @@ from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.settings import CUDAGraphOptions
 from cg_lightning.core.tree import flatten, leaf_paths, tensors_in
+
+_Given = ParamSpec("_Given", default=...)
+_Returned = TypeVar("_Returned", default=Any)
 
 
 @dataclasses.dataclass
@@ -60,7 +64,7 @@ def _input_addresses(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]
     return [tensor.data_ptr() for tensor in tensors_in((args, kwargs))]
 
 
-class CUDAGraphWrapper:
+class CUDAGraphWrapper(Generic[_Given, _Returned]):
     """Captures a callable and replays it (vLLM: ``vllm/compilation/cuda_graph.py``).
 
     1. A wrapper is made for one runtime mode, PIECEWISE or FULL.
@@ -122,7 +126,7 @@ class CUDAGraphWrapper:
 
     def __init__(
         self,
-        runnable: Callable[..., Any],
+        runnable: Callable[_Given, _Returned],
         runtime_mode: CUDAGraphMode,
         options: CUDAGraphOptions | None = None,
         *,
@@ -154,11 +158,11 @@ class CUDAGraphWrapper:
             (self.runnable, self.runtime_mode, self.options),
         )  # graphs stay: a copy runs its own weights
 
-    def unwrap(self) -> Callable[..., Any]:
+    def unwrap(self) -> Callable[_Given, _Returned]:
         """Return the runnable."""
         return self.runnable
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: _Given.args, **kwargs: _Given.kwargs) -> _Returned:
         """Call, capture or replay the runnable, as the forward context says.
 
         Raises:
@@ -185,7 +189,7 @@ class CUDAGraphWrapper:
         elif self._checks_addresses():
             self._check_addresses(entry, args, kwargs)
         entry.cudagraph.replay()
-        return entry.output
+        return entry.output  # type: ignore[no-any-return]
 
     def _capture(
         self,

@@ -16,6 +16,7 @@ from cg_lightning.core.stages import EVALUATING, STEP_METHODS
 
 ModeName = Literal["NONE", "PIECEWISE", "FULL", "FULL_AND_PIECEWISE"]
 StageName = Literal["validate", "test", "predict", "train"]
+EvaluatingStageName = Literal["validate", "test", "predict"]
 BackendName = Literal["auto", "cuda", "recorder"]
 CaptureErrorMode = Literal["global", "thread_local", "relaxed"]
 Tolerance = Literal["exact", "close"]
