@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
 from tests.harness import features, predict
@@ -62,18 +61,18 @@ def test_the_pytorch_profiler_shows_what_we_do(harness, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events")
-def test_the_schedule_of_the_page_shows_replays_too(harness, tmp_path):
+@pytest.mark.parametrize("stage", ["predict", "validate"])
+def test_the_profiler_of_the_page_shows_all_ranges(harness, stage, tmp_path):
     page = (Path(__file__).parent.parent / "docs" / "diagnosis.md").read_text()
-    (code,) = [each for each in page.split("```python\n")[1:] if "profiler.schedule(" in each]
-    lines = code.split("```")[0].splitlines()[:2]
-    known: dict[str, Any] = {"torch": torch, "PyTorchProfiler": PyTorchProfiler}
-    exec("\n".join(lines), known)
+    (line,) = [each for each in page.splitlines() if each.startswith("profiler = PyTorchProfiler")]
+    known: dict[str, Any] = {"PyTorchProfiler": PyTorchProfiler}
+    exec(line, known)
     # for Lightning, dirpath says where the traces go
     known["profiler"].dirpath = tmp_path
     trainer = harness.trainer(harness.callback(), profiler=known["profiler"])
-    trainer.predict(Predictor(Body()), features(60))
+    getattr(trainer, stage)(Predictor(Body()), features(60))
     names = {event.key for event in known["profiler"].function_events.key_averages()}
-    for name in ("capture", "verify", "replay"):
+    for name in ("watch", "capture", "verify", "replay"):
         assert any(f"cuda_graph/{name}" in each for each in names), names
 
 
