@@ -157,6 +157,24 @@ def test_the_chart_of_the_readme(tmp_path, capsys):
     assert charts.draw_before_after(read_lines(records), tmp_path / "none", stage="test") == []
 
 
+def test_no_text_of_the_chart_stands_on_the_line_of_the_limit(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    drawn = []
+    monkeypatch.setattr(charts, "_save", lambda figure, path: drawn.append(figure) or [])
+    records = Path(__file__).parent.parent / "notebooks" / "benchmark_h200.jsonl"
+    charts.draw_all(read_lines(records), tmp_path / "all")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    assert len(figure.axes) == 10
+    for panel in figure.axes:
+        (line,) = panel.lines
+        x = panel.transData.transform((line.get_xdata()[0], 0))[0]
+        boxes = [text.get_window_extent() for text in panel.texts]
+        assert len(boxes) == 4
+        assert not [box for box in boxes if box.x0 <= x <= box.x1]
+        assert max(box.x1 for box in boxes) <= panel.get_window_extent().x1
+
+
 MEASURED = [
     {"case": "mlp", "stage": "validate", "contestant": name, **record}
     for name, record in {

@@ -12,14 +12,15 @@ from cg_lightning.core.stages import TRAIN
 TITLES = {
     "eager": "eager",
     "compile": "torch.compile",
-    "reduce_overhead": "reduce-overhead",
-    "make_graphed_callables": "make_graphed_callables",
+    "reduce_overhead": "torch.compile,\nreduce-overhead",
+    "make_graphed_callables": "torch.cuda.make_\ngraphed_callables",
     "piecewise": "callback, PIECEWISE",
     "full": "callback, FULL",
     OURS: "callback",
     "compiled_full": "callback, net compiled",
 }
 """What charts call a contestant."""
+_LIMIT = "GPU time, or Lightning's empty loop"
 _LIGHT, _DARK = "#c8ccd2", "#1f4e85"  # far apart in grey as well
 
 
@@ -64,18 +65,23 @@ def draw_all(records: list[Record], path: Path) -> list[Path]:
     figure, grid = pyplot.subplots(
         len(stages),
         len(names),
-        figsize=(2.2 + 2.3 * len(names), (0.9 + 0.3 * len(shown)) * len(stages)),
+        figsize=(2.4 + 2.1 * len(names), 0.9 + (0.5 + 0.42 * len(shown)) * len(stages)),
         layout="constrained",
         sharey=True,
         squeeze=False,
     )
     for stage, row in zip(stages, grid, strict=True):
-        row[0].set_ylabel(_method(stage))
+        row[0].set_ylabel(_method(stage), fontweight="bold", labelpad=12)
         for name, axes in zip(names, row, strict=True):
             _draw_panel(axes, cases.get((stage, name), {}), shown)
-            axes.set_title(CASES[name].title if name in CASES else name, fontsize="medium")
+    for name, axes in zip(names, grid[0], strict=True):
+        axes.set_title(CASES[name].title if name in CASES else name, fontsize="medium")
     grid[0, 0].invert_yaxis()  # the axis is shared
-    figure.suptitle("Microseconds a batch; the line is the limit", ha="left", x=0.01)
+    figure.suptitle(
+        "Microseconds a batch: shorter is faster", x=0.01, ha="left", fontsize=15, fontweight="bold"
+    )
+    if any(limit(case) is not None for case in cases.values()):
+        figure.supxlabel(f"black line: the limit ({_LIMIT})", x=0.99, ha="right", fontsize=10)
     return _save(figure, path)
 
 
@@ -84,11 +90,20 @@ def _draw_panel(axes: Any, case: dict[str, Record], shown: list[str]) -> None:
     times = [case.get(name, {}).get("microseconds", 0.0) for name in shown]
     colors = [_DARK if name == OURS else _LIGHT for name in shown]
     bars = axes.barh([TITLES.get(name, name) for name in shown], times, color=colors)
-    axes.bar_label(bars, [f"{time:,.0f}" if time else "" for time in times], padding=3)
     least = limit(case)
+    longest = max([*times, least or 0.0, 1.0])
     if least is not None:
-        axes.axvline(least, color="black", lw=1)
-    axes.set_xlim(0, max([*times, 1.0]) * 1.3)
+        axes.axvline(least, color="black", lw=1.5)
+    for name, bar, time in zip(shown, bars, times, strict=True):
+        if time:
+            weight = "bold" if name == OURS else "normal"
+            middle = bar.get_y() + bar.get_height() / 2
+            # a text over the line could not be read
+            axes.text(
+                max(time, least or 0.0) + longest * 0.03, middle, f"{time:,.0f}",
+                va="center", fontweight=weight,
+            )  # fmt: skip
+    axes.set_xlim(0, longest * 1.3)
     axes.xaxis.set_visible(False)
     axes.tick_params(left=False)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
@@ -162,7 +177,7 @@ def draw_before_after(
     figure.supxlabel(where, x=0.99, ha="right", fontsize=8.5, color="#505050")
     legend = {"eager, as Lightning runs it": without, "with the callback": graphed}
     if any(limit(case) is not None for _, case in cases):
-        legend["limit: GPU time, or Lightning's empty loop"] = Line2D(
+        legend[f"limit: {_LIMIT}"] = Line2D(
             [], [], color="black", lw=1.8, marker="|", markersize=14, ls="none", markeredgewidth=1.8
         )
     # the longest bars are above, so this corner is free
