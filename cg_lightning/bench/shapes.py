@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
@@ -58,8 +58,43 @@ class Result(NamedTuple):
 
     seconds: float
     """For the whole run: warm-ups, captures and checks included, compilation not."""
+    steady: float
+    """For one batch of the last quarter."""
+    batches: int
     values: list[Tensor]
     """Predictions or metrics."""
+
+    @property
+    def setup(self) -> float:
+        """What the run took longer than if all batches were like those of the last quarter."""
+        return self.seconds - self.batches * self.steady
+
+
+class _LastQuarter(Callback):
+    """Takes the time from the begin of a stage's last quarter on.
+
+    Args:
+        first: The number of the first batch of the quarter.
+        synchronize: Waits for the device.
+    """
+
+    def __init__(self, first: int, synchronize: Callable[[], None]) -> None:
+        self._first = first
+        self._synchronize = synchronize
+        self.began = 0.0
+
+    def _begin(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
+        if index == self._first:
+            self._synchronize()
+            self.began = perf_counter()
+
+    def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        """See ``Callback``."""
+        self._begin(*args[:4])
+
+    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        """See ``Callback``."""
+        self._begin(*args[:4])
 
 
 def texts(number: int, device: torch.device) -> list[dict[str, Tensor]]:
@@ -97,10 +132,11 @@ def run(
         callback: The callback; None: eager, or compiled.
         synchronize: Waits for the device.
     """
+    clock = _LastQuarter(3 * len(batches) // 4, synchronize)
     trainer = Trainer(
         accelerator=model.device.type if model.device.type == "cpu" else "gpu",
         devices=1,
-        callbacks=[] if callback is None else [callback],
+        callbacks=[clock] if callback is None else [clock, callback],
         logger=False,
         enable_progress_bar=False,
         enable_checkpointing=False,
@@ -116,7 +152,9 @@ def run(
         (metrics,) = trainer.validate(model, loader, verbose=False)
         values = [torch.tensor(value) for value in metrics.values()]
     synchronize()
-    return Result(perf_counter() - began, values)
+    ended = perf_counter()
+    steady = (ended - clock.began) / (len(batches) - 3 * len(batches) // 4)
+    return Result(ended - began, steady, len(batches), values)
 
 
 def settings_for(batches: list[dict[str, Tensor]]) -> dict[str, Any]:
@@ -190,7 +228,16 @@ def main() -> None:
             )
             print(
                 f"{stage:9} {name:17} {1e6 * result.seconds / given.batches:8.0f} us a batch, "
-                f"{eager.seconds / result.seconds:.2f} x eager, differs by {difference:.1e}"
+                f"{eager.seconds / result.seconds:.2f} x eager; last quarter "
+                f"{1e6 * result.steady:.0f} us a batch, {eager.steady / result.steady:.2f} x; "
+                f"set-up {result.setup:.2f} s; differs by {difference:.1e}"
+            )
+        ours, compiled_run = contestants["padded graphs"], contestants.get("compile(dynamic)")
+        if compiled_run is not None:
+            print(
+                f"{stage:9} padded graphs against compile(dynamic): "
+                f"{compiled_run.seconds / ours.seconds:.2f} x, last quarter "
+                f"{compiled_run.steady / ours.steady:.2f} x"
             )
         padded = callback.stats.padding
         elements = sum(record.elements for record in padded)
