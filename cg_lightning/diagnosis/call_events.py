@@ -51,11 +51,16 @@ class CallEvents(Protocol):
 
 def call_events(listener: CallListener) -> CallEvents:
     """Return what tells ``listener`` of calls in this version of Python."""
-    if sys.version_info >= (3, 12):
-        used = (sys.monitoring.get_tool(tool) is not None for tool in _TOOLS)
-        if not all(used):
-            return _Monitoring(listener)
+    if sys.version_info >= (3, 12) and free_tool() is not None:
+        return _Monitoring(listener)
     return _Profiler(listener)
+
+
+def free_tool() -> int | None:
+    """Return a number that a tool of ``sys.monitoring`` may have; None if there is none."""
+    if sys.version_info >= (3, 12):
+        return next((tool for tool in _TOOLS if sys.monitoring.get_tool(tool) is None), None)
+    return None
 
 
 class _Profiler:
@@ -136,7 +141,8 @@ if sys.version_info >= (3, 12):
         @contextlib.contextmanager
         def telling(self) -> Iterator[str]:
             """See :class:`CallEvents`."""
-            tool = next(tool for tool in _TOOLS if _MONITORING.get_tool(tool) is None)
+            tool = free_tool()
+            assert tool is not None, "it was asked for when this was made"
             _MONITORING.use_tool_id(tool, "cg_lightning")
             try:
                 on_start = functools.partial(self._on_start, tool)

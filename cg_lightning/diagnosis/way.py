@@ -3,12 +3,14 @@
 Two steps that went the same way have read the same names, called the same functions and done the
 same in Python. Only values may differ: numbers, and what tensors hold. So what a watched step has
 shown is true of each step that goes its way, whatever the shape of its batch. To trace a step takes
-half an eager step; to watch it takes twenty.
+some eager steps; to watch it takes dozens.
 
 What is hard here:
 
-- A thread has one place for a tracer. If a debugger or a tool for coverage is there, there is no
-  way.
+- From Python 3.12 on, ``sys.monitoring`` tells of calls, branches and exceptions. All instructions
+  follow from these, and to be told of them takes a third of the time.
+- Before, a thread has one place for a tracer. If a debugger or a tool for coverage traces, there is
+  no way, in any version: their code may run anywhere.
 - Two modules of one class run the same code, so a call of a module tells the module as well.
 - Nobody sees which branch compiled code takes, nor which attribute ``getattr`` reads if its name
   is computed. A step with such code has no way.
@@ -21,6 +23,7 @@ import functools
 import gc
 import hashlib
 import sys
+import threading
 from array import array
 from collections.abc import Callable
 from types import CodeType, FrameType, FunctionType
@@ -28,6 +31,7 @@ from typing import Any
 
 from torch import nn
 
+from cg_lightning.diagnosis.call_events import free_tool
 from cg_lightning.diagnosis.findings import is_our_file
 from cg_lightning.modules.kinds import is_user_file
 
@@ -55,20 +59,19 @@ class WayRecorder:
         """Call a function. Return its output, and its way; None if nobody can tell."""
         if sys.gettrace() is not None:
             return function(*args, **kwargs), None
-        known = len(self._codes)
-        trace = _Trace(self._codes)
+        known, tool = len(self._codes), free_tool()
         collects = gc.isenabled()
         gc.disable()  # it would call finalizers anywhere
-        sys._getframe().f_trace_opcodes = True  # or else Python 3.12 tells no instructions
-        sys.settrace(trace.on_call)
         try:
-            output = function(*args, **kwargs)
+            if sys.version_info >= (3, 12) and tool is not None:
+                monitored = _MonitoredTrace(self._codes)
+                return monitored.run(tool, function, *args, **kwargs), monitored.way()
+            trace = _Trace(self._codes)
+            output = trace.run(function, *args, **kwargs)
         finally:
-            if is_whole := sys.gettrace() == trace.on_call:
-                sys.settrace(None)
             if collects:
                 gc.enable()
-        is_whole = is_whole and (len(self._codes) == known or _tells_first_calls())
+        is_whole = len(self._codes) == known or _tells_first_calls()
         return output, trace.way() if is_whole else None
 
 
@@ -94,8 +97,15 @@ def _kind_of(code: CodeType) -> int:
     return _UNSEEN if computes_names or _COMPILER in file else _TRACED
 
 
+def _known_kind(codes: dict[int, tuple[CodeType, int]], code: CodeType) -> int:
+    known = codes.get(id(code))
+    if known is None:
+        known = codes[id(code)] = (code, _kind_of(code))
+    return known[1]
+
+
 class _Trace:
-    """One traced run.
+    """One run under ``sys.settrace``.
 
     Args:
         codes: The code that was seen so far, and its kind, by id.
@@ -121,10 +131,7 @@ class _Trace:
     def on_call(self, frame: FrameType, event: str, arg: Any) -> Callable[..., Any] | None:
         """Is called for each call of a function."""
         code = frame.f_code
-        known = self._codes.get(id(code))
-        if known is None:
-            known = self._codes[id(code)] = (code, _kind_of(code))
-        kind = known[1]
+        kind = _known_kind(self._codes, code)
         if kind == _OURS:
             return None
         self.ran.append(id(code))
@@ -135,3 +142,94 @@ class _Trace:
         frame.f_trace_lines = False
         frame.f_trace_opcodes = True
         return self._on_instruction
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function. Return its output."""
+        sys._getframe().f_trace_opcodes = True  # or else Python 3.12 tells no instructions
+        sys.settrace(self.on_call)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._is_seen &= sys.gettrace() == self.on_call
+            if sys.gettrace() == self.on_call:
+                sys.settrace(None)
+
+
+if sys.version_info >= (3, 12):
+    _MONITORING = sys.monitoring
+    _EVENTS = _MONITORING.events
+    _BITS = 31
+    """Of a place in code."""
+
+    class _MonitoredTrace:
+        """One run under ``sys.monitoring``.
+
+        What it calls is monitored itself, which makes all that it does slow. So it only stores
+        events: those of other threads and of our own code are left out at the end.
+
+        Args:
+            codes: The code that was seen so far, and its kind, by id.
+        """
+
+        def __init__(self, codes: dict[int, tuple[CodeType, int]]) -> None:
+            self._codes = codes
+            self._events: list[tuple[int, CodeType, int]] = []
+            """The thread, the code, and what happened there."""
+
+        def run(self, tool: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            """Call a function. Return its output."""
+            callbacks = self._callbacks()
+            _MONITORING.use_tool_id(tool, "cg_lightning")
+            try:
+                for event, callback in callbacks.items():
+                    _MONITORING.register_callback(tool, event, callback)
+                _MONITORING.restart_events()  # what a watched step has turned off
+                _MONITORING.set_events(tool, functools.reduce(int.__or__, callbacks))
+                return function(*args, **kwargs)
+            finally:
+                _MONITORING.set_events(tool, 0)
+                for event in callbacks:
+                    _MONITORING.register_callback(tool, event, None)
+                _MONITORING.free_tool_id(tool)
+
+        def way(self) -> Way | None:
+            """Return the way of the run; None if it is not known."""
+            thread, kinds, ran = threading.get_ident(), dict[int, int](), array("q")
+            append = ran.append
+            for its_thread, code, place in self._events:
+                key = id(code)
+                if its_thread != thread:
+                    continue
+                if key not in kinds:
+                    kinds[key] = _known_kind(self._codes, code)
+                if kinds[key] != _OURS:
+                    append(key)
+                    append(place)
+            return None if _UNSEEN in kinds.values() else hashlib.sha256(ran.tobytes()).digest()
+
+        def _callbacks(self) -> dict[int, Callable[..., Any]]:
+            """Return what ``sys.monitoring`` calls, by event."""
+            note, thread = self._events.append, threading.get_ident
+
+            def on_start(code: CodeType, offset: int) -> None:
+                note((thread(), code, offset << _BITS))
+                if code is _CALL_OF_MODULE:
+                    note((thread(), code, id(sys._getframe(1).f_locals["self"])))
+
+            def on_branch(code: CodeType, offset: int, destination: int) -> None:
+                note((thread(), code, offset << _BITS | destination))
+
+            def on_throw(code: CodeType, offset: int, error: BaseException) -> None:
+                note((thread(), code, ~(offset << _BITS)))
+
+            def on_exception(event: int, code: CodeType, offset: int, error: BaseException) -> None:
+                note((thread(), code, ~(offset << _BITS | event)))
+
+            exceptions = (_EVENTS.RAISE, _EVENTS.EXCEPTION_HANDLED, _EVENTS.PY_UNWIND)
+            return {
+                _EVENTS.PY_START: on_start,
+                _EVENTS.PY_RESUME: on_start,
+                _EVENTS.PY_THROW: on_throw,
+                _EVENTS.BRANCH: on_branch,
+                **{event: functools.partial(on_exception, event) for event in exceptions},
+            }
