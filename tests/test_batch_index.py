@@ -90,6 +90,13 @@ class Base(Predictor):
         self.other = Other()
         self.register_buffer("two", torch.tensor(2))
         self.scale = 1.0
+        self.limit = 5
+        self.hparams["rate"] = 4
+
+    def leaves_early(self, x, batch_idx):
+        if batch_idx > 0:
+            return x
+        return x * float(str(batch_idx + 3))
 
     def scale_by(self, x, batch_idx):
         return x * 3 if batch_idx % self.every == 1 else x
@@ -333,6 +340,133 @@ USES = [
     *(in_a_lambda, to_a_method_that_uses, to_a_function_that_uses, to_another_self, in_a_match),
     *(to_torch, many),
 ]
+
+
+def in_a_rare_branch(self, batch, batch_idx):
+    x = self.net(batch[0])
+    if batch_idx % 5 == 0:
+        x = x * len(f"number {batch_idx}")
+    return x
+
+
+def of_an_attribute_in_a_rare_branch(self, batch, batch_idx):
+    x = self.net(batch[0])
+    if self.first and batch_idx % self.every == 0 and batch_idx < 100:
+        return x * int(batch_idx)
+    return x
+
+
+def of_a_hyperparameter(self, batch, batch_idx):
+    x = self.net(batch[0])
+    return x + float(str(batch_idx)) if not batch_idx % self.hparams.rate else x
+
+
+def in_the_other_branch(self, batch, batch_idx):
+    x = self.net(batch[0])
+    if batch_idx > 3:
+        return x
+    else:  # noqa: RET505
+        return x * float(str(batch_idx))
+
+
+def after_a_return(self, batch, batch_idx):
+    x = self.net(batch[0])
+    if batch_idx not in (0, 1) and batch_idx in (0, 7):
+        return x * 2
+    if batch_idx >= 2:
+        return x
+    return x * [3, 4][batch_idx]
+
+
+def in_a_method_after_a_return(self, batch, batch_idx):
+    return self.leaves_early(self.net(batch[0]), batch_idx)
+
+
+def handed_on_in_a_rare_branch(self, batch, batch_idx):
+    x = self.net(batch[0])
+    if batch_idx in (1, 6):
+        x = self.uses(x, batch_idx=batch_idx)
+    return x if 0 != batch_idx else helper_that_uses(x, batch_idx)  # noqa: SIM300
+
+
+def by_short_circuit(self, batch, batch_idx):
+    x = self.net(batch[0])
+    return x, 2 <= batch_idx < 4 and x * float(str(batch_idx))
+
+
+def in_a_lambda_of_a_rare_branch(self, batch, batch_idx):
+    x = self.net(batch[0])
+    if batch_idx == 2:
+        return (lambda: x * batch_idx)()
+    return x
+
+
+RARELY = [
+    *(in_a_rare_branch, of_an_attribute_in_a_rare_branch, of_a_hyperparameter),
+    *(in_the_other_branch, after_a_return, in_a_method_after_a_return),
+    *(handed_on_in_a_rare_branch, by_short_circuit, in_a_lambda_of_a_rare_branch),
+]
+
+
+def sets_what_it_compares_with(self, batch, batch_idx):
+    self.limit = 1  # 5 outside of the step
+    x = self.net(batch[0])
+    if batch_idx % self.limit == 0:
+        x = x * float(str(batch_idx))
+    self.limit = 5
+    return x
+
+
+def sets_the_name(self, batch, batch_idx):
+    x = self.net(batch[0])
+    kept, batch_idx = batch_idx, 0
+    if batch_idx == 0:
+        batch_idx = kept
+        x = x * float(str(batch_idx))
+    return x
+
+
+def by_either(self, batch, batch_idx):
+    x = self.net(batch[0])
+    if batch_idx == 3 or self.every:
+        x = x * float(str(batch_idx))
+    return x
+
+
+def in_the_common_branch(self, batch, batch_idx):
+    x = self.net(batch[0])
+    if batch_idx != 3:
+        x = x * float(str(batch_idx))
+    return x
+
+
+def compares_another_variable_inside(self, batch, batch_idx):
+    def scale(x, batch_idx):
+        if batch_idx == 100:
+            return x
+        return x * float(str(number()))
+
+    def number():
+        return batch_idx
+
+    return scale(self.net(batch[0]), 4)
+
+
+def the_loop_goes_on(self, batch, batch_idx):
+    x = self.net(batch[0])
+    for number in (1, 2):
+        if batch_idx >= number:
+            continue
+        x = x + number
+    return x * float(str(batch_idx))
+
+
+IN_BRANCHES = [
+    *(sets_what_it_compares_with, sets_the_name, by_either, in_the_common_branch),
+    *(compares_another_variable_inside, the_loop_goes_on),
+]
+
+
 MODES = [
     pytest.param("FULL", 2, marks=pytest.mark.exhaustive),
     ("FULL_AND_PIECEWISE", 2),
@@ -357,6 +491,22 @@ def test_steps_that_compare_it_are_graphs(harness, step, mode, verify):
     callback = run(harness, step, mode, verify)
     if mode != "PIECEWISE":
         assert callback.stats.steps["FULL"] >= 4, callback.summary()
+
+
+@pytest.mark.parametrize("step", RARELY, ids=lambda step: step.__name__)
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "FULL"])
+def test_uses_in_a_rare_branch_leave_the_others_graphs(harness, step, mode):
+    """Hazard 7."""
+    callback = run(harness, step, mode, 0)
+    assert callback.stats.steps["FULL"] >= 6, callback.summary()
+
+
+@pytest.mark.parametrize("step", IN_BRANCHES, ids=lambda step: step.__name__)
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "FULL"])
+def test_branches_that_prove_nothing_about_a_use(harness, step, mode):
+    """Hazard 7."""
+    callback = run(harness, step, mode, 0)
+    assert callback.stats.steps["FULL"] <= 1, callback.summary()
 
 
 @pytest.mark.parametrize("step", USES, ids=lambda step: step.__name__)

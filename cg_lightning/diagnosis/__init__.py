@@ -3,6 +3,7 @@
 - ``attribute_events.py``: what a step does to attributes, and what a replay can do again.
 - ``call_events.py``: every call of a function in the watched step, as Python tells of it.
 - ``callers.py``: what the functions that are running do with a call that they have made.
+- ``conditions.py``: under which comparisons of an argument a line runs, read from its source.
 - ``definitions.py``: the source of a function as a tree, if it is the source of the code that runs.
 - ``detector.py``: what all detectors have in common.
 - ``findings.py``: findings, and where in the user's code something happened.

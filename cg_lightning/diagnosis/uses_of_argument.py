@@ -6,6 +6,10 @@ has it at the left of an operator or of a comparison: ``batch_idx % self.every =
 ``if batch_idx``. ``cg_lightning/guards/comparisons.py`` says what that is good for. Everything else
 uses the value: ``isinstance``, ``int(batch_idx)``, an f-string, an index, an argument of a function
 nobody can read.
+
+A use in a branch does nothing in steps that do not take it: ``if batch_idx % 50 == 0: print(f"batch
+{batch_idx}")``. So each use has the conditions under which its line may run
+(``conditions.py``).
 """
 
 from __future__ import annotations
@@ -22,33 +26,34 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.diagnosis.conditions import (
+    ARITHMETIC,
+    COMPARISONS,
+    MIRRORED,
+    OTHER_FRAMES,
+    Condition,
+    ConditionsOf,
+    constant,
+)
 from cg_lightning.diagnosis.definitions import Definition, definition_of, parents_in
 from cg_lightning.diagnosis.findings import UNKNOWN
 from cg_lightning.guards.comparisons import Comparison
 
 _MOST_CALLS = 5
 """How deep an argument is followed into the functions to which it is passed on."""
-_ARITHMETIC: dict[type[ast.operator], str] = {
-    ast.Add: "+",
-    ast.Sub: "-",
-    ast.Mult: "*",
-    ast.FloorDiv: "//",
-    ast.Mod: "%",
-}
-_COMPARISONS: dict[type[ast.cmpop], str] = {
-    ast.Eq: "==",
-    ast.NotEq: "!=",
-    ast.Lt: "<",
-    ast.LtE: "<=",
-    ast.Gt: ">",
-    ast.GtE: ">=",
-}
-_MIRRORED = {"==": "==", "!=": "!=", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
-_OTHER_FRAMES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.GeneratorExp, ast.ClassDef)
-"""What runs later, or in another namespace."""
+_MOST_USES = 16
+"""How many uses in branches are distinguished."""
 _READ_ALL = ("locals", "eval", "exec")
 _READ_FRAMES = ("_getframe", "currentframe")
 _READ_ALL_WITHOUT_ARGUMENTS = ("vars", "dir")
+
+
+class ArgumentUse(NamedTuple):
+    """A line that uses an argument for more than comparisons."""
+
+    line: str
+    conditions: tuple[Condition, ...] = ()
+    """All of them hold if the line runs."""
 
 
 class _Callee(NamedTuple):
@@ -183,18 +188,8 @@ def _uses_in_varargs(
     )
 
 
-def _constant(node: ast.expr) -> int | float | None:
-    """Return the number that an expression is, if it is a constant."""
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        value = _constant(node.operand)
-        return None if value is None else -value
-    if not isinstance(node, ast.Constant):
-        return None
-    return node.value if type(node.value) in (int, float) else None  # type: ignore[return-value]
-
-
 def _is_number(node: ast.expr) -> bool:
-    return _constant(node) is not None
+    return constant(node) is not None
 
 
 def _is_pair(left: ast.expr, sign: ast.cmpop, right: ast.expr, node: ast.AST) -> bool:
@@ -205,14 +200,14 @@ def _is_pair(left: ast.expr, sign: ast.cmpop, right: ast.expr, node: ast.AST) ->
     if isinstance(sign, (ast.In, ast.NotIn)):  # a set asks for the hash
         is_list = node is left and isinstance(right, (ast.List, ast.Tuple))
         return is_list and all(map(_is_number, right.elts))  # type: ignore[attr-defined]
-    return type(sign) in _COMPARISONS and (node is left or _is_number(left))
+    return type(sign) in COMPARISONS and (node is left or _is_number(left))
 
 
 def is_only_compared(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
     """Return whether an expression is only compared, so that nothing else of its value is seen."""
     outer = parents[node]
     while isinstance(outer, ast.BinOp) and outer.left is node:
-        if type(outer.op) not in _ARITHMETIC:
+        if type(outer.op) not in ARITHMETIC:
             return False
         node, outer = outer, parents[outer]
     if isinstance(outer, ast.Compare):
@@ -242,10 +237,10 @@ def comparisons_with_constants(
         return None
     outer, arithmetic = parents[node], []
     while isinstance(outer, ast.BinOp):
-        operand = _constant(outer.right)
+        operand = constant(outer.right)
         if type(operand) is not int:
             return None
-        arithmetic.append((_ARITHMETIC[type(outer.op)], operand))
+        arithmetic.append((ARITHMETIC[type(outer.op)], operand))
         node, outer = outer, parents[outer]
     if not isinstance(outer, ast.Compare):
         return [Comparison(tuple(arithmetic), "!=", 0)]
@@ -256,9 +251,9 @@ def comparisons_with_constants(
             continue
         other = right if node is left else left
         is_list = isinstance(other, (ast.List, ast.Tuple))
-        text = "==" if is_list else _COMPARISONS[type(sign)]
-        text = text if node is left else _MIRRORED[text]
-        for value in map(_constant, other.elts if is_list else [other]):  # type: ignore[attr-defined]
+        text = "==" if is_list else COMPARISONS[type(sign)]
+        text = text if node is left else MIRRORED[text]
+        for value in map(constant, other.elts if is_list else [other]):  # type: ignore[attr-defined]
             if value is None:
                 return None
             found.append(Comparison(tuple(arithmetic), text, value))
@@ -267,7 +262,7 @@ def comparisons_with_constants(
 
 def _is_in_other_frame(node: ast.AST, definition: Definition, parents: Any) -> bool:
     while (node := parents[node]) is not definition:
-        if isinstance(node, _OTHER_FRAMES):
+        if isinstance(node, OTHER_FRAMES):
             return True
     return False
 
@@ -284,19 +279,31 @@ class ArgumentUses:
         self.compared_at: str | None = None
         """The first line that compares the argument."""
 
-    def find(self, step_name: str, position: int) -> str | None:
-        """Return the line that uses an argument for more than comparisons; None if none does.
+    def find(self, step_name: str, position: int) -> list[ArgumentUse]:
+        """Return the lines that use an argument for more than comparisons.
+
+        If there is one that may run in any step, it is the last one: nothing else counts.
 
         Args:
             step_name: The method.
             position: The position of the argument in a call of the method, from 0.
         """
+        found: list[ArgumentUse] = []
+        for use in self._find(step_name, position):
+            is_one_too_many = len(found) == _MOST_USES
+            found.append(ArgumentUse(use.line) if is_one_too_many else use)
+            if not found[-1].conditions:
+                break
+        return found
+
+    def _find(self, step_name: str, position: int) -> Iterator[ArgumentUse]:
         callee = self._method(step_name, type(self._module).__mro__)
         if callee is None:
-            return None
+            return
         if callee.offset == 0 and not self._holds_nothing_unseen(callee.function):
-            return _line_of(getattr(inspect.unwrap(callee.function), "__code__", None))
-        return self._find_at(callee, callee.offset + position, 0)
+            yield ArgumentUse(_line_of(getattr(inspect.unwrap(callee.function), "__code__", None)))
+            return
+        yield from self._find_at(callee, callee.offset + position, 0)
 
     def _holds_nothing_unseen(self, step: Any) -> bool:
         """Whether what a step on the instance reads is seen: functions, and methods of the module.
@@ -318,88 +325,111 @@ class ArgumentUses:
         owner = next((each for each in order if name in vars(each)), None)
         return None if owner is None else _Callee(vars(owner)[name], owner, 1)
 
-    def _find_at(self, callee: _Callee, position: int, depth: int) -> str | None:
-        """Return the line that uses the argument at ``position``, or else that of the function."""
+    def _find_at(self, callee: _Callee, position: int, depth: int) -> Iterator[ArgumentUse]:
+        """Yield the lines that use the argument at ``position``, or else that of the function."""
         function, owner = callee.function, callee.owner
+        inner: _Callee | None = None
         if isinstance(function, types.MethodType):
             is_own = function.__self__ is self._module
             inner = _Callee(function.__func__, type(self._module) if is_own else None, 0)
-            return self._find_at(inner, position + 1 - callee.offset, depth)
+            yield from self._find_at(inner, position + 1 - callee.offset, depth)
+            return
         if isinstance(function, functools.partialmethod):
             inner = _Callee(function.func, owner, 0)
-            return self._find_at(inner, position + len(function.args), depth + 1)
-        if isinstance(function, functools.partial) and not callee.offset:
+        elif isinstance(function, functools.partial) and not callee.offset:
             inner = _Callee(function.func, None, 0)
-            return self._find_at(inner, position + len(function.args), depth + 1)
+        if inner is not None:
+            yield from self._find_at(inner, position + len(function.args), depth + 1)
+            return
         code = getattr(function, "__code__", None)
         if isinstance(function, staticmethod):
-            return _line_of(getattr(function.__func__, "__code__", None))
-        while (inner_function := getattr(function, "__wrapped__", None)) is not None:
-            name = _name_of(function, inner_function)
+            yield ArgumentUse(_line_of(getattr(function.__func__, "__code__", None)))
+            return
+        while (wrapped := getattr(function, "__wrapped__", None)) is not None:
+            name = _name_of(function, wrapped)
             if (
                 code is None
                 or position < code.co_argcount
                 or _reads_all_locals(code)
                 or _uses_in_varargs(code, position, functools.partial(_calls_name, name))
             ):
-                return _line_of(code)
-            function = inner_function
+                yield ArgumentUse(_line_of(code))
+                return
+            function = wrapped
             code = getattr(function, "__code__", None)
         if code is None or not isinstance(function, FunctionType):
-            return _line_of(code)
-        if position >= code.co_argcount:
-            return self._find_in_varargs(function, owner, position, depth)
-        return self._find_named(function, owner, code.co_varnames[position], depth)
+            yield ArgumentUse(_line_of(code))
+        elif position >= code.co_argcount:
+            yield from self._find_in_varargs(function, owner, position, depth)
+        else:
+            yield from self._find_named(function, owner, code.co_varnames[position], depth)
 
     def _find_in_varargs(
         self, function: FunctionType, owner: type | None, position: int, depth: int
-    ) -> str | None:
-        """Return the line that uses an argument which is one of the ``*args``."""
+    ) -> Iterator[ArgumentUse]:
+        """Yield the lines that use an argument which is one of the ``*args``."""
         code = function.__code__
         definition = definition_of(code)
         if _reads_all_locals(code) or depth > _MOST_CALLS:
-            return _line_of(code)
+            yield ArgumentUse(_line_of(code))
+            return
         followed: set[int] = set()
         for call, index in _calls_with_all(code, definition):
             callee = self._callee(call, function, owner)
             if callee is None:
                 continue
             inner = callee.offset + index + position - code.co_argcount
-            used = self._find_at(callee, inner, depth + 1)
-            if used is not None:
-                return used
+            yield from self._find_at(callee, inner, depth + 1)
             followed.add(id(call))
-        is_used = _uses_in_varargs(code, position, lambda call: id(call) in followed)
-        return _line_of(code) if is_used else None
+        if _uses_in_varargs(code, position, lambda call: id(call) in followed):
+            yield ArgumentUse(_line_of(code))
 
     def _find_named(
         self, function: FunctionType, owner: type | None, name: str, depth: int
-    ) -> str | None:
+    ) -> Iterator[ArgumentUse]:
         code = function.__code__
         if _reads_all_locals(code):
-            return _line_of(code)
+            yield ArgumentUse(_line_of(code))
+            return
         if not _names(code, name, "LOAD"):
-            return None
+            return
         definition = definition_of(code)
         if definition is None or depth > _MOST_CALLS:
-            return _line_of(code)
+            yield ArgumentUse(_line_of(code))
+            return
         parents = parents_in(definition)
+        own_self = self._module if owner is not None and self._has_own_self(code) else None
+        conditions = ConditionsOf(name, own_self)
         for node in ast.walk(definition):
             if not isinstance(node, ast.Name) or node.id != name or isinstance(node.ctx, ast.Del):
                 continue
-            if isinstance(node.ctx, ast.Store):
-                if isinstance(parents[node], ast.AugAssign):
-                    return _line_of(code, node.lineno)
-                continue
-            if _is_in_other_frame(node, definition, parents):
-                return _line_of(code, node.lineno)
-            if is_only_compared(node, parents):
-                self.compared_at = self.compared_at or _line_of(code, node.lineno)
-                continue
-            used = self._find_passed_on(node, parents, function, owner, depth)
-            if used is not None:
-                return used
-        return None
+            uses = list(self._uses_by(node, definition, parents, function, owner, depth))
+            # a name that is set again may be another number where it is compared
+            is_set = uses and _names(code, name, "STORE", "DELETE")
+            around = [] if is_set else conditions.around(node, definition, parents)
+            for use in uses:
+                yield ArgumentUse(use.line, (*around, *use.conditions))
+
+    def _uses_by(
+        self,
+        node: ast.Name,
+        definition: Definition,
+        parents: dict[ast.AST, ast.AST],
+        function: FunctionType,
+        owner: type | None,
+        depth: int,
+    ) -> Iterator[ArgumentUse]:
+        """Yield the uses of an argument by the expression that names it."""
+        here = ArgumentUse(_line_of(function.__code__, node.lineno))
+        if isinstance(node.ctx, ast.Store):
+            if isinstance(parents[node], ast.AugAssign):
+                yield here
+        elif _is_in_other_frame(node, definition, parents):
+            yield here
+        elif is_only_compared(node, parents):
+            self.compared_at = self.compared_at or here.line
+        else:
+            yield from self._find_passed_on(node, parents, function, owner, depth)
 
     def _find_passed_on(
         self,
@@ -408,30 +438,36 @@ class ArgumentUses:
         function: FunctionType,
         owner: type | None,
         depth: int,
-    ) -> str | None:
-        """Return the line where a called function uses the argument, or else the line itself."""
-        here = _line_of(function.__code__, node.lineno)
+    ) -> Iterator[ArgumentUse]:
+        """Yield the lines where a called function uses the argument, or else the line itself."""
+        here = ArgumentUse(_line_of(function.__code__, node.lineno))
         outer = parents[node]
         keyword = outer if isinstance(outer, ast.keyword) else None
         call = parents[outer] if keyword is not None else outer
         if not isinstance(call, ast.Call) or call.func is node:
-            return here
+            yield here
+            return
         callee = self._callee(call, function, owner)
         if callee is None:
-            return here
+            yield here
+            return
         if keyword is None:
             index = call.args.index(node)
             if any(isinstance(argument, ast.Starred) for argument in call.args[:index]):
-                return here
-            return self._find_at(callee, callee.offset + index, depth + 1)
+                yield here
+            else:
+                yield from self._find_at(callee, callee.offset + index, depth + 1)
+            return
         inner = callee.function
         code = getattr(inner, "__code__", None)
         if not isinstance(inner, FunctionType) or hasattr(inner, "__wrapped__") or code is None:
-            return here
+            yield here
+            return
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         if keyword.arg is None or keyword.arg not in names:
-            return here
-        return self._find_named(inner, callee.owner, keyword.arg, depth + 1)
+            yield here
+        else:
+            yield from self._find_named(inner, callee.owner, keyword.arg, depth + 1)
 
     def _callee(self, call: ast.Call, function: FunctionType, owner: type | None) -> _Callee | None:
         """Return what ``self.name()``, ``super().name()`` or ``name()`` calls, if it is known."""
