@@ -27,6 +27,7 @@ class Net(nn.Module):
         self.lin = nn.Linear(8, 8)
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
         self.register_buffer("scale", torch.tensor(2.0))
+        self.register_buffer("chosen", torch.tensor([True, False, True, True, False, True]))
         self.flag = True
         self._step = step
 
@@ -272,7 +273,49 @@ def number_that_was_read(net, b):
     return net.lin(b["x"])[m > 16]
 
 
+def of_a_buffer(net, b):
+    return net.lin(b["x"]) * 2 if net.scale.item() > 1 else net.lin(b["x"])
+
+
+def of_a_buffer_and_the_batch(net, b):
+    y = net.lin(b["x"])
+    return y if (b["m"] * (net.scale > 1).long()).all() else y + 1
+
+
+def buffer_written_before_it_is_read(net, b):
+    net.seen += 1
+    return net.lin(b["x"]) if net.seen > 6 else net.lin(b["x"]) * 2
+
+
+def buffer_written_after_it_is_read(net, b):
+    y = net.lin(b["x"]) if net.seen % 2 == 0 else net.lin(b["x"]) * 2
+    net.seen.add_(1)
+    return y
+
+
+def rows_of_a_buffer(net, b):
+    return net.lin(b["x"])[:, net.chosen]
+
+
+def of_a_weight(net, b):
+    return net.lin(b["x"]) if (net.lin.bias > -100).all() else b["x"]
+
+
+def greatest_number(net, b):
+    x = b["x"]
+    return net.lin(x / 255 if x.max() > 1.7 else x)
+
+
+def range_of_numbers(net, b):
+    x = b["x"].clamp(min=-1).abs()
+    if x.amin() < 0.001 or not torch.isfinite(x).all():
+        return net.lin(x)
+    return net.lin(x) * 2 if torch.minimum(x[0], x[1]).amax() <= 1.9 else net.lin(x) * 3
+
+
 FULL = [
+    *(of_a_buffer, of_a_buffer_and_the_batch, buffer_written_before_it_is_read, of_a_weight),
+    *(buffer_written_after_it_is_read, rows_of_a_buffer, greatest_number, range_of_numbers),
     *(set_numbers, set_by_lengths, set_twice_in_one_place, number_that_was_read),
     *(index_of_a_list, constants_in_a_read, set_by_a_list, mask_in_a_list),
     *(rows_of_a_mask, rows_that_are_not_zero, where_of_one_argument, selected_by_a_mask),
@@ -330,8 +373,15 @@ def of_a_counter(net, b):
     return net.lin(b["x"]) if int(net.seen) % 2 else net.lin(b["x"]) * 2
 
 
-def of_a_buffer(net, b):
-    return net.lin(b["x"]) * 2 if net.scale.item() > 1 else net.lin(b["x"])
+def greatest_number_as_a_value(net, b):
+    x = b["x"].clamp(max=-0.0, min=0.0)
+    return net.lin(b["x"]) + torch.stack([x, x.abs()]).amax(0)[0, 0, 0].item()
+
+
+def greatest_number_in_another_tensor(net, b):
+    x = b["x"].clone()
+    x[0] = b["x"].clamp(max=0.0).amax()
+    return net.lin(b["x"]) * x[0, 0, 0].item()
 
 
 def sum_of_floats(net, b):
@@ -381,8 +431,14 @@ REFUSED = [
     *(set_to_a_tensor, set_to_racing_values, set_to_a_number_of_the_network),
     *(tensors_in_a_list, tensors_of_the_batch_in_a_list),
     *(written_by_the_network, alias_without_an_operation, of_the_network, of_randomness),
-    *(of_random_integers, of_a_counter, of_a_buffer, sum_of_floats, set_to_another_storage),
-    *(made_from_tensors, caught_error),
+    *(
+        of_random_integers,
+        of_a_counter,
+        greatest_number_as_a_value,
+        sum_of_floats,
+        set_to_another_storage,
+    ),
+    *(made_from_tensors, caught_error, greatest_number_in_another_tensor),
 ]
 
 
@@ -431,6 +487,32 @@ def test_a_value_in_an_attribute_changes_the_reads(backend, device):
 
     call = run(step, backend, device, list(batches(device, 60)), between=between)
     assert call.stats.steps["FULL"] > 20, call.summary()
+
+
+def _fill(net, index):
+    net.scale.fill_(index // 6 % 2)
+
+
+def _fill_data(net, index):
+    net.scale.data.fill_(index // 6 % 2)
+
+
+def _set(net, index):
+    if index % 6 == 0:
+        net.scale = torch.tensor(float(index // 6 % 2), device=net.scale.device)
+
+
+def _load(net, index):
+    scale = torch.tensor(float(index // 6 % 2))
+    net.load_state_dict({**net.state_dict(), "scale": scale})
+
+
+@pytest.mark.parametrize("between", [_fill, _fill_data, _set, _load])
+@pytest.mark.parametrize("step", [of_a_buffer, of_a_buffer_and_the_batch])
+def test_a_buffer_that_changes_between_steps(step, between, backend, device):
+    """Hazard 41."""
+    call = run(step, backend, device, between=between, given=list(batches(device, 48)))
+    assert call.stats.steps["FULL"] > 12, call.summary()
 
 
 def test_programs_that_fail_leave_the_error_to_the_step(backend, device):

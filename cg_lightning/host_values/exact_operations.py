@@ -17,6 +17,8 @@ SCALAR_READS = frozenset(
     {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"}
 )
 """Operations that return a number of Python, and that a graph cannot contain."""
+NUMBER_READS = frozenset({"aten::item", "aten::_local_scalar_dense"})
+"""Those that return the number itself, whose bits the step may use."""
 COUNTING = frozenset(
     {"aten::nonzero", "aten::nonzero_numpy", "aten::argwhere", "aten::where", "aten::masked_select"}
 )
@@ -24,7 +26,14 @@ COUNTING = frozenset(
 _INDEXING = frozenset(
     {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 )
-_OF_FLOATS = frozenset(
+_UP_TO_SIGN = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("max", "min", "amax", "amin", "maximum", "minimum", "clamp", "clamp_min", "clamp_max"),
+    )
+)
+"""Operations that may return 0.0 or -0.0 if they are given both, but are exact otherwise."""
+_OF_FLOATS = _UP_TO_SIGN | frozenset(
     f"aten::{name}"
     for name in (
         *("_to_copy", "to", "clone", "copy_", "detach", "alias", "lift_fresh", "type_as"),
@@ -33,7 +42,8 @@ _OF_FLOATS = frozenset(
         *("index", "index_select", "gather", "cat", "stack", "where", "masked_fill", "repeat"),
         *("fill_", "zero_", "ones", "zeros", "full", "ones_like", "zeros_like", "full_like"),
         *("new_ones", "new_zeros", "new_full", "upsample_nearest2d", "pad", "constant_pad_nd"),
-        *("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "logical_not", "equal"),
+        *("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "abs", "equal"),
+        *("logical_not", "logical_and", "logical_or", "logical_xor", "all", "any"),
         *("item", "_local_scalar_dense", "is_nonzero", "nonzero", "count_nonzero"),
     )
 )
@@ -92,6 +102,11 @@ def _writes_one_value(function: OpOverload, inputs: Sequence[Tensor]) -> bool:
     if function._schema.name in _INDEXING:
         return inputs[-1].numel() == 1  # the values are its last tensor
     return function._overloadname == "value"
+
+
+def has_sign_of_zero(function: OpOverload) -> bool:
+    """Return False for an operation whose zeros may have another sign the next time."""
+    return function._schema.name not in _UP_TO_SIGN
 
 
 def is_same_on_host(function: OpOverload) -> bool:

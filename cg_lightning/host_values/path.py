@@ -62,6 +62,18 @@ class Root(NamedTuple):
     """True if the program writes to it, so it works on a copy."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Member:
+    """A parameter or buffer that a program starts from. It is read where it is then."""
+
+    number: int
+    table: dict[str, Any]
+    """The parameters or the buffers of its module."""
+    name: str
+    is_written: bool
+    """As for :class:`Root`."""
+
+
 class Constant(NamedTuple):
     """A tensor that is no part of the batch, and whose values are known."""
 
@@ -111,6 +123,8 @@ class ReadPath:
         roots: What the program starts from.
         slots: The program.
         constants: Further tensors that it uses.
+        members: Parameters and buffers that it uses. They may change from step to step, and the
+            host has no copy of them, so the program waits for the device, as eager does.
     """
 
     def __init__(
@@ -119,13 +133,14 @@ class ReadPath:
         roots: list[Root],
         slots: list[Operation | Read],
         constants: Sequence[Constant] = (),
+        members: Sequence[Member] = (),
     ) -> None:
         self.reads = reads
-        self._program = (roots, slots, list(constants))
+        self._program = (roots, slots, [*constants, *members])
         on_host = [each._replace(values=each.values.cpu()) for each in constants]
-        self._check = _compile(reads, [*roots, *constants], slots)
+        self._check = _compile(reads, [*roots, *constants, *members], slots)
         self._check_on_host = _compile(reads, [*roots, *on_host], list(map(_on_host, slots)))
-        self._is_same_on_host = all(is_same_on_host(slot.function) for slot in slots)
+        self._is_same_on_host = not members and all(is_same_on_host(s.function) for s in slots)
         self._places = [root.leaf for root in roots]
         self._copies: HostCopies | None = None
         self._mismatch: Mismatch | None = None
@@ -139,8 +154,8 @@ class ReadPath:
         Args:
             other: What a step with another shape reads; None: nothing.
         """
-        roots, slots, constants = self._program
-        if other is None or constants or other._program != (roots, slots, []):
+        roots, slots, others = self._program
+        if other is None or others or other._program != (roots, slots, []):
             return False
         given = [(slot.args, {} if isinstance(slot, Read) else slot.kwargs) for slot in slots]
         return not any(isinstance(each, (bool, int, float, complex)) for each in tree_leaves(given))
@@ -167,7 +182,7 @@ class ReadPath:
     def _holds(self, check: Check, leaves: Sequence[Any] | dict[int, Tensor]) -> bool:
         try:
             self._mismatch = check(leaves)
-        except (RuntimeError, IndexError) as error:
+        except (RuntimeError, LookupError) as error:
             # the step takes another path, or fails as well: then it raises its own error
             self._mismatch = Mismatch(-1, error)
         return self._mismatch is None
@@ -259,6 +274,13 @@ class _Code:
             return f"[{', '.join(map(self.text, tree))}]"
         return self.name(tree)
 
+    def start(self, root: Root | Constant | Member) -> str:
+        if isinstance(root, Root):
+            return f"leaves[{root.leaf}]"
+        if isinstance(root, Member):
+            return f"{self.name(root.table)}[{root.name!r}]"
+        return self.name(root.values)
+
     def call(self, function: Any, args: Any, kwargs: dict[str, Any]) -> str:
         given = [self.text(value) for value in args]
         given += [f"{key}={self.text(value)}" for key, value in kwargs.items()]
@@ -278,13 +300,15 @@ def _holds_ref(tree: Any) -> bool:
 
 
 def _compile(
-    reads: list[HostRead], roots: Sequence[Root | Constant], slots: list[Operation | Read]
+    reads: list[HostRead],
+    roots: Sequence[Root | Constant | Member],
+    slots: list[Operation | Read],
 ) -> Check:
     """Return the program as one function, which is half as slow as a loop over its operations."""
     code = _Code()
     for root in roots:
         copied = ".clone()" if root.is_written else ""
-        start = code.name(root.values) if isinstance(root, Constant) else f"leaves[{root.leaf}]"
+        start = code.start(root)
         code.lines.append(f"v{root.number} = {start}{copied}")
     for slot in slots:
         if isinstance(slot, Read):

@@ -1,4 +1,4 @@
-"""Provenance: the tensors of a watched step that are computed from its batch and constants alone.
+"""Provenance: tensors of a watched step that are computed from batch, module and constants alone.
 
 What is hard here:
 
@@ -11,15 +11,17 @@ What is hard here:
   that an operation allocates is a new one.
 - A tensor that another operation writes is foreign from then on, and so are the arguments of an
   operation that raised. Custom operations may write to arguments that they do not declare.
-- Tensors that existed before the step, other than the batch, are foreign, because they may change.
-  So are tensors made from Python values, unless a detector has found them to be constant:
-  ``torch.tensor`` takes tensors as well, and does not dispatch that.
+- Tensors that existed before the step are foreign, because they may change. The exceptions are the
+  batch, and parameters and buffers, which a program reads anew before each step. Tensors made from
+  Python values are foreign, unless a detector has found them to be constant: ``torch.tensor`` takes
+  tensors as well, and does not dispatch that.
+- The greatest of 0.0 and -0.0 may be either. Such a number may be compared, but not read.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,12 +31,23 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cg_lightning.backends.operation_writes import may_write_undeclared, written_arguments
 from cg_lightning.host_values.exact_operations import (
+    NUMBER_READS,
     SCALAR_READS,
     counted_masks,
+    has_sign_of_zero,
     is_exact,
     is_plain,
 )
-from cg_lightning.host_values.path import Constant, HostRead, Operation, Read, ReadPath, Ref, Root
+from cg_lightning.host_values.path import (
+    Constant,
+    HostRead,
+    Member,
+    Operation,
+    Read,
+    ReadPath,
+    Ref,
+    Root,
+)
 
 MOST_OPERATIONS = 96
 """Longer programs are not run before each step."""
@@ -54,6 +67,15 @@ class _Known:
     """Which leaf of the batch it is."""
     values: Tensor | None = None
     """A copy of a constant."""
+    member: tuple[dict[str, Any], str] | None = None
+    """The members of a module among which it is, and its name."""
+    is_up_to_sign: bool = False
+    """Whether its zeros may have another sign the next time."""
+
+    @property
+    def may_change(self) -> bool:
+        """Whether it may have other values in the next step."""
+        return self.leaf is not None or self.member is not None
 
 
 @dataclasses.dataclass(eq=False)
@@ -111,9 +133,15 @@ class Provenance:
     Args:
         leaves: The leaves of its batch.
         where: Returns the user's line that runs now, and that of a library which it called.
+        members: The parameters and the buffers of each module.
     """
 
-    def __init__(self, leaves: Sequence[Any], where: Callable[[], tuple[str, str]]) -> None:
+    def __init__(
+        self,
+        leaves: Sequence[Any],
+        where: Callable[[], tuple[str, str]],
+        members: Iterable[dict[str, Any]] = (),
+    ) -> None:
         self._where = where
         self._known: list[_Known] = []
         self._numbers: dict[int, int] = {}
@@ -129,6 +157,10 @@ class Provenance:
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and is_plain(leaf):
                 self._add(leaf, leaf=index)
+        for table in members:
+            for name, tensor in table.items():
+                if tensor is not None and id(tensor) not in self._numbers and is_plain(tensor):
+                    self._add(tensor, member=(table, name))
 
     def give_up(self) -> None:
         """Forget everything: the step reads something else, so there is no path."""
@@ -175,6 +207,8 @@ class Provenance:
         known = [number for number in numbers if number is not None]
         is_answerable = is_exact(_count if masks else function, masks or started.tensors, [])
         is_answerable &= all(mask.dim() > 0 for mask in masks)
+        if name in NUMBER_READS:
+            is_answerable &= not any(self._known[number].is_up_to_sign for number in known)
         if len(known) < len(numbers) or not is_answerable:
             self.give_up()
             return False
@@ -246,6 +280,14 @@ class Provenance:
         self._operations.append(_Recorded(operation, inputs, written))
         for storage in written:
             self._writes[storage].append(position)
+        if not has_sign_of_zero(function) or any(self._known[n].is_up_to_sign for n in inputs):
+            self._mark_up_to_sign([n for n in numbers if n is not None], written)
+
+    def _mark_up_to_sign(self, numbers: list[int], written: set[int]) -> None:
+        """Note that zeros may have another sign in new tensors, and in all with these storages."""
+        for number, known in enumerate(self._known):
+            if number in numbers or known.storage in written:
+                known.is_up_to_sign = known.tensor.is_floating_point()
 
     def _written(self, function: OpOverload, args: Any, kwargs: Any) -> set[int]:
         """Return the storages of the arguments, given as references, that are written."""
@@ -281,10 +323,11 @@ class Provenance:
         made_by: int | None = None,
         leaf: int | None = None,
         values: Tensor | None = None,
+        member: tuple[dict[str, Any], str] | None = None,
     ) -> int:
         number = len(self._known)
         storage = _storage(tensor)
-        self._known.append(_Known(tensor, storage, _layout(tensor), made_by, leaf, values))
+        self._known.append(_Known(tensor, storage, _layout(tensor), made_by, leaf, values, member))
         self._numbers[id(tensor)] = number
         self._writes.setdefault(storage, [])
         return number
@@ -315,7 +358,7 @@ class Provenance:
         for recorded, positions in zip(self._reads, slices, strict=True):
             inputs = set(recorded.inputs)
             inputs.update(*[self._operations[position].inputs for position in positions])
-            if all(self._known[number].leaf is None for number in inputs):
+            if not any(self._known[number].may_change for number in inputs):
                 recorded.read.is_constant = True
                 continue
             needed |= positions
@@ -334,10 +377,15 @@ class Provenance:
             for number in sorted(numbers)
             if (known := self._known[number]).values is not None
         ]
+        members = [
+            Member(number, *known.member, known.storage in written)
+            for number in sorted(numbers)
+            if (known := self._known[number]).member is not None
+        ]
         slots = self._slots(needed)
         reads = [recorded.read for recorded in self._reads]
         slots = slots if written else _without_repeats(slots)
-        return ReadPath(reads, roots, slots, constants)
+        return ReadPath(reads, roots, slots, constants, members)
 
     def _slots(self, needed: set[int]) -> list[Operation | Read]:
         slots: list[Operation | Read] = []

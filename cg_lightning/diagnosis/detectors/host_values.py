@@ -1,4 +1,4 @@
-"""Reads on the host whose values are known before the step: they depend on its batch alone."""
+"""Reads on the host whose values are known before the step: they depend on batch and module."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import find_location
 from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.host_values.provenance import Provenance
+from cg_lightning.modules.kinds import is_metric
 
 
 class HostValues(Detector):
@@ -25,7 +26,13 @@ class HostValues(Detector):
 
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
-        self._provenance = Provenance(flatten(watch.batch)[0], find_location)
+        members = [
+            table
+            for module in watch.root.modules()
+            if not is_metric(module)  # graphs have states at addresses of their own
+            for table in (module._parameters, module._buffers)
+        ]
+        self._provenance = Provenance(flatten(watch.batch)[0], find_location, members)
         if watch.hidden:
             self._provenance.give_up()
 
