@@ -69,6 +69,8 @@ class Runner:
         self.piecewise: Reason | None = None
         self.fails = False
         self.second_look = False
+        self.pieces_run = True
+        self.trial: Decided | None = None
         self.dispatcher = CUDAGraphDispatcher(policy, **settings)
 
     def step(self, key: BatchDescriptor = KEY) -> Action:
@@ -77,15 +79,20 @@ class Runner:
         if plan.action is Action.WATCH:
             modes, reason = dispatcher.judge(self.full, self.piecewise)
             guards = Value(self.world, self.world["value"])
-            dispatcher.watched(
-                state, Variant(guards, modes, reason, self.second_look), plan.variant
-            )
+            variant = Variant(guards, modes, reason, self.second_look)
+            dispatcher.watched(state, variant, plan.variant)
+            if dispatcher.wants_pieces(state, variant):
+                dispatcher.add_pieces(state, watched=None).trial = self.trial
         elif plan.action is Action.WARM_UP:
             dispatcher.ran_eagerly(state)
         elif plan.action is Action.CAPTURE:
             self._capture(plan, state)
         elif plan.action in (Action.REPLAY, Action.VERIFY):
             plan.variant.entry.replays += 1
+        elif plan.action is Action.PIECEWISE:
+            dispatcher.ran_in_pieces(plan.variant, self.pieces_run)
+            if plan.variant.trial is not None:
+                dispatcher.settle(state, plan.variant)
         return plan.action
 
     def _capture(self, plan: Plan, state: KeyState) -> None:
@@ -243,6 +250,72 @@ def test_a_value_that_changes_with_each_step_stops_being_watched():
     assert reason.kind is Status.UNPROFITABLE
     assert "self.value: now" in str(reason)
     assert len(runner.dispatcher.state(KEY.fields).variants) <= MOST_VARIANTS
+
+
+@pytest.mark.parametrize(
+    ("policy", "piecewise", "pieces_run", "share", "action", "most_others"),
+    [
+        ("FULL_AND_PIECEWISE", None, True, None, Action.PIECEWISE, 0),
+        ("FULL_AND_PIECEWISE", None, True, 0.5, Action.PIECEWISE, 0),
+        ("FULL_AND_PIECEWISE", None, True, 0.01, EAGER, 2),
+        ("FULL_AND_PIECEWISE", None, False, None, EAGER, CREDIT + 6),
+        ("FULL_AND_PIECEWISE", NOTHING, True, None, EAGER, 0),
+        ("FULL", None, True, None, EAGER, 0),
+    ],
+)
+def test_where_steps_run_whose_value_changes_each_time(
+    policy, piecewise, pieces_run, share, action, most_others
+):
+    """In pieces, if these pay; else eagerly. What is tried again and again costs less than 5 %."""
+    runner = Runner(CUDAGraphMode.parse(policy))
+    runner.piecewise, runner.pieces_run = piecewise, pieces_run
+    runner.trial = None if share is None else Decided(share)
+    actions = []
+    for step in range(1000):
+        runner.world["value"] = step
+        actions.append(runner.step())
+    watched = actions.count(WATCH)
+    assert watched < 20
+    assert len(actions) - watched - actions.count(action) <= most_others
+    state = runner.dispatcher.state(KEY.fields)
+    reason = runner.dispatcher.plan(state).reason
+    assert reason.kind is Status.UNPROFITABLE
+    assert "self.value: now" in str(reason)
+    assert len(state.variants) < MOST_VARIANTS, "values that did not come again are compared"
+
+
+def test_a_value_that_stays_after_all_has_its_graph():
+    runner = Runner(CUDAGraphMode.FULL_AND_PIECEWISE)
+    for step in range(30):
+        runner.world["value"] = step
+        last = runner.step()
+    assert last is Action.PIECEWISE
+    actions = runner.steps(60)
+    assert actions[-1] is REPLAY
+    runner.world["value"] = -1
+    assert runner.step() is not EAGER
+
+
+def test_values_that_come_in_turn_have_their_graphs_in_the_end():
+    runner = Runner(CUDAGraphMode.FULL_AND_PIECEWISE)
+    actions = []
+    for step in range(3000):
+        runner.world["value"] = step % MOST_VARIANTS
+        actions.append(runner.step())
+    assert set(actions[-100:]) == {REPLAY}
+
+
+def test_too_many_graphs_do_not_make_more_of_pieces():
+    runner = Runner(CUDAGraphMode.FULL_AND_PIECEWISE)
+    actions = []
+    for _ in range(200):
+        actions.append(runner.step())
+        state = runner.dispatcher.state(KEY.fields)
+        if state.variants[0].entry is not None:
+            state.variants[0].entry.dropped = True
+            runner.dispatcher.evicted(state, "evicted: more graphs than max_graphs=2")
+    assert Action.PIECEWISE not in actions
+    assert actions[-1] is EAGER
 
 
 def test_keys_that_never_come_again_stop_being_watched():

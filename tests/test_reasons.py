@@ -114,6 +114,89 @@ def test_an_attribute_that_toggles_has_two_graphs(harness, mode):
     assert Reason(Status.CHANGED, "changed: self.scale: now 2.0, before 1.0") in changed
 
 
+FACTOR = 1.0
+"""Set by a callback."""
+
+
+class ScaledByAGlobal(Predictor):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.net(batch[0]) * FACTOR
+
+
+class ScaledByTheBatch(Predictor):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.net(batch[0]) * batch[1].max().item()
+
+
+class AnotherValueEachBatch(Callback):
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_: Any) -> None:
+        global FACTOR
+        FACTOR = pl_module.scale = float(1 + batch_idx)
+
+
+def numbered(number: int) -> DataLoader:
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(4, 8, generator=generator), torch.tensor([n])) for n in range(number)]
+    return DataLoader(batches, batch_size=None)
+
+
+@pytest.mark.parametrize(
+    ("model", "varies"),
+    [
+        (Scaled, "self.scale: now"),
+        (ScaledByAGlobal, "FACTOR: now"),
+        (ScaledByTheBatch, "aten::item"),
+    ],
+)
+@pytest.mark.parametrize("warmup_steps", [1, 3, 20])
+def test_a_value_that_changes_each_batch_leaves_the_submodules_their_graphs(
+    harness, model, varies, warmup_steps
+):
+    callback = harness.callback(warmup_steps=warmup_steps)
+    harness.compare(
+        model(Body()), predict(numbered(80)), callback, others=lambda: [AnotherValueEachBatch()]
+    )
+    assert callback.stats.steps["PIECEWISE"] >= 50, callback.summary()
+    texts = [str(each.reason) for each in callback.stats.reasons if each.mode == "PIECEWISE"]
+    assert texts
+    assert all(varies in text for text in texts), texts
+
+
+class ReadsInside(torch.nn.Module):
+    """Reads a value that changes, in the only submodule that could be a piece."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.eye(8))
+        self.scale = 1.0
+
+    def forward(self, x: Any) -> Any:
+        return x @ self.weight * self.scale
+
+
+class AnotherValueInside(Callback):
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_: Any) -> None:
+        pl_module.net.scale = float(1 + batch_idx)
+
+
+def test_submodules_that_never_run_a_graph_are_left_alone(harness, monkeypatch):
+    from cg_lightning.runtime.submodule_runner import SubmoduleRunner
+
+    looked_at = []
+    plan = SubmoduleRunner._plan
+    monkeypatch.setattr(SubmoduleRunner, "_plan", lambda *a: looked_at.append(1) or plan(*a))
+    callback = harness.callback()
+    harness.compare(
+        Predictor(ReadsInside()),
+        predict(numbered(200)),
+        callback,
+        others=lambda: [AnotherValueInside()],
+    )
+    assert callback.stats.eager == 200
+    assert 0 < len(looked_at) < 25
+    assert all("self.net.scale: now" in str(r) for r in callback.stats.reasons[1:])
+
+
 class MovesAWeight(Callback):
     def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_: Any) -> None:
         if batch_idx == 6:

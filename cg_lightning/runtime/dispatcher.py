@@ -74,13 +74,17 @@ class CaptureLedger:
     After a family has spent its credit of 16, it runs eagerly for 10 steps and may then spend once
     more. The next waits are 20, 40, ... steps. So the long-run cost is small if keys never repeat,
     if the module changes at every step, or if there are more shapes than graphs are allowed.
+
+    Args:
+        credit: The balance at first.
     """
 
-    def __init__(self) -> None:
-        self.balance = CREDIT
+    def __init__(self, credit: int = CREDIT) -> None:
+        self.balance = credit
         self.why = ""
         """Why the family spent last: the value that varies, or an eviction. Empty at first."""
         self._status = Status.UNPROFITABLE
+        self._reasons: dict[str, Reason] = {}
         self._waiting = 0
         self._next_wait = FIRST_WAIT
 
@@ -112,11 +116,23 @@ class CaptureLedger:
         """Store what the family spends on: the value that varies, or an eviction."""
         if why:
             self._status, self.why = status, why
+            self._reasons.clear()
 
-    def reason(self) -> Reason:
-        """Return why the family may not spend now."""
-        why = self.why or "its keys do not repeat"
-        return Reason(self._status, f"not captured, since it would not pay: {why}")
+    @property
+    def varies(self) -> bool:
+        """Whether the family spends on a value that varies, and not on too many graphs."""
+        return self._status is Status.UNPROFITABLE
+
+    def reason(self, what: str = "not captured") -> Reason:
+        """Return why the family may not spend now; the same object until the next :meth:`note`.
+
+        Args:
+            what: What follows from it.
+        """
+        if what not in self._reasons:
+            why = self.why or "its keys do not repeat"
+            self._reasons[what] = Reason(self._status, f"{what}, since it would not pay: {why}")
+        return self._reasons[what]
 
 
 class Guards(Protocol):
@@ -264,6 +280,10 @@ class Variant:
     """Compares times, until it is known what graphs save; None: nothing is to be compared."""
     verify_at: int = -1
     """The number of replays after which the next one is compared with eager; -1 = never."""
+    was_used: bool = False
+    """Whether a step since the latest watched one had the guarded values."""
+    ledger: CaptureLedger | None = None
+    """The account of steps in pieces that may run no graph at all; None: there is none."""
 
     def explain(self) -> str:
         """Return what has changed, with both values. Call it only if the variant did not hold."""
@@ -295,6 +315,8 @@ class KeyState:
     """Set if a submodule asked for another watched step."""
     without_batch: Reason | None = None
     """Why the batch cannot be part of the key; None if it is part of it."""
+    pieces: Variant | None = None
+    """How steps run that could be one graph, if the family may not spend; None: eagerly."""
 
 
 class Plan(NamedTuple):
@@ -475,16 +497,18 @@ class CUDAGraphDispatcher:
         return self._unprofitable(state, variant)
 
     def _plan_without_variant(self, state: KeyState) -> Plan:
+        if self._watches and state.sights == 1 and len(self._unrepeated) >= MOST_UNREPEATED:
+            return Plan(Action.WARM_UP, state, None, NEW_KEY)
+        is_overdrawn = self._watches and not state.ledger.may_spend()
+        if is_overdrawn and state.ledger.why:  # to explain takes its time, at each step
+            return self._unprofitable(state, None)
         changed = state.variants[0].explain() if state.variants else ""
-        if changed:
-            state.ledger.note(Status.UNPROFITABLE, changed)
+        state.ledger.note(Status.UNPROFITABLE, changed)
+        if is_overdrawn:
+            return self._unprofitable(state, None)
         if not self._watches:
             reason = Reason(Status.CHANGED, changed) if changed else WARM_UP
             return Plan(Action.WARM_UP, state, None, reason)
-        if state.sights == 1 and len(self._unrepeated) >= MOST_UNREPEATED:
-            return Plan(Action.WARM_UP, state, None, NEW_KEY)
-        if not state.ledger.may_spend():
-            return self._unprofitable(state, None)
         reason = Reason(Status.CHANGED, f"changed: {changed}") if changed else WARM_UP
         return Plan(Action.WATCH, state, None, reason)
 
@@ -497,7 +521,17 @@ class CUDAGraphDispatcher:
         return Plan(Action.WATCH, state, None, reason)
 
     def _unprofitable(self, state: KeyState, variant: Variant | None) -> Plan:
-        return Plan(Action.EAGER, state, variant, state.ledger.reason())
+        """Plan a step whose family may not spend: in pieces, if these pay for themselves."""
+        pieces = state.pieces if state.ledger.varies else None
+        if pieces is None:
+            return Plan(Action.EAGER, state, variant, state.ledger.reason())
+        assert pieces.ledger is not None
+        if not (pieces.modes and pieces.ledger.may_spend()):
+            return Plan(Action.EAGER, state, pieces, state.ledger.reason())
+        if pieces.trial is not None and pieces.trial.wants_eager():
+            return Plan(Action.TRIAL, state, pieces, TIMED)
+        pieces.reason = state.ledger.reason("not captured as a whole")
+        return Plan(Action.PIECEWISE, state, pieces, pieces.reason)
 
     def _current_variant(self, state: KeyState, leaves: Sequence[Any] = ()) -> Variant | None:
         failed: Path | None = None
@@ -514,6 +548,7 @@ class CUDAGraphDispatcher:
             # the last one used is asked first and dropped last; one that always holds stays last
             if index and not isinstance(variant.guards, Unguarded):
                 state.variants.insert(0, state.variants.pop(index))
+            variant.was_used = True
             return variant
         return None
 
@@ -608,13 +643,69 @@ class CUDAGraphDispatcher:
         Returns:
             Graphs that the caller must drop.
         """
-        state.ledger.spend(WATCH_COST)
         if replacing is not None and replacing in state.variants:
             state.variants.remove(replacing)
+        if state.ledger.balance <= 0:  # after a wait
+            self._forget_values(state)
+        state.ledger.spend(WATCH_COST)
         if state.sights == 1:
             self._unrepeated.add(state.descriptor.fields)
         self.ran_eagerly(state)
         return self.add_variant(state, variant)
+
+    def _forget_values(self, state: KeyState) -> None:
+        """Forget values that did not come again: to compare them takes its time, at each step."""
+        state.variants = [
+            each
+            for each in state.variants
+            if each.was_used
+            or each.entry is not None
+            or each.path is not None
+            or each.mode is not FULL
+        ]
+        for each in state.variants:
+            each.was_used = False
+
+    def wants_pieces(self, state: KeyState, variant: Variant) -> bool:
+        """Return True if submodules are to be captured, although the whole step could be a graph.
+
+        Args:
+            state: The key of the step.
+            variant: The result of watching it, just now.
+        """
+        may_be_pieces = variant.modes == [FULL, PIECEWISE] and variant.padding is None
+        return may_be_pieces and state.ledger.balance <= 0 and state.ledger.varies
+
+    def add_pieces(self, state: KeyState, watched: Any) -> Variant:
+        """Let steps run in pieces while the family may not spend.
+
+        Args:
+            state: The key of the step.
+            watched: What the watched step has found.
+
+        Returns:
+            The variant of these steps. Its guards always hold: submodules have guards of their own.
+        """
+        if state.pieces is None:
+            trial = Trial(self._min_saving, []) if self.compares_times else None
+            ledger = CaptureLedger(CREDIT + self._warmup_steps)
+            state.pieces = Variant(Unguarded(), [PIECEWISE], trial=trial, ledger=ledger)
+        state.pieces.watched = watched
+        return state.pieces
+
+    def ran_in_pieces(self, variant: Variant, has_graphs: bool) -> None:
+        """Record that a step ran in pieces.
+
+        Args:
+            variant: The variant of the step.
+            has_graphs: Whether one of its submodules ran from a graph.
+        """
+        if variant.ledger is None:
+            return
+        if has_graphs:
+            variant.ledger.earn()
+        elif variant.ledger.balance > 0:
+            variant.ledger.spend(1)
 
     def add_variant(self, state: KeyState, variant: Variant) -> list[Entry]:
         """Add a variant of a key. Return the graphs that the caller must drop."""
@@ -750,6 +841,8 @@ class CUDAGraphDispatcher:
         dropped = [] if variant.entry is None else [variant.entry]
         variant.entry = variant.trial = variant.path = None
         variant.modes, variant.reason = [], no_gain(saving)
+        if variant is state.pieces:  # the whole step may still pay
+            return Settled(saving, pieces, variant.reason, left_alone=list(pieces))
         variant.guards = Unguarded()  # other values would hardly make it cheaper
         state.variants.remove(variant)
         self.add_variant(state, variant)

@@ -315,6 +315,13 @@ class Session:
         self.written.update(watched.written)
         if not is_full and in_pieces is None:
             self.find_submodules(plan.state.descriptor, variant, plan.state.warmup_runs)
+        elif dispatcher.wants_pieces(plan.state, variant):
+            # now, since the guards of submodules have the values that the watched step has read
+            self.find_submodules(
+                plan.state.descriptor,
+                dispatcher.add_pieces(plan.state, watched),
+                plan.state.warmup_runs,
+            )
 
     def _guards(self, watched: WatchedStep, scope: GuardScope) -> Guards:
         """Return the guards of a watched step."""

@@ -265,8 +265,7 @@ class StepRunner:
             outcome = self._run_in_trial(plan, args, kwargs)
         else:
             # without a key, submodules do not describe their calls
-            seen = descriptor if variant is None or variant.modes else None
-            outcome = self._run_eagerly(seen, args, kwargs, plan.reason)
+            outcome = self._run_eagerly(None, args, kwargs, plan.reason)
         seconds, how = perf_counter() - began, _how(plan.action, outcome)
         if plan.action is Action.WARM_UP:
             self._host_time(NONE, descriptor).add(seconds)
@@ -345,8 +344,9 @@ class StepRunner:
         seconds, reason = perf_counter() - start, plan.variant.reason
         if progress.times is not None and progress.graphs and progress.is_warm:
             self._timed(plan, progress.times, is_eager=False)
-        if progress.misses:
+        if progress.misses and plan.variant is not plan.state.pieces:
             plan.state.miss = progress.misses[0]
+        self._dispatcher.ran_in_pieces(plan.variant, bool(progress.graphs))
         if progress.graphs:
             if progress.is_warm:
                 time = plan.variant.time
