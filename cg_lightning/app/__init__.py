@@ -6,7 +6,7 @@
 - ``demo.py``: small models and real data, for the default run, the notebooks and the tests.
 - ``diagnose.py``: ``task=diagnose``: why a step is not one graph.
 - ``docstrings.py``: real text whose lengths vary.
-- ``help.py``: what ``cg-lightning --help`` prints.
+- ``help.py``: the text of ``cg-lightning --help``.
 - ``jobs.py``: results of jobs, and the one table of them with which a multirun ends.
 - ``main.py``: the command ``cg-lightning``.
 - ``mistakes.py``: mistakes on the command line, each as one sentence.

@@ -36,7 +36,7 @@ class Task(Enum):
 
 
 class DiagnosedStage(Enum):
-    """The stages whose step ``task=diagnose`` can look at."""
+    """The stages whose step ``task=diagnose`` can watch."""
 
     validate = "validate"
     test = "test"
@@ -140,7 +140,7 @@ class AppConfig:
 class _LibraryConfigs(SearchPathPlugin):
     """Lets the command find the groups that other projects use as well.
 
-    It does so for no other application in this process.
+    Other applications in this process do not find them.
     """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:

@@ -1,4 +1,4 @@
-"""What ``cg-lightning --help`` prints. ``$APP_CONFIG_GROUPS`` is filled in by Hydra."""
+"""The text of ``cg-lightning --help``. ``$APP_CONFIG_GROUPS`` is filled in by Hydra."""
 
 HELP = """\
 cg-lightning runs a LightningModule with CUDA graphs, and compares with eager.

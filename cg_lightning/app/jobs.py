@@ -20,7 +20,7 @@ _FILE = "cg_lightning.json"
 
 @dataclasses.dataclass(frozen=True)
 class JobResult:
-    """What one job found."""
+    """The result of one job."""
 
     failed: str = ""
     """Why the job failed, in one sentence; empty if it did not."""

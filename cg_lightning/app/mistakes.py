@@ -22,7 +22,7 @@ _NOISE = re.compile(
 
 
 def sentence_of(error: Exception) -> str:
-    """Return what to say about a mistake on the command line; empty if the error is another one.
+    """Return the message for a mistake on the command line; empty if the error is another one.
 
     An error that code of the user's raised, or called what raised it, is no such mistake.
 
@@ -43,7 +43,7 @@ def sentence_of(error: Exception) -> str:
         return ""
     texts = [" ".join(_NOISE.sub("", str(each)).split()) for each in chain]
     shown = [text for text in dict.fromkeys(texts) if text]
-    # the cause is often part of what was raised
+    # the cause is often part of the message of the error
     shown = [text for text in shown if not any(text in other for other in shown if other != text)]
     return ": ".join(text.rstrip(".:") for text in shown) + "."
 

@@ -18,8 +18,8 @@ def zoo(config: DictConfig) -> None:
     """Run models of other libraries with and without graphs, and print a table.
 
     Args:
-        config: The config of the command: ``zoo`` has patterns of names, and ``bench`` says how
-            much is measured and on which backend.
+        config: The config of the command: ``zoo`` has patterns of names, and ``bench`` has the
+            number of batches and the backend.
 
     Raises:
         SystemExit: A pattern matches no model, there is no CUDA device and ``bench.backend`` is not

@@ -3,7 +3,7 @@
 - ``cases.py``: the networks to measure, each with its batch.
 - ``charts.py``: the charts, drawn from the records.
 - ``contestants.py``: the contestants: ways to run the same evaluation.
-- ``costs.py``: what graphs cost: time on the host, memory, and captures.
+- ``costs.py``: the costs of graphs: time on the host, memory, and captures.
 - ``measure.py``: measures the time of a batch; contestants take turns, all in one process.
 - ``records.py``: the records as lines of JSON, and the limit that follows from them.
 - ``report.py``: puts the figures of an earlier run into README and docs.

@@ -19,7 +19,7 @@ TITLES = {
     OURS: "callback",
     "compiled_full": "callback, net compiled",
 }
-"""What charts call a contestant."""
+"""Names of contestants in charts."""
 _LIMIT = "GPU time, or Lightning's empty loop"
 _LIGHT, _DARK = "#c8ccd2", "#1f4e85"  # far apart in grey as well
 

@@ -131,7 +131,7 @@ CONTESTANTS: dict[str, Callable[[nn.Module, Tensor, BackendName], Contestant]] =
     "compiled_full": _compiled_in_a_graph,
 }
 PEERS = ("compile", "reduce_overhead", "make_graphed_callables")
-"""What users would use without this package."""
+"""Alternatives to this package."""
 OTHER_ORDER = (*PEERS, "compiled_full")
 """Contestants that may compute in another order, so that their last bits may differ."""
 

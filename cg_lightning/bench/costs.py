@@ -1,4 +1,4 @@
-"""What graphs cost: time on the host, memory, and captures."""
+"""The costs of graphs: time on the host, memory, and captures."""
 
 from __future__ import annotations
 

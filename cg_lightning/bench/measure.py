@@ -140,7 +140,7 @@ def weights(module: nn.Module) -> list[Tensor]:
 
 
 def bare_trainer(backend: GraphBackend, callbacks: list[Callback], **settings: Any) -> Trainer:
-    """Return a Trainer on the device of ``backend`` that does nothing beside the loop."""
+    """Return a Trainer on the device of ``backend`` that does nothing but the loop."""
     return Trainer(
         accelerator="gpu" if backend.device.type == "cuda" else "cpu",
         devices=1,

@@ -168,7 +168,7 @@ def _measure_training(
     for contestant, result in results.items():
         if not isinstance(result, Measurement) or not expected or contestant == "loop":
             continue
-        if result.weights is not expected:  # eager's only round says nothing about its repetition
+        if result.weights is not expected:  # one round of eager is not compared with itself
             result.against_eager = compared_weights(result.weights, expected)
     return results
 

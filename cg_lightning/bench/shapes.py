@@ -54,7 +54,7 @@ class TextClassifier(LightningModule):
 
 
 class Result(NamedTuple):
-    """What one contestant took and gave."""
+    """Times and results of one contestant."""
 
     seconds: float
     """For the whole run: warm-ups, captures and checks included, compilation not."""

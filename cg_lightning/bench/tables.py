@@ -155,7 +155,7 @@ def speed(records: list[Record]) -> str:
 
 
 def facts(records: list[Record]) -> str:
-    """Return what follows from the table of ``validate``, one fact a line."""
+    """Return the conclusions from the table of ``validate``, one fact a line."""
     rows = [case for _, case in _rows(records, "validate")]
     peers = [factor for case in rows if (factor := _faster(case, PEERS))]
     pairs = [(_microseconds(case, OURS), limit(case)) for case in rows]

@@ -67,7 +67,7 @@ def _main_output(output: Any) -> Tensor:
 
 @dataclasses.dataclass
 class ZooResult:
-    """What one stage of one model gave."""
+    """The result of one stage of one model."""
 
     model: str
     stage: str

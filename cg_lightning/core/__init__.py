@@ -1,9 +1,9 @@
-"""Words: modes, keys, context, settings, reasons.
+"""Basic types: modes, keys, context, settings, reasons.
 
 It imports torch, and nothing of this package outside ``core``.
 
-- ``causes.py``: why a step cannot run from a graph, and what its author can do about it.
-- ``closure.py``: what goes into the closure of a training step, and what comes out of it.
+- ``causes.py``: causes: why a step cannot run from a graph, with a remedy for each.
+- ``closure.py``: inputs and outputs of the closure of a training step.
 - ``descriptor.py``: the key of a graph: everything that must be equal for it to be replayable.
 - ``equality.py``: bitwise comparison of two leaves of an output.
 - ``errors.py``: errors of this package. A wrong argument raises a plain ``ValueError``.
@@ -11,7 +11,7 @@ It imports torch, and nothing of this package outside ``core``.
   trust it.
 - ``kernel_flags.py``: switches of the process that select kernels. They are part of every key.
 - ``modes.py``: the modes a step can run in.
-- ``pad_rules.py``: how sizes of padded batches are written, and what is refused.
+- ``pad_rules.py``: the syntax of sizes of padded batches, and its checks.
 - ``settings.py``: checks of arguments. Each one names the argument, its value, and the choices.
 - ``reasons.py``: why a step runs in a lower mode than asked, as a record.
 - ``shape_proposal.py``: which sizes batches should be padded to, from the shapes that were seen.

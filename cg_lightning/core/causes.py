@@ -1,4 +1,4 @@
-"""Why a step cannot run from a graph, and what the user can do about it."""
+"""Causes: why a step cannot run from a graph, with a remedy for each."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Cause(enum.Enum):
 
     @property
     def remedy(self) -> str:
-        """What the user can do about it."""
+        """The remedy, in the user's code."""
         return _REMEDIES[self]
 
 
@@ -71,7 +71,7 @@ _REMEDIES = {
     Cause.HOST_RANDOMNESS: "draw on the device: torch.rand(..., device=x.device)",
     Cause.GRADIENTS: "compute gradients outside what should be graphed",
     Cause.ROWS_NOT_INDEPENDENT: (
-        "leave capture_sizes out, or compute what looks at the whole batch outside the step"
+        "leave capture_sizes out, or compute values of the whole batch outside the step"
     ),
     Cause.POSITIONS_NOT_INDEPENDENT: (
         "give the step a mask of the padding and pad it with the value that hides a position"

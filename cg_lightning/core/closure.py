@@ -1,4 +1,4 @@
-"""What goes into the closure of a training step, and what comes out of it."""
+"""Inputs and outputs of the closure of a training step."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ class ClosureInput(NamedTuple):
     batch: Any
     """The batch of the step."""
     normalize: Fixed
-    """What the loss is divided by: the number of micro-batches of one optimizer step."""
+    """The divisor of the loss: the number of micro-batches of one optimizer step."""
     scale: Tensor | None
-    """What the loss is multiplied by before the backward; None without a gradient scaler."""
+    """The factor of the loss before the backward; None without a gradient scaler."""
 
 
 class ClosureOutput(NamedTuple):
-    """What the closure computes. It changes no gradient: that is done afterwards, eagerly."""
+    """The results of the closure. It changes no gradient; that is done afterwards, eagerly."""
 
     loss: Tensor
     """The loss of the step, divided by the number of micro-batches; without its autograd graph."""
     extra: dict[str, Any]
-    """What the step returns besides the loss."""
+    """The output of the step, without the loss."""
     gradients: dict[str, Tensor | None] | None
     """The gradients of this backward alone, by the names of their parameters.
 

@@ -188,7 +188,7 @@ _PASSED_ON = "passed on"
 
 
 def passed_on(leaf: Hashable) -> Hashable:
-    """Return what stands in a key for a plain value that the step only passes on.
+    """Return the leaf of a key that replaces a plain value which the step only passes on.
 
     Args:
         leaf: The item of :attr:`BatchDescriptor.leaves` that describes the value.
@@ -198,7 +198,7 @@ def passed_on(leaf: Hashable) -> Hashable:
 
 
 def is_passed_on(leaf: Hashable) -> bool:
-    """Return True for what :func:`passed_on` makes."""
+    """Return True for a leaf that :func:`passed_on` has made."""
     return isinstance(leaf, tuple) and leaf[0] is _PASSED_ON
 
 
@@ -321,7 +321,7 @@ def describe_without_batch(
 ) -> tuple[Any, ...]:
     """Return the fields of the key of all steps whose batches cannot be part of one.
 
-    Such a step is no graph. Its submodules may be: their calls have keys of their own.
+    These steps are never one graph. Their submodules may have graphs, by keys of their own.
     """
     return (None, _WITHOUT_KEY, (), stage, dataloader_idx, training, kernel_flags(), 0)
 

@@ -98,7 +98,7 @@ class ForwardContext:
     batch_descriptor: BatchDescriptor | None = None
     """The key of the step. It may be None in mode NONE."""
     step: StepInProgress | None = dataclasses.field(default=None, repr=False, compare=False)
-    """What has happened in the step so far.
+    """The record of the step so far.
 
     Only a step runner sets it, because a context that a user opens is not a step.
     """

@@ -1,4 +1,4 @@
-"""How ``capture_sizes`` and ``pad_dims`` are written, and what is refused."""
+"""The syntax of ``capture_sizes`` and ``pad_dims``, and its checks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PadRule:
     sizes: tuple[int, ...] = ()
     """The sizes that are captured, increasing. Empty: powers of two."""
     value: bool | int | float = 0
-    """What the padding is filled with."""
+    """The value of the padding."""
 
     def size_for(self, size: int) -> int:
         """Return the size to pad to; the size itself if none is large enough."""

@@ -1,4 +1,4 @@
-"""Every option: its type, its default, what it means, and what is refused.
+"""All options: type, default, meaning, and checks.
 
 The callback builds :class:`Settings` from its arguments, and the schema for Hydra is made of the
 same fields.
@@ -353,7 +353,7 @@ class Settings:
 
         Their batches are not padded, since a loss reduces over its batch.
 
-        A replay leaves a part of the closure to what follows it, so times cannot be compared.
+        A part of the closure runs after the replay, so times cannot be compared.
         """
         return dataclasses.replace(
             self,

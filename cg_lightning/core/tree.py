@@ -45,7 +45,7 @@ def _build_mapping(node: Any, keys: tuple[Any, ...], values: list[Any]) -> Any:
     new = copy.copy(node)  # keeps attributes other than the items (default_factory, encodings)
     for key, value in zip(keys, values, strict=True):
         new[key] = value
-    if isinstance(new, OrderedDict) and tuple(new) != keys:  # outputs of transformers copy anew
+    if isinstance(new, OrderedDict) and tuple(new) != keys:  # outputs of transformers copy
         for key in keys:
             OrderedDict.move_to_end(new, key)
     return new
@@ -87,7 +87,7 @@ def _container(node: Any) -> _Container | None:
 
 
 def is_container(node: Any) -> bool:
-    """Return True if :func:`flatten` looks into ``node``."""
+    """Return True if :func:`flatten` flattens ``node``."""
     return _container(node) is not None
 
 

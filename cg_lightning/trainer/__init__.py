@@ -1,6 +1,6 @@
-"""Everything that knows Lightning.
+"""The adapter to Lightning: nothing below this folder imports it.
 
-- ``batch_transfer.py``: copies batches to the device beside the computation.
+- ``batch_transfer.py``: copies batches to the device while it computes.
 - ``closure_hooks.py``: the user's code that runs between a step and its backward.
 - ``ddp.py``: runs the steps of closures in the forward of DDP, which reduces their gradients.
 - ``examples.py``: batches of a run that are captured ahead.
@@ -12,7 +12,7 @@
 - ``loggers.py``: sends numbers to the loggers of a Trainer.
 - ``preconditions.py``: conditions that are checked before the first batch.
 - ``progress.py``: a bar for captures ahead, of the same kind as the bar of the Trainer.
-- ``redirection.py``: runs another step in the place of the module's, in the forward of DDP.
+- ``redirection.py``: replaces the module's step in the forward of DDP.
 - ``stage_length.py``: the number of batches that a Trainer runs in a stage.
 - ``training.py``: intercepts the closures of training, and restores them.
 - ``training_step.py``: the part of a closure that a graph holds, and the part that follows it.

@@ -1,4 +1,4 @@
-"""Copy batches to the device beside the computation."""
+"""Copy batches to the device while it computes."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _PLAIN = (int, float, bool, str, bytes, type(None))
 def overlapped_transfer(
     trainer: Trainer, module: nn.Module, copies: BatchCopies | None, stats: CUDAGraphStats
 ) -> OverlappedTransfer | None:
-    """Return what transfers batches instead of Lightning. None: Lightning does it itself.
+    """Return an object that transfers batches instead of Lightning; None if Lightning does.
 
     Args:
         trainer: The Trainer.
         module: The LightningModule.
-        copies: Copies beside the computation. None: the user or the device does not allow it.
+        copies: Copies during the computation. None: the user or the device does not allow it.
         stats: Counts.
     """
     if copies is None or not _is_lightnings_transfer(trainer, module, (_TRANSFER,)):
@@ -53,7 +53,7 @@ class OverlappedTransfer:
 
     Args:
         strategy: The strategy of the Trainer.
-        copies: Copies beside the computation.
+        copies: Copies during the computation.
         stats: Counts the batches.
     """
 
@@ -90,10 +90,10 @@ class OverlappedTransfer:
 def noted_transfer(
     trainer: Trainer, module: nn.Module, copies: HostCopies, hooks: Sequence[str]
 ) -> NotedTransfer | None:
-    """Return what notes the batches of a Trainer on the host.
+    """Return an object that keeps the batches of a Trainer on the host.
 
-    None if code of others may change a batch on the device before its step: hooks of the user, and
-    callbacks that are called when a batch starts. Nobody sees what they write.
+    None if other code may change a batch on the device before its step: hooks of the user, and
+    callbacks that are called when a batch starts. Their writes are not observed.
 
     Args:
         trainer: The Trainer.
@@ -111,10 +111,10 @@ def noted_transfer(
 
 
 class NotedTransfer:
-    """Notes what the host has of each batch, after whoever copies it.
+    """Keeps each batch on the host, after the batch was copied to the device.
 
-    During a stage, the strategy *object* has an attribute ``batch_to_device``, which calls the one
-    that was there.
+    During a stage, the strategy *object* has an attribute ``batch_to_device``, which calls the
+    previous one.
 
     Args:
         strategy: The strategy of the Trainer.

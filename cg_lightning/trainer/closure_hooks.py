@@ -21,7 +21,7 @@ from cg_lightning.core.reasons import Reason, Status
 
 _CALLBACK_HOOKS = ("on_before_zero_grad", "on_before_backward")
 _MODULE_HOOKS = (*_CALLBACK_HOOKS, "optimizer_zero_grad", "backward")
-"""What runs between the step and its backward."""
+"""Hooks that run between the step and its backward."""
 _OPTIMIZER = 3
 """The place of the optimizer among the parameters of ``optimizer_zero_grad``."""
 _OF_NOTHING = {
@@ -39,7 +39,7 @@ def why_not_closed(
     parameters: dict[str, nn.Parameter],
     modules: Iterable[nn.Module],
 ) -> Reason | None:
-    """Return what of the user's runs between a step and its backward; None if nothing does.
+    """Return the code of the user's that runs between a step and its backward; None if none does.
 
     Args:
         trainer: The Trainer.

@@ -73,7 +73,7 @@ class StepInDDP:
 
         Args:
             step: Runs the step with the arguments that DDP hands on.
-            arguments: The batch, and what else Lightning gives the step.
+            arguments: The batch, and the other arguments that Lightning gives the step.
 
         Returns:
             A closure whose backward makes DDP reduce the gradients, those of a graph included.
@@ -118,7 +118,7 @@ class _GivenGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
-        # nobody else holds them, so that a parameter without a gradient takes them uncopied
+        # without another reference, a parameter without a gradient takes them uncopied
         gradients, ctx.gradients = tuple(ctx.gradients), None
         return None, None, *gradients
 

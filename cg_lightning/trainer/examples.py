@@ -44,7 +44,7 @@ class HostBatch:
         before = getattr(module, "_on_before_batch_transfer", module.on_before_batch_transfer)
         batch = before(batch, dataloader_idx=self._dataloader_idx)
         strategy = trainer.strategy
-        # that of the class: copies beside the computation are for batches whose step comes next
+        # that of the class: concurrent copies are for batches whose step comes next
         return type(strategy).batch_to_device(strategy, batch, None, self._dataloader_idx)
 
 

@@ -82,7 +82,7 @@ class Installation:
         return self.session.graphs(mode)
 
     def hint(self, stage: str) -> str:
-        """Return what to say about the shapes of a stage; empty if nothing."""
+        """Return a hint about the shapes of a stage; empty if there is none."""
         return hint(self.session, stage)
 
     def remove(self, check: bool = True) -> None:

@@ -20,10 +20,10 @@ from cg_lightning.modules.compiled import (
 )
 from cg_lightning.modules.kinds import is_lightnings_own, lightning_class
 
-ANOMALY = "detect_anomaly=True looks at each operation of the backward"
+ANOMALY = "detect_anomaly=True checks each operation of the backward"
 _RESHARDING = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 _TRAINING = ("training_step", "post_training_step", "backward", "pre_backward", "post_backward")
-"""What a strategy does in a closure."""
+"""Methods of a strategy that run in a closure."""
 
 
 def why_inert(trainer: Trainer, module: nn.Module) -> str:
@@ -63,7 +63,7 @@ def _why_no_steps(strategy: Strategy) -> str:
 def why_no_training(trainer: Trainer, module: LightningModule) -> str:
     """Return why no closure of this training can run from a graph. Empty if one can.
 
-    Call it when the optimizers are there. What :func:`why_inert` says comes first.
+    Call it when the optimizers exist, and after :func:`why_inert`.
     """
     strategy, precision = trainer.strategy, trainer.precision_plugin
     loop = getattr(trainer.fit_loop.epoch_loop, "automatic_optimization", None)
@@ -76,7 +76,7 @@ def why_no_training(trainer: Trainer, module: LightningModule) -> str:
         return ANOMALY
     for name, child in module.named_modules():
         if is_compiled(child):
-            return f"{name} is compiled, and nobody sees the backward of compiled code"
+            return f"{name} is compiled, and the backward of compiled code cannot be watched"
     if reason := _why_not_reduced(trainer, module):
         return reason
     if lightning_class(type(precision), "Precision", "MixedPrecision") is not type(precision):

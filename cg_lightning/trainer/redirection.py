@@ -30,7 +30,7 @@ def run_in_wrapper(
     wrapper = strategy.model
     assert wrapper is not None
     stand_in: Any = _StandIn(module, name, step)
-    # private, in Lightning since 2.1; trainer/preconditions.py looks for it
+    # private, in Lightning since 2.1; trainer/preconditions.py checks that it exists
     return strategy._forward_redirection(wrapper, stand_in, name, *args, **kwargs)
 
 

@@ -34,7 +34,7 @@ Run = Callable[["_InterceptedClosure"], ClosureResult]
 
 
 class _InterceptedClosure(Closure):
-    """Lightning's closure of one batch, which lets somebody else run it.
+    """Lightning's closure of one batch, which the runner of this package calls.
 
     Args:
         closure: Lightning's closure.
@@ -104,7 +104,7 @@ class TrainingInstallation:
             transfer.install()
 
     def begin_epoch(self) -> None:
-        """Let the next closure look at what is only compared once an epoch."""
+        """Let the next closure make the comparisons of an epoch."""
         self.session.is_first_step = True
 
     def remove(self, check: bool = True) -> None:
@@ -127,7 +127,7 @@ class TrainingInstallation:
         return self.session.graphs(mode)
 
     def _described_step(self) -> Callable[..., Any]:
-        # the signature is that of the user's step, and its first parameter is looked at
+        # the runner reads the signature of the user's step, for the name of its first parameter
         @functools.wraps(self._module.training_step)
         def compute(given: ClosureInput, *args: Any) -> Any:
             zero_grad = None if self._closure is None else self._closure._zero_grad_fn
@@ -180,7 +180,7 @@ class TrainingInstallation:
             return FinishedClosure(self._closure.as_it_is())
 
     def _scale(self) -> Tensor | None:
-        """Return what the gradient scaler multiplies losses by; None if there is no scaler."""
+        """Return the factor of the gradient scaler; None if there is no scaler."""
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
         if scaler is None or not scaler.is_enabled():
             return None

@@ -5,10 +5,10 @@ What is hard here:
 - **A graph writes no ``.grad``.** It computes the gradients of its backward alone, in new memory,
   as outputs. Afterwards :meth:`TrainingStep.finish` does eagerly what PyTorch does at the end of a
   backward: a parameter without a gradient gets it, to any other gradient it is added in place. So
-  nothing depends on who has set a gradient to None, replaced or scaled it, and nobody who keeps a
-  gradient sees it change.
-- **The order is another one, and nobody can see it.** Lightning runs the step, then ``zero_grad``,
-  then the backward. Here ``zero_grad`` comes after the backward, which has set all gradients aside.
+  a gradient may be set to None, replaced or scaled between two steps, and a reference that the user
+  keeps to a gradient behaves as in eager.
+- **The order differs, without an effect.** Lightning runs the step, then ``zero_grad``, then the
+  backward. Here ``zero_grad`` comes after the backward, which has set all gradients aside.
   Where a hook of the user's runs in between, Lightning runs the closure (``training.py``).
   A step that reads a gradient, or computes some itself, is therefore no graph
   (``diagnosis/detectors/backward.py``). ``on_after_backward`` is the last thing in a closure, and
@@ -70,7 +70,7 @@ class TrainingStep:
         """Run the step and its backward.
 
         Args:
-            given: The batch, and what else the closure depends on.
+            given: The batch, and the other inputs of the closure.
             args: What Lightning gives the step after the batch.
             zero_grad: What comes between the step and its backward without us.
 
