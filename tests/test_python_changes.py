@@ -24,7 +24,74 @@ def plain(value: Any) -> Any:
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, collections.deque)):
         return [type(value).__name__, *map(plain, value)]
-    return plain(vars(value)) if isinstance(value, Store) else value
+    if isinstance(value, (Store, AverageMeter)):
+        return plain(vars(value))
+    return type(value).__name__ if callable(value) else value  # a module, or a function
+
+
+class AverageMeter:
+    """As in the examples of PyTorch for ImageNet, and in many copies of it."""
+
+    def __init__(self, name: str = "", fmt: str = ":f") -> None:
+        self.name = name
+        self.fmt = fmt
+        self.reset()
+
+    def reset(self) -> None:
+        self.val = 0
+        self.avg = 0
+        self.sum = 0
+        self.count = 0
+
+    def update(self, val: Any, n: int = 1) -> None:
+        self.val = val
+        self.sum += val * n
+        self.count += n
+        self.avg = self.sum / self.count
+
+
+class OtherMeters(AverageMeter):
+    """Methods that do more than accumulate, or that cannot be read."""
+
+    weight = 2.0
+
+    def __init__(self, owner: Any = None) -> None:
+        super().__init__()
+        self.owner = owner
+        self.values: list[Any] = []
+        self.smooth: Any = None
+
+    def branches(self, val: Any) -> None:
+        """Keep all, and the first one of each three as it is."""
+        if isinstance(val, Tensor) and self.count % 3 == 0:
+            self.smooth = val.detach() * 1.0
+        else:
+            self.smooth = 0.9 * self.smooth + 0.1 * val
+        self.values.append(val)
+        self._count(self.weight)
+
+    def _count(self, n: float) -> None:
+        self.count += n
+
+    def changes_the_argument(self, val: Any) -> None:
+        self.sum = val
+        self.sum += 1
+
+    def in_place(self, val: Any) -> None:
+        val.add_(1)
+        self.count += 1
+
+    def tells_its_owner(self, val: Any) -> None:
+        self.count += 1
+        self.owner.scale = self.count
+
+    def changes_a_global(self, val: Any) -> None:
+        self.count += 1
+        SHARED.append(val)
+
+    @torch.no_grad()
+    def decorated(self, val: Any) -> None:
+        self.count += 1
 
 
 class Store:
@@ -256,9 +323,80 @@ class Inside(Classifier):
         block.seen.clear()
 
 
+class Features(Classifier):
+    """What a hook keeps is read again in the same step, by a constant and by a variable."""
+
+    watched = ("features", "store")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features: dict[str, Any] = {}
+        self.store = Store()
+        self.net[0].register_forward_hook(self.keep_first)
+        self.net[1].register_forward_hook(self.keep_second)
+
+    def keep_first(self, module, args, output) -> None:
+        self.features["layer0"] = output
+
+    def keep_second(self, module, args, output) -> None:
+        key = "layer1"
+        self.features[key] = output
+
+    def keep(self, x, y, logits, loss):
+        name = "layer0"
+        self.store.last = [self.features["layer1"].mean()]
+        self.store.last[0].add_(1)
+        self.features["both"] = {"a": self.features[name] + 1}
+        return self.features["both"]["a"].sum() + self.store.last[0], self.features["layer1"]
+
+    def between(self) -> None:
+        if self.epochs == 2:
+            self.features.clear()
+
+
+class Meters(Classifier):
+    watched = ("losses", "meters")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses = AverageMeter("loss")
+        self.meters = {"top1": AverageMeter(), "size": AverageMeter()}
+
+    def keep(self, x, y, logits, loss):
+        self.losses.update(loss, x.size(0))
+        for name in ("top1",):
+            self.meters[name].update((logits.argmax(1) == y).float().mean(), n=len(y))
+        self.meters["size"].update(len(x))
+        return loss
+
+    def on_validation_batch_end(self, outputs, batch, batch_idx):
+        assert self.losses.val is outputs
+
+    def between(self) -> None:
+        self.losses.reset()
+        self.meters["top1"] = AverageMeter()
+
+
+class Branches(Classifier):
+    watched = ("meter",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meter: Any = OtherMeters()
+
+    def keep(self, x, y, logits, loss):
+        self.meter.branches(loss)
+        return loss
+
+    def between(self) -> None:
+        if self.epochs == 2:  # for which no graph was made
+            self.meter.update = lambda val: None
+            self.meter.owner = self
+
+
 FULL = [
     *(Outputs, NestedOutputs, SameAsOutput, OwnBatch, PerKey, Counts, TotalsOfTensors, Last),
-    *(Swapped, Inside),
+    *(Swapped, Inside, Features, Meters, Branches),
 ]
 
 
@@ -548,12 +686,129 @@ class Tuples(Classifier):
         self.kept.append("text")
 
 
+class StaleEntry(Classifier):
+    """Reads what a step before has set, and then sets it."""
+
+    watched = ("entries",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = {"a": torch.zeros(()), "b": torch.zeros(())}
+
+    def keep(self, x, y, logits, loss):
+        self.entries["b"] = loss
+        loss = loss + self.entries["a"]
+        self.entries["a"] = loss * 0.5
+        return loss + self.entries["a"]
+
+
+class OtherEntry(Classifier):
+    """An entry that was set in another dict, and the last item of a list."""
+
+    watched = ("entries", "lists")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = {0: torch.zeros(()), 1: torch.zeros(())}
+        self.lists: list[Any] = [0.0]
+
+    def keep(self, x, y, logits, loss):
+        for key in self.entries:
+            self.entries[key] = loss + key
+        self.lists[-1] = loss
+        self.lists.append(loss + 1)
+        return self.lists[-1]
+
+
+class Meter(Classifier):
+    """Calls a method of a meter."""
+
+    watched = ("meter",)
+    method = "update"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 1
+        self.meter = OtherMeters()
+
+    def between(self) -> None:
+        self.meter.count = 0
+
+
+class MeterIsRead(Meter):
+    def keep(self, x, y, logits, loss):
+        self.meter.update(loss, 2)
+        return loss * self.meter.count
+
+
+class ArgumentIsChanged(Meter):
+    def keep(self, x, y, logits, loss):
+        self.meter.update(loss, 2)
+        loss.mul_(2)
+        return loss
+
+
+class ArgumentIsChangedByTheMeter(Meter):
+    def keep(self, x, y, logits, loss):
+        self.meter.changes_the_argument(loss)
+        return loss * 2
+
+
+class ArgumentIsChangedInPlace(Meter):
+    def keep(self, x, y, logits, loss):
+        self.meter.in_place(loss)
+        return loss * 2
+
+
+class OwnerIsTold(Meter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.meter.owner = self
+
+    def keep(self, x, y, logits, loss):
+        self.meter.tells_its_owner(loss)
+        return loss * self.scale
+
+
+class GlobalIsChanged(Meter):
+    def keep(self, x, y, logits, loss):
+        self.meter.changes_a_global(loss)
+        return loss * len(SHARED)
+
+    def between(self) -> None:
+        SHARED.clear()
+
+
+class Decorated(Meter):
+    def keep(self, x, y, logits, loss):
+        self.meter.decorated(loss)
+        return loss
+
+
+class ErrorIsHandled(Meter):
+    def keep(self, x, y, logits, loss):
+        try:
+            self.meter.update(loss, 0)
+        except RuntimeError:
+            return loss * 2
+        return loss
+
+
+class ResultIsUsed(Meter):
+    def keep(self, x, y, logits, loss):
+        done = self.meter.update(loss)
+        return loss if done is None else done
+
+
 NOT_READ = [Property, SetByName, EverySecond, OtherKey, Views, Tuples]
 """What is FULL all the same."""
 OTHERS = [
     *(Length, LastItem, Alias, LocalName, BoundMethod, CountIsRead, ReadBeforeSet, AskedFor),
     *(ThroughVars, Lasting, WholeBatch, OwnSetattr, OneListInTwoModules, GlobalList),
     *(KeepsAnObject, Removes, SharedInside, *NOT_READ),
+    *(StaleEntry, OtherEntry, MeterIsRead, ArgumentIsChanged, ArgumentIsChangedByTheMeter),
+    *(ArgumentIsChangedInPlace, OwnerIsTold, GlobalIsChanged, Decorated, ErrorIsHandled),
+    ResultIsUsed,
 ]
 
 
@@ -563,6 +818,15 @@ OTHERS = [
 def test_what_is_read_is_not_frozen(harness, kind, verify, mode) -> None:
     stats = run(harness, kind(), mode=mode, verify_replays=verify)
     assert (stats.steps["FULL"] > 0) is (kind in NOT_READ), stats.reasons
+
+
+def test_the_reason_names_the_line_that_reads_or_calls(harness) -> None:
+    for kind in (Length, MeterIsRead, Decorated):
+        (record,) = [each for each in run(harness, kind()).reasons if each.mode == "PIECEWISE"]
+        file, line = record.reason.location.split(":")
+        code = kind.keep.__code__
+        assert file == code.co_filename
+        assert int(line) - code.co_firstlineno in (1, 2)
 
 
 def test_error_in_a_hook(harness) -> None:

@@ -1,5 +1,6 @@
 """Watching one eager step for what a graph could not hold, or would freeze.
 
+- ``accumulators.py``: whether a method of a plain object only accumulates, from its source.
 - ``attribute_events.py``: what a step does to attributes, and what a replay can do again.
 - ``call_events.py``: every call of a function in the watched step, as Python tells of it.
 - ``callers.py``: what the functions that are running do with a call that they have made.

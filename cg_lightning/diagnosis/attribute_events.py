@@ -2,14 +2,16 @@
 
 There are two such things. An attribute may be *set* before anything reads it: the step cannot
 depend on what was there. Or its value is only *changed*: each line that reads it appends to it,
-adds to it or sets an entry (``uses_of_attribute.py``). An attribute of which one read is anything
-else is state, and its value may decide what the step computes.
+adds to it, sets an entry, or reads an entry that the step itself has set
+(``uses_of_attribute.py``); or it calls a method of a plain object that only accumulates
+(``accumulators.py``). An attribute of which one read is anything else is state, and its value may
+decide what the step computes.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import CodeType, FrameType
 from typing import Any
 
@@ -17,12 +19,14 @@ from torch import Tensor, nn
 
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.tree import flatten
+from cg_lightning.diagnosis.accumulators import accumulates
+from cg_lightning.diagnosis.callers import is_exception_handled
 from cg_lightning.diagnosis.findings import AT_THE_END, find_location, is_our_file
 from cg_lightning.diagnosis.step_watch import StepWatch, look_into
-from cg_lightning.diagnosis.uses_of_attribute import Use, adds_to, use_of
+from cg_lightning.diagnosis.uses_of_attribute import Entry, Use, adds_to, entry_of, use_of
 from cg_lightning.effects.containers import ContainersSnapshot
 from cg_lightning.effects.python_changes import ChangedAttribute
-from cg_lightning.guards.changed_values import kind_to_change
+from cg_lightning.guards.changed_values import MAPPINGS, is_plain_object, kind_to_change
 from cg_lightning.guards.values import addresses_of
 from cg_lightning.modules.attributes import (
     is_same_value,
@@ -31,7 +35,7 @@ from cg_lightning.modules.attributes import (
     value_in_class,
 )
 from cg_lightning.modules.interception import ModuleHandler
-from cg_lightning.modules.kinds import is_user_class
+from cg_lightning.modules.kinds import is_user_class, is_user_file
 
 _Instruction = tuple[CodeType, int]
 _FRAMEWORKS = ("torch", "lightning", "pytorch_lightning", "torchmetrics")
@@ -51,15 +55,25 @@ class AttributeEvents(ModuleHandler):
         watch: The step that is watched.
         path: The path of the module.
         module: The module.
+        on_call: Is told of an object before the step calls a method of it that may accumulate.
     """
 
-    def __init__(self, watch: StepWatch, path: str, module: nn.Module) -> None:
+    def __init__(
+        self, watch: StepWatch, path: str, module: nn.Module, on_call: Callable[[Any], None]
+    ) -> None:
         self.module = module
+        self._on_call = on_call
         self._watch = watch
         self._prefix = f"self.{path}." if path else "self."
         self._reads: dict[str, set[_Instruction]] = {}
         self._writes: dict[str, set[_Instruction]] = {}
         self._set_first: dict[str, None] = {}
+        self._set_entries: dict[str, set[tuple[tuple[bool, Any], ...]]] = {}
+        """The entries of each attribute that the step has set so far."""
+        self._calls: dict[str, set[tuple[type, str]]] = {}
+        """Classes and methods that the step calls of what is in an attribute."""
+        self._refused: set[str] = set()
+        """Attributes of which something else is called."""
         self._locations: dict[str, str] = {}
         classes = type(module).__mro__
         self._is_ordinary = not any(
@@ -74,7 +88,8 @@ class AttributeEvents(ModuleHandler):
         if frame is None or self._watch.is_paused or self._watch.is_in_framework:
             return
         if name != "__dict__":
-            self._reads.setdefault(name, set()).add((frame.f_code, frame.f_lasti))
+            if not self._reads_what_is_set(name, frame):
+                self._reads.setdefault(name, set()).add((frame.f_code, frame.f_lasti))
         elif str(frame.f_globals.get("__name__")).split(".")[0] not in _FRAMEWORKS:
             self._is_ordinary = False  # ``vars(self)["name"]``
 
@@ -89,14 +104,54 @@ class AttributeEvents(ModuleHandler):
             self._set_first[name] = None
         self._writes.setdefault(name, set()).add((frame.f_code, frame.f_lasti))
 
+    def _reads_what_is_set(self, name: str, frame: FrameType) -> bool:
+        """Return whether a line only reads an entry that the step has set; note what it sets."""
+        value = self._attributes.get(name)
+        if type(value) not in MAPPINGS and not is_plain_object(value):
+            return False
+        entry = entry_of(frame)
+        if entry is None:
+            return False
+        done = self._set_entries.setdefault(name, set())
+        if entry.is_set:
+            if _holder(value, entry.steps) is not None:
+                done.add(entry.steps)
+            return False
+        if any(entry.steps[:length] in done for length in range(1, len(entry.steps) + 1)):
+            return True
+        self._note_call(name, value, entry, frame)
+        return False
+
+    def _note_call(self, name: str, value: Any, entry: Entry, frame: FrameType) -> None:
+        """Note a method that may be called in a statement of its own."""
+        target, (is_key, method) = _holder(value, entry.steps), entry.steps[-1]
+        is_method = not is_key and is_plain_object(target) and method not in vars(target)
+        if is_method and not _is_handled_around(frame):
+            self._calls.setdefault(name, set()).add((type(target), method))
+            self._on_call(target)
+        else:
+            self._refused.add(name)
+
+    def refuse_calls(self) -> None:
+        """Note that the step changes what methods were given: later calls would see the change."""
+        self._refused.update(self._calls)
+
     @property
     def _attributes(self) -> dict[str, Any]:
         found: dict[str, Any] = object.__getattribute__(self.module, "__dict__")
         return found
 
     def location(self, name: str) -> str:
-        """Return where an attribute was first set to another value."""
-        return self._locations.get(name, AT_THE_END)
+        """Return where an attribute was first set to another value, or else looked at.
+
+        What changes inside a value is not seen, but it is reached by a line that reads the value.
+        """
+        if name in self._locations:
+            return self._locations[name]
+        reads = [read for read in self._reads.get(name, ()) if is_user_file(read[0].co_filename)]
+        looking = [read for read in reads if use_of(*read) in (Use.OTHER, Use.CALL)]
+        lines = sorted(map(_line_of, looking or reads))
+        return lines[0] if lines else AT_THE_END
 
     def set_first(self) -> list[str]:
         """Return the names of attributes that the step set before it read them."""
@@ -123,7 +178,8 @@ class AttributeEvents(ModuleHandler):
     def _changed(self, name: str, is_set: bool = False) -> ChangedAttribute:
         uses = [] if is_set else [use_of(*read) for read in self._reads[name]]
         path = f"{self._prefix}{name}"
-        return ChangedAttribute(self.module, name, path, is_set, Use.ADD in uses)
+        is_added_to = Use.ADD in uses or Use.CALL in uses
+        return ChangedAttribute(self.module, name, path, is_set, is_added_to)
 
     def _can_be_set(self, name: str) -> bool:
         """Whether a graph can make the value, and setting it runs no code of the user's."""
@@ -144,9 +200,37 @@ class AttributeEvents(ModuleHandler):
             return False
         if kind_to_change(self._attributes[name]) is None:
             return False
-        return all(use_of(*read) is not Use.OTHER for read in self._reads[name]) and all(
-            adds_to(*write) for write in self._writes.get(name, ())
+        uses = {use_of(*read) for read in self._reads[name]}
+        if Use.OTHER in uses or not all(adds_to(*write) for write in self._writes.get(name, ())):
+            return False
+        calls = self._calls.get(name, set())
+        return Use.CALL not in uses or (
+            bool(calls) and name not in self._refused and all(accumulates(*each) for each in calls)
         )
+
+
+def _holder(value: Any, steps: tuple[tuple[bool, Any], ...]) -> Any:
+    """Return what has the last one of some steps; None if an entry is not what it seems to be."""
+    for is_key, key in steps[:-1]:
+        if is_key is not (type(value) in MAPPINGS) or not (is_key or is_plain_object(value)):
+            return None
+        value = value.get(key) if is_key else vars(value).get(key)
+    return value
+
+
+def _is_handled_around(frame: FrameType | None) -> bool:
+    """Return whether an error of what a frame calls now may be handled in the step."""
+    while frame is not None and not is_our_file(frame.f_code.co_filename):
+        if is_exception_handled(frame):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _line_of(instruction: _Instruction) -> str:
+    code, offset = instruction
+    lines = [line for start, end, line in code.co_lines() if start <= offset < end]
+    return f"{code.co_filename}:{lines[0] if lines and lines[0] else code.co_firstlineno}"
 
 
 class LastingValues:

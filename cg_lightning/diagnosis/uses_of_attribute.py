@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ast
 import enum
-from types import CodeType
+import functools
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
 
 from cg_lightning.diagnosis.definitions import node_of
 
@@ -21,6 +23,7 @@ class Use(enum.Enum):
 
     FILL = "a list gets one more item, or an entry is set"
     ADD = "something is added to a number, or to whatever is there"
+    CALL = "a method is called, and nothing is done with its result"
     OTHER = "anything else: its value may decide what the step computes"
 
 
@@ -28,7 +31,7 @@ def use_of(code: CodeType, offset: int) -> Use:
     """Return what a line does with an attribute that an instruction reads.
 
     ``self.x.append(y)``, ``self.x[k] = y`` and ``self.x.y = z`` fill, ``self.x += 1`` and
-    ``self.x.y["k"] += 1`` add.
+    ``self.x.y["k"] += 1`` add, ``self.x.update(y)`` calls.
 
     Args:
         code: The code of the function that reads the attribute.
@@ -42,10 +45,62 @@ def use_of(code: CodeType, offset: int) -> Use:
         if isinstance(outer, ast.Attribute):
             if outer.attr == "append" and _is_call_without_result(outer, parents):
                 return Use.FILL
+            if _is_statement(outer, parents):
+                return Use.CALL
         elif not (isinstance(outer, ast.Subscript) and outer.value is node):
             return Use.OTHER
         node = outer
     return use
+
+
+class Entry(NamedTuple):
+    """A place in the value of an attribute: ``self.x["a"].b``."""
+
+    steps: tuple[tuple[bool, Any], ...]
+    """Keys, or (False) names of attributes."""
+    is_set: bool
+    """Whether the line sets it."""
+
+
+def entry_of(frame: FrameType) -> Entry | None:
+    """Return the place that a line reads or sets in an attribute; None for the value itself.
+
+    Args:
+        frame: The frame that reads the attribute now.
+    """
+    found = _steps_at(frame.f_code, frame.f_lasti)
+    if found is None:
+        return None
+    steps: list[tuple[bool, Any]] = []
+    for step in found[0]:
+        if isinstance(step, str):
+            steps.append((False, step))
+        elif isinstance(step, ast.Constant):
+            steps.append((True, step.value))
+        elif isinstance(step, ast.Name) and type(frame.f_locals.get(step.id)) in (str, int):
+            steps.append((True, frame.f_locals[step.id]))
+        else:
+            break
+    is_whole = len(steps) == len(found[0])
+    return Entry(tuple(steps), found[1] and is_whole) if steps else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _steps_at(code: CodeType, offset: int) -> tuple[list[ast.expr | str], bool] | None:
+    """Return the steps from an attribute on, and whether the line sets what is there."""
+    node, parents = node_of(code, offset)
+    if not isinstance(node, ast.Attribute):
+        return None
+    steps: list[ast.expr | str] = []
+    while (outer := parents.get(node)) is not None:
+        if isinstance(outer, ast.Attribute):
+            steps.append(outer.attr)
+        elif isinstance(outer, ast.Subscript) and outer.value is node:
+            steps.append(outer.slice)
+        else:
+            break
+        node = outer
+    return steps, _use_by_statement(node, parents) is Use.FILL
 
 
 def adds_to(code: CodeType, offset: int) -> bool:
@@ -69,9 +124,15 @@ def _is_call_without_result(method: ast.Attribute, parents: Parents) -> bool:
     call = parents.get(method)
     return (
         isinstance(call, ast.Call)
-        and call.func is method
-        and isinstance(parents.get(call), ast.Expr)
+        and _is_statement(method, parents)
         and len(call.args) == 1
         and not call.keywords
         and not isinstance(call.args[0], ast.Starred)
     )
+
+
+def _is_statement(method: ast.Attribute, parents: Parents) -> bool:
+    """Whether ``method`` is called in a statement of its own."""
+    call = parents.get(method)
+    is_called = isinstance(call, ast.Call) and call.func is method
+    return is_called and call is not None and isinstance(parents.get(call), ast.Expr)

@@ -1,4 +1,4 @@
-"""Changes that a step makes in Python, done again after each replay: appended, added, set.
+"""Changes that a step makes in Python, done again after each replay: appended, added, set, called.
 
 What is hard here:
 
@@ -16,8 +16,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import enum
+import inspect
 import math
 from collections.abc import Iterator, Sequence
+from types import CodeType, FunctionType, NoneType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -38,6 +40,8 @@ from cg_lightning.guards.changed_values import (
 from cg_lightning.guards.sources import MISSING, Source
 
 _FACTORIES = (list, dict, int, float, collections.deque)
+_ACCUMULATED = (bool, int, float, complex, str, NoneType, Tensor, list, dict, tuple)
+"""What an object may hold of which a method is called: nothing that runs code of the user's."""
 
 
 class ChangedAttribute(NamedTuple):
@@ -71,6 +75,8 @@ class Place(NamedTuple):
     steps: tuple[tuple[bool, Any], ...]
     """The way from there: keys, or (False) names of attributes."""
     path: str
+    method: str = ""
+    """The method that is called of the value, if one is."""
 
     def inside(self, is_key: bool, key: Any) -> Place:
         """Return a place in the value that is here."""
@@ -95,11 +101,16 @@ class Place(NamedTuple):
         holder = self.holder()
         (holder if is_key else vars(holder))[key] = value
 
-    def kind(self) -> Any:
-        """Return the kind of the value; None if it is not there. No code of the user is called."""
+    def found(self) -> Any:
+        """Return the value; MISSING if it is not there. No code of the user is called."""
         value: Any = self.namespace
         for is_key, key in self.steps:
             value = _look_up(value, is_key, key)
+        return value
+
+    def kind(self) -> Any:
+        """Return the kind of the value; None if it is not there."""
+        value = self.found()
         return None if value is MISSING else kind_to_change(value)
 
     def can_be_set(self) -> bool:
@@ -142,6 +153,7 @@ class Verb(enum.Enum):
     APPEND = "append"
     ADD = "+="
     SET = "="
+    CALL = "()"
 
 
 class Change(NamedTuple):
@@ -151,17 +163,35 @@ class Change(NamedTuple):
     place: Place
     kind: Any
     """The kind of the value that is changed; None if it is set."""
+    method: CodeType | None = None
+    """The code of the method that is called."""
 
     def is_possible(self) -> bool:
         """Return whether the change has the same effect as in the watched step."""
         if self.verb is Verb.SET:
             return self.place.can_be_set()
+        if self.verb is Verb.CALL and not self._has_method():
+            return False
         return self.kind is not None and self.place.kind() == self.kind
+
+    def _has_method(self) -> bool:
+        """Return whether the method is the one that was seen, and its object has plain values."""
+        value = self.place.found()
+        if value is MISSING or not is_plain_object(value) or self.place.method in vars(value):
+            return False
+        function = inspect.getattr_static(type(value), self.place.method, None)
+        if not isinstance(function, FunctionType) or function.__code__ is not self.method:
+            return False
+        return all(type(each) in _ACCUMULATED for each in vars(value).values())
 
     def takes(self, value: Any) -> bool:
         """Return whether the outcome is known if the change is made with this value."""
         if self.verb is Verb.SET:
             return True
+        if self.verb is Verb.CALL:
+            return all(
+                isinstance(x, Tensor) or is_plain_value(x) for x in (*value[0], *value[1].values())
+            )
         if self.verb is Verb.APPEND:
             return self.kind in LISTS
         if self.kind is list:
@@ -172,6 +202,9 @@ class Change(NamedTuple):
         """Make the change."""
         if self.verb is Verb.APPEND:
             self.place.value().append(value)
+        elif self.verb is Verb.CALL:
+            args, kwargs = value
+            getattr(self.place.value(), self.place.method)(*args, **kwargs)
         elif self.verb is Verb.ADD:
             total = self.place.value()
             total += value
@@ -198,13 +231,21 @@ class _StandIn:
         self._record.add(Verb.ADD, self._place, value)
         return self
 
-    def __getattr__(self, name: str) -> _StandIn:
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             self._refuse()
-        return _StandIn(self._place.inside(False, name), self._record)
+        return self._record.at(self._place.inside(False, name))
 
-    def __getitem__(self, key: Any) -> _StandIn:
-        return _StandIn(self._place.inside(True, _known(key)), self._record)
+    def __getitem__(self, key: Any) -> Any:
+        return self._record.at(self._place.inside(True, _known(key)))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        *steps, (is_key, name) = self._place.steps
+        if is_key or not steps:
+            self._refuse()
+        path = self._place.path.removesuffix(f".{name}")
+        place = Place(self._place.namespace, tuple(steps), path, name)
+        self._record.add(Verb.CALL, place, (args, kwargs))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not isinstance(value, _StandIn):  # what += has returned
@@ -217,7 +258,7 @@ class _StandIn:
     def _refuse(self, *_: Any) -> Any:
         raise CaptureError(f"{self._place.path} is read, which the watched step did not do")
 
-    __bool__ = __len__ = __iter__ = __contains__ = __call__ = _refuse
+    __bool__ = __len__ = __iter__ = __contains__ = _refuse
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse
     __int__ = __float__ = __index__ = _refuse
 
@@ -243,6 +284,7 @@ class ChangeRecording:
         self._attributes = attributes
         self._changes: list[tuple[Verb, Place]] = []
         self._values: list[Any] = []
+        self._set: dict[tuple[int, Any], Any] = {}
         self._before: list[Any] = []
         self._put: list[Any] = []
 
@@ -250,6 +292,12 @@ class ChangeRecording:
         """Add one change."""
         self._changes.append((verb, place))
         self._values.append(_as_it_is_now(value) if verb is Verb.ADD else value)
+        if verb is Verb.SET:
+            self._set[(id(place.namespace), place.steps)] = value
+
+    def at(self, place: Place) -> Any:
+        """Return what the step has set in a place, or else what records what is done to it."""
+        return self._set.get((id(place.namespace), place.steps), _StandIn(place, self))
 
     def begin(self) -> None:
         """Put something in the place of each value."""
@@ -288,7 +336,9 @@ class ChangeRecording:
         self.restore()
         changes = []
         for (verb, place), value in zip(self._changes, self._values, strict=True):
-            change = Change(verb, place, None if verb is Verb.SET else place.kind())
+            kind = None if verb is Verb.SET else place.kind()
+            function = inspect.getattr_static(place.found(), place.method, None)
+            change = Change(verb, place, kind, getattr(function, "__code__", None))
             if not (change.is_possible() and change.takes(value)):
                 raise CaptureError(f"{place.path} is changed in a way that a replay cannot repeat")
             changes.append(change)
@@ -342,7 +392,9 @@ class RepeatChanges(Effect):
         self._changes = list(changes)
         self._first = list(first)
         # guards compare attributes of modules, and not their contents
-        self._inside = [change for change in changes if len(change.place.steps) > 1]
+        self._inside = [
+            change for change in changes if len(change.place.steps) > 1 or change.verb is Verb.CALL
+        ]
         self._has_repeats = list(first) != list(range(len(first)))
 
     def is_valid(self) -> bool:

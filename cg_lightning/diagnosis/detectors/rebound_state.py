@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
+
+from torch._ops import OpOverload
 
 from cg_lightning.core.causes import Cause
+from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.attribute_events import AttributeEvents, LastingValues
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import AT_THE_END
 from cg_lightning.diagnosis.module_state import ModuleState
+from cg_lightning.diagnosis.operands import addresses_in, written_tensors
 from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.sources import Source
+from cg_lightning.guards.values import addresses_of
+from cg_lightning.metrics.members import states_of
 from cg_lightning.modules.interception import Interception, can_intercept
 from cg_lightning.modules.kinds import is_user_module
 
@@ -33,6 +40,9 @@ class ReboundState(Detector):
         super().__init__(watch)
         self._events: dict[int, AttributeEvents] = {}
         """What was done to the attributes of each module, by its id."""
+        self._written_later: set[int] | None = None
+        """Addresses of tensors to which the step may write after it has called a method of a plain
+        object; None before such a call."""
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
@@ -102,15 +112,45 @@ class ReboundState(Detector):
             for path, module in self.watch.modules:
                 is_written = is_user_module(module) and id(module) not in self.watch.hidden
                 if is_written and can_intercept(module):
-                    events = self._events[id(module)] = AttributeEvents(self.watch, path, module)
+                    events = self._events[id(module)] = AttributeEvents(
+                        self.watch, path, module, self._on_call
+                    )
                     stack.callback(Interception(module, events).remove)
             yield
+
+    def _on_call(self, target: Any) -> None:
+        with self.watch.paused():
+            root, metrics = self.watch.root, self.watch.all_metrics
+            states = [getattr(each, name) for each in metrics for name in states_of(each)]
+            kept = [*root.parameters(), *root.buffers(), *tensors_in((vars(target), states))]
+            self._written_later = (self._written_later or set()) | addresses_of(kept)
+
+    def before_operation(
+        self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        if self._written_later is None:
+            return
+        if addresses_of(written_tensors(function, args, kwargs)) - self._written_later:
+            for events in self._events.values():
+                events.refuse_calls()
+
+    def after_operation(
+        self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        if self._written_later is not None:
+            given = addresses_in((*args, *kwargs.values()))
+            self._written_later |= addresses_in(output) - given
 
     def _repeated(self, changed: list[tuple[str, ModuleState, list[str]]]) -> set[tuple[int, str]]:
         """Notes what a replay can change as the step did; returns ids of modules and names."""
         watch = self.watch
         if not all(each.is_known_before for each in watch.step.findings):  # it will be no graph
             return set()
+        if watch.hidden:  # nobody sees what compiled code writes to
+            for events in self._events.values():
+                events.refuse_calls()
         names = {id(state.module): own for _, state, own in changed}
         with watch.paused():
             candidates = [
