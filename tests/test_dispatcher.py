@@ -8,7 +8,7 @@ import pytest
 
 from cg_lightning import BatchDescriptor, CUDAGraphDispatcher, CUDAGraphMode
 from cg_lightning.core.causes import Cause
-from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.core.reasons import Changed, Reason, Status
 from cg_lightning.core.settings import Settings
 from cg_lightning.report.stats import Saving
 from cg_lightning.runtime.dispatcher import (
@@ -47,8 +47,9 @@ class Value:
     def check_epoch(self) -> bool:
         return True
 
-    def explain(self) -> str:
-        return f"self.value: now {self.world['value']}, before {self.expected}"
+    def explain(self) -> Changed:
+        text = f"self.value: now {self.world['value']}, before {self.expected}"
+        return Changed("self.value", text)
 
 
 @dataclasses.dataclass(eq=False)
@@ -364,7 +365,7 @@ def test_reset_forgets_keys_but_not_what_was_spent():
     runner = Runner()
     runner.steps(2)
     balance = runner.dispatcher.state(KEY.fields).ledger.balance
-    runner.dispatcher.reset("the module has changed")
+    runner.dispatcher.reset(Changed("the module has changed"))
     state = runner.dispatcher.state(KEY.fields, KEY)
     assert (state.variants, state.warmup_runs) == ([], 0)
     assert state.ledger.balance == balance

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from torchmetrics.text import Perplexity
 
 from cg_lightning import BatchDescriptor
 from cg_lightning.core.causes import Cause
-from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.core.reasons import Changed, Reason, Status
 from cg_lightning.report.stats import MOST_REASONS, MOST_SHAPES, OTHER_SHAPES, CUDAGraphStats
 from cg_lightning.report.summary import render_summary
 from cg_lightning.runtime.dispatcher import NEW_KEY
-from tests.harness import features, predict, validate
+from tests.harness import Batches, features, predict, validate
 from tests.models import Body, Predictor
 
 
@@ -110,8 +111,8 @@ def test_an_attribute_that_toggles_has_two_graphs(harness, mode):
     harness.compare(Scaled(Body()), predict(features(160)), callback, others=lambda: [Toggles()])
     assert callback.stats.captures == 2
     assert callback.stats.steps["FULL"] == 37, callback.summary()
-    changed = [record.reason for record in callback.stats.reasons]
-    assert Reason(Status.CHANGED, "changed: self.scale: now 2.0, before 1.0") in changed
+    changed = [str(record.reason) for record in callback.stats.reasons]
+    assert "changed: self.scale: now 2.0, before 1.0" in changed
 
 
 FACTOR = 1.0
@@ -197,11 +198,148 @@ def test_submodules_that_never_run_a_graph_are_left_alone(harness, monkeypatch):
     assert all("self.net.scale: now" in str(r) for r in callback.stats.reasons[1:])
 
 
+class Thing:
+    """An object that cannot be part of a key."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class Times(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, x: Any, number: int) -> Any:
+        return self.linear(x) * number
+
+
+@pytest.mark.parametrize("calls_repeat", [True, False])
+def test_a_batch_without_a_key_says_so_from_its_warm_up_on(harness, calls_repeat):
+    class ReadsAThing(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch["x"], batch["thing"].number * (not calls_repeat))
+
+    def make(number: int) -> Any:
+        generator = torch.Generator().manual_seed(number)
+        return {"x": torch.randn(4, 8, generator=generator), "thing": Thing(number)}
+
+    callback = harness.callback()
+    data = DataLoader(Batches(make, 24), batch_size=None)
+    harness.compare(ReadsAThing(Times()), predict(data), callback)
+    assert bool(callback.stats.steps["PIECEWISE"]) is calls_repeat
+    records = [each for each in callback.stats.reasons if each.shapes == "-"]
+    assert sum(each.steps for each in records) > 16
+    for record in records:
+        assert "batch['thing'] is a value of type tests.test_reasons.Thing" in str(record.reason)
+        assert record.reason.remedy == Status.NO_KEY.remedy
+    assert (callback.stats.reasons[-1].reason.kind is Status.NO_KEY) is calls_repeat
+
+
+def test_strict_waits_for_the_warm_up_of_a_batch_without_a_key(harness):
+    class ReadsAThing(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch["x"], batch["thing"].number)
+
+    data = DataLoader([{"x": torch.randn(4, 8), "thing": Thing(2)}] * 12, batch_size=None)
+    callback = harness.callback(strict=True, mode="PIECEWISE")
+    harness.compare(ReadsAThing(Times()), predict(data), callback)
+    assert callback.stats.steps["PIECEWISE"] > 8
+
+
 class MovesAWeight(Callback):
     def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_: Any) -> None:
         if batch_idx == 6:
             weight = pl_module.net[0].weight
             weight.data = weight.data * 2
+
+
+class Varies(Callback):
+    """Makes another key from the twelfth batch on."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_: Any) -> None:
+        if batch_idx != 12:
+            return
+        if self.what == "requires_grad":
+            pl_module.net[0].weight.requires_grad_(False)
+        elif self.what == "training":
+            pl_module.net[1].train()
+        elif self.what == "a switch":
+            torch.backends.cudnn.deterministic = not torch.backends.cudnn.deterministic
+
+
+VARIED = {
+    "requires_grad": "self.{net}0.weight.requires_grad: now False, before True",
+    "training": "self.{net}1.training: now True, before False",
+    "a switch": "torch.backends.cudnn.deterministic: now ",
+    "shape": "{x}.shape: now (2, 8), before (4, 8)",
+    "dtype": "{x}.dtype: now torch.float64, before torch.float32",
+    "value": "{n}: now 7, before 3",
+    "keys": "other containers, keys or lengths in the batch",
+}
+
+
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "PIECEWISE"])
+@pytest.mark.parametrize("what", VARIED)
+def test_a_graph_for_another_key_says_what_has_changed(harness, monkeypatch, what, mode):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", torch.backends.cudnn.deterministic)
+
+    class Converts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = Body()
+
+        def __getitem__(self, index: int) -> Any:
+            return self.layers[index]
+
+        def forward(self, x: Any, n: Any) -> Any:
+            return self.layers(x.float()) * (n if isinstance(n, int) else 1)
+
+    class Passes(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch["x"], batch.get("n"))
+
+    def make(number: int) -> Any:
+        is_late = number >= 12
+        generator = torch.Generator().manual_seed(number)
+        x = torch.randn(2 if is_late and what == "shape" else 4, 8, generator=generator)
+        batch = {"x": x.double() if is_late and what == "dtype" else x}
+        batch["n"] = 7 if is_late and what == "value" else 3
+        if is_late and what == "keys":
+            batch["n"] = {"more": 1}
+        return batch
+
+    callback = harness.callback(mode=mode)
+    others = lambda: [Varies(what)]
+    data = DataLoader(Batches(make, 24), batch_size=None)
+    harness.compare(Passes(Converts()), predict(data), callback, others=others)
+    is_full = mode != "PIECEWISE"
+    names = {"net": "net.layers." if is_full else "layers."}
+    names |= (
+        {"x": "batch['x']", "n": "batch['n']"}
+        if is_full
+        else {"x": "arguments[0][0]", "n": "arguments[0][1]"}
+    )
+    first, *later = callback.stats.entries
+    assert first.why_again == ""
+    assert later, callback.summary()
+    changed = VARIED[what].format(**names)
+    assert later[-1].why_again.startswith(changed), later
+    assert later[-1].why_again in callback.stats.to_dict()["entries"][-1]["why_again"]
+    assert f"captured again: {changed}" in " ".join(callback.summary().split())
+
+
+def test_a_graph_of_a_new_run_says_so(harness):
+    callback = harness.callback(warmup_steps=1)
+    trainer, module = harness.trainer(callback), Predictor(Body())
+    trainer.predict(module, features(40))
+    mark = callback.stats.copy()
+    trainer.predict(module, features(40))
+    assert callback.stats.entries[0].why_again.startswith("a new run")
+    assert callback.stats.since(mark).entries[0].why_again == ""
 
 
 @pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
@@ -320,6 +458,39 @@ def test_many_reasons_and_shapes_stay_a_short_summary():
     lines = render_summary(stats, "recorder", ["validate"]).splitlines()
     assert len(lines) <= 22
     assert "5000 PIECEWISE" in "\n".join(lines)
+
+
+def test_reasons_that_differ_in_values_are_counted_together():
+    stats = CUDAGraphStats()
+    for number in range(300):
+        changed = Changed("self.x", f"self.x: now {number + 1}, before {number}")
+        stats.ran("predict", "NONE", f"{number % 2}x8", Reason.of_change(Status.CHANGED, changed))
+        stats.ran("predict", "NONE", "2x8", Reason(Status.CHANGED, "another", subject="self.y"))
+    assert [(r.shapes, r.steps, str(r.reason)) for r in stats.reasons] == [
+        ("0x8", 150, "self.x: now 299, before 298"),
+        ("2x8", 300, "another"),
+        ("1x8", 150, "self.x: now 300, before 299"),
+    ]
+    assert sum(stats.eager_reasons.values()) == stats.eager == 600
+    text = render_summary(stats, "recorder", ["predict"])
+    assert "300 eager (0x8 | 1x8): self.x: now 300, before 299" in text
+    assert "other reasons" not in text
+    assert stats.since(stats.copy()).reasons == []
+    mark = stats.copy()
+    stats.ran("predict", "NONE", "2x8", Reason(Status.CHANGED, "once more", subject="self.y"))
+    (record,) = stats.since(mark).reasons
+    assert (record.steps, str(record.reason)) == (1, "once more")
+    assert pickle.loads(pickle.dumps(stats)).to_dict() == stats.to_dict()
+
+
+def test_a_value_of_each_batch_is_one_line_of_the_summary(harness):
+    callback = harness.callback()
+    others = lambda: [AnotherValueEachBatch()]
+    harness.compare(Scaled(Body()), predict(numbered(60)), callback, others=others)
+    texts = [str(record.reason) for record in callback.stats.reasons]
+    assert len(texts) == 3, texts  # the first step, watched ones, and those in pieces
+    assert sum("changed: self.scale: now" in text for text in texts) == 1
+    assert "other reasons" not in callback.summary()
 
 
 def steps_record(stats: CUDAGraphStats, kind: Cause | Status, text: str, steps: int = 1) -> None:

@@ -34,6 +34,7 @@ from cg_lightning.core.errors import (
 )
 from cg_lightning.core.forward_context import ForwardContext, override_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
+from cg_lightning.core.reasons import NO_CHANGE, Changed
 from cg_lightning.core.settings import Settings
 from cg_lightning.core.tree import containers_in, rebuild
 from cg_lightning.effects.batch_entries import BatchEntries, SetBatchEntries
@@ -132,7 +133,7 @@ class CaptureTarget:
     storage_addresses: set[int]
     record: EntryRecord
     changes: Sequence[ChangedAttribute] = ()
-    changed: str = ""
+    changed: Changed = NO_CHANGE
     reads: Sequence[HostRead] = ()
     late: Sequence[MetricUnit] = ()
     fills_batch: bool = False

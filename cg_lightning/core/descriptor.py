@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cg_lightning.core.errors import UnkeyableBatchError
 from cg_lightning.core.kernel_flags import kernel_flags
+from cg_lightning.core.reasons import NO_CHANGE, Changed
 from cg_lightning.core.tree import flatten, leaf_paths
 
 
@@ -115,6 +116,20 @@ class BatchDescriptor:
             return f"batch_size={self.batch_size}"
         return ", ".join("x".join(map(str, shape)) or "scalar" for shape in shapes) or "-"
 
+    def difference(self, before: BatchDescriptor, paths: Sequence[str]) -> Changed:
+        """Return the first part of the batch that is described otherwise; empty if none is.
+
+        Args:
+            before: Another key.
+            paths: The paths of the leaves of a batch with this key.
+        """
+        if self.structure != before.structure or len(self.leaves) != len(before.leaves):
+            return Changed("other containers, keys or lengths in the batch")
+        for path, now, was in zip(paths, self.leaves, before.leaves, strict=True):
+            if now != was:
+                return _difference(path, now, was)
+        return NO_CHANGE
+
     def plain_values(self) -> tuple[str, ...]:
         """Return the plain values of the batch for printing, without those only passed on."""
         return tuple(
@@ -122,6 +137,34 @@ class BatchDescriptor:
             for leaf in self.leaves
             if isinstance(leaf, tuple) and isinstance(leaf[0], type) and not is_tensor_key(leaf)
         )
+
+
+def _difference(path: str, now: Hashable, before: Hashable) -> Changed:
+    if is_tensor_key(now) and is_tensor_key(before):
+        for name, value, was in zip(_OF_TENSOR, now[1:], before[1:], strict=True):
+            if value != was:
+                texts = [
+                    str(tuple(x)) if isinstance(x, torch.Size) else str(x) for x in (value, was)
+                ]
+                return Changed(
+                    f"{path}.{name}", f"{path}.{name}: now {texts[0]}, before {texts[1]}"
+                )
+    return Changed(path, f"{path}: now {_described(now)}, before {_described(before)}")
+
+
+_OF_TENSOR = ("shape", "dtype", "stride", "device", "requires_grad", "alignment")
+
+
+def _text(value: Any) -> str:
+    return str(tuple(value)) if isinstance(value, torch.Size) else str(value)
+
+
+def _described(leaf: Hashable) -> str:
+    if is_tensor_key(leaf):
+        return "a tensor"
+    if isinstance(leaf, tuple) and isinstance(leaf[0], type) and leaf[0] is not Fixed:
+        return _printed(*leaf)
+    return "another value"
 
 
 def _printed(kind: type, value: Any) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -136,6 +137,42 @@ def kernel_flags() -> tuple[Any, ...]:
     if _any_autocast():
         return (*flags, autocast_flags("cuda"), autocast_flags("cpu"))
     return flags
+
+
+_NAMES = (
+    "grad mode",
+    "inference mode",
+    "torch.get_default_dtype()",
+    "function modes",
+    "deterministic algorithms",
+    "torch.backends.cudnn.enabled",
+    "torch.backends.cudnn.benchmark",
+    "torch.backends.cudnn.deterministic",
+    "reduced precision in float16",
+    "reduced precision in bfloat16",
+    "accumulation in float16",
+    "flash SDPA",
+    "memory-efficient SDPA",
+    "math SDPA",
+    "cuDNN SDPA",
+    "precision of float32",
+    "autocast on cuda",
+    "autocast on cpu",
+)
+
+
+def differing_flag(now: Sequence[Any], before: Sequence[Any]) -> tuple[str, Any, Any] | None:
+    """Return the name of the first switch that differs, with both values; None if none does.
+
+    Args:
+        now: What :func:`kernel_flags` has returned.
+        before: What it had returned earlier.
+    """
+    off = (False, None)  # without autocast, its flags are left out
+    for name, value, was in itertools.zip_longest(_NAMES, now, before, fillvalue=off):
+        if value != was:
+            return str(name), value, was
+    return None
 
 
 def lasting_flags() -> tuple[Any, ...]:

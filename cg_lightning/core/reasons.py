@@ -56,6 +56,33 @@ _REMEDIES = {
 }
 
 
+class Changed(str):
+    """A sentence that says what has changed, with both values, and that knows its subject.
+
+    Args:
+        subject: What has changed, without its values: ``self.scale``.
+        text: The sentence: ``self.scale: now 2.0, before 1.0``. None: the subject says it all.
+    """
+
+    subject: str
+
+    def __new__(cls, subject: str, text: str | None = None) -> Changed:  # noqa: D102
+        self = super().__new__(cls, subject if text is None else text)
+        self.subject = subject
+        return self
+
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
+        return self.subject, str(self)
+
+    def after(self, prefix: str) -> Changed:
+        """Return the same after other words."""
+        return Changed(f"{prefix}{self.subject}", f"{prefix}{self}")
+
+
+NO_CHANGE = Changed("")
+"""Nothing has changed."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Reason:
     """Why a step, or a call of a submodule, ran in a lower mode than asked.
@@ -70,11 +97,26 @@ class Reason:
     """The whole sentence: the cause, the operation, the submodule and the location."""
     location: str = ""
     """The user's own line as ``file:line``. Empty if there is none."""
+    subject: str = ""
+    """The text without the values in it, such as those of an attribute. Empty if it has none."""
+
+    behind: Cause | Status | None = None
+    """What keeps a step from more than a warm-up, if that is known. Then its remedy is shown."""
+
+    @classmethod
+    def of_change(cls, kind: Status, changed: Changed) -> Reason:
+        """Return the reason for a change."""
+        return cls(kind, str(changed), subject=changed.subject)
+
+    @property
+    def topic(self) -> tuple[Cause | Status, str, str]:
+        """What is equal for reasons that are counted together: they differ in values only."""
+        return (self.kind, self.subject or self.text, self.location)
 
     @property
     def remedy(self) -> str:
         """What the user can do about it. Empty if there is nothing to do."""
-        return self.kind.remedy
+        return (self.behind or self.kind).remedy
 
     def __str__(self) -> str:
         return self.text

@@ -21,6 +21,7 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from cg_lightning.core.reasons import NO_CHANGE, Changed
 from cg_lightning.guards.sources import Source
 
 ARITHMETIC: dict[str, Callable[[int, int], int]] = {
@@ -170,11 +171,11 @@ class ComparedSource:
                 return False
         return True
 
-    def explain(self) -> str:
+    def explain(self) -> Changed:
         """Return the first outcome that differs: ``batch_idx == 0: now False, before True``."""
         number = self._source.value()
         for comparison, outcome in self._outcomes:
             if comparison.outcome(number) is not outcome:
                 text = comparison.describe(self._source.path)
-                return f"{text}: now {not outcome}, before {outcome}"
-        return ""
+                return Changed(text, f"{text}: now {not outcome}, before {outcome}")
+        return NO_CHANGE

@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from cg_lightning.core.reasons import Changed
 from cg_lightning.core.tree import flatten, structure_paths
 from cg_lightning.guards.sources import describe_change, shorten
 from cg_lightning.modules.attributes import is_same_value, same_attributes
@@ -59,13 +60,13 @@ class FrozenContainer(NamedTuple):
         now, structure = flatten_value(self.value)
         return structure == self.structure and all(map(is_same_value, self.leaves, now))
 
-    def explain(self) -> str:
+    def explain(self) -> Changed:
         """Return the first change."""
         path = format_path(self.path)
         now, structure = flatten_value(self.value)
         if structure != self.structure:
             sizes = f"now {len(now)} items, before {len(self.leaves)}"
-            return f"{path}: other keys or another length, {sizes}"
+            return Changed(path, f"{path}: other keys or another length, {sizes}")
         paths = structure_paths(structure, path)
         changed = (
             describe_change(paths[index], item, before)
@@ -87,16 +88,17 @@ class FrozenAttributes(NamedTuple):
         """Return True if it has the same attributes."""
         return same_attributes(self.read(self.value), self.before)
 
-    def explain(self) -> str:
+    def explain(self) -> Changed:
         """Return the first change."""
         now, before, path = self.read(self.value), self.before, format_path(self.path)
         for name in [*before, *now]:
+            where = f"{path}.{name}"
             if name not in now:
-                return f"{path}.{name}: now not there, before {shorten(before[name])}"
+                return Changed(where, f"{where}: now not there, before {shorten(before[name])}")
             if name not in before:
-                return f"{path}.{name}: now {shorten(now[name])}, before not there"
+                return Changed(where, f"{where}: now {shorten(now[name])}, before not there")
             if not is_same_value(before[name], now[name]):
-                return describe_change(f"{path}.{name}", now[name], before[name])
+                return describe_change(where, now[name], before[name])
         raise AssertionError("called only if an attribute has changed")
 
 
@@ -112,10 +114,10 @@ class FrozenContents(NamedTuple):
         """Return True if the contents are equal to the copy."""
         return bool(self.read(self.value) == self.before)
 
-    def explain(self) -> str:
+    def explain(self) -> Changed:
         """Return the change."""
         kind = type(self.value).__name__
-        return f"{format_path(self.path)}: the contents of the {kind} have changed"
+        return Changed(f"{format_path(self.path)}: the contents of the {kind} have changed")
 
 
 class FrozenClass(NamedTuple):
@@ -129,7 +131,7 @@ class FrozenClass(NamedTuple):
         """Return True if the object has the same class."""
         return type(self.value) is self.cls
 
-    def explain(self) -> str:
+    def explain(self) -> Changed:
         """Return the change."""
-        now, before = type(self.value).__name__, self.cls.__name__
-        return f"{format_path(self.path)}: now a {now}, before a {before}"
+        where, now, before = format_path(self.path), type(self.value).__name__, self.cls.__name__
+        return Changed(where, f"{where}: now a {now}, before a {before}")

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from cg_lightning.core.reasons import Changed
 from cg_lightning.guards.comparisons import ComparedSource
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.guards.sources import MISSING, Source, describe_change
@@ -165,7 +166,7 @@ class GuardSet:
             guard.epoch_failure() is None for guard in self._hidden
         )
 
-    def explain(self) -> str:
+    def explain(self) -> Changed:
         """Return the change: ``self.scale: now 2.0, before 1.0``.
 
         Call it only after a check has failed.
@@ -184,7 +185,8 @@ class GuardSet:
             if not hidden.check():
                 return hidden.failure().text
             if hidden.flags() != flags:
-                return "a module that is no submodule: another training flag or requires_grad"
+                what = "another training flag or requires_grad"
+                return Changed(f"a module that is no submodule: {what}")
             if (failure := hidden.epoch_failure()) is not None:
                 return failure.text
-        return "a value that changed and changed back"
+        return Changed("a value that changed and changed back")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from cg_lightning.core.equality import parts_of
+from cg_lightning.core.reasons import NO_CHANGE, Changed
 from cg_lightning.guards.sources import describe_change
 from cg_lightning.modules.attributes import (
     global_hooks,
@@ -115,7 +116,7 @@ class GuardFailure(NamedTuple):
     """A change that a guard found."""
 
     change: Change
-    text: str
+    text: Changed
     """The kind of change and its subject, for messages."""
 
 
@@ -133,7 +134,8 @@ class Flags:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.scripted = [module for module in modules if "training" not in vars(module)]
         """They have the flag outside of Python."""
-        self._others = [vars(module) for module in modules if "training" in vars(module)]
+        self._holders = [module for module in modules if "training" in vars(module)]
+        self._others = [vars(module) for module in self._holders]
         self._tensors = [
             member
             for module in modules
@@ -148,6 +150,21 @@ class Flags:
         if self.scripted:
             flags += tuple([module.training for module in self.scripted])
         return flags
+
+    def named(self, flags: Sequence[bool | bytes]) -> list[tuple[nn.Module | Tensor, str, bool]]:
+        """Return flags, as :meth:`now` has returned them, with what has them and their names."""
+        number = len(self._holders)
+        required = flags[number]
+        assert isinstance(required, bytes)
+        modules = [*self._holders, *self.scripted]
+        trained = zip(modules, [*flags[:number], *flags[number + 1 :]], strict=True)
+        return [
+            *[(module, "training", bool(flag)) for module, flag in trained],
+            *[
+                (tensor, "requires_grad", bool(flag))
+                for tensor, flag in zip(self._tensors, required, strict=True)
+            ],
+        ]
 
 
 class ModuleGuard:
@@ -236,7 +253,7 @@ class ModuleGuard:
             for name, value in attributes.items():
                 if not is_same_value(before.get(name), value):
                     text = describe_change(name, value, before.get(name))
-                    return GuardFailure(Change.SETTINGS, f"{Change.SETTINGS.value}: {text}")
+                    return self._failure(Change.SETTINGS, text)
         members = self._current_members()
         if len(members) == len(self._members) and not any(self._empty_tables):
             pairs = list(zip(self._members, members, strict=True))
@@ -296,6 +313,25 @@ class ModuleGuard:
         """Return the ``training`` flags of submodules, and ``requires_grad`` of their tensors."""
         return self._flags.now()
 
+    def explain_flags(self, now: Sequence[bool | bytes], before: Sequence[bool | bytes]) -> Changed:
+        """Return the first of the flags that differs; empty if none does.
+
+        Args:
+            now: What :meth:`flags` returns.
+            before: What it had returned earlier.
+        """
+        sizes = [[len(f) if isinstance(f, bytes) else 0 for f in flags] for flags in (now, before)]
+        if sizes[0] != sizes[1]:
+            return Changed(Change.STRUCTURE.value)
+        for (holder, name, value), (_, _, was) in zip(
+            self._flags.named(now), self._flags.named(before), strict=True
+        ):
+            if value != was:
+                if isinstance(holder, nn.Module):
+                    return describe_change(self._path(id(holder), name), value, was)
+                return describe_change(f"self.{self._name_of(holder)}.{name}", value, was)
+        return NO_CHANGE
+
     def storage_addresses(self) -> set[int]:
         """Return the addresses of the storages of parameters and buffers."""
         return {tensor.untyped_storage().data_ptr() for tensor in self.tensors}
@@ -307,8 +343,11 @@ class ModuleGuard:
             for name, value in layer_settings(module).items()
         }
 
-    def _failure(self, change: Change, subject: str) -> GuardFailure:
-        return GuardFailure(change, f"{change.value}: {subject}" if subject else change.value)
+    def _failure(self, change: Change, what: str | Changed) -> GuardFailure:
+        if not what:
+            return GuardFailure(change, Changed(change.value))
+        changed = what if isinstance(what, Changed) else Changed(what)
+        return GuardFailure(change, changed.after(f"{change.value}: "))
 
     def _path(self, module_id: int, name: str) -> str:
         paths = {id(module): path for path, module in self._root.named_modules()}

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.core.reasons import Changed
 from cg_lightning.guards.trainer_values import TrainerTypes, TrainerValues
 from cg_lightning.modules.attributes import names_of_users, slots_of
 
@@ -172,9 +173,9 @@ def shorten(value: Any) -> str:
     return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 3]}..."
 
 
-def describe_change(path: str, now: Any, before: Any) -> str:
+def describe_change(path: str, now: Any, before: Any) -> Changed:
     """Return what changed, with both values: ``self.scale: now 2.0, before 1.0``."""
     texts = (shorten(now), shorten(before))
     if texts[0] == texts[1]:
-        return f"{path}: another object, {texts[0]}"
-    return f"{path}: now {texts[0]}, before {texts[1]}"
+        return Changed(path, f"{path}: another object, {texts[0]}")
+    return Changed(path, f"{path}: now {texts[0]}, before {texts[1]}")

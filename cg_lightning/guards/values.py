@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cg_lightning.core.reasons import NO_CHANGE, Changed
 from cg_lightning.core.tree import containers_in, structure_paths
 from cg_lightning.guards.frozen_parts import (
     FrozenAttributes,
@@ -382,18 +383,19 @@ class FrozenValues:
         """Return whether nothing at all has changed."""
         return self.hold() and self.large_ones_hold()
 
-    def explain(self) -> str:
+    def explain(self) -> Changed:
         """Return what has changed, with both values; empty if nothing has. It takes its time."""
         for each in [*self._items, *self._classes, *self._contents, *self._large]:
             if not each.holds():
                 return each.explain()
         for index in self._placement.moved():
-            return f"{format_path(self._tensor_paths[index])}: the tensor has another address"
+            where = format_path(self._tensor_paths[index])
+            return Changed(f"{where}: the tensor has another address")
         for index in self._placement.laid_out_otherwise():
             where = format_path(self._tensor_paths[index])
             what = "another shape, other strides, data type or requires_grad"
-            return f"{where}: the tensor has {what}"
-        return next(filter(None, [values.explain() for values in self._inside_large]), "")
+            return Changed(f"{where}: the tensor has {what}")
+        return next(filter(None, [values.explain() for values in self._inside_large]), NO_CHANGE)
 
 
 class _Results:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.core.reasons import NO_CHANGE, Changed
 from cg_lightning.guards.sources import DerivedNamespace, Source, describe_change
 from cg_lightning.modules.attributes import is_same_value, names_of_frameworks, value_in_class
 from cg_lightning.modules.interception import Interception, ModuleHandler, can_intercept
@@ -121,14 +122,14 @@ class FrozenSettings:
         """Return whether all settings have the values that they had."""
         return not self.explain()
 
-    def explain(self) -> str:
+    def explain(self) -> Changed:
         """Return what has changed: ``self.net.drop.p: now 0.5, before 0.1``; empty if nothing."""
         for key, (source, before) in self.written.items():
             if key[0] in self._modules:
                 expected, now = self._values.get(key, before), source.value()
                 if not is_same_value(expected, now):
                     return describe_change(source.path, now, expected)
-        return ""
+        return NO_CHANGE
 
 
 class _Handler(ModuleHandler):

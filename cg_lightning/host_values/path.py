@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cg_lightning.core.causes import Cause
-from cg_lightning.core.reasons import Reason
+from cg_lightning.core.reasons import NO_CHANGE, Changed, Reason
 from cg_lightning.core.tree import tensors_in
 from cg_lightning.host_values.exact_operations import SCALAR_READS, is_same_on_host
 from cg_lightning.host_values.host_copies import HostCopies
@@ -203,15 +203,15 @@ class ReadPath:
         others = [read.value for read in failed.reads[:place]]
         return all(map(same_value, values[:place], others))
 
-    def explain(self) -> str:
+    def explain(self) -> Changed:
         """Return which value differs; empty if none does."""
         if self._mismatch is None:
-            return ""
+            return NO_CHANGE
         place, value = self._mismatch
         if place < 0:
-            return f"host values cannot be computed: {type(value).__name__}"
+            return Changed(f"host values cannot be computed: {type(value).__name__}")
         read = self.reads[place]
-        return f"{read}: now {value!r}, before {read.value!r}"
+        return Changed(str(read), f"{read}: now {value!r}, before {read.value!r}")
 
     def varying(self) -> Reason:
         """Return the reason of steps that have too many values, after one did not hold."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cg_lightning.core.reasons import Reason
+from cg_lightning.core.reasons import NO_CHANGE, Changed, Reason
 from cg_lightning.host_values.path import ReadPath
 from cg_lightning.padding.leaves import PaddedLeaves
 
@@ -37,9 +37,9 @@ class PaddedPath:
         """Return False: only the batch tells."""
         return False
 
-    def explain(self) -> str:
+    def explain(self) -> Changed:
         """Return the read that gave another value; empty if none did."""
-        real = "" if self.real is None else self.real.explain()
+        real = NO_CHANGE if self.real is None else self.real.explain()
         return real or self._padded.explain()
 
     def varying(self) -> Reason:

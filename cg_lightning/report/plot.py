@@ -71,13 +71,16 @@ def _draw(axes: Any, stage: str, batches: Sequence[BatchTime]) -> None:
 def _groups(batches: Sequence[BatchTime]) -> dict[str, tuple[str, str, Points]]:
     """Return colour, marker, and number and milliseconds of batches, by what the legend says."""
     by_kind: dict[Ran, Points] = defaultdict(list)
-    by_reason: dict[str, Points] = defaultdict(list)
+    by_reason: dict[Any, Points] = defaultdict(list)
+    texts: dict[Any, str] = {}
     for number, batch in enumerate(batches):
         point = (number, batch.seconds * 1e3)
         # the steps of a warm-up may be eager for another reason, such as one that comes late
         is_warm_up = batch.reason is None or batch.reason.kind is Status.WARM_UP
         if batch.how is Ran.EAGER or (batch.how is Ran.WARM_UP and not is_warm_up):
-            by_reason[str(batch.reason)].append(point)
+            topic = None if batch.reason is None else batch.reason.topic
+            texts[topic] = str(batch.reason)
+            by_reason[topic].append(point)
         else:
             by_kind[batch.how].append(point)
     groups = {
@@ -89,7 +92,7 @@ def _groups(batches: Sequence[BatchTime]) -> dict[str, tuple[str, str, Points]]:
     shown = reasons if len(reasons) <= MOST_REASONS + 1 else reasons[:MOST_REASONS]
     marker = _MARKERS[Ran.EAGER]
     for reason, colour in zip(shown, _EAGER_COLOURS, strict=False):
-        label = f"eager, {textwrap.shorten(reason, 110, placeholder=' ...')}"
+        label = f"eager, {textwrap.shorten(texts[reason], 110, placeholder=' ...')}"
         groups[label] = (colour, marker, by_reason[reason])
     rest = [point for reason in reasons[len(shown) :] for point in by_reason[reason]]
     if rest:

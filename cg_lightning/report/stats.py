@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
-from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.core.reasons import NO_CHANGE, Changed, Reason, Status
 from cg_lightning.report.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ MOST_REASONS = 64
 MOST_TIMES = 1024
 """Stages, modes and shapes whose time on the host is kept."""
 OTHER_SHAPES = "other shapes"
+_Topic = tuple[Cause | Status, str, str]
 _NO_MATPLOTLIB = (
     'stats.plot() draws with matplotlib, which is not installed: pip install "cg-lightning[plot]".'
 )
@@ -67,8 +68,11 @@ class EntryRecord:
     """Time spent on captures, in seconds."""
     bytes: int = 0
     """Graph memory of the latest capture and its static inputs, in bytes."""
-    why_again: str = ""
-    """What had changed when it was captured again the last time; empty if it was captured once."""
+    why_again: Changed = NO_CHANGE
+    """What had changed since an earlier capture, of this key or of another one of the target.
+
+    Empty if there was none.
+    """
     timed: int = 0
     """Replays whose time was taken: those that were neither captures nor compared with eager."""
     host_seconds: float = 0.0
@@ -84,21 +88,24 @@ class EntryRecord:
     values: tuple[str, ...] = ()
     """The plain values of the key, such as ``2.0``, in the order of the batch."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain values."""
+        return {**dataclasses.asdict(self), "why_again": str(self.why_again)}
+
     def saved(self, saving: Saving) -> None:
         """Store what graphs save."""
         self.eager_seconds, self.graph_seconds = saving
         self.saving = saving.share
 
-    def captured(self, seconds: float, num_bytes: int, why_again: str) -> None:
+    def captured(self, seconds: float, num_bytes: int, why_again: Changed) -> None:
         """Count a capture.
 
         Args:
             seconds: The time that it took, in seconds.
             num_bytes: Graph memory and static inputs, in bytes.
-            why_again: What has changed since an earlier capture.
+            why_again: What has changed since an earlier capture; empty if there was none.
         """
-        if self.captures:
-            self.why_again = why_again
+        self.why_again = why_again
         self.captures += 1
         self.seconds += seconds
         self.bytes = num_bytes
@@ -145,7 +152,10 @@ class Comparison(NamedTuple):
 
 @dataclasses.dataclass
 class StepsRecord:
-    """Steps of one stage and shape that did not run FULL, for one reason."""
+    """Steps of one stage and shape that did not run FULL, for one reason.
+
+    Reasons that differ only in values are one. The record has the latest one.
+    """
 
     stage: str
     mode: str
@@ -210,8 +220,8 @@ class CUDAGraphStats:
         self.proposed_pad_dims: dict[str, Any] = {}
         """What ``pad_dims="auto"`` has proposed, as ``pad_dims`` takes it."""
         self._padding: dict[tuple[str, str, str], PaddingRecord] = {}
-        self._records: dict[tuple[str, str, str, Reason | None], StepsRecord] = {}
-        self._num_shapes: Counter[tuple[str, str, Reason | None]] = Counter()
+        self._records: dict[tuple[str, str, str, _Topic | None], StepsRecord] = {}
+        self._num_shapes: Counter[tuple[str, str, _Topic | None]] = Counter()
         self._num_reasons: Counter[tuple[str, str, Cause | Status]] = Counter()
         self._index: dict[tuple[str, str, BatchDescriptor], EntryRecord] = {}
         self._times: dict[tuple[str, str, str], HostTime] = {}
@@ -246,20 +256,23 @@ class CUDAGraphStats:
         Returns:
             The record in which it is counted, for a caller that counts more steps of the same kind.
         """
-        key = (stage, mode, shapes, reason)
+        topic = None if reason is None else reason.topic
+        key = (stage, mode, shapes, topic)
         if key not in self._records:
-            if reason is not None and (stage, mode, reason) not in self._num_shapes:
+            if reason is not None and (stage, mode, topic) not in self._num_shapes:
                 self._num_reasons[stage, mode, reason.kind] += 1
                 if self._num_reasons[stage, mode, reason.kind] > MOST_REASONS:
-                    # a value that changes with each batch, for example
+                    # for example a text of the user's
                     reason = Reason(reason.kind, f"{reason.kind.value}, for one of many reasons")
-                    key = (stage, mode, shapes, reason)
-            if key not in self._records and self._num_shapes[stage, mode, reason] >= MOST_SHAPES:
-                key = (stage, mode, OTHER_SHAPES, reason)
+                    topic = reason.topic
+                    key = (stage, mode, shapes, topic)
+            if key not in self._records and self._num_shapes[stage, mode, topic] >= MOST_SHAPES:
+                key = (stage, mode, OTHER_SHAPES, topic)
             if key not in self._records:
-                self._num_shapes[stage, mode, reason] += 1
-                self._records[key] = StepsRecord(*key)
+                self._num_shapes[stage, mode, topic] += 1
+                self._records[key] = StepsRecord(*key[:3], reason)
         record = self._records[key]
+        record.reason = reason
         record.steps += 1
         return record
 
@@ -390,8 +403,8 @@ class CUDAGraphStats:
                 before = earlier.entries[index]
                 for name in ("captures", "replays", "seconds", "timed", "host_seconds"):
                     setattr(record, name, getattr(entry, name) - getattr(before, name))
-            if record.captures < 2:
-                record.why_again = ""  # that was in an earlier run
+            if record.captures < 2 and index < len(earlier.entries):
+                record.why_again = NO_CHANGE  # that was in an earlier run
             new.entries.append(record)
         for key, steps in self._records.items():
             seen = earlier._records.get(key)
@@ -484,7 +497,7 @@ class CUDAGraphStats:
             "capture_seconds": self.capture_seconds,
             "graph_bytes": self.graph_bytes,
             "overlapped_copies": self.overlapped_copies,
-            "entries": [dataclasses.asdict(entry) for entry in self.entries],
+            "entries": [entry.to_dict() for entry in self.entries],
             "padding": [record.to_dict() for record in self.padding],
             "proposed_pad_dims": copy.deepcopy(self.proposed_pad_dims),
         }

@@ -12,9 +12,9 @@ import sys
 import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.core.reasons import Status
 from cg_lightning.report.html import html_paragraph, html_table
 from cg_lightning.report.stats import OTHER_SHAPES, CUDAGraphStats, EntryRecord, StepsRecord, Times
 
@@ -297,14 +297,15 @@ def _graph_rows(stats: CUDAGraphStats, entries: Sequence[EntryRecord]) -> list[t
 
 
 def _again_notes(entries: Sequence[EntryRecord]) -> list[str]:
-    """Return what had changed for graphs that were captured again, each sentence once."""
+    """Return what had changed for graphs that were captured again, each subject once."""
     groups: dict[str, list[EntryRecord]] = defaultdict(list)
     for entry in entries:
         if entry.why_again:
-            groups[entry.why_again].append(entry)
+            groups[entry.why_again.subject].append(entry)
     return [
-        f"{_join([entry.target for entry in group], 'targets')} captured again: {why}"
-        for why, group in list(groups.items())[:MOST_AGAIN]
+        f"{_join([entry.target for entry in group], 'targets')} captured again: "
+        f"{group[-1].why_again}"
+        for group in list(groups.values())[:MOST_AGAIN]
     ]
 
 
@@ -315,13 +316,15 @@ def _reason_lines(reason: ReasonLine, width: int) -> list[str]:
 
 def _reasons(records: Sequence[StepsRecord], room: int) -> tuple[list[ReasonLine], str]:
     """Return the reasons for which there is room, and how many are left out."""
-    groups: dict[tuple[str, Reason], list[StepsRecord]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], list[StepsRecord]] = defaultdict(list)
     for record in records:
         assert record.reason is not None, "only records with a reason are shown"
-        groups[record.mode, record.reason].append(record)
-    ordered = sorted(groups.items(), key=lambda item: -sum(record.steps for record in item[1]))
+        groups[record.mode, *record.reason.topic].append(record)
+    ordered = sorted(groups.values(), key=lambda group: -sum(record.steps for record in group))
     shown: list[ReasonLine] = []
-    for (mode, reason), group in ordered[:MOST_REASONS]:
+    for group in ordered[:MOST_REASONS]:
+        mode, reason = group[-1].mode, group[-1].reason
+        assert reason is not None
         steps = sum(record.steps for record in group)
         shapes = _join([record.shapes for record in group], "shapes")
         line = ReasonLine(f"{steps} {_WORDS[mode]} ({shapes}): {reason}", reason.remedy)
@@ -329,7 +332,7 @@ def _reasons(records: Sequence[StepsRecord], room: int) -> tuple[list[ReasonLine
         if shown and room < (len(shown) + 1 < len(ordered)):
             break
         shown.append(line)
-    rest = [record for _, group in ordered[len(shown) :] for record in group]
+    rest = [record for group in ordered[len(shown) :] for record in group]
     if not rest:
         return shown, ""
     steps = sum(record.steps for record in rest)
@@ -369,8 +372,8 @@ def _padding_notes(stats: CUDAGraphStats, stage: str) -> list[str]:
         )
     if records and stats.proposed_pad_dims:
         notes.append(f"proposed: pad_dims={stats.proposed_pad_dims}")
-    reasons = {(record.target, str(record.reason)): None for record in records if record.reason}
-    notes += [f"{target} not padded: {reason}" for target, reason in list(reasons)[:MOST_AGAIN]]
+    reasons = {(each.target, each.reason.topic): each for each in records if each.reason}
+    notes += [f"{r.target} not padded: {r.reason}" for r in list(reasons.values())[:MOST_AGAIN]]
     return notes
 
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Protocol
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.modes import CUDAGraphMode
-from cg_lightning.core.reasons import WARM_UP, Reason, Status
+from cg_lightning.core.reasons import NO_CHANGE, WARM_UP, Changed, Reason, Status
 from cg_lightning.report.stats import Saving
 from cg_lightning.runtime.trial import StepTimes, Trial
 
@@ -63,8 +63,13 @@ MOST_KEYS = 2048
 
 def no_gain(saving: Saving, prefix: str = "") -> Reason:
     """Return the reason for graphs that were left alone because they do not save time."""
-    text = f"{Status.NO_GAIN.value}: {saving.graph * 1e6:.0f} us from graphs, "
-    return Reason(Status.NO_GAIN, f"{prefix}{text}{saving.eager * 1e6:.0f} us eagerly")
+    what = f"{prefix}{Status.NO_GAIN.value}"
+    times = f"{saving.graph * 1e6:.0f} us from graphs, {saving.eager * 1e6:.0f} us eagerly"
+    return Reason(Status.NO_GAIN, f"{what}: {times}", subject=what)
+
+
+def _changed(what: Changed) -> Reason:
+    return Reason.of_change(Status.CHANGED, what.after("changed: "))
 
 
 class CaptureLedger:
@@ -81,7 +86,7 @@ class CaptureLedger:
 
     def __init__(self, credit: int = CREDIT) -> None:
         self.balance = credit
-        self.why = ""
+        self.why = NO_CHANGE
         """Why the family spent last: the value that varies, or an eviction. Empty at first."""
         self._status = Status.UNPROFITABLE
         self._reasons: dict[str, Reason] = {}
@@ -112,7 +117,7 @@ class CaptureLedger:
             if self.balance == CREDIT:
                 self._next_wait = FIRST_WAIT
 
-    def note(self, status: Status, why: str) -> None:
+    def note(self, status: Status, why: Changed) -> None:
         """Store what the family spends on: the value that varies, or an eviction."""
         if why:
             self._status, self.why = status, why
@@ -130,8 +135,9 @@ class CaptureLedger:
             what: What follows from it.
         """
         if what not in self._reasons:
-            why = self.why or "its keys do not repeat"
-            self._reasons[what] = Reason(self._status, f"{what}, since it would not pay: {why}")
+            why = self.why or Changed("its keys do not repeat")
+            changed = why.after(f"{what}, since it would not pay: ")
+            self._reasons[what] = Reason.of_change(self._status, changed)
         return self._reasons[what]
 
 
@@ -144,7 +150,7 @@ class Guards(Protocol):
     def check_epoch(self) -> bool:
         """Return True if the values that are compared once per epoch are unchanged."""
 
-    def explain(self) -> str:
+    def explain(self) -> Changed:
         """Return the guard that failed, with both values."""
 
 
@@ -157,7 +163,7 @@ class Path(Protocol):
     def is_ruled_out_by(self, failed: Any) -> bool:
         """Return True if it does not hold, since another path did not."""
 
-    def explain(self) -> str:
+    def explain(self) -> Changed:
         """Return the read that gave another value, with both values. Empty if none did."""
 
     def varying(self) -> Reason:
@@ -205,7 +211,7 @@ class Dispatch(NamedTuple):
 class Miss(NamedTuple):
     """A submodule that may not run from a graph, because no watched step has seen its values."""
 
-    changed: str
+    changed: Changed
     """The value that has changed, now and before."""
     known: list[Guards]
     """Guards with the values that watched steps have seen."""
@@ -285,7 +291,7 @@ class Variant:
     ledger: CaptureLedger | None = None
     """The account of steps in pieces that may run no graph at all; None: there is none."""
 
-    def explain(self) -> str:
+    def explain(self) -> Changed:
         """Return what has changed, with both values. Call it only if the variant did not hold."""
         if self.path is not None and self.guards.check():
             return self.path.explain()
@@ -502,23 +508,22 @@ class CUDAGraphDispatcher:
         is_overdrawn = self._watches and not state.ledger.may_spend()
         if is_overdrawn and state.ledger.why:  # to explain takes its time, at each step
             return self._unprofitable(state, None)
-        changed = state.variants[0].explain() if state.variants else ""
+        changed = state.variants[0].explain() if state.variants else NO_CHANGE
         state.ledger.note(Status.UNPROFITABLE, changed)
         if is_overdrawn:
             return self._unprofitable(state, None)
         if not self._watches:
-            reason = Reason(Status.CHANGED, changed) if changed else WARM_UP
+            reason = Reason.of_change(Status.CHANGED, changed) if changed else WARM_UP
             return Plan(Action.WARM_UP, state, None, reason)
-        reason = Reason(Status.CHANGED, f"changed: {changed}") if changed else WARM_UP
+        reason = _changed(changed) if changed else WARM_UP
         return Plan(Action.WATCH, state, None, reason)
 
     def _plan_another_look(self, state: KeyState, variant: Variant, miss: Miss) -> Plan:
         state.ledger.note(Status.UNPROFITABLE, miss.changed)
         if not state.ledger.may_spend():
             return self._plan_warm(state, variant)
-        reason = Reason(Status.CHANGED, f"changed: {miss.changed}")
         state.miss = None
-        return Plan(Action.WATCH, state, None, reason)
+        return Plan(Action.WATCH, state, None, _changed(miss.changed))
 
     def _unprofitable(self, state: KeyState, variant: Variant | None) -> Plan:
         """Plan a step whose family may not spend: in pieces, if these pay for themselves."""
@@ -530,7 +535,6 @@ class CUDAGraphDispatcher:
             return Plan(Action.EAGER, state, pieces, state.ledger.reason())
         if pieces.trial is not None and pieces.trial.wants_eager():
             return Plan(Action.TRIAL, state, pieces, TIMED)
-        pieces.reason = state.ledger.reason("not captured as a whole")
         return Plan(Action.PIECEWISE, state, pieces, pieces.reason)
 
     def _current_variant(self, state: KeyState, leaves: Sequence[Any] = ()) -> Variant | None:
@@ -691,6 +695,8 @@ class CUDAGraphDispatcher:
             ledger = CaptureLedger(CREDIT + self._warmup_steps)
             state.pieces = Variant(Unguarded(), [PIECEWISE], trial=trial, ledger=ledger)
         state.pieces.watched = watched
+        whole = state.ledger.reason("not captured as a whole")
+        state.pieces.reason = self.varying(state) or whole
         return state.pieces
 
     def ran_in_pieces(self, variant: Variant, has_graphs: bool) -> None:
@@ -779,7 +785,7 @@ class CUDAGraphDispatcher:
     def evicted(self, state: KeyState, why: str) -> None:
         """Record that a graph of this key was dropped to make room for another one."""
         state.ledger.spend(CAPTURE_COST)
-        state.ledger.note(Status.EVICTED, why)
+        state.ledger.note(Status.EVICTED, Changed(why))
 
     def refused(self, variant: Variant, reason: Reason) -> None:
         """Record that a capture failed or a replay differed.
@@ -847,7 +853,7 @@ class CUDAGraphDispatcher:
         state.variants.remove(variant)
         self.add_variant(state, variant)
         state.ledger.spend(CREDIT)
-        state.ledger.note(Status.NO_GAIN, variant.reason.text)
+        state.ledger.note(Status.NO_GAIN, Changed(variant.reason.subject, variant.reason.text))
         return Settled(saving, pieces, variant.reason, dropped, list(pieces))
 
     def entries(self) -> list[Entry]:
@@ -866,12 +872,12 @@ class CUDAGraphDispatcher:
         variants = [variant for state in states if state is not None for variant in state.variants]
         return [variant.entry for variant in variants if variant.entry is not None]
 
-    def changed(self, why: str) -> None:
+    def changed(self, why: Changed) -> None:
         """Record that the module has changed, so graphs must be captured again."""
         for state in self._states.values():
             state.ledger.note(Status.UNPROFITABLE, why)
 
-    def reset(self, why: str = "") -> None:
+    def reset(self, why: Changed = NO_CHANGE) -> None:
         """Forget every key, because the module has changed and steps may take another path.
 
         The ledgers stay, so a module that changes at every step still runs out of credit.
@@ -918,6 +924,6 @@ class Unguarded:
         """Return True."""
         return True
 
-    def explain(self) -> str:
-        """Return an empty string."""
-        return ""
+    def explain(self) -> Changed:
+        """Return an empty sentence."""
+        return NO_CHANGE

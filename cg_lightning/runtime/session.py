@@ -16,7 +16,7 @@ from cg_lightning.capture.capture import Capturer, GraphCall
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.modes import CUDAGraphMode
-from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.core.reasons import Changed, Reason, Status
 from cg_lightning.core.settings import Settings
 from cg_lightning.diagnosis.report import Diagnosis
 from cg_lightning.diagnosis.watched_step import WatchedStep, WrittenTensors
@@ -239,7 +239,7 @@ class Session:
                 self._module_changed(epoch_failure.change, epoch_failure.text)
             self._begin_epoch()
 
-    def _module_changed(self, change: Change, text: str) -> None:
+    def _module_changed(self, change: Change, text: Changed) -> None:
         self.target.guard.refresh()
         if change is Change.MOVED:
             # submodules have guards of their own

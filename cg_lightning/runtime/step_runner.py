@@ -74,6 +74,12 @@ def _how(action: Action, outcome: Outcome) -> Ran:
     return Ran.CAPTURE if action is Action.CAPTURE else Ran.COMPARED
 
 
+def _explained(warm_up: Reason, why: Reason) -> Reason:
+    """Return the reason of a warm-up after which no graph of the step can follow, and why not."""
+    text = f"{warm_up}; {why}"
+    return Reason(Status.WARM_UP, text, why.location, behind=why.kind)
+
+
 class StepRunner:
     """Runs each step of one stage in the mode that its batch allows.
 
@@ -266,6 +272,9 @@ class StepRunner:
         else:
             # without a key, submodules do not describe their calls
             outcome = self._run_eagerly(None, args, kwargs, plan.reason)
+        why, reason = plan.state.without_batch, outcome.reason
+        if why is not None and reason is not None and reason.kind is Status.WARM_UP:
+            outcome = outcome._replace(reason=_explained(reason, why))
         seconds, how = perf_counter() - began, _how(plan.action, outcome)
         if plan.action is Action.WARM_UP:
             self._host_time(NONE, descriptor).add(seconds)
@@ -361,7 +370,8 @@ class StepRunner:
         if len(reasons) == 1:
             return Outcome(output, NONE, reasons[0])
         text = "; ".join(map(str, reasons))
-        return Outcome(output, NONE, Reason(reasons[0].kind, text, reasons[0].location))
+        subject = "; ".join([each.subject or each.text for each in reasons])
+        return Outcome(output, NONE, Reason(reasons[0].kind, text, reasons[0].location, subject))
 
     def _run_eagerly(
         self,

@@ -17,7 +17,7 @@ from cg_lightning.core.descriptor import BatchDescriptor, describe_call
 from cg_lightning.core.errors import UnkeyableBatchError
 from cg_lightning.core.forward_context import StepInProgress, current_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
-from cg_lightning.core.reasons import WARM_UP, Reason, Status
+from cg_lightning.core.reasons import WARM_UP, Changed, Reason, Status
 from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import Change
 from cg_lightning.modules.interception import Interception, ModuleHandler
@@ -52,7 +52,7 @@ class SubmoduleRunner(ModuleHandler):
         self._backend = backend
         self._ranges = ranges
         self._guards: dict[BatchDescriptor, list[GuardSet]] = defaultdict(list)
-        self._changed: dict[BatchDescriptor, str] = {}
+        self._changed: dict[BatchDescriptor, Changed] = {}
         self._refusals: dict[BatchDescriptor, Reason] = {}
         self._calls: dict[BatchDescriptor, list[BatchDescriptor]] = {}
         """The keys of the calls that watched steps made, by the key of the step."""
@@ -202,9 +202,9 @@ class SubmoduleRunner(ModuleHandler):
         guards = next((guards for guards in self._guards[key] if guards.check()), None)
         if guards is None:
             known = self._guards[key]
-            changed = known[0].explain() if known else self._changed.get(key, self.name)
+            changed = known[0].explain() if known else self._changed.get(key, Changed(self.name))
             step.missed(Miss(changed, list(known)))
-            reason = Reason(Status.CHANGED, f"{self.name}: {changed}")
+            reason = Reason.of_change(Status.CHANGED, changed.after(f"{self.name}: "))
             return Plan(Action.EAGER, state, None, reason)
         self._drop(
             self.target.dispatcher.add_variant(state, Variant(guards, [CUDAGraphMode.PIECEWISE]))

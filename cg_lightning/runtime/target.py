@@ -11,23 +11,30 @@ from torch import nn
 from cg_lightning.capture.capture import Capturer, CaptureTarget, GraphCall
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.core.causes import Cause
+from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.errors import (
     CaptureError,
     StateLeftError,
     UnkeyableBatchError,
     ValueReadError,
 )
+from cg_lightning.core.kernel_flags import differing_flag
 from cg_lightning.core.modes import CUDAGraphMode
-from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.core.reasons import NO_CHANGE, Changed, Reason, Status
+from cg_lightning.core.tree import leaf_paths
 from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.effects.python_changes import ChangedAttribute
 from cg_lightning.guards.module_guard import ModuleGuard
+from cg_lightning.guards.sources import describe_change
 from cg_lightning.host_values.path import ReadPath
-from cg_lightning.report.stats import CUDAGraphStats
+from cg_lightning.report.stats import CUDAGraphStats, EntryRecord
 from cg_lightning.runtime.dispatcher import Action, CUDAGraphDispatcher, Plan, Variant
 from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.verifier import Verdict, Verifier
+
+_NEW_RUN = Changed("a new run, since graphs live as long as their run")
+_DROPPED = Changed("its graph was dropped, to make room for another one")
 
 
 def reason_of(error: Exception, prefix: str = "") -> Reason:
@@ -84,6 +91,8 @@ class GraphTarget:
             least_steps=settings.verify_replays + 2,
             min_saving=min_saving,
         )
+        self._captured: dict[BatchDescriptor, None] = {}
+        """The keys that had a graph, the latest one last."""
         self._settings = settings
         self._capturer = capturer
         self._verifier = verifier
@@ -153,14 +162,15 @@ class GraphTarget:
         variant = plan.variant
         assert variant is not None
         watched = variant.watched if isinstance(variant.watched, WatchedStep) else None
+        record = self._stats.entry(self.mode.name, name, call.descriptor)
         return CaptureTarget(
             mode=self.mode,
             module=self.module,
             effects=self._effects,
             storage_addresses=self.guard.storage_addresses(),
-            record=self._stats.entry(self.mode.name, name, call.descriptor),
+            record=record,
             changes=self._changes(variant),
-            changed=plan.state.ledger.why,
+            changed=self._changed(record, plan, call),
             reads=variant.path.reads if isinstance(variant.path, ReadPath) else [],
             late=() if watched is None else watched.late,
             fills_batch=watched is not None and watched.fills_batch,
@@ -168,6 +178,24 @@ class GraphTarget:
             host_draws=() if watched is None else watched.host_draws,
             batch_writes=() if watched is None else watched.batch_writes,
         )
+
+    def _changed(self, record: EntryRecord, plan: Plan, call: GraphCall) -> Changed:
+        """Return what has changed since an earlier capture; empty if there was none."""
+        if plan.action is not Action.CAPTURE:
+            return NO_CHANGE
+        key = call.descriptor
+        if record.captures:
+            return plan.state.ledger.why or (_DROPPED if key in self._captured else _NEW_RUN)
+        alike = (key.stage, key.dataloader_idx, key.call)
+        keys = [k for k in self._captured if (k.stage, k.dataloader_idx, k.call) == alike]
+        if not keys:
+            return NO_CHANGE
+        before = keys[-1]
+        root = "batch" if self.mode is CUDAGraphMode.FULL else "arguments"
+        changed = key.difference(before, leaf_paths(call.tree, root))
+        changed = changed or self.guard.explain_flags(key.training, before.training)
+        flag = differing_flag(key.flags, before.flags)
+        return changed or (NO_CHANGE if flag is None else describe_change(*flag))
 
     def _report(self, name: str, call: GraphCall, verdict: Verdict) -> Reason:
         """Warn about a replay that differs from eager, and return the reason for the lower mode."""
@@ -196,6 +224,8 @@ class GraphTarget:
         for dispatcher, state in self.cache.make_room_for(entry):
             dispatcher.evicted(state, self.cache.why_too_large)
         self.cache.add(entry, (self.dispatcher, plan.state))
+        self._captured.pop(call.descriptor, None)
+        self._captured[call.descriptor] = None
         self.dispatcher.captured(plan.state, variant, entry)
         return entry
 
