@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import re
 import types
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.loops.optimization.automatic import Closure
+from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -55,13 +57,16 @@ from cg_lightning.metrics.deferred_checks import CheckedCalls
 from cg_lightning.metrics.states import MetricStates, WrittenState
 from cg_lightning.metrics.units import units_of
 from cg_lightning.modules.compilation import Compilation
+from cg_lightning.padding.entry import PaddedEntry
+from cg_lightning.padding.leaves import Fill, PaddedLeaf, PaddedLeaves
+from cg_lightning.padding.output_cut import OutputCut
 from cg_lightning.padding.padder import Padder
 from cg_lightning.padding.rules import GivenRules
-from cg_lightning.report.stats import CUDAGraphStats, EntryRecord
+from cg_lightning.report.stats import CUDAGraphStats, EntryRecord, PaddingRecord
 from cg_lightning.runtime.ahead import CaptureAhead
 from cg_lightning.runtime.alike_steps import AlikeSteps
 from cg_lightning.runtime.dispatcher import Action, CUDAGraphDispatcher, Unguarded, Variant
-from cg_lightning.runtime.padded_pieces import PaddedPiece
+from cg_lightning.runtime.padded_pieces import PaddedPiece, PaddedPieces
 from cg_lightning.runtime.padded_steps import PaddedSteps
 from cg_lightning.runtime.profiling import Ranges
 from cg_lightning.runtime.session import Session
@@ -69,7 +74,9 @@ from cg_lightning.runtime.step_runner import StepRunner
 from cg_lightning.runtime.submodule_runner import SubmoduleRunner
 from cg_lightning.runtime.target import GraphTarget
 from cg_lightning.runtime.verifier import Verifier
+from cg_lightning.trainer.examples import BatchesAhead
 from cg_lightning.trainer.installation import Installation
+from cg_lightning.trainer.training import TrainingInstallation
 from cg_lightning.trainer.training_step import TrainingStep
 from tests.harness import assert_same
 from tests.models import Body, Predictor
@@ -114,16 +121,38 @@ class Metrics(nn.Module):
         self.total = SumMetric()
 
 
-def session_of(module: nn.Module, **settings: Any) -> Session:
+def session_of(module: nn.Module, has_backward: bool = False, **settings: Any) -> Session:
     backend = RecorderBackend(CPU)
     defaults = {"warmup_steps": 1, "verify_replays": 0, "min_saving": 0, "backend": "recorder"}
     effects = ModuleEffects(module, CPU)
     options = Settings(**{**defaults, **settings})
-    return Session(module, backend, options, CUDAGraphStats(), effects)
+    stats = CUDAGraphStats()
+    return Session(module, backend, options, stats, effects, has_backward=has_backward)
 
 
 def batches(*rows: int) -> list[tuple[Tensor]]:
     return [(torch.randn(number, 8),) for number in rows]
+
+
+MADE_BY_OTHERS = {
+    "KeyState": "CUDAGraphDispatcher",
+    "WatchedStep": "StepWatcher",
+    "Effect": "StepRecording",
+    "Outcome": "StepRunner",
+}
+"""Types of the table that no test makes, and the classes that make them in these tests."""
+
+
+def test_each_class_with_an_owner_is_made_in_a_test():
+    tests = Path(__file__).parent
+    page = (tests.parent / "docs" / "architecture.md").read_text()
+    rows = page.split("## Who owns what")[1].split("Rules:")[0].splitlines()
+    names = [name for row in rows for name in re.findall(r"`(\w+)`", row.partition(" | ")[0])]
+    code = "\n".join([file.read_text() for file in tests.glob("test_*.py")])
+    not_made = {name for name in names if not re.search(rf"\b{name}\(", code)}
+    assert len(names) >= 30
+    assert not_made == set(MADE_BY_OTHERS)
+    assert all(re.search(rf"\b{name}\(", code) for name in MADE_BY_OTHERS.values())
 
 
 # runtime/
@@ -250,6 +279,22 @@ def test_a_submodule_is_padded_in_a_step_that_is_not():
     assert len(session.cache.entries()) == 1
     piece.close()
     session.close()
+
+
+def test_submodules_to_pad_are_those_that_a_watched_step_has_shown():
+    net = Net()
+    session = session_of(net, capture_sizes=(8,), verify_tolerance="close")
+    pieces = PaddedPieces(session, "predict", GivenRules({}))
+    assert not pieces.are_known()
+    with torch.no_grad():
+        batch = batches(3)[0]
+        _, watched = session.watcher.watch(lambda: net.reducing_step(batch), batch)
+    assert pieces.add(watched)
+    assert list(session.pieces) == [("predict", id(net.body))]
+    assert pieces.are_known()
+    assert not PaddedPieces(session, "test", GivenRules({})).are_known()
+    session.close()
+    assert not pieces.are_known()
 
 
 class Printing(nn.Module):
@@ -541,6 +586,31 @@ def test_an_entry_copies_a_batch_in_and_its_outputs_out():
     assert not entry.is_valid()
 
 
+# padding/
+
+
+def test_a_padded_entry_pads_a_batch_and_cuts_its_output():
+    backend, (large,), (x,) = RecorderBackend(CPU), batches(4)[0], batches(3)[0]
+    inputs = StaticInputs([large], [large], CPU)
+    inputs.copy_from([large])
+    options: Any = {"collect_garbage": False, "capture_error_mode": "thread_local"}
+    with torch.no_grad():
+        graph, output = backend.capture(lambda: inputs.leaves[0] * 2, **options)
+        plan, computed = OutputPlan.make(output, inputs.leaves, set())
+        record = EntryRecord("predict", "FULL", "step", "4x8")
+        owner = GraphEntry(graph, inputs, plan, computed, [], [], True, record)
+        padding = PaddedLeaves({0: PaddedLeaf((3, 8), (4, 8), {})}, elements=24)
+        padded = PaddingRecord("predict", "step", "4x8")
+        entry = PaddedEntry(owner, GuardSet(), padding, OutputCut(x * 2), padded, 0)
+        for step, fill in enumerate(Fill):
+            assert_same(entry.replay([x], step, fill=fill), x * 2)
+            entry.count()
+    assert (padded.steps, padded.elements, padded.padded_elements) == (4, 96, 128)
+    assert (entry.replays, record.replays, entry.is_valid()) == (4, 4, True)
+    owner.drop()
+    assert not entry.is_valid()
+
+
 # guards/
 
 
@@ -630,6 +700,66 @@ def test_an_installation_runs_the_steps_of_a_strategy_and_changes_no_module():
     installation.remove()
     assert "predict_step" not in vars(strategy)
     installation.close()
+
+
+def test_batches_to_capture_ahead_come_once_and_the_largest_first():
+    warnings: list[str] = []
+    trainer: Any = types.SimpleNamespace()
+    ahead = BatchesAhead(trainer, {"predict": batches(2, 5, 3)}, False, warnings.append)
+    ahead.warn_if_left("predict")
+    assert "nothing was captured ahead" in warnings.pop()
+    examples = ahead.take("predict", 0)
+    assert [example.shapes for example in examples] == ["5x8", "3x8", "2x8"]
+    assert ahead.take("predict", 0) == ahead.take("test", 0) == []
+    ahead.not_captured(examples[0], Reason(Cause.PRINTED, "print"))
+    assert "shapes 5x8 was not captured ahead: print" in warnings.pop()
+    ahead.warn_if_left("predict")
+    assert warnings == []
+
+
+class Loop:
+    """Makes closures as Lightning's loop does."""
+
+    def __init__(self, module: Predictor) -> None:
+        self.module = module
+
+    def _make_closure(self, kwargs: dict[str, Any], *_: Any) -> Closure:
+        def step() -> ClosureResult:
+            loss = self.module.training_step(*kwargs.values())
+            return ClosureResult.from_training_step_output(loss)
+
+        return Closure(step, Tensor.backward, self.module.zero_grad)
+
+
+def test_an_installation_in_training_replaces_the_closures_of_the_loop():
+    module = Predictor(Body())
+    reference, session = copy.deepcopy(module), session_of(module, True, mode="FULL")
+    loop = Loop(module)
+    trainer: Any = types.SimpleNamespace(
+        fit_loop=types.SimpleNamespace(
+            epoch_loop=types.SimpleNamespace(automatic_optimization=loop)
+        ),
+        strategy=types.SimpleNamespace(model=module),
+        precision_plugin=Precision(),
+        accumulate_grad_batches=1,
+        optimizers=[],
+        callbacks=[],
+        profiler=PassThroughProfiler(),
+        lightning_module=module,
+    )
+    module._trainer = reference._trainer = trainer
+    installation = TrainingInstallation(trainer, module, session)
+    installation.install()
+    for index, batch in enumerate(batches(4, 4, 4, 4)):
+        given = {"batch": batch, "batch_idx": index}
+        found = loop._make_closure(given)()
+        expected = Loop(reference)._make_closure(given)()
+        assert_same(found, expected)
+        assert_same([p.grad for p in module.parameters()], [p.grad for p in reference.parameters()])
+    assert session.stats.steps["FULL"] == 3, session.stats.reasons
+    assert len(installation.graphs("FULL")) == 1
+    installation.close()
+    assert set(vars(loop)) == {"module"}
 
 
 def training_step_of(module: Predictor) -> TrainingStep:
