@@ -162,7 +162,7 @@ def may_call_for_step(file: str) -> bool:
 
 @functools.lru_cache(maxsize=8192)
 def _calls_for_step(file: str) -> bool | None:
-    """Whether it does; None for the standard library, which does it for whoever calls it."""
+    """Whether it does; None for the standard library, which works for its callers."""
     if is_user_file(file):
         return True
     if is_our_file(file) or file.startswith("<frozen importlib") or file.endswith(_BESIDES):

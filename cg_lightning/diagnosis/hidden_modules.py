@@ -1,6 +1,6 @@
 """Modules that are no submodules: in a list, in an object, behind a global or a closure.
 
-Nobody sees what a step reads of them, so all that they hold counts as read.
+Reads of their attributes cannot be observed, so all of their attributes count as read.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def _attributes(module: nn.Module) -> list[str]:
 
 
 def opaque_in(watch: StepWatch, sources: Iterable[Source]) -> list[str]:
-    """Returns what nobody can look into.
+    """Returns the values whose contents cannot be compared.
 
     Raises:
-        UnreadableError: A value raises something itself.
+        UnreadableError: Reading a value raised an error.
     """
     found: list[str] = []
     for source in sources:

@@ -80,7 +80,7 @@ def _values(module: nn.Module) -> dict[str, Any]:
 
 
 def _contents(value: Any) -> FrozenValues | None:
-    """Returns what is in a value; None if nothing is, or if nobody can look into it."""
+    """Returns the contents of a value; None if it has none, or if they cannot be read."""
     if holds_nothing(value):
         return None
     try:

@@ -47,6 +47,6 @@ class HeldOperand:
         self._storage = StorageWeakRef(storage)
 
     def is_held_by_others(self) -> bool:
-        """Return True if somebody else can see its values. It is not held here from now on."""
+        """Return True if other code refers to its memory. It is not held here from now on."""
         self._tensor = None
         return not self._storage.expired()

@@ -45,7 +45,7 @@ _MAKING = (Cause.TENSOR_FROM_PYTHON, Cause.CROSS_DEVICE_COPY, Cause.HOST_SYNC)
 
 
 class StoppedStep(BaseException):  # no error, and no step may catch it
-    """Ends a watched step before it does what nobody can undo."""
+    """Ends a watched step before it does something that cannot be undone."""
 
     def __init__(self, finding: Finding) -> None:
         super().__init__(str(finding))
@@ -120,7 +120,7 @@ class StepWatch:
             for path, module in self.modules
             if is_compiled(module)
         }
-        """Paths and modules inside each compiled module, by its id: nobody sees their calls."""
+        """Paths and modules inside each compiled module, by its id. Their calls are not seen."""
         self.batch = batch
         """What the step is given."""
         self.step = ModuleCall("", None, tensors_in(batch))
@@ -135,7 +135,7 @@ class StepWatch:
         self.copies_constant = False
         """Whether an operation is under way that copies such a tensor to the device."""
         self._indexing: tuple[Place | None, int] = (None, 0)
-        """Where lists were made indices last, and how many of these copies nobody has told."""
+        """The place where lists were last made indices, and the number of copies not reported."""
         self._path: ReadPath | None = None
         """The values that the step reads on the host, if all are known before the step."""
         self._host_draws: Sequence[HostDraw] = ()
@@ -299,9 +299,9 @@ class StepWatch:
         self._unseen_use = self._unseen_use or location
 
     def look_at(self, contents: FrozenValues) -> list[str]:
-        """Notes the random generators among values that are read; returns what is opaque.
+        """Notes the random generators among values that are read; returns the opaque values.
 
-        In compiled code, nobody sees what is drawn from a generator.
+        In compiled code, draws from a generator cannot be observed.
         """
         self._generators.update({key_of(each): each for each in contents.generators.values()})
         hidden = [f"{path}: torch.Generator" for path in contents.generators if self.hidden]
@@ -537,14 +537,14 @@ class StepWatch:
 
 
 class UnreadableError(Exception):
-    """Nobody can look into a value; the message says why."""
+    """The contents of a value cannot be read; the message says why."""
 
 
 def look_into(value: Any, path: str = "") -> FrozenValues:
-    """Remembers what is in a value, whose name is ``path``.
+    """Stores the contents of a value, whose name is ``path``.
 
     Raises:
-        UnreadableError: The value raises something itself: a file that is closed, say.
+        UnreadableError: Reading the value raised an error, as for a closed file.
     """
     try:
         return FrozenValues([value], [path])
@@ -563,7 +563,7 @@ def _is_lightning_module(module: nn.Module) -> bool:
 class _OperationMode(EagerDispatchMode):
     """Tells detectors of each dispatched operation.
 
-    It does not look into operators that take functions, such as ``torch.cond``.
+    It does not watch the functions inside operators such as ``torch.cond``.
     """
 
     supports_higher_order_operators = True

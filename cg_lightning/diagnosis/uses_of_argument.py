@@ -1,13 +1,13 @@
 """Where a step uses one of its arguments, read from byte code and source.
 
-It answers for the closed world, so each doubt is a use. An argument is not used where it is
+The world is closed, so each doubt counts as a use. An argument is not used where it is
 deleted, or passed on to a function that does not use it, and it is only *compared* where the source
 has it at the left of an operator or of a comparison: ``batch_idx % self.every == 0``,
-``if batch_idx``. ``cg_lightning/guards/comparisons.py`` says what that is good for. Everything else
+``if batch_idx``. ``cg_lightning/guards/comparisons.py`` guards such comparisons. Everything else
 uses the value: ``isinstance``, ``int(batch_idx)``, an f-string, an index, an argument of a function
-nobody can read.
+without source code.
 
-A use in a branch does nothing in steps that do not take it: ``if batch_idx % 50 == 0: print(f"batch
+A use in a branch has no effect in steps that do not take it: ``if batch_idx % 50 == 0: print(f"batch
 {batch_idx}")``. So each use has the conditions under which its line may run
 (``conditions.py``).
 """

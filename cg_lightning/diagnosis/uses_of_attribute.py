@@ -1,8 +1,8 @@
-"""What a line does with an attribute that it reads or sets, read from its source.
+"""How a line uses an attribute that it reads or sets, found in its source.
 
-A step may change what it never looks at: ``self.outputs.append(loss)``, ``self.total += 1``. A
-replay can do such a change again, whatever is in the list by then. The source must show that the
-value goes nowhere else: into no variable, no call, no comparison.
+A step may change values that it never reads: ``self.outputs.append(loss)``, ``self.total += 1``. A
+replay can make such a change again, with any contents of the list. The source must show that the
+line does not use the value otherwise: in a variable, a call or a comparison.
 """
 
 from __future__ import annotations

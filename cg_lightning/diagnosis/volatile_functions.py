@@ -114,12 +114,12 @@ def reads_environment(code: CodeType) -> bool:
 
 
 def has_volatile(file: str) -> bool:
-    """Return whether a file of others has functions that are looked at here."""
+    """Return whether a file of PyTorch or Python has volatile functions."""
     return file.endswith(_FILES_OF_TORCH) or file == _GET_VARIABLE.co_filename
 
 
 def environment_variable(frame: FrameType) -> str:
-    """Return the variable that such a function is asked for; empty if it may look at all."""
+    """Return the variable that such a function reads; empty if it may read all of them."""
     is_one = frame.f_code is _GET_VARIABLE and frame.f_locals["self"] is os.environ
     name = frame.f_locals["key"] if is_one else ""
     return name if isinstance(name, str) else ""

@@ -80,7 +80,7 @@ class StepWatcher:
             hold neither ``self.log`` nor updates of metrics.
         run_logging: Whether ``self.log`` and ``self.print`` are executed.
         has_backward: Whether the step computes its gradients itself.
-        detectors: What looks at the step, in the order of entering.
+        detectors: The detectors, in the order in which they are entered.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class StepWatcher:
         return output, result
 
     def host_values(self, step: Callable[[], Any], batch: Any) -> ReadPath | None:
-        """Runs ``step`` once; returns what it reads on the host, and looks at nothing else.
+        """Runs ``step`` once under one detector; returns its reads on the host.
 
         Args:
             step: The step of which all else is known.
@@ -154,7 +154,7 @@ class StepWatcher:
 
 
 class _CallHandler(ModuleHandler):
-    """Runs the calls of one module under those detectors that look at calls."""
+    """Runs the calls of one module under those detectors that watch calls."""
 
     def __init__(
         self, watch: StepWatch, path: str, module: nn.Module, detectors: Sequence[Detector]

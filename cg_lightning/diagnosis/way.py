@@ -12,8 +12,8 @@ What is hard here:
 - Before, a thread has one place for a tracer. If a debugger or a tool for coverage traces, there is
   no way, in any version: their code may run anywhere.
 - Two modules of one class run the same code, so a call of a module tells the module as well.
-- Nobody sees which branch compiled code takes, nor which attribute ``getattr`` reads if its name
-  is computed. A step with such code has no way.
+- It cannot be observed which branch compiled code takes, nor which attribute ``getattr`` reads if
+  its name is computed. A step with such code has no way.
 - Our own code is around that of the user. It is no part of the way.
 """
 
@@ -56,7 +56,7 @@ class WayRecorder:
     def run(
         self, function: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> tuple[Any, Way | None]:
-        """Call a function. Return its output, and its way; None if nobody can tell."""
+        """Call a function. Return its output, and its way; None if it is not known."""
         if sys.gettrace() is not None:
             return function(*args, **kwargs), None
         known, tool = len(self._codes), free_tool()

@@ -1,7 +1,7 @@
-"""Functions by which a step says something, and that nobody replaces: they are told as calls.
+"""Functions that write or show text, and are not replaced: their calls are reported.
 
-What ``Printing`` replaces (``print``, the ``write`` of ``sys.stdout``) is reported there. Others
-have kept a function (``from os import write``), or write below that.
+``Printing`` replaces ``print`` and the ``write`` of ``sys.stdout``, and reports them itself. Here
+are functions that other modules keep (``from os import write``), or that write without these two.
 """
 
 from __future__ import annotations

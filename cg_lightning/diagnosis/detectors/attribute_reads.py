@@ -32,8 +32,8 @@ from cg_lightning.modules.kinds import is_metric, is_user_class, is_user_module,
 class AttributeReads(Detector):
     """Notes the attributes of the user's modules that are read.
 
-    Nobody sees reads in compiled code, and of constants on classes (``type(self).scale``), so all
-    of these count as read. An attribute that cannot be looked into cannot be guarded either.
+    Reads in compiled code, and reads of constants on classes (``type(self).scale``), cannot be
+    observed, so all of these count as read. An attribute that cannot be compared is a finding.
     """
 
     causes = (Cause.STATE_REBOUND, Cause.OPAQUE)

@@ -34,13 +34,13 @@ from cg_lightning.guards.values import has_memory
 from cg_lightning.metrics.members import states_of
 
 _READS = (*UNSEEN_READS, "__dlpack__")
-"""Methods that read a tensor of the host, or hand its memory out; no operation shows them."""
+"""Methods that read a tensor of the host, or return its memory, without an operation."""
 
 
 class _Filled(NamedTuple):
     """A tensor of the host that a step fills with a number, and that it may have made unseen.
 
-    TorchScript makes such tensors (``torch.tensor(2)`` in PyTorch 2.11): nobody sees them made.
+    TorchScript makes such tensors (``torch.tensor(2)`` in PyTorch 2.11) without an operation.
     """
 
     held: HeldOperand

@@ -71,11 +71,11 @@ _IMPORT = importlib.import_module.__code__
 
 
 class GlobalReads(Detector):
-    """Notes the globals that the user's functions name, and what these functions hold.
+    """Notes the globals that the user's functions name, and the state of these functions.
 
-    A function holds what it has closed over, its defaults and its attributes. What the step changes
-    of all that is reported, and so is what nobody can look into, clocks included. Being told of all
-    calls, it also reports those by which a step says something.
+    The state of a function is its closure, its defaults and its attributes. It reports values of
+    these that the step changes, or that cannot be compared, and calls of volatile functions such as
+    clocks. As it receives all calls, it also reports those that write or show text.
     """
 
     causes = (Cause.STATE_REBOUND, Cause.OPAQUE, Cause.PRINTED)
@@ -311,7 +311,7 @@ class GlobalReads(Detector):
         key = source.key
         if key in self._before or key in self._problems:
             return
-        with self.watch.paused():  # to look at a module is no read of the step's
+        with self.watch.paused():  # these reads are not the step's
             value = source.value()
         try:
             contents = look_into(value, source.path)
@@ -338,7 +338,7 @@ class _Code(NamedTuple):
     matters: bool
     """Whether a call tells anything."""
     volatile: str
-    """What it asks that nobody can guard; empty if nothing."""
+    """The volatile function that it is or calls; empty if there is none."""
     is_of_environment: bool
     """Whether it reads environment variables for its caller."""
     write: str
@@ -351,7 +351,7 @@ class _Code(NamedTuple):
     names: NamesInCode | None = None
     """The names that it may read of a class or module that it is given; None: it is given none."""
     opaque: Sequence[tuple[str, str]] = ()
-    """What it does that nobody can follow, and the lines."""
+    """Its actions that cannot be followed, with their lines."""
 
 
 class _Unset(Source):
@@ -484,7 +484,7 @@ def _attributes_of_function(function: FunctionType) -> list[Source]:
 
 
 def _may_use_unseen(names: NamesInCode) -> bool:
-    """Whether a function may handle an error, or looks at objects without asking them."""
+    """Whether a function may handle an error, or reads objects without their methods."""
     if not _LOOK_AT_ANYTHING.isdisjoint(names.code.co_names):
         return True
     return names.opnames.count("PUSH_EXC_INFO") > names.opnames.count("WITH_EXCEPT_START")

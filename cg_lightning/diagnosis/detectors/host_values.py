@@ -21,7 +21,7 @@ from cg_lightning.modules.kinds import is_metric
 class HostValues(Detector):
     """Tells the watch which reads a capture of the whole step can answer.
 
-    If a module is compiled, there are none: nobody sees its operations.
+    If a module is compiled, there are none, because its operations cannot be observed.
     """
 
     def __init__(self, watch: StepWatch) -> None:

@@ -80,7 +80,7 @@ class MetricUpdates(Detector):
 
     @contextlib.contextmanager
     def _noticing_counts(self) -> Iterator[None]:
-        """Metrics count their updates; nobody brings those up to date that are no submodules."""
+        """Notice counts of metrics that are no submodules: a replay does not update these."""
         thread, original = threading.get_ident(), Metric.__setattr__
         known = set(map(id, self.watch.all_metrics))
         inside = set(map(id, self._metrics))
@@ -138,7 +138,7 @@ class MetricUpdates(Detector):
 
 
 class _MetricHandler(ModuleHandler):
-    """Looks at what is read from one metric and written to it."""
+    """Observes reads and writes of one metric."""
 
     def __init__(self, metric: nn.Module, detector: MetricUpdates) -> None:
         self.metric = metric

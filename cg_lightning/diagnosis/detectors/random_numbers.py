@@ -108,7 +108,7 @@ class RandomNumbers(Detector):
         if function is not torch.ops.aten.detach.default:
             self._note_used([*args, *kwargs.values()])
         if self.watch.device_type != "cpu" and _drops_out_by_itself(function, args, kwargs):
-            words = f"{function._schema.name} with dropout, whose state nobody can put back"
+            words = f"{function._schema.name} with dropout, whose state cannot be restored"
             self.watch.report_unless_found(Cause.HOST_RANDOMNESS, words)
         if function.namespace == "aten" and not _draws(function):
             return  # all of PyTorch's own operations that take a generator have the tag
@@ -213,7 +213,7 @@ class RandomNumbers(Detector):
 
         with contextlib.ExitStack() as stack:
             for module, name, function in _seeding_functions(len(sys.modules)):
-                if vars(module).get(name) is not function:  # somebody else has replaced it
+                if vars(module).get(name) is not function:  # other code has replaced it
                     continue
                 stack.enter_context(patch.object(module, name, noticed(function)))
             yield
@@ -280,7 +280,7 @@ def _drops_out_by_itself(
 ) -> bool:
     """Whether it is a recurrent network with dropout: cuDNN draws from a state of its own.
 
-    PyTorch seeds that state once in a process. A run of the step that nobody should see moves it.
+    PyTorch seeds that state once in a process, and each run of the step changes it.
     """
     names = [argument.name for argument in function._schema.arguments]
     if "dropout" not in names or "train" not in names:

@@ -1,8 +1,8 @@
-"""What a step reads of parameters and buffers beside their values: ``.grad``, ``weight.scale``.
+"""Attributes of parameters and buffers that a step reads: ``.grad``, ``weight.scale``.
 
 Such attributes are in the dictionary of a tensor, whose class is written in C. While a step is
-watched, the class has properties with their names, so that each read is seen. Names that no tensor
-has yet are seen as well: ``getattr(weight, "scale", 1.0)``.
+watched, the class has properties with their names, so each read is observed. Names that no tensor
+has yet are observed as well: ``getattr(weight, "scale", 1.0)``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TensorAttributes(ReplacingDetector):
     """Notes attributes of parameters and buffers, and reports gradients that an evaluation reads.
 
     Training replaces gradients, so a graph would read those that were there when it was captured.
-    ``Backward`` looks at gradients in training.
+    In training, ``Backward`` watches gradients.
     """
 
     causes = (Cause.STATE_REBOUND, Cause.OPAQUE)

@@ -1,9 +1,9 @@
-"""What a step reads from the Trainer: plain values are guarded, and the rest a graph would freeze.
+"""Values of the Trainer that a step reads: plain ones are guarded, and others are findings.
 
-``self.trainer`` gives the whole Trainer away, and what is read of it then, nobody sees. But the
-line that reads it is known, to the column: if it says ``self.trainer.sanity_checking``, nothing
-else is read. ``self.current_epoch > 3`` is guarded by what comes out, ``self.current_epoch`` by its
-value.
+``self.trainer`` returns the whole Trainer, and later reads of its attributes cannot be observed.
+But line and column of the read are known: if the source there is ``self.trainer.sanity_checking``,
+nothing else is read. ``self.current_epoch > 3`` is guarded by its outcome, ``self.current_epoch``
+by its value.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ReadNames(ModuleHandler):
             for name in names
             if getattr(type(module), name, None) is not getattr(cls, name, None)
         }
-        """What the user's class defines anew: it may be anything."""
+        """Names that the user's class overrides: their values may be of any kind."""
         self._values = TrainerValues(module)
         self._types = TrainerTypes(module)
         self._last: tuple[str, int, int] | None = None

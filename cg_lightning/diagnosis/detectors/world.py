@@ -38,7 +38,7 @@ _MEMORY = frozenset(
 """Audit events of ``ctypes``: memory is read or written by its address, or foreign code runs."""
 
 _listeners: dict[int, Callable[[str], None]] = {}
-"""Who listens, by thread: nobody, if no step is watched."""
+"""The detector of the watched step of each thread, by thread; empty if no step is watched."""
 
 
 def _on_event(event: str, _: tuple[Any, ...]) -> None:
