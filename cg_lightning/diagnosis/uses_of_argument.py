@@ -7,9 +7,9 @@ has it at the left of an operator or of a comparison: ``batch_idx % self.every =
 uses the value: ``isinstance``, ``int(batch_idx)``, an f-string, an index, an argument of a function
 without source code.
 
-A use in a branch has no effect in steps that do not take it: ``if batch_idx % 50 == 0: print(f"batch
-{batch_idx}")``. So each use has the conditions under which its line may run
-(``conditions.py``).
+A use in a branch has no effect in steps that do not take it:
+``if batch_idx % 50 == 0: print(f"batch {batch_idx}")``. So each use has the conditions under which
+its line may run (``conditions.py``).
 """
 
 from __future__ import annotations
