@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import inspect
 from typing import Any, NamedTuple
 
 import pytest
@@ -820,13 +821,16 @@ def test_what_is_read_is_not_frozen(harness, kind, verify, mode) -> None:
     assert (stats.steps["FULL"] > 0) is (kind in NOT_READ), stats.reasons
 
 
-def test_the_reason_names_the_line_that_reads_or_calls(harness) -> None:
-    for kind in (Length, MeterIsRead, Decorated):
+def test_the_reason_names_the_line_that_reads_or_changes(harness) -> None:
+    for kind in (Length, MeterIsRead):
         (record,) = [each for each in run(harness, kind()).reasons if each.mode == "PIECEWISE"]
         file, line = record.reason.location.split(":")
         code = kind.keep.__code__
         assert file == code.co_filename
         assert int(line) - code.co_firstlineno in (1, 2)
+    (record,) = [each for each in run(harness, Decorated()).reasons if each.mode == "PIECEWISE"]
+    method = inspect.unwrap(OtherMeters.decorated).__code__
+    assert record.reason.location == f"{method.co_filename}:{method.co_firstlineno + 2}"
 
 
 def test_error_in_a_hook(harness) -> None:

@@ -21,7 +21,7 @@ from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.tree import flatten
 from cg_lightning.diagnosis.accumulators import accumulates
 from cg_lightning.diagnosis.callers import is_exception_handled
-from cg_lightning.diagnosis.findings import AT_THE_END, find_location, is_our_file
+from cg_lightning.diagnosis.findings import find_location, is_our_file
 from cg_lightning.diagnosis.step_watch import StepWatch, look_into
 from cg_lightning.diagnosis.uses_of_attribute import Entry, Use, adds_to, entry_of, use_of
 from cg_lightning.effects.containers import ContainersSnapshot
@@ -141,17 +141,19 @@ class AttributeEvents(ModuleHandler):
         found: dict[str, Any] = object.__getattribute__(self.module, "__dict__")
         return found
 
-    def location(self, name: str) -> str:
-        """Return where an attribute was first set to another value, or else looked at.
+    def line_that_sets(self, name: str) -> str:
+        """Return where an attribute was first set to another value; empty if nowhere."""
+        return self._locations.get(name, "")
 
-        What changes inside a value is not seen, but it is reached by a line that reads the value.
+    def line_that_reads(self, name: str) -> str:
+        """Return the line by which the value of an attribute decides what the step computes.
+
+        That is a line that reads it, and neither adds to it nor sets an entry. Without one, it is a
+        line that reads it at all. Empty if the user's code has no such line.
         """
-        if name in self._locations:
-            return self._locations[name]
         reads = [read for read in self._reads.get(name, ()) if is_user_file(read[0].co_filename)]
-        looking = [read for read in reads if use_of(*read) in (Use.OTHER, Use.CALL)]
-        lines = sorted(map(_line_of, looking or reads))
-        return lines[0] if lines else AT_THE_END
+        deciding = [read for read in reads if use_of(*read) in (Use.OTHER, Use.CALL)]
+        return min(map(_line_of, deciding or reads), default="")
 
     def set_first(self) -> list[str]:
         """Return the names of attributes that the step set before it read them."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cg_lightning.diagnosis.step_watch import UnreadableError, look_into
+from cg_lightning.guards.frozen_parts import ChangedPlace
 from cg_lightning.guards.value_kinds import holds_nothing, values_of
 from cg_lightning.guards.values import FrozenValues
 from cg_lightning.modules.attributes import (
@@ -58,6 +59,18 @@ class ModuleState:
             if f"{name}.requires_grad" not in changed and not contents.all_hold()
         ]
         return list(dict.fromkeys([*changed, *gone, *inside]))
+
+    def changed_places(self, name: str) -> list[ChangedPlace]:
+        """Returns what has changed of an attribute, or in it, by the names that code has for it.
+
+        Args:
+            name: One of the names that :meth:`changed` returns.
+        """
+        missing = object()
+        if not is_same_value(self._values.get(name, missing), _values(self.module).get(name)):
+            return [ChangedPlace(name.rpartition(".")[2], True)]
+        contents = self._contents.get(name)
+        return [] if contents is None else contents.changed_places(name)
 
 
 def _values(module: nn.Module) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from types import CodeType
 from typing import Any, Protocol
 
 import torch
@@ -24,10 +25,12 @@ from cg_lightning.core.tree import flatten, tensors_in
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import Finding, Location, find_location
 from cg_lightning.diagnosis.late_unit import LateUnit
+from cg_lightning.diagnosis.lines_of_changes import line_that_changes
 from cg_lightning.diagnosis.watched_step import ModuleCall, WatchedStep, WrittenTensors
 from cg_lightning.effects.host_draws import HostDraw
 from cg_lightning.effects.python_changes import ChangedAttribute
 from cg_lightning.guards.comparisons import ComparedSource
+from cg_lightning.guards.frozen_parts import ChangedPlace
 from cg_lightning.guards.module_guard import Flags
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues
@@ -143,6 +146,8 @@ class StepWatch:
         self._inside: dict[int, list[nn.Module]] = {}
         """Each module that was asked for, and all modules inside it, by its id."""
         self._first = 0
+        self.codes: list[CodeType] = []
+        """The code of the user's that the step has run so far."""
         self._set_aside: list[Finding] | None = None
         """Receives the findings of the step while a call runs that may follow it."""
         self._is_paused = False
@@ -262,6 +267,10 @@ class StepWatch:
         """Notes the random numbers of the host that the step draws and does not use."""
         self._host_draws = draws
 
+    def note_code(self, code: CodeType) -> None:
+        """Notes code of the user's that the step runs."""
+        self.codes.append(code)
+
     def note_copy_from_host(self) -> None:
         """Notes for every call under way that it copies a constant from the host by itself."""
         if not self._is_paused:
@@ -340,6 +349,10 @@ class StepWatch:
     def calls(self) -> list[ModuleCall]:
         """Returns the step and all its calls so far."""
         return [self.step, *self.step.all_calls()]
+
+    def line_that_changes(self, places: Sequence[ChangedPlace]) -> str:
+        """Returns the line of the step that has changed something; empty if none is known."""
+        return line_that_changes(self.codes, places)
 
     def modules_in(self, module: nn.Module) -> list[nn.Module]:
         """Returns a module and all modules inside it, as it was when it was first called."""

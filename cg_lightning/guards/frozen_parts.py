@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from cg_lightning.core.reasons import Changed
 from cg_lightning.core.tree import flatten, structure_paths
-from cg_lightning.guards.sources import describe_change, shorten
+from cg_lightning.guards.sources import MISSING, describe_change, shorten
 from cg_lightning.modules.attributes import is_same_value, same_attributes
 
 Path = tuple[Any, ...]
@@ -47,6 +47,21 @@ def itself(attributes: dict[str, Any]) -> dict[str, Any]:
     return attributes
 
 
+class ChangedPlace(NamedTuple):
+    """The name of something that has changed."""
+
+    name: str
+    is_set: bool
+    """Whether the name refers to something else, and not only what is in it has changed."""
+
+
+def _innermost_name(path: Path, root: str) -> str:
+    parent, step, detail = path
+    if parent is None:
+        return root if detail is None else str(detail)  # the name of what a function closes over
+    return step if isinstance(step, str) else _innermost_name(parent, root)
+
+
 class FrozenContainer(NamedTuple):
     """A container and its leaves, which are compared as deep as containers go."""
 
@@ -59,6 +74,10 @@ class FrozenContainer(NamedTuple):
         """Return True if it has the same structure and leaves."""
         now, structure = flatten_value(self.value)
         return structure == self.structure and all(map(is_same_value, self.leaves, now))
+
+    def changed_places(self, name: str) -> list[ChangedPlace]:
+        """Return the container if it has changed; see :meth:`FrozenValues.changed_places`."""
+        return [] if self.holds() else [ChangedPlace(_innermost_name(self.path, name), False)]
 
     def explain(self) -> Changed:
         """Return the first change."""
@@ -88,6 +107,18 @@ class FrozenAttributes(NamedTuple):
         """Return True if it has the same attributes."""
         return same_attributes(self.read(self.value), self.before)
 
+    def changed_places(self, name: str) -> list[ChangedPlace]:
+        """Return the attributes that have changed."""
+        now, before = self.read(self.value), self.before
+        return [
+            # the content of a cell has the name of the variable
+            ChangedPlace(
+                _innermost_name(self.path, name) if each == "cell_contents" else each, True
+            )
+            for each in {**before, **now}
+            if not is_same_value(before.get(each, MISSING), now.get(each, MISSING))
+        ]
+
     def explain(self) -> Changed:
         """Return the first change."""
         now, before, path = self.read(self.value), self.before, format_path(self.path)
@@ -113,6 +144,10 @@ class FrozenContents(NamedTuple):
     def holds(self) -> bool:
         """Return True if the contents are equal to the copy."""
         return bool(self.read(self.value) == self.before)
+
+    def changed_places(self, name: str) -> list[ChangedPlace]:
+        """Return the value if its contents have changed."""
+        return [] if self.holds() else [ChangedPlace(_innermost_name(self.path, name), False)]
 
     def explain(self) -> Changed:
         """Return the change."""

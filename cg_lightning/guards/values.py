@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextvars
 import gc
+import itertools
 import operator
 import types
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from cg_lightning.core.reasons import NO_CHANGE, Changed
 from cg_lightning.core.tree import containers_in, structure_paths
 from cg_lightning.guards.frozen_parts import (
+    ChangedPlace,
     FrozenAttributes,
     FrozenClass,
     FrozenContainer,
@@ -101,7 +103,7 @@ def _path_in_function(path: Path, function: Any, name: str) -> Path:
     if isinstance(function, types.CellType):
         return (path, None, None)
     if name.startswith("closure "):
-        return (None, f"{name} of {function.__name__}", None)
+        return (None, f"{name} of {function.__name__}", name.removeprefix("closure "))
     return (path, name, None)
 
 
@@ -382,6 +384,16 @@ class FrozenValues:
     def all_hold(self) -> bool:
         """Return whether nothing at all has changed."""
         return self.hold() and self.large_ones_hold()
+
+    def changed_places(self, name: str) -> list[ChangedPlace]:
+        """Return all that has changed, by the names that code has for it. It takes its time.
+
+        Args:
+            name: The name of the value itself.
+        """
+        parts = [*self._items, *self._contents, *self._large, *self._inside_large]
+        places = itertools.chain.from_iterable(each.changed_places(name) for each in parts)
+        return list(dict.fromkeys(places))
 
     def explain(self) -> Changed:
         """Return what has changed, with both values; empty if nothing has. It takes its time."""

@@ -52,6 +52,7 @@ from cg_lightning.diagnosis.writes import (
     write_in_c,
     write_in_python,
 )
+from cg_lightning.guards.frozen_parts import ChangedPlace
 from cg_lightning.guards.sources import ENVIRONMENT, MISSING, DerivedNamespace, Source
 from cg_lightning.guards.values import FrozenValues
 from cg_lightning.modules.attributes import is_same_value
@@ -123,13 +124,23 @@ class GlobalReads(Detector):
             with self.watch.paused():
                 now = source.value()
             if not (is_same_value(value, now) and contents.all_hold()):
-                self._report(key, Cause.STATE_REBOUND, _words(source), AT_THE_END)
+                line = self._line(source, value, contents)
+                self._report(key, Cause.STATE_REBOUND, _words(source), line or AT_THE_END)
             for state in self._modules.get(key, ()):
                 with self.watch.paused():
                     changed = state.changed()
                 if changed:
                     words = f"{_words(source)}: {type(state.module).__name__}.{changed[0]}"
-                    self._report(key, Cause.STATE_REBOUND, words, AT_THE_END)
+                    with self.watch.paused():
+                        line = self.watch.line_that_changes(state.changed_places(changed[0]))
+                    self._report(key, Cause.STATE_REBOUND, words, line or AT_THE_END)
+
+    def _line(self, source: Source, before: Any, contents: FrozenValues) -> str:
+        """Return the line that has changed a source; empty if none is known."""
+        with self.watch.paused():
+            if is_same_value(before, source.value()):
+                return self.watch.line_that_changes(contents.changed_places(source.name))
+            return self.watch.line_that_changes([ChangedPlace(source.name, is_set=True)])
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
@@ -206,6 +217,7 @@ class GlobalReads(Detector):
             self._remember(source, AT_THE_END)
         if not _is_users_code(frame):
             return self._look_at_library(frame, settings)
+        self.watch.note_code(code)
         names = NamesInCode(frame)
         found = self._find_functions(frame)
         if found.is_hidden:

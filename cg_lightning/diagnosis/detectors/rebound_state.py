@@ -29,9 +29,9 @@ class ReboundState(Detector):
 
     What the step changes without looking at it, a replay changes as well
     (:class:`~cg_lightning.diagnosis.attribute_events.AttributeEvents`). All else is reported. The
-    line is known if an attribute was set; what changed inside a container is only seen by the
-    comparison. The state of ``root`` is compared around its calls too, because its step may change
-    it outside of them.
+    line is known if an attribute was set. What changed inside a container is only seen by the
+    comparison, and its line is searched for in the code that has run. The state of ``root`` is
+    compared around its calls too, because its step may change it outside of them.
     """
 
     causes = (Cause.STATE_REBOUND,)
@@ -95,8 +95,13 @@ class ReboundState(Detector):
         found: dict[str, list[str]] = {}
         for name in names:
             attribute = name.removeprefix("_buffers.").removeprefix("_parameters.")
-            location = AT_THE_END if events is None else events.location(attribute)
-            found.setdefault(location, []).append(name)
+            location = "" if events is None else events.line_that_sets(attribute)
+            if not location:
+                with self.watch.paused():
+                    location = self.watch.line_that_changes(state.changed_places(name))
+            if not location and events is not None:
+                location = events.line_that_reads(attribute)
+            found.setdefault(location or AT_THE_END, []).append(name)
         for location, together in found.items():
             self.watch.report(
                 Cause.STATE_REBOUND,
