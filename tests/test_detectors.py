@@ -232,7 +232,7 @@ CASES: dict[str, Case] = {
         lambda m, x: KEPT.append(x),
         Cause.STATE_REBOUND,
         "global KEPT",
-        AT_THE_END,
+        None,
     ),
     "unreadable": (
         AttributeReads,
