@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -17,7 +18,7 @@ from cg_lightning.backends.recorder import RecordedGraph, RecorderBackend
 from cg_lightning.core.reasons import Status
 from cg_lightning.runtime.trial import BLOCK, BLOCKS, FIRST_LOOK, StepTimes, Trial
 from tests.harness import features, images, predict, validate
-from tests.models import ConvNetClassifier, Predictor
+from tests.models import Body, ConvNetClassifier, Predictor
 
 COMPARED = BLOCKS * BLOCK
 SHORT, LONG, VERY_LONG = 0.0005, 0.005, 0.04
@@ -447,3 +448,25 @@ def test_training_is_not_compared(harness, slow_replays):
     )
     assert callback.stats.captures == 1
     assert "NONE: timed against its graph" not in reasons(callback)
+
+
+@pytest.mark.usefixtures("slow_replays")
+def test_pieces_of_steps_whose_value_changes_each_batch_must_save_time(harness):
+    class Scaled(Predictor):
+        scale = 0.0
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch[0]) * self.scale
+
+    class AnotherScale(Callback):
+        def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_: Any) -> None:
+            pl_module.scale = float(batch_idx)
+
+    callback = harness.callback(min_saving=0.03)
+    harness.compare(
+        Scaled(Body()), predict(features(4 * 100)), callback, others=lambda: [AnotherScale()]
+    )
+    found = reasons(callback)
+    if harness.backend != "cuda":
+        assert found["NONE: captures do not pay"] > 50, callback.summary()
+        assert found["PIECEWISE: captures do not pay"] < 30, callback.summary()
