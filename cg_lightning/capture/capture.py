@@ -228,7 +228,8 @@ class Capturer:
                 ):
                     output = call.run_on(tree)
                 is_closure = isinstance(output, ClosureOutput)
-                effects, tensors = recording.finish()
+                effects, tensors = recording.finish((output, leaves))
+                lists, items = recording.shared_lists()
                 if target.host_draws:
                     effects.append(DrawAgain(target.host_draws))
                 late, arguments = recording.late()
@@ -236,6 +237,9 @@ class Capturer:
                     output, changes = changing.finish(output)
                     effects.append(changes)
                     takers.append(changes)
+            if lists is not None:
+                output = (output, items)
+                takers.insert(0, lists)
             if late is not None:
                 output = (output, arguments)
                 takers.insert(0, late)
@@ -247,7 +251,7 @@ class Capturer:
                 output, leaves, target.storage_addresses, containers, detaches=is_closure
             )
             # outputs that are not copied out must not share memory with those of other graphs
-            if options.weak_ref_output and copies_outputs:
+            if options.weak_ref_output and (copies_outputs or lists is not None):
                 computed = weak_ref_tensors(computed, self._backend)
                 tensors = weak_ref_tensors(tensors, self._backend)
             return plan, computed, effects, tensors, takers
@@ -283,6 +287,7 @@ class Capturer:
         inputs.keep(constants.tensors)
         inputs.note_written(target.batch_writes)
         graph, (plan, computed, effects, tensors, takers) = captured
+        copies_outputs = copies_outputs or bool(takers)
         return GraphEntry(
             graph, inputs, plan, computed, effects, tensors, copies_outputs, target.record, takers
         )

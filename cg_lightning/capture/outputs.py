@@ -139,7 +139,7 @@ class OutputPlan:
                 sources.append((_Source.COMPUTED, computed[id(leaf)]))
         tensors = _join_shared(sources, tensors, leaves, output)
         return cls(
-            rebuild(output, iter([None] * len(leaves))),
+            rebuild(output, iter([0] * len(leaves))),  # ``torch.Size`` takes numbers only
             structure is not None,
             sources,
             any(source is _Source.CONTAINER for source, _ in sources),

@@ -218,6 +218,12 @@ class AppendToLists(Effect):
             else:
                 attributes[name] = [*attributes[name], *items]
 
+    def take(self, built: tuple[Any, list[Tensor]]) -> Any:
+        """Append tensors that the user has as well; see :class:`Taker`."""
+        output, items = built
+        self.after_replay(iter(items))
+        return output
+
 
 class ComputedAttribute(NamedTuple):
     """An attribute that is set to a container, or to tensors of the graph."""

@@ -133,6 +133,10 @@ class LateUpdates:
                 getattr(call.metric, call.method)(*args, **kwargs)
         return True
 
+    def latest(self) -> tuple[Sequence[LateCall], list[Arguments]]:
+        """Return the latest calls that were left out, and their arguments."""
+        return self._latest
+
     def latest_arguments(self) -> list[tuple[str, Any]]:
         """Return names and values of the arguments of the latest calls that were left out."""
         found = []

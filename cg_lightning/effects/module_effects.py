@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from cg_lightning.effects.late_updates import CollectedCalls, LateStep, LateUpdates
+from cg_lightning.effects.late_updates import (
+    Arguments,
+    CollectedCalls,
+    LateCall,
+    LateStep,
+    LateUpdates,
+)
 from cg_lightning.effects.logged_values import Calls, LoggedValues, NothingLogged
 from cg_lightning.effects.recorder import EffectRecorder
 from cg_lightning.metrics.deferred_checks import DeferredChecks
@@ -28,6 +34,7 @@ class Comparison:
         self._logged = logged
         self._late = late
         self._runs: list[tuple[Calls, CollectedCalls]] = []
+        self._late_calls: tuple[Sequence[LateCall], list[Arguments]] | None = None
 
     def run(self, step: Callable[[], Any]) -> Any:
         """Run ``step`` eagerly. Only collect what must not run twice.
@@ -46,12 +53,20 @@ class Comparison:
         """Return names and values of the arguments of late calls, of the latest run or replay."""
         return self._late.updates.latest_arguments()
 
+    def keep_replay(self) -> None:
+        """Note that the user gets the output of the latest replay, and so do late calls.
+
+        An argument may be a part of the output, and what a callback writes there counts.
+        """
+        self._late_calls = self._late.updates.latest()
+
     def finish(self) -> None:
-        """Make the calls that were collected in the first run."""
+        """Make the calls that were collected in the first run, or in the replay that is kept."""
         if not self._runs:
             return
         log_calls, late_calls = self._runs[0]
-        self._late.updates.make(late_calls.calls, late_calls.arguments)
+        kept = self._late_calls or (late_calls.calls, late_calls.arguments)
+        self._late.updates.make(*kept)
         self._late.updates.fill(self._logged.metrics())
         self._logged.calls.make(log_calls)
 

@@ -30,7 +30,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from cg_lightning.core.errors import CaptureError
-from cg_lightning.effects.effect import Effect, ReadChecksLater
+from cg_lightning.effects.effect import AppendToLists, Effect, ReadChecksLater
 from cg_lightning.effects.late_updates import Arguments, LateStep, MakeLateCalls
 from cg_lightning.effects.logged_numbers import numbers_as_tensors
 from cg_lightning.effects.logged_values import LoggedValues
@@ -45,10 +45,13 @@ from cg_lightning.metrics.sync_free import sync_free
 class Recording(Protocol):
     """One captured step."""
 
-    def finish(self) -> tuple[list[Effect], list[Tensor]]:
+    def finish(self, known: Any = ()) -> tuple[list[Effect], list[Tensor]]:
         """Return the effects of the step, and the tensors that the graph computes for them.
 
         Call it once, inside the capture and after the step, because it writes metric states.
+
+        Args:
+            known: What the user has of the step beside metrics: its output and its batch.
 
         Raises:
             CaptureError: The step has a side effect that a replay cannot do again.
@@ -58,6 +61,12 @@ class Recording(Protocol):
         """Return an object that makes the late calls of the step, and their arguments.
 
         None if there are none. Call it after :meth:`finish`.
+        """
+
+    def shared_lists(self) -> tuple[AppendToLists | None, list[Tensor]]:
+        """Return what appends tensors that the user has as well to metrics, and these tensors.
+
+        Call it after :meth:`finish`.
         """
 
     def refuse_states_in(self, output: Any) -> None:
@@ -100,8 +109,11 @@ class Recorder(Protocol):
 
 
 class _NoRecording:
-    def finish(self) -> tuple[list[Effect], list[Tensor]]:
+    def finish(self, known: Any = ()) -> tuple[list[Effect], list[Tensor]]:
         return [], []
+
+    def shared_lists(self) -> tuple[AppendToLists | None, list[Tensor]]:
+        return None, []
 
     def late(self) -> tuple[MakeLateCalls | None, list[Arguments]]:
         return None, []

@@ -41,6 +41,7 @@ from cg_lightning.effects.late_updates import (
     MakeLateCalls,
 )
 from cg_lightning.effects.logged_values import Calls, LoggedValues
+from cg_lightning.guards.values import addresses_of
 from cg_lightning.metrics.deferred_checks import CheckedCalls
 from cg_lightning.metrics.members import state_names, states_of
 from cg_lightning.metrics.states import MetricState, MetricStates, WrittenState
@@ -191,6 +192,8 @@ class StepRecording:
         self.late_calls = CollectedCalls()
         """The calls of metrics that the step leaves out."""
         self._late_values: list[tuple[dict[str, Any], LateValue]] = []
+        self._shared_lists: AppendToLists | None = None
+        self._shared_items: list[Tensor] = []
         self._final: list[tuple[MetricState, Tensor]] = []
         """The states that the step has read or set, with their values at its end."""
 
@@ -207,8 +210,11 @@ class StepRecording:
                     attributes["update"] = _checked_update(metric, update, checked)
             yield
 
-    def finish(self) -> tuple[list[Effect], list[Tensor]]:
+    def finish(self, known: Any = ()) -> tuple[list[Effect], list[Tensor]]:
         """Write new states to static tensors, and return the effects of the step.
+
+        Args:
+            known: What the user has of the step beside metrics: its output and its batch.
 
         Returns:
             The effects, and the tensors that the graph computes for them, in order.
@@ -225,7 +231,7 @@ class StepRecording:
             self._expected_attributes(),
             self._moved_states(),
             self._counters(),
-            self._appended(tensors),
+            self._appended(tensors, known),
             self._set_attributes(tensors),
             self._log_calls(tensors),
         ]
@@ -331,8 +337,15 @@ class StepRecording:
                 )
         return AddToCounters(counters) if counters else None
 
-    def _appended(self, tensors: list[Tensor]) -> Effect | None:
-        appended = []
+    def shared_lists(self) -> tuple[AppendToLists | None, list[Tensor]]:
+        """Return what appends tensors that the user has as well, and these tensors.
+
+        Call it after :meth:`finish`.
+        """
+        return self._shared_lists, self._shared_items
+
+    def _appended(self, tensors: list[Tensor], known: Any) -> Effect | None:
+        appended, appended_items = [], list[Tensor]()
         for recorded in self._metrics:
             for name, empty in recorded.lists.items():
                 items = recorded.attributes[name]
@@ -345,8 +358,16 @@ class StepRecording:
                     )
                 if items:
                     appended.append(Appended(recorded.attributes, name, len(items), items is empty))
-                    tensors.extend(items)
-        return AppendToLists(appended) if appended else None
+                    appended_items.extend(items)
+        if not appended:
+            return None
+        effect = AppendToLists(appended)
+        if addresses_of(tensors_in(known)).isdisjoint(addresses_of(appended_items)):
+            tensors.extend(appended_items)
+            return effect
+        # what a callback writes to its output or batch, it writes to the state
+        self._shared_lists, self._shared_items = effect, appended_items
+        return None
 
     def _set_attributes(self, tensors: list[Tensor]) -> Effect | None:
         constants = []
@@ -365,7 +386,7 @@ class StepRecording:
                 if not of_graph and len(leaves) == 1 and leaves[0] is value:
                     values[name] = value
                     continue
-                template = rebuild(value, iter([None] * len(leaves)))
+                template = rebuild(value, iter([0] * len(leaves)))
                 computed.append(
                     ComputedAttribute(
                         recorded.attributes,

@@ -224,6 +224,8 @@ class Verifier:
         pairs = enumerate(zip(found, wanted, strict=True))
         differing = [index for index, (one, other) in pairs if not self._is_same(one, other)]
         if not differing:
+            if comparison is not None:
+                comparison.keep_replay()
             return Verdict(output)
         paths = [*leaf_paths(expected, "output"), *[name for name, _ in expected_values]]
         far = [index for index in differing if _is_far(found[index], wanted[index])]
