@@ -378,6 +378,17 @@ def is_inside_transform() -> bool:
     return _innermost_transform() is not None
 
 
+_number_of_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+
+
+def is_under_users_mode() -> bool:
+    """Return True if a dispatch mode is told of each operation: a replay has none to tell."""
+    if not _number_of_dispatch_modes():
+        return False
+    modes = [torch._C._get_dispatch_stack_at(i) for i in range(_number_of_dispatch_modes())]
+    return any(not type(mode).__module__.startswith("cg_lightning.") for mode in modes)
+
+
 def describe_call(
     training: tuple[bool | bytes, ...],
     number: int,
@@ -401,6 +412,8 @@ def describe_call(
     """
     if is_inside_transform():
         raise UnkeyableBatchError("the call", "is made inside a transform of torch.func")
+    if is_under_users_mode():
+        raise UnkeyableBatchError("the call", "is made under a dispatch mode")
     return describe_fields(
         (args, kwargs),
         stage=step.stage,
