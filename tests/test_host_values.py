@@ -313,7 +313,44 @@ def range_of_numbers(net, b):
     return net.lin(x) * 2 if torch.minimum(x[0], x[1]).amax() <= 1.9 else net.lin(x) * 3
 
 
+def repeated(net, b):
+    y = net.lin(b["x"])
+    lengths = b["m"].sum(1)
+    return y.repeat_interleave(lengths, dim=0), torch.repeat_interleave(lengths)
+
+
+def classes_without_a_number(net, b):
+    return torch.nn.functional.one_hot(b["m"].sum(1)) + net.lin(b["x"]).sum().long()
+
+
+def counted_values(net, b):
+    sums = b["m"].sum(1)
+    counts = torch.bincount(sums), torch.bincount(sums.int(), minlength=9)
+    return net.lin(b["x"]) * counts[0][-1], counts
+
+
+def different_values(net, b):
+    sums = b["m"].cumsum(1) % 3
+    values, inverse, counts = torch.unique(sums, return_inverse=True, return_counts=True)
+    y = [net.lin(b["x"])[sums == value].sum() for value in sums.int().unique()]
+    return y, values, inverse, counts, torch.unique(sums, return_counts=True)
+
+
+def different_values_in_a_row(net, b):
+    sums = b["m"].sum(0)
+    if len(torch.unique_consecutive(sums)) > 2:
+        return net.lin(b["x"])
+    return torch.unique_consecutive(sums, return_inverse=True, return_counts=True)
+
+
+def arithmetic_of_floats(net, b):
+    mask = (1.0 - b["m"].to(b["x"])) * torch.finfo(b["x"].dtype).min
+    return net.lin(b["x"]) if (mask < 0).any().item() else net.lin(b["x"]) * 2
+
+
 FULL = [
+    *(repeated, classes_without_a_number, counted_values, different_values),
+    *(different_values_in_a_row, arithmetic_of_floats),
     *(of_a_buffer, of_a_buffer_and_the_batch, buffer_written_before_it_is_read, of_a_weight),
     *(buffer_written_after_it_is_read, rows_of_a_buffer, greatest_number, range_of_numbers),
     *(set_numbers, set_by_lengths, set_twice_in_one_place, number_that_was_read),
@@ -427,7 +464,23 @@ def set_to_a_number_of_the_network(net, b):
     return net.lin(b["x"])[m > 0]
 
 
+def sizes_of_the_network(net, b):
+    chosen = net.lin(b["x"]).argmax(-1)
+    one_hot = torch.nn.functional.one_hot(chosen)
+    return (
+        one_hot,
+        chosen.unique(),
+        chosen[0].bincount(),
+        chosen[0].repeat_interleave(chosen[1, :6]),
+    )
+
+
+def weighed_counts(net, b):
+    return torch.bincount(b["m"].sum(1), weights=b["x"][:, 0, 0])
+
+
 REFUSED = [
+    *(sizes_of_the_network, weighed_counts),
     *(set_to_a_tensor, set_to_racing_values, set_to_a_number_of_the_network),
     *(tensors_in_a_list, tensors_of_the_batch_in_a_list),
     *(written_by_the_network, alias_without_an_operation, of_the_network, of_randomness),
@@ -533,6 +586,19 @@ def test_programs_that_fail_leave_the_error_to_the_step(backend, device):
             call(given(3, 1))
         with pytest.raises(IndexError):
             call(given(0, 1))
+
+
+def test_counts_of_negative_numbers_leave_the_error_to_the_step(backend, device):
+    def step(net, b):
+        try:
+            return net.lin(b["x"]), torch.bincount(b["m"][:, 0])
+        except RuntimeError:
+            return net.lin(b["x"]) * 2
+
+    given = [*batches(device), *batches(device)]
+    for batch in given[20:40:3]:
+        batch["m"][1, 0] = -1
+    run(step, backend, device, given=given)
 
 
 def test_a_wrong_answer_is_noticed_in_the_graph(backend, device):

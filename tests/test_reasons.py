@@ -29,7 +29,19 @@ class LogsAnItem(Predictor):
         self.log("loss", loss.item())
 
 
+class CountsClasses(Predictor):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return torch.nn.functional.one_hot(self.net(batch[0]).argmax(1))
+
+
 LINE = LogsAnItem.validation_step.__code__.co_firstlineno + 2
+
+
+def test_an_operation_has_a_remedy_of_its_own(harness):
+    callback = harness.callback()
+    harness.compare(CountsClasses(Body()), predict(features(40)), callback)
+    remedies = {r["remedy"] for r in callback.stats.to_dict()["reasons"] if r["mode"] != "NONE"}
+    assert remedies == {"give num_classes"}
 
 
 def test_a_step_in_pieces_says_why_it_is_not_one_graph(harness):

@@ -28,7 +28,9 @@ from cg_lightning.host_values.exact_operations import (
     COUNTING,
     SCALAR_READS,
     counted_masks,
+    is_unique,
     masks_in,
+    sizing,
 )
 from cg_lightning.host_values.path import HostRead
 from cg_lightning.metrics.deferred_checks import CheckedCalls
@@ -75,6 +77,10 @@ class AnsweredReads(EagerDispatchMode):
             if not read.is_constant:
                 self._check(read, _is_other(name, args, read.value))
             return read.value
+        if is_unique(func, args, kwargs):
+            return self._unique(name, args, kwargs)
+        if (sized := sizing(func, args, kwargs)) is not None:
+            return self._sized(func, args, kwargs, *sized)
         masks = counted_masks(name, args)
         if not masks:
             return self.call(function, args, kwargs)
@@ -87,6 +93,53 @@ class AnsweredReads(EagerDispatchMode):
         for index in args[1]:
             indices += self._rows(name, index).unbind(1) if masks_in([index]) else [index]
         return self.call(function, (args[0], indices, *args[2:]), kwargs)
+
+    def _sized(
+        self,
+        func: OpOverload,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        by: OpOverload,
+        tensor: Tensor,
+    ) -> Any:
+        """Return what an operation returns whose shape is known."""
+        name = func._schema.name
+        if name == "aten::bincount":
+            sign = self._next(name)
+            self._check(sign, torch.ne((tensor < 0).any(), sign.value))
+            tensor = tensor.clamp(min=0)
+        read = self._next(name)
+        if not read.is_constant:
+            self._check(read, torch.ne(by(tensor), read.value))
+        if name == "aten::repeat_interleave":
+            return self.call(func, args, {**kwargs, "output_size": read.value})
+        if name == "aten::one_hot":
+            return self.call(func, (tensor, read.value + 1), {})
+        least = args[2] if len(args) > 2 else kwargs.get("minlength", 0)
+        counts = tensor.new_zeros(max(read.value + 1, least), dtype=torch.long)
+        return counts.scatter_add_(0, tensor.long(), torch.ones_like(tensor, dtype=torch.long))
+
+    def _unique(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return different values, where each element is among them, and how often each comes."""
+        read = self._next(name)
+        consecutive = name == "aten::unique_consecutive"
+        names = ["return_inverse", "return_counts"]
+        wanted = dict(zip(names if consecutive else ["sorted", *names], args[1:], strict=False))
+        wanted.update(kwargs)
+        flat = args[0].flatten()
+        ordered = flat if consecutive else flat.sort().values
+        starts = torch.cat([flat.new_ones(1, dtype=torch.bool), ordered[1:] != ordered[:-1]])
+        if not read.is_constant:
+            self._check(read, torch.ne(starts.count_nonzero(), read.value))
+        first = torch.nonzero_static(starts, size=read.value).squeeze(1)
+        values = ordered[first]
+        inverse = counts = flat.new_empty(0, dtype=torch.long)
+        if wanted.get("return_inverse"):
+            inverse = starts.cumsum(0) - 1 if consecutive else torch.searchsorted(values, flat)
+            inverse = inverse.view(args[0].shape)
+        if wanted.get("return_counts"):
+            counts = torch.diff(first, append=first.new_full((1,), len(flat)))
+        return values, inverse, counts
 
     def _counted(self, name: str, mask: Tensor) -> HostRead:
         read = self._next(name)

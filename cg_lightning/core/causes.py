@@ -81,3 +81,16 @@ _REMEDIES = {
     ),
     Cause.GRAPHED_ALREADY: "compile with mode='default' or 'max-autotune-no-cudagraphs'",
 }
+
+
+REMEDIES_OF_OPERATIONS = {
+    "aten::one_hot": "give num_classes",
+    "aten::repeat_interleave": "give output_size",
+    "aten::bincount": "count with a fixed length: one_hot(x, num_classes).sum(0)",
+    "aten::_unique2": "loop over range(num_classes) instead of unique()",
+    "aten::unique_consecutive": "compare neighbours: x[1:] != x[:-1]",
+    "aten::masked_select": "use torch.where(mask, x, 0) and mask.sum()",
+    "aten::index": "use torch.where(mask, x, 0) and mask.sum()",
+    "aten::nonzero": "use the mask itself, or torch.nonzero_static(x, size=...)",
+}
+"""What the user can do about one operation, where that is more than what its cause says."""

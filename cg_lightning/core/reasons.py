@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-from cg_lightning.core.causes import Cause
+from cg_lightning.core.causes import REMEDIES_OF_OPERATIONS, Cause
 
 
 class Status(enum.Enum):
@@ -99,9 +99,10 @@ class Reason:
     """The user's own line as ``file:line``. Empty if there is none."""
     subject: str = ""
     """The text without the values in it, such as those of an attribute. Empty if it has none."""
-
     behind: Cause | Status | None = None
     """What keeps a step from more than a warm-up, if that is known. Then its remedy is shown."""
+    operation: str = dataclasses.field(default="", compare=False)
+    """The operation that is in the way. Empty if none is, or if it is not known."""
 
     @classmethod
     def of_change(cls, kind: Status, changed: Changed) -> Reason:
@@ -116,7 +117,8 @@ class Reason:
     @property
     def remedy(self) -> str:
         """What the user can do about it. Empty if there is nothing to do."""
-        return (self.behind or self.kind).remedy
+        by_operation = REMEDIES_OF_OPERATIONS.get(self.operation)
+        return by_operation or (self.behind or self.kind).remedy
 
     def __str__(self) -> str:
         return self.text

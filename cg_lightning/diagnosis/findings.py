@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from cg_lightning.core.causes import Cause
+from cg_lightning.core.causes import REMEDIES_OF_OPERATIONS, Cause
 from cg_lightning.core.reasons import Reason
 from cg_lightning.modules.kinds import is_user_file
 
@@ -53,7 +53,7 @@ class Finding:
     @property
     def remedy(self) -> str:
         """What a user can do about it."""
-        return self.cause.remedy
+        return REMEDIES_OF_OPERATIONS.get(self.operation, self.cause.remedy)
 
     @property
     def where(self) -> str:
@@ -64,7 +64,7 @@ class Finding:
         """Returns the reason of a step or, if ``path`` is given, of that submodule."""
         text = f"{path}: {self}" if path else str(self)
         is_line = self.location not in (AT_THE_END, NOT_YOURS, UNKNOWN)
-        return Reason(self.cause, text, self.location if is_line else "")
+        return Reason(self.cause, text, self.location if is_line else "", self.operation)
 
     def __str__(self) -> str:
         module = f" in {self.module}" if self.module else ""

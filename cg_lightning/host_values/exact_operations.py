@@ -33,18 +33,43 @@ _UP_TO_SIGN = frozenset(
     )
 )
 """Operations that may return 0.0 or -0.0 if they are given both, but are exact otherwise."""
-_OF_FLOATS = _UP_TO_SIGN | frozenset(
-    f"aten::{name}"
-    for name in (
-        *("_to_copy", "to", "clone", "copy_", "detach", "alias", "lift_fresh", "type_as"),
-        *("contiguous", "view", "reshape", "expand", "expand_as", "slice", "select", "unsqueeze"),
-        *("squeeze", "transpose", "permute", "t", "unbind", "split", "chunk", "flatten", "flip"),
-        *("index", "index_select", "gather", "cat", "stack", "where", "masked_fill", "repeat"),
-        *("fill_", "zero_", "ones", "zeros", "full", "ones_like", "zeros_like", "full_like"),
-        *("new_ones", "new_zeros", "new_full", "upsample_nearest2d", "pad", "constant_pad_nd"),
-        *("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "abs", "equal"),
-        *("logical_not", "logical_and", "logical_or", "logical_xor", "all", "any"),
-        *("item", "_local_scalar_dense", "is_nonzero", "nonzero", "count_nonzero"),
+_ARITHMETIC = frozenset(f"aten::{name}" for name in ("add", "sub", "rsub", "mul", "div", "neg"))
+"""Arithmetic element by element: the same bits each time, but not on every device."""
+_OF_FLOATS = (
+    _UP_TO_SIGN
+    | _ARITHMETIC
+    | frozenset(
+        f"aten::{name}"
+        for name in (
+            *("_to_copy", "to", "clone", "copy_", "detach", "alias", "lift_fresh", "type_as"),
+            *(
+                "contiguous",
+                "view",
+                "reshape",
+                "expand",
+                "expand_as",
+                "slice",
+                "select",
+                "unsqueeze",
+            ),
+            *(
+                "squeeze",
+                "transpose",
+                "permute",
+                "t",
+                "unbind",
+                "split",
+                "chunk",
+                "flatten",
+                "flip",
+            ),
+            *("index", "index_select", "gather", "cat", "stack", "where", "masked_fill", "repeat"),
+            *("fill_", "zero_", "ones", "zeros", "full", "ones_like", "zeros_like", "full_like"),
+            *("new_ones", "new_zeros", "new_full", "upsample_nearest2d", "pad", "constant_pad_nd"),
+            *("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "abs", "equal"),
+            *("logical_not", "logical_and", "logical_or", "logical_xor", "all", "any"),
+            *("item", "_local_scalar_dense", "is_nonzero", "nonzero", "count_nonzero"),
+        )
     )
 )
 """Operations that are exact for floating point numbers."""
@@ -65,6 +90,7 @@ _OF_ONE_DEVICE = frozenset(
     )
 )
 """Operations that devices do differently: they order equal elements, for instance."""
+_sum, _max = torch.ops.aten.sum.default, torch.ops.aten.max.default
 MOST_ELEMENTS = 65536
 """Larger tensors are not computed before the step: the host would take longer than it saves."""
 
@@ -109,9 +135,16 @@ def has_sign_of_zero(function: OpOverload) -> bool:
     return function._schema.name not in _UP_TO_SIGN
 
 
-def is_same_on_host(function: OpOverload) -> bool:
-    """Return True if an exact operation gives the same bits on the host as on the device."""
+def is_same_on_host(function: OpOverload, outputs: Iterable[Tensor] = ()) -> bool:
+    """Return True if an exact operation gives the same bits on the host as on the device.
+
+    Args:
+        function: The operation.
+        outputs: What it has returned.
+    """
     name = function._schema.name
+    if name in _ARITHMETIC and any(map(_is_inexact, outputs)):
+        return False
     if name in ("aten::max", "aten::min") and function._overloadname in ("default", "other"):
         return True  # a value, and no index
     return name not in _OF_ONE_DEVICE
@@ -134,6 +167,39 @@ def counted_masks(name: str, args: Sequence[Any]) -> list[Tensor]:
     if name != "aten::index" and _fills(args[1], args[2]):
         return []
     return masks_in(args[1])
+
+
+def sizing(
+    function: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[OpOverload, Tensor] | None:
+    """Return what is read of which tensor to know the shape of an output: its sum, or its maximum.
+
+    None for operations with a shape that depends on no values, and where nothing can answer.
+    """
+    name = function._schema.name
+    if name == "aten::repeat_interleave" and kwargs.get("output_size") is None:
+        place = {"Tensor": 0, "self_Tensor": 1}.get(function._overloadname)
+        return (_sum, args[place]) if place is not None and _has_rows(args[place]) else None
+    is_open = name == "aten::one_hot" and (len(args) < 2 or args[1] == -1)
+    is_counted = name == "aten::bincount" and args[1:2] in ((), (None,)) and "weights" not in kwargs
+    if is_open or is_counted:
+        return (_max, args[0]) if _has_rows(args[0]) else None
+    return None
+
+
+def _has_rows(tensor: Tensor) -> bool:
+    is_integer = tensor.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    return is_integer and tensor.dim() > 0 and tensor.numel() > 1
+
+
+def is_unique(function: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Return whether an operation finds the different values of integers, whose number is read."""
+    if function._schema.name == "aten::_unique2":
+        is_usual = kwargs.get("sorted", args[1] if len(args) > 1 else True)
+    else:
+        is_usual = kwargs.get("dim") is None and len(args) < 4  # else it compares rows
+    names = ("aten::_unique2", "aten::unique_consecutive")
+    return function._schema.name in names and is_usual and _has_rows(args[0])
 
 
 def masks_in(indices: Iterable[Any]) -> list[Tensor]:

@@ -93,6 +93,8 @@ class Operation(NamedTuple):
     """The numbers of the tensors that it returns; None for one that it was given."""
     returns_tensor: bool
     """False if it returns several tensors, or a list."""
+    is_same_on_host: bool = True
+    """Whether it gives the same bits on the host as on the device."""
 
 
 class Read(NamedTuple):
@@ -140,7 +142,7 @@ class ReadPath:
         on_host = [each._replace(values=each.values.cpu()) for each in constants]
         self._check = _compile(reads, [*roots, *constants, *members], slots)
         self._check_on_host = _compile(reads, [*roots, *on_host], list(map(_on_host, slots)))
-        self._is_same_on_host = not members and all(is_same_on_host(s.function) for s in slots)
+        self._is_same_on_host = not members and all(map(_is_same_on_host, slots))
         self._places = [root.leaf for root in roots]
         self._copies: HostCopies | None = None
         self._mismatch: Mismatch | None = None
@@ -243,6 +245,12 @@ _FASTER: dict[Any, Callable[..., Any]] = {
     _aten.bitwise_not.default: Tensor.bitwise_not,
 }
 """A method of a tensor parses its arguments three times as fast as the operation does."""
+
+
+def _is_same_on_host(slot: Operation | Read) -> bool:
+    if isinstance(slot, Operation):
+        return slot.is_same_on_host
+    return is_same_on_host(slot.function)
 
 
 def _on_host(slot: Operation | Read) -> Operation | Read:

@@ -37,6 +37,9 @@ from cg_lightning.host_values.exact_operations import (
     has_sign_of_zero,
     is_exact,
     is_plain,
+    is_same_on_host,
+    is_unique,
+    sizing,
 )
 from cg_lightning.host_values.path import (
     Constant,
@@ -52,6 +55,8 @@ from cg_lightning.host_values.path import (
 MOST_OPERATIONS = 96
 """Longer programs are not run before each step."""
 _count = torch.ops.aten.count_nonzero.default
+_size = torch.ops.aten.sym_size.int
+_less, _any = torch.ops.aten.lt.Scalar, torch.ops.aten.any.default
 
 
 @dataclasses.dataclass(eq=False)
@@ -110,6 +115,8 @@ class _Started:
     is_read: bool = False
     read: HostRead | None = None
     """The read whose value the operation returns."""
+    unique: HostRead | None = None
+    """The read of how many different values it finds."""
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -196,10 +203,18 @@ class Provenance:
         numbers = [self._number(tensor) for tensor in tensors]
         started = _Started(tensors, numbers, list(map(_storage, tensors)))
         self._started = started
-        return is_of_step and self._read(function, args, started)
+        return is_of_step and self._read(function, args, kwargs, started)
 
-    def _read(self, function: OpOverload, args: Any, started: _Started) -> bool:
+    def _read(
+        self, function: OpOverload, args: Any, kwargs: dict[str, Any], started: _Started
+    ) -> bool:
         name = function._schema.name
+        if is_unique(function, args, kwargs) and None not in started.numbers:
+            started.is_read = True
+            started.unique = HostRead(name, *self._where())
+            return True
+        if (sized := sizing(function, args, kwargs)) is not None:
+            return self._read_size(name, *sized, started)
         masks = counted_masks(name, args)
         if name not in SCALAR_READS and not masks:
             return False
@@ -224,6 +239,40 @@ class Provenance:
             self._reads.append(_RecordedRead(read, position, [number], _count, (Ref(number),)))
         return True
 
+    def _read_size(self, name: str, by: OpOverload, tensor: Tensor, started: _Started) -> bool:
+        """Note a read that decides the shape of an output."""
+        number = self._number(tensor)
+        if number is None or not is_exact(by, [tensor], []):
+            return False
+        started.is_read = True
+        where = self._where()
+        if name == "aten::bincount":  # which refuses negative numbers
+            self._read_whether_negative(HostRead(name, *where, False), tensor, number)
+        read = HostRead(name, *where, int(by(tensor)))
+        position = len(self._operations)
+        self._reads.append(_RecordedRead(read, position, [number], by, (Ref(number),)))
+        return True
+
+    def _read_whether_negative(self, read: HostRead, tensor: Tensor, number: int) -> None:
+        negative = tensor < 0
+        read.value = bool(negative.any())
+        started = _Started([tensor], [number], [_storage(tensor)])
+        self._note(_less, (tensor, 0), {}, started, negative, [negative])
+        inputs = [self._numbers[id(negative)]]
+        position = len(self._operations)
+        self._reads.append(_RecordedRead(read, position, inputs, _any, (Ref(inputs[0]),)))
+
+    def _note_unique(self, read: HostRead, values: Tensor) -> None:
+        """Note how many different values there were."""
+        number = self._number(values)
+        if number is None:
+            self.give_up()
+            return
+        read.value = len(values)
+        args = (Ref(number), 0)
+        position = len(self._operations)
+        self._reads.append(_RecordedRead(read, position, [number], _size, args))
+
     def end(self, function: OpOverload, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """The operation has returned."""
         started, self._started = self._started, None
@@ -241,6 +290,8 @@ class Provenance:
             self._note_foreign(function, args, kwargs, started, outputs)
         else:
             self._note(function, args, kwargs, started, output, outputs)
+        if started.unique is not None:
+            self._note_unique(started.unique, outputs[0])
 
     def note_constant(self, tensor: Tensor) -> None:
         """An operation has made a tensor whose values are the same in each step."""
@@ -275,7 +326,8 @@ class Provenance:
                 self._writes[_storage(tensor)] = []
             numbers.append(self._add(tensor, made_by=position))
         returns_tensor = isinstance(output, Tensor)
-        operation = Operation(function, args, kwargs, tuple(numbers), returns_tensor)
+        on_host = is_same_on_host(function, outputs)
+        operation = Operation(function, args, kwargs, tuple(numbers), returns_tensor, on_host)
         inputs = [number for number in started.numbers if number is not None]
         self._operations.append(_Recorded(operation, inputs, written))
         for storage in written:
