@@ -345,7 +345,9 @@ def different_values_in_a_row(net, b):
 
 def arithmetic_of_floats(net, b):
     mask = (1.0 - b["m"].to(b["x"])) * torch.finfo(b["x"].dtype).min
-    return net.lin(b["x"]) if (mask < 0).any().item() else net.lin(b["x"]) * 2
+    mask[b["m"] == 0] = -2.0
+    mask.masked_fill_(mask > 1, 0.0)
+    return net.lin(b["x"]) if (mask < -1).any().item() else net.lin(b["x"]) * 2
 
 
 FULL = [

@@ -281,11 +281,24 @@ class Task(Net):
         return (y if batch["task"] == "a" else -y), batch["name"]
 
 
-@pytest.mark.parametrize("tasks", ["a", "ab", "aaaaab", "abcdefg"])
-def test_a_text_that_is_read_beside_one_that_is_passed_on(harness: Harness, tasks: str):
-    given = batches(24, name=names, task=lambda index: tasks[index % len(tasks)])
-    callback = harness.compare(Task(), predict(given))
-    assert bool(callback.stats.steps.get("FULL")) is (tasks == "a")
+@pytest.mark.parametrize("verify", [0, 2])
+@pytest.mark.parametrize(
+    ("tasks", "least"), [("a", 17), ("ab", 12), ("aaaaab", 12), ("abcdefg", 0), (None, 0)]
+)
+def test_a_text_that_is_read_beside_one_that_is_passed_on(
+    harness: Harness, tasks: str | None, least: int, verify: int
+):
+    def task(index: int) -> str:
+        return f"a{index}" if tasks is None else tasks[index % len(tasks)]
+
+    given = batches(64 if tasks is None else 32, name=names, task=task)
+    callback = harness.callback(verify_replays=verify)
+    harness.compare(Task(), predict(given), callback)
+    assert callback.stats.steps["FULL"] >= least, callback.summary()
+    if tasks is None:
+        (record,) = [each for each in callback.stats.reasons if each.mode == "PIECEWISE"][-1:]
+        assert record.reason.text.startswith("another value in each batch: ")
+        assert callback.stats.steps["PIECEWISE"] > 4
 
 
 class ReadsSome(Net):

@@ -33,6 +33,8 @@ class PassedOnValues:
         self._places = [index for index, key in enumerate(keys) if is_passed_on(key)]
         self._is_step_running = False
         self._read_at: str | None = None
+        self._leaf: int | None = None
+        """The value that the step has read."""
 
     @property
     def is_empty(self) -> bool:
@@ -45,7 +47,7 @@ class PassedOnValues:
             return leaves
         leaves = list(leaves)
         for index in self._places:
-            leaves[index] = _StandIn(self)
+            leaves[index] = _StandIn(self, index)
         return leaves
 
     @contextlib.contextmanager
@@ -69,20 +71,24 @@ class PassedOnValues:
             return error
         return ValueReadError(str(error)) if self._read_at is None else self._error()
 
-    def note_use(self) -> None:
+    def note_use(self, leaf: int) -> None:
         """A stand-in is used.
+
+        Args:
+            leaf: Its place in the batch.
 
         Raises:
             ValueReadError: The step uses it.
         """
         if self._is_step_running:
-            self._read_at = _users_line()
+            self._read_at, self._leaf = _users_line(), leaf
             raise self._error()
 
     def _error(self) -> ValueReadError:
         return ValueReadError(
             "the step reads a value of its batch that is another one in each batch "
-            f"({self._read_at}); leave it out of the batch, or make it a tensor"
+            f"({self._read_at}); leave it out of the batch, or make it a tensor",
+            self._leaf,
         )
 
 
@@ -93,20 +99,26 @@ def _users_line() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
+def _note_use(stand_in: _StandIn) -> None:
+    values: PassedOnValues = object.__getattribute__(stand_in, "_values")
+    values.note_use(object.__getattribute__(stand_in, "_leaf"))
+
+
 class _StandIn:
     """Is in the place of one value; it can only be passed on."""
 
-    __slots__ = ("_values",)
+    __slots__ = ("_leaf", "_values")
 
-    def __init__(self, values: PassedOnValues) -> None:
+    def __init__(self, values: PassedOnValues, leaf: int) -> None:
         object.__setattr__(self, "_values", values)
+        object.__setattr__(self, "_leaf", leaf)
 
     def __getattribute__(self, name: str) -> Any:
-        object.__getattribute__(self, "_values").note_use()
+        _note_use(self)
         return object.__getattribute__(self, name)
 
     def _use(self, *_: Any) -> Any:
-        object.__getattribute__(self, "_values").note_use()
+        _note_use(self)
         return NotImplemented
 
     __setattr__ = __delattr__ = __repr__ = __str__ = __format__ = __bytes__ = __fspath__ = _use
@@ -120,13 +132,13 @@ class _StandIn:
     __neg__ = __pos__ = __abs__ = __invert__ = __round__ = __trunc__ = __floor__ = __ceil__ = _use
 
     def __eq__(self, other: object) -> bool:
-        self._values.note_use()
+        _note_use(self)
         return self is other
 
     def __ne__(self, other: object) -> bool:
-        self._values.note_use()
+        _note_use(self)
         return self is not other
 
     def __hash__(self) -> int:
-        self._values.note_use()
+        _note_use(self)
         return id(self)

@@ -117,7 +117,16 @@ class RecompileNeededError(CaptureError):
 
 
 class ValueReadError(CaptureError):
-    """A captured step read a value of its batch that it was expected to pass on only."""
+    """A captured step read a value of its batch that it was expected to pass on only.
+
+    Args:
+        message: What users read.
+        leaf: Which leaf of the batch it is; None if that is not known.
+    """
+
+    def __init__(self, message: str, leaf: int | None = None) -> None:
+        super().__init__(message)
+        self.leaf = leaf
 
 
 class StateLeftError(CaptureError):

@@ -103,6 +103,8 @@ class Reason:
     """What keeps a step from more than a warm-up, if that is known. Then its remedy is shown."""
     operation: str = dataclasses.field(default="", compare=False)
     """The operation that is in the way. Empty if none is, or if it is not known."""
+    leaf: int | None = dataclasses.field(default=None, compare=False)
+    """The leaf of the batch whose value is read. None if none is, or if it is not known."""
 
     @classmethod
     def of_change(cls, kind: Status, changed: Changed) -> Reason:

@@ -33,8 +33,13 @@ _UP_TO_SIGN = frozenset(
     )
 )
 """Operations that may return 0.0 or -0.0 if they are given both, but are exact otherwise."""
-_ARITHMETIC = frozenset(f"aten::{name}" for name in ("add", "sub", "rsub", "mul", "div", "neg"))
-"""Arithmetic element by element: the same bits each time, but not on every device."""
+_ARITHMETIC = _INDEXING - {"aten::index"} | frozenset(
+    f"aten::{name}" for name in ("add", "sub", "rsub", "mul", "div", "neg")
+)
+"""Arithmetic element by element: the same bits each time, but not on every device.
+
+One value that is set by indices may be added to what is there.
+"""
 _OF_FLOATS = (
     _UP_TO_SIGN
     | _ARITHMETIC
@@ -64,7 +69,17 @@ _OF_FLOATS = (
                 "flip",
             ),
             *("index", "index_select", "gather", "cat", "stack", "where", "masked_fill", "repeat"),
-            *("fill_", "zero_", "ones", "zeros", "full", "ones_like", "zeros_like", "full_like"),
+            *(
+                "fill_",
+                "masked_fill_",
+                "zero_",
+                "ones",
+                "zeros",
+                "full",
+                "ones_like",
+                "zeros_like",
+                "full_like",
+            ),
             *("new_ones", "new_zeros", "new_full", "upsample_nearest2d", "pad", "constant_pad_nd"),
             *("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "abs", "equal"),
             *("logical_not", "logical_and", "logical_or", "logical_xor", "all", "any"),

@@ -1,7 +1,9 @@
 """Plain values that differ in every batch, such as file names.
 
 A graph of the whole step would freeze such a value. So the step may only pass it on, into its
-output for example: then any value may be given to the graph. A capture finds that out.
+output for example: then any value may be given to the graph. A capture finds that out. A value that
+is read belongs to the key again, because it may have few values: ``batch["task"]`` beside file
+names.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ class KeyFamily:
     differing: set[int] = dataclasses.field(default_factory=set)
     """The leaves in which keys differ from the first one."""
     is_read: bool = False
-    """True if a step with some of the values reads them."""
+    """True if a step reads some of the values, and nobody knows which, or they differ always."""
+    read: dict[int, set[Hashable]] = dataclasses.field(default_factory=dict)
+    """Leaves that steps read, and the values that they have had since then."""
     seen: list[BatchDescriptor] = dataclasses.field(default_factory=list)
     """The keys so far."""
 
@@ -73,7 +77,12 @@ class ChangingValues:
             if family.has_repeats or family.keys <= family.most_keys:
                 family.seen.append(key)
                 return key
-        family.changing |= family.differing
+        for index, seen in family.read.items():
+            seen.add(key.leaves[index])
+        if any(len(seen) > MOST_VALUES for seen in family.read.values()):
+            family.is_read = True
+            family.read.clear()
+        family.changing |= family.differing - family.read.keys()
         leaves = tuple(
             [
                 (("changes",) if family.is_read else passed_on(leaf))
@@ -110,9 +119,20 @@ class ChangingValues:
         """Return True if a step is known to read values that its key leaves out."""
         return self._family(key).is_read
 
-    def note_read(self, key: BatchDescriptor) -> None:
-        """A step reads values that its key leaves out, so from now on they belong to it."""
+    def note_read(self, key: BatchDescriptor, leaf: int | None = None) -> None:
+        """A step reads values that its key leaves out, so from now on they belong to it.
+
+        Args:
+            key: The key of the step.
+            leaf: The one that is read; None if that is not known.
+        """
         family = self._family(key)
+        if leaf is not None:
+            family.read.setdefault(leaf, set())
+            family.changing.discard(leaf)
+            if family.changing:
+                return
+            family.read.clear()
         family.is_read = True
         family.changing.clear()
 

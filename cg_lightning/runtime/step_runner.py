@@ -254,7 +254,7 @@ class StepRunner:
                     outcome = self._session.target.run(self._name, plan, call)
             assert variant is not None
             if variant.reason is not None and variant.reason.kind is Status.VALUE_READ:
-                self._session.changing_values.note_read(descriptor)
+                self._session.changing_values.note_read(descriptor, variant.reason.leaf)
             if variant.mode is not FULL:
                 self._session.find_submodules(descriptor, variant, plan.state.warmup_runs)
             if outcome is None and variant.mode is PIECEWISE:

@@ -45,7 +45,7 @@ def reason_of(error: Exception, prefix: str = "") -> Reason:
     elif isinstance(error, StateLeftError):
         kind = Cause.STATE_REBOUND
     elif isinstance(error, ValueReadError):
-        kind = Status.VALUE_READ
+        return Reason(Status.VALUE_READ, f"{prefix}{error}", leaf=error.leaf)
     return Reason(kind, f"{prefix}{error}")
 
 
