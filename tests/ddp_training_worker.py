@@ -1,8 +1,9 @@
-"""Trains on two ranks, on the CPU or on two GPUs: run by test_training_ddp.py in processes."""
+"""Trains on several ranks, on the CPU or on GPUs: run by test_training_ddp.py in processes."""
 
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -124,12 +125,27 @@ def halved(state, bucket):
     return future.then(lambda done: done.value()[0] / 2 / torch.distributed.get_world_size())
 
 
+READ = []
+"""What the hook of the communication has read in one run."""
+
+
+def that_reads_gradients(state, bucket):
+    """Reads the gradients of its bucket, which the reducer has not written yet."""
+    gradients = [parameter.grad for parameter in bucket.parameters()]
+    READ.append([None if each is None else each.clone() for each in gradients])
+    return halved(state, bucket)
+
+
 def unused():
     return DDPStrategy(find_unused_parameters=True)
 
 
 def small_buckets():
     return DDPStrategy(bucket_cap_mb=1e-4, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+def with_hook_that_reads():
+    return DDPStrategy(ddp_comm_hook=that_reads_gradients, bucket_cap_mb=1e-4)
 
 
 def with_hook():
@@ -146,6 +162,7 @@ CASES = {
     "static": (Classifier, {"strategy": lambda: DDPStrategy(static_graph=True)}),
     "buckets": (Classifier, {"strategy": small_buckets}),
     "hook of the communication": (Classifier, {"strategy": with_hook}),
+    "hook that reads gradients": (Classifier, {"strategy": with_hook_that_reads}),
     "without gradient": (ReachesWithoutGradient, {}),
     "checkpoint": (Checkpointed, {}),
     "logged over ranks": (LogsOverRanks, {}),
@@ -156,11 +173,18 @@ CASES = {
 }
 
 
-class FitOnTwoRanks(Fit):
+class FitOnRanks(Fit):
+    ranks = 2
+
     def _run(self, module, extra, others, train, settings):
         strategy = settings.get("strategy", DDPStrategy)()
-        settings = {**settings, "strategy": strategy, "devices": 2}
-        return super()._run(module, extra, others, train, settings)
+        settings = {**settings, "strategy": strategy, "devices": self.ranks}
+        READ.clear()
+        return (*super()._run(module, extra, others, train, settings), list(READ))
+
+
+ON_THREE = ("accumulation", "buckets", "hook that reads gradients", "other shapes")
+"""The cases in which sums over three ranks show another order."""
 
 
 def stop(backend: str, folder: Path) -> None:
@@ -182,17 +206,23 @@ def stop(backend: str, folder: Path) -> None:
     os._exit(1)
 
 
-def main(backend: str, folder: Path) -> None:
+def three(backend: str, folder: Path) -> None:
+    """The same for a few cases on three ranks."""
+    main(backend, folder, 3, ON_THREE)
+
+
+def main(backend: str, folder: Path, ranks: int = 2, names: Sequence[str] = tuple(CASES)) -> None:
     """Each rank writes the number of its replays, a line for each case."""
-    fit = FitOnTwoRanks(Harness(backend, folder))
-    cases = dict(CASES)
-    if backend == "cuda":
+    fit = FitOnRanks(Harness(backend, folder))
+    fit.ranks = ranks
+    cases = {name: CASES[name] for name in names}
+    if backend == "cuda" and ranks == 2:
         cases["16-mixed"] = (Classifier, {"precision": "16-mixed"})
     lines = []
     for name, (make, settings) in cases.items():
         torch.manual_seed(0)
         print(name, flush=True)  # the test shows it if this case fails
-        callback = fit(make(), train=points(number=36), **settings)
+        callback = fit(make(), train=points(number=18 * ranks), **settings)
         reasons = [str(each.reason) for each in callback.stats.reasons if each.stage == "train"]
         lines.append("\t".join((name, str(replayed(callback)), *reasons)))
     rank = torch.distributed.get_rank()
@@ -202,4 +232,4 @@ def main(backend: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     job, backend, folder = sys.argv[1:]
-    {"main": main, "stop": stop}[job](backend, Path(folder))
+    {"main": main, "stop": stop, "three": three}[job](backend, Path(folder))
