@@ -492,8 +492,26 @@ class RaisesLate(Step):
         return super().training_step(batch, batch_idx)
 
 
+class _Raises(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise ValueError("a batch that is wrong")
+
+
+class RaisesInBackward(Step):
+    """Some gradients are there when it raises: of the last layers, for its partial batch."""
+
+    def output(self, x):
+        hidden = self.net[:3](x)
+        return self.net[3:](hidden if len(x) == 4 else _Raises.apply(hidden))
+
+
 @pytest.mark.parametrize(
-    "make", [MisusesManualBackward, RaisesLate], ids=lambda make: make.__name__
+    "make", [MisusesManualBackward, RaisesLate, RaisesInBackward], ids=lambda make: make.__name__
 )
 def test_exceptions_are_those_of_eager(harness, make):
     seen = []

@@ -77,10 +77,10 @@ class AnsweredReads(EagerDispatchMode):
             if not read.is_constant:
                 self._check(read, _is_other(name, args, read.value))
             return read.value
-        if is_unique(func, args, kwargs):
+        if is_unique(function, args, kwargs):
             return self._unique(name, args, kwargs)
-        if (sized := sizing(func, args, kwargs)) is not None:
-            return self._sized(func, args, kwargs, *sized)
+        if (sized := sizing(function, args, kwargs)) is not None:
+            return self._sized(function, args, kwargs, *sized)
         masks = counted_masks(name, args)
         if not masks:
             return self.call(function, args, kwargs)

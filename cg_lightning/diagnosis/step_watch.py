@@ -29,7 +29,7 @@ from cg_lightning.diagnosis.lines_of_changes import line_that_changes
 from cg_lightning.diagnosis.watched_step import ModuleCall, WatchedStep, WrittenTensors
 from cg_lightning.effects.host_draws import HostDraw
 from cg_lightning.effects.python_changes import ChangedAttribute
-from cg_lightning.guards.comparisons import ComparedSource
+from cg_lightning.guards.comparisons import Condition
 from cg_lightning.guards.frozen_parts import ChangedPlace
 from cg_lightning.guards.module_guard import Flags
 from cg_lightning.guards.sources import Source
@@ -233,8 +233,8 @@ class StepWatch:
         for call in self.stack:
             call.sources.setdefault(key, source)
 
-    def compare(self, compared: ComparedSource) -> None:
-        """Notes for every call under way that it reads a value in Python, and only compares it."""
+    def compare(self, compared: Condition) -> None:
+        """Notes for every call under way that it needs that something holds, which is no value."""
         if not self._is_paused:
             for call in self.stack:
                 call.compared[compared.key] = compared

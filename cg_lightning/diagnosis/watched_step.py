@@ -14,7 +14,7 @@ from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.diagnosis.findings import Finding
 from cg_lightning.effects.host_draws import HostDraw
 from cg_lightning.effects.python_changes import ChangedAttribute
-from cg_lightning.guards.comparisons import ComparedSource, Comparison
+from cg_lightning.guards.comparisons import Comparison, Condition
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues, addresses_of
 from cg_lightning.host_values.path import ReadPath
@@ -41,8 +41,8 @@ class ModuleCall:
     """What the call reads in Python, by the key of the source."""
     comparisons: dict[Comparison, bool] = dataclasses.field(default_factory=dict, repr=False)
     """How the step compares ``batch_idx``, and what comes out; empty for other calls."""
-    compared: dict[Any, ComparedSource] = dataclasses.field(default_factory=dict, repr=False)
-    """What the call reads in Python and only compares."""
+    compared: dict[Any, Condition] = dataclasses.field(default_factory=dict, repr=False)
+    """What the call reads in Python and only compares, and where its gradients may lie."""
     copies_from_host: bool = False
     """Whether it copies constants from the host, and no function that it calls shows it."""
 
@@ -231,7 +231,7 @@ class WatchedStep:
         calls = self._calls_of(module)
         return list({key: s for call in calls for key, s in call.sources.items()}.values())
 
-    def compared(self, module: nn.Module | None = None) -> list[ComparedSource]:
+    def compared(self, module: nn.Module | None = None) -> list[Condition]:
         """Returns what calls of ``module`` (None: the step) read in Python and only compare."""
         calls = self._calls_of(module)
         return list({key: c for call in calls for key, c in call.compared.items()}.values())

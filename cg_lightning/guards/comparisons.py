@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from cg_lightning.core.reasons import NO_CHANGE, Changed
 from cg_lightning.guards.sources import Source
@@ -141,6 +141,20 @@ for _sign, _function in ARITHMETIC.items():
     setattr(ComparedNumber, f"__{_function.__name__}__", _arithmetic_method(_sign))
 for _sign, _function in COMPARISONS.items():
     setattr(ComparedNumber, f"__{_function.__name__}__", _comparison_method(_sign))
+
+
+class Condition(Protocol):
+    """What must hold for a graph to be used, beside the values that it has frozen."""
+
+    @property
+    def key(self) -> Any:
+        """What tells it from others."""
+
+    def holds(self) -> bool:
+        """Return whether it holds."""
+
+    def explain(self) -> Changed:
+        """Return the change; empty if the condition holds."""
 
 
 class ComparedSource:

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from cg_lightning.core.reasons import Changed
-from cg_lightning.guards.comparisons import ComparedSource
+from cg_lightning.guards.comparisons import Condition
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.guards.sources import MISSING, Source, describe_change
 from cg_lightning.guards.values import FrozenValues
@@ -82,7 +82,7 @@ class GuardSet:
     Args:
         sources: The sources that the step read.
         inside: Modules that the caller guards.
-        compared: Numbers of which only the outcomes of comparisons matter.
+        compared: Further conditions: outcomes of comparisons, the memory of gradients.
         settings: Settings of submodules; None: they do not matter.
     """
 
@@ -90,7 +90,7 @@ class GuardSet:
         self,
         sources: Iterable[Source] = (),
         inside: Iterable[nn.Module] = (),
-        compared: Iterable[ComparedSource] = (),
+        compared: Iterable[Condition] = (),
         settings: FrozenSettings | None = None,
     ) -> None:
         self._compared = list(compared)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -285,11 +285,10 @@ class ModuleGuard:
         """Compare settings with those of the latest :meth:`check_epoch`."""
         if self._settings is None:
             return None
-        before, settings_now = self._settings, self._current_settings()
-        for key in [*before, *settings_now]:
-            value, now = before.get(key), settings_now.get(key)
-            if key not in before or key not in settings_now or not is_same_value(value, now):
-                return self._failure(Change.SETTINGS, describe_change(self._path(*key), now, value))
+        before, now = self._settings, self._current_settings()
+        for key in self._differing(now):
+            text = describe_change(self._path(*key), now.get(key), before.get(key))
+            return self._failure(Change.SETTINGS, text)
         return None
 
     def settings_hold(self) -> bool:
@@ -308,6 +307,16 @@ class ModuleGuard:
             if attributes.get(name) is not value:
                 return False
         return True
+
+    def changed_settings(self) -> list[tuple[int, str]]:
+        """Return ids of modules and names of what differs from the latest :meth:`check_epoch`."""
+        return list(self._differing(self._current_settings()))
+
+    def _differing(self, now: dict[tuple[int, str], Any]) -> Iterator[tuple[int, str]]:
+        before = self._settings or {}
+        for key in [*before, *now]:
+            if key not in before or key not in now or not is_same_value(before[key], now[key]):
+                yield key
 
     def flags(self) -> tuple[bool | bytes, ...]:
         """Return the ``training`` flags of submodules, and ``requires_grad`` of their tensors."""

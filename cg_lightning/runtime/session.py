@@ -22,7 +22,7 @@ from cg_lightning.diagnosis.report import Diagnosis
 from cg_lightning.diagnosis.watched_step import WatchedStep, WrittenTensors
 from cg_lightning.diagnosis.watcher import StepWatcher
 from cg_lightning.effects.module_effects import ModuleEffects
-from cg_lightning.guards.comparisons import ComparedSource
+from cg_lightning.guards.comparisons import ComparedSource, Condition
 from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import Change
 from cg_lightning.guards.sources import Source
@@ -239,6 +239,18 @@ class Session:
                 self._module_changed(epoch_failure.change, epoch_failure.text)
             self._begin_epoch()
 
+    def take_settings(self) -> bool:
+        """Take the settings of submodules as they are, if all changes concern no graph.
+
+        Returns:
+            False if a graph may have frozen a setting whose change was not recorded.
+        """
+        guard, written = self.target.guard, self._written_settings.written
+        if self.cache.entries() and not all(key in written for key in guard.changed_settings()):
+            return False
+        guard.check_epoch()
+        return True
+
     def _module_changed(self, change: Change, text: Changed) -> None:
         self.target.guard.refresh()
         if change is Change.MOVED:
@@ -346,7 +358,7 @@ class Session:
     def _guard_set(
         self,
         sources: Iterable[Source],
-        compared: Iterable[ComparedSource],
+        compared: Iterable[Condition],
         modules: Iterable[tuple[str, nn.Module]],
     ) -> GuardSet:
         """Return guards of values that were read in Python, and of the settings of modules."""

@@ -22,12 +22,16 @@ from cg_lightning.runtime.step_runner import StepRunner
 from cg_lightning.trainer.batch_transfer import NotedTransfer, OverlappedTransfer
 from cg_lightning.trainer.closure_hooks import why_not_closed
 from cg_lightning.trainer.ddp import StepInDDP
+from cg_lightning.trainer.node_hooks import NodeHooks
 from cg_lightning.trainer.preconditions import ANOMALY
 from cg_lightning.trainer.training_step import TrainingStep, logging_in
 
 _NAME = STEP_METHODS[TRAIN]
 _MAKE_CLOSURE = "_make_closure"
 _NO_BACKWARD = Reason(Status.CLOSURE_HOOK, "the loop skips the backward")
+_NODE_HOOK = Reason(
+    Status.CLOSURE_HOOK, f"{Status.CLOSURE_HOOK.value}: a hook of a node of autograd"
+)
 _ANOMALY = Reason(Status.CLOSURE_HOOK, f"{Status.CLOSURE_HOOK.value}: {ANOMALY}")
 
 Run = Callable[["_InterceptedClosure"], ClosureResult]
@@ -91,6 +95,7 @@ class TrainingInstallation:
         self._runner = StepRunner(session, TRAIN, _NAME, self._described_step(), self._as_it_is)
         self._closure: _InterceptedClosure | None = None
         """The closure under way."""
+        self._node_hooks = NodeHooks(lambda: self._closure is not None)
         self._is_installed = False
 
     def install(self) -> None:
@@ -100,6 +105,8 @@ class TrainingInstallation:
         self._is_installed = True
         self.session.install()
         vars(self._loop)[_MAKE_CLOSURE] = self._make_closure
+        # DDP's own backward runs these nodes with their hooks, and holds them
+        self._node_hooks.install(() if self._ddp else self._step.parameters().values())
         for transfer in self._transfers:
             transfer.install()
 
@@ -113,6 +120,7 @@ class TrainingInstallation:
             return
         self._is_installed = False
         vars(self._loop).pop(_MAKE_CLOSURE, None)
+        self._node_hooks.remove()
         for transfer in reversed(self._transfers):
             transfer.remove()
         self.session.remove(check)
@@ -160,7 +168,7 @@ class TrainingInstallation:
         return self._step.finish(closure, output)
 
     def _run_step(self, closure: _InterceptedClosure, batch: Any, *args: Any) -> Any:
-        if not self.session.target.guard.settings_hold():
+        if not self.session.target.guard.settings_hold() and not self.session.take_settings():
             self.begin_epoch()
         given = ClosureInput(
             batch,
@@ -195,6 +203,8 @@ class TrainingInstallation:
             return WARM_UP
         if torch.is_anomaly_enabled():
             return _ANOMALY
+        if self._node_hooks:
+            return _NODE_HOOK
         return why_not_closed(
             self._trainer,
             self._module,

@@ -133,6 +133,10 @@ class TrainingStep:
                 logging_in(self._module, "backward"),
             ):
                 yield aside
+        except BaseException:
+            if step is not None and not self._is_reduced:
+                aside.give()  # in eager, what was computed until now is there as well
+            raise
         finally:
             if step is not None:
                 step.aside = None

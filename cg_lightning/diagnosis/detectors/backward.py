@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -21,8 +21,9 @@ from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.detectors.logging import LOGGING_METHODS
 from cg_lightning.diagnosis.findings import NOT_YOURS, is_our_file
 from cg_lightning.diagnosis.operands import addresses_in
-from cg_lightning.diagnosis.step_watch import StepWatch
+from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall
+from cg_lightning.guards.gradient_memory import GradientsElsewhere
 from cg_lightning.guards.values import addresses_of
 from cg_lightning.modules.interception import replaced_method
 
@@ -33,6 +34,8 @@ _HARMLESS = {
     (str(_TORCH / "utils/checkpoint.py"), "backward"),  # of inputs that it has made itself
 }
 """Where PyTorch reads or sets gradients for itself: files and functions."""
+_RUN_ENGINE = getattr(torch.autograd.graph, "_engine_run_backward", None)  # private
+"""What runs the nodes of autograd that are written in C++."""
 
 
 class Backward(Detector):
@@ -40,8 +43,9 @@ class Backward(Detector):
 
     A graph computes new gradients, and the parameters have those of the iteration before until
     then. So a step must neither read nor set ``parameter.grad``, and its backward must not read
-    memory of a gradient. Other tensors have no gradients after a replay, so a step must not ask for
-    them by ``retain_grad``. What the backward logs belongs to another hook than the step.
+    memory of a gradient; what it has read must hold none later. Other tensors have no gradients
+    after a replay, so a step must not ask for them by ``retain_grad``. What the backward logs
+    belongs to another hook than the step.
     """
 
     causes = (Cause.BACKWARD,)
@@ -51,6 +55,8 @@ class Backward(Detector):
         self._aside: GradientsAside | None = None
         self._addresses: set[int] = set()
         """Where the gradients begin that lie aside."""
+        self._read: set[int] = set()
+        """Where the tensors begin that code in the backward reads."""
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
@@ -72,6 +78,7 @@ class Backward(Detector):
         if isinstance(output, UnfinishedClosure):
             self.watch.report(Cause.BACKWARD, output.problem, location=NOT_YOURS)
         elif isinstance(output, ClosureOutput):
+            self._keep_gradients_away()
             for name, gradient in (output.gradients or {}).items():
                 if gradient is not None and gradient.layout is not torch.strided:
                     words = f"the gradient of {name} is sparse"
@@ -86,8 +93,26 @@ class Backward(Detector):
             return
         if aside is not self._aside:
             self._aside, self._addresses = aside, addresses_of(aside.gradients)
-        if self._addresses and addresses_in([*args, *kwargs.values()]) & self._addresses:
+        is_python = _is_in_python()
+        if not (self._addresses or is_python):
+            return
+        read = addresses_in([*args, *kwargs.values()])
+        if read & self._addresses:
             self._note("the backward reads memory of a gradient")
+        elif is_python:
+            self._read |= read
+
+    def _keep_gradients_away(self) -> None:
+        """Note that no gradient may lie later in memory that code in the backward has read."""
+        if not self._read:
+            return
+        lasting = addresses_of(self.watch.root.buffers())
+        with self.watch.paused():
+            for source in list(self.watch.step.sources.values()):
+                with contextlib.suppress(UnreadableError):  # told by who has noted the source
+                    lasting |= addresses_of(look_into(source.value()).tensors)
+        if read := self._read & lasting:
+            self.watch.compare(GradientsElsewhere(self.watch.root.parameters(), read))
 
     def _replace(self, name: str) -> Callable[..., Any]:
         def log(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -146,3 +171,11 @@ def _aside() -> GradientsAside | None:
 def _is_harmless(code: CodeType) -> bool:
     """Return True for functions of PyTorch in which a gradient decides nothing."""
     return (code.co_filename, code.co_name) in _HARMLESS
+
+
+def _is_in_python() -> bool:
+    """Return True if code in Python makes an operation of the backward, and no node in C++."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and is_our_file(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame is None or _RUN_ENGINE is None or frame.f_code is not _RUN_ENGINE.__code__

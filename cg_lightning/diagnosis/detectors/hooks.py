@@ -7,6 +7,8 @@ import types
 from contextlib import AbstractContextManager
 from typing import Any
 
+from torch import nn
+
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import NOT_YOURS
@@ -44,11 +46,11 @@ class ForwardHooks(Detector):
 
     def _report(self, call: ModuleCall, tables: list[dict[int, Any]]) -> None:
         hooks = [hook for table in tables for hook in table.values()]
-        is_code_of_step = not call.hidden and not any(global_hooks())
-        is_code_of_step &= all(map(self._is_code_of_step, hooks))
+        others = [hook for hook in hooks if not self._is_code_of_step(hook)]
+        is_code_of_step = not (others or call.hidden or any(global_hooks()))
         around = self.watch.only_for_submodules if is_code_of_step else contextlib.nullcontext
         with around():
-            self.watch.report(Cause.FORWARD_HOOK, type(call.module).__name__)
+            self.watch.report(Cause.FORWARD_HOOK, _words(call.module, others))
 
     def _is_code_of_step(self, hook: Any) -> bool:
         """Whether all that a hook reads and changes is seen, as for other functions of the step."""
@@ -58,3 +60,12 @@ class ForwardHooks(Detector):
         if not isinstance(hook, types.FunctionType):
             return False
         return hook.__module__ == _OUTPUT_CAPTURING or is_user_file(hook.__code__.co_filename)
+
+
+def _words(module: nn.Module | None, hooks: list[Any]) -> str:
+    """Return ``Linear``, or ``WeightNorm of Linear`` for a hook that is an object."""
+    objects = [
+        hook for hook in hooks if not isinstance(hook, (types.FunctionType, types.MethodType))
+    ]
+    of_module = type(module).__name__
+    return f"{type(objects[0]).__name__} of {of_module}" if objects else of_module

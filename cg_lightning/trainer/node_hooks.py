@@ -1,0 +1,73 @@
+"""Hooks that the user adds to nodes of autograd, such as ``AccumulateGrad``, between two closures.
+
+A node is an object of C++: it does not tell its hooks, and its class cannot be changed. But PyTorch
+adds each hook by a function of Python, which gives the dictionary of all hooks of the node. The
+dictionary lives as long as the node.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+_OWNER: Any = getattr(torch.autograd.function, "_HookMixin", None)  # private
+_NAME = "_register_hook"
+
+
+class NodeHooks:
+    """Knows whether a node of autograd has a hook that was added outside of closures.
+
+    Args:
+        is_in_closure: Tells whether a closure runs: a graph holds what its step adds.
+    """
+
+    def __init__(self, is_in_closure: Callable[[], bool]) -> None:
+        self._is_in_closure = is_in_closure
+        self._tables: list[weakref.ref[dict[int, Any]]] = []
+        """The hooks of each node that has got one."""
+        self._original: staticmethod[..., Any] | None = None
+
+    def __bool__(self) -> bool:
+        """Return True if there is such a hook."""
+        if not self._tables:
+            return False
+        self._tables = [table for table in self._tables if table() is not None]
+        return any(table() for table in self._tables)
+
+    def install(self, parameters: Iterable[Tensor]) -> None:
+        """Notice hooks from now on, and those that nodes of parameters have already."""
+        if self._original is not None or _OWNER is None:
+            return
+        self._original = original = vars(_OWNER)[_NAME]
+
+        def register(table: Any, hook: Any) -> Any:
+            found, handle = original.__func__(table, hook)
+            if not self._is_in_closure():
+                self._note(found)
+            return found, handle
+
+        setattr(_OWNER, _NAME, staticmethod(register))
+        for parameter in parameters:
+            if parameter.requires_grad and parameter.is_leaf:
+                node: Any = get_gradient_edge(parameter).node
+                node.register_hook(_do_nothing).remove()
+                node.register_prehook(_do_nothing).remove()
+
+    def remove(self) -> None:
+        """Leave no trace; idempotent."""
+        if self._original is not None:
+            setattr(_OWNER, _NAME, self._original)
+            self._original = None
+
+    def _note(self, table: dict[int, Any]) -> None:
+        if all(known() is not table for known in self._tables):
+            self._tables.append(weakref.ref(table))
+
+
+def _do_nothing(*_: Any) -> None:
+    pass

@@ -1,0 +1,462 @@
+"""Training: hooks and memory of gradients that come or go after a graph was captured."""
+
+import copy
+import signal
+
+import pytest
+import torch
+from lightning.pytorch import Callback, callbacks
+from torch import nn
+from torch.autograd.graph import get_gradient_edge
+from torch.nn import functional as F
+from torch.nn import utils
+
+from cg_lightning.backends import resolve_backend
+from cg_lightning.backends.cuda import CUDACapturedGraph
+from cg_lightning.backends.recorder import RecordedGraph
+from cg_lightning.trainer.training_step import TrainingStep
+from tests.conftest import modules_with_a_trace
+from tests.harness import assert_same
+from tests.test_training import Classifier, Fit, KeepAll, points, replayed
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning",
+    "ignore:.*deterministic",
+    "ignore:.*weight_norm. is deprecated",
+)
+
+
+GRAPHS = {"recorder": RecordedGraph, "cuda": CUDACapturedGraph}
+
+
+@pytest.fixture
+def fit(harness):
+    return Fit(harness)
+
+
+def reasons(callback):
+    """Return the reasons of training, without warm-up."""
+    found = [str(each.reason) for each in callback.stats.reasons if each.stage == "train"]
+    return {text for text in found if text != "warm-up"}
+
+
+class Step(Classifier):
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)))
+
+    def output(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = F.cross_entropy(self.output(x), y)
+        self.log("loss", loss)
+        return loss
+
+
+# gradients that become views of an older buffer
+
+
+class KeepsGradients(torch.optim.SGD):
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none=False)
+
+
+class FlatLater(Step):
+    """Moves all gradients to a buffer in the second epoch, which a hook reads in the backward.
+
+    Lightning sets gradients to None before each validation, so they leave the buffer then.
+    """
+
+    def __init__(self):
+        super().__init__()
+        number = sum(parameter.numel() for parameter in self.net.parameters())
+        self.register_buffer("flat", torch.zeros(number))
+        self.is_flat = False
+
+    def read(self):
+        return self.flat.norm()
+
+    def output(self, x):
+        hidden = self.net[1](self.net[0](x))
+        hidden.register_hook(lambda gradient: gradient * (1 + self.read()))
+        return self.net[2](hidden)
+
+    def on_before_optimizer_step(self, optimizer):
+        if self.current_epoch == 0 or self.is_flat:
+            return
+        self.is_flat, start = True, 0
+        for parameter in self.net.parameters():
+            view = self.flat[start : start + parameter.numel()].view_as(parameter)
+            view.copy_(parameter.grad)
+            parameter.grad = view
+            start += parameter.numel()
+
+    def configure_optimizers(self):
+        return KeepsGradients(self.parameters(), lr=0.1)
+
+
+class FlatLaterInGroups(FlatLater):
+    """Reads parts of it with a function for many tensors."""
+
+    def read(self):
+        return torch.stack(torch._foreach_norm(list(self.flat.split(50)))).max()
+
+
+class FlatLaterInList(FlatLater):
+    """The memory is in a list, and no buffer."""
+
+    def on_fit_start(self):
+        self.memory = [self.flat]
+
+    def read(self):
+        return self.memory[0].sum()
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, module):
+        ctx.module = module
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (1 + ctx.module.flat.norm()), None
+
+
+class FlatLaterInFunction(FlatLater):
+    def output(self, x):
+        return self.net[2](_Scaled.apply(self.net[1](self.net[0](x)), self))
+
+
+@pytest.mark.parametrize(
+    "make", [FlatLater, FlatLaterInGroups, FlatLaterInList, FlatLaterInFunction]
+)
+def test_gradients_become_views_of_what_the_backward_reads(fit, make):
+    """Hazard 43."""
+    callback = fit(make())
+    assert replayed(callback) > 10, callback.summary()
+    assert any("reads memory of a gradient" in text for text in reasons(callback))
+
+
+class FlatAtOnce(FlatLater):
+    """Nothing in the backward reads it, as in most projects."""
+
+    def output(self, x):
+        return self.net(x)
+
+    def on_after_backward(self):
+        self.log("norm", self.flat.norm())
+
+
+def test_gradients_in_a_flat_buffer_are_no_obstacle(fit):
+    callback = fit(FlatAtOnce())
+    assert replayed(callback) > 15, callback.summary()
+    assert not reasons(callback)
+
+
+class ReadsBufferInBackward(FlatLater):
+    """No gradient is ever in the buffer."""
+
+    def on_before_optimizer_step(self, optimizer):
+        self.flat.add_(0.1)
+
+
+def test_a_buffer_that_the_backward_reads_is_no_obstacle(fit):
+    callback = fit(ReadsBufferInBackward())
+    assert replayed(callback) > 15, callback.summary()
+    assert not reasons(callback)
+
+
+# hooks of autograd's nodes
+
+
+def _halved(gradients):
+    return (gradients[0] * 0.5,)
+
+
+class NodeHook(Step):
+    """In the second epoch, the node that sets a gradient has a hook."""
+
+    method = "register_prehook"
+    first, last = 1, 2
+
+    def hook(self):
+        return _halved
+
+    def on_fit_start(self):
+        self.hook_of(0)
+
+    def on_train_epoch_start(self):
+        if self.current_epoch:
+            self.hook_of(self.current_epoch)
+
+    def hook_of(self, epoch):
+        if epoch == self.first:
+            self.node = get_gradient_edge(self.net[0].weight).node
+            self.handle = getattr(self.node, self.method)(self.hook())
+        if epoch == self.last:
+            self.handle.remove()
+
+
+class NodeHookFromTheStart(NodeHook):
+    first, last = 0, 1
+
+
+class NodeHookAfterwards(NodeHook):
+    """It changes a gradient that was set before."""
+
+    method = "register_hook"
+
+    def hook(self):
+        other = self.net[2].weight
+
+        def halve(*_):
+            other.grad.mul_(0.5)
+
+        return halve
+
+
+class NodeHookUntilItsNodeGoes(NodeHook):
+    def hook_of(self, epoch):
+        if epoch == self.last:
+            del self.node
+        else:
+            super().hook_of(epoch)
+
+
+class NodeHookWithinAnEpoch(NodeHook):
+    def on_train_epoch_start(self):
+        pass
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.current_epoch == 1 and batch_idx in (2, 5):
+            self.hook_of(1 if batch_idx == 2 else 2)
+
+
+NODE_HOOKS = [
+    *(NodeHook, NodeHookFromTheStart, NodeHookAfterwards),
+    *(NodeHookUntilItsNodeGoes, NodeHookWithinAnEpoch),
+]
+
+
+@pytest.mark.parametrize("make", NODE_HOOKS)
+def test_hooks_of_nodes(fit, make):
+    before = vars(torch.autograd.function._HookMixin)["_register_hook"]
+    callback = fit(make())
+    assert vars(torch.autograd.function._HookMixin)["_register_hook"] is before
+    assert replayed(callback) > 10, callback.summary()
+    assert reasons(callback) == {"hook inside the closure: a hook of a node of autograd"}
+
+
+class HookOfOtherNode(Step):
+    """A node of another computation, which is gone before the next closure."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        out = self.net(batch[0]).sum()
+        out.grad_fn.register_hook(lambda *_: None)
+        out.backward()
+
+
+def test_hooks_of_nodes_that_are_gone_are_no_obstacle(fit):
+    callback = fit(HookOfOtherNode())
+    assert replayed(callback) > 15, callback.summary()
+
+
+# layers that compute their weights in hooks
+
+
+class OldNorm(Step):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def configure_model(self):
+        if isinstance(self.norm, str):
+            name, self.norm = self.norm, None
+            getattr(utils, name)(self.net[0])
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
+def test_the_reason_names_the_hook_that_computes_a_weight(fit, name):
+    callback = fit(OldNorm(name))
+    (reason,) = reasons(callback)
+    of = {"weight_norm": "WeightNorm", "spectral_norm": "SpectralNorm"}[name]
+    assert reason.startswith(f"forward hook: {of} of Linear in net.0"), reason
+
+
+def test_the_reason_names_the_hook_after_pruning(fit):
+    def others():
+        return [callbacks.ModelPruning("l1_unstructured", amount=0.3)]
+
+    callback = fit(Step(), others=others, max_epochs=4)
+    assert any("PruningMethod" in text or "of Linear" in text for text in reasons(callback))
+
+
+class SetsDropout(Step):
+    """Its step changes a setting of a layer, each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.1)
+
+    def output(self, x):
+        self.drop.p = 0.1 if self.drop.p == 0.3 else 0.3
+        return self.drop(self.net(x))
+
+
+def test_the_reason_names_the_setting_that_the_step_changes(fit):
+    callback = fit(SetsDropout())
+    assert not replayed(callback)
+    assert all(text.startswith("module state rebound: p in drop") for text in reasons(callback)), (
+        reasons(callback)
+    )
+
+
+class TurnsDropout(Step):
+    """A hook sets a setting of a layer to one of two values."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.1)
+
+    def output(self, x):
+        return self.drop(self.net(x))
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.drop.p = 0.1 if batch_idx % 2 else 0.3
+
+
+def test_settings_that_go_back_and_forth_have_graphs(fit):
+    callback = fit(TurnsDropout())
+    assert replayed(callback) > 15, callback.summary()
+    assert [each.stage for each in callback.stats.entries].count("train") == 2
+
+
+class Carries(Step):
+    """Truncated backpropagation through time, with its state in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(8, 8, batch_first=True)
+        self.register_buffer("hidden", torch.zeros(1, 4, 8))
+
+    def output(self, x):
+        out, hidden = self.rnn(x.unsqueeze(1), self.hidden[:, : len(x)].clone())
+        self.hidden[:, : len(x)] = hidden.detach()
+        return self.net(out[:, 0])
+
+    def on_train_epoch_start(self):
+        self.hidden.zero_()
+
+
+def test_state_that_is_carried_on_in_a_buffer(fit):
+    callback = fit(Carries())
+    assert replayed(callback) > 15, callback.summary()
+
+
+# Ctrl-C
+
+
+class Interrupts(Callback):
+    """Presses Ctrl-C in one hook, at one step."""
+
+    def __init__(self, hook, step):
+        self.step = step
+        setattr(self, hook, self.press)
+
+    def press(self, trainer, *_):
+        if trainer.global_step == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture
+def keyboard():
+    handler = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)  # Lightning ignores it from the first one on
+
+
+def _interrupted(harness, callbacks_, model):
+    hook = vars(torch.autograd.function._HookMixin)["_register_hook"]
+    torch.manual_seed(1)
+    kept = KeepAll()
+    trainer = harness.trainer(*callbacks_, kept, max_epochs=3)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(SystemExit) as end:
+        trainer.fit(model, points(), points(number=12))
+    assert trainer.interrupted
+    assert "_make_closure" not in vars(trainer.fit_loop.epoch_loop.automatic_optimization)
+    assert vars(torch.autograd.function._HookMixin)["_register_hook"] is hook
+    names = [sorted(set(vars(module))) for module in model.modules()]
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    return (
+        *(end.value.code, trainer.global_step, kept.outputs, kept.weights, kept.kept_gradients),
+        *(names, hooks, [type(module).__qualname__ for module in model.modules()]),
+        *([p.grad for p in model.parameters()], dict(model.state_dict())),
+        *(trainer.optimizers[0].state_dict()["state"], torch.get_rng_state()),
+    )
+
+
+IN_HOOKS = [
+    ("on_train_batch_start", 12),
+    ("on_before_optimizer_step", 12),
+    ("on_after_backward", 0),
+    ("on_after_backward", 3),
+    ("on_after_backward", 4),
+    ("on_after_backward", 12),
+    ("on_train_batch_end", 3),
+    ("on_train_batch_end", 12),
+    ("on_train_epoch_end", 18),
+    ("on_validation_batch_end", 18),
+]
+
+
+@pytest.mark.parametrize(("hook", "step"), IN_HOOKS)
+def test_an_interrupt_ends_training_as_in_eager(harness, keyboard, hook, step):
+    seen = []
+    callback = harness.callback(stages=["train", "validate"])
+    for own in ([callback], []):
+        torch.manual_seed(0)
+        seen.append(_interrupted(harness, [*own, Interrupts(hook, step)], Step()))
+    assert_same(*seen)
+    assert callback._training is callback._installation is None
+    assert replayed(callback) > 5 or step < 12
+
+
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [("step", 1), ("step", 2), ("step", 3), ("capture", 1), ("replay", 1), ("replay", 4)],
+)
+def test_an_interrupt_inside_training(harness, keyboard, monkeypatch, place, number):
+    """Hazard 29: afterwards, the module trains as one that has never met the callback."""
+    backend = resolve_backend(harness.backend)
+    owner, name = {
+        "step": (TrainingStep, "compute"),
+        "capture": (type(backend), "capture"),
+        "replay": (GRAPHS[harness.backend], "replay"),
+    }[place]
+    original, calls = getattr(owner, name), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        result = original(*args, **kwargs)
+        if len(calls) == number:
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    torch.manual_seed(0)
+    model = Step()
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, interrupted)
+        _interrupted(harness, [harness.callback(stages=["train"])], model)
+    assert len(calls) == number
+    assert modules_with_a_trace() == []
+    seen = []
+    for each in (model, copy.deepcopy(model)):
+        torch.manual_seed(2)
+        trainer = harness.trainer(max_epochs=1)
+        trainer.fit(each, points())
+        seen.append((dict(each.state_dict()), [p.grad for p in each.parameters()]))
+    assert_same(*seen)
