@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import callbacks as lightning_callbacks
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -17,6 +19,13 @@ from cg_lightning import CUDAGraphCallback
 from cg_lightning.core.tree import flatten
 
 Job = Callable[[Trainer, LightningModule], Any]
+
+
+def newer_callback(name: str, **arguments: Any) -> Callback:
+    """Make a callback of Lightning; skip the test if this Lightning is older than the callback."""
+    if not hasattr(lightning_callbacks, name):
+        pytest.skip(f"this Lightning has no {name}")
+    return getattr(lightning_callbacks, name)(**arguments)
 
 
 def assert_same(one: Any, other: Any) -> None:

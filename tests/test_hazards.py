@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.nn.utils import parametrize
@@ -31,7 +31,15 @@ from cg_lightning import (
     CUDAGraphWrapper,
     set_forward_context,
 )
-from tests.harness import KeepOutputs, assert_same, features, images, predict, validate
+from tests.harness import (
+    KeepOutputs,
+    assert_same,
+    features,
+    images,
+    newer_callback,
+    predict,
+    validate,
+)
 from tests.models import Body, ConvNetClassifier, Predictor
 from tests.processes import run_two_ranks
 
@@ -39,9 +47,9 @@ FULL = CUDAGraphMode.FULL
 
 
 MAKERS = {
-    "EMA": lambda: WeightAveraging(avg_fn=get_ema_avg_fn(0.5)),
+    "EMA": lambda: newer_callback("WeightAveraging", avg_fn=get_ema_avg_fn(0.5)),
     # integer buffers cannot be averaged on a GPU (torch 2.11)
-    "SWA": lambda: WeightAveraging(use_buffers=False),
+    "SWA": lambda: newer_callback("WeightAveraging", use_buffers=False),
     "SWA with its learning rate": lambda: StochasticWeightAveraging(
         swa_lrs=0.01, swa_epoch_start=1
     ),

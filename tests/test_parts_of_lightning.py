@@ -21,14 +21,22 @@ from lightning.pytorch.callbacks import (
     RichModelSummary,
     RichProgressBar,
     TQDMProgressBar,
-    WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from torch.optim.swa_utils import get_ema_avg_fn
 
 from cg_lightning import CUDAGraphCallback
-from tests.harness import Harness, Job, assert_same, features, images, predict, validate
+from tests.harness import (
+    Harness,
+    Job,
+    assert_same,
+    features,
+    images,
+    newer_callback,
+    predict,
+    validate,
+)
 from tests.models import Body, ConvNetClassifier, Predictor
 
 # two processes of ddp: test_two_processes_of_ddp in test_hazards.py
@@ -126,7 +134,9 @@ def test_weight_averaging(twice):
     def job(trainer: Trainer, module: LightningModule, _: Callback) -> Any:
         return fit(trainer, module)
 
-    twice.assert_same(job, lambda: WeightAveraging(avg_fn=get_ema_avg_fn(0.5)), max_epochs=3)
+    twice.assert_same(
+        job, lambda: newer_callback("WeightAveraging", avg_fn=get_ema_avg_fn(0.5)), max_epochs=3
+    )
 
 
 @pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
@@ -254,7 +264,7 @@ def test_all_of_them_at_once(harness, twice):
         lambda: TQDMProgressBar(),
         lambda: EarlyStopping("val_loss", patience=5),
         lambda: ModelCheckpoint(monitor="val_loss"),
-        lambda: WeightAveraging(avg_fn=get_ema_avg_fn(0.5)),
+        lambda: newer_callback("WeightAveraging", avg_fn=get_ema_avg_fn(0.5)),
     ]
 
     def job(trainer: Trainer, module: LightningModule, *_: Callback) -> Any:

@@ -10,7 +10,6 @@ import torchmetrics
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import (
     EarlyStopping,
-    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LambdaCallback,
     LearningRateMonitor,
@@ -23,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from cg_lightning import CUDAGraphCallback
-from tests.harness import assert_same, loader
+from tests.harness import assert_same, loader, newer_callback
 
 # Lightning's advice on loaders and loops without validation
 pytestmark = pytest.mark.filterwarnings(
@@ -412,7 +411,7 @@ def test_callbacks_of_a_project_together(fit, tmp_path):
         averages.append(ExponentialAverage())
         return [
             averages[-1],
-            EMAWeightAveraging(),
+            newer_callback("EMAWeightAveraging"),
             EarlyStopping("val_loss", patience=1),
             ModelCheckpoint(next(remaining), "{step}", every_n_train_steps=2, save_top_k=-1),
             LearningRateMonitor("step"),

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils import checkpoint
 
-from tests.harness import loader
+from tests.harness import loader, newer_callback
 from tests.test_training import Classifier, Fit, points
 
 pytestmark = [
@@ -520,7 +520,7 @@ OTHERS = {
         functools.partial(lightning_callbacks.StochasticWeightAveraging, 0.01, 1),
         {"max_epochs": 4},
     ),
-    "moving average": (lightning_callbacks.EMAWeightAveraging, {}),
+    "moving average": (functools.partial(newer_callback, "EMAWeightAveraging"), {}),
     "early stopping": (
         functools.partial(lightning_callbacks.EarlyStopping, "val_loss", patience=0),
         {},
