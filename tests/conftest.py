@@ -19,6 +19,7 @@ from cg_lightning import is_forward_context_available
 from cg_lightning.backends import cuda
 from cg_lightning.modules import interception
 from tests.harness import Harness
+from tests.turns import takes_its_turn
 
 BACKENDS = [pytest.param("recorder", id="recorder")]
 if cuda.is_available():
@@ -45,11 +46,14 @@ def pytest_report_header() -> list[str]:
     return [] if cuda.is_available() else [left_out]
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            if not takes_its_turn(item):
+                item.add_marker(pytest.mark.exhaustive)
 
 
 @pytest.fixture(params=BACKENDS)

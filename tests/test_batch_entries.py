@@ -261,6 +261,7 @@ NOT_FULL = [
 ]
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("do", FULL)
 def test_entries_that_a_replay_sets(harness: Harness, do: Any, settings: Any):
@@ -269,6 +270,7 @@ def test_entries_that_a_replay_sets(harness: Harness, do: Any, settings: Any):
     assert bool(callback.stats.steps["FULL"]) is is_full, callback.summary()
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("do", NOT_FULL)
 def test_changes_of_the_batch_that_keep_a_step_eager(harness: Harness, do: Any, settings: Any):
@@ -276,6 +278,7 @@ def test_changes_of_the_batch_that_keep_a_step_eager(harness: Harness, do: Any, 
     assert not callback.stats.steps["FULL"], callback.summary()
 
 
+@pytest.mark.in_turn("verify")
 @pytest.mark.parametrize("verify", [0, 2])
 @pytest.mark.parametrize("do", [*FULL, keeps_too])
 def test_batches_that_come_again_as_they_were_left(harness: Harness, do: Any, verify: int):

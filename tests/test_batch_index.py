@@ -484,6 +484,7 @@ def run(harness, step, mode, verify, job=None):
     return harness.compare(module_with(step), job or predict(features(48)), callback)
 
 
+@pytest.mark.in_turn("mode")
 @pytest.mark.parametrize("step", COMPARES, ids=lambda step: step.__name__)
 @pytest.mark.parametrize(("mode", "verify"), MODES)
 def test_steps_that_compare_it_are_graphs(harness, step, mode, verify):
@@ -509,6 +510,7 @@ def test_branches_that_prove_nothing_about_a_use(harness, step, mode):
     assert callback.stats.steps["FULL"] <= 1, callback.summary()
 
 
+@pytest.mark.in_turn("mode")
 @pytest.mark.parametrize("step", USES, ids=lambda step: step.__name__)
 @pytest.mark.parametrize(("mode", "verify"), MODES)
 def test_steps_that_use_it_are_no_graphs(harness, step, mode, verify):

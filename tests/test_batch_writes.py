@@ -274,6 +274,7 @@ NOT_FULL = [
 ]
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("do", FULL)
 def test_tensors_that_a_replay_writes_back(harness: Harness, do: Any, settings: Any):
@@ -282,6 +283,7 @@ def test_tensors_that_a_replay_writes_back(harness: Harness, do: Any, settings: 
     assert bool(callback.stats.steps["FULL"]) is is_full, callback.summary()
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("do", [*NOT_FULL, updates_metrics, updates_late, writes_by_numpy])
 def test_other_writes(harness: Harness, do: Any, settings: Any):
@@ -289,12 +291,14 @@ def test_other_writes(harness: Harness, do: Any, settings: Any):
     assert do not in NOT_FULL or not callback.stats.steps["FULL"], callback.summary()
 
 
+@pytest.mark.in_turn("verify")
 @pytest.mark.parametrize("verify", [0, 2])
 @pytest.mark.parametrize("do", [*FULL, *NOT_FULL[:1]])
 def test_batches_that_come_again_as_they_were_left(harness: Harness, do: Any, verify: int):
     compare(harness, do, keeps=True, verify_replays=verify)
 
 
+@pytest.mark.in_turn("verify")
 @pytest.mark.parametrize("verify", [0, 2])
 @pytest.mark.parametrize("do", FULL)
 def test_batches_that_the_loader_makes_on_the_device(

@@ -180,6 +180,7 @@ OPAQUE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
 }
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("name", OPAQUE)
 def test_opaque_objects(harness: Harness, name: str, settings: Any) -> None:
@@ -222,6 +223,7 @@ class UsesAGlobalFunction(Predictor):
         return self.net(batch[0]) * NEXT_NUMBER()
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("profiler", PROFILERS)
 def test_what_is_seen_under_a_profiler(harness: Harness, profiler: str, settings: Any) -> None:
@@ -471,6 +473,7 @@ COUNTERS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("where", ["attribute", "global", "closure", "container", "object"])
 @pytest.mark.parametrize("name", COUNTERS)
@@ -796,6 +799,7 @@ def own_names(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Callab
     return reset
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("name", REACHES)
 def test_names_that_count(harness: Harness, own_names: Any, name: str, settings: Any) -> None:
@@ -832,6 +836,7 @@ BY_TEXT = {
 }
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("name", BY_TEXT)
 def test_names_that_nobody_can_follow(
@@ -943,6 +948,7 @@ WORLD: dict[str, Callable[[pathlib.Path], Any]] = {
 }
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("name", WORLD)
 def test_effects_on_the_world(harness: Harness, tmp_path, monkeypatch, name, settings) -> None:
@@ -1003,6 +1009,7 @@ def test_memory_that_is_read_by_its_address(harness: Harness, read, settings) ->
         assert "opaque object used: ctypes." in reasons(callback)
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize(
     "write",
@@ -1157,6 +1164,7 @@ BATCHES: list[tuple[Any, Any]] = [
 ]
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", [*SETTINGS, {"verify_every": 1}], ids=str)
 @pytest.mark.parametrize(("make", "do"), BATCHES)
 @pytest.mark.parametrize("inside", [False, True])
@@ -1657,6 +1665,7 @@ class Triples(Holder):
     factor = 3.0
 
 
+@pytest.mark.in_turn("mode")
 @pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
 @pytest.mark.parametrize(
     ("make", "change"),

@@ -110,6 +110,7 @@ class Changes(Callback):
                 layer.linear.register_forward_hook(lambda module, args, output: output * 2)
 
 
+@pytest.mark.in_turn("mode")
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
 @pytest.mark.parametrize("how", ["wrapped", "in place"])
 @pytest.mark.parametrize("kind", LAYERS)

@@ -189,6 +189,7 @@ def test_guards_see_what_changes_on_the_host(name):
 USES = {**CONSTANT, **LOWER, **COPIED_BACK}
 
 
+@pytest.mark.in_turn("verify_replays")
 @pytest.mark.parametrize("verify_replays", [0, 2])
 @pytest.mark.parametrize("name", [*CONSTANT, *LOWER, *COPIED_BACK, *CHANGES])
 def test_the_numbers_are_those_of_eager(name, verify_replays, backend, device):

@@ -261,6 +261,7 @@ NOT_FULL = [
 ]
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("make", FULL)
 def test_hooks_whose_code_can_be_part_of_a_graph(harness: Harness, make: Any, settings: Any):
@@ -269,6 +270,7 @@ def test_hooks_whose_code_can_be_part_of_a_graph(harness: Harness, make: Any, se
     assert bool(callback.stats.steps["FULL"]) is (settings != {"mode": "PIECEWISE"})
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("make", NOT_FULL)
 def test_hooks_whose_code_cannot_be_part_of_a_graph(harness: Harness, make: Any, settings: Any):

@@ -487,6 +487,7 @@ CHANGED_BY_THE_STEP: dict[str, tuple[Function[[], Any], Function[[Any], float]]]
 }
 
 
+@pytest.mark.in_turn("verify_replays")
 @pytest.mark.parametrize("verify_replays", [0, 2])
 @pytest.mark.parametrize("name", CHANGED_BY_THE_STEP)
 def test_changed_by_the_step_itself(harness: Harness, name, verify_replays):

@@ -126,6 +126,7 @@ def compare(
     return callback
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("name", DRAWN)
 def test_draws_are_those_of_eager(harness, device, name, settings):
@@ -135,6 +136,7 @@ def test_draws_are_those_of_eager(harness, device, name, settings):
     assert is_full or settings.get("mode") == "PIECEWISE", callback.summary()
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", SETTINGS[:2], ids=str)
 @pytest.mark.parametrize("change", BETWEEN)
 @pytest.mark.parametrize("name", ["two", "in a dictionary"])

@@ -243,6 +243,7 @@ def test_constants_are_part_of_the_graph(harness, name):
     assert callback.stats.steps["FULL"] == 9, callback.summary()
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize(
     "name",
@@ -255,6 +256,7 @@ def test_constants_in_each_mode(harness, name, settings):
     compare(harness, CONSTANTS[name], **settings)
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", SETTINGS[:2])
 @pytest.mark.parametrize("name", list(CHANGES))
 def test_values_that_change_are_never_frozen(harness, name, settings):
@@ -441,6 +443,7 @@ OF_THE_BATCH: dict[str, Callable[[Tensor, Any], Any]] = {
 }
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", SETTINGS[:2])
 @pytest.mark.parametrize("name", list(OF_THE_BATCH))
 def test_values_of_the_batch_in_an_index(backend, device, name, settings):

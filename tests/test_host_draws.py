@@ -206,6 +206,7 @@ def run(harness: Harness, use: Use, *callbacks: Any) -> Any:
     return outputs, draws.drawn, torch.get_rng_state()
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", [{}, {"verify_replays": 0}, {"mode": "PIECEWISE"}], ids=str)
 @pytest.mark.parametrize("name", [*UNUSED, *USED, *READ_UNSEEN])
 def test_the_host_draws_what_it_draws_in_eager(harness, name, settings):

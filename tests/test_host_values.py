@@ -375,6 +375,7 @@ def test_steps_that_are_whole_graphs(step, context, backend, device):
     assert call.stats.steps["FULL"] > 12, call.summary()
 
 
+@pytest.mark.in_turn("verify_replays")
 @pytest.mark.parametrize("verify_replays", [0, 2])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("step", FULL)
@@ -497,6 +498,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.in_turn("mode")
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("step", REFUSED)

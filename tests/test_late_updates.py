@@ -298,6 +298,7 @@ FULL = {
 }
 
 
+@pytest.mark.in_turn("verify_replays")
 @pytest.mark.parametrize("verify_replays", [0, 2])
 @pytest.mark.parametrize("name", list(FULL))
 def test_late_updates_are_eagers(harness, name, verify_replays):
@@ -485,6 +486,7 @@ LOWER = {
 }
 
 
+@pytest.mark.in_turn("verify_replays")
 @pytest.mark.parametrize("verify_replays", [0, 2])
 @pytest.mark.parametrize("name", list(LOWER))
 def test_what_the_step_sees_is_not_late(harness, name, verify_replays):

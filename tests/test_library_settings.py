@@ -86,6 +86,7 @@ def outcomes(harness, check: Callable[[Tensor], Any], values: tuple[bool, bool],
     return found
 
 
+@pytest.mark.in_turn("verify_replays")
 @pytest.mark.parametrize("verify_replays", [0, 2])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("values", [(True, False), (False, True)])

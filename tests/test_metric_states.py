@@ -107,6 +107,7 @@ def forwarded(module: Any, x: Tensor, label: Tensor) -> Any:
     return module.metric(x[:, :CLASSES], label)
 
 
+@pytest.mark.in_turn("verify_replays")
 @pytest.mark.parametrize("verify_replays", [0, 2])
 @pytest.mark.parametrize("inference_mode", [True, False])
 @pytest.mark.parametrize("step", [counted, reset_first, forwarded])
@@ -263,6 +264,7 @@ LISTS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor], Any], bo
 }
 
 
+@pytest.mark.in_turn("verify_replays")
 @pytest.mark.parametrize("verify_replays", [0, 2])
 @pytest.mark.parametrize("name", list(LISTS))
 def test_what_a_step_does_with_a_list_state(harness, name, verify_replays):

@@ -152,6 +152,7 @@ class Changes(Callback):
             self.kept.change(pl_module.metric, 1.0 + batch_idx)
 
 
+@pytest.mark.in_turn("verify_replays")
 @pytest.mark.parametrize("verify_replays", [0, 2])
 @pytest.mark.parametrize("how", ["logged", "called", "used", "in a collection"])
 @pytest.mark.parametrize("name", list(KEPT))

@@ -138,6 +138,7 @@ CHANGES: dict[str, dict[int, Callable[[Any], Any]]] = {
 }
 
 
+@pytest.mark.in_turn("verify_replays")
 @pytest.mark.parametrize("verify_replays", [0, 2])
 @pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
 @pytest.mark.parametrize("name", CHANGES)

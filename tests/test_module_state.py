@@ -588,6 +588,7 @@ UNUSUAL_ATTRIBUTES: dict[str, tuple[Any, Any, int]] = {
 }
 
 
+@pytest.mark.in_turn("verify_replays")
 @pytest.mark.parametrize("verify_replays", [0, 2])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", UNUSUAL_ATTRIBUTES)

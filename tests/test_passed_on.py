@@ -261,6 +261,7 @@ READERS = [
 ]
 
 
+@pytest.mark.in_turn("verify")
 @pytest.mark.parametrize("verify", [0, 2])
 @pytest.mark.parametrize("kind", READERS)
 def test_steps_that_read_names(harness: Harness, kind: type[Net], verify: int):

@@ -401,6 +401,7 @@ FULL = [
 ]
 
 
+@pytest.mark.in_turn("verify")
 @pytest.mark.parametrize("mode", ["FULL", "FULL_AND_PIECEWISE", "PIECEWISE"])
 @pytest.mark.parametrize("verify", [0, 2])
 @pytest.mark.parametrize("kind", FULL, ids=lambda kind: kind.__name__)
@@ -813,6 +814,7 @@ OTHERS = [
 ]
 
 
+@pytest.mark.in_turn("verify")
 @pytest.mark.parametrize("mode", ["FULL", "FULL_AND_PIECEWISE"])
 @pytest.mark.parametrize("verify", [0, 2])
 @pytest.mark.parametrize("kind", OTHERS, ids=lambda kind: kind.__name__)

@@ -126,6 +126,7 @@ def compare(harness: Harness, use: Any, change: Any, mode: str, verify_replays: 
     return harness.compare(Net(use), job, callback, others)
 
 
+@pytest.mark.in_turn("verify_replays")
 @pytest.mark.parametrize("verify_replays", [0, 2])
 @pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
 @pytest.mark.parametrize("name", GUARDED)

@@ -203,6 +203,7 @@ def run(harness, step, mode="FULL_AND_PIECEWISE", verify=2, **settings):
     return harness.compare(module_with(step), fit, callback, max_epochs=4, **settings)
 
 
+@pytest.mark.in_turn("mode")
 @pytest.mark.parametrize("step", GRAPHS, ids=lambda step: step.__name__)
 @pytest.mark.parametrize(("mode", "verify"), MODES)
 def test_plain_values_are_guarded(harness, step, mode, verify):

@@ -105,6 +105,7 @@ MODES = [
 ]
 
 
+@pytest.mark.in_turn("mode")
 @pytest.mark.parametrize(("mode", "verify_replays"), MODES)
 @pytest.mark.parametrize("name", SETTERS)
 def test_a_setting_that_a_callback_sets_counts_from_then_on(harness, name, mode, verify_replays):
