@@ -63,6 +63,7 @@ def installed(built, tmp_path_factory):
         # torch has thousands of modules, and few are imported
         python, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-compile",
         "-c", ROOT / "constraints.txt", "--find-links", wheel.parent, "cg-lightning[demo]",
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
     )  # fmt: skip
     return python
 
