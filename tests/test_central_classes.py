@@ -326,7 +326,8 @@ def test_a_step_takes_over_what_a_watched_one_of_another_shape_has_shown():
     net, dispatcher, ways = Net(), CUDAGraphDispatcher(), WayRecorder()
     small, large = batches(3, 5)
     key, other = map(BatchDescriptor.from_batch, (small, large))
-    variant = Variant(Unguarded(), [FULL])
+    watched = types.SimpleNamespace(only_computes=True)
+    variant = Variant(Unguarded(), [FULL], watched=watched)
     dispatcher.add_variant(dispatcher.state(key.fields, key), variant)
     ways_run = [
         ways.run(step, batch)[1]
@@ -342,10 +343,23 @@ def test_a_step_takes_over_what_a_watched_one_of_another_shape_has_shown():
     taken = alike.expect(other, large)
     assert taken is not None
     assert (taken.guards, taken.is_taken_over) == (variant.guards, True)
-    alike.note_unlike(other)
+    alike.note_unlike(other, different)
     assert alike.expect(other, large) is None
+    third = Variant(Unguarded(), [FULL], watched=watched)
+    dispatcher.add_variant(dispatcher.state(key.fields, key), third)
+    alike.note(key, third, None, different)
+    found = alike.expect(other, large)  # a step of its own way was watched meanwhile
+    assert found is not None
+    assert found.is_taken_over
+    alike.note_unlike(other, different)  # so what it reads on the host is unlike
+    assert alike.expect(other, large) is None
+    watched.only_computes = False
+    assert not alike.knows(key)
+    assert not alike.has_gone(key, different)
+    watched.only_computes = True
+    assert alike.knows(key)
     dispatcher.forget(key)
-    assert not alike.knows(other)
+    assert not alike.knows(key)
 
 
 class Given:

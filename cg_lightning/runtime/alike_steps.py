@@ -38,8 +38,8 @@ class AlikeSteps:
     def __init__(self, dispatcher: CUDAGraphDispatcher) -> None:
         self._dispatcher = dispatcher
         self._known: dict[Hashable, list[_Known]] = {}
-        self._unlike: set[BatchDescriptor] = set()
-        """Keys that went another way than all watched steps, so they must be watched themselves."""
+        self._unlike: dict[BatchDescriptor, Way | None] = {}
+        """The ways of keys that no watched step had gone. None: the key itself must be watched."""
 
     def note(
         self, key: BatchDescriptor, variant: Variant, path: ReadPath | None, way: Way | None
@@ -56,13 +56,30 @@ class AlikeSteps:
         if way is not None and not any(each.variant is variant for each in known):
             self._known[_without_shapes(key)] = [*known, _Known(key, variant, path, way)]
 
-    def note_unlike(self, key: BatchDescriptor) -> None:
-        """Note that a key must be watched."""
-        self._unlike.add(key)
+    def note_unlike(self, key: BatchDescriptor, way: Way | None) -> None:
+        """Note that a key could not take over what a watched step has shown.
+
+        Args:
+            key: The key.
+            way: Its way. If a watched step has gone it, its host values are what is unlike.
+        """
+        is_known = any(each.way == way for each in self._known_like(key))
+        self._unlike[key] = None if is_known else way
 
     def knows(self, key: BatchDescriptor) -> bool:
-        """Return True if the way of a step is known that differs in its shapes only."""
-        return bool(self._known_like(key))
+        """Return True if the way of a step is known that differs in its shapes only.
+
+        It must do nothing but compute its output: else nothing of it can be done ahead.
+        """
+        return key not in self._unlike and any(
+            each.variant.watched.only_computes for each in self._known_like(key)
+        )
+
+    def has_gone(self, key: BatchDescriptor, way: Way) -> bool:
+        """Return True if such a step went this way."""
+        return any(
+            each.way == way and each.variant.watched.only_computes for each in self._known_like(key)
+        )
 
     def expect(self, key: BatchDescriptor, leaves: Sequence[Any]) -> Variant | None:
         """Return the variant that a new key may take over; None if it must be watched.
@@ -71,9 +88,10 @@ class AlikeSteps:
             key: The key.
             leaves: The leaves of its batch.
         """
+        likely = self._known_like(key)
         if key in self._unlike:
-            return None
-        found = next((each for each in self._known_like(key) if _holds(each, leaves)), None)
+            likely = [each for each in likely if each.way == self._unlike[key]]
+        found = next((each for each in likely if _holds(each, leaves)), None)
         if found is None:
             return None
         variant = Variant(found.variant.guards, list(found.variant.modes), is_taken_over=True)

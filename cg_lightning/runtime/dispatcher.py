@@ -282,6 +282,8 @@ class Variant:
     """How batches of the key are padded, to run from the graph of another key; None: not."""
     is_taken_over: bool = False
     """True if it was watched in another shape, so it holds for batches that are padded only."""
+    watch_at: int = 0
+    """The number of steps from which on one is watched, because it may be one graph; 0 = never."""
     trial: Trial | None = None
     """Compares times, until it is known what graphs save; None: nothing is to be compared."""
     verify_at: int = -1
@@ -496,6 +498,8 @@ class CUDAGraphDispatcher:
         if variant.mode is not self._graph_mode:
             if variant.trial is not None and variant.trial.wants_eager():
                 return Plan(Action.TRIAL, state, variant, TIMED)
+            if 0 < variant.watch_at <= state.sights and state.ledger.may_spend():
+                return Plan(Action.WATCH, state, variant, variant.reason)
             action = Action.PIECEWISE if variant.mode is PIECEWISE else Action.EAGER
             return Plan(action, state, variant, variant.reason)
         if state.ledger.may_spend():
@@ -821,6 +825,8 @@ class CUDAGraphDispatcher:
             needed += WATCH_COST - 1
         if steps_left >= needed:
             return plan
+        if plan.variant is not None and plan.variant.watch_at:
+            return plan._replace(action=Action.PIECEWISE)
         return Plan(Action.EAGER, plan.state, plan.variant, TOO_SHORT)
 
     def settle(self, state: KeyState, variant: Variant) -> Settled | None:

@@ -38,6 +38,14 @@ IN_PIECES = Reason(
     Status.PADDED_IN_PIECES,
     "not padded as a whole, since it may reduce over its batch: its submodules are",
 )
+WATCH_AT = 256
+"""Number of steps after which a whole step may be one graph that has run in pieces until then.
+
+In pieces, so many steps lose about what it costs to watch, capture and compare a whole one.
+"""
+_SELDOM = Reason(
+    Status.WARM_UP, f"warm-up: in pieces, until batches of this shape have come {WATCH_AT} times"
+)
 _OTHER_WAY = Reason(
     Status.WARM_UP,
     "warm-up: this shape takes another way through the code than those that were watched",
@@ -103,13 +111,7 @@ class PaddedSteps:
         Raises:
             ValueError: A setting does not fit the batch.
         """
-        if state.without_batch is not None or (not self._is_whole and self._pieces is None):
-            return None
-        try:
-            own = self._describe(batch, state.descriptor)[0]
-        except UnkeyableBatchError:
-            return None
-        if own != state.descriptor.fields:  # a value that is passed on is no part of the key
+        if not self._may_be_padded(state, batch):
             return None
         leaves = flatten(batch)[0]
         padding = self._padder.pad(leaves, self._padder.rules_of(batch, leaves))
@@ -118,6 +120,15 @@ class PaddedSteps:
         padded = rebuild(batch, iter(padding.pad(leaves)))
         fields = self._describe(padded, state.descriptor)[0]
         return None if fields in self._refused else padding
+
+    def _may_be_padded(self, state: KeyState, batch: Any) -> bool:
+        if state.without_batch is not None or (not self._is_whole and self._pieces is None):
+            return False
+        try:
+            own = self._describe(batch, state.descriptor)[0]
+        except UnkeyableBatchError:
+            return False
+        return own == state.descriptor.fields  # a value that is passed on is no part of the key
 
     def begin(self, state: KeyState, batch: Any) -> None:
         """Prepare a new key. It need not be watched, if other steps have shown what it would show.
@@ -130,6 +141,7 @@ class PaddedSteps:
             self._padder.note(batch)
         padding = self.padding_of(state, batch)
         if padding is None:
+            self._begin_in_pieces(state, batch)
             return
         if self._is_whole:
             variant = self._alike.expect(state.descriptor, flatten(batch)[0])
@@ -144,18 +156,71 @@ class PaddedSteps:
             variant = Variant(Unguarded(), modes, reason, padding=padding)
             self._dispatcher.add_variant(state, variant)
 
-    def watched(self, plan: Plan, watched: WatchedStep, padding: PaddedLeaves | None) -> None:
+    def _begin_in_pieces(self, state: KeyState, batch: Any) -> None:
+        """Let a step whose batch is not padded run in the pieces of steps whose batches are.
+
+        Their graphs are there, so it need not be watched until it has come often.
+        """
+        if self._is_whole or self._pieces is None or not self._pieces.are_known():
+            return
+        if state.variants or not self._may_be_padded(state, batch):
+            return
+        modes, reason = self._dispatcher.judge(_SELDOM, None)
+        no_padding = PaddedLeaves({}, 0)
+        variant = Variant(Unguarded(), modes, reason, padding=no_padding)
+        variant.watch_at = 0 if reason is None else WATCH_AT
+        self._dispatcher.add_variant(state, variant)
+
+    def may_be_known(self, state: KeyState, call: GraphCall) -> bool:
+        """Return True if a step that is not padded may go the way of a watched one.
+
+        Then :meth:`run_for_its_way` tells if it must be watched.
+
+        Args:
+            state: Its key.
+            call: The step.
+        """
+        return (
+            self._is_whole
+            and not state.variants
+            and state.without_batch is None
+            and self._alike.knows(call.descriptor)
+        )
+
+    def run_for_its_way(self, call: GraphCall) -> Any:
+        """Run a step eagerly. If it went the way of a watched one, its key need not be watched.
+
+        Args:
+            call: The step.
+
+        Returns:
+            Its output.
+        """
+        output, way = self._ways.run(call.run)
+        if not self._adopt(call, way):
+            self._alike.note_unlike(call.descriptor, way)
+        return output
+
+    def watched(
+        self, plan: Plan, call: GraphCall, watched: WatchedStep, padding: PaddedLeaves | None
+    ) -> None:
         """Report a watched step.
 
         Args:
             plan: The decision to watch.
+            call: The step.
             watched: The watched step.
             padding: How its batch is padded.
         """
         session = self._session
-        is_whole = self._is_whole and session.full_reason(plan.state, watched) is None
-        if padding is None or is_whole:
+        full = session.full_reason(plan.state, watched)
+        is_whole = self._is_whole and full is None
+        if plan.variant is not None and plan.variant.watch_at and full is not None:
+            session.watched(plan, watched, plan.variant.padding, full)  # it stays in its pieces
+        elif padding is None or is_whole:
             session.watched(plan, watched, padding)
+            if padding is not None and watched.only_computes:
+                self._note_way(plan.state, call)
         elif self._pieces is not None and self._pieces.add(watched):
             session.watched(plan, watched, padding, IN_PIECES)
         else:
@@ -216,7 +281,7 @@ class PaddedSteps:
         variant.path = real
         self._dispatcher.ran_eagerly(plan.state)
         if reason is _OTHER_WAY:
-            self._alike.note_unlike(call.descriptor)
+            self._alike.note_unlike(call.descriptor, eager.way)
             self._dispatcher.not_padded(plan.state, variant)
         elif reason.kind not in (Status.UNPROFITABLE, Status.WARM_UP):
             self._refused[padded.descriptor.fields] = reason
@@ -273,7 +338,9 @@ class PaddedSteps:
         """
         variant = self._known_owner(padded)
         if variant is None:
-            self._prepare_owner(padded)
+            state = self._dispatcher.known(padded.descriptor.fields)
+            if state is None or not state.variants:
+                self._prepare(padded)
             reason = self._ahead.capture_padded(padded)
             variant = self._known_owner(padded)
             if variant is None:
@@ -284,34 +351,57 @@ class PaddedSteps:
             raise NotIndependentError(f"the step {does}")
         return variant
 
-    def _prepare_owner(self, padded: GraphCall) -> None:
+    def _note_way(self, state: KeyState, call: GraphCall) -> None:
+        """Note the way of a step that was just watched: what comes next may go it as well."""
+        variant = state.variants[0]
+        assert variant.path is None or isinstance(variant.path, ReadPath)
+        try:
+            _, way = self._ahead.rehearse(call, lambda: self._ways.run(call.run))
+        except Exception:  # of a step that cannot run twice: others are watched as well
+            return
+        if variant.guards.check():
+            self._alike.note(call.descriptor, variant, variant.path, way)
+
+    def _prepare(self, padded: GraphCall) -> None:
         """Find out if the step with the padded batch goes the way of a watched one.
 
         Then it need not be watched. It runs once for its way, and once for its host values.
         """
-        state = self._dispatcher.known(padded.descriptor.fields)
-        if (state is not None and state.variants) or not self._alike.knows(padded.descriptor):
+        if not self._alike.knows(padded.descriptor):
             return
-        watcher = self._session.watcher
         try:
             _, way = self._ahead.rehearse(padded, lambda: self._ways.run(padded.run))
-            path = self._ahead.rehearse(
-                padded, lambda: watcher.host_values(padded.run, padded.tree)
-            )
-        except Exception:  # the capture will fail for the same reason, and report it
+        except Exception:  # the watched step will fail for the same reason, and report it
             return
-        found = self._alike.find(padded.descriptor, padded.leaves, way, path)
+        if self._adopt(padded, way):
+            self._dispatcher.ran_before(self._dispatcher.state(padded.descriptor.fields), runs=2)
+
+    def _adopt(self, call: GraphCall, way: Way | None) -> bool:
+        """Give the key of a step what a watched step has shown that went the same way.
+
+        The step runs once more, for its host values. It does nothing else, as the watched one.
+
+        Args:
+            call: The step, which has run.
+            way: Its way.
+
+        Returns:
+            Whether there is such a step.
+        """
+        if way is None or not self._alike.has_gone(call.descriptor, way):
+            return False
+        watcher = self._session.watcher
+        path = self._ahead.rehearse(call, lambda: watcher.host_values(call.run, call.tree))
+        found = self._alike.find(call.descriptor, call.leaves, way, path)
         if found is None or (found[1] is None) != (path is None):
-            return
-        known = found[0]
-        if known.watched.comparisons or known.watched.late:  # no batch ahead may do that
-            return
+            return False
         if path is not None:
             path.use(self._session.host_copies)
+        known = found[0]
         variant = Variant(known.guards, list(known.modes), watched=known.watched, path=path)
-        state = self._dispatcher.state(padded.descriptor.fields, padded.descriptor)
+        state = self._dispatcher.state(call.descriptor.fields, call.descriptor)
         self._dispatcher.add_variant(state, variant)
-        self._dispatcher.ran_before(state, runs=2)
+        return True
 
     def _known_owner(self, padded: GraphCall) -> Variant | None:
         state = self._dispatcher.known(padded.descriptor.fields)

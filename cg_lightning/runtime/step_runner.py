@@ -264,7 +264,7 @@ class StepRunner:
         elif plan.action is Action.PIECEWISE:
             outcome = self._run_piecewise(plan, args, kwargs)
         elif plan.action is Action.WATCH:
-            outcome = self._watch(plan, args, kwargs)
+            outcome = self._watch(plan, args, kwargs, leaves)
         elif plan.action is Action.WARM_UP:
             outcome = self._warm_up(plan, args, kwargs)
         elif plan.action is Action.TRIAL:
@@ -285,9 +285,14 @@ class StepRunner:
     def _invoke(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         return self._step(batch, *args, **kwargs)
 
-    def _watch(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
+    def _watch(
+        self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]
+    ) -> Outcome:
         padded = self._padded
+        call = GraphCall(plan.state.descriptor, self._invoke, args[0], leaves, args[1:], kwargs)
         padding = None if padded is None else padded.padding_of(plan.state, args[0])
+        if padded is not None and padding is None and padded.may_be_known(plan.state, call):
+            return self._run_for_its_way(padded, plan, call)
         step = functools.partial(self._step, args[0], **kwargs)
         context = ForwardContext(NONE, plan.state.descriptor, StepInProgress())
         with override_forward_context(context), self._session.ranges.range("watch"):
@@ -299,7 +304,7 @@ class StepRunner:
         if padded is None:
             session.watched(plan, watched)
         else:
-            padded.watched(plan, watched, padding)
+            padded.watched(plan, call, watched, padding)
         if (
             session.examples is not None
             and (watched.may_be_full_next_time or not session.full_reason(plan.state, watched))
@@ -310,6 +315,13 @@ class StepRunner:
             loader = plan.state.descriptor.dataloader_idx
             ahead.run(session.examples, loader, args[1:], kwargs)
         return Outcome(output, NONE, plan.reason)
+
+    def _run_for_its_way(self, padded: PaddedSteps, plan: Plan, call: GraphCall) -> Outcome:
+        """Run a step eagerly that need not be watched, if it goes the way of a watched one."""
+        self._dispatcher.ran_eagerly(plan.state)
+        context = ForwardContext(NONE, plan.state.descriptor, StepInProgress())
+        with override_forward_context(context):
+            return Outcome(padded.run_for_its_way(call), NONE, plan.reason)
 
     def _warm_up(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
         self._dispatcher.ran_eagerly(plan.state)
