@@ -173,6 +173,14 @@ class ReadPath:
         copied = self.copies_of(leaves)
         return self._holds(self._check, leaves) if copied is None else self.holds_on_host(copied)
 
+    def reads_of(self, leaves: Sequence[Any]) -> dict[int, Tensor]:
+        """Return the leaves that are read, by their place."""
+        return {place: leaves[place] for place in self._places}
+
+    def holds_for(self, read: dict[int, Tensor]) -> bool:
+        """Return True if these leaves give all the values that were read."""
+        return self._holds(self._check, read)
+
     def copies_of(self, leaves: Sequence[Any]) -> dict[int, Tensor] | None:
         """Return the leaves that are read as the host has them; None if it does not have all."""
         return None if self._copies is None else self._copies.of(leaves, self._places)

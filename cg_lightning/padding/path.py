@@ -31,7 +31,7 @@ class PaddedPath:
         copied = self._padded.copies_of(leaves)
         if copied is not None:
             return self._padded.holds_on_host(self._padding.pad_some(copied))
-        return self._padded.holds(self._padding.pad(leaves))
+        return self._padded.holds_for(self._padding.pad_some(self._padded.reads_of(leaves)))
 
     def is_ruled_out_by(self, failed: object) -> bool:
         """Return False: only the batch tells."""
