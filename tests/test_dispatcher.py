@@ -19,6 +19,7 @@ from cg_lightning.runtime.dispatcher import (
     MOST_KEYS,
     MOST_UNREPEATED,
     MOST_VARIANTS,
+    NEXT_KEY_COST,
     Action,
     CaptureLedger,
     GuardScope,
@@ -555,6 +556,29 @@ def test_captures_need_enough_steps_that_are_left(action, runs, least):
     assert dispatcher.within(plan, float("inf")) is plan
     short = dispatcher.within(plan, least - 1)
     assert (short.action, short.reason.kind) == (Action.EAGER, Status.TOO_SHORT)
+
+
+def test_further_keys_are_watched_only_if_that_pays_in_what_is_left():
+    dispatcher = CUDAGraphDispatcher(FULL, 3, least_steps=4)
+    first, other = dispatcher.state(KEY.fields, KEY), dispatcher.state(OTHER.fields, OTHER)
+    dispatcher.watched(first, Variant(Unguarded(), [FULL]))
+    plan, least = Plan(Action.WATCH, other, None, None), 4 + 3 + NEXT_KEY_COST - 1
+    assert dispatcher.within(plan, least) is plan
+    assert dispatcher.within(plan, least - 1).reason.kind is Status.TOO_SHORT
+    again = Plan(Action.WATCH, first, None, None)  # a key that was watched
+    assert dispatcher.within(again, 4 + 2 + 1) is again
+
+
+def test_what_runs_in_pieces_stays_there_if_too_little_is_left_to_watch_it():
+    dispatcher = CUDAGraphDispatcher(FULL, 3, least_steps=4)
+    state = dispatcher.state(KEY.fields, KEY)
+    variant = Variant(Unguarded(), [PIECEWISE], padding=object(), watch_at=3)
+    dispatcher.add_variant(state, variant)
+    plans = [dispatcher.plan(state) for _ in range(4)]
+    actions = [Action.PIECEWISE, Action.PIECEWISE, Action.WATCH, Action.WATCH]
+    assert [plan.action for plan in plans] == actions
+    assert dispatcher.within(plans[-1], 2).action is Action.PIECEWISE
+    assert dispatcher.within(plans[-1], 100).action is Action.WATCH
 
 
 @pytest.mark.parametrize("action", [Action.REPLAY, Action.VERIFY, Action.PIECEWISE, Action.TRIAL])

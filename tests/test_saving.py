@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import nn
+from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from cg_lightning import graphed
@@ -19,6 +20,7 @@ from cg_lightning.core.reasons import Status
 from cg_lightning.runtime.trial import BLOCK, BLOCKS, FIRST_LOOK, StepTimes, Trial
 from tests.harness import features, images, predict, validate
 from tests.models import Body, ConvNetClassifier, Predictor
+from tests.test_padding import watched_steps
 
 COMPARED = BLOCKS * BLOCK
 SHORT, LONG, VERY_LONG = 0.0005, 0.005, 0.04
@@ -401,6 +403,22 @@ def test_the_shortest_stage_that_captures(harness, timed, warmup_steps, verify_r
         )
         harness.compare(Predictor(Slow(SHORT)), predict(features(4 * number)), callback)
         assert callback.stats.captures == (number == least)
+
+
+@pytest.mark.filterwarnings("ignore:CUDAGraphCallback")  # it proposes sizes
+@pytest.mark.parametrize("pads", [False, True])
+def test_many_shapes_in_few_batches_cost_one_watched_step(harness, timed, monkeypatch, pads):
+    """Twenty batches of twenty lengths: nothing comes again, so nothing can be won back."""
+    watched = watched_steps(monkeypatch)
+    settings = {"capture_sizes": [10, 21], "verify_tolerance": "close"} if pads else {}
+    callback = harness.callback(min_saving=0.03, **settings)
+    generator = torch.Generator().manual_seed(5)
+    data = [(torch.randn(size, 8, generator=generator),) for size in range(1, 21)]
+    loader = DataLoader(data, batch_size=None)
+    harness.compare(Predictor(Slow(SHORT)), predict(loader), callback)
+    assert len(watched) == 1
+    assert callback.stats.captures == 0
+    assert callback.stats.eager == 20
 
 
 def test_a_last_partial_batch_is_not_watched(harness, timed):

@@ -44,6 +44,12 @@ CAPTURE_COST = 4
 """Approximate cost of one capture, in eager steps."""
 WATCH_COST = 2
 """Approximate cost of one watched step, in eager steps, without the one-time cost of the first."""
+NEXT_KEY_COST = 20
+"""What a watched step costs at the least, in eager steps, if it need not pay in later stages.
+
+The ledger books less, because most keys come again. It is weighed against what is left of a stage
+of known length, for each key after the first one: else many shapes would cost more than the stage.
+"""
 CREDIT = 16
 """Number of eager steps that a family may spend before its graphs have saved anything."""
 FIRST_WAIT = 10
@@ -386,6 +392,7 @@ class CUDAGraphDispatcher:
         self._states: dict[tuple[Any, ...], KeyState] = {}
         self._ledgers: dict[tuple[Any, ...], CaptureLedger] = {}
         self._unrepeated: set[tuple[Any, ...]] = set()
+        self._has_watched = False
         self._unproven: set[int] = set()
         """The ids of the records of padded graphs that are compared at their next replay."""
 
@@ -651,6 +658,7 @@ class CUDAGraphDispatcher:
         Returns:
             Graphs that the caller must drop.
         """
+        self._has_watched = True
         if replacing is not None and replacing in state.variants:
             state.variants.remove(replacing)
         if state.ledger.balance <= 0:  # after a wait
@@ -811,6 +819,7 @@ class CUDAGraphDispatcher:
 
         Only what is certain counts: an eager step that is compared with a replay costs an eager
         step, and a capture runs the step's Python once more. A replay counts as if it took no time.
+        The first watched step must tell if there are graphs at all; those of further keys must pay.
 
         Args:
             plan: What the step would do.
@@ -822,7 +831,8 @@ class CUDAGraphDispatcher:
         if plan.action is not Action.CAPTURE:
             needed += max(self._warmup_steps - plan.state.warmup_runs, 1)
         if plan.action is Action.WATCH:
-            needed += WATCH_COST - 1
+            is_next_key = self._has_watched and not plan.state.variants
+            needed += (NEXT_KEY_COST if is_next_key else WATCH_COST) - 1
         if steps_left >= needed:
             return plan
         if plan.variant is not None and plan.variant.watch_at:
