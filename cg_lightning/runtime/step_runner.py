@@ -292,6 +292,8 @@ class StepRunner:
         call = GraphCall(plan.state.descriptor, self._invoke, args[0], leaves, args[1:], kwargs)
         padding = None if padded is None else padded.padding_of(plan.state, args[0])
         if padded is not None and padding is None and padded.may_be_known(plan.state, call):
+            if plan.state.sights == 1:  # its shape may not come again
+                return self._warm_up(plan, args, kwargs)
             return self._run_for_its_way(padded, plan, call)
         step = functools.partial(self._step, args[0], **kwargs)
         context = ForwardContext(NONE, plan.state.descriptor, StepInProgress())
