@@ -1380,6 +1380,10 @@ def test_caches_that_train_and_eval_clear(harness: Harness, kind: str, settings:
     harness.compare(Predictor(Caches(kind)), job, callback)
 
 
+CALLS: Any = functools.partial(len, number=0)
+"""Other keywords can be put into a partial function: no guard sees it."""
+
+
 class KeepsWhereNobodyLooks(nn.Module):
     """A cache whose state at the start of a step is no guard: the capture fills it."""
 
@@ -1390,8 +1394,8 @@ class KeepsWhereNobodyLooks(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
-        sys.calls += 1  # type: ignore[attr-defined]
-        if sys.calls > 3:  # type: ignore[attr-defined]
+        CALLS.__setstate__((len, (), {"number": CALLS.keywords["number"] + 1}, {}))
+        if CALLS.keywords["number"] > 3:
             self.kept = y + 1
         return y
 
@@ -1405,7 +1409,7 @@ def test_what_a_capture_leaves_in_attributes(
     module: list[Any] = []
 
     def make() -> Any:
-        sys.calls = 0  # type: ignore[attr-defined]
+        CALLS.__setstate__((len, (), {"number": 0}, {}))
         module[:] = [Predictor(KeepsWhereNobodyLooks())]
         return module[0]
 

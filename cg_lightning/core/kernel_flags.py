@@ -181,6 +181,17 @@ def lasting_flags() -> tuple[Any, ...]:
     return flags[1:-2] if _any_autocast() else flags[1:]
 
 
+def switches() -> tuple[Any, ...]:
+    """Return all switches, and those that select no kernel: what a step must leave as it was."""
+    return (
+        *kernel_flags(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.is_anomaly_enabled(),
+        torch.is_anomaly_check_nan_enabled(),
+        torch.get_num_threads(),
+    )
+
+
 class CallModes(NamedTuple):
     """Grad mode and autocast, as a call of a step finds them."""
 

@@ -11,6 +11,7 @@
 - ``functions.py``: the function objects of frames.
 - ``hidden_modules.py``: modules that are no submodules, and their attributes.
 - ``library_settings.py``: settings that functions of PyTorch read in Python.
+- ``log_levels.py``: levels of loggers that a step asks for.
 - ``module_state.py``: a snapshot of the attributes of a module, which is compared later.
 - ``late_unit.py``: one unit of metrics in a watched step: whether its updates may follow the step.
 - ``lines_of_changes.py``: the line of a step that changes an object, a global or a closure.

@@ -110,15 +110,13 @@ class NamesInCode:
             return ComputedNames(None, "sys.modules", line, False)
         if not isinstance(value, (types.ModuleType, type)):
             return None
-        after = index + 1
-        while after < len(steps) and steps[after].opname in _ATTRIBUTES:
-            inner = vars(value).get(steps[after].argval)
-            if inner is sys.modules:
-                return ComputedNames(None, "sys.modules", line, False)
-            if not isinstance(inner, (types.ModuleType, type)):
-                break
-            value, after = inner, after + 1
-        if after == len(steps) or not is_users(value):
+        value, after = self._follow(index, value)
+        if after == len(steps):
+            return None
+        is_attribute = steps[after].opname in _ATTRIBUTES
+        if is_attribute and vars(value).get(steps[after].argval) is sys.modules:
+            return ComputedNames(None, "sys.modules", line, False)
+        if not is_users(value):
             return None
         if steps[after].opname in _ATTRIBUTES and steps[after].argval == "__dict__":
             return ComputedNames(value, "__dict__", line, False)
@@ -129,6 +127,27 @@ class NamesInCode:
         if function in _LOOKS_UP and not is_known:
             return ComputedNames(value, function, line, True)
         return None
+
+    def _follow(self, index: int, value: Any) -> tuple[Any, int]:
+        """Return the namespace inside a loaded one that is used, and where the code goes on."""
+        after = index + 1
+        while after < len(self._steps) and self._steps[after].opname in _ATTRIBUTES:
+            inner = vars(value).get(self._steps[after].argval)
+            if not isinstance(inner, (types.ModuleType, type)):
+                break
+            value, after = inner, after + 1
+        return value, after
+
+    def looked_up(self) -> Iterator[tuple[Any, str]]:
+        """Yield global namespaces, and names that are looked up there: ``hasattr(torch, "a")``."""
+        for index, step in enumerate(self._steps):
+            if self._function_before(index) not in _LOOKS_UP:
+                continue
+            value = self._value_of(step, {})
+            if isinstance(value, (types.ModuleType, type)):
+                value, after = self._follow(index, value)
+                if self._is_text(after):
+                    yield value, str(self._steps[after].argval)
 
     def _is_text(self, index: int) -> bool:
         """Return whether an argument is a text of the code, and not the beginning of more."""

@@ -30,11 +30,25 @@ _IN_C = {
             *("read", "readv", "pread", "preadv", "lseek", "fstat", "fstatvfs", "isatty"),
         }
     ),
-    "torch": frozenset({"get_num_threads"}),
+    "torch": frozenset(
+        {
+            *("get_num_threads", "get_num_interop_threads", "is_inference"),
+            *("is_anomaly_enabled", "is_anomaly_check_nan_enabled"),
+        }
+    ),
+    "numpy._core._multiarray_umath": frozenset({"_get_extobj_dict"}),
+    "numpy.core._multiarray_umath": frozenset({"_get_extobj_dict", "geterrobj"}),
     "resource": frozenset({"getrusage"}),
-    "gc": frozenset({"get_count", "get_stats", "get_objects"}),
-    "sys": frozenset({"getallocatedblocks", "getrefcount"}),
+    "gc": frozenset({"get_count", "get_stats", "get_objects", "isenabled", "get_threshold"}),
+    "sys": frozenset(
+        {"getallocatedblocks", "getrefcount", "getrecursionlimit", "getswitchinterval"}
+    ),
+    "_thread": frozenset({"_count"}),
+    "_signal": frozenset({"getsignal"}),
+    "_locale": frozenset({"localeconv", "setlocale"}),
+    "_tracemalloc": frozenset({"get_traced_memory", "is_tracing"}),
     "datetime": frozenset({"now", "utcnow", "today"}),
+    "": frozenset({"is_inference", "__subclasses__"}),  # methods of tensors and of classes
     "decimal": frozenset({"getcontext", "setcontext", "localcontext"}),  # of the thread
 }
 """Names of functions by module."""
@@ -63,9 +77,13 @@ def volatile_in_c(function: Any) -> str:
         return ""
     module = getattr(function, "__module__", None)
     owner = getattr(function, "__self__", None)
-    if module is None and isinstance(owner, type):  # ``datetime.now`` is a method of a class
+    if name == "__subclasses__" or isinstance(owner, torch.Tensor):
+        module = ""
+    elif module is None and isinstance(owner, type):  # ``datetime.now`` is a method of a class
         module = owner.__module__
-    return f"{module}.{name}" if name in _IN_C.get(module or "", ()) else ""
+    if module == "":
+        return name
+    return f"{module}.{name}" if module and name in _IN_C.get(module, ()) else ""
 
 
 def method_of_generator(function: Any, caller: FrameType) -> str:

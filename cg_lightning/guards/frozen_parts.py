@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from cg_lightning.core.reasons import Changed
 from cg_lightning.core.tree import flatten, structure_paths
+from cg_lightning.guards.identity import is_same_structure
 from cg_lightning.guards.sources import MISSING, describe_change, shorten
 from cg_lightning.modules.attributes import is_same_value, same_attributes
 
@@ -73,7 +74,9 @@ class FrozenContainer(NamedTuple):
     def holds(self) -> bool:
         """Return True if it has the same structure and leaves."""
         now, structure = flatten_value(self.value)
-        return structure == self.structure and all(map(is_same_value, self.leaves, now))
+        return is_same_structure(self.structure, structure) and all(
+            map(is_same_value, self.leaves, now)
+        )
 
     def changed_places(self, name: str) -> list[ChangedPlace]:
         """Return the container if it has changed; see :meth:`FrozenValues.changed_places`."""
@@ -83,7 +86,7 @@ class FrozenContainer(NamedTuple):
         """Return the first change."""
         path = format_path(self.path)
         now, structure = flatten_value(self.value)
-        if structure != self.structure:
+        if not is_same_structure(self.structure, structure):
             sizes = f"now {len(now)} items, before {len(self.leaves)}"
             return Changed(path, f"{path}: other keys or another length, {sizes}")
         paths = structure_paths(structure, path)

@@ -33,7 +33,7 @@ from torch import nn
 from cg_lightning.core.reasons import Changed
 from cg_lightning.guards.comparisons import Condition
 from cg_lightning.guards.module_guard import ModuleGuard
-from cg_lightning.guards.sources import MISSING, Source, describe_change
+from cg_lightning.guards.sources import MISSING, LibrarySource, Source, describe_change
 from cg_lightning.guards.values import FrozenValues
 from cg_lightning.guards.written_settings import FrozenSettings
 from cg_lightning.modules.attributes import holding_class, is_same_value
@@ -95,7 +95,12 @@ class GuardSet:
     ) -> None:
         self._compared = list(compared)
         self._settings = settings or FrozenSettings({}, ())
-        self.guards = list(map(Guard.of, _with_classes(sources)))
+        sources = list(sources)
+        self._bare = [each for each in sources if each.is_bare_function]
+        self._of_libraries = [Guard.of(each) for each in sources if isinstance(each, LibrarySource)]
+        apart = (*self._bare, *(guard.source for guard in self._of_libraries))
+        own = [each for each in sources if not any(each is one for one in apart)]
+        self.guards = list(map(Guard.of, _with_classes(own)))
         there = [guard for guard in self.guards if guard.expected is not MISSING]
         native = [guard for guard in there if guard.is_in_dictionary]
         self._dictionaries = [guard.namespace for guard in native]
@@ -110,6 +115,8 @@ class GuardSet:
             [guard.expected for guard in there], [guard.source.path for guard in there]
         )
         self._has_contents = not self._contents.is_empty
+        bare = [*map(vars, [s.holder for s in self._bare]), *self._contents.without_attributes]
+        self._without_attributes = list({id(each): each for each in bare}.values())
         known = set(map(id, inside))
         hidden = [module for module in self._contents.modules if id(module) not in known]
         self._hidden = [ModuleGuard(module) for module in hidden]
@@ -126,7 +133,7 @@ class GuardSet:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to compare."""
-        return not (self.guards or self._compared)
+        return not (self.guards or self._compared or self._of_libraries or self._bare)
 
     def _are_same_objects(self) -> bool:
         for get, name, expected in self._others:
@@ -148,6 +155,8 @@ class GuardSet:
                 return False
         if self._settings.written and not self._settings.hold():
             return False
+        if any(self._without_attributes):  # native, since each function of the user's has one
+            return False
         if not self._are_same_objects() and not self._values_are_equal():
             return False
         if self._has_contents and not self._contents.hold():
@@ -160,10 +169,12 @@ class GuardSet:
     def check_epoch(self) -> bool:
         """Return whether large containers are unchanged, and settings of hidden modules.
 
-        Hidden are modules that no module tree contains.
+        Hidden are modules that no module tree contains. Functions of libraries are compared, too.
         """
-        return self._contents.large_ones_hold() and all(
-            guard.epoch_failure() is None for guard in self._hidden
+        return (
+            self._contents.large_ones_hold()
+            and all(guard.source.value() is guard.expected for guard in self._of_libraries)
+            and all(guard.epoch_failure() is None for guard in self._hidden)
         )
 
     def explain(self) -> Changed:
@@ -176,7 +187,10 @@ class GuardSet:
                 return changed
         if changed := self._settings.explain():
             return changed
-        for guard in self.guards:
+        for source in self._bare:
+            if attributes := source.value():
+                return describe_change(source.path, attributes, {})
+        for guard in (*self.guards, *self._of_libraries):
             if not is_same_value(guard.expected, value := guard.value()):
                 return describe_change(guard.source.path, value, guard.expected)
         if changed := self._contents.explain():

@@ -1,7 +1,8 @@
 """Comparisons by identity, in a few native calls: mostly, all values are the same objects.
 
 A value that is another object may still be an equal plain value. To find that out takes longer, and
-is for the caller.
+is for the caller. Keys and members of sets are found by equality, which may leave a part of them
+out: ``True`` is the key 1, and a class of the user's may compare names only.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 import collections
 import operator
 import types
+from collections.abc import Iterable
 from itertools import chain, repeat
 from typing import Any
 
 from cg_lightning.core.tree import is_container
+from cg_lightning.guards.value_kinds import ValueKind, kind_of
+from cg_lightning.modules.attributes import attributes_of, is_same_value
 
 _MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict, types.MappingProxyType)
 _SEQUENCES = (list, collections.deque)
@@ -95,3 +99,57 @@ class SameItems:
             return all(map(operator.is_, found, self._held))
         except (KeyError, ValueError):  # a name that is gone, an empty cell
             return False
+
+
+def is_same_item(before: Any, now: Any) -> bool:
+    """Return whether two equal keys, or members of sets, are equal in all that they hold."""
+    if is_same_value(before, now):
+        return True
+    if type(before) is not type(now) or before != now:
+        return False
+    if isinstance(before, tuple):
+        return len(before) == len(now) and all(map(is_same_item, before, now))
+    if isinstance(before, frozenset):
+        return Members(before) == Members(now)
+    kind = kind_of(before)
+    if kind is ValueKind.OBJECT:
+        held, held_now = attributes_of(before), attributes_of(now)
+        return held.keys() == held_now.keys() and all(
+            map(is_same_value, held.values(), held_now.values())
+        )
+    return kind is ValueKind.HARMLESS and repr(before) == repr(now)
+
+
+class Members:
+    """The members of a set, in the order in which it has them.
+
+    Args:
+        members: The set.
+    """
+
+    def __init__(self, members: Iterable[Any]) -> None:
+        self._members = list(members)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Members) or len(self._members) != len(other._members):
+            return False
+        if all(map(operator.is_, self._members, other._members)):
+            return True
+        now = {member: member for member in other._members}
+        return all(each in now and is_same_item(each, now[each]) for each in self._members)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def is_same_structure(before: Any, now: Any) -> bool:
+    """Return whether two structures (``core/tree.py``) are equal, and so are their keys."""
+    return bool(before == now) and _have_same_keys(before, now)
+
+
+def _have_same_keys(before: Any, now: Any) -> bool:
+    if before is None:
+        return True
+    (_, keys, children), (_, keys_now, children_now) = before, now
+    if not all(map(operator.is_, keys, keys_now)) and not all(map(is_same_item, keys, keys_now)):
+        return False
+    return all(map(_have_same_keys, children, children_now))

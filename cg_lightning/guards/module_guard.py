@@ -194,11 +194,7 @@ class ModuleGuard:
         self.modules: list[nn.Module] = [module for _, module in named]
         self._flags = Flags(self.modules)
         self._scripted = self._flags.scripted
-        tables = [
-            (module._modules, module._parameters, module._buffers, *hooks_of(module))
-            for module in self.modules
-        ]
-        every: list[Any] = [*chain.from_iterable(tables), *global_hooks()]
+        every = self._every_table = self._current_tables()
         self._tables = [table for table in every if isinstance(table, dict) and table]
         self._empty_tables = [table for table in every if not table]
         self._tables_of_scripted = [
@@ -214,6 +210,13 @@ class ModuleGuard:
         self._sparse = [member for member in members if member.layout is not torch.strided]
         self._placement = Placement(self.tensors)
         self._scripted_values = [scripted_attributes(module) for module in self._scripted]
+
+    def _current_tables(self) -> list[Any]:
+        tables = [
+            (module._modules, module._parameters, module._buffers, *hooks_of(module))
+            for module in self.modules
+        ]
+        return [*chain.from_iterable(tables), *global_hooks()]
 
     def _current_members(self) -> list[Any]:
         members = list(chain.from_iterable(map(dict.values, self._tables)))
@@ -285,6 +288,8 @@ class ModuleGuard:
         """Compare settings with those of the latest :meth:`check_epoch`."""
         if self._settings is None:
             return None
+        if not all(map(operator.is_, self._current_tables(), self._every_table)):
+            return self._failure(Change.STRUCTURE, Changed("another dictionary"))
         before, now = self._settings, self._current_settings()
         for key in self._differing(now):
             text = describe_change(self._path(*key), now.get(key), before.get(key))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import os
@@ -145,6 +146,12 @@ class Source:
         return type(self.holder) in _VIEWS
 
     @property
+    def is_bare_function(self) -> bool:
+        """Whether it is the attributes of a function that has none yet."""
+        is_function = type(self.holder) is types.FunctionType
+        return is_function and self.name == "__dict__" and not vars(self.holder)
+
+    @property
     def belongs_to_trainer(self) -> bool:
         """Whether the Trainer has the value, and no part of the module."""
         return isinstance(self.holder, (TrainerValues, TrainerTypes))
@@ -155,6 +162,22 @@ class Source:
 
     def __str__(self) -> str:
         return self.path
+
+
+class _Registrations(DerivedNamespace):
+    """The classes that are registered with abstract ones: Python counts them."""
+
+    def get(self, _: str, __: Any) -> Any:
+        """Return how often a class was registered."""
+        return abc.get_cache_token()
+
+
+REGISTRATIONS = Source(_Registrations(), "count", "classes registered with abstract ones")
+"""What ``isinstance`` depends on for an abstract class."""
+
+
+class LibrarySource(Source):
+    """A function or class of a library under its name there. It is compared once an epoch."""
 
 
 _MOST_CHARACTERS = 60

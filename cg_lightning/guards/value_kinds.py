@@ -21,9 +21,11 @@ import fractions
 import functools
 import io
 import logging
+import operator
 import pathlib
 import random
 import re
+import struct
 import sys
 import threading
 import types
@@ -77,7 +79,7 @@ _HARMLESS: tuple[type, ...] = (
         type(Ellipsis),
         type(NotImplemented),
     ),
-    *(enum.Enum, re.Pattern, re.Match, pathlib.PurePath, uuid.UUID),
+    *(enum.Enum, re.Pattern, re.Match, pathlib.PurePath, uuid.UUID, struct.Struct),
     *(datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo),
     *(decimal.Decimal, fractions.Fraction, BaseException),
     *(logging.Filterer, logging.Filter),
@@ -99,7 +101,10 @@ _BOUND_TO: tuple[tuple[Any, tuple[str, ...]], ...] = (
     ((types.FunctionType, types.CellType), ()),
 )
 """Attributes of functions, and of a few other values of C, that never change."""
+_OPERATORS = (operator.itemgetter, operator.attrgetter, operator.methodcaller)
+"""Functions of C whose arguments only pickling shows."""
 _FUNCTIONS = (
+    *_OPERATORS,
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType),
     *(functools.partial, property, classmethod, staticmethod, types.CellType, slice),
 )
@@ -276,6 +281,8 @@ def bound_to(function: Any) -> dict[str, Any]:
         cells = zip(names, function.__closure__ or (), strict=False)
         # ``super()`` closes over ``__class__``
         return {f"closure {name}": cell for name, cell in cells if name != "__class__"}
+    if isinstance(function, _OPERATORS):
+        return {"arguments": function.__reduce__()}
     names = next(names for kinds, names in _BOUND_TO if isinstance(function, kinds))
     return {name: getattr(function, name, None) for name in names}
 
@@ -285,6 +292,12 @@ def is_users_function(function: Any) -> bool:
     if not isinstance(function, types.FunctionType):
         return True
     return is_user_file(function.__code__.co_filename)
+
+
+def registry_of(function: Any) -> Any:
+    """Return what a function with ``functools.singledispatch`` has registered; None for others."""
+    registry = getattr(function, "registry", None)
+    return registry if isinstance(registry, types.MappingProxyType) else None
 
 
 def holds_something(function: Any) -> bool:

@@ -31,7 +31,7 @@ from cg_lightning.guards.frozen_parts import (
     format_path,
     itself,
 )
-from cg_lightning.guards.identity import SameItems
+from cg_lightning.guards.identity import Members, SameItems
 from cg_lightning.guards.module_guard import Placement, layout_and_gradient_of
 from cg_lightning.guards.sources import MISSING
 from cg_lightning.guards.value_kinds import (
@@ -46,6 +46,7 @@ from cg_lightning.guards.value_kinds import (
     kind_of,
     name_of_class,
     named_values_of,
+    registry_of,
     spaces_of,
     state_of_generator,
     values_of,
@@ -157,6 +158,8 @@ class FrozenValues:
         self._large: list[FrozenContainer | FrozenContents] = []
         self._large_members: list[tuple[list[Any], Path]] = []
         self._inside_large: list[FrozenValues] = []
+        self._bare: list[FrozenAttributes] = []
+        """Functions that have no attributes."""
         self._opaque: list[tuple[Path, str]] = []
         self._known_subclasses: set[int] = set()
         """The ids of containers whose attributes are stored."""
@@ -182,10 +185,12 @@ class FrozenValues:
         for members, path in self._large_members:
             self._look_into_large(members, [format_path(path)] * len(members), seen)
         self._placement = Placement(self.tensors, layout_and_gradient_of)
+        self.without_attributes = [each.value for each in self._bare]
+        """The dictionaries of functions that have no attributes. They must stay empty."""
         self._typed = [each.value for each in self._classes]
         self._expected_types = [each.cls for each in self._classes]
         self.is_empty = not any((self.tensors, self._items, self._classes, self._contents))
-        """Whether :meth:`hold` has nothing to compare."""
+        """Whether :meth:`hold` has nothing to compare except :attr:`without_attributes`."""
 
     def opaque(self) -> list[str]:
         """Return the values that cannot be compared: ``self.rng: numpy.random.Generator``."""
@@ -239,7 +244,7 @@ class FrozenValues:
         return [(each, (path, name, None)) for each in found]
 
     def _store_contents(self, value: Any, path: Path, seen: set[int]) -> list[tuple[Any, Path]]:
-        contents = contents_of(value)
+        contents = Members if isinstance(value, set) else contents_of(value)
         assert contents is not None
         items = 1
         if hasattr(value, "nbytes"):
@@ -308,7 +313,11 @@ class FrozenValues:
 
     def _store_function(self, value: Any, path: Path) -> list[tuple[Any, Path]]:
         # each function that is called is guarded, so functions without state must cost no time
-        if not is_users_function(value) or not holds_something(value):
+        if not is_users_function(value):
+            registry = registry_of(value)
+            return [] if registry is None else [(registry, (path, "registry", None))]
+        if not holds_something(value):
+            self._bare.append(FrozenAttributes(vars(value), itself, {}, path))
             return []
         cls: type = type(value)
         held = bound_to(value)
@@ -369,6 +378,7 @@ class FrozenValues:
         """Return whether nothing has changed. Large containers are not compared."""
         return (
             self._placement.check()
+            and not any(self.without_attributes)
             and (self._same_items.hold() or all(each.holds() for each in self._items))
             and all(each.holds() for each in self._other_containers)
             and all(map(operator.is_, map(type, self._typed), self._expected_types))
@@ -391,13 +401,13 @@ class FrozenValues:
         Args:
             name: The name of the value itself.
         """
-        parts = [*self._items, *self._contents, *self._large, *self._inside_large]
+        parts = [*self._items, *self._bare, *self._contents, *self._large, *self._inside_large]
         places = itertools.chain.from_iterable(each.changed_places(name) for each in parts)
         return list(dict.fromkeys(places))
 
     def explain(self) -> Changed:
         """Return what has changed, with both values; empty if nothing has. It takes its time."""
-        for each in [*self._items, *self._classes, *self._contents, *self._large]:
+        for each in [*self._items, *self._bare, *self._classes, *self._contents, *self._large]:
             if not each.holds():
                 return each.explain()
         for index in self._placement.moved():

@@ -100,7 +100,7 @@ def names_of_library(cls: type) -> frozenset[str]:
     if issubclass(cls, logging.Handler):
         return frozenset({*vars(logging.StreamHandler()), *vars(logging.NullHandler())})
     if issubclass(cls, logging.Logger):
-        return frozenset(vars(logging.Logger("any")))
+        return frozenset(vars(logging.Logger("any"))) - {"level", "disabled"}
     if issubclass(cls, enum.Enum):
         return frozenset(("_name_", "__objclass__", "_sort_order_", "_inverted_", "_hash_"))
     return frozenset()
@@ -289,17 +289,36 @@ def _names_in_methods(cls: type) -> frozenset[str]:
     return frozenset(name for function in functions for name in function.__code__.co_names)
 
 
+@functools.lru_cache(maxsize=4096)
+def names_in_users_methods(cls: type) -> frozenset[str]:
+    """Give the names that methods and properties of the user's classes mention."""
+    values = [v for base in cls.__mro__ if is_user_class(base) for v in vars(base).values()]
+    values = [getattr(each, "fget", None) or getattr(each, "__func__", each) for each in values]
+    functions = [each for each in values if isinstance(each, types.FunctionType)]
+    return frozenset(name for function in functions for name in function.__code__.co_names)
+
+
+_VALUES_OF_TORCH = frozenset({"dump_patches", "T_destination"})
+"""What ``nn.Module`` has, and no method of it reads."""
+
+
 def has_attributes_of_users(module: nn.Module) -> bool:
-    """Return True if a module of torch holds something that its own class does not know.
+    """Return True if a module of torch, or its class, holds something that its code does not know.
 
     Marks of other libraries (``_is_hf_initialized``) are among :func:`layer_settings` only.
     """
     cls: type = type(module)
     known = names_of_frameworks(module) | _names_in_methods(cls)
     attributes: dict[str, Any] = object.__getattribute__(module, "__dict__")
+    in_classes = [
+        (name, value)
+        for base in cls.__mro__
+        for name, value in vars(base).items()
+        if is_value_of_class(value) and name not in _VALUES_OF_TORCH and not name.startswith("__")
+    ]
     return any(
         name not in known and not (name.startswith("_") and is_plain_value(value))
-        for name, value in attributes.items()
+        for name, value in (*attributes.items(), *in_classes)
     )
 
 
@@ -369,6 +388,7 @@ def layer_settings(module: nn.Module) -> dict[str, Any]:
             for name, value in attributes.items()
             if name not in names_of_frameworks(module)
         }
+        found["forward of its class"] = value_in_class(cls, "forward")
     found.update(class_values(module))
     found.update(_methods_of_classes(cls))
     found.pop("_compiled_call_impl", None)  # compared as "is compiled"

@@ -57,6 +57,8 @@ _compiler: Callable[[], Any] = getattr(
     torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None
 )
 _lock = threading.RLock()
+BESIDE_INTERCEPTIONS = frozenset({"__getattribute__", "getattr_static"})
+"""By which a function reads an attribute of a module, and no interception sees it."""
 _GLOBALS_OF_MODULE = vars(nn.modules.module)
 """Those of the code of ``nn.Module``: at each call it reads hooks and tables of its own."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import FunctionType
 
 from torch import nn
 
@@ -14,18 +15,25 @@ from cg_lightning.diagnosis.hidden_modules import hidden_modules, opaque_in, sou
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.sources import ALL_NAMES, Source
-from cg_lightning.guards.value_kinds import holds_nothing
+from cg_lightning.guards.value_kinds import holds_nothing, is_users_function
 from cg_lightning.modules.attributes import (
     has_attributes_of_users,
     holding_class,
     is_user_attribute,
+    names_in_users_methods,
     plain_values_of,
     set_by_users,
     slots_of,
     user_attributes,
+    value_in_class,
     values_of_classes,
 )
-from cg_lightning.modules.interception import Interception, ModuleHandler, can_intercept
+from cg_lightning.modules.interception import (
+    BESIDE_INTERCEPTIONS,
+    Interception,
+    ModuleHandler,
+    can_intercept,
+)
 from cg_lightning.modules.kinds import is_metric, is_user_class, is_user_module, is_value_of_class
 
 
@@ -49,8 +57,7 @@ class AttributeReads(Detector):
                 *[pair for inside in watch.hidden.values() for pair in inside],
             ]
         }
-        for source in _constants_of_classes([watch.root]):
-            watch.read(source)
+        self._read_unseen([watch.root])
         with contextlib.ExitStack() as stack:
             for _, module in watch.modules:
                 is_read = (
@@ -68,9 +75,17 @@ class AttributeReads(Detector):
         for module in call.hidden:
             self._attributes[id(module)].read_all()
         assert call.module is not None
-        for source in _constants_of_classes(list(call.hidden) or [call.module]):
-            self.watch.read(source)
+        self._read_unseen(list(call.hidden) or [call.module])
         return contextlib.nullcontext()
+
+    def _read_unseen(self, modules: list[nn.Module]) -> None:
+        """Note what of these modules is read in ways that no interception shows."""
+        for source in _constants_of_classes(modules):
+            self.watch.read(source)
+        for module in modules:
+            cls: type = type(module)
+            if not BESIDE_INTERCEPTIONS.isdisjoint(names_in_users_methods(cls)):
+                self._attributes[id(module)].read_all()
 
 
 class _Attributes:
@@ -114,14 +129,14 @@ class _Attributes:
         if stored := set_by_users(module, name):
             name, cls = stored, None
         elif not is_user_attribute(module, name) or any(name in table for table in members):
-            return []
+            return _attributes_of_method(module, name)
         else:
             cls = holding_class(module, name)
-        if cls is not None and not is_user_class(cls):  # a property of a framework's
-            return []
+        in_class = None if cls is None else vars(cls)[name]
+        if cls is not None and not (is_user_class(cls) or is_value_of_class(in_class)):
+            return []  # a property of a framework's
         kind: type = type(module)
         is_in_slot = name in slots_of(kind)
-        in_class = None if cls is None else vars(cls)[name]
         value = Source(module, name, path).value() if is_in_slot or cls is None else in_class
         is_value = is_in_slot or cls is None or isinstance(value, type) or is_value_of_class(value)
         if is_value and not holds_nothing(value):
@@ -161,6 +176,12 @@ class _ReadHandler(ModuleHandler):
             self._attributes.read(name)
         elif is_read_by_user():  # ``vars(self)["name"]``
             self._attributes.read_names()
+
+
+def _attributes_of_method(module: nn.Module, name: str) -> list[Source]:
+    method = value_in_class(type(module), name)
+    is_users = isinstance(method, FunctionType) and is_users_function(method)
+    return [Source(method, "__dict__", f"attributes of {name}")] if is_users else []
 
 
 def _constants_of_classes(modules: list[nn.Module]) -> list[Source]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import abc
 import builtins
 import contextlib
 import functools
 import importlib
+import inspect
 import sys
 import types
 from collections.abc import Iterator, Sequence
 from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
+from torch import Tensor, nn
+
 from cg_lightning.core.causes import Cause
+from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.core.tree import is_container
 from cg_lightning.diagnosis.call_events import call_events
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import AT_THE_END, NOT_YOURS, is_step_calling
@@ -29,6 +35,7 @@ from cg_lightning.diagnosis.functions import (
 )
 from cg_lightning.diagnosis.hidden_modules import hidden_modules, opaque_in, sources_in
 from cg_lightning.diagnosis.library_settings import has_settings, settings_read_by
+from cg_lightning.diagnosis.log_levels import asks_for_level, level_asked_for
 from cg_lightning.diagnosis.module_state import ModuleState
 from cg_lightning.diagnosis.names_in_code import NamesInCode, names_of
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
@@ -53,16 +60,30 @@ from cg_lightning.diagnosis.writes import (
     write_in_python,
 )
 from cg_lightning.guards.frozen_parts import ChangedPlace
-from cg_lightning.guards.sources import ENVIRONMENT, MISSING, DerivedNamespace, Source
+from cg_lightning.guards.sources import (
+    ENVIRONMENT,
+    MISSING,
+    REGISTRATIONS,
+    DerivedNamespace,
+    LibrarySource,
+    Source,
+)
 from cg_lightning.guards.values import FrozenValues
-from cg_lightning.modules.attributes import is_same_value
-from cg_lightning.modules.kinds import is_user_file, is_users_namespace
+from cg_lightning.modules.attributes import is_same_value, names_in_users_methods
+from cg_lightning.modules.interception import BESIDE_INTERCEPTIONS
+from cg_lightning.modules.kinds import (
+    is_user_class,
+    is_user_file,
+    is_users_namespace,
+    is_value_of_class,
+)
 
 _FUNCTIONS = (types.FunctionType, classmethod, staticmethod, property)
 
 
 _CLASS_OF = frozenset({"type", "__class__"})
 """How a function asks for the class of an object."""
+_ASKS_FOR_CLASSES = frozenset({"isinstance", "issubclass"})
 _LOOK_AT_ANYTHING = frozenset({"type", "id", "callable", "suppress", "eval", "exec"})
 _NO_FILE = "<string>"
 """The file of code that is run from a text."""
@@ -99,6 +120,10 @@ class GlobalReads(Detector):
         self._inside: dict[tuple[int, str], list[Source]] = {}
         """What these hold."""
         self._problems: dict[tuple[int, str], list[tuple[Cause, str, str]]] = {}
+        self._named: dict[int, Any] = {}
+        """The user's classes that code of the step names."""
+        self._of_named: dict[tuple[int, int], list[Source]] = {}
+        """What some code may read of such a class."""
         self._of_arguments: dict[tuple[int, int], list[Source]] = {}
         """What the functions with some code read of a class or module that they are given."""
         self._unguarded: dict[tuple[int, str], list[ModuleCall]] = {}
@@ -188,9 +213,14 @@ class GlobalReads(Detector):
             self.watch.report_unless_found(Cause.OPAQUE, words, location=line)
         for source in known.sources:
             self._read(source)
+        for source in level_asked_for(frame):
+            self._note(source, "")
         if known.names is not None:
             for namespace in _namespaces_given(frame, known.names):
                 for source in self._sources_of_argument(namespace, known):
+                    self._read(source)
+            for namespace in self._named.values():
+                for source in self._sources_of_named(namespace, known):
                     self._read(source)
         for function, sources in known.functions:
             if is_running(function, frame):
@@ -244,13 +274,36 @@ class GlobalReads(Detector):
             for each in computed
             if not each.only_reads_one
         ]
+        if _reads_modules_unseen(frame):
+            opaque.append(("__getattribute__ of a module", location))
+        if _asks_for_registrations(frame, names):
+            sources.append(REGISTRATIONS)
         for source in sources:
             self._remember(source, location)
         held = [(function, _sources_held_by(function)) for function in found.functions]
-        given = names if code.co_argcount or code.co_kwonlyargcount else None
+        self._note_named(_namespaces_named(frame, names))
         volatile = arithmetic_of_thread(code)
-        matters = bool(sources or held or given or volatile or opaque)
-        return _Code(code, matters, volatile, False, "", location, sources, held, given, opaque)
+        return _Code(code, True, volatile, False, "", location, sources, held, names, opaque)
+
+    def _note_named(self, namespaces: list[Any]) -> None:
+        """Note classes that code names: other code may get them, and read them by its names."""
+        for namespace in namespaces:
+            if id(namespace) not in self._named:
+                self._named[id(namespace)] = namespace
+                for known in list(self._known.values()):
+                    for source in self._sources_of_named(namespace, known):
+                        self._read(source)
+
+    def _sources_of_named(self, namespace: Any, known: _Code) -> list[Source]:
+        key = (id(known.code), id(namespace))
+        if key not in self._of_named:
+            found: list[Source] = []
+            if known.names is not None:
+                found = _values_by_names(namespace, known.names)
+            self._of_named[key] = found
+            for source in found:
+                self._remember(source, known.location)
+        return self._of_named[key]
 
     def _import(self, name: str, caller: FrameType) -> None:
         """Note that a function of the user's imports a module by a name that it computes."""
@@ -273,6 +326,7 @@ class GlobalReads(Detector):
         volatile, is_of_environment = volatile_in_python(code), reads_environment(code)
         write = write_in_python(code)
         matters = bool(volatile or settings or write) or is_of_environment or code is _IMPORT
+        matters = matters or asks_for_level(code)
         return _Code(code, matters, volatile, is_of_environment, write, sources=settings)
 
     def _find_functions(self, frame: FrameType) -> FoundFunctions:
@@ -321,7 +375,7 @@ class GlobalReads(Detector):
 
     def _remember(self, source: Source, location: str) -> None:
         key = source.key
-        if key in self._before or key in self._problems:
+        if key in self._before or key in self._problems or isinstance(source, LibrarySource):
             return
         with self.watch.paused():  # these reads are not the step's
             value = source.value()
@@ -366,14 +420,18 @@ class _Code(NamedTuple):
     """Its actions that cannot be followed, with their lines."""
 
 
+def _asks_for_registrations(frame: FrameType, names: NamesInCode) -> bool:
+    """Whether code may ask if a class is registered with an abstract one of the user's."""
+    is_asked = not _ASKS_FOR_CLASSES.isdisjoint(frame.f_code.co_names)
+    return is_asked and any(isinstance(e, abc.ABCMeta) for e in _namespaces_named(frame, names))
+
+
 class _Unset(Source):
     """A name that is not there before the step: the step itself may set it."""
 
 
 def _needs_guard(source: Source) -> bool:
-    if isinstance(source, _Unset):
-        return source.value() is not MISSING
-    return source.name != "__dict__" or bool(source.value())
+    return not isinstance(source, _Unset) or source.value() is not MISSING
 
 
 def _reads_by_text(function: Any) -> bool:
@@ -410,6 +468,57 @@ def _namespaces_given(frame: FrameType, names: NamesInCode) -> Iterator[Any]:
             yield value
         elif name == code.co_varnames[0] and not _CLASS_OF.isdisjoint(code.co_names):
             yield type(value)
+    for value in _more_arguments(frame):
+        if isinstance(value, (type, types.ModuleType)):
+            yield value
+
+
+def _more_arguments(frame: FrameType) -> Iterator[Any]:
+    """Yield what is in ``*args`` and ``**kwargs``."""
+    code, values = frame.f_code, frame.f_locals
+    at = code.co_argcount + code.co_kwonlyargcount
+    if code.co_flags & inspect.CO_VARARGS:
+        yield from values.get(code.co_varnames[at], ())
+        at += 1
+    if code.co_flags & inspect.CO_VARKEYWORDS:
+        yield from values.get(code.co_varnames[at], {}).values()
+
+
+def _reads_modules_unseen(frame: FrameType) -> bool:
+    """Whether a function may read a module that it is given, and no interception sees it.
+
+    If a method of that module does so, all its attributes count as read.
+    """
+    code = frame.f_code
+    if BESIDE_INTERCEPTIONS.isdisjoint(code.co_names):
+        return False
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    given = [*map(frame.f_locals.get, names), *_more_arguments(frame)]
+    kinds: list[type] = [type(each) for each in given if isinstance(each, nn.Module)]
+    return any(BESIDE_INTERCEPTIONS.isdisjoint(names_in_users_methods(kind)) for kind in kinds)
+
+
+def _namespaces_named(frame: FrameType, names: NamesInCode) -> list[type]:
+    """Return the user's classes among the globals that a function names."""
+    found = [frame.f_globals.get(name) for name in names.globals]
+    found += [vars(module).get(name) for module, name in names.imported if name]
+    found += [frame.f_locals.get(name) for name in frame.f_code.co_freevars if name != "__class__"]
+    return [each for each in found if isinstance(each, type) and is_users_namespace(each)]
+
+
+def _values_by_names(cls: type, names: NamesInCode) -> list[Source]:
+    """What code may read of a class by its names: no functions, which are seen when they run."""
+    return [
+        source
+        for name in set(names.names)
+        for holder in cls.__mro__
+        if name in vars(holder) and is_user_class(holder) and is_value_of_class(vars(holder)[name])
+        if not isinstance(vars(holder)[name], type)
+        for source in (
+            Source(holder, name, f"{holder.__name__}.{name}"),
+            *([Source(cls, name, f"{cls.__name__}.{name}")] if holder is not cls else []),
+        )
+    ]
 
 
 def _words(source: Source) -> str:
@@ -429,7 +538,11 @@ def _sources_in(namespace: Any, path: str, names: NamesInCode, seen: set[int]) -
 
 
 def _holders(namespace: Any) -> Sequence[Any]:
-    return namespace.__mro__ if isinstance(namespace, type) else (namespace,)
+    """Return where a name of a module or class is looked up, also the user's metaclasses."""
+    if not isinstance(namespace, type):
+        return (namespace,)
+    kind: type = type(namespace)
+    return (*namespace.__mro__, *[each for each in kind.__mro__ if is_users_namespace(each)])
 
 
 def _sources_by_names(
@@ -442,8 +555,9 @@ def _sources_by_names(
         holder = next((each for each in holders if name in vars(each)), None)
         value = None if holder is None else vars(holder)[name]
         if isinstance(value, (types.ModuleType, type)):
-            if id(value) not in seen and is_users_namespace(value):
-                found += _sources_by_names(value, f"{path}.{name}", names, seen)
+            if id(value) not in seen:
+                sources_in = _sources_by_names if is_users_namespace(value) else _sources_in_library
+                found += sources_in(value, f"{path}.{name}", names, seen)
         elif holder is not None and isinstance(value, types.FunctionType):
             place = holder if isinstance(holder, type) else vars(holder)
             found += [Source(place, name, f"{path}.{name}"), *_attributes_of_function(value)]
@@ -453,6 +567,32 @@ def _sources_by_names(
             if holder is not namespace:  # a class may get a value of its own
                 found.append(Source(namespace, name, f"{path}.{name}"))
     return found
+
+
+def _sources_in_library(
+    namespace: Any, path: str, names: Sequence[str], seen: set[int]
+) -> list[Source]:
+    """What may be read of a module or class of a library by these names: users set values there."""
+    found: list[Source] = []
+    seen.add(id(namespace))
+    for name in names:
+        holder = next((each for each in _holders(namespace) if name in vars(each)), None)
+        value = None if holder is None else vars(holder)[name]
+        if isinstance(value, (types.ModuleType, type)):
+            if id(value) not in seen:
+                sources_in = _sources_by_names if is_users_namespace(value) else _sources_in_library
+                found += sources_in(value, f"{path}.{name}", names, seen)
+        elif holder is not None:
+            found.append(_source_in_library(holder, name, f"{path}.{name}", value))
+    return found
+
+
+def _source_in_library(holder: Any, name: str, path: str, value: Any) -> Source:
+    if isinstance(value, types.FunctionType):
+        is_users = is_user_file(value.__code__.co_filename)
+    else:
+        is_users = is_plain_value(value) or is_container(value) or is_user_class(type(value))
+    return (Source if is_users else LibrarySource)(holder, name, path)
 
 
 class _Names(DerivedNamespace):
@@ -511,12 +651,34 @@ def _sources_of(frame: FrameType, names: NamesInCode) -> list[Source]:
         found += _sources_of_name(namespace, name, name, names)
         if name not in namespace and name in is_set:
             found.append(_Unset(namespace, name, name))
+        elif name not in namespace and not _is_pythons_own(frame.f_builtins.get(name)):
+            found.append(Source(frame.f_builtins, name, name))
     for module, name in names.imported:
         if name:
             found += _sources_of_name(vars(module), name, f"{module.__name__}.{name}", names)
         elif is_users_namespace(module):
             found += _sources_in(module, module.__name__, names, set())
-    return found
+        else:
+            found += _sources_in_library(module, module.__name__, names.names, set())
+    for space, name in names.looked_up():
+        if name not in dir(space):
+            found.append(Source(space, name, f"{space.__name__}.{name}"))
+    return [*found, *_sources_on_tensors(names)]
+
+
+def _sources_on_tensors(names: NamesInCode) -> list[Source]:
+    """What may be read of the class of tensors, if the user has set it there."""
+    found = {name: vars(Tensor)[name] for name in names.names if name in vars(Tensor)}
+    return [
+        Source(Tensor, name, f"torch.Tensor.{name}")
+        for name, value in found.items()
+        if is_value_of_class(value)
+    ]
+
+
+def _is_pythons_own(value: Any) -> bool:
+    """Return whether something among the builtins is a function or class of Python itself."""
+    return callable(value) and getattr(value, "__module__", "") == "builtins"
 
 
 def _sources_of_name(
@@ -525,7 +687,7 @@ def _sources_of_name(
     value = namespace.get(name)
     if isinstance(value, (types.ModuleType, type)):
         if not is_users_namespace(value):
-            return []
+            return _sources_in_library(value, path, names.names, set())
         return _sources_in(value, value.__name__ if isinstance(value, type) else path, names, set())
     if isinstance(value, types.FunctionType):
         return [Source(namespace, name, path), *_attributes_of_function(value)]

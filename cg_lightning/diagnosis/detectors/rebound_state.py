@@ -9,6 +9,7 @@ from typing import Any
 from torch._ops import OpOverload
 
 from cg_lightning.core.causes import Cause
+from cg_lightning.core.kernel_flags import switches
 from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.attribute_events import AttributeEvents, LastingValues
 from cg_lightning.diagnosis.detector import Detector
@@ -56,8 +57,10 @@ class ReboundState(Detector):
                 if id(module) not in known:
                     known.add(id(module))
                     before.append((path, ModuleState(module)))
+        switched = switches()
         with self._noticing_events():
             yield
+        self._report_switches(switched, [watch.step])
         changed = [(path, state, self._changed(state)) for path, state in before]
         repeated = self._repeated(changed)
         self._guard_what_is_set(changed, repeated)
@@ -74,14 +77,23 @@ class ReboundState(Detector):
     @contextlib.contextmanager
     def around_call(self, call: ModuleCall) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        switched = switches()
         if call.module is not self.watch.root:
             yield
+            self._report_switches(switched, self.watch.stack[1:])
             return
         with self.watch.paused():
             state = ModuleState(self.watch.root)
         yield
+        self._report_switches(switched, self.watch.stack[1:])
         # the step gets its finding from the comparison at its end
         self._report(state, None, self._changed(state), self.watch.stack[1:])
+
+    def _report_switches(self, before: tuple[Any, ...], calls: list[ModuleCall]) -> None:
+        if switches() != before:
+            self.watch.report(
+                Cause.STATE_REBOUND, "a switch of PyTorch", location=AT_THE_END, calls=calls
+            )
 
     def _changed(self, state: ModuleState) -> list[str]:
         with self.watch.paused():

@@ -18,7 +18,12 @@ from torch import Tensor, nn
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import ReplacingDetector
-from cg_lightning.diagnosis.findings import AT_THE_END, is_called_by_step, is_our_file
+from cg_lightning.diagnosis.findings import (
+    AT_THE_END,
+    is_called_by_step,
+    is_our_file,
+    is_read_by_user,
+)
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.sources import Source
@@ -82,6 +87,13 @@ class TensorAttributes(ReplacingDetector):
                 self.watch.report(Cause.OPAQUE, f"{self._tensors[id(tensor)][0]}.grad")
             return inherited.__get__(tensor)  # type: ignore[no-any-return]
 
+        counter: Any = Tensor._version
+
+        def version(tensor: Tensor) -> int:
+            if is_read_by_user():  # a replay writes without a count
+                self.watch.report(Cause.OPAQUE, "_version, how often a tensor was written to")
+            return counter.__get__(tensor)  # type: ignore[no-any-return]
+
         def missing(tensor: Tensor, name: str) -> Any:
             self._read(tensor, name)
             raise AttributeError(f"{type(tensor).__name__!r} object has no attribute {name!r}")
@@ -93,6 +105,7 @@ class TensorAttributes(ReplacingDetector):
         }
         if not self.watch.has_backward:
             members["grad"] = property(gradient, inherited.__set__, inherited.__delete__)
+        members["_version"] = property(version)
         if not hasattr(Tensor, "__getattr__"):
             members["__getattr__"] = missing
         for name, value in members.items():

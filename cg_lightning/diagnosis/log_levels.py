@@ -1,0 +1,39 @@
+"""Levels of loggers that a step asks for: ``LOG.isEnabledFor(logging.DEBUG)``, ``LOG.debug(...)``.
+
+A message that is below the level is not shown. If the level changes, eager steps show it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from types import CodeType, FrameType
+
+from cg_lightning.diagnosis.writes import is_said_by_user
+from cg_lightning.guards.sources import Source
+
+_ASKS = {
+    id(method.__code__)
+    for method in (logging.Logger.isEnabledFor, logging.Logger.getEffectiveLevel)
+}
+"""By identity: while Python tells of calls, the code has other instructions in it."""
+
+
+def asks_for_level(code: CodeType) -> bool:
+    """Return whether it is the code of a method that asks for the level of a logger."""
+    return id(code) in _ASKS
+
+
+def level_asked_for(frame: FrameType) -> Iterator[Source]:
+    """Yield what decides the level that the user's code asks for; nothing for other functions."""
+    if not (asks_for_level(frame.f_code) and is_said_by_user(frame.f_back)):
+        return
+    logger: logging.Logger | None = frame.f_locals["self"]
+    assert logger is not None
+    name = f"logger {logger.name}"
+    yield Source(logger.manager, "_disable", "logging.disable")
+    yield Source(logger, "disabled", f"{name}: disabled")
+    while logger is not None:
+        yield Source(logger, "level", f"logger {logger.name}: level")
+        yield Source(logger, "parent", f"logger {logger.name}: parent")
+        logger = logger.parent
