@@ -98,8 +98,7 @@ class GuardSet:
         sources = list(sources)
         self._bare = [each for each in sources if each.is_bare_function]
         self._of_libraries = [Guard.of(each) for each in sources if isinstance(each, LibrarySource)]
-        apart = (*self._bare, *(guard.source for guard in self._of_libraries))
-        own = [each for each in sources if not any(each is one for one in apart)]
+        own = [e for e in sources if not (e.is_bare_function or isinstance(e, LibrarySource))]
         self.guards = list(map(Guard.of, _with_classes(own)))
         there = [guard for guard in self.guards if guard.expected is not MISSING]
         native = [guard for guard in there if guard.is_in_dictionary]
