@@ -362,6 +362,7 @@ def test_sources_of_one_submodule():
     seen = watch((AttributeReads, GlobalReads), module)
     assert [str(source) for source in seen.sources(module.inner)] == [
         "Inner.limit",
+        "attributes of forward",
         "Inner.forward",
         "self.inner.temperature",
     ]

@@ -302,6 +302,12 @@ _VALUES_OF_TORCH = frozenset({"dump_patches", "T_destination"})
 """What ``nn.Module`` has, and no method of it reads."""
 
 
+def is_set_by_users(cls: type, name: str) -> bool:
+    """Return whether a class of a framework has a value that none of its own methods mentions."""
+    is_known = name in _names_in_methods(cls) or name in _VALUES_OF_TORCH
+    return not is_known and is_value_of_class(vars(cls)[name])
+
+
 def has_attributes_of_users(module: nn.Module) -> bool:
     """Return True if a module of torch, or its class, holds something that its code does not know.
 

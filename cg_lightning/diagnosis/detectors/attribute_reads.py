@@ -19,6 +19,7 @@ from cg_lightning.guards.value_kinds import holds_nothing, is_users_function
 from cg_lightning.modules.attributes import (
     has_attributes_of_users,
     holding_class,
+    is_set_by_users,
     is_user_attribute,
     names_in_users_methods,
     plain_values_of,
@@ -133,8 +134,8 @@ class _Attributes:
         else:
             cls = holding_class(module, name)
         in_class = None if cls is None else vars(cls)[name]
-        if cls is not None and not (is_user_class(cls) or is_value_of_class(in_class)):
-            return []  # a property of a framework's
+        if cls is not None and not (is_user_class(cls) or is_set_by_users(cls, name)):
+            return []  # a property or a value of a framework's
         kind: type = type(module)
         is_in_slot = name in slots_of(kind)
         value = Source(module, name, path).value() if is_in_slot or cls is None else in_class
