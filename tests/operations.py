@@ -180,5 +180,8 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
     "as_tensor": lambda x: torch.as_tensor([1.0, 2.0], device=x.device),
     "new_tensor": lambda x: x.new_tensor([1.0, 2.0]),
 }
-MADE_BEFORE = ("tensor of a number", "tensor of a list", "as_tensor", "new_tensor")
-"""Of these, the callback makes the result before the capture, which the wrapper does not do."""
+MADE_BEFORE = (
+    *("one_hot of unknown length", "bincount", "repeat_interleave by a tensor"),
+    *("tensor of a number", "tensor of a list", "as_tensor", "new_tensor"),
+)
+"""Of these, the callback makes or knows the result before the capture; the wrapper does not."""

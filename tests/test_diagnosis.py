@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanSquaredError
 
 from cg_lightning import CaptureError, CUDAGraphCallback, diagnose
-from cg_lightning.core.causes import Cause
+from cg_lightning.core.causes import REMEDIES_OF_OPERATIONS, Cause
 from cg_lightning.diagnosis.detectors.batch_index import uses_batch_index
 from cg_lightning.diagnosis.watcher import StepWatcher
 from tests.harness import Harness, assert_same, features, images
@@ -82,7 +82,7 @@ def test_causes_operations_and_lines(name):
     assert found.largest_capturable() == ["trunk"]
     finding = next(finding for finding in found.findings if finding.cause is cause)
     assert finding.operation
-    assert finding.remedy == cause.remedy
+    assert finding.remedy == REMEDIES_OF_OPERATIONS.get(finding.operation, cause.remedy)
     if cause not in (Cause.STATE_REBOUND, Cause.HOST_RANDOMNESS):
         assert finding.location == f"{__file__}:{function.__code__.co_firstlineno}"
     assert cause.value in str(found)

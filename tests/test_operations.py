@@ -23,11 +23,11 @@ TOO_CAREFUL = 2
 class Runs(nn.Module):
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
+        self.weight = nn.Parameter(torch.eye(8))  # what a network computes is no host value
         self.name = name
 
     def forward(self, x):
-        return OPERATIONS[self.name](x * self.scale)
+        return OPERATIONS[self.name](x @ self.weight)
 
 
 def is_captured(name: str, x: torch.Tensor, backend: str) -> bool:

@@ -240,13 +240,22 @@ NODE_HOOKS = [
 ]
 
 
+OTHER_STREAM = pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
+"""PyTorch warns if a node outlives the capture, or was made before it on the default stream."""
+
+
+@OTHER_STREAM
 @pytest.mark.parametrize("make", NODE_HOOKS)
 def test_hooks_of_nodes(fit, make):
     before = vars(torch.autograd.function._HookMixin)["_register_hook"]
     callback = fit(make())
     assert vars(torch.autograd.function._HookMixin)["_register_hook"] is before
-    assert replayed(callback) > 10, callback.summary()
-    assert reasons(callback) == {"hook inside the closure: a hook of a node of autograd"}
+    failed = {text for text in reasons(callback) if "The capture failed" in text}
+    if make is NodeHookFromTheStart and fit.harness.backend == "cuda":
+        assert failed, "the module keeps a node of the default stream, which no capture may use"
+    else:
+        assert replayed(callback) > 10, callback.summary()
+    assert reasons(callback) - failed == {"hook inside the closure: a hook of a node of autograd"}
 
 
 class HookOfOtherNode(Step):
@@ -285,6 +294,7 @@ def test_the_reason_names_the_hook_that_computes_a_weight(fit, name):
     assert reason.startswith(f"forward hook: {of} of Linear in net.0"), reason
 
 
+@OTHER_STREAM
 def test_the_reason_names_the_hook_after_pruning(fit):
     def others():
         return [callbacks.ModelPruning("l1_unstructured", amount=0.3)]

@@ -64,7 +64,8 @@ class Finding:
         """Returns the reason of a step or, if ``path`` is given, of that submodule."""
         text = f"{path}: {self}" if path else str(self)
         is_line = self.location not in (AT_THE_END, NOT_YOURS, UNKNOWN)
-        return Reason(self.cause, text, self.location if is_line else "", self.operation)
+        location = self.location if is_line else ""
+        return Reason(self.cause, text, location, operation=self.operation)
 
     def __str__(self) -> str:
         module = f" in {self.module}" if self.module else ""

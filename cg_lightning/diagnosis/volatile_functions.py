@@ -36,8 +36,6 @@ _IN_C = {
             *("is_anomaly_enabled", "is_anomaly_check_nan_enabled"),
         }
     ),
-    "numpy._core._multiarray_umath": frozenset({"_get_extobj_dict"}),
-    "numpy.core._multiarray_umath": frozenset({"_get_extobj_dict", "geterrobj"}),
     "resource": frozenset({"getrusage"}),
     "gc": frozenset({"get_count", "get_stats", "get_objects", "isenabled", "get_threshold"}),
     "sys": frozenset(
@@ -81,9 +79,9 @@ def volatile_in_c(function: Any) -> str:
         module = ""
     elif module is None and isinstance(owner, type):  # ``datetime.now`` is a method of a class
         module = owner.__module__
-    if module == "":
-        return name
-    return f"{module}.{name}" if module and name in _IN_C.get(module, ()) else ""
+    if module is None or name not in _IN_C.get(module, ()):
+        return ""
+    return f"{module}.{name}" if module else name
 
 
 def method_of_generator(function: Any, caller: FrameType) -> str:

@@ -487,10 +487,11 @@ def _more_arguments(frame: FrameType) -> Iterator[Any]:
 def _reads_modules_unseen(frame: FrameType) -> bool:
     """Whether a function may read a module that it is given, and no interception sees it.
 
-    If a method of that module does so, all its attributes count as read.
+    If a method of that module does so, all its attributes count as read. They also do if its class
+    has a look-up of its own.
     """
     code = frame.f_code
-    if BESIDE_INTERCEPTIONS.isdisjoint(code.co_names):
+    if code.co_name == "__getattribute__" or BESIDE_INTERCEPTIONS.isdisjoint(code.co_names):
         return False
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     given = [*map(frame.f_locals.get, names), *_more_arguments(frame)]
