@@ -3,10 +3,10 @@
 ``if batch_idx % 50 == 0: print(f"batch {batch_idx}")`` prints in few steps only. In all others, the
 line does nothing with the number, because it does not run.
 
-A :class:`Condition` follows from the branches around the line: it must hold if the line runs.
+A :class:`BranchCondition` follows from the branches around the line: it must hold if the line runs.
 Constants are known from the source. What an attribute of the module is (``self.every``) is looked
 up before the step, which may set it. So after the step, the comparisons that it has really made
-must not contradict (:meth:`Condition.may_have_held`).
+must not contradict (:meth:`BranchCondition.may_have_held`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def constant(node: ast.expr) -> int | float | None:
     return node.value if type(node.value) in (int, float) else None  # type: ignore[return-value]
 
 
-class Condition(NamedTuple):
+class BranchCondition(NamedTuple):
     """Comparisons of an argument, of which at least one comes out as it is here."""
 
     outcomes: tuple[tuple[Comparison, bool], ...]
@@ -89,7 +89,7 @@ class ConditionsOf:
         self._name = name
         self._module = module
 
-    def around(self, node: ast.AST, definition: ast.AST, parents: Parents) -> list[Condition]:
+    def around(self, node: ast.AST, definition: ast.AST, parents: Parents) -> list[BranchCondition]:
         """Return what holds if a node of a function runs.
 
         Args:
@@ -97,7 +97,7 @@ class ConditionsOf:
             definition: The function.
             parents: The parent of each node in it.
         """
-        found: list[Condition] = []
+        found: list[BranchCondition] = []
         while node is not definition:
             if isinstance(node, OTHER_FRAMES):
                 found.clear()  # a name inside may be another variable
@@ -109,7 +109,7 @@ class ConditionsOf:
             node = outer
         return found
 
-    def _by_branch(self, outer: ast.AST, node: ast.AST) -> Iterator[Condition]:
+    def _by_branch(self, outer: ast.AST, node: ast.AST) -> Iterator[BranchCondition]:
         """Yield what holds because ``outer`` has taken the branch of ``node``."""
         if isinstance(outer, (ast.If, ast.While, ast.IfExp)) and node is not outer.test:
             body = [outer.body] if isinstance(outer, ast.IfExp) else outer.body
@@ -118,13 +118,13 @@ class ConditionsOf:
             for value in outer.values[: outer.values.index(node)]:  # type: ignore[arg-type]
                 yield from self._of(value, isinstance(outer.op, ast.And))
 
-    def _by_leaving(self, before: Sequence[ast.stmt]) -> Iterator[Condition]:
+    def _by_leaving(self, before: Sequence[ast.stmt]) -> Iterator[BranchCondition]:
         """Yield what holds because the statements before have not left the block."""
         for each in before:
             if isinstance(each, ast.If) and not each.orelse and isinstance(each.body[-1], _LEAVE):
                 yield from self._of(each.test, False)
 
-    def _of(self, test: ast.expr, truth: bool) -> Iterator[Condition]:
+    def _of(self, test: ast.expr, truth: bool) -> Iterator[BranchCondition]:
         """Yield what holds if an expression is true, or not."""
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
             yield from self._of(test.operand, not truth)
@@ -136,9 +136,9 @@ class ConditionsOf:
             yield from self._of_comparison(test, truth)
         elif (number := self._number(test)) is not None:
             outcome = (Comparison(number[0], "!=", 0), truth)
-            yield Condition((outcome,), number[1])
+            yield BranchCondition((outcome,), number[1])
 
-    def _of_comparison(self, test: ast.Compare, truth: bool) -> Iterator[Condition]:
+    def _of_comparison(self, test: ast.Compare, truth: bool) -> Iterator[BranchCondition]:
         operands = [test.left, *test.comparators]
         pairs = zip(operands, test.ops, operands[1:], strict=False)
         found = [self._pair(*pair) for pair in pairs]
@@ -146,12 +146,12 @@ class ConditionsOf:
             yield from [each for each in found if each is not None]
         elif all(each is not None and len(each.outcomes) == 1 for each in found):
             inverse = [(one, not out) for each in found if each for one, out in each.outcomes]
-            yield Condition(tuple(inverse), all(each.is_constant for each in found if each))
+            yield BranchCondition(tuple(inverse), all(each.is_constant for each in found if each))
         elif len(found) == 1 and found[0] is not None:  # in a list: none of them
             for one, outcome in found[0].outcomes:
-                yield Condition(((one, not outcome),), found[0].is_constant)
+                yield BranchCondition(((one, not outcome),), found[0].is_constant)
 
-    def _pair(self, left: ast.expr, sign: ast.cmpop, right: ast.expr) -> Condition | None:
+    def _pair(self, left: ast.expr, sign: ast.cmpop, right: ast.expr) -> BranchCondition | None:
         """Return the condition that one comparison is true."""
         if isinstance(sign, ast.In) and isinstance(right, (ast.List, ast.Tuple)):
             values: list[ast.expr] = right.elts
@@ -173,7 +173,7 @@ class ConditionsOf:
                 return None
             found.append((Comparison(number[0], text, operand), True))
             is_constant &= is_known
-        return Condition(tuple(found), is_constant)
+        return BranchCondition(tuple(found), is_constant)
 
     def _number(self, node: ast.expr) -> tuple[tuple[tuple[str, int], ...], bool] | None:
         """Return the arithmetic that makes an expression of the argument; None for all others."""

@@ -1,7 +1,7 @@
 """The line of a step that changes what is in an object, a global or a closure.
 
-Nobody is told of such a change: it is seen when the step is compared with what was before. So the
-code that the step has run is searched for instructions that do it. A line is named only if it is
+No event reports such a change: only the comparison after the step shows it. So the code that the
+step has run is searched for instructions that can make the change. A line is named only if it is
 the only one.
 """
 

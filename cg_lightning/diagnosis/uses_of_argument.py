@@ -31,7 +31,7 @@ from cg_lightning.diagnosis.conditions import (
     COMPARISONS,
     MIRRORED,
     OTHER_FRAMES,
-    Condition,
+    BranchCondition,
     ConditionsOf,
     constant,
 )
@@ -52,7 +52,7 @@ class ArgumentUse(NamedTuple):
     """A line that uses an argument for more than comparisons."""
 
     line: str
-    conditions: tuple[Condition, ...] = ()
+    conditions: tuple[BranchCondition, ...] = ()
     """All of them hold if the line runs."""
 
 

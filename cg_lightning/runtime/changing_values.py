@@ -33,7 +33,7 @@ class KeyFamily:
     differing: set[int] = dataclasses.field(default_factory=set)
     """The leaves in which keys differ from the first one."""
     is_read: bool = False
-    """True if a step reads some of the values, and nobody knows which, or they differ always."""
+    """True if steps read values that always differ, or it is not known which values they read."""
     read: dict[int, set[Hashable]] = dataclasses.field(default_factory=dict)
     """Leaves that steps read, and the values that they have had since then."""
     seen: list[BatchDescriptor] = dataclasses.field(default_factory=list)

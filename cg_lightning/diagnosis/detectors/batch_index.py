@@ -11,7 +11,7 @@ from torch import nn
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.stages import STEP_METHODS
-from cg_lightning.diagnosis.conditions import Condition
+from cg_lightning.diagnosis.conditions import BranchCondition
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.uses_of_argument import ArgumentUse, ArgumentUses
@@ -39,7 +39,7 @@ class BatchIndex(Detector):
         self._step = None if key is None else STEP_METHODS.get(key.stage or "")
         self._uses: list[ArgumentUse] = []
         """Where the step may use the number."""
-        self._left_out: list[tuple[ArgumentUse, list[Condition]]] = []
+        self._left_out: list[tuple[ArgumentUse, list[BranchCondition]]] = []
         """The uses whose lines do not run in this step, since these conditions do not hold."""
         self._used_at: str | None = None
         self._compared_at: str | None = None
@@ -50,7 +50,7 @@ class BatchIndex(Detector):
 
     def arguments(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
-        if not arguments or type(arguments[0]) is not int:  # nobody can note the comparisons
+        if not arguments or type(arguments[0]) is not int:  # its comparisons cannot be recorded
             self._used_at = self._uses[0].line if self._uses else self._compared_at
             return arguments
         number = arguments[0]

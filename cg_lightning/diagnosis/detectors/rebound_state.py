@@ -165,7 +165,7 @@ class ReboundState(Detector):
         watch = self.watch
         if not all(each.is_known_before for each in watch.step.findings):  # it will be no graph
             return set()
-        if watch.hidden:  # nobody sees what compiled code writes to
+        if watch.hidden:  # writes of compiled code are not reported
             for events in self._events.values():
                 events.refuse_calls()
         names = {id(state.module): own for _, state, own in changed}
