@@ -96,14 +96,14 @@ class AnsweredReads(EagerDispatchMode):
 
     def _sized(
         self,
-        func: OpOverload,
+        function: OpOverload,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         by: OpOverload,
         tensor: Tensor,
     ) -> Any:
         """Return what an operation returns whose shape is known."""
-        name = func._schema.name
+        name = function._schema.name
         if name == "aten::bincount":
             sign = self._next(name)
             self._check(sign, torch.ne((tensor < 0).any(), sign.value))
@@ -112,9 +112,9 @@ class AnsweredReads(EagerDispatchMode):
         if not read.is_constant:
             self._check(read, torch.ne(by(tensor), read.value))
         if name == "aten::repeat_interleave":
-            return self.call(func, args, {**kwargs, "output_size": read.value})
+            return self.call(function, args, {**kwargs, "output_size": read.value})
         if name == "aten::one_hot":
-            return self.call(func, (tensor, read.value + 1), {})
+            return self.call(function, (tensor, read.value + 1), {})
         least = args[2] if len(args) > 2 else kwargs.get("minlength", 0)
         counts = tensor.new_zeros(max(read.value + 1, least), dtype=torch.long)
         return counts.scatter_add_(0, tensor.long(), torch.ones_like(tensor, dtype=torch.long))

@@ -143,12 +143,8 @@ def _difference(path: str, now: Hashable, before: Hashable) -> Changed:
     if is_tensor_key(now) and is_tensor_key(before):
         for name, value, was in zip(_OF_TENSOR, now[1:], before[1:], strict=True):
             if value != was:
-                texts = [
-                    str(tuple(x)) if isinstance(x, torch.Size) else str(x) for x in (value, was)
-                ]
-                return Changed(
-                    f"{path}.{name}", f"{path}.{name}: now {texts[0]}, before {texts[1]}"
-                )
+                where = f"{path}.{name}"
+                return Changed(where, f"{where}: now {_text(value)}, before {_text(was)}")
     return Changed(path, f"{path}: now {_described(now)}, before {_described(before)}")
 
 

@@ -40,53 +40,20 @@ _ARITHMETIC = _INDEXING - {"aten::index"} | frozenset(
 
 One value that is set by indices may be added to what is there.
 """
-_OF_FLOATS = (
-    _UP_TO_SIGN
-    | _ARITHMETIC
-    | frozenset(
-        f"aten::{name}"
-        for name in (
-            *("_to_copy", "to", "clone", "copy_", "detach", "alias", "lift_fresh", "type_as"),
-            *(
-                "contiguous",
-                "view",
-                "reshape",
-                "expand",
-                "expand_as",
-                "slice",
-                "select",
-                "unsqueeze",
-            ),
-            *(
-                "squeeze",
-                "transpose",
-                "permute",
-                "t",
-                "unbind",
-                "split",
-                "chunk",
-                "flatten",
-                "flip",
-            ),
-            *("index", "index_select", "gather", "cat", "stack", "where", "masked_fill", "repeat"),
-            *(
-                "fill_",
-                "masked_fill_",
-                "zero_",
-                "ones",
-                "zeros",
-                "full",
-                "ones_like",
-                "zeros_like",
-                "full_like",
-            ),
-            *("new_ones", "new_zeros", "new_full", "upsample_nearest2d", "pad", "constant_pad_nd"),
-            *("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "abs", "equal"),
-            *("logical_not", "logical_and", "logical_or", "logical_xor", "all", "any"),
-            *("item", "_local_scalar_dense", "is_nonzero", "nonzero", "count_nonzero"),
-        )
+_OF_FLOATS = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("_to_copy", "to", "clone", "copy_", "detach", "alias", "lift_fresh", "type_as"),
+        *("contiguous", "view", "reshape", "expand", "expand_as", "slice", "select", "unsqueeze"),
+        *("squeeze", "transpose", "permute", "t", "unbind", "split", "chunk", "flatten", "flip"),
+        *("index", "index_select", "gather", "cat", "stack", "where", "masked_fill", "repeat"),
+        *("fill_", "masked_fill_", "zero_", "ones", "zeros", "full", "ones_like", "zeros_like"),
+        *("full_like", "new_ones", "new_zeros", "new_full", "upsample_nearest2d", "pad"),
+        *("constant_pad_nd", "eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite"),
+        *("abs", "equal", "logical_not", "logical_and", "logical_or", "logical_xor", "all", "any"),
+        *("item", "_local_scalar_dense", "is_nonzero", "nonzero", "count_nonzero"),
     )
-)
+).union(_UP_TO_SIGN, _ARITHMETIC)
 """Operations that are exact for floating point numbers."""
 _RACING = frozenset(
     f"aten::{name}"

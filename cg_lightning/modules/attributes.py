@@ -277,25 +277,25 @@ def plain_values_of(classes: Iterable[type]) -> list[tuple[type, str]]:
     return [(cls, name) for cls, name, value in named if is_plain_value(value)]
 
 
+def _names_mentioned_by(values: Iterable[Any]) -> frozenset[str]:
+    """Return the names that the functions among some values mention."""
+    functions = [each for each in values if isinstance(each, types.FunctionType)]
+    return frozenset(name for function in functions for name in function.__code__.co_names)
+
+
 @functools.lru_cache(maxsize=4096)
 def _names_in_methods(cls: type) -> frozenset[str]:
     """Give the names that the methods of a class mention."""
-    functions = [
-        value
-        for base in cls.__mro__
-        for value in vars(base).values()
-        if isinstance(value, types.FunctionType)
-    ]
-    return frozenset(name for function in functions for name in function.__code__.co_names)
+    return _names_mentioned_by(value for base in cls.__mro__ for value in vars(base).values())
 
 
 @functools.lru_cache(maxsize=4096)
 def names_in_users_methods(cls: type) -> frozenset[str]:
     """Give the names that methods and properties of the user's classes mention."""
     values = [v for base in cls.__mro__ if is_user_class(base) for v in vars(base).values()]
-    values = [getattr(each, "fget", None) or getattr(each, "__func__", each) for each in values]
-    functions = [each for each in values if isinstance(each, types.FunctionType)]
-    return frozenset(name for function in functions for name in function.__code__.co_names)
+    return _names_mentioned_by(
+        getattr(each, "fget", None) or getattr(each, "__func__", each) for each in values
+    )
 
 
 _VALUES_OF_TORCH = frozenset({"dump_patches", "T_destination"})

@@ -546,19 +546,31 @@ def _holders(namespace: Any) -> Sequence[Any]:
     return (*namespace.__mro__, *[each for each in kind.__mro__ if is_users_namespace(each)])
 
 
+def _look_up(namespace: Any, name: str) -> tuple[Any, Any]:
+    """Return where a name of a module or class is found, and its value; None if it is nowhere."""
+    holder = next((each for each in _holders(namespace) if name in vars(each)), None)
+    return holder, None if holder is None else vars(holder)[name]
+
+
+def _sources_inside(
+    namespace: Any, path: str, names: Sequence[str], seen: set[int]
+) -> list[Source]:
+    """What may be read by these names of a module or class that another one contains."""
+    if id(namespace) in seen:
+        return []
+    is_users = is_users_namespace(namespace)
+    return (_sources_by_names if is_users else _sources_in_library)(namespace, path, names, seen)
+
+
 def _sources_by_names(
     namespace: Any, path: str, names: Sequence[str], seen: set[int]
 ) -> list[Source]:
     found: list[Source] = []
     seen.add(id(namespace))
     for name in names:
-        holders = _holders(namespace)
-        holder = next((each for each in holders if name in vars(each)), None)
-        value = None if holder is None else vars(holder)[name]
+        holder, value = _look_up(namespace, name)
         if isinstance(value, (types.ModuleType, type)):
-            if id(value) not in seen:
-                sources_in = _sources_by_names if is_users_namespace(value) else _sources_in_library
-                found += sources_in(value, f"{path}.{name}", names, seen)
+            found += _sources_inside(value, f"{path}.{name}", names, seen)
         elif holder is not None and isinstance(value, types.FunctionType):
             place = holder if isinstance(holder, type) else vars(holder)
             found += [Source(place, name, f"{path}.{name}"), *_attributes_of_function(value)]
@@ -577,12 +589,9 @@ def _sources_in_library(
     found: list[Source] = []
     seen.add(id(namespace))
     for name in names:
-        holder = next((each for each in _holders(namespace) if name in vars(each)), None)
-        value = None if holder is None else vars(holder)[name]
+        holder, value = _look_up(namespace, name)
         if isinstance(value, (types.ModuleType, type)):
-            if id(value) not in seen:
-                sources_in = _sources_by_names if is_users_namespace(value) else _sources_in_library
-                found += sources_in(value, f"{path}.{name}", names, seen)
+            found += _sources_inside(value, f"{path}.{name}", names, seen)
         elif holder is not None:
             found.append(_source_in_library(holder, name, f"{path}.{name}", value))
     return found
