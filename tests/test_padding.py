@@ -116,11 +116,18 @@ def test_partial_batches_run_from_the_graph_of_the_full_one(harness, mode, verif
         verify_replays=verify_replays,
     )
     assert callback.stats.captures == 1
-    assert padded_steps(callback) == 7, callback.summary()  # a new shape is watched first
+    assert padded_steps(callback) == 9, callback.summary()  # the first other shape is watched
     (record,) = callback.stats.padding
     assert record.shapes == "4x8"
-    assert record.padded_elements == 7 * 4 * 8
-    assert record.elements == (3 * 3 + 2 * 2 + 2 * 1) * 8
+    assert record.padded_elements == 9 * 4 * 8
+    assert record.elements == (3 * 3 + 3 * 2 + 3 * 1) * 8
+
+
+def test_of_shapes_that_never_come_again_only_some_are_compared(harness):
+    """Each comparison costs more than an eager step, and is in vain here."""
+    sizes = (40, 40, 40, 40, *range(39, 9, -1))
+    callback = run(harness, Step(plain), batches(*sizes), capture_sizes=[40])
+    assert padded_steps(callback) == 16, callback.summary()
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,8 @@ class CaptureTarget:
             calls shows it.
         host_draws: The random numbers of the host that the call draws and does not use.
         batch_writes: The numbers of the leaves that the call writes to.
+        only_computes: Whether the call does nothing but compute its output, so that nothing has to
+            be put back between two runs.
     """
 
     mode: CUDAGraphMode
@@ -140,6 +142,7 @@ class CaptureTarget:
     copies_from_host: bool = False
     host_draws: Sequence[HostDraw] = ()
     batch_writes: Sequence[int] = ()
+    only_computes: bool = False
 
 
 class Capturer:

@@ -208,8 +208,7 @@ class StepState:
         ]
         modules = [child for child in module.modules() if effects is None or not is_metric(child)]
         self._attributes = AttributesSnapshot(modules)
-        self.containers = ContainersSnapshot([("batch", given)])
-        """The containers in the arguments of the step."""
+        self._given = ContainersSnapshot([("batch", given)])
         self._containers = ContainersSnapshot(
             (name, value)
             for child in modules
@@ -226,13 +225,17 @@ class StepState:
                 if can_be_written(buffer):
                     _put_back(buffer, value)
         self._attributes.restore()
-        self.containers.restore()
+        self._given.restore()
         self._containers.restore()
         self._changes.restore()
         if self._metrics is not None:
             self._metrics.restore()
         self._host_random_state.restore()
         self._backend.set_random_state(self._device_random_state)
+
+    def has_changed_containers(self) -> bool:
+        """Return True if a container in the arguments of the step was changed since."""
+        return bool(self._given.changed())
 
     def metric_tensors(self) -> list[Tensor]:
         """Return what metrics held when this was made. A step may write to it and then drop it."""
@@ -243,11 +246,33 @@ class StepState:
         buffers = [(f"buffer {name}", buffer.clone()) for name, buffer, _ in self._buffers]
         entries = [
             (path, leaf.clone() if isinstance(leaf, Tensor) else leaf)
-            for path, value in self.containers.new_items()
+            for path, value in self._given.new_items()
             for leaf in flatten(value)[0]
         ]
         values = [*buffers, *self._changes.values(), *entries]
         return values if self._metrics is None else [*values, *self._metrics.values()]
+
+
+class NoState(StepState):
+    """The state of a step that changes nothing: nothing is stored, and nothing is put back."""
+
+    def __init__(self) -> None:
+        pass
+
+    def restore(self) -> None:
+        """Do nothing."""
+
+    def has_changed_containers(self) -> bool:
+        """Return False."""
+        return False
+
+    def metric_tensors(self) -> list[Tensor]:
+        """Return nothing."""
+        return []
+
+    def values(self) -> list[tuple[str, Any]]:
+        """Return nothing."""
+        return []
 
 
 class MetricsSnapshot:

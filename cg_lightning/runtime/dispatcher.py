@@ -288,6 +288,8 @@ class Variant:
     """How batches of the key are padded, to run from the graph of another key; None: not."""
     is_taken_over: bool = False
     """True if it was watched in another shape, so it holds for batches that are padded only."""
+    compare_at: int = 1
+    """The number of steps from which on a graph of a padded batch is compared with eager."""
     watch_at: int = 0
     """The number of steps from which on one is watched, because it may be one graph; 0 = never."""
     trial: Trial | None = None
@@ -569,7 +571,7 @@ class CUDAGraphDispatcher:
 
     def _is_warm(self, state: KeyState, variant: Variant) -> bool:
         if variant.padding is not None:  # the graph is that of another key
-            return state.sights > 1 or not variant.is_taken_over
+            return state.sights >= variant.compare_at
         if variant.did_one_time_work and state.warmup_runs < 2:
             return False
         return state.warmup_runs >= max(self._warmup_steps, 1)

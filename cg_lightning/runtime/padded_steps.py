@@ -43,6 +43,9 @@ WATCH_AT = 256
 
 In pieces, so many steps lose about what it costs to watch, capture and compare a whole one.
 """
+_MOST_CAME_ONCE = 16
+"""Number of keys. To compare a key takes some three eager steps, in vain if it never comes again.
+"""
 _SELDOM = Reason(
     Status.WARM_UP, f"warm-up: in pieces, until batches of this shape have come {WATCH_AT} times"
 )
@@ -100,6 +103,10 @@ class PaddedSteps:
         self._refused: dict[tuple[Any, ...], Reason] = {}
         self._alike = AlikeSteps(self._dispatcher)
         self._ways = WayRecorder()
+        self._asked_for: set[tuple[Any, ...]] = set()
+        """The keys of padded batches that a shape has asked for."""
+        self._came_once: list[KeyState] = []
+        """Keys that were compared at their first step, and may not have come again."""
 
     def padding_of(self, state: KeyState, batch: Any) -> PaddedLeaves | None:
         """Return how the batches of a key are padded; None if they run in their own shape.
@@ -117,9 +124,12 @@ class PaddedSteps:
         padding = self._padder.pad(leaves, self._padder.rules_of(batch, leaves))
         if padding is None:
             return None
-        padded = rebuild(batch, iter(padding.pad(leaves)))
-        fields = self._describe(padded, state.descriptor)[0]
-        return None if fields in self._refused else padding
+        return None if self._padded_key(state, batch, padding) in self._refused else padding
+
+    def _padded_key(self, state: KeyState, batch: Any, padding: PaddedLeaves) -> tuple[Any, ...]:
+        """Return the fields of the key of a padded batch."""
+        padded = rebuild(batch, iter(padding.pad(flatten(batch)[0])))
+        return self._describe(padded, state.descriptor)[0]
 
     def _may_be_padded(self, state: KeyState, batch: Any) -> bool:
         if state.without_batch is not None or (not self._is_whole and self._pieces is None):
@@ -147,6 +157,7 @@ class PaddedSteps:
             variant = self._alike.expect(state.descriptor, flatten(batch)[0])
             if variant is not None:
                 variant.padding = padding
+                variant.compare_at = self._compare_at(state, batch, variant, padding)
                 self._dispatcher.add_variant(state, variant)
             return
         if self._pieces is None:
@@ -155,6 +166,28 @@ class PaddedSteps:
             modes, reason = self._dispatcher.judge(IN_PIECES, None)
             variant = Variant(Unguarded(), modes, reason, padding=padding)
             self._dispatcher.add_variant(state, variant)
+
+    def _compare_at(
+        self, state: KeyState, batch: Any, variant: Variant, padding: PaddedLeaves
+    ) -> int:
+        """Return at which step of a new key the graph is compared: the first one if it pays.
+
+        It does not if there is no graph yet, and no other key has asked for it; nor if too many
+        keys have been compared at their first step and have not come again.
+        """
+        if not variant.watched.only_computes:
+            return 2
+        fields = self._padded_key(state, batch, padding)
+        owner = self._dispatcher.known(fields)
+        has_graph = owner is not None and any(each.entry is not None for each in owner.variants)
+        if not has_graph and fields not in self._asked_for:
+            self._asked_for.add(fields)
+            return 2
+        self._came_once = [each for each in self._came_once if each.sights == 1]
+        if len(self._came_once) >= _MOST_CAME_ONCE:
+            return 2
+        self._came_once.append(state)
+        return 1
 
     def _begin_in_pieces(self, state: KeyState, batch: Any) -> None:
         """Let a step whose batch is not padded run in the pieces of steps whose batches are.

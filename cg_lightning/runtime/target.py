@@ -177,6 +177,8 @@ class GraphTarget:
             copies_from_host=self.copies_from_host,
             host_draws=() if watched is None else watched.host_draws,
             batch_writes=() if watched is None else watched.batch_writes,
+            # that is known of a way through the code, whose key is another one
+            only_computes=variant.is_taken_over and watched is not None and watched.only_computes,
         )
 
     def _changed(self, record: EntryRecord, plan: Plan, call: GraphCall) -> Changed:

@@ -15,7 +15,7 @@ from cg_lightning.core.equality import close_leaf, same_leaf
 from cg_lightning.core.errors import CaptureError, UnkeyableBatchError
 from cg_lightning.core.tree import flatten, leaf_paths
 from cg_lightning.effects.module_effects import Comparison
-from cg_lightning.effects.step_state import StepState
+from cg_lightning.effects.step_state import NoState, StepState
 from cg_lightning.report.stats import EntryRecord
 
 _LIKELY_CAUSE = (
@@ -173,6 +173,8 @@ class Verifier:
     def _state(
         self, target: CaptureTarget, call: GraphCall, held_before: Sequence[Tensor] = ()
     ) -> StepState:
+        if target.only_computes:
+            return NoState()
         given = (call.tree, call.frozen_args, call.frozen_kwargs)
         return StepState(
             target.module,
@@ -201,7 +203,7 @@ class Verifier:
         # a graph writes to its own copies
         if not all(same_leaf(leaf, value) for leaf, value in given):
             return Verdict(expected, "it changes a tensor that it is given")
-        if before.containers.changed() and not target.fills_batch:
+        if before.has_changed_containers() and not target.fills_batch:
             return Verdict(expected, "it changes a container that it is given")
         expected_values = _values(before, comparison)
         after_eager = self._state(target, call, before.metric_tensors())
