@@ -24,7 +24,7 @@ class PaddedEntry:
 
     Args:
         graph: The graph of the padded batch.
-        guards: Its guards.
+        guards: Its guards; None if they are those of the batches' own key.
         padding: How the batch is padded.
         outputs: What its output is cut to.
         record: The row in the statistics.
@@ -36,7 +36,7 @@ class PaddedEntry:
     def __init__(
         self,
         graph: GraphEntry,
-        guards: Guards,
+        guards: Guards | None,
         padding: PaddedLeaves,
         outputs: OutputCut,
         record: PaddingRecord,
@@ -53,7 +53,7 @@ class PaddedEntry:
 
     def is_valid(self) -> bool:
         """Return True if the graph exists and its guards hold."""
-        return self._graph.is_valid() and self._guards.check()
+        return self._graph.is_valid() and (self._guards is None or self._guards.check())
 
     def replay(
         self, leaves: list[Any], step: int, tree: Any = None, fill: Fill = Fill.GIVEN

@@ -293,8 +293,9 @@ class PaddedSteps:
                 raise NotIndependentError("the step calls other submodules for the padded batch")
             record = self._session.stats.padded(self._name, padded.descriptor)
             settings = self._session.settings
+            guards = None if owner.guards is variant.guards else owner.guards
             entry = PaddedEntry(
-                owner.entry, owner.guards, padding, eager.cut(), record, settings.verify_replays
+                owner.entry, guards, padding, eager.cut(), record, settings.verify_replays
             )
             self._check_fill(Fill.OTHER, owner, entry, call, eager.output)
             self._check_fill(Fill.BELOW, owner, entry, call, eager.output)
