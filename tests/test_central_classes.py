@@ -47,7 +47,7 @@ from cg_lightning.effects.logged_values import NothingLogged
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.effects.recording import StepRecording
 from cg_lightning.effects.step_state import AttributesSnapshot, StepState
-from cg_lightning.guards.guard_set import GuardSet
+from cg_lightning.guards.guard_set import GuardSet, Unguarded
 from cg_lightning.guards.identity import SameItems
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.guards.sources import Source
@@ -65,7 +65,8 @@ from cg_lightning.padding.rules import GivenRules
 from cg_lightning.report.stats import CUDAGraphStats, EntryRecord, PaddingRecord
 from cg_lightning.runtime.ahead import CaptureAhead
 from cg_lightning.runtime.alike_steps import AlikeSteps
-from cg_lightning.runtime.dispatcher import Action, CUDAGraphDispatcher, Unguarded, Variant
+from cg_lightning.runtime.dispatcher import Action, CUDAGraphDispatcher
+from cg_lightning.runtime.keys import Variant
 from cg_lightning.runtime.padded_pieces import PaddedPiece, PaddedPieces
 from cg_lightning.runtime.padded_steps import PaddedSteps
 from cg_lightning.runtime.profiling import Ranges

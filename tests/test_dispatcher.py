@@ -10,24 +10,18 @@ from cg_lightning import BatchDescriptor, CUDAGraphDispatcher, CUDAGraphMode
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.reasons import Changed, Reason, Status
 from cg_lightning.core.settings import Settings
+from cg_lightning.guards.guard_set import Unguarded
 from cg_lightning.report.stats import Saving
 from cg_lightning.runtime.dispatcher import (
-    CAPTURE_COST,
-    CREDIT,
-    FIRST_WAIT,
     MOST_BRANCHES,
-    MOST_KEYS,
     MOST_UNREPEATED,
-    MOST_VARIANTS,
     NEXT_KEY_COST,
     Action,
-    CaptureLedger,
     GuardScope,
-    KeyState,
     Plan,
-    Unguarded,
-    Variant,
 )
+from cg_lightning.runtime.keys import MOST_KEYS, MOST_VARIANTS, KeyState, Variant
+from cg_lightning.runtime.ledger import CAPTURE_COST, CREDIT, FIRST_WAIT, CaptureLedger
 
 KEY, OTHER = BatchDescriptor(batch_size=1), BatchDescriptor(batch_size=2)
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL

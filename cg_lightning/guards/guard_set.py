@@ -30,13 +30,29 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from cg_lightning.core.reasons import Changed
+from cg_lightning.core.reasons import NO_CHANGE, Changed
 from cg_lightning.guards.comparisons import Condition
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.guards.sources import MISSING, LibrarySource, Source, describe_change
 from cg_lightning.guards.values import FrozenValues
 from cg_lightning.guards.written_settings import FrozenSettings
 from cg_lightning.modules.attributes import holding_class, is_same_value
+
+
+class Unguarded:
+    """Guards that never fail: for steps that freeze nothing, and for those without a graph."""
+
+    def check(self) -> bool:
+        """Return True."""
+        return True
+
+    def check_epoch(self) -> bool:
+        """Return True."""
+        return True
+
+    def explain(self) -> Changed:
+        """Return an empty sentence."""
+        return NO_CHANGE
 
 
 class Guard(NamedTuple):

@@ -5,6 +5,8 @@
 - ``changing_values.py``: plain values that differ in every batch, such as file names.
 - ``dispatcher.py``: the only place that decides in which mode a step or a call runs.
 - ``examples.py``: batches that are captured ahead, as the runtime sees them.
+- ``keys.py``: what is known of keys: variants, guards, graphs.
+- ``ledger.py``: the account of a family of keys: a capture must pay for itself.
 - ``outcome.py``: the result of a step or a call, with its mode and its reason.
 - ``padded_pieces.py``: submodules that are padded, in steps that are not.
 - ``padded_steps.py``: steps whose batches are padded up to a size that is captured.

@@ -14,7 +14,8 @@ from typing import Any
 from cg_lightning.core.descriptor import BatchDescriptor, is_tensor_key
 from cg_lightning.diagnosis.way import Way
 from cg_lightning.host_values.path import ReadPath
-from cg_lightning.runtime.dispatcher import CUDAGraphDispatcher, Variant
+from cg_lightning.runtime.dispatcher import CUDAGraphDispatcher
+from cg_lightning.runtime.keys import Variant
 
 
 @dataclasses.dataclass

@@ -1,8 +1,8 @@
 """The one place that decides in which mode a step or a call runs.
 
 The dispatcher receives facts (a step was watched, a capture failed, a replay differed). It knows
-keys, phases, counts and reasons. It knows no tensor, no module and no Trainer: it only asks guards
-and entries if they are still valid.
+keys, phases, counts and reasons (``keys.py``, ``ledger.py``). It knows no tensor, no module and no
+Trainer: it only asks guards and entries if they are still valid.
 
 The life of a key::
 
@@ -17,17 +17,27 @@ another path with other values. If that never pays, the ledger of the key's fami
 
 from __future__ import annotations
 
-import dataclasses
 import enum
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import NO_CHANGE, WARM_UP, Changed, Reason, Status
+from cg_lightning.guards.guard_set import Unguarded
 from cg_lightning.report.stats import Saving
-from cg_lightning.runtime.trial import StepTimes, Trial
+from cg_lightning.runtime.keys import (
+    MOST_VARIANTS,
+    Entry,
+    KeyState,
+    KeyTable,
+    Miss,
+    Path,
+    Variant,
+)
+from cg_lightning.runtime.ledger import CAPTURE_COST, CREDIT, WATCH_COST, CaptureLedger
+from cg_lightning.runtime.trial import Trial
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 UNKNOWN_KEY = Reason(Status.WARM_UP, "unknown key")
@@ -40,31 +50,19 @@ NEW_KEY = Reason(
     Status.WARM_UP,
     "warm-up: shapes so far did not come again, so a new one is watched only if it does",
 )
-CAPTURE_COST = 4
-"""Approximate cost of one capture, in eager steps."""
-WATCH_COST = 2
-"""Approximate cost of one watched step, in eager steps, without the one-time cost of the first."""
 NEXT_KEY_COST = 20
 """What a watched step costs at the least, in eager steps, if it need not pay in later stages.
 
 The ledger books less, because most keys come again. It is weighed against what is left of a stage
 of known length, for each key after the first one: else many shapes would cost more than the stage.
 """
-CREDIT = 16
-"""Number of eager steps that a family may spend before its graphs have saved anything."""
-FIRST_WAIT = 10
-"""Number of eager steps before an overdrawn family may spend once more. It doubles each time."""
 MOST_UNREPEATED = 4
 """Maximum number of watched keys that were seen only once.
 
 Beyond it, a new key is watched when it is seen for the second time.
 """
-MOST_VARIANTS = 8
-"""Maximum number of variants of one key. The oldest one is dropped first."""
 MOST_BRANCHES = 4
 """Number of branches with the same reason after which it counts as one of all branches."""
-MOST_KEYS = 2048
-"""Maximum number of stored keys. Beyond it, the oldest keys without a graph are dropped."""
 
 
 def no_gain(saving: Saving, prefix: str = "") -> Reason:
@@ -76,115 +74,6 @@ def no_gain(saving: Saving, prefix: str = "") -> Reason:
 
 def _changed(what: Changed) -> Reason:
     return Reason.of_change(Status.CHANGED, what.after("changed: "))
-
-
-class CaptureLedger:
-    """The account of one family of keys: equal shapes, any plain values, any guarded values.
-
-    A capture costs 4 steps and a watched step costs 2. Each step that runs from a graph earns 1.
-    After a family has spent its credit of 16, it runs eagerly for 10 steps and may then spend once
-    more. The next waits are 20, 40, ... steps. So the long-run cost is small if keys never repeat,
-    if the module changes at every step, or if there are more shapes than graphs are allowed.
-
-    Args:
-        credit: The balance at first.
-    """
-
-    def __init__(self, credit: int = CREDIT) -> None:
-        self.balance = credit
-        self.why = NO_CHANGE
-        """Why the family spent last: the value that varies, or an eviction. Empty at first."""
-        self._status = Status.UNPROFITABLE
-        self._reasons: dict[str, Reason] = {}
-        self._waiting = 0
-        self._next_wait = FIRST_WAIT
-
-    def may_spend(self) -> bool:
-        """Return True if the family may watch or capture in this step.
-
-        Call it once for each step, because a call that returns False counts as one step of waiting.
-        """
-        if self.balance > 0:
-            return True
-        if self._waiting == 0:
-            self._waiting, self._next_wait = self._next_wait, 2 * self._next_wait
-            return False
-        self._waiting -= 1
-        return self._waiting == 0
-
-    def spend(self, steps: int) -> None:
-        """Pay for a capture or a watched step."""
-        self.balance -= steps
-
-    def earn(self) -> None:
-        """Add the gain of one step that runs from a graph."""
-        if self.balance < CREDIT:
-            self.balance += 1
-            if self.balance == CREDIT:
-                self._next_wait = FIRST_WAIT
-
-    def note(self, status: Status, why: Changed) -> None:
-        """Store what the family spends on: the value that varies, or an eviction."""
-        if why:
-            self._status, self.why = status, why
-            self._reasons.clear()
-
-    @property
-    def varies(self) -> bool:
-        """Whether the family spends on a value that varies, and not on too many graphs."""
-        return self._status is Status.UNPROFITABLE
-
-    def reason(self, what: str = "not captured") -> Reason:
-        """Return why the family may not spend now; the same object until the next :meth:`note`.
-
-        Args:
-            what: What follows from it.
-        """
-        if what not in self._reasons:
-            why = self.why or Changed("its keys do not repeat")
-            changed = why.after(f"{what}, since it would not pay: ")
-            self._reasons[what] = Reason.of_change(self._status, changed)
-        return self._reasons[what]
-
-
-class Guards(Protocol):
-    """The guards of a variant, as the dispatcher sees them."""
-
-    def check(self) -> bool:
-        """Return True if all guarded values are unchanged."""
-
-    def check_epoch(self) -> bool:
-        """Return True if the values that are compared once per epoch are unchanged."""
-
-    def explain(self) -> Changed:
-        """Return the guard that failed, with both values."""
-
-
-class Path(Protocol):
-    """What a variant's step reads on the host, as the dispatcher sees it."""
-
-    def holds(self, leaves: Sequence[Any]) -> bool:
-        """Return True if a batch with these leaves gives the values that were read."""
-
-    def is_ruled_out_by(self, failed: Any) -> bool:
-        """Return True if it does not hold, since another path did not."""
-
-    def explain(self) -> Changed:
-        """Return the read that gave another value, with both values. Empty if none did."""
-
-    def varying(self) -> Reason:
-        """Return the reason of a key that has too many values."""
-
-
-class Entry(Protocol):
-    """A graph, as the dispatcher sees it."""
-
-    replays: int
-    record: Any
-    """Its row in the statistics. The shapes that are padded to one batch share it."""
-
-    def is_valid(self) -> bool:
-        """Return True if the graph exists and may be replayed."""
 
 
 class Action(enum.Enum):
@@ -212,19 +101,6 @@ class Dispatch(NamedTuple):
     runtime_mode: CUDAGraphMode
     batch_descriptor: BatchDescriptor
     reason: Reason | None
-
-
-class Miss(NamedTuple):
-    """A submodule that may not run from a graph, because no watched step has seen its values."""
-
-    changed: Changed
-    """The value that has changed, now and before."""
-    known: list[Guards]
-    """Guards with the values that watched steps have seen."""
-
-    def is_met(self) -> bool:
-        """Return True if a step that is watched now would see such new values."""
-        return not any(guards.check() for guards in self.known)
 
 
 class GuardScope(enum.Enum):
@@ -261,80 +137,6 @@ class Settled(NamedTuple):
     """Submodules that run eagerly from now on, in steps with this key."""
 
 
-@dataclasses.dataclass(eq=False)
-class Variant:
-    """One path through the step of a key: the guarded values, the watched step, and the graph."""
-
-    guards: Guards
-    modes: list[CUDAGraphMode]
-    """The allowed modes, highest first. If empty, the steps run eagerly."""
-    reason: Reason | None = None
-    """Why the steps run in a lower mode than asked."""
-    needs_second_look: bool = False
-    """True if watching a second step may find less."""
-    did_one_time_work: bool = False
-    """True if the watched step did one-time work, so one more eager step must follow."""
-    watched: Any = None
-    """The watched step, for messages."""
-    record: Any = None
-    """The row of its PIECEWISE steps in the statistics."""
-    time: Any = None
-    """Where the time of its PIECEWISE steps is added."""
-    entry: Entry | None = None
-    """The graph; None before the capture and after the graph was dropped."""
-    path: Path | None = None
-    """What the step reads on the host; None if it reads nothing, or if it is no graph."""
-    padding: Any = None
-    """How batches of the key are padded, to run from the graph of another key; None: not."""
-    is_taken_over: bool = False
-    """True if it was watched in another shape, so it holds for batches that are padded only."""
-    compare_at: int = 1
-    """The number of steps from which on a graph of a padded batch is compared with eager."""
-    watch_at: int = 0
-    """The number of steps from which on one is watched, because it may be one graph; 0 = never."""
-    trial: Trial | None = None
-    """Compares times, until it is known what graphs save; None: nothing is to be compared."""
-    verify_at: int = -1
-    """The number of replays after which the next one is compared with eager; -1 = never."""
-    was_used: bool = False
-    """Whether a step since the latest watched one had the guarded values."""
-    ledger: CaptureLedger | None = None
-    """The account of steps in pieces that may run no graph at all; None: there is none."""
-
-    def explain(self) -> Changed:
-        """Return what has changed, with both values. Call it only if the variant did not hold."""
-        if self.path is not None and self.guards.check():
-            return self.path.explain()
-        return self.guards.explain()
-
-    @property
-    def mode(self) -> CUDAGraphMode:
-        """The highest allowed mode."""
-        return self.modes[0] if self.modes else NONE
-
-
-@dataclasses.dataclass(eq=False)
-class KeyState:
-    """Everything that is known about one key of one target."""
-
-    descriptor: BatchDescriptor
-    ledger: CaptureLedger
-    sights: int = 0
-    """Number of steps with this key so far."""
-    warmup_runs: int = 0
-    """Number of eager runs that count as warm-up."""
-    variants: list[Variant] = dataclasses.field(default_factory=list)
-    """The variants, the last one used first."""
-    warm_up_times: list[StepTimes] = dataclasses.field(default_factory=list)
-    """Times of eager warm-up steps, if graphs must save time."""
-    miss: Miss | None = None
-    """Set if a submodule asked for another watched step."""
-    without_batch: Reason | None = None
-    """Why the batch cannot be part of the key; None if it is part of it."""
-    pieces: Variant | None = None
-    """How steps run that could be one graph, if the family may not spend; None: eagerly."""
-
-
 class Plan(NamedTuple):
     """The decision for the current step."""
 
@@ -344,7 +146,7 @@ class Plan(NamedTuple):
     reason: Reason | None
 
 
-class CUDAGraphDispatcher:
+class CUDAGraphDispatcher(KeyTable):
     """Decides in which mode a step runs: FULL before PIECEWISE before NONE.
 
     In a loop of your own, call :meth:`add_cudagraph_key` to allow a key in a mode, and
@@ -384,6 +186,7 @@ class CUDAGraphDispatcher:
         least_steps: int = 0,
         min_saving: float = 0.0,
     ) -> None:
+        super().__init__()
         self._policy = policy
         self._warmup_steps = warmup_steps
         self._next_verification = next_verification
@@ -391,9 +194,6 @@ class CUDAGraphDispatcher:
         self._least_steps = least_steps
         self._min_saving = min_saving
         self._graph_mode = FULL if watches else PIECEWISE
-        self._states: dict[tuple[Any, ...], KeyState] = {}
-        self._ledgers: dict[tuple[Any, ...], CaptureLedger] = {}
-        self._unrepeated: set[tuple[Any, ...]] = set()
         self._has_watched = False
         self._unproven: set[int] = set()
         """The ids of the records of padded graphs that are compared at their next replay."""
@@ -443,30 +243,6 @@ class CUDAGraphDispatcher:
         """Whether graphs that do not save time are dropped."""
         return self._min_saving > 0
 
-    def known(self, fields: tuple[Any, ...]) -> KeyState | None:
-        """Return the state of a key, or None if the key is new.
-
-        Args:
-            fields: The fields of its descriptor.
-        """
-        return self._states.get(fields)
-
-    def state(self, fields: tuple[Any, ...], descriptor: BatchDescriptor | None = None) -> KeyState:
-        """Return the state of a key. A new key gets a new state.
-
-        Args:
-            fields: The fields of its descriptor.
-            descriptor: The descriptor, if the caller has one.
-        """
-        state = self._states.get(fields)
-        if state is None:
-            made = descriptor or BatchDescriptor(*fields)
-            ledger = self._ledgers.setdefault(made.family, CaptureLedger())
-            state = self._states[fields] = KeyState(made, ledger)
-            if len(self._states) > MOST_KEYS:
-                self._forget_unused()
-        return state
-
     def plan(self, state: KeyState, leaves: Sequence[Any] = ()) -> Plan:
         """Decide what to do with the current step. Call it exactly once for each step.
 
@@ -491,7 +267,8 @@ class CUDAGraphDispatcher:
         return self._plan_warm(state, variant)
 
     def _plan_replay(self, state: KeyState, variant: Variant, entry: Entry) -> Plan:
-        state.ledger.earn()
+        if state.ledger.balance < CREDIT:
+            state.ledger.earn()
         action = Action.REPLAY
         if self._unproven and variant.padding is not None and id(entry.record) in self._unproven:
             self._unproven.discard(id(entry.record))
@@ -504,12 +281,12 @@ class CUDAGraphDispatcher:
         return Plan(action, state, variant, variant.reason)
 
     def _plan_warm(self, state: KeyState, variant: Variant) -> Plan:
-        if variant.mode is not self._graph_mode:
+        if self._graph_mode not in variant.modes:
             if variant.trial is not None and variant.trial.wants_eager():
                 return Plan(Action.TRIAL, state, variant, TIMED)
             if 0 < variant.watch_at <= state.sights and state.ledger.may_spend():
                 return Plan(Action.WATCH, state, variant, variant.reason)
-            action = Action.PIECEWISE if variant.mode is PIECEWISE else Action.EAGER
+            action = Action.PIECEWISE if variant.modes else Action.EAGER
             return Plan(action, state, variant, variant.reason)
         if state.ledger.may_spend():
             return Plan(Action.CAPTURE, state, variant, variant.reason)
@@ -664,25 +441,12 @@ class CUDAGraphDispatcher:
         if replacing is not None and replacing in state.variants:
             state.variants.remove(replacing)
         if state.ledger.balance <= 0:  # after a wait
-            self._forget_values(state)
+            state.forget_values()
         state.ledger.spend(WATCH_COST)
         if state.sights == 1:
             self._unrepeated.add(state.descriptor.fields)
         self.ran_eagerly(state)
         return self.add_variant(state, variant)
-
-    def _forget_values(self, state: KeyState) -> None:
-        """Forget values that did not come again: to compare them takes its time, at each step."""
-        state.variants = [
-            each
-            for each in state.variants
-            if each.was_used
-            or each.entry is not None
-            or each.path is not None
-            or each.mode is not FULL
-        ]
-        for each in state.variants:
-            each.was_used = False
 
     def wants_pieces(self, state: KeyState, variant: Variant) -> bool:
         """Return True if submodules are to be captured, although the whole step could be a graph.
@@ -726,20 +490,6 @@ class CUDAGraphDispatcher:
             variant.ledger.earn()
         elif variant.ledger.balance > 0:
             variant.ledger.spend(1)
-
-    def add_variant(self, state: KeyState, variant: Variant) -> list[Entry]:
-        """Add a variant of a key. Return the graphs that the caller must drop."""
-        # one that always holds comes last: those with guards are asked first
-        if isinstance(variant.guards, Unguarded):
-            guarded = [each for each in state.variants if not isinstance(each.guards, Unguarded)]
-            # host values that did not come again are not computed any more
-            kept = [each for each in guarded if each.path is None or each.entry is not None]
-            state.variants = [*kept, variant]
-            return []
-        state.variants.insert(0, variant)
-        gone = state.variants[MOST_VARIANTS:]
-        del state.variants[MOST_VARIANTS:]
-        return [each.entry for each in gone if each.entry is not None]
 
     def ran_eagerly(self, state: KeyState) -> None:
         """Record that a step ran eagerly as a warm-up."""
@@ -790,12 +540,6 @@ class CUDAGraphDispatcher:
         """Record that the captured graph has not run any step yet."""
         variant.verify_at = self._next_verification(0)
 
-    def forget(self, descriptor: BatchDescriptor) -> None:
-        """Forget a key without a graph, as if none of its steps had run."""
-        state = self._states.pop(descriptor.fields, None)
-        if state is not None:
-            self._unrepeated.discard(descriptor.fields)
-
     def evicted(self, state: KeyState, why: str) -> None:
         """Record that a graph of this key was dropped to make room for another one."""
         state.ledger.spend(CAPTURE_COST)
@@ -811,10 +555,6 @@ class CUDAGraphDispatcher:
         if variant.trial is not None:
             variant.trial.restart()
         variant.modes = [mode for mode in variant.modes if mode is not self._graph_mode]
-
-    def states(self) -> list[KeyState]:
-        """Return all keys."""
-        return list(self._states.values())
 
     def within(self, plan: Plan, steps_left: float) -> Plan:
         """Return the plan. If the stage ends before a capture could pay, return an eager one.
@@ -873,75 +613,3 @@ class CUDAGraphDispatcher:
         state.ledger.spend(CREDIT)
         state.ledger.note(Status.NO_GAIN, Changed(variant.reason.subject, variant.reason.text))
         return Settled(saving, pieces, variant.reason, dropped, list(pieces))
-
-    def entries(self) -> list[Entry]:
-        """Return the graphs of all keys and forget them. The caller must drop them."""
-        found: list[Entry] = []
-        for state in self._states.values():
-            for variant in state.variants:
-                if variant.entry is not None:
-                    found.append(variant.entry)
-                    variant.entry = None
-        return found
-
-    def entries_of(self, descriptors: Iterable[BatchDescriptor]) -> list[Entry]:
-        """Return the graphs of some keys."""
-        states = [self._states.get(descriptor.fields) for descriptor in descriptors]
-        variants = [variant for state in states if state is not None for variant in state.variants]
-        return [variant.entry for variant in variants if variant.entry is not None]
-
-    def changed(self, why: Changed) -> None:
-        """Record that the module has changed, so graphs must be captured again."""
-        for state in self._states.values():
-            state.ledger.note(Status.UNPROFITABLE, why)
-
-    def reset(self, why: Changed = NO_CHANGE) -> None:
-        """Forget every key, because the module has changed and steps may take another path.
-
-        The ledgers stay, so a module that changes at every step still runs out of credit.
-        """
-        self.changed(why)
-        self._states.clear()
-        self._unrepeated.clear()
-
-    def begin_epoch(self) -> list[Entry]:
-        """Forget variants whose large containers have changed.
-
-        Returns:
-            Graphs that the caller must drop.
-        """
-        dropped: list[Entry] = []
-        for state in self._states.values():
-            for variant in [each for each in state.variants if not each.guards.check_epoch()]:
-                state.ledger.note(Status.UNPROFITABLE, variant.guards.explain())
-                state.variants.remove(variant)
-                dropped += [variant.entry] if variant.entry is not None else []
-        return dropped
-
-    def _forget_unused(self) -> None:
-        unused = [
-            fields
-            for fields, state in self._states.items()
-            if all(variant.entry is None for variant in state.variants)
-        ]
-        for fields in unused[: MOST_KEYS // 2]:
-            del self._states[fields]
-            self._unrepeated.discard(fields)
-        families = {state.descriptor.family for state in self._states.values()}
-        self._ledgers = {key: ledger for key, ledger in self._ledgers.items() if key in families}
-
-
-class Unguarded:
-    """Guards that never fail: for keys added by hand, and for keys without a whole-step graph."""
-
-    def check(self) -> bool:
-        """Return True."""
-        return True
-
-    def check_epoch(self) -> bool:
-        """Return True."""
-        return True
-
-    def explain(self) -> Changed:
-        """Return an empty sentence."""
-        return NO_CHANGE

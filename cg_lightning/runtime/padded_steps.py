@@ -19,6 +19,7 @@ from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.core.tree import flatten, rebuild, tensors_in
 from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.diagnosis.way import Way, WayRecorder
+from cg_lightning.guards.guard_set import Unguarded
 from cg_lightning.guards.values import has_memory
 from cg_lightning.host_values.path import ReadPath
 from cg_lightning.padding.entry import PaddedEntry
@@ -28,7 +29,8 @@ from cg_lightning.padding.padder import Padder
 from cg_lightning.padding.path import PaddedPath
 from cg_lightning.runtime.ahead import CaptureAhead
 from cg_lightning.runtime.alike_steps import AlikeSteps, take_over
-from cg_lightning.runtime.dispatcher import KeyState, Plan, Unguarded, Variant
+from cg_lightning.runtime.dispatcher import Plan
+from cg_lightning.runtime.keys import KeyState, Variant
 from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.target import reason_of

@@ -23,7 +23,7 @@ from cg_lightning.diagnosis.watched_step import WatchedStep, WrittenTensors
 from cg_lightning.diagnosis.watcher import StepWatcher
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.guards.comparisons import ComparedSource, Condition
-from cg_lightning.guards.guard_set import GuardSet
+from cg_lightning.guards.guard_set import GuardSet, Unguarded
 from cg_lightning.guards.module_guard import Change
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.written_settings import WrittenSettings
@@ -33,15 +33,9 @@ from cg_lightning.modules.kinds import is_metric
 from cg_lightning.padding.leaves import PaddedLeaves
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.changing_values import ChangingValues
-from cg_lightning.runtime.dispatcher import (
-    Guards,
-    GuardScope,
-    KeyState,
-    Plan,
-    Unguarded,
-    Variant,
-)
+from cg_lightning.runtime.dispatcher import GuardScope, Plan
 from cg_lightning.runtime.examples import Examples
+from cg_lightning.runtime.keys import Guards, KeyState, Variant
 from cg_lightning.runtime.profiling import Profiler, Ranges
 from cg_lightning.runtime.stage_length import StageLength
 from cg_lightning.runtime.submodule_runner import SubmoduleRunner

@@ -30,7 +30,8 @@ from cg_lightning.padding.entry import PaddedEntry
 from cg_lightning.report.stats import HostTime, StepsRecord
 from cg_lightning.report.timeline import Ran
 from cg_lightning.runtime.ahead import CaptureAhead
-from cg_lightning.runtime.dispatcher import NEW_KEY, Action, KeyState, Plan, Variant
+from cg_lightning.runtime.dispatcher import NEW_KEY, Action, Plan
+from cg_lightning.runtime.keys import KeyState, Variant
 from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.padded_steps import PaddedSteps
 from cg_lightning.runtime.session import Session

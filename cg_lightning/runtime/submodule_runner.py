@@ -22,7 +22,8 @@ from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import Change
 from cg_lightning.modules.interception import Interception, ModuleHandler
 from cg_lightning.report.stats import Saving
-from cg_lightning.runtime.dispatcher import Action, Entry, KeyState, Miss, Plan, Variant, no_gain
+from cg_lightning.runtime.dispatcher import Action, Plan, no_gain
+from cg_lightning.runtime.keys import Entry, KeyState, Miss, Variant
 from cg_lightning.runtime.profiling import Ranges
 from cg_lightning.runtime.target import GraphTarget, reason_of
 
@@ -159,7 +160,7 @@ class SubmoduleRunner(ModuleHandler):
         except UnkeyableBatchError as error:
             step.ran_eagerly(self.path, reason_of(error, f"{self.name}: "))
             return original(*args, **kwargs)
-        state = self.target.dispatcher.state(fields)
+        state = self.target.dispatcher.known(fields) or self.target.dispatcher.state(fields)
         if mode is CUDAGraphMode.NONE:
             self.target.dispatcher.ran_eagerly(state)
             return original(*args, **kwargs)

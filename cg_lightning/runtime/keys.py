@@ -1,0 +1,270 @@
+"""What is known of keys: their variants, guards and graphs. The dispatcher decides by it.
+
+It holds no tensor, no module and no Trainer: it only asks guards and entries if they are valid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from cg_lightning.core.descriptor import BatchDescriptor
+from cg_lightning.core.modes import CUDAGraphMode
+from cg_lightning.core.reasons import NO_CHANGE, Changed, Reason, Status
+from cg_lightning.guards.guard_set import Unguarded
+from cg_lightning.runtime.ledger import CaptureLedger
+from cg_lightning.runtime.trial import StepTimes, Trial
+
+MOST_VARIANTS = 8
+"""Maximum number of variants of one key. The oldest one is dropped first."""
+MOST_KEYS = 2048
+"""Maximum number of stored keys. Beyond it, the oldest keys without a graph are dropped."""
+
+
+class Guards(Protocol):
+    """The guards of a variant, as the dispatcher sees them."""
+
+    def check(self) -> bool:
+        """Return True if all guarded values are unchanged."""
+
+    def check_epoch(self) -> bool:
+        """Return True if the values that are compared once per epoch are unchanged."""
+
+    def explain(self) -> Changed:
+        """Return the guard that failed, with both values."""
+
+
+class Path(Protocol):
+    """What a variant's step reads on the host, as the dispatcher sees it."""
+
+    def holds(self, leaves: Sequence[Any]) -> bool:
+        """Return True if a batch with these leaves gives the values that were read."""
+
+    def is_ruled_out_by(self, failed: Any) -> bool:
+        """Return True if it does not hold, since another path did not."""
+
+    def explain(self) -> Changed:
+        """Return the read that gave another value, with both values. Empty if none did."""
+
+    def varying(self) -> Reason:
+        """Return the reason of a key that has too many values."""
+
+
+class Entry(Protocol):
+    """A graph, as the dispatcher sees it."""
+
+    replays: int
+    record: Any
+    """Its row in the statistics. The shapes that are padded to one batch share it."""
+
+    def is_valid(self) -> bool:
+        """Return True if the graph exists and may be replayed."""
+
+
+class Miss(NamedTuple):
+    """A submodule that may not run from a graph, because no watched step has seen its values."""
+
+    changed: Changed
+    """The value that has changed, now and before."""
+    known: list[Guards]
+    """Guards with the values that watched steps have seen."""
+
+    def is_met(self) -> bool:
+        """Return True if a step that is watched now would see such new values."""
+        return not any(guards.check() for guards in self.known)
+
+
+@dataclasses.dataclass(eq=False)
+class Variant:
+    """One path through the step of a key: the guarded values, the watched step, and the graph."""
+
+    guards: Guards
+    modes: list[CUDAGraphMode]
+    """The allowed modes, highest first. If empty, the steps run eagerly."""
+    reason: Reason | None = None
+    """Why the steps run in a lower mode than asked."""
+    needs_second_look: bool = False
+    """True if watching a second step may find less."""
+    did_one_time_work: bool = False
+    """True if the watched step did one-time work, so one more eager step must follow."""
+    watched: Any = None
+    """The watched step, for messages."""
+    record: Any = None
+    """The row of its PIECEWISE steps in the statistics."""
+    time: Any = None
+    """Where the time of its PIECEWISE steps is added."""
+    entry: Entry | None = None
+    """The graph; None before the capture and after the graph was dropped."""
+    path: Path | None = None
+    """What the step reads on the host; None if it reads nothing, or if it is no graph."""
+    padding: Any = None
+    """How batches of the key are padded, to run from the graph of another key; None: not."""
+    is_taken_over: bool = False
+    """True if it was watched in another shape, so it holds for batches that are padded only."""
+    compare_at: int = 1
+    """The number of steps from which on a graph of a padded batch is compared with eager."""
+    watch_at: int = 0
+    """The number of steps from which on one is watched, because it may be one graph; 0 = never."""
+    trial: Trial | None = None
+    """Compares times, until it is known what graphs save; None: nothing is to be compared."""
+    verify_at: int = -1
+    """The number of replays after which the next one is compared with eager; -1 = never."""
+    was_used: bool = False
+    """Whether a step since the latest watched one had the guarded values."""
+    ledger: CaptureLedger | None = None
+    """The account of steps in pieces that may run no graph at all; None: there is none."""
+
+    def explain(self) -> Changed:
+        """Return what has changed, with both values. Call it only if the variant did not hold."""
+        if self.path is not None and self.guards.check():
+            return self.path.explain()
+        return self.guards.explain()
+
+    @property
+    def mode(self) -> CUDAGraphMode:
+        """The highest allowed mode."""
+        return self.modes[0] if self.modes else CUDAGraphMode.NONE
+
+
+@dataclasses.dataclass(eq=False)
+class KeyState:
+    """Everything that is known about one key of one target."""
+
+    descriptor: BatchDescriptor
+    ledger: CaptureLedger
+    sights: int = 0
+    """Number of steps with this key so far."""
+    warmup_runs: int = 0
+    """Number of eager runs that count as warm-up."""
+    variants: list[Variant] = dataclasses.field(default_factory=list)
+    """The variants, the last one used first."""
+    warm_up_times: list[StepTimes] = dataclasses.field(default_factory=list)
+    """Times of eager warm-up steps, if graphs must save time."""
+    miss: Miss | None = None
+    """Set if a submodule asked for another watched step."""
+    without_batch: Reason | None = None
+    """Why the batch cannot be part of the key; None if it is part of it."""
+    pieces: Variant | None = None
+    """How steps run that could be one graph, if the family may not spend; None: eagerly."""
+
+    def forget_values(self) -> None:
+        """Forget values that did not come again: to compare them takes its time, at each step."""
+        self.variants = [
+            each
+            for each in self.variants
+            if each.was_used
+            or each.entry is not None
+            or each.path is not None
+            or each.mode is not CUDAGraphMode.FULL
+        ]
+        for each in self.variants:
+            each.was_used = False
+
+
+class KeyTable:
+    """The keys of one target, and the accounts of their families."""
+
+    def __init__(self) -> None:
+        self._states: dict[tuple[Any, ...], KeyState] = {}
+        self._ledgers: dict[tuple[Any, ...], CaptureLedger] = {}
+        self._unrepeated: set[tuple[Any, ...]] = set()
+        """The keys that were watched, and seen only once."""
+        self.known: Callable[[tuple[Any, ...]], KeyState | None] = self._states.get
+        """Returns the state of a key by the fields of its descriptor; None if the key is new."""
+
+    def state(self, fields: tuple[Any, ...], descriptor: BatchDescriptor | None = None) -> KeyState:
+        """Return the state of a key. A new key gets a new state.
+
+        Args:
+            fields: The fields of its descriptor.
+            descriptor: The descriptor, if the caller has one.
+        """
+        state = self._states.get(fields)
+        if state is None:
+            made = descriptor or BatchDescriptor(*fields)
+            ledger = self._ledgers.setdefault(made.family, CaptureLedger())
+            state = self._states[fields] = KeyState(made, ledger)
+            if len(self._states) > MOST_KEYS:
+                self._forget_unused()
+        return state
+
+    def states(self) -> list[KeyState]:
+        """Return all keys."""
+        return list(self._states.values())
+
+    def add_variant(self, state: KeyState, variant: Variant) -> list[Entry]:
+        """Add a variant of a key. Return the graphs that the caller must drop."""
+        # one that always holds comes last: those with guards are asked first
+        if isinstance(variant.guards, Unguarded):
+            guarded = [each for each in state.variants if not isinstance(each.guards, Unguarded)]
+            # host values that did not come again are not computed any more
+            kept = [each for each in guarded if each.path is None or each.entry is not None]
+            state.variants = [*kept, variant]
+            return []
+        state.variants.insert(0, variant)
+        gone = state.variants[MOST_VARIANTS:]
+        del state.variants[MOST_VARIANTS:]
+        return [each.entry for each in gone if each.entry is not None]
+
+    def forget(self, descriptor: BatchDescriptor) -> None:
+        """Forget a key without a graph, as if none of its steps had run."""
+        state = self._states.pop(descriptor.fields, None)
+        if state is not None:
+            self._unrepeated.discard(descriptor.fields)
+
+    def _forget_unused(self) -> None:
+        unused = [
+            fields
+            for fields, state in self._states.items()
+            if all(variant.entry is None for variant in state.variants)
+        ]
+        for fields in unused[: MOST_KEYS // 2]:
+            del self._states[fields]
+            self._unrepeated.discard(fields)
+        families = {state.descriptor.family for state in self._states.values()}
+        self._ledgers = {key: ledger for key, ledger in self._ledgers.items() if key in families}
+
+    def entries(self) -> list[Entry]:
+        """Return the graphs of all keys and forget them. The caller must drop them."""
+        found: list[Entry] = []
+        for state in self._states.values():
+            for variant in state.variants:
+                if variant.entry is not None:
+                    found.append(variant.entry)
+                    variant.entry = None
+        return found
+
+    def entries_of(self, descriptors: Iterable[BatchDescriptor]) -> list[Entry]:
+        """Return the graphs of some keys."""
+        states = [self._states.get(descriptor.fields) for descriptor in descriptors]
+        variants = [variant for state in states if state is not None for variant in state.variants]
+        return [variant.entry for variant in variants if variant.entry is not None]
+
+    def begin_epoch(self) -> list[Entry]:
+        """Forget variants whose large containers have changed.
+
+        Returns:
+            Graphs that the caller must drop.
+        """
+        dropped: list[Entry] = []
+        for state in self._states.values():
+            for variant in [each for each in state.variants if not each.guards.check_epoch()]:
+                state.ledger.note(Status.UNPROFITABLE, variant.guards.explain())
+                state.variants.remove(variant)
+                dropped += [variant.entry] if variant.entry is not None else []
+        return dropped
+
+    def changed(self, why: Changed) -> None:
+        """Record that the module has changed, so graphs must be captured again."""
+        for state in self._states.values():
+            state.ledger.note(Status.UNPROFITABLE, why)
+
+    def reset(self, why: Changed = NO_CHANGE) -> None:
+        """Forget every key, because the module has changed and steps may take another path.
+
+        The ledgers stay, so a module that changes at every step still runs out of credit.
+        """
+        self.changed(why)
+        self._states.clear()
+        self._unrepeated.clear()
