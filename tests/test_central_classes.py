@@ -467,13 +467,13 @@ def test_a_recording_gives_the_effects_of_a_step_that_the_user_has_not_seen():
         recording = StepRecording([metric], held, states, NothingLogged(), late, [])
         with recording.watching(CheckedCalls()):
             metric.update(x)
-            effects, tensors = recording.finish()
+            finished = recording.finish()
             with pytest.raises(CaptureError, match=r"the state SumMetric\.sum_value"):
-                recording.refuse_states_in((x, held[0].graph_tensor))
+                finished.refuse_states_in((x, held[0].graph_tensor))
         before.restore()
     assert (metric.update_count, metric.sum_value.item()) == (0, 0.0)
-    held_tensors = iter(tensors)
-    for effect in effects:
+    held_tensors = iter(finished.tensors)
+    for effect in finished.effects:
         effect.after_replay(held_tensors)
     assert (metric.update_count, metric.compute().item()) == (1, 3.0)
     states.release(check=False)

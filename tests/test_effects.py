@@ -31,6 +31,7 @@ from cg_lightning.effects.effect import (
 from cg_lightning.effects.logged_values import Calls
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.effects.recorder import NoEffects, Recorder
+from cg_lightning.effects.recording import FinishedStep
 from cg_lightning.effects.step_state import HostRandomState, StepState
 from tests.harness import assert_same
 
@@ -80,7 +81,8 @@ class Captured:
         def run() -> Any:
             with recorder.step() as recording:
                 output = self._call()
-                return output, *recording.finish()
+                finished = recording.finish()
+                return output, finished.effects, finished.tensors
 
         self.captures += 1
         return self.backend.capture(run, collect_garbage=False, capture_error_mode="thread_local")
@@ -464,7 +466,7 @@ def test_what_cannot_be_logged_again_is_refused():
 def test_a_submodule_has_no_effects():
     recorder: Recorder = NoEffects()
     with recorder.prepared(), recorder.step() as recording:
-        assert recording.finish() == ([], [])
+        assert recording.finish() == FinishedStep([], [], [], [])
     assert not recorder.has_unreserved_checks
 
 

@@ -231,30 +231,26 @@ class Capturer:
                 ):
                     output = call.run_on(tree)
                 is_closure = isinstance(output, ClosureOutput)
-                effects, tensors = recording.finish((output, leaves))
-                lists, items = recording.shared_lists()
+                finished = recording.finish((output, leaves))
+                effects, tensors = finished.effects, finished.tensors
                 if target.host_draws:
                     effects.append(DrawAgain(target.host_draws))
-                late, arguments = recording.late()
                 if target.changes:
                     output, changes = changing.finish(output)
                     effects.append(changes)
                     takers.append(changes)
-            if lists is not None:
-                output = (output, items)
-                takers.insert(0, lists)
-            if late is not None:
-                output = (output, arguments)
-                takers.insert(0, late)
+            for taker, values in finished.takers:
+                output = (output, values)
+                takers.insert(0, taker)
             if target.fills_batch:
                 takers.insert(0, SetBatchEntries(entries, output, containers))
                 output = (output, (entries.new(), entries.removed()))
-            recording.refuse_states_in(output)
+            finished.refuse_states_in(output)
             plan, computed = OutputPlan.make(
                 output, leaves, target.storage_addresses, containers, detaches=is_closure
             )
             # outputs that are not copied out must not share memory with those of other graphs
-            if options.weak_ref_output and (copies_outputs or lists is not None):
+            if options.weak_ref_output and (copies_outputs or takers):
                 computed = weak_ref_tensors(computed, self._backend)
                 tensors = weak_ref_tensors(tensors, self._backend)
             return plan, computed, effects, tensors, takers

@@ -27,14 +27,14 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from cg_lightning.core.errors import CaptureError
-from cg_lightning.effects.effect import AppendToLists, Effect, ReadChecksLater
-from cg_lightning.effects.late_updates import Arguments, LateStep, MakeLateCalls
+from cg_lightning.effects.effect import ReadChecksLater
+from cg_lightning.effects.late_updates import LateStep
 from cg_lightning.effects.logged_numbers import numbers_as_tensors
 from cg_lightning.effects.logged_values import LoggedValues
-from cg_lightning.effects.recording import StepRecording
+from cg_lightning.effects.recording import FinishedStep, StepRecording
 from cg_lightning.effects.step_state import AttributesSnapshot
 from cg_lightning.metrics.deferred_checks import CheckedCalls, DeferredCheck, DeferredChecks
 from cg_lightning.metrics.members import metrics_of
@@ -45,8 +45,8 @@ from cg_lightning.metrics.sync_free import sync_free
 class Recording(Protocol):
     """One captured step."""
 
-    def finish(self, known: Any = ()) -> tuple[list[Effect], list[Tensor]]:
-        """Return the effects of the step, and the tensors that the graph computes for them.
+    def finish(self, known: Any = ()) -> FinishedStep:
+        """Return what the step does beside its output.
 
         Call it once, inside the capture and after the step, because it writes metric states.
 
@@ -55,28 +55,6 @@ class Recording(Protocol):
 
         Raises:
             CaptureError: The step has a side effect that a replay cannot do again.
-        """
-
-    def late(self) -> tuple[MakeLateCalls | None, list[Arguments]]:
-        """Return an object that makes the late calls of the step, and their arguments.
-
-        None if there are none. Call it after :meth:`finish`.
-        """
-
-    def shared_lists(self) -> tuple[AppendToLists | None, list[Tensor]]:
-        """Return what appends tensors that the user has as well to metrics, and these tensors.
-
-        Call it after :meth:`finish`.
-        """
-
-    def refuse_states_in(self, output: Any) -> None:
-        """Raise if the step returns or keeps a state of a metric. Call it after :meth:`finish`.
-
-        Args:
-            output: All that the user gets from the step.
-
-        Raises:
-            CaptureError: A later step may write to that state, which a copy would not show.
         """
 
 
@@ -109,17 +87,8 @@ class Recorder(Protocol):
 
 
 class _NoRecording:
-    def finish(self, known: Any = ()) -> tuple[list[Effect], list[Tensor]]:
-        return [], []
-
-    def shared_lists(self) -> tuple[AppendToLists | None, list[Tensor]]:
-        return None, []
-
-    def late(self) -> tuple[MakeLateCalls | None, list[Arguments]]:
-        return None, []
-
-    def refuse_states_in(self, output: Any) -> None:
-        pass
+    def finish(self, known: Any = ()) -> FinishedStep:
+        return FinishedStep([], [], [], [])
 
 
 class NoEffects:

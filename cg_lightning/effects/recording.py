@@ -10,7 +10,7 @@ import copy
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,9 @@ from cg_lightning.effects.effect import (
     ReadChecksLater,
     RepeatLogCalls,
     SetAttributes,
+    Taker,
 )
 from cg_lightning.effects.late_updates import (
-    Arguments,
     CollectedCalls,
     LateStep,
     LateValue,
@@ -157,6 +157,40 @@ class _RecordedMetric(ModuleHandler):
         self.written.add(name)
 
 
+class FinishedStep(NamedTuple):
+    """What a captured step does beside its output."""
+
+    effects: list[Effect]
+    tensors: list[Tensor]
+    """What the graph computes for the effects, in order."""
+    takers: list[tuple[Taker, list[Any]]]
+    """What takes values that the user may have as well, and these values."""
+    states: list[tuple[MetricState, Tensor]]
+    """The metric states, with their static tensors and their values at the end."""
+
+    def refuse_states_in(self, output: Any) -> None:
+        """Raise if the step returns or keeps a state.
+
+        Args:
+            output: All that the user gets from the step.
+
+        Raises:
+            CaptureError: A later step may write to the state. Then the tensor that eager returns
+                changes, but a copy does not.
+        """
+        states = {
+            value.untyped_storage().data_ptr(): state
+            for state, value in self.states
+            if value.numel()
+        }
+        for tensor in tensors_in(output):
+            if tensor.layout is torch.strided and tensor.numel():
+                state = states.get(tensor.untyped_storage().data_ptr())
+                if state is not None:
+                    what = f"{type(state.metric).__name__}.{state.name}"
+                    raise CaptureError(f"the step returns or keeps the state {what}")
+
+
 class StepRecording:
     """One captured step of a module with metrics or logged values.
 
@@ -191,11 +225,6 @@ class StepRecording:
         """The calls of ``self.log`` in the step, if a replay has to repeat them."""
         self.late_calls = CollectedCalls()
         """The calls of metrics that the step leaves out."""
-        self._late_values: list[tuple[dict[str, Any], LateValue]] = []
-        self._shared_lists: AppendToLists | None = None
-        self._shared_items: list[Tensor] = []
-        self._final: list[tuple[MetricState, Tensor]] = []
-        """The states that the step has read or set, with their values at its end."""
 
     @contextlib.contextmanager
     def watching(self, checked: CheckedCalls) -> Iterator[None]:
@@ -210,61 +239,48 @@ class StepRecording:
                     attributes["update"] = _checked_update(metric, update, checked)
             yield
 
-    def finish(self, known: Any = ()) -> tuple[list[Effect], list[Tensor]]:
-        """Write new states to static tensors, and return the effects of the step.
+    def finish(self, known: Any = ()) -> FinishedStep:
+        """Write new states to static tensors. Return what the step does beside its output.
 
         Args:
             known: What the user has of the step beside metrics: its output and its batch.
 
-        Returns:
-            The effects, and the tensors that the graph computes for them, in order.
-
         Raises:
             CaptureError: The step has a side effect that a replay cannot do again.
         """
-        tensors: list[Tensor] = []
         for recorded in self._metrics:
             if reason := unsupported_update(recorded.metric, recorded.written):
                 raise CaptureError(reason)
+        log, expected = self._log_effect(), self._expected_attributes()
+        final = [
+            (state, state.attributes[state.name])
+            for state in self._metric_states
+            if state.name in state.attributes
+        ]
+        moved, counters = self._moved_states(final), self._counters()
+        appended, items = self._appended()
+        # what a callback writes to its output or batch, it writes to the state
+        is_shared = not addresses_of(tensors_in(known)).isdisjoint(addresses_of(items))
+        takers: list[tuple[Taker, list[Any]]] = []
+        if appended is not None and is_shared:
+            takers.append((appended, items))
+        tensors = [] if is_shared else [*items]
+        set_attributes, late_values = self._set_attributes(tensors)
         found = [
-            self._log_effect(),
-            self._expected_attributes(),
-            self._moved_states(),
-            self._counters(),
-            self._appended(tensors, known),
-            self._set_attributes(tensors),
+            log,
+            expected,
+            moved,
+            counters,
+            None if is_shared else appended,
+            set_attributes,
             self._log_calls(tensors),
         ]
-        return [*[effect for effect in found if effect is not None], *self._effects], tensors
-
-    def late(self) -> tuple[MakeLateCalls | None, list[Arguments]]:
-        """Return what makes the late calls, and their arguments. Call it after :meth:`finish`."""
-        collected = self.late_calls
-        if not collected.calls:
-            return None, []
-        make = MakeLateCalls(self._late.updates, collected.calls, self._late_values)
-        return make, collected.arguments
-
-    def refuse_states_in(self, output: Any) -> None:
-        """Raise if the step returns or keeps a state. Call it after :meth:`finish`.
-
-        Args:
-            output: All that the user gets from the step.
-
-        Raises:
-            CaptureError: A later step may write to the state. Then the tensor that eager returns
-                changes, but a copy does not.
-        """
-        held = [(state, state.graph_tensor) for state in self._metric_states] + self._final
-        states = {
-            value.untyped_storage().data_ptr(): state for state, value in held if value.numel()
-        }
-        for tensor in tensors_in(output):
-            if tensor.layout is torch.strided and tensor.numel():
-                state = states.get(tensor.untyped_storage().data_ptr())
-                if state is not None:
-                    what = f"{type(state.metric).__name__}.{state.name}"
-                    raise CaptureError(f"the step returns or keeps the state {what}")
+        if self.late_calls.calls:
+            late = MakeLateCalls(self._late.updates, self.late_calls.calls, late_values)
+            takers.append((late, self.late_calls.arguments))
+        effects = [*[effect for effect in found if effect is not None], *self._effects]
+        states = [(state, state.graph_tensor) for state in self._metric_states]
+        return FinishedStep(effects, tensors, takers, [*states, *final])
 
     def _log_effect(self) -> Effect | None:
         logged = set(map(id, self._logged.metrics()))
@@ -283,17 +299,12 @@ class StepRecording:
         ]
         return ExpectAttributes(expected) if expected else None
 
-    def _moved_states(self) -> Effect | None:
+    def _moved_states(self, final: list[tuple[MetricState, Tensor]]) -> Effect | None:
+        """Write the final values of states to static tensors."""
         read = [state for recorded in self._metrics for state in recorded.read]
-        final = [
-            (state, state.attributes[state.name])
-            for state in self._metric_states
-            if state.name in state.attributes
-        ]
         storages = {
             state.graph_tensor.untyped_storage().data_ptr() for state in self._metric_states
         }
-        self._final = final
         tensors: dict[int, Tensor] = {
             id(value): value for state, value in final if value is state.graph_tensor
         }
@@ -337,15 +348,9 @@ class StepRecording:
                 )
         return AddToCounters(counters) if counters else None
 
-    def shared_lists(self) -> tuple[AppendToLists | None, list[Tensor]]:
-        """Return what appends tensors that the user has as well, and these tensors.
-
-        Call it after :meth:`finish`.
-        """
-        return self._shared_lists, self._shared_items
-
-    def _appended(self, tensors: list[Tensor], known: Any) -> Effect | None:
-        appended, appended_items = [], list[Tensor]()
+    def _appended(self) -> tuple[AppendToLists | None, list[Tensor]]:
+        """Return what appends to list states, and the items."""
+        appended, all_items = [], list[Tensor]()
         for recorded in self._metrics:
             for name, empty in recorded.lists.items():
                 items = recorded.attributes[name]
@@ -358,19 +363,19 @@ class StepRecording:
                     )
                 if items:
                     appended.append(Appended(recorded.attributes, name, len(items), items is empty))
-                    appended_items.extend(items)
-        if not appended:
-            return None
-        effect = AppendToLists(appended)
-        if addresses_of(tensors_in(known)).isdisjoint(addresses_of(appended_items)):
-            tensors.extend(appended_items)
-            return effect
-        # what a callback writes to its output or batch, it writes to the state
-        self._shared_lists, self._shared_items = effect, appended_items
-        return None
+                    all_items.extend(items)
+        return (AppendToLists(appended) if appended else None), all_items
 
-    def _set_attributes(self, tensors: list[Tensor]) -> Effect | None:
+    def _set_attributes(
+        self, tensors: list[Tensor]
+    ) -> tuple[SetAttributes | None, list[tuple[dict[str, Any], LateValue]]]:
+        """Return what sets attributes of metrics, and the attributes that late calls set.
+
+        Args:
+            tensors: Receives the tensors that the graph computes for it.
+        """
         constants = []
+        late_values: list[tuple[dict[str, Any], LateValue]] = []
         computed: list[ComputedAttribute] = []
         for recorded in self._metrics:
             values: dict[str, Any] = {}
@@ -379,7 +384,7 @@ class StepRecording:
                 if name == _COUNTER and isinstance(value, CapturedCount):
                     continue
                 if isinstance(value, LateValue):
-                    self._late_values.append((recorded.attributes, value))
+                    late_values.append((recorded.attributes, value))
                     continue
                 leaves = flatten(value)[0]
                 of_graph = _tensors_of_graph(recorded, name, leaves)
@@ -399,7 +404,8 @@ class StepRecording:
                 tensors.extend(of_graph)
             if values:
                 constants.append((recorded.attributes, values))
-        return SetAttributes(constants, computed) if constants or computed else None
+        effect = SetAttributes(constants, computed) if constants or computed else None
+        return effect, late_values
 
     def _log_calls(self, tensors: list[Tensor]) -> Effect | None:
         if not self.log_calls:
