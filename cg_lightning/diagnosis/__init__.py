@@ -15,6 +15,7 @@
 - ``module_state.py``: a snapshot of the attributes of a module, which is compared later.
 - ``late_unit.py``: one unit of metrics in a watched step: whether its updates may follow the step.
 - ``lines_of_changes.py``: the line of a step that changes an object, a global or a closure.
+- ``monitoring.py``: the tool of ``sys.monitoring`` that tells what runs, from Python 3.12 on.
 - ``names_in_code.py``: what the instructions of a function name: globals, imports, computed names.
 - ``operands.py``: the tensors that a dispatched operation takes, makes and writes to.
 - ``profilers.py``: other profilers of the thread, which pause before Python 3.12.

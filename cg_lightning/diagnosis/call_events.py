@@ -8,15 +8,15 @@ tells nothing (PEP 669). Before, a profiler is called each time.
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import CodeType, FrameType, MethodDescriptorType
 from typing import Any, Protocol
 
 from cg_lightning.diagnosis.findings import may_call_for_step
+from cg_lightning.diagnosis.monitoring import free_tool
 from cg_lightning.diagnosis.profilers import paused_profiler
 
 
@@ -54,13 +54,6 @@ def call_events(listener: CallListener) -> CallEvents:
     if sys.version_info >= (3, 12) and free_tool() is not None:
         return _Monitoring(listener)
     return _Profiler(listener)
-
-
-def free_tool() -> int | None:
-    """Return a number that a tool of ``sys.monitoring`` may have; None if there is none."""
-    if sys.version_info >= (3, 12):
-        return next((tool for tool in _TOOLS if sys.monitoring.get_tool(tool) is None), None)
-    return None
 
 
 class _Profiler:
@@ -118,11 +111,9 @@ def _frame_of(code: CodeType) -> FrameType:
 
 
 if sys.version_info >= (3, 12):
-    _MONITORING = sys.monitoring
-    _EVENTS = _MONITORING.events
-    _TOOLS = (3, 4)  # those that Python names for no purpose
-    _STARTS = (_EVENTS.PY_START, _EVENTS.PY_RESUME, _EVENTS.PY_THROW)
-    """A function begins, a generator goes on, a generator goes on with an exception."""
+    from cg_lightning.diagnosis.monitoring import Monitor
+
+    _EVENTS = sys.monitoring.events
 
     class _Monitoring:
         """Tells by ``sys.monitoring``: other profilers need not pause.
@@ -135,32 +126,18 @@ if sys.version_info >= (3, 12):
             self._thread = threading.get_ident()
             self._is_suspended = False
             self._seen: dict[int, CodeType] = {}
-            self._asked: list[CodeType] = []
-            """Code whose calls of functions of C are told."""
+            starts: dict[int, Callable[..., Any]] = {
+                _EVENTS.PY_START: self._on_start,
+                _EVENTS.PY_RESUME: self._on_start,  # a generator goes on
+                _EVENTS.PY_THROW: self._on_throw,
+            }
+            self._monitor = Monitor(starts, {_EVENTS.CALL: self._on_c_call})
 
         @contextlib.contextmanager
         def telling(self) -> Iterator[str]:
             """See :class:`CallEvents`."""
-            tool = free_tool()
-            assert tool is not None, "it was asked for when this was made"
-            _MONITORING.use_tool_id(tool, "cg_lightning")
-            try:
-                on_start = functools.partial(self._on_start, tool)
-                _MONITORING.register_callback(tool, _EVENTS.PY_START, on_start)
-                _MONITORING.register_callback(tool, _EVENTS.PY_RESUME, on_start)
-                on_throw = functools.partial(self._on_throw, tool)
-                _MONITORING.register_callback(tool, _EVENTS.PY_THROW, on_throw)
-                _MONITORING.register_callback(tool, _EVENTS.CALL, self._on_c_call)
-                _MONITORING.set_events(tool, functools.reduce(int.__or__, _STARTS))
-                _MONITORING.restart_events()  # what an earlier step has turned off
+            with self._monitor:
                 yield ""
-            finally:
-                _MONITORING.set_events(tool, 0)
-                for code in self._asked:
-                    _MONITORING.set_local_events(tool, code, 0)
-                for event in (*_STARTS, _EVENTS.CALL):
-                    _MONITORING.register_callback(tool, event, None)
-                _MONITORING.free_tool_id(tool)
 
         @contextlib.contextmanager
         def suspended(self) -> Iterator[None]:
@@ -171,21 +148,20 @@ if sys.version_info >= (3, 12):
             finally:
                 self._is_suspended = before
 
-        def _on_throw(self, tool: int, code: CodeType, offset: int, error: BaseException) -> None:
-            self._on_start(tool, code, offset)  # Python always tells of it
+        def _on_throw(self, code: CodeType, offset: int, error: BaseException) -> None:
+            self._on_start(code, offset)  # Python always tells of it
 
-        def _on_start(self, tool: int, code: CodeType, offset: int) -> Any:
+        def _on_start(self, code: CodeType, offset: int) -> Any:
             if self._is_suspended or threading.get_ident() != self._thread:
                 return None
             if id(code) not in self._seen:
                 self._seen[id(code)] = code
                 if may_call_for_step(code.co_filename):
-                    self._asked.append(code)
-                    _MONITORING.set_local_events(tool, code, _EVENTS.CALL)
+                    self._monitor.tell_of(code)
             frame = _frame_of(code)
             is_quiet = frame.f_globals.get("__file__") in self._listener.quiet_files
             if is_quiet or not self._listener.on_call(frame):
-                return _MONITORING.DISABLE
+                return sys.monitoring.DISABLE
             return None
 
         def _on_c_call(self, code: CodeType, offset: int, function: Any, first: Any) -> None:

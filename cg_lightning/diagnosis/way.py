@@ -31,8 +31,8 @@ from typing import Any
 
 from torch import nn
 
-from cg_lightning.diagnosis.call_events import free_tool
 from cg_lightning.diagnosis.findings import is_our_file
+from cg_lightning.diagnosis.monitoring import free_tool
 from cg_lightning.modules.kinds import is_user_file
 
 Way = bytes
@@ -59,13 +59,13 @@ class WayRecorder:
         """Call a function. Return its output, and its way; None if it is not known."""
         if sys.gettrace() is not None:
             return function(*args, **kwargs), None
-        known, tool = len(self._codes), free_tool()
+        known = len(self._codes)
         collects = gc.isenabled()
         gc.disable()  # it would call finalizers anywhere
         try:
-            if sys.version_info >= (3, 12) and tool is not None:
+            if sys.version_info >= (3, 12) and free_tool() is not None:
                 monitored = _MonitoredTrace(self._codes)
-                return monitored.run(tool, function, *args, **kwargs), monitored.way()
+                return monitored.run(function, *args, **kwargs), monitored.way()
             trace = _Trace(self._codes)
             output = trace.run(function, *args, **kwargs)
         finally:
@@ -156,8 +156,9 @@ class _Trace:
 
 
 if sys.version_info >= (3, 12):
-    _MONITORING = sys.monitoring
-    _EVENTS = _MONITORING.events
+    from cg_lightning.diagnosis.monitoring import Monitor
+
+    _EVENTS = sys.monitoring.events
     _BITS = 31
     """Of a place in code."""
 
@@ -176,21 +177,10 @@ if sys.version_info >= (3, 12):
             self._events: list[tuple[int, CodeType, int]] = []
             """The thread, the code, and what happened there."""
 
-        def run(self, tool: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             """Call a function. Return its output."""
-            callbacks = self._callbacks()
-            _MONITORING.use_tool_id(tool, "cg_lightning")
-            try:
-                for event, callback in callbacks.items():
-                    _MONITORING.register_callback(tool, event, callback)
-                _MONITORING.restart_events()  # what a watched step has turned off
-                _MONITORING.set_events(tool, functools.reduce(int.__or__, callbacks))
+            with Monitor(self._callbacks()):
                 return function(*args, **kwargs)
-            finally:
-                _MONITORING.set_events(tool, 0)
-                for event in callbacks:
-                    _MONITORING.register_callback(tool, event, None)
-                _MONITORING.free_tool_id(tool)
 
         def way(self) -> Way | None:
             """Return the way of the run; None if it is not known."""
