@@ -112,7 +112,7 @@ class GuardSet:
         self._compared = list(compared)
         self._settings = settings or FrozenSettings({}, ())
         sources = list(sources)
-        self._bare = [each for each in sources if each.is_bare_function]
+        bare = [each for each in sources if each.is_bare_function]
         self._of_libraries = [Guard.of(each) for each in sources if isinstance(each, LibrarySource)]
         own = [e for e in sources if not (e.is_bare_function or isinstance(e, LibrarySource))]
         self.guards = list(map(Guard.of, _with_classes(own)))
@@ -127,11 +127,10 @@ class GuardSet:
             if not guard.is_in_dictionary
         ]
         self._contents = FrozenValues(
-            [guard.expected for guard in there], [guard.source.path for guard in there]
+            [guard.expected for guard in there],
+            [guard.source.path for guard in there],
+            without_attributes={each.path: each.holder for each in bare},
         )
-        self._has_contents = not self._contents.is_empty
-        bare = [*map(vars, [s.holder for s in self._bare]), *self._contents.without_attributes]
-        self._without_attributes = list({id(each): each for each in bare}.values())
         known = set(map(id, inside))
         hidden = [module for module in self._contents.modules if id(module) not in known]
         self._hidden = [ModuleGuard(module) for module in hidden]
@@ -148,7 +147,7 @@ class GuardSet:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to compare."""
-        return not (self.guards or self._compared or self._of_libraries or self._bare)
+        return not (self.guards or self._compared or self._of_libraries) and self._contents.is_empty
 
     def _are_same_objects(self) -> bool:
         for get, name, expected in self._others:
@@ -170,11 +169,9 @@ class GuardSet:
                 return False
         if self._settings.written and not self._settings.hold():
             return False
-        if any(self._without_attributes):  # native, since each function of the user's has one
-            return False
         if not self._are_same_objects() and not self._values_are_equal():
             return False
-        if self._has_contents and not self._contents.hold():
+        if not self._contents.hold():
             return False
         return not self._hidden or all(
             guard.check() and guard.flags() == flags
@@ -202,9 +199,6 @@ class GuardSet:
                 return changed
         if changed := self._settings.explain():
             return changed
-        for source in self._bare:
-            if attributes := source.value():
-                return describe_change(source.path, attributes, {})
         for guard in (*self.guards, *self._of_libraries):
             if not is_same_value(guard.expected, value := guard.value()):
                 return describe_change(guard.source.path, value, guard.expected)

@@ -134,6 +134,7 @@ class FrozenValues:
         values: The values.
         paths: Their names as the user would write them, for :meth:`explain`.
         seen: The ids of values that are compared already.
+        without_attributes: Functions that have no attributes, by their names.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class FrozenValues:
         values: Iterable[Any],
         paths: Iterable[str] | None = None,
         seen: set[int] | None = None,
+        without_attributes: Mapping[str, types.FunctionType] | None = None,
     ) -> None:
         self.modules: list[nn.Module] = []
         """Modules among them: those in a list, for example, are no submodules."""
@@ -158,7 +160,10 @@ class FrozenValues:
         self._large: list[FrozenContainer | FrozenContents] = []
         self._large_members: list[tuple[list[Any], Path]] = []
         self._inside_large: list[FrozenValues] = []
-        self._bare: list[FrozenAttributes] = []
+        self._bare = [
+            FrozenAttributes(vars(function), itself, {}, (None, name, None))
+            for name, function in (without_attributes or {}).items()
+        ]
         """Functions that have no attributes."""
         self._opaque: list[tuple[Path, str]] = []
         self._known_subclasses: set[int] = set()
@@ -185,12 +190,16 @@ class FrozenValues:
         for members, path in self._large_members:
             self._look_into_large(members, [format_path(path)] * len(members), seen)
         self._placement = Placement(self.tensors, layout_and_gradient_of)
-        self.without_attributes = [each.value for each in self._bare]
+        self._empty = list({id(each.value): each.value for each in self._bare}.values())
         """The dictionaries of functions that have no attributes. They must stay empty."""
         self._typed = [each.value for each in self._classes]
         self._expected_types = [each.cls for each in self._classes]
-        self.is_empty = not any((self.tensors, self._items, self._classes, self._contents))
-        """Whether :meth:`hold` has nothing to compare except :attr:`without_attributes`."""
+        self._has_more = any((self.tensors, self._items, self._classes, self._contents))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether :meth:`hold` has nothing to compare."""
+        return not (self._has_more or self._empty)
 
     def opaque(self) -> list[str]:
         """Return the values that cannot be compared: ``self.rng: numpy.random.Generator``."""
@@ -376,9 +385,10 @@ class FrozenValues:
 
     def hold(self) -> bool:
         """Return whether nothing has changed. Large containers are not compared."""
-        return (
+        if any(self._empty):  # native, since each function of the user's has one
+            return False
+        return not self._has_more or (
             self._placement.check()
-            and not any(self.without_attributes)
             and (self._same_items.hold() or all(each.holds() for each in self._items))
             and all(each.holds() for each in self._other_containers)
             and all(map(operator.is_, map(type, self._typed), self._expected_types))
