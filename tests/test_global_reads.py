@@ -7,7 +7,7 @@ import gc
 import logging
 import sys
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -15,6 +15,8 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from cg_lightning import CUDAGraphCallback
+from cg_lightning.backends.recorder import RecorderBackend
+from cg_lightning.diagnosis.watcher import StepWatcher
 from tests import models
 from tests.harness import Harness, assert_same, features, predict
 from tests.models import Body, Predictor
@@ -90,6 +92,26 @@ def as_they_were():
     reset()
     yield
     reset()
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+class MakesPairs(Predictor):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return Pair(self.net(batch[0]) * FACTOR, batch[0])
+
+
+def test_a_constructor_of_named_tuples_costs_no_guard():
+    module, x = MakesPairs(nn.Linear(8, 8)), torch.ones(2, 8)
+    watcher = StepWatcher(module, RecorderBackend(x.device), effects=None)
+    with torch.no_grad():
+        _, watched = watcher.watch(lambda: module.predict_step([x], 0), [x])
+    paths = {source.path for source in watched.sources()}
+    assert "FACTOR" in paths
+    assert not any("_tuple_new" in path for path in paths)
 
 
 class Changes(Callback):

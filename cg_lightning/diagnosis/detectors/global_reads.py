@@ -87,6 +87,8 @@ _ASKS_FOR_CLASSES = frozenset({"isinstance", "issubclass"})
 _LOOK_AT_ANYTHING = frozenset({"type", "id", "callable", "suppress", "eval", "exec"})
 _NO_FILE = "<string>"
 """The file of code that is run from a text."""
+_OF_NAMED_TUPLE = "namedtuple_"
+"""How the globals of the constructor of a named tuple are called, which Python itself makes."""
 _BY_TEXT = frozenset({"globals", "eval", "exec"})
 """Functions of C by which code reads globals that it does not name."""
 _IMPORT = importlib.import_module.__code__
@@ -443,20 +445,22 @@ def _is_users_code(frame: FrameType) -> bool:
     """Whether code is the user's. Code of no file belongs to the module whose globals it has."""
     file = frame.f_code.co_filename
     if file == _NO_FILE:
+        if str(frame.f_globals.get("__name__")).startswith(_OF_NAMED_TUPLE):
+            return False
         file = frame.f_globals.get("__file__") or file
     return is_user_file(file)
 
 
 def _is_generated(frame: FrameType) -> bool:
-    """Whether a frame is of a method that a dataclass or a named tuple has made."""
+    """Whether a frame is of a method that a dataclass has made."""
     code = frame.f_code
     if code.co_filename != _NO_FILE or not code.co_argcount:
         return False
-    if not getattr(code, "co_qualname", "__create_fn__").startswith(("__create_fn__", "<lambda>")):
+    if not getattr(code, "co_qualname", "__create_fn__").startswith("__create_fn__"):
         return False
     first = frame.f_locals.get(code.co_varnames[0])
     classes = (first if isinstance(first, type) else type(first)).__mro__
-    return any("__dataclass_fields__" in vars(each) or "_fields" in vars(each) for each in classes)
+    return any("__dataclass_fields__" in vars(each) for each in classes)
 
 
 def _namespaces_given(frame: FrameType, names: NamesInCode) -> Iterator[Any]:
