@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from cg_lightning import BatchDescriptor, UnkeyableBatchError
+from cg_lightning.core.kernel_flags import NAMES, differing_flag, kernel_flags
 
 describe = BatchDescriptor.from_batch
 Pair = collections.namedtuple("Pair", "left right")
@@ -161,6 +162,19 @@ def _deterministic():
     return lambda: torch.use_deterministic_algorithms(False)
 
 
+def _autocast_on_cuda():  # the context needs a GPU
+    torch.set_autocast_enabled("cuda", True)
+    return lambda: torch.set_autocast_enabled("cuda", False)
+
+
+def _entered(context):
+    def change():
+        context.__enter__()
+        return lambda: context.__exit__(None, None, None)
+
+    return change
+
+
 def _sdp(name):
     def change():
         before = getattr(torch.backends.cuda, f"{name}_sdp_enabled")()
@@ -170,44 +184,54 @@ def _sdp(name):
     return change
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        pytest.param(_default_dtype, id="default dtype"),
-        pytest.param(_precision, id="matmul precision"),
-        pytest.param(_deterministic, id="deterministic"),
-        pytest.param(_setter(torch.backends.cudnn, "benchmark", True), id="cudnn.benchmark"),
-        pytest.param(
-            _setter(torch.backends.cudnn, "deterministic", True), id="cudnn.deterministic"
-        ),
-        pytest.param(_setter(torch.backends.cudnn, "enabled", False), id="cudnn.enabled"),
-        pytest.param(_setter(torch.backends.cudnn, "allow_tf32", False), id="cudnn.allow_tf32"),
-        pytest.param(
-            _setter(torch.backends.cuda.matmul, "allow_tf32", True), id="matmul.allow_tf32"
-        ),
-        *[
-            pytest.param(_setter(torch.backends.cuda.matmul, name, value), id=name)
-            for name, value in (
-                ("allow_fp16_reduced_precision_reduction", False),
-                ("allow_bf16_reduced_precision_reduction", False),
-                ("allow_fp16_accumulation", True),
-            )
-        ],
-        *[
-            pytest.param(_sdp(name), id=name)
-            for name in ("flash", "mem_efficient", "math", "cudnn")
-        ],
-    ],
-)
-def test_switches_that_change_kernels_count(change):
-    """Hazard 14."""
+MATMUL, CUDNN = torch.backends.cuda.matmul, torch.backends.cudnn
+SWITCHES = [
+    ("torch.get_default_dtype()", _default_dtype),
+    ("deterministic algorithms", _deterministic),
+    ("torch.backends.cudnn.benchmark", _setter(CUDNN, "benchmark", True)),
+    ("torch.backends.cudnn.deterministic", _setter(CUDNN, "deterministic", True)),
+    ("torch.backends.cudnn.enabled", _setter(CUDNN, "enabled", False)),
+    ("precision of float32", _precision),
+    ("precision of float32", _setter(CUDNN, "allow_tf32", False)),
+    ("precision of float32", _setter(MATMUL, "allow_tf32", True)),
+    (
+        "reduced precision in float16",
+        _setter(MATMUL, "allow_fp16_reduced_precision_reduction", False),
+    ),
+    (
+        "reduced precision in bfloat16",
+        _setter(MATMUL, "allow_bf16_reduced_precision_reduction", False),
+    ),
+    ("accumulation in float16", _setter(MATMUL, "allow_fp16_accumulation", True)),
+    ("flash SDPA", _sdp("flash")),
+    ("memory-efficient SDPA", _sdp("mem_efficient")),
+    ("math SDPA", _sdp("math")),
+    ("cuDNN SDPA", _sdp("cudnn")),
+    ("grad mode", _entered(torch.no_grad())),
+    ("inference mode", _entered(torch.inference_mode())),
+    ("function modes", _entered(torch.device("meta"))),
+    ("autocast on cuda", _autocast_on_cuda),
+    ("autocast on cpu", _entered(torch.autocast("cpu", torch.bfloat16))),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), SWITCHES, ids=[name for name, _ in SWITCHES])
+def test_switches_that_change_kernels_count(name, change):
+    """Hazard 14. The message names the one that differs."""
     x = torch.zeros(1)
-    before = describe(x)
+    before, flags = describe(x), kernel_flags()
     undo = change()
     try:
         assert describe(x) != before
+        # inference mode switches gradients off as well
+        names = {"grad mode", name} if name == "inference mode" else {name}
+        assert differing_flag(kernel_flags(), flags)[0] in names
     finally:
         undo()
+
+
+def test_each_switch_is_tested():
+    assert {name for name, _ in SWITCHES} == set(NAMES)
 
 
 def test_grad_inference_and_autocast_count():

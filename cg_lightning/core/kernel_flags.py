@@ -139,7 +139,7 @@ def kernel_flags() -> tuple[Any, ...]:
     return flags
 
 
-_NAMES = (
+NAMES = (
     "grad mode",
     "inference mode",
     "torch.get_default_dtype()",
@@ -159,6 +159,7 @@ _NAMES = (
     "autocast on cuda",
     "autocast on cpu",
 )
+"""What messages call the switches, in their order."""
 
 
 def differing_flag(now: Sequence[Any], before: Sequence[Any]) -> tuple[str, Any, Any] | None:
@@ -169,7 +170,7 @@ def differing_flag(now: Sequence[Any], before: Sequence[Any]) -> tuple[str, Any,
         before: What it had returned earlier.
     """
     off = (False, None)  # without autocast, its flags are left out
-    for name, value, was in itertools.zip_longest(_NAMES, now, before, fillvalue=off):
+    for name, value, was in itertools.zip_longest(NAMES, now, before, fillvalue=off):
         if value != was:
             return str(name), value, was
     return None
