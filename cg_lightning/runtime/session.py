@@ -138,7 +138,7 @@ class Session:
         self.examples: Examples | None = None
         """Batches to capture ahead; None: none."""
         self.is_first_step = True
-        """True until the first step after :meth:`install`."""
+        """True until the first step after :meth:`install` or :meth:`begin_epoch`."""
 
     def _make_target(
         self,
@@ -157,7 +157,7 @@ class Session:
     def install(self) -> None:
         """Intercept all submodules that are known to run from graphs."""
         if not self._is_installed:
-            self.is_first_step = True
+            self.begin_epoch()
             if self.settings.pads:
                 self._note_weights()
         self._is_installed = True
@@ -170,6 +170,10 @@ class Session:
         self._written_settings.install()
         for piece in self.pieces.values():
             piece.install()
+
+    def begin_epoch(self) -> None:
+        """Let the next step make the comparisons of an epoch."""
+        self.is_first_step = True
 
     def _note_weights(self) -> None:
         """Let padded graphs be compared again if weights have changed since the last stage.
@@ -231,7 +235,9 @@ class Session:
             epoch_failure = guard.check_epoch()
             if epoch_failure is not None:
                 self._module_changed(epoch_failure.change, epoch_failure.text)
-            self._begin_epoch()
+            self._drop(self.target.dispatcher.begin_epoch())
+            for runner in self._submodules.values():
+                runner.begin_epoch()
 
     def take_settings(self) -> bool:
         """Take the settings of submodules as they are, if all changes concern no graph.
@@ -265,11 +271,6 @@ class Session:
         self.pieces.clear()
         if self._is_installed:
             self.install()
-
-    def _begin_epoch(self) -> None:
-        self._drop(self.target.dispatcher.begin_epoch())
-        for runner in self._submodules.values():
-            runner.begin_epoch()
 
     def _drop(self, entries: Iterable[object]) -> None:
         for entry in entries:

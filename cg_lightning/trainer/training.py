@@ -112,7 +112,7 @@ class TrainingInstallation:
 
     def begin_epoch(self) -> None:
         """Let the next closure make the comparisons of an epoch."""
-        self.session.is_first_step = True
+        self.session.begin_epoch()
 
     def remove(self, check: bool = True) -> None:
         """Restore the loop; idempotent. ``check`` is as in :meth:`Session.remove`."""
