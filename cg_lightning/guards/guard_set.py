@@ -171,7 +171,10 @@ class GuardSet:
             return False
         if not self._are_same_objects() and not self._values_are_equal():
             return False
-        if not self._contents.hold():
+        contents = self._contents
+        if any(contents.without_attributes):  # native: each function of the user's has one
+            return False
+        if contents.has_more and not contents.hold():
             return False
         return not self._hidden or all(
             guard.check() and guard.flags() == flags

@@ -190,16 +190,17 @@ class FrozenValues:
         for members, path in self._large_members:
             self._look_into_large(members, [format_path(path)] * len(members), seen)
         self._placement = Placement(self.tensors, layout_and_gradient_of)
-        self._empty = list({id(each.value): each.value for each in self._bare}.values())
+        self.without_attributes = list({id(each.value): each.value for each in self._bare}.values())
         """The dictionaries of functions that have no attributes. They must stay empty."""
         self._typed = [each.value for each in self._classes]
         self._expected_types = [each.cls for each in self._classes]
-        self._has_more = any((self.tensors, self._items, self._classes, self._contents))
+        self.has_more = any((self.tensors, self._items, self._classes, self._contents))
+        """Whether :meth:`hold` compares anything except :attr:`without_attributes`."""
 
     @property
     def is_empty(self) -> bool:
         """Whether :meth:`hold` has nothing to compare."""
-        return not (self._has_more or self._empty)
+        return not (self.has_more or self.without_attributes)
 
     def opaque(self) -> list[str]:
         """Return the values that cannot be compared: ``self.rng: numpy.random.Generator``."""
@@ -385,10 +386,9 @@ class FrozenValues:
 
     def hold(self) -> bool:
         """Return whether nothing has changed. Large containers are not compared."""
-        if any(self._empty):  # native, since each function of the user's has one
-            return False
-        return not self._has_more or (
-            self._placement.check()
+        return (
+            not any(self.without_attributes)
+            and self._placement.check()
             and (self._same_items.hold() or all(each.holds() for each in self._items))
             and all(each.holds() for each in self._other_containers)
             and all(map(operator.is_, map(type, self._typed), self._expected_types))
