@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import abc
 import builtins
 import contextlib
-import functools
 import importlib
 import inspect
 import sys
@@ -14,11 +12,9 @@ from collections.abc import Iterator, Sequence
 from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from cg_lightning.core.causes import Cause
-from cg_lightning.core.descriptor import is_plain_value
-from cg_lightning.core.tree import is_container
 from cg_lightning.diagnosis.call_events import call_events
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import AT_THE_END, NOT_YOURS, is_step_calling
@@ -28,16 +24,24 @@ from cg_lightning.diagnosis.functions import (
     find_functions,
     is_only_called_here,
     is_running,
-    source_of_attributes,
     source_of_cache,
-    sources_of_function,
     users_functions,
 )
 from cg_lightning.diagnosis.hidden_modules import hidden_modules, opaque_in, sources_in
 from cg_lightning.diagnosis.library_settings import has_settings, settings_read_by
 from cg_lightning.diagnosis.log_levels import asks_for_level, level_asked_for
 from cg_lightning.diagnosis.module_state import ModuleState
-from cg_lightning.diagnosis.names_in_code import NamesInCode, names_of
+from cg_lightning.diagnosis.names_in_code import NamesInCode
+from cg_lightning.diagnosis.sources_of_code import (
+    all_sources_in,
+    asks_for_registrations,
+    namespaces_named,
+    needs_guard,
+    sources_held_by,
+    sources_in_namespace,
+    sources_of,
+    values_by_names,
+)
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.volatile_functions import (
     NAMES_OF_VOLATILE,
@@ -62,7 +66,6 @@ from cg_lightning.diagnosis.writes import (
 from cg_lightning.guards.frozen_parts import ChangedPlace
 from cg_lightning.guards.sources import (
     ENVIRONMENT,
-    MISSING,
     REGISTRATIONS,
     DerivedNamespace,
     LibrarySource,
@@ -72,18 +75,12 @@ from cg_lightning.guards.values import FrozenValues
 from cg_lightning.modules.attributes import is_same_value, names_in_users_methods
 from cg_lightning.modules.interception import BESIDE_INTERCEPTIONS
 from cg_lightning.modules.kinds import (
-    is_user_class,
     is_user_file,
     is_users_namespace,
-    is_value_of_class,
 )
-
-_FUNCTIONS = (types.FunctionType, classmethod, staticmethod, property)
-
 
 _CLASS_OF = frozenset({"type", "__class__"})
 """How a function asks for the class of an object."""
-_ASKS_FOR_CLASSES = frozenset({"isinstance", "issubclass"})
 _LOOK_AT_ANYTHING = frozenset({"type", "id", "callable", "suppress", "eval", "exec"})
 _NO_FILE = "<string>"
 """The file of code that is run from a text."""
@@ -218,7 +215,7 @@ class GlobalReads(Detector):
         for source in level_asked_for(frame):
             self._note(source, "")
         if known.names is not None:
-            for namespace in _namespaces_given(frame, known.names):
+            for namespace in _namespaces_given(frame):
                 for source in self._sources_of_argument(namespace, known):
                     self._read(source)
             for namespace in self._named.values():
@@ -263,14 +260,14 @@ class GlobalReads(Detector):
         location = f"{code.co_filename}:{code.co_firstlineno}"
         computed = list(names.computed(frame.f_locals, is_users_namespace))
         sources = [
-            *_sources_of(frame, names),
+            *sources_of(frame, names),
             *map(source_of_cache, found.caches),
             *found.places,
             *settings,
         ]
         for each in computed:
             if each.only_reads_one:
-                sources += _all_sources_in(each.namespace)
+                sources += all_sources_in(each.namespace)
         opaque = [
             (each.words, f"{code.co_filename}:{each.line}")
             for each in computed
@@ -278,12 +275,12 @@ class GlobalReads(Detector):
         ]
         if _reads_modules_unseen(frame):
             opaque.append(("__getattribute__ of a module", location))
-        if _asks_for_registrations(frame, names):
+        if asks_for_registrations(frame, names):
             sources.append(REGISTRATIONS)
         for source in sources:
             self._remember(source, location)
-        held = [(function, _sources_held_by(function)) for function in found.functions]
-        self._note_named(_namespaces_named(frame, names))
+        held = [(function, sources_held_by(function)) for function in found.functions]
+        self._note_named(namespaces_named(frame, names))
         volatile = arithmetic_of_thread(code)
         return _Code(code, True, volatile, False, "", location, sources, held, names, opaque)
 
@@ -301,7 +298,7 @@ class GlobalReads(Detector):
         if key not in self._of_named:
             found: list[Source] = []
             if known.names is not None:
-                found = _values_by_names(namespace, known.names)
+                found = values_by_names(namespace, known.names)
             self._of_named[key] = found
             for source in found:
                 self._remember(source, known.location)
@@ -315,7 +312,7 @@ class GlobalReads(Detector):
         elif module is None:  # the next step finds it, and what it holds
             self.watch.note_one_time_work()
         elif is_users_namespace(module):
-            for source in _all_sources_in(module):
+            for source in all_sources_in(module):
                 self._note(source, f"{caller.f_code.co_filename}:{caller.f_lineno}")
 
     def _look_at_library(self, frame: FrameType, settings: Sequence[Source]) -> _Code:
@@ -355,7 +352,7 @@ class GlobalReads(Detector):
         if key not in self._of_arguments:
             found = []
             if is_users_namespace(namespace) and known.names is not None:
-                found = _sources_in(namespace, namespace.__name__, known.names, set())
+                found = sources_in_namespace(namespace, namespace.__name__, known.names)
             self._of_arguments[key] = found
             for source in found:
                 self._remember(source, known.location)
@@ -366,7 +363,7 @@ class GlobalReads(Detector):
         self._read(source)
 
     def _read(self, source: Source) -> None:
-        if _needs_guard(source):
+        if needs_guard(source):
             self.watch.read(source)
             for inside in self._inside.get(source.key, ()):
                 self.watch.read(inside)
@@ -422,20 +419,6 @@ class _Code(NamedTuple):
     """Its actions that cannot be followed, with their lines."""
 
 
-def _asks_for_registrations(frame: FrameType, names: NamesInCode) -> bool:
-    """Whether code may ask if a class is registered with an abstract one of the user's."""
-    is_asked = not _ASKS_FOR_CLASSES.isdisjoint(frame.f_code.co_names)
-    return is_asked and any(isinstance(e, abc.ABCMeta) for e in _namespaces_named(frame, names))
-
-
-class _Unset(Source):
-    """A name that is not there before the step: the step itself may set it."""
-
-
-def _needs_guard(source: Source) -> bool:
-    return not isinstance(source, _Unset) or source.value() is not MISSING
-
-
 def _reads_by_text(function: Any) -> bool:
     name = getattr(function, "__name__", "")
     return name in _BY_TEXT and function is getattr(builtins, name)
@@ -463,7 +446,7 @@ def _is_generated(frame: FrameType) -> bool:
     return any("__dataclass_fields__" in vars(each) for each in classes)
 
 
-def _namespaces_given(frame: FrameType, names: NamesInCode) -> Iterator[Any]:
+def _namespaces_given(frame: FrameType) -> Iterator[Any]:
     """Yield classes and modules among the arguments; also the class that ``type(self)`` gives."""
     code, values = frame.f_code, frame.f_locals
     for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
@@ -503,150 +486,9 @@ def _reads_modules_unseen(frame: FrameType) -> bool:
     return any(BESIDE_INTERCEPTIONS.isdisjoint(names_in_users_methods(kind)) for kind in kinds)
 
 
-def _namespaces_named(frame: FrameType, names: NamesInCode) -> list[type]:
-    """Return the user's classes among the globals that a function names."""
-    found = [frame.f_globals.get(name) for name in names.globals]
-    found += [vars(module).get(name) for module, name in names.imported if name]
-    found += [frame.f_locals.get(name) for name in frame.f_code.co_freevars if name != "__class__"]
-    return [each for each in found if isinstance(each, type) and is_users_namespace(each)]
-
-
-def _values_by_names(cls: type, names: NamesInCode) -> list[Source]:
-    """What code may read of a class by its names: no functions, which are seen when they run."""
-    return [
-        source
-        for name in set(names.names)
-        for holder in cls.__mro__
-        if name in vars(holder) and is_user_class(holder) and is_value_of_class(vars(holder)[name])
-        if not isinstance(vars(holder)[name], type)
-        for source in (
-            Source(holder, name, f"{holder.__name__}.{name}"),
-            *([Source(cls, name, f"{cls.__name__}.{name}")] if holder is not cls else []),
-        )
-    ]
-
-
 def _words(source: Source) -> str:
     is_attribute = source.belongs_to_function or isinstance(source.holder, (type, DerivedNamespace))
     return source.path if is_attribute else f"global {source.name}"
-
-
-def _sources_in(namespace: Any, path: str, names: NamesInCode, seen: set[int]) -> list[Source]:
-    """What may be read of a module or class by these names, and of modules and classes in it."""
-    found = _sources_by_names(namespace, path, names.names, seen)
-    is_set, is_asked_for = names.may_be_missing()
-    for name in {*is_set, *is_asked_for}:
-        if not any(name in vars(holder) for holder in _holders(namespace)):
-            kind = Source if name in is_asked_for else _Unset
-            found.append(kind(namespace, name, f"{path}.{name}"))
-    return found
-
-
-def _holders(namespace: Any) -> Sequence[Any]:
-    """Return where a name of a module or class is looked up, also the user's metaclasses."""
-    if not isinstance(namespace, type):
-        return (namespace,)
-    kind: type = type(namespace)
-    return (*namespace.__mro__, *[each for each in kind.__mro__ if is_users_namespace(each)])
-
-
-def _look_up(namespace: Any, name: str) -> tuple[Any, Any]:
-    """Return where a name of a module or class is found, and its value; None if it is nowhere."""
-    holder = next((each for each in _holders(namespace) if name in vars(each)), None)
-    return holder, None if holder is None else vars(holder)[name]
-
-
-def _sources_inside(
-    namespace: Any, path: str, names: Sequence[str], seen: set[int]
-) -> list[Source]:
-    """What may be read by these names of a module or class that another one contains."""
-    if id(namespace) in seen:
-        return []
-    is_users = is_users_namespace(namespace)
-    return (_sources_by_names if is_users else _sources_in_library)(namespace, path, names, seen)
-
-
-def _sources_by_names(
-    namespace: Any, path: str, names: Sequence[str], seen: set[int]
-) -> list[Source]:
-    found: list[Source] = []
-    seen.add(id(namespace))
-    for name in names:
-        holder, value = _look_up(namespace, name)
-        if isinstance(value, (types.ModuleType, type)):
-            found += _sources_inside(value, f"{path}.{name}", names, seen)
-        elif holder is not None and isinstance(value, types.FunctionType):
-            place = holder if isinstance(holder, type) else vars(holder)
-            found += [Source(place, name, f"{path}.{name}"), *_attributes_of_function(value)]
-        elif holder is not None and not isinstance(value, _FUNCTIONS):
-            owner = holder.__name__ if isinstance(holder, type) else path
-            found.append(Source(holder, name, f"{owner}.{name}"))
-            if holder is not namespace:  # a class may get a value of its own
-                found.append(Source(namespace, name, f"{path}.{name}"))
-    return found
-
-
-def _sources_in_library(
-    namespace: Any, path: str, names: Sequence[str], seen: set[int]
-) -> list[Source]:
-    """What may be read of a module or class of a library by these names: users set values there."""
-    found: list[Source] = []
-    seen.add(id(namespace))
-    for name in names:
-        holder, value = _look_up(namespace, name)
-        if isinstance(value, (types.ModuleType, type)):
-            found += _sources_inside(value, f"{path}.{name}", names, seen)
-        elif holder is not None:
-            found.append(_source_in_library(holder, name, f"{path}.{name}", value))
-    return found
-
-
-def _source_in_library(holder: Any, name: str, path: str, value: Any) -> Source:
-    if isinstance(value, types.FunctionType):
-        is_users = is_user_file(value.__code__.co_filename)
-    else:
-        is_users = is_plain_value(value) or is_container(value) or is_user_class(type(value))
-    return (Source if is_users else LibrarySource)(holder, name, path)
-
-
-class _Names(DerivedNamespace):
-    """Which names a module or class has."""
-
-    def __init__(self, namespace: Any) -> None:
-        self._namespace = namespace
-
-    def get(self, name: str, default: Any) -> Any:
-        """Return all of them."""
-        return " ".join(vars(self._namespace))
-
-
-_names_of = functools.lru_cache(maxsize=256)(_Names)  # two sources are the same by their holder
-
-
-def _all_sources_in(namespace: Any) -> list[Source]:
-    """What may be read of a module or class by a name that is computed."""
-    names = tuple(vars(namespace))
-    found = _sources_by_names(namespace, namespace.__name__, names, set())
-    return [*found, Source(_names_of(namespace), "names", f"names in {namespace.__name__}")]
-
-
-def _sources_held_by(function: FunctionType) -> list[Source]:
-    """What a function holds, and what it may read of modules and classes that it holds."""
-    found = sources_of_function(function)
-    names = names_of(function.__code__)
-    for source in list(found):
-        value = source.value()
-        if isinstance(value, (types.ModuleType, type)) and is_users_namespace(value):
-            found += _sources_by_names(value, value.__name__, names, set())
-        elif isinstance(value, types.FunctionType):
-            found += _attributes_of_function(value)
-    return found
-
-
-def _attributes_of_function(function: FunctionType) -> list[Source]:
-    if not is_user_file(function.__code__.co_filename):
-        return []
-    return [source_of_attributes(function)]
 
 
 def _may_use_unseen(names: NamesInCode) -> bool:
@@ -654,57 +496,3 @@ def _may_use_unseen(names: NamesInCode) -> bool:
     if not _LOOK_AT_ANYTHING.isdisjoint(names.code.co_names):
         return True
     return names.opnames.count("PUSH_EXC_INFO") > names.opnames.count("WITH_EXCEPT_START")
-
-
-def _sources_of(frame: FrameType, names: NamesInCode) -> list[Source]:
-    """What a function of the user's may read: globals that it names, and attributes of them."""
-    found: list[Source] = []
-    namespace = frame.f_globals
-    is_set = names.sets_globals()
-    for name in names.globals:
-        found += _sources_of_name(namespace, name, name, names)
-        if name not in namespace and name in is_set:
-            found.append(_Unset(namespace, name, name))
-        elif name not in namespace and not _is_pythons_own(frame.f_builtins.get(name)):
-            found.append(Source(frame.f_builtins, name, name))
-    for module, name in names.imported:
-        if name:
-            found += _sources_of_name(vars(module), name, f"{module.__name__}.{name}", names)
-        elif is_users_namespace(module):
-            found += _sources_in(module, module.__name__, names, set())
-        else:
-            found += _sources_in_library(module, module.__name__, names.names, set())
-    for space, name in names.looked_up():
-        if name not in dir(space):
-            found.append(Source(space, name, f"{space.__name__}.{name}"))
-    return [*found, *_sources_on_tensors(names)]
-
-
-def _sources_on_tensors(names: NamesInCode) -> list[Source]:
-    """What may be read of the class of tensors, if the user has set it there."""
-    found = {name: vars(Tensor)[name] for name in names.names if name in vars(Tensor)}
-    return [
-        Source(Tensor, name, f"torch.Tensor.{name}")
-        for name, value in found.items()
-        if is_value_of_class(value)
-    ]
-
-
-def _is_pythons_own(value: Any) -> bool:
-    """Return whether something among the builtins is a function or class of Python itself."""
-    return callable(value) and getattr(value, "__module__", "") == "builtins"
-
-
-def _sources_of_name(
-    namespace: dict[str, Any], name: str, path: str, names: NamesInCode
-) -> list[Source]:
-    value = namespace.get(name)
-    if isinstance(value, (types.ModuleType, type)):
-        if not is_users_namespace(value):
-            return _sources_in_library(value, path, names.names, set())
-        return _sources_in(value, value.__name__ if isinstance(value, type) else path, names, set())
-    if isinstance(value, types.FunctionType):
-        return [Source(namespace, name, path), *_attributes_of_function(value)]
-    if name in namespace and not isinstance(value, _FUNCTIONS):
-        return [Source(namespace, name, path)]
-    return []

@@ -1,0 +1,238 @@
+"""What some code may read of the user's: globals that it names, and what is inside of them."""
+
+from __future__ import annotations
+
+import abc
+import functools
+import types
+from collections.abc import Sequence
+from types import FrameType, FunctionType
+from typing import Any
+
+from torch import Tensor
+
+from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.core.tree import is_container
+from cg_lightning.diagnosis.functions import source_of_attributes, sources_of_function
+from cg_lightning.diagnosis.names_in_code import NamesInCode, names_of
+from cg_lightning.guards.sources import MISSING, DerivedNamespace, LibrarySource, Source
+from cg_lightning.modules.kinds import (
+    is_user_class,
+    is_user_file,
+    is_users_namespace,
+    is_value_of_class,
+)
+
+_ASKS_FOR_CLASSES = frozenset({"isinstance", "issubclass"})
+_FUNCTIONS = (types.FunctionType, classmethod, staticmethod, property)
+
+
+class _Unset(Source):
+    """A name that is not there before the step: the step itself may set it."""
+
+
+def needs_guard(source: Source) -> bool:
+    """Return False for a name that is not there, and that only the step itself sets."""
+    return not isinstance(source, _Unset) or source.value() is not MISSING
+
+
+def sources_of(frame: FrameType, names: NamesInCode) -> list[Source]:
+    """Return what a function of the user's may read: globals that it names, and inside of them."""
+    found: list[Source] = []
+    namespace = frame.f_globals
+    is_set = names.sets_globals()
+    for name in names.globals:
+        found += _sources_of_name(namespace, name, name, names)
+        if name not in namespace and name in is_set:
+            found.append(_Unset(namespace, name, name))
+        elif name not in namespace and not _is_pythons_own(frame.f_builtins.get(name)):
+            found.append(Source(frame.f_builtins, name, name))
+    for module, name in names.imported:
+        if name:
+            found += _sources_of_name(vars(module), name, f"{module.__name__}.{name}", names)
+        elif is_users_namespace(module):
+            found += sources_in_namespace(module, module.__name__, names)
+        else:
+            found += _sources_in_library(module, module.__name__, names.names, set())
+    for space, name in names.looked_up():
+        if name not in dir(space):
+            found.append(Source(space, name, f"{space.__name__}.{name}"))
+    return [*found, *_sources_on_tensors(names)]
+
+
+def _sources_of_name(
+    namespace: dict[str, Any], name: str, path: str, names: NamesInCode
+) -> list[Source]:
+    value = namespace.get(name)
+    if isinstance(value, (types.ModuleType, type)):
+        if not is_users_namespace(value):
+            return _sources_in_library(value, path, names.names, set())
+        where = value.__name__ if isinstance(value, type) else path
+        return sources_in_namespace(value, where, names)
+    if isinstance(value, types.FunctionType):
+        return [Source(namespace, name, path), *_attributes_of_function(value)]
+    if name in namespace and not isinstance(value, _FUNCTIONS):
+        return [Source(namespace, name, path)]
+    return []
+
+
+def _sources_on_tensors(names: NamesInCode) -> list[Source]:
+    """What may be read of the class of tensors, if the user has set it there."""
+    found = {name: vars(Tensor)[name] for name in names.names if name in vars(Tensor)}
+    return [
+        Source(Tensor, name, f"torch.Tensor.{name}")
+        for name, value in found.items()
+        if is_value_of_class(value)
+    ]
+
+
+def _is_pythons_own(value: Any) -> bool:
+    """Return whether something among the builtins is a function or class of Python itself."""
+    return callable(value) and getattr(value, "__module__", "") == "builtins"
+
+
+def sources_in_namespace(namespace: Any, path: str, names: NamesInCode) -> list[Source]:
+    """Return what may be read of a module or class by these names, and inside of it."""
+    found = _sources_by_names(namespace, path, names.names, set())
+    is_set, is_asked_for = names.may_be_missing()
+    for name in {*is_set, *is_asked_for}:
+        if not any(name in vars(holder) for holder in _holders(namespace)):
+            kind = Source if name in is_asked_for else _Unset
+            found.append(kind(namespace, name, f"{path}.{name}"))
+    return found
+
+
+def _sources_inside(
+    namespace: Any, path: str, names: Sequence[str], seen: set[int]
+) -> list[Source]:
+    """What may be read by these names of a module or class that another one contains."""
+    if id(namespace) in seen:
+        return []
+    is_users = is_users_namespace(namespace)
+    return (_sources_by_names if is_users else _sources_in_library)(namespace, path, names, seen)
+
+
+def _sources_by_names(
+    namespace: Any, path: str, names: Sequence[str], seen: set[int]
+) -> list[Source]:
+    found: list[Source] = []
+    seen.add(id(namespace))
+    for name in names:
+        holder, value = _look_up(namespace, name)
+        if isinstance(value, (types.ModuleType, type)):
+            found += _sources_inside(value, f"{path}.{name}", names, seen)
+        elif holder is not None and isinstance(value, types.FunctionType):
+            place = holder if isinstance(holder, type) else vars(holder)
+            found += [Source(place, name, f"{path}.{name}"), *_attributes_of_function(value)]
+        elif holder is not None and not isinstance(value, _FUNCTIONS):
+            owner = holder.__name__ if isinstance(holder, type) else path
+            found.append(Source(holder, name, f"{owner}.{name}"))
+            if holder is not namespace:  # a class may get a value of its own
+                found.append(Source(namespace, name, f"{path}.{name}"))
+    return found
+
+
+def _sources_in_library(
+    namespace: Any, path: str, names: Sequence[str], seen: set[int]
+) -> list[Source]:
+    """What may be read of a module or class of a library by these names: users set values there."""
+    found: list[Source] = []
+    seen.add(id(namespace))
+    for name in names:
+        holder, value = _look_up(namespace, name)
+        if isinstance(value, (types.ModuleType, type)):
+            found += _sources_inside(value, f"{path}.{name}", names, seen)
+        elif holder is not None:
+            found.append(_source_in_library(holder, name, f"{path}.{name}", value))
+    return found
+
+
+def _source_in_library(holder: Any, name: str, path: str, value: Any) -> Source:
+    if isinstance(value, types.FunctionType):
+        is_users = is_user_file(value.__code__.co_filename)
+    else:
+        is_users = is_plain_value(value) or is_container(value) or is_user_class(type(value))
+    return (Source if is_users else LibrarySource)(holder, name, path)
+
+
+def _holders(namespace: Any) -> Sequence[Any]:
+    """Return where a name of a module or class is looked up, also the user's metaclasses."""
+    if not isinstance(namespace, type):
+        return (namespace,)
+    kind: type = type(namespace)
+    return (*namespace.__mro__, *[each for each in kind.__mro__ if is_users_namespace(each)])
+
+
+def _look_up(namespace: Any, name: str) -> tuple[Any, Any]:
+    """Return where a name of a module or class is found, and its value; None if it is nowhere."""
+    holder = next((each for each in _holders(namespace) if name in vars(each)), None)
+    return holder, None if holder is None else vars(holder)[name]
+
+
+def all_sources_in(namespace: Any) -> list[Source]:
+    """Return what may be read of a module or class by a name that is computed."""
+    names = tuple(vars(namespace))
+    found = _sources_by_names(namespace, namespace.__name__, names, set())
+    return [*found, Source(_names_of(namespace), "names", f"names in {namespace.__name__}")]
+
+
+class _Names(DerivedNamespace):
+    """Which names a module or class has."""
+
+    def __init__(self, namespace: Any) -> None:
+        self._namespace = namespace
+
+    def get(self, name: str, default: Any) -> Any:
+        """Return all of them."""
+        return " ".join(vars(self._namespace))
+
+
+_names_of = functools.lru_cache(maxsize=256)(_Names)  # two sources are the same by their holder
+
+
+def sources_held_by(function: FunctionType) -> list[Source]:
+    """Return what a function holds, and what it may read of modules and classes among it."""
+    found = sources_of_function(function)
+    names = names_of(function.__code__)
+    for source in list(found):
+        value = source.value()
+        if isinstance(value, (types.ModuleType, type)) and is_users_namespace(value):
+            found += _sources_by_names(value, value.__name__, names, set())
+        elif isinstance(value, types.FunctionType):
+            found += _attributes_of_function(value)
+    return found
+
+
+def _attributes_of_function(function: FunctionType) -> list[Source]:
+    if not is_user_file(function.__code__.co_filename):
+        return []
+    return [source_of_attributes(function)]
+
+
+def namespaces_named(frame: FrameType, names: NamesInCode) -> list[type]:
+    """Return the user's classes among the globals that a function names."""
+    found = [frame.f_globals.get(name) for name in names.globals]
+    found += [vars(module).get(name) for module, name in names.imported if name]
+    found += [frame.f_locals.get(name) for name in frame.f_code.co_freevars if name != "__class__"]
+    return [each for each in found if isinstance(each, type) and is_users_namespace(each)]
+
+
+def values_by_names(cls: type, names: NamesInCode) -> list[Source]:
+    """Return what code may read of a class by its names, except functions: these are seen."""
+    return [
+        source
+        for name in set(names.names)
+        for holder in cls.__mro__
+        if name in vars(holder) and is_user_class(holder) and is_value_of_class(vars(holder)[name])
+        if not isinstance(vars(holder)[name], type)
+        for source in (
+            Source(holder, name, f"{holder.__name__}.{name}"),
+            *([Source(cls, name, f"{cls.__name__}.{name}")] if holder is not cls else []),
+        )
+    ]
+
+
+def asks_for_registrations(frame: FrameType, names: NamesInCode) -> bool:
+    """Return whether code may ask if a class is registered with an abstract one of the user's."""
+    is_asked = not _ASKS_FOR_CLASSES.isdisjoint(frame.f_code.co_names)
+    return is_asked and any(isinstance(e, abc.ABCMeta) for e in namespaces_named(frame, names))
