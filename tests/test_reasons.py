@@ -123,8 +123,10 @@ def test_an_attribute_that_toggles_has_two_graphs(harness, mode):
     harness.compare(Scaled(Body()), predict(features(160)), callback, others=lambda: [Toggles()])
     assert callback.stats.captures == 2
     assert callback.stats.steps["FULL"] == 37, callback.summary()
-    changed = [str(record.reason) for record in callback.stats.reasons]
-    assert "changed: self.scale: now 2.0, before 1.0" in changed
+    reason = callback.stats.reasons[-1].reason
+    line = Scaled.predict_step.__code__.co_firstlineno + 1
+    assert reason.location == f"{__file__}:{line}"
+    assert reason.text == f"changed: self.scale: now 2.0, before 1.0 ({reason.location})"
 
 
 FACTOR = 1.0

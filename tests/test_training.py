@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from cg_lightning import CUDAGraphCallback
+from cg_lightning.core.causes import Cause
 from tests.harness import assert_same, loader, newer_callback
 
 # Lightning's advice on loaders and loops without validation
@@ -1002,7 +1003,12 @@ def test_a_checkpoint_that_keeps_no_random_state(fit):
 def test_a_checkpoint_that_keeps_its_random_state(fit):
     callback = fit(CheckpointedWithState())
     assert replayed(callback) == 0
-    assert "torch.fork_rng (unknown)" in str(callback.stats.eager_reasons)
+    reasons = [each.reason for each in callback.stats.reasons]
+    reason = next(each for each in reasons if each.kind is Cause.HOST_RANDOMNESS)
+    assert reason.text.startswith("randomness drawn on the host: a checkpoint that keeps random")
+    line = Checkpointed.training_step.__code__.co_firstlineno + 1
+    assert reason.location == f"{__file__}:{line}"
+    assert reason.remedy == "checkpoint(..., preserve_rng_state=False), if nothing in it draws"
 
 
 def test_a_setting_that_changes_between_batches(fit):

@@ -64,7 +64,7 @@ _REMEDIES = {
     Cause.OPAQUE: "use it in a hook, and give the step the value: in an attribute or in the batch",
     Cause.BATCH_INDEX_USED: "put what depends on the batch's number into the batch",
     Cause.TRAINER_READ: (
-        "in a hook, set an attribute of the module to what the step needs, and read that"
+        "in a hook, log it, or write what the step needs into a buffer in place, and read that"
     ),
     Cause.PRINTED: "print and log in a hook",
     Cause.WORLD: "read and write in a hook",
@@ -83,7 +83,10 @@ _REMEDIES = {
 }
 
 
+KEPT_STATES = "a checkpoint that keeps random states"
+"""What activation checkpointing does with ``preserve_rng_state``."""
 REMEDIES_OF_OPERATIONS = {
+    KEPT_STATES: "checkpoint(..., preserve_rng_state=False), if nothing in it draws",
     "aten::one_hot": "give num_classes",
     "aten::repeat_interleave": "give output_size",
     "aten::bincount": "count with a fixed length: one_hot(x, num_classes).sum(0)",

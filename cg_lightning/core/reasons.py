@@ -47,10 +47,16 @@ _REMEDIES = {
     Status.CAPTURE_FAILED: "remove what the message names, or choose a lower mode",
     Status.VERIFICATION: "keep the value that differs in an attribute or in the batch",
     Status.EVICTED: "raise max_graphs or max_graph_bytes, or use fewer shapes",
-    Status.CHANGED: "change it between epochs, not between batches",
+    Status.CHANGED: (
+        "in a hook, write what varies into a buffer in place: self.x.fill_(value); "
+        "or change it between epochs only"
+    ),
     Status.PADDED_IN_PIECES: "give the dataloader batches of a captured size",
     Status.VALUE_READ: "make what varies a tensor, or leave it out of the batch",
-    Status.UNPROFITABLE: "make what varies a tensor, or leave it out of the batch",
+    Status.UNPROFITABLE: (
+        "make what varies a tensor: of the batch, or a buffer that a hook writes in place; "
+        "or leave it out of the batch"
+    ),
     Status.NO_GAIN: "lower min_saving, or set min_saving=0 to keep every graph",
     Status.TOO_SHORT: "set min_saving=0 to capture all the same",
 }
@@ -62,21 +68,28 @@ class Changed(str):
     Args:
         subject: What has changed, without its values: ``self.scale``.
         text: The sentence: ``self.scale: now 2.0, before 1.0``. None: the subject says it all.
+        location: The user's line that reads it, as ``file:line``. Empty if it is not known.
     """
 
     subject: str
+    location: str
 
-    def __new__(cls, subject: str, text: str | None = None) -> Changed:  # noqa: D102
+    def __new__(cls, subject: str, text: str | None = None, location: str = "") -> Changed:  # noqa: D102
         self = super().__new__(cls, subject if text is None else text)
         self.subject = subject
+        self.location = location
         return self
 
-    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
-        return self.subject, str(self)
+    def __getnewargs__(self) -> tuple[str, str, str]:  # type: ignore[override]
+        return self.subject, str(self), self.location
 
     def after(self, prefix: str) -> Changed:
         """Return the same after other words."""
-        return Changed(f"{prefix}{self.subject}", f"{prefix}{self}")
+        return Changed(f"{prefix}{self.subject}", f"{prefix}{self}", self.location)
+
+    def at(self, location: str) -> Changed:
+        """Return the same, read at a line of the user's."""
+        return Changed(self.subject, str(self), location)
 
 
 NO_CHANGE = Changed("")
@@ -109,7 +122,9 @@ class Reason:
     @classmethod
     def of_change(cls, kind: Status, changed: Changed) -> Reason:
         """Return the reason for a change."""
-        return cls(kind, str(changed), subject=changed.subject)
+        line = changed.location
+        text = f"{changed} ({line})" if line else str(changed)
+        return cls(kind, text, line, subject=changed.subject)
 
     @property
     def topic(self) -> tuple[Cause | Status, str, str]:

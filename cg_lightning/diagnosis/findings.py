@@ -112,18 +112,30 @@ def find_location() -> Location:
     torch, Lightning, the wrappers of torchmetrics, the standard library and this package are no
     such libraries. What PyTorch does by itself, as in the backward, has no line of the user's.
     """
+    return Location(*_find_lines(sys._getframe(1)))
+
+
+def find_line() -> str:
+    """Returns the user's innermost line; empty if no frame of the user's is on the stack.
+
+    It makes no named tuple, whose code would count as code that a watched step runs.
+    """
+    user, _ = _find_lines(sys._getframe(1))
+    return "" if user == UNKNOWN else user
+
+
+def _find_lines(frame: FrameType | None) -> tuple[str, str]:
     library = ""
-    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
         if not library and file == _WATCHER and frame.f_code.co_name == "watch":
             break  # what follows has started the step
         if is_user_file(file):
-            return Location(f"{file}:{frame.f_lineno}", library)
+            return f"{file}:{frame.f_lineno}", library
         if not library and (path := _library_path(file)) is not None:
             library = f"{path}:{frame.f_lineno}"
         frame = frame.f_back
-    return Location(UNKNOWN, library)
+    return UNKNOWN, library
 
 
 _AT_WORK = ("torch/serialization.py", "torch/hub.py", "torch/utils/tensorboard/")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import CodeType
@@ -23,7 +24,7 @@ from cg_lightning.core.errors import UnkeyableBatchError
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.tree import flatten, tensors_in
 from cg_lightning.diagnosis.detector import Detector
-from cg_lightning.diagnosis.findings import Finding, Location, find_location
+from cg_lightning.diagnosis.findings import Finding, Location, find_line, find_location
 from cg_lightning.diagnosis.late_unit import LateUnit
 from cg_lightning.diagnosis.lines_of_changes import line_that_changes
 from cg_lightning.diagnosis.watched_step import ModuleCall, WatchedStep, WrittenTensors
@@ -230,6 +231,8 @@ class StepWatch:
         if self._is_paused:
             return
         key = source.key
+        if key not in self.step.sources:
+            source = dataclasses.replace(source, line=find_line())
         for call in self.stack:
             call.sources.setdefault(key, source)
 

@@ -191,5 +191,6 @@ class ComparedSource:
         for comparison, outcome in self._outcomes:
             if comparison.outcome(number) is not outcome:
                 text = comparison.describe(self._source.path)
-                return Changed(text, f"{text}: now {not outcome}, before {outcome}")
+                words = f"{text}: now {not outcome}, before {outcome}"
+                return Changed(text, words, self._source.line)
         return NO_CHANGE

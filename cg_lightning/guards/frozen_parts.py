@@ -43,6 +43,13 @@ def format_path(path: Path) -> str:
     return structure_paths(detail, root)[step]
 
 
+def root_of(path: Path) -> str:
+    """Return where a path begins."""
+    while path[0] is not None:
+        path = path[0]
+    return str(path[1])
+
+
 def itself(attributes: dict[str, Any]) -> dict[str, Any]:
     """Return the attributes: they are the value that is read."""
     return attributes

@@ -87,7 +87,8 @@ def _with_classes(sources: Iterable[Source]) -> list[Source]:
         if isinstance(source.holder, nn.Module):
             cls = holding_class(source.holder, source.name)
             if cls is not None:
-                of_class = Source(cls, source.name, f"{cls.__name__}.{source.name}")
+                path = f"{cls.__name__}.{source.name}"
+                of_class = Source(cls, source.name, path, source.line)
                 found.setdefault(of_class.key, of_class)
     return list(found.values())
 
@@ -204,8 +205,10 @@ class GuardSet:
             return changed
         for guard in (*self.guards, *self._of_libraries):
             if not is_same_value(guard.expected, value := guard.value()):
-                return describe_change(guard.source.path, value, guard.expected)
-        if changed := self._contents.explain():
+                source = guard.source
+                return describe_change(source.path, value, guard.expected).at(source.line)
+        lines = {guard.source.path: guard.source.line for guard in self.guards}
+        if changed := self._contents.explain(lines):
             return changed
         for hidden, flags in zip(self._hidden, self._hidden_flags, strict=True):
             if not hidden.check():

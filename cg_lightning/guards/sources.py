@@ -123,6 +123,8 @@ class Source:
     name: str
     path: str
     """As the user would write it: ``self.net.scale``, ``Config.scale``, ``FACTOR``."""
+    line: str = ""
+    """The user's line that reads it first, as ``file:line``. Empty if none does."""
 
     @property
     def key(self) -> tuple[int, str]:

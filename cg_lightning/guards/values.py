@@ -30,6 +30,7 @@ from cg_lightning.guards.frozen_parts import (
     flatten_value,
     format_path,
     itself,
+    root_of,
 )
 from cg_lightning.guards.identity import Members, SameItems
 from cg_lightning.guards.module_guard import Placement, layout_and_gradient_of
@@ -415,11 +416,15 @@ class FrozenValues:
         places = itertools.chain.from_iterable(each.changed_places(name) for each in parts)
         return list(dict.fromkeys(places))
 
-    def explain(self) -> Changed:
-        """Return what has changed, with both values; empty if nothing has. It takes its time."""
+    def explain(self, lines: Mapping[str, str] | None = None) -> Changed:
+        """Return what has changed, with both values; empty if nothing has. It takes its time.
+
+        Args:
+            lines: The user's lines that read the values, by the names of these.
+        """
         for each in [*self._items, *self._bare, *self._classes, *self._contents, *self._large]:
             if not each.holds():
-                return each.explain()
+                return each.explain().at((lines or {}).get(root_of(each.path), ""))
         for index in self._placement.moved():
             where = format_path(self._tensor_paths[index])
             return Changed(f"{where}: the tensor has another address")

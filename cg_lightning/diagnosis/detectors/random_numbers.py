@@ -20,7 +20,7 @@ from torch._ops import OpOverload
 from torch.cuda import random as device_random
 from torch.utils._pytree import tree_leaves
 
-from cg_lightning.core.causes import Cause
+from cg_lightning.core.causes import KEPT_STATES, Cause
 from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import find_location
@@ -36,6 +36,9 @@ _SEEDING = (
     *("set_rng_state", "set_rng_state_all", "fork_rng"),
 )
 """Functions of PyTorch that set a generator: a replay draws on from where it is."""
+_READING = "get_rng_state"
+_CHECKPOINT = "torch.utils.checkpoint"
+"""The module that reads the states in the forward pass, and sets them again in the backward."""
 
 
 @dataclasses.dataclass
@@ -68,6 +71,8 @@ class RandomNumbers(Detector):
         self._begin: tuple[Any, ...] = ()
         self._drawn_before = 0
         """The draws before :attr:`_begin`."""
+        self._checkpoint: str | None = None
+        """The line of the last checkpoint that keeps random states."""
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
@@ -204,9 +209,7 @@ class RandomNumbers(Detector):
                 # the compiler sets generators, and sets them back
                 is_of_step = threading.get_ident() == thread and not caller.startswith(_COMPILER)
                 if is_of_step and not _forks_nothing(function, args, kwargs):
-                    self.watch.report_unless_found(
-                        Cause.HOST_RANDOMNESS, f"torch.{function.__name__}"
-                    )
+                    self._note_state(function.__name__, caller == _CHECKPOINT)
                 return function(*args, **kwargs)
 
             return seed
@@ -217,6 +220,17 @@ class RandomNumbers(Detector):
                     continue
                 stack.enter_context(patch.object(module, name, noticed(function)))
             yield
+
+    def _note_state(self, name: str, is_checkpoint: bool) -> None:
+        """Note that a function reads or sets the state of a generator."""
+        cause = Cause.HOST_RANDOMNESS
+        if name == _READING:
+            if is_checkpoint:
+                self._checkpoint = find_location().user
+        elif is_checkpoint:
+            self.watch.report_unless_found(cause, KEPT_STATES, location=self._checkpoint)
+        else:
+            self.watch.report_unless_found(cause, f"torch.{name}")
 
     def _noticed(self, name: str, function: Any, thread: int) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -239,14 +253,14 @@ def _seeding_functions(_: int) -> list[tuple[Any, str, Callable[..., Any]]]:
     Args:
         _: The number of modules that are loaded; with another one, all are searched again.
     """
-    owners = (torch.random, device_random)
-    functions = [getattr(owner, name, None) for owner in owners for name in _SEEDING]
+    owners, every = (torch.random, device_random), (*_SEEDING, _READING)
+    functions = [getattr(owner, name, None) for owner in owners for name in every]
     known = {id(function) for function in functions if function is not None}
     return [
         (module, name, names[name])
         for module in list(sys.modules.values())
         for names in [getattr(module, "__dict__", {})]
-        for name in _SEEDING
+        for name in every
         if name in names and id(names[name]) in known
     ]
 

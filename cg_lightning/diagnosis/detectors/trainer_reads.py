@@ -20,7 +20,7 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.diagnosis.definitions import node_at
 from cg_lightning.diagnosis.detector import Detector
-from cg_lightning.diagnosis.findings import reading_frame
+from cg_lightning.diagnosis.findings import find_line, reading_frame
 from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.uses_of_argument import comparisons_with_constants, is_test
 from cg_lightning.guards.comparisons import ComparedSource
@@ -128,7 +128,7 @@ class ReadNames(ModuleHandler):
         comparisons = comparisons_with_constants(node, parents)
         if comparisons is None:
             return self._guard_value(name)
-        source = Source(self._values, name, f"self.{name}")
+        source = Source(self._values, name, f"self.{name}", find_line())
         self._watch.compare(ComparedSource.now(source, comparisons))
         return True
 
