@@ -34,6 +34,43 @@ def guards_of(module: nn.Module, *names: str) -> GuardSet:
     return GuardSet([Source(module, name, f"self.{name}") for name in names], module.modules())
 
 
+def test_settings_that_are_taken():
+    """A setting that changes in each step costs little, and is no change of the next epoch."""
+    module = nn.Sequential(nn.Dropout(0.1), nn.BatchNorm1d(2))
+    guard = ModuleGuard(module)
+    guard.check_epoch()
+    assert guard.settings_hold()
+    module[0].p = 0.2
+    vars(module[1])["eps"] = 0.3
+    assert not guard.settings_hold()
+    assert guard.changed_settings() == [(id(module[0]), "p"), (id(module[1]), "eps")]
+    guard.take_settings()
+    assert guard.settings_hold()
+    assert guard.changed_settings() == []
+    assert guard.check_epoch() is None
+    assert guard.settings_hold()
+    del module[0].inplace
+    assert not guard.settings_hold()
+    guard.take_settings()
+    assert guard.settings_hold()
+    assert guard.check_epoch() is None
+    assert guard.settings_hold()
+    module[0].p = 0.4
+    assert guard.check_epoch() is not None  # nobody has taken it
+
+
+def test_settings_of_a_replaced_module():
+    module = nn.Sequential(nn.Dropout(0.1))
+    guard = ModuleGuard(module)
+    guard.check_epoch()
+    assert guard.settings_hold()
+    module[0] = nn.Dropout(0.3)
+    assert not guard.check()
+    guard.refresh()
+    vars(module[0])["p"] = 0.5
+    assert not guard.settings_hold()
+
+
 def set_value(kept: Any, value: Any) -> None:
     kept["a"][1].b = value
 

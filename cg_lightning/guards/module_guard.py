@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from cg_lightning.core.equality import parts_of
 from cg_lightning.core.reasons import NO_CHANGE, Changed
-from cg_lightning.guards.sources import describe_change
+from cg_lightning.guards.sources import MISSING, describe_change
 from cg_lightning.modules.attributes import (
     global_hooks,
     hooks_of,
@@ -186,12 +186,16 @@ class ModuleGuard:
         self._root = root
         self._settings: dict[tuple[int, str], Any] | None = None
         self._held_settings: list[tuple[dict[str, Any], str, Any]] | None = None
+        self._held_keys: list[tuple[int, str]] = []
+        self.modules: list[nn.Module] = []
         self.refresh()
 
     def refresh(self) -> None:
         """Store the current state as the reference for later checks."""
-        named = list(self._root.named_modules())
-        self.modules: list[nn.Module] = [module for _, module in named]
+        modules = [module for _, module in self._root.named_modules()]
+        has_others, self.modules = modules != self.modules, modules
+        if has_others and self._held_settings is not None:
+            self._hold_settings()
         self._flags = Flags(self.modules)
         self._scripted = self._flags.scripted
         every = self._every_table = self._current_tables()
@@ -302,20 +306,46 @@ class ModuleGuard:
         It is fast, and compares objects: an equal setting that was set again does not hold.
         """
         if self._held_settings is None:
-            self._held_settings = [
-                (vars(module), name, vars(module)[name])
-                for module in self.modules
-                for name in layer_settings(module)
-                if name in vars(module) and name != "training"
-            ]
-        for attributes, name, value in self._held_settings:  # noqa: SIM110  # faster than all()
-            if attributes.get(name) is not value:
+            self._hold_settings()
+        for attributes, name, value in self._held_settings or ():  # faster than all()
+            if attributes.get(name, MISSING) is not value:
                 return False
         return True
 
+    def _hold_settings(self) -> None:
+        held = [
+            (module, name)
+            for module in self.modules
+            for name in layer_settings(module)
+            if name in vars(module) and name != "training"
+        ]
+        self._held_settings = [(vars(each), name, vars(each)[name]) for each, name in held]
+        self._held_keys = [(id(each), name) for each, name in held]
+
     def changed_settings(self) -> list[tuple[int, str]]:
-        """Return ids of modules and names of what differs from the latest :meth:`check_epoch`."""
-        return list(self._differing(self._current_settings()))
+        """Return ids of modules and names of the settings that :meth:`settings_hold` missed."""
+        before = self._settings or {}
+        return [
+            key
+            for key, (attributes, name, value) in zip(
+                self._held_keys, self._held_settings or (), strict=False
+            )
+            if not is_same_value(before.get(key, value), attributes.get(name, MISSING))
+        ]
+
+    def take_settings(self) -> None:
+        """Let :meth:`settings_hold` and :meth:`check_epoch` expect what modules hold now.
+
+        Call it only after :meth:`settings_hold`.
+        """
+        settings = {} if self._settings is None else self._settings
+        for index, (attributes, name, value) in enumerate(self._held_settings or ()):
+            if (now := attributes.get(name, MISSING)) is not value:
+                assert self._held_settings is not None
+                self._held_settings[index] = (attributes, name, now)
+                settings[self._held_keys[index]] = now
+                if now is MISSING:
+                    del settings[self._held_keys[index]]
 
     def _differing(self, now: dict[tuple[int, str], Any]) -> Iterator[tuple[int, str]]:
         before = self._settings or {}

@@ -248,7 +248,7 @@ class Session:
         guard, written = self.target.guard, self._written_settings.written
         if self.cache.entries() and not all(key in written for key in guard.changed_settings()):
             return False
-        guard.check_epoch()
+        guard.take_settings()
         return True
 
     def _module_changed(self, change: Change, text: Changed) -> None:
