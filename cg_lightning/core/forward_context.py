@@ -27,14 +27,13 @@ class StepInProgress:
         times: Stores the times of submodules; None: they are not taken. Only the runners use it.
     """
 
-    __slots__ = ("_calls", "aside", "batch", "graphs", "is_warm", "misses", "reasons", "times")
+    __slots__ = ("_aside", "_calls", "batch", "graphs", "is_warm", "misses", "reasons", "times")
 
     def __init__(self, batch: Any = None, times: Any = None) -> None:
         self._calls: dict[int, int] = {}
         self.batch = batch
         self.times = times
-        self.aside: GradientsAside | None = None
-        """The gradients that are set aside during a backward; None outside of it."""
+        self._aside: GradientsAside | None = None
         self.graphs = 0
         """Number of calls of submodules that ran from graphs."""
         self.is_warm = True
@@ -43,6 +42,20 @@ class StepInProgress:
         """Submodules whose guarded values no watched step has seen. Only the runners read them."""
         self.reasons: dict[str, Reason] = {}
         """Why a submodule ran eagerly, by its path."""
+
+    @property
+    def aside(self) -> GradientsAside | None:
+        """The gradients that are set aside during a backward; None outside of it."""
+        return self._aside
+
+    @contextlib.contextmanager
+    def in_backward(self, aside: GradientsAside) -> Iterator[None]:
+        """While the backward of the step runs: these gradients are set aside."""
+        self._aside = aside
+        try:
+            yield
+        finally:
+            self._aside = None
 
     def ran_from_graph(self) -> None:
         """Record a call of a submodule that ran from a graph."""

@@ -7,8 +7,9 @@ dictionary lives as long as the node.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,17 +21,22 @@ _NAME = "_register_hook"
 
 
 class NodeHooks:
-    """Knows whether a node of autograd has a hook that was added outside of closures.
+    """Knows whether a node of autograd has a hook that was added outside of closures."""
 
-    Args:
-        is_in_closure: Tells whether a closure runs: a graph holds what its step adds.
-    """
-
-    def __init__(self, is_in_closure: Callable[[], bool]) -> None:
-        self._is_in_closure = is_in_closure
+    def __init__(self) -> None:
         self._tables: list[weakref.ref[dict[int, Any]]] = []
         """The hooks of each node that has got one."""
         self._original: staticmethod[..., Any] | None = None
+        self._is_in_closure = False
+
+    @contextlib.contextmanager
+    def in_closure(self) -> Iterator[None]:
+        """While a closure runs: a graph holds the hooks that its step adds."""
+        self._is_in_closure = True
+        try:
+            yield
+        finally:
+            self._is_in_closure = False
 
     def __bool__(self) -> bool:
         """Return True if there is such a hook."""
@@ -47,7 +53,7 @@ class NodeHooks:
 
         def register(table: Any, hook: Any) -> Any:
             found, handle = original.__func__(table, hook)
-            if not self._is_in_closure():
+            if not self._is_in_closure:
                 self._note(found)
             return found, handle
 

@@ -93,9 +93,7 @@ class TrainingInstallation:
         if is_reduced:
             self._ddp = StepInDDP(trainer, module, self._step.parameters)
         self._runner = StepRunner(session, TRAIN, _NAME, self._described_step(), self._as_it_is)
-        self._closure: _InterceptedClosure | None = None
-        """The closure under way."""
-        self._node_hooks = NodeHooks(lambda: self._closure is not None)
+        self._node_hooks = NodeHooks()
         self._is_installed = False
 
     def install(self) -> None:
@@ -137,10 +135,9 @@ class TrainingInstallation:
     def _described_step(self) -> Callable[..., Any]:
         # the runner reads the signature of the user's step, for the name of its first parameter
         @functools.wraps(self._module.training_step)
-        def compute(given: ClosureInput, *args: Any) -> Any:
-            zero_grad = None if self._closure is None else self._closure._zero_grad_fn
+        def compute(given: ClosureInput, *args: Any, closure: Closure) -> Any:
             with self.session.backend.capture_stream():
-                return self._step.compute(given, *args, zero_grad=zero_grad)
+                return self._step.compute(given, *args, zero_grad=closure._zero_grad_fn)
 
         return compute
 
@@ -149,16 +146,16 @@ class TrainingInstallation:
         return _InterceptedClosure(closure, tuple(kwargs.values()), self._run)
 
     def _run(self, closure: _InterceptedClosure) -> ClosureResult:
-        self._closure = closure
-        try:
-            step = functools.partial(self._run_step, closure)
-            with logging_in(self._module, _NAME), torch.no_grad():
-                if self._ddp is None:
-                    output = step(*closure.arguments)
-                else:
-                    output = self._ddp.run(step, closure.arguments)
-        finally:
-            self._closure = None
+        step = functools.partial(self._run_step, closure)
+        with (
+            self._node_hooks.in_closure(),
+            logging_in(self._module, _NAME),
+            torch.no_grad(),
+        ):
+            if self._ddp is None:
+                output = step(*closure.arguments)
+            else:
+                output = self._ddp.run(step, closure.arguments)
         if isinstance(output, FinishedClosure):
             result: ClosureResult = output.result
             return result
@@ -177,15 +174,16 @@ class TrainingInstallation:
         )
         reason = self._why_as_it_is(closure)
         if reason is not None:
-            return self._runner.run_as_it_is((given, *args), {}, reason)
-        return self._runner.run((given, *args), {})
+            return self._runner.run_as_it_is((given, *args), {"closure": closure}, reason)
+        return self._runner.run((given, *args), {"closure": closure})
 
-    def _as_it_is(self, given: ClosureInput, *args: Any) -> FinishedClosure | UnfinishedClosure:
-        assert self._closure is not None
+    def _as_it_is(
+        self, given: ClosureInput, *args: Any, closure: _InterceptedClosure
+    ) -> FinishedClosure | UnfinishedClosure:
         with self.session.backend.capture_stream():
             if self._ddp is not None:  # this runs in its forward
                 return UnfinishedClosure(self._step.run(given, *args), "")
-            return FinishedClosure(self._closure.as_it_is())
+            return FinishedClosure(closure.as_it_is())
 
     def _scale(self) -> Tensor | None:
         """Return the factor of the gradient scaler; None if there is no scaler."""

@@ -125,10 +125,9 @@ class TrainingStep:
         aside = GradientsAside(_of(self.parameters()), None if self._is_reduced else zero_grad)
         context = current_forward_context()
         step = None if context is None else context.step
-        if step is not None:
-            step.aside = aside
         try:
             with (
+                contextlib.nullcontext() if step is None else step.in_backward(aside),
                 torch.autograd.set_multithreading_enabled(False),
                 logging_in(self._module, "backward"),
             ):
@@ -138,8 +137,6 @@ class TrainingStep:
                 aside.give()  # in eager, what was computed until now is there as well
             raise
         finally:
-            if step is not None:
-                step.aside = None
             aside.put_back()
 
     def finish(self, closure: Closure, output: ClosureOutput) -> ClosureResult:
