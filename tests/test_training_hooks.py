@@ -14,6 +14,7 @@ from torch.nn import utils
 from cg_lightning.backends import resolve_backend
 from cg_lightning.backends.cuda import CUDACapturedGraph
 from cg_lightning.backends.recorder import RecordedGraph
+from cg_lightning.trainer.node_hooks import can_notice_hooks
 from cg_lightning.trainer.training_step import TrainingStep
 from tests.conftest import modules_with_a_trace
 from tests.harness import assert_same
@@ -256,6 +257,16 @@ def test_hooks_of_nodes(fit, make):
     else:
         assert replayed(callback) > 10, callback.summary()
     assert reasons(callback) - failed == {"hook inside the closure: a hook of a node of autograd"}
+
+
+def test_another_pytorch_that_adds_hooks_in_another_way(fit, monkeypatch):
+    """Training is eager then, with a reason. Shouts if this is such a PyTorch."""
+    assert can_notice_hooks(), "PyTorch adds hooks of nodes otherwise: see trainer/node_hooks.py"
+    monkeypatch.delattr(torch.autograd.function._HookMixin, "_register_hook")
+    with pytest.warns(UserWarning, match="adds hooks of autograd's nodes in a way"):
+        callback = fit(Step(), max_epochs=1)
+    assert replayed(callback) == 0
+    assert "adds hooks of autograd's nodes" in str(callback.stats.eager_reasons)
 
 
 class HookOfOtherNode(Step):

@@ -20,6 +20,25 @@ _OWNER: Any = getattr(torch.autograd.function, "_HookMixin", None)  # private
 _NAME = "_register_hook"
 
 
+def can_notice_hooks() -> bool:
+    """Return True if this version of PyTorch adds hooks in the way that is known here."""
+    hooks, added = NodeHooks(), []
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            parameters = [torch.zeros((), requires_grad=True) for _ in range(2)]
+            nodes: list[Any] = [get_gradient_edge(parameter).node for parameter in parameters]
+            nodes[0].register_hook(_do_nothing)
+            hooks.install(parameters)  # notices the one that is there
+            added.append(len(hooks.of_nodes()))
+            nodes[1].register_prehook(_do_nothing)
+            added.append(len(hooks.of_nodes()))
+    except Exception:  # whatever another version raises
+        return False
+    finally:
+        hooks.remove()
+    return added == [1, 2]
+
+
 class NodeHooks:
     """Knows whether a node of autograd has a hook that was added outside of closures."""
 
@@ -40,14 +59,19 @@ class NodeHooks:
 
     def __bool__(self) -> bool:
         """Return True if there is such a hook."""
-        if not self._tables:
-            return False
+        return bool(self._tables) and bool(self.of_nodes())
+
+    def of_nodes(self) -> list[dict[int, Any]]:
+        """Return the hooks of each node that has some."""
         self._tables = [table for table in self._tables if table() is not None]
-        return any(table() for table in self._tables)
+        return [found for table in self._tables if (found := table())]
 
     def install(self, parameters: Iterable[Tensor]) -> None:
-        """Notice hooks from now on, and those that nodes of parameters have already."""
-        if self._original is not None or _OWNER is None:
+        """Notice hooks from now on, and those that nodes of parameters have already.
+
+        Call it only if :func:`can_notice_hooks`.
+        """
+        if self._original is not None:
             return
         self._original = original = vars(_OWNER)[_NAME]
 
