@@ -130,7 +130,7 @@ def diagnose(
         ...         return x * 2 if x.sum().item() > 0 else x
         >>> found = diagnose(Net(), torch.ones(4, 3))
         >>> [(finding.cause.value, finding.remedy) for finding in found.findings]
-        [('host sync', 'keep it on the device: log the tensor, read it after the epoch')]
+        [('host sync', 'log or append the tensor itself, read it after the epoch')]
         >>> diagnose(torch.nn.Linear(3, 2), torch.ones(4, 3)).capturable()
         True
 

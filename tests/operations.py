@@ -181,7 +181,8 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
     "new_tensor": lambda x: x.new_tensor([1.0, 2.0]),
 }
 MADE_BEFORE = (
+    *("cpu", "to the host"),
     *("one_hot of unknown length", "bincount", "repeat_interleave by a tensor"),
     *("tensor of a number", "tensor of a list", "as_tensor", "new_tensor"),
 )
-"""Of these, the callback makes or knows the result before the capture; the wrapper does not."""
+"""Of these, the callback makes or knows the result outside the graph; the wrapper does not."""

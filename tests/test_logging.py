@@ -19,7 +19,6 @@ from torchmetrics.classification import (
     MulticlassF1Score,
 )
 
-from cg_lightning.core.causes import Cause
 from cg_lightning.trainer.logged_results import LoggedResults
 from tests.harness import images, loader, validate
 
@@ -365,12 +364,10 @@ def test_a_float_that_changes_goes_lower(harness):
     assert callback.stats.steps["PIECEWISE"] > 0
 
 
-def test_a_metric_on_another_device_goes_lower(harness):
+def test_a_metric_on_another_device_is_updated_late(harness):
     callback = harness.callback(mode="FULL", warmup_steps=1)
     harness.compare(MetricOnTheHost(), validate(images(40)), callback)
-    assert callback.stats.steps["FULL"] == 0
-    causes = (Cause.HOST_SYNC.value, Cause.CROSS_DEVICE_COPY.value)
-    assert any(reason.startswith(causes) for reason in callback.stats.eager_reasons)
+    assert callback.stats.steps["FULL"] > 4
 
 
 @pytest.mark.parametrize("verify_replays", [0, 2])

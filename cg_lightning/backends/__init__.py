@@ -3,6 +3,7 @@
 - ``base.py``: the protocol of a backend.
 - ``capture_scope.py``: the lock and the settings around every capture, for all backends.
 - ``copies_from_host.py``: operations that copy a tensor of the host to the device of the graphs.
+- ``copies_to_host.py``: methods that copy a tensor of the device to the host.
 - ``cuda.py``: ``torch.cuda.CUDAGraph``. No other file uses ``torch.cuda``.
 - ``dispatch_mode.py``: watches dispatched operations and does not change their results.
 - ``followed_generators.py``: random generators of the user's on the device.

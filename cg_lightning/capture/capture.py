@@ -20,6 +20,7 @@ from cg_lightning.capture.cache import GraphCache
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.capture.graph import capture_graph, weak_ref_tensors
 from cg_lightning.capture.host_constants import HostConstants
+from cg_lightning.capture.host_copies import answered_host_copies, leaves_on_device
 from cg_lightning.capture.outputs import OutputPlan
 from cg_lightning.capture.passed_on import PassedOnValues
 from cg_lightning.capture.static_inputs import StaticInputs
@@ -227,11 +228,12 @@ class Capturer:
                 with (
                     self._answering(target.reads, recorder.checked_calls),
                     answered(),
+                    copies_answered(),
                     passed_on.during_step(),
                 ):
                     output = call.run_on(tree)
                 is_closure = isinstance(output, ClosureOutput)
-                finished = recording.finish((output, leaves))
+                finished = recording.finish((leaves_on_device(output), leaves))
                 effects, tensors = finished.effects, finished.tensors
                 if target.host_draws:
                     effects.append(DrawAgain(target.host_draws))
@@ -245,7 +247,7 @@ class Capturer:
             if target.fills_batch:
                 takers.insert(0, SetBatchEntries(entries, output, containers))
                 output = (output, (entries.new(), entries.removed()))
-            finished.refuse_states_in(output)
+            finished.refuse_states_in(leaves_on_device(output))
             plan, computed = OutputPlan.make(
                 output, leaves, target.storage_addresses, containers, detaches=is_closure
             )
@@ -258,6 +260,9 @@ class Capturer:
         # compiled code may have guards on the functions that are replaced
         has_compiled = any(map(is_compiled, target.module.modules()))
         answered = contextlib.nullcontext if has_compiled else constants.answered
+        copies_answered: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+        if effects is not None and not has_compiled:  # only a whole step may keep such copies
+            copies_answered = functools.partial(answered_host_copies, self._backend.device)
 
         def capture() -> tuple[CapturedGraph, Any]:
             try:

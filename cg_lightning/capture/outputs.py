@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cg_lightning.capture.host_copies import leaves_on_device, places_of_copies
 from cg_lightning.capture.static_inputs import overlaps_itself, without_repeats
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.errors import CaptureError
@@ -71,6 +72,8 @@ class OutputPlan:
     sources: list[tuple[_Source, Any]]
     gives_containers: bool = False
     """Whether containers of the batch itself are in the output."""
+    host_copies: Sequence[Sequence[int]] = ()
+    """The leaves that are copies on the host: one list for each copy."""
 
     @classmethod
     def make(
@@ -96,6 +99,8 @@ class OutputPlan:
         """
         output = _with_given_containers(output, containers)
         leaves, structure = flatten(output)
+        host_copies = places_of_copies(leaves)
+        leaves = leaves_on_device(leaves)
         if detaches:
             leaves = _detached(leaves)
         positions = {
@@ -143,17 +148,22 @@ class OutputPlan:
             structure is not None,
             sources,
             any(source is _Source.CONTAINER for source, _ in sources),
+            host_copies,
         ), tensors
 
     @property
     def is_one_tensor(self) -> bool:
         """Whether the output is one computed tensor."""
-        return not self.is_nested and self.sources[0][0] is _Source.COMPUTED
+        return self._is_one and self.sources[0][0] is _Source.COMPUTED
 
     @property
     def is_one_value(self) -> bool:
         """Whether the output is one leaf that no replay changes, such as None or a parameter."""
-        return not self.is_nested and self.sources[0][0] is _Source.HELD
+        return self._is_one and self.sources[0][0] is _Source.HELD
+
+    @property
+    def _is_one(self) -> bool:
+        return not (self.is_nested or self.host_copies)
 
     @property
     def value(self) -> Any:
@@ -181,6 +191,10 @@ class OutputPlan:
             else value.of(inputs if source is _Source.VIEW_OF_INPUT else computed)
             for source, value in self.sources
         ]
+        for first, *others in self.host_copies:
+            leaves[first] = leaves[first].cpu()
+            for index in others:
+                leaves[index] = leaves[first]
         return rebuild(self.template, iter(leaves)) if self.is_nested else leaves[0]
 
 

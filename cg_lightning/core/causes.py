@@ -39,7 +39,7 @@ class Cause(enum.Enum):
 
 
 _REMEDIES = {
-    Cause.HOST_SYNC: "keep it on the device: log the tensor, read it after the epoch",
+    Cause.HOST_SYNC: "log or append the tensor itself, read it after the epoch",
     Cause.CROSS_DEVICE_COPY: "move it before the step, or register it as a buffer",
     Cause.TENSOR_FROM_PYTHON: "make the tensor once, as a buffer",
     Cause.DATA_DEPENDENT_SHAPE: (
@@ -87,6 +87,7 @@ KEPT_STATES = "a checkpoint that keeps random states"
 """What activation checkpointing does with ``preserve_rng_state``."""
 REMEDIES_OF_OPERATIONS = {
     KEPT_STATES: "checkpoint(..., preserve_rng_state=False), if nothing in it draws",
+    "Tensor.cpu": "append or return it, and read it after the epoch",
     "aten::one_hot": "give num_classes",
     "aten::repeat_interleave": "give output_size",
     "aten::bincount": "count with a fixed length: one_hot(x, num_classes).sum(0)",

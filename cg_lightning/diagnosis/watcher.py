@@ -20,6 +20,7 @@ from cg_lightning.diagnosis.detectors.copied_constants import CopiedConstants
 from cg_lightning.diagnosis.detectors.global_reads import GlobalReads
 from cg_lightning.diagnosis.detectors.hooks import ForwardHooks
 from cg_lightning.diagnosis.detectors.host_constants import HostConstants
+from cg_lightning.diagnosis.detectors.host_copies import HostCopies
 from cg_lightning.diagnosis.detectors.host_reads import HostReads
 from cg_lightning.diagnosis.detectors.host_values import HostValues
 from cg_lightning.diagnosis.detectors.late_updates import LateUpdates
@@ -62,6 +63,7 @@ DETECTORS: tuple[type[Detector], ...] = (
     Operations,
     HostReads,  # after all that compare tensors: on a GPU a comparison waits for the device
     HostConstants,  # after HostReads, which replaces the same functions and reports
+    HostCopies,  # likewise
     GlobalReads,  # stays last: it is told of each function that is called, ours included
 )
 

@@ -12,6 +12,8 @@
 - ``hooks.py``: forward hooks: arbitrary code around the call of a module.
 - ``host_constants.py``: tensors that a step makes of Python values: a graph clones what was made
   before its capture.
+- ``host_copies.py``: copies to the host that a step does not read: a replay makes them after the
+  graph.
 - ``host_reads.py``: calls that wait for the device, and that the dispatcher does not show.
 - ``host_values.py``: reads on the host whose values are known before the step.
 - ``late_updates.py``: updates of metrics that may follow the step, because the step does not use

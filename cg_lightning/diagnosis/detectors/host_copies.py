@@ -1,0 +1,99 @@
+"""Copies to the host that the step does not read: a replay makes them after the graph."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from cg_lightning.backends.copies_to_host import answered_copies_to_host
+from cg_lightning.backends.host_reads import UNSEEN_READS
+from cg_lightning.core.causes import Cause
+from cg_lightning.core.tree import tensors_in
+from cg_lightning.diagnosis.detector import Detector
+from cg_lightning.diagnosis.findings import Location, find_location
+from cg_lightning.diagnosis.step_watch import StepWatch
+
+_READS = (*UNSEEN_READS, "__reduce_ex__", "__dlpack__", "data_ptr")
+"""Methods that may read a tensor of the host, and that no operation shows."""
+
+
+class HostCopies(Detector):
+    """Spares ``x.cpu()`` until the step reads the copy. Submodules that copy get no graph.
+
+    If a module is compiled, nothing is spared: compiled code may have guards on the methods that a
+    capture would replace. Nor is what metrics copy for themselves.
+    """
+
+    causes = (Cause.HOST_SYNC,)
+
+    def __init__(self, watch: StepWatch) -> None:
+        super().__init__(watch)
+        self._copies: dict[int, tuple[Tensor, Location]] = {}
+        """Each copy and the line that makes it, by the id of the copy."""
+
+    @contextlib.contextmanager
+    def around_step(self) -> Iterator[None]:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        if self.watch.hidden:
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            for name in _READS:
+                noticed = self._noticed(getattr(Tensor, name))
+                stack.enter_context(patch.object(Tensor, name, noticed))
+            stack.enter_context(answered_copies_to_host(self.watch.backend.device, self._answer))
+            try:
+                yield
+            finally:
+                self._copies.clear()
+
+    def _answer(self, tensor: Tensor, copy: Callable[[], Tensor]) -> Tensor:
+        watch, where = self.watch, find_location()
+        is_plain = type(tensor) is Tensor and not tensor.requires_grad
+        is_of_step = watch.is_about_step and not (watch.is_paused or watch.is_in_framework)
+        if not (is_plain and is_of_step) or where.library.startswith("torchmetrics/"):
+            return copy()
+        watch.report(Cause.HOST_SYNC, "Tensor.cpu", calls=watch.stack[1:])
+        with watch.paused():
+            # on the CPU it is the tensor itself, which the step may read
+            made = tensor.detach() if tensor.is_cpu else copy()
+        self._copies[id(made)] = made, where
+        return made
+
+    def before_operation(
+        self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        if self._copies and function is not torch.ops.aten.detach.default:
+            for tensor in tensors_in((args, kwargs)):
+                self._note_read(tensor)
+
+    def after_operation(
+        self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
+        if function is torch.ops.aten.detach.default and id(args[0]) in self._copies:
+            self._copies[id(output)] = output, self._copies[id(args[0])][1]
+
+    def _noticed(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        thread = threading.get_ident()
+
+        def read(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                self._note_read(tensor)
+            return original(tensor, *args, **kwargs)
+
+        return read
+
+    def _note_read(self, tensor: Tensor) -> None:
+        if id(tensor) in self._copies:
+            location = self._copies[id(tensor)][1].user
+            calls = [self.watch.step]
+            self.watch.report(Cause.HOST_SYNC, "Tensor.cpu", location=location, calls=calls)
