@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
 import inspect
 from typing import Any, NamedTuple
 
@@ -395,9 +396,40 @@ class Branches(Classifier):
             self.meter.owner = self
 
 
+class Methods(Classifier):
+    """Containers that are filled by their methods, also in hooks."""
+
+    watched = ("kept", "recent", "features", "values")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recent: Any = collections.deque(maxlen=4)
+        self.features: dict[str, Any] = {}
+        self.values: dict[str, Any] = {"old": 1}
+        self.net[0].register_forward_hook(functools.partial(self.keep_layer, "layer0"))
+        self.net[1].register_forward_hook(functools.partial(self.keep_layer, "layer1"))
+
+    def keep_layer(self, name, module, args, output) -> None:
+        self.features.__setitem__(name, output)
+
+    def keep(self, x, y, logits, loss):
+        self.kept.extend(logits)
+        self.kept.extend([loss, {"y": y}])
+        self.kept.extend(logits[:1] for _ in range(2))
+        self.recent.appendleft(loss)
+        self.recent.extend((y, loss * 2))
+        (lambda value: self.recent.append(value))(loss)
+        self.values.update(loss=loss, y=y)
+        self.values.update({"size": len(y), "old": logits})
+        return self.features["layer0"].sum() + self.features["layer1"].mean()
+
+    def between(self) -> None:
+        self.kept.clear()
+
+
 FULL = [
     *(Outputs, NestedOutputs, SameAsOutput, OwnBatch, PerKey, Counts, TotalsOfTensors, Last),
-    *(Swapped, Inside, Features, Meters, Branches),
+    *(Swapped, Inside, Features, Meters, Branches, Methods),
 ]
 
 
@@ -804,13 +836,49 @@ class ResultIsUsed(Meter):
 
 NOT_READ = [Property, SetByName, EverySecond, OtherKey, Views, Tuples]
 """What is FULL all the same."""
+
+
+class OwnMethods(Classifier):
+    """An object has methods that are named as those of containers."""
+
+    class Fills(Store):
+        def extend(self, values) -> None:
+            self.items.extend(values)
+            self.total = len(self.items)
+
+        def __setitem__(self, key, value) -> None:
+            self.total = len(self.items)
+
+    watched = ("store",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = self.Fills()
+
+    def keep(self, x, y, logits, loss):
+        self.store.extend([loss])
+        self.store.__setitem__("total", loss)
+        return loss
+
+
+class WhatIsUpdatedIsRead(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = {}
+
+    def keep(self, x, y, logits, loss):
+        before = self.kept.get("loss", 0)
+        self.kept.update(loss=loss)
+        return loss + before
+
+
 OTHERS = [
     *(Length, LastItem, Alias, LocalName, BoundMethod, CountIsRead, ReadBeforeSet, AskedFor),
     *(ThroughVars, Lasting, WholeBatch, OwnSetattr, OneListInTwoModules, GlobalList),
     *(KeepsAnObject, Removes, SharedInside, *NOT_READ),
     *(StaleEntry, OtherEntry, MeterIsRead, ArgumentIsChanged, ArgumentIsChangedByTheMeter),
     *(ArgumentIsChangedInPlace, OwnerIsTold, GlobalIsChanged, Decorated, ErrorIsHandled),
-    ResultIsUsed,
+    *(ResultIsUsed, OwnMethods, WhatIsUpdatedIsRead),
 ]
 
 

@@ -125,6 +125,9 @@ class AttributeEvents(ModuleHandler):
     def _note_call(self, name: str, value: Any, entry: Entry, frame: FrameType) -> None:
         """Note a method that may be called in a statement of its own."""
         target, (is_key, method) = _holder(value, entry.steps), entry.steps[-1]
+        if type(target) in MAPPINGS and (is_key, method) == (False, "update"):
+            self._calls.setdefault(name, set()).add((type(target), method))
+            return
         is_method = not is_key and is_plain_object(target) and method not in vars(target)
         if is_method and not _is_handled_around(frame):
             self._calls.setdefault(name, set()).add((type(target), method))
@@ -207,8 +210,13 @@ class AttributeEvents(ModuleHandler):
             return False
         calls = self._calls.get(name, set())
         return Use.CALL not in uses or (
-            bool(calls) and name not in self._refused and all(accumulates(*each) for each in calls)
+            bool(calls) and name not in self._refused and all(map(_only_fills, calls))
         )
+
+
+def _only_fills(call: tuple[type, str]) -> bool:
+    kind, method = call
+    return kind in MAPPINGS or accumulates(kind, method)
 
 
 def _holder(value: Any, steps: tuple[tuple[bool, Any], ...]) -> Any:

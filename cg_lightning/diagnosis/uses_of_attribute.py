@@ -17,6 +17,9 @@ from cg_lightning.diagnosis.definitions import node_of
 
 Parents = dict[ast.AST, ast.AST]
 
+_FILLING = {"append": 1, "appendleft": 1, "extend": 1, "__setitem__": 2}
+"""Methods of containers that fill them, and how many arguments they have. They return None."""
+
 
 class Use(enum.Enum):
     """What a line does with the value of an attribute."""
@@ -30,8 +33,8 @@ class Use(enum.Enum):
 def use_of(code: CodeType, offset: int) -> Use:
     """Return what a line does with an attribute that an instruction reads.
 
-    ``self.x.append(y)``, ``self.x[k] = y`` and ``self.x.y = z`` fill, ``self.x += 1`` and
-    ``self.x.y["k"] += 1`` add, ``self.x.update(y)`` calls.
+    ``self.x.append(y)``, ``self.x.extend(ys)``, ``self.x[k] = y`` and ``self.x.y = z`` fill,
+    ``self.x += 1`` and ``self.x.y["k"] += 1`` add, ``self.x.update(y)`` calls.
 
     Args:
         code: The code of the function that reads the attribute.
@@ -43,7 +46,7 @@ def use_of(code: CodeType, offset: int) -> Use:
     while (use := _use_by_statement(node, parents)) is None:
         outer = parents.get(node)
         if isinstance(outer, ast.Attribute):
-            if outer.attr == "append" and _is_call_without_result(outer, parents):
+            if _is_filling_call(outer, parents):
                 return Use.FILL
             if _is_statement(outer, parents):
                 return Use.CALL
@@ -94,6 +97,8 @@ def _steps_at(code: CodeType, offset: int) -> tuple[list[ast.expr | str], bool] 
     steps: list[ast.expr | str] = []
     while (outer := parents.get(node)) is not None:
         if isinstance(outer, ast.Attribute):
+            if outer.attr == "__setitem__" and _is_filling_call(outer, parents):
+                return [*steps, parents[outer].args[0]], True  # type: ignore[attr-defined]
             steps.append(outer.attr)
         elif isinstance(outer, ast.Subscript) and outer.value is node:
             steps.append(outer.slice)
@@ -119,15 +124,16 @@ def _use_by_statement(node: ast.AST, parents: Parents) -> Use | None:
     return None
 
 
-def _is_call_without_result(method: ast.Attribute, parents: Parents) -> bool:
-    """Whether ``method`` is called with one argument, in a statement of its own."""
+def _is_filling_call(method: ast.Attribute, parents: Parents) -> bool:
+    """Whether a method that fills a container is called, in a statement or as a whole lambda."""
     call = parents.get(method)
     return (
         isinstance(call, ast.Call)
-        and _is_statement(method, parents)
-        and len(call.args) == 1
+        and call.func is method
+        and isinstance(parents.get(call), (ast.Expr, ast.Lambda))
+        and len(call.args) == _FILLING.get(method.attr)
         and not call.keywords
-        and not isinstance(call.args[0], ast.Starred)
+        and not any(isinstance(each, ast.Starred) for each in call.args)
     )
 
 

@@ -151,6 +151,8 @@ class Verb(enum.Enum):
     """Kinds of changes."""
 
     APPEND = "append"
+    APPEND_LEFT = "appendleft"
+    EXTEND = "extend"
     ADD = "+="
     SET = "="
     CALL = "()"
@@ -170,9 +172,12 @@ class Change(NamedTuple):
         """Return whether the change has the same effect as in the watched step."""
         if self.verb is Verb.SET:
             return self.place.can_be_set()
-        if self.verb is Verb.CALL and not self._has_method():
+        if self.verb is Verb.CALL and not (self._updates_mapping() or self._has_method()):
             return False
         return self.kind is not None and self.place.kind() == self.kind
+
+    def _updates_mapping(self) -> bool:
+        return self.kind in MAPPINGS and self.place.method == "update"
 
     def _has_method(self) -> bool:
         """Return whether the method is the one that was seen, and its object has plain values."""
@@ -188,12 +193,16 @@ class Change(NamedTuple):
         """Return whether the outcome is known if the change is made with this value."""
         if self.verb is Verb.SET:
             return True
+        if self.verb is Verb.CALL and self._updates_mapping():
+            return all(type(each) is dict and all(map(is_plain_value, each)) for each in value[0])
         if self.verb is Verb.CALL:
             return all(
                 isinstance(x, Tensor) or is_plain_value(x) for x in (*value[0], *value[1].values())
             )
-        if self.verb is Verb.APPEND:
+        if self.verb in (Verb.APPEND, Verb.EXTEND):
             return self.kind in LISTS
+        if self.verb is Verb.APPEND_LEFT:
+            return self.kind is collections.deque
         if self.kind is list:
             return type(value) in (list, tuple)
         return self.kind in (NUMBER, str) and kind_to_change(value) == self.kind
@@ -202,6 +211,10 @@ class Change(NamedTuple):
         """Make the change."""
         if self.verb is Verb.APPEND:
             self.place.value().append(value)
+        elif self.verb is Verb.APPEND_LEFT:
+            self.place.value().appendleft(value)
+        elif self.verb is Verb.EXTEND:
+            self.place.value().extend(value)
         elif self.verb is Verb.CALL:
             args, kwargs = value
             getattr(self.place.value(), self.place.method)(*args, **kwargs)
@@ -226,6 +239,12 @@ class _StandIn:
 
     def append(self, value: Any) -> None:
         self._record.add(Verb.APPEND, self._place, value)
+
+    def appendleft(self, value: Any) -> None:
+        self._record.add(Verb.APPEND_LEFT, self._place, value)
+
+    def extend(self, values: Any) -> None:
+        self._record.add(Verb.EXTEND, self._place, list(values))
 
     def __iadd__(self, value: Any) -> Any:
         self._record.add(Verb.ADD, self._place, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 from contextlib import AbstractContextManager
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from cg_lightning.core.causes import Cause
+from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import NOT_YOURS
 from cg_lightning.diagnosis.watched_step import ModuleCall
@@ -57,6 +59,9 @@ class ForwardHooks(Detector):
         if isinstance(hook, types.MethodType):
             is_of_module = any(hook.__self__ is module for _, module in self.watch.modules)
             return is_of_module and self._is_code_of_step(hook.__func__)
+        if type(hook) is functools.partial:
+            given = [*hook.args, *hook.keywords.values()]
+            return all(map(is_plain_value, given)) and self._is_code_of_step(hook.func)
         if not isinstance(hook, types.FunctionType):
             return False
         return hook.__module__ == _OUTPUT_CAPTURING or is_user_file(hook.__code__.co_filename)
