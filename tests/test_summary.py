@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 import subprocess
 import sys
 
@@ -136,6 +137,14 @@ def test_a_notebook_shows_tables(callback):
         assert "<th>us (eager)</th>" in shown
         assert "<td>validation_step</td>" in shown
         assert "validate: " in shown
+
+
+def test_statistics_print_as_the_summary(callback):
+    """They do not know the backend, so they say nothing of a speed-up."""
+    note = re.compile(r" \((factor|recorder).*\)")
+    assert note.search(callback.summary())
+    shown = str(callback.stats).splitlines()
+    assert shown[1:] == note.sub("", callback.summary()).splitlines()[1:]
 
 
 def test_a_file_gets_plain_text(callback, capsys):

@@ -16,6 +16,8 @@ from cg_lightning.report.timeline import Timeline
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from cg_lightning.report.summary import Summary
+
 MOST_SHAPES = 64
 """Shapes that are told apart for one stage, mode and reason; further ones are counted together."""
 MOST_REASONS = 64
@@ -368,7 +370,7 @@ class CUDAGraphStats:
     def plot(self, stage: str | None = None) -> Figure:
         """Draw the time of each batch: warm-up, capture, replay, and eager with its reason.
 
-        Times are those of the host, in milliseconds. The latest 10000 batches are kept.
+        Times are those of the host, in microseconds. The latest 10000 batches are kept.
 
         Args:
             stage: One stage. None: all stages that ran, one below the other.
@@ -508,10 +510,16 @@ class CUDAGraphStats:
         counted = [record.stage for record in self._records.values()]
         return list(dict.fromkeys([*counted, *[entry.stage for entry in self.entries]]))
 
+    def __str__(self) -> str:
+        return self._summary()
+
     def _repr_html_(self) -> str:
+        return self._summary()._repr_html_()
+
+    def _summary(self) -> Summary:
         from cg_lightning.report.summary import render_summary  # it is made of this class
 
-        return render_summary(self, "", self.stages)._repr_html_()
+        return render_summary(self, "", self.stages)
 
     def _of(self, mode: str) -> list[StepsRecord]:
         return [record for record in self._records.values() if record.mode == mode]

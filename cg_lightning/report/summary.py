@@ -347,14 +347,10 @@ def _time_notes(stats: CUDAGraphStats, backend: str, stage: str) -> list[str]:
         times = stats.comparison(stage, mode)
         if times is not None:
             eager, graph = times.eager * 1e3, times.graph * 1e3
-            factor = (
-                "recorder: means nothing"
-                if backend == "recorder"
-                else f"factor {eager / graph:.1f}"
-            )
-            notes.append(
-                f"host time a step: eager {eager:.3f} ms, {mode} {graph:.3f} ms ({factor})"
-            )
+            factor = f" (factor {eager / graph:.1f})"
+            if backend in ("recorder", ""):  # unknown, it may be the recorder
+                factor = " (recorder: means nothing)" if backend else ""
+            notes.append(f"host time a step: eager {eager:.3f} ms, {mode} {graph:.3f} ms{factor}")
     return notes
 
 
