@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import pickle
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,9 @@ def test_the_figure_has_every_batch(harness, tmp_path):
     for part in ("warm-up: 4,", "capture: 1,", "replay: 5,", "compared with eager: 1,", "median"):
         assert part in shown
     figure.savefig(tmp_path / "batches.png")
+    labels = [each.get_text() for each in figure.axes[0].get_yticklabels()]
+    assert labels
+    assert all(re.fullmatch(r"[\d,]+", label) for label in labels)  # 1,000, and no power of ten
     assert len(callback.stats.plot("validate").axes) == 1
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from cg_lightning.core.reasons import Status
 from cg_lightning.report.timeline import BatchTime, Ran
@@ -58,23 +59,27 @@ def _draw(axes: Any, stage: str, batches: Sequence[BatchTime]) -> None:
     for label, (colour, marker, points) in _groups(batches).items():
         places, times = zip(*points, strict=True)
         median = statistics.median(times)
-        text = textwrap.fill(f"{label}: {len(points)}, median {median:.3g} ms", _WIDTH)
+        text = textwrap.fill(f"{label}: {len(points)}, median {median:,.0f} µs", _WIDTH)
         axes.scatter(places, times, s=18, color=colour, marker=marker, label=text)
     axes.set_title(f"{stage}: time of each batch on the host")
     axes.set_xlabel("batch")
-    axes.set_ylabel("ms")
+    axes.set_ylabel("µs")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params("y", labelsize="small")
     axes.grid(axis="y", alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small", frameon=False)
 
 
 def _groups(batches: Sequence[BatchTime]) -> dict[str, tuple[str, str, Points]]:
-    """Return colour, marker, and number and milliseconds of batches, by what the legend says."""
+    """Return colour, marker, and number and microseconds of batches, by what the legend says."""
     by_kind: dict[Ran, Points] = defaultdict(list)
     by_reason: dict[Any, Points] = defaultdict(list)
     texts: dict[Any, str] = {}
     for number, batch in enumerate(batches):
-        point = (number, batch.seconds * 1e3)
+        point = (number, batch.seconds * 1e6)
         # the steps of a warm-up may be eager for another reason, such as one that comes late
         is_warm_up = batch.reason is None or batch.reason.kind is Status.WARM_UP
         if batch.how is Ran.EAGER or (batch.how is Ran.WARM_UP and not is_warm_up):
