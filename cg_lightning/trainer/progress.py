@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-from tqdm.auto import tqdm
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 T = TypeVar("T")
 FEW = 3
@@ -28,7 +28,7 @@ def progress_of(items: Sequence[T], trainer: Trainer) -> Iterable[T]:
     if isinstance(bar, RichProgressBar) and bar.is_enabled and bar.progress is not None:
         return _by_rich(items, bar.progress)
     if isinstance(bar, TQDMProgressBar) and not bar.is_disabled:
-        bar_of_tqdm: Iterable[T] = tqdm(
+        bar_of_tqdm: Iterable[T] = Tqdm(
             items, desc=_TITLE, leave=False, position=2 * bar.process_position + 2
         )
         return bar_of_tqdm
