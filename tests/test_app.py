@@ -65,7 +65,10 @@ def test_the_default_run(tmp_path):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra demo)")
     if not SCRIPT.exists():
         pytest.skip("the package is not installed, so there is no script")
-    printed = run(tmp_path, command=[str(SCRIPT)])
+    done = start(tmp_path, command=[str(SCRIPT)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "deprecated" not in done.stderr  # of Lightning's own code
+    printed = done.stdout
     assert "validate: " in printed
     assert "steps FULL" in printed
     assert (
@@ -226,7 +229,7 @@ def test_a_model_from_the_users_folder_without_predict_step(tmp_path):
     printed = run(tmp_path, *arguments, command=[sys.executable, "-c", as_script])
     assert printed.count("No test after fit: Model has no test_step.") == 1
     assert printed.count("No predict after fit: Model has neither predict_step nor forward.") == 1
-    assert f"The same fit {IDENTICAL}: 1 metrics and 0 predicted batches" in printed
+    assert f"The same fit {IDENTICAL}: 1 metric and 0 predicted batches" in printed
 
 
 def test_what_may_follow_fit():

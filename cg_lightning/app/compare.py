@@ -61,6 +61,14 @@ def _print_numbers(with_graphs: Results, without: Results) -> None:
         print_table("Compared with eager", ["", "with graphs", "eager"], rows)
 
 
+def _counted(results: Results) -> str:
+    metrics, batches = len(results.metrics), results.num_predictions
+    return (
+        f"{metrics} metric{'' if metrics == 1 else 's'} and {batches} predicted "
+        f"batch{'' if batches == 1 else 'es'}"
+    )
+
+
 def run_and_compare(config: DictConfig) -> JobResult:
     """Run a task with graphs, print the summary, run it without, and print the comparison.
 
@@ -82,7 +90,7 @@ def run_and_compare(config: DictConfig) -> JobResult:
             print_table("Metrics", ["", "without graphs"], rows)
         print(
             f"The {task} ran without CUDAGraphCallback, so there is nothing to compare: "
-            f"{len(metrics)} metrics and {with_graphs.num_predictions} predicted batches."
+            f"{_counted(with_graphs)}."
         )
         return result
     words = {"NONE": "eager"}
@@ -102,8 +110,8 @@ def run_and_compare(config: DictConfig) -> JobResult:
         return dataclasses.replace(result, failed=failed)
     print(
         f"The same {task} without graphs gives {'identical' if is_exact else 'close'} metrics and "
-        f"predictions: {len(without.metrics)} metrics and {without.num_predictions} predicted "
-        f"batches, compared {'bit for bit' if is_exact else 'within rounding'} after "
+        f"predictions: {_counted(without)}, "
+        f"compared {'bit for bit' if is_exact else 'within rounding'} after "
         f"{callback.stats.replays} graph replays."
     )
     return result

@@ -29,7 +29,8 @@ All keys with their values: cg-lightning --cfg job
 Examples
   cg-lightning
   cg-lightning task=predict cuda_graph.mode=FULL data.batch_size=32
-  cg-lightning task=diagnose model._target_=my.Model
+  cg-lightning task=diagnose model._target_=my.Model data=custom \\
+      data._target_=my.Data
   cg-lightning --multirun task=validate cuda_graph=off,piecewise,full
   cg-lightning task=bench bench.cases=[mlp,bert]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 
 import hydra
 from hydra.utils import get_original_cwd
@@ -59,6 +60,8 @@ def _main(config: DictConfig) -> None:
     from cg_lightning.app.run import require_checkpoint, require_device
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its import sets INFO
+    # Lightning 2.6 with torch 2.13, about itself
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     try:
         require_device(config)
         require_checkpoint(config)
