@@ -136,6 +136,7 @@ def test_a_notebook_shows_tables(callback):
         assert shown.count("<table>") == shown.count("</table>") == 2
         assert "<th>us (eager)</th>" in shown
         assert "<td>validation_step</td>" in shown
+        assert "remedy" not in shown  # a warm-up needs none
         assert "validate: " in shown
 
 

@@ -98,8 +98,10 @@ class Summary(str):
                 parts.append(html_table(stage.headers, stage.rows))
             parts += map(html_paragraph, stage.notes)
             if stage.reasons:
-                reasons = [(reason.text, reason.remedy) for reason in stage.reasons]
-                parts.append(html_table(("reason", "remedy"), reasons))
+                has_remedy = any(reason.remedy for reason in stage.reasons)
+                columns = ("reason", "remedy")[: 1 + has_remedy]
+                rows = [(reason.text, reason.remedy)[: 1 + has_remedy] for reason in stage.reasons]
+                parts.append(html_table(columns, rows))
             if stage.rest:
                 parts.append(html_paragraph(stage.rest))
         return "".join(parts)
