@@ -380,7 +380,7 @@ def replacing(make: Callable[[Callable[..., Any], SyncFree], Callable[..., Any]]
     for the device, the diagnosis finds it.
     """
     places_of = _places(len(sys.modules))
-    imported = set(sys.modules)
+    imported = list(sys.modules)
     replacements: list[_Replacement] = []
     with contextlib.ExitStack() as stack:
         stack.callback(_end, replacements, imported)
@@ -395,7 +395,7 @@ def replacing(make: Callable[[Callable[..., Any], SyncFree], Callable[..., Any]]
         yield
 
 
-def _end(replacements: list[_Replacement], imported: set[str]) -> None:
+def _end(replacements: list[_Replacement], imported: list[str]) -> None:
     """End replacements. Modules other than those ``imported`` before them get the originals."""
     for replacement in replacements:
         replacement.end()
