@@ -147,6 +147,11 @@ def test_pre_commit_runs_the_pinned_tools():
     assert {*tools, "pre-commit"} <= named
 
 
+def test_mypy_sees_each_public_name_as_users_do():
+    used = re.findall(r"\w+", (ROOT / "tests" / "types_of_users.py").read_text().split(")\n", 1)[1])
+    assert set(cg_lightning.__all__) <= set(used)
+
+
 @pytest.mark.slow
 @pytest.mark.exhaustive  # mypy itself checks the same file, as a part of this project
 def test_types_help_a_user_of_mypy(tmp_path):
