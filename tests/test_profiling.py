@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
 from tests.harness import features, predict
@@ -74,6 +75,22 @@ def test_the_profiler_of_the_page_shows_all_ranges(harness, stage, tmp_path):
     names = {event.key for event in known["profiler"].function_events.key_averages()}
     for name in ("watch", "capture", "verify", "replay"):
         assert any(f"cuda_graph/{name}" in each for each in names), names
+
+
+@pytest.mark.gpu
+def test_ranges_are_nvtx_ranges(harness, monkeypatch):
+    if harness.backend == "recorder":
+        pytest.skip("the CPU has no NVTX ranges")
+    nvtx = torch.cuda.nvtx
+    push, pop = nvtx.range_push, nvtx.range_pop
+    noted: list[str] = []
+    monkeypatch.setattr(nvtx, "range_push", lambda name: noted.append(name) or push(name))
+    monkeypatch.setattr(nvtx, "range_pop", lambda: noted.append("end") or pop())
+    trainer = harness.trainer(harness.callback(), profiler="simple")
+    trainer.predict(Predictor(Body()), features(40))
+    ours = [name for name in noted if name.startswith("cuda_graph/")]
+    assert set(ours) == {f"cuda_graph/{name}" for name in ("watch", "capture", "verify", "replay")}
+    assert noted.count("end") == len(noted) - noted.count("end")
 
 
 def test_without_a_profiler_nothing_is_entered(harness, monkeypatch):
