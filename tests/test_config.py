@@ -249,8 +249,8 @@ def another_value(field: dataclasses.Field, hint: Any) -> tuple[str, Any]:
     return f"[{item}]", (item,)
 
 
-@pytest.mark.slow
-def test_another_project_sets_each_option(tmp_path):
+def assert_each_option_is_set(folder: Path, **project: Any) -> None:
+    """Override every option in a project, and look at what its callback keeps."""
     hints = get_type_hints(Settings)
     given = {
         field.name: another_value(field, hints[field.name])
@@ -260,12 +260,17 @@ def test_another_project_sets_each_option(tmp_path):
     given |= {"mode": ("FULL", CUDAGraphMode.FULL), "backend": ("recorder", "recorder")}
     overrides = [f"callbacks.cuda_graph.{name}={text}" for name, (text, _) in given.items()]
     overrides += ["callbacks.cuda_graph.options.gc_disable=true", "+only_build=true"]
-    done = run_project(tmp_path, *overrides)
+    done = run_project(folder, *overrides, **project)
     assert done.returncode == 0, done.stderr
     settings = next(line for line in done.stdout.splitlines() if line.startswith("Settings("))
     for name, (_, kept) in given.items():
         assert f"{name}={kept!r}" in settings, settings
     assert "gc_disable=True" in settings
+
+
+@pytest.mark.slow
+def test_another_project_sets_each_option(tmp_path):
+    assert_each_option_is_set(tmp_path)
 
 
 @pytest.mark.slow

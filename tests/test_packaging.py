@@ -16,7 +16,7 @@ import yaml
 
 import cg_lightning
 from tests.test_app import IDENTICAL
-from tests.test_config import run_project
+from tests.test_config import assert_each_option_is_set, run_project
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -109,6 +109,7 @@ def test_the_command_and_a_hydra_application_of_an_empty_environment(installed, 
     done = run_project(tmp_path / "project", "callbacks.cuda_graph.warmup_step=1", **project)
     assert done.returncode != 0
     assert "warmup_step" in done.stderr
+    assert_each_option_is_set(tmp_path / "project", **project)
 
 
 def test_one_version():
