@@ -22,6 +22,7 @@ from cg_lightning.core.settings import (
     Settings,
     Tolerance,
 )
+from cg_lightning.core.stages import CALL
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.summary import Summary, render_summary
@@ -30,7 +31,6 @@ from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner
 from cg_lightning.runtime.targets import check_targets
 
-_STAGE = "call"
 _NO_CUDA = Reason(Status.INERT, "no CUDA device: backend='auto' runs eagerly")
 
 
@@ -81,8 +81,8 @@ class Graphed(Generic[_Given, _Returned]):
         if self._runner is None:
             began = perf_counter()
             output = self._function(*args, **kwargs)
-            self.stats.timeline.add(_STAGE, Ran.EAGER, began, _NO_CUDA)
-            self.stats.ran(_STAGE, "NONE", "-", _NO_CUDA)
+            self.stats.timeline.add(CALL, Ran.EAGER, began, _NO_CUDA)
+            self.stats.ran(CALL, "NONE", "-", _NO_CUDA)
             return output
         return self._runner.run(((args, kwargs),), {})  # type: ignore[no-any-return]
 
@@ -106,7 +106,7 @@ class Graphed(Generic[_Given, _Returned]):
             self._module, backend.device, sync_free=self._settings.sync_free_metrics
         )
         self._session = Session(self._module, backend, self._settings, self.stats, effects)
-        self._runner = StepRunner(self._session, _STAGE, self._name, self._run)
+        self._runner = StepRunner(self._session, CALL, self._name, self._run)
         self._session.install()
 
     def _run(self, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
@@ -115,7 +115,7 @@ class Graphed(Generic[_Given, _Returned]):
 
     def summary(self) -> Summary:
         """Return the counts as a table."""
-        return render_summary(self.stats, self._settings.backend, [_STAGE])
+        return render_summary(self.stats, self._settings.backend, [CALL])
 
     def close(self, check: bool = True) -> None:
         """Leave no trace in the module, and drop the graphs. The next call starts again.

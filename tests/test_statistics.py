@@ -221,6 +221,11 @@ def test_what_cannot_be_plotted(harness):
         callback.stats.plot("val")
 
 
+def test_the_steps_of_an_unknown_stage():
+    with pytest.raises(ValueError, match="stage='val' is unknown; choose from validate, test"):
+        CUDAGraphStats().steps_of("val")
+
+
 def test_without_matplotlib_there_is_one_sentence(harness, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.delitem(sys.modules, "cg_lightning.report.plot", raising=False)

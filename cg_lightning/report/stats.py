@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.reasons import NO_CHANGE, Changed, Reason, Status
+from cg_lightning.core.settings import check_name
+from cg_lightning.core.stages import CALL, STEP_METHODS
 from cg_lightning.report.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -478,7 +480,11 @@ class CUDAGraphStats:
         """Return the number of steps of one stage by mode, the highest mode first.
 
         Modes without steps are left out.
+
+        Raises:
+            ValueError: There is no such stage.
         """
+        check_name("stage", stage, (*STEP_METHODS, CALL))
         entries = [entry for entry in self.entries if entry.stage == stage]
         counts = {
             "FULL": sum(entry.replays for entry in entries if entry.mode == "FULL"),
