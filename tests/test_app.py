@@ -289,6 +289,10 @@ def test_a_gpu_that_is_not_there_is_one_sentence(tmp_path, argument):
             (*LINEAR, "+model.in_features=3", "+model.out_features=4"),
             "model._target_=torch.nn.Linear makes a Linear, which is no lightning.pytorch.",
         ),
+        (
+            ("task=diagnose", "data._target_=torch.nn.Linear"),
+            "argument 'batch_size', which data=digits gives. Add data=custom, and name your",
+        ),
         (LINEAR, "Error in call to target 'torch.nn.modules.linear.Linear': "),
         (("model._target_=nowhere.Model",), "No module named 'nowhere'"),
         (("cuda_graph.mode=FAST",), "mode='FAST' is not a CUDAGraphMode; choose one of NONE, "),

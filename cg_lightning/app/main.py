@@ -57,7 +57,11 @@ def _main(config: DictConfig) -> None:
         zoo(config)
         return
     from cg_lightning.app.jobs import finish_job
-    from cg_lightning.app.run import require_checkpoint, require_device
+    from cg_lightning.app.run import (
+        require_checkpoint,
+        require_device,
+        require_own_arguments,
+    )
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its import sets INFO
     # Lightning 2.6 with torch 2.13, about itself
@@ -65,6 +69,7 @@ def _main(config: DictConfig) -> None:
     try:
         require_device(config)
         require_checkpoint(config)
+        require_own_arguments(config)
         if config.task is Task.diagnose:
             from cg_lightning.app.diagnose import diagnose_step
 

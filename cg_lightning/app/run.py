@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import pkgutil
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import (
     Callback,
@@ -74,6 +77,30 @@ def require_checkpoint(config: DictConfig) -> None:
     if path is None or "://" in path or path in _CHECKPOINT_WORDS or Path(path).exists():
         return
     raise SystemExit(f"ckpt_path={path}: there is no such file.")
+
+
+def require_own_arguments(config: DictConfig) -> None:
+    """Check that a class of the user's does not get arguments of the data that it replaces.
+
+    Raises:
+        SystemExit: It would, and it does not take them.
+    """
+    choice = HydraConfig.get().runtime.choices.get("data")
+    target = str(config.data.get("_target_"))
+    if choice == "custom" or target.startswith("cg_lightning."):
+        return
+    given = {key: value for key, value in config.data.items() if key != "_target_"}
+    try:
+        signature = inspect.signature(pkgutil.resolve_name(target))
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return  # there is none: instantiate says so
+    try:
+        signature.bind_partial(**given)
+    except TypeError as error:
+        raise SystemExit(
+            f"data._target_={target}: {error}, which data={choice} gives. Add data=custom, and "
+            "name your own with +data.ARGUMENT=VALUE."
+        ) from error
 
 
 def require_device(config: DictConfig) -> None:
