@@ -277,6 +277,7 @@ def test_a_gpu_that_is_not_there_is_one_sentence(tmp_path, argument):
             ("task=train",),
             "expected one of [fit, validate, test, predict, diagnose, shapes, bench, zoo]",
         ),
+        (("validate",), "validate is a task: write task=validate."),
         (("task=diagnose", "stage=fit"), "expected one of [validate, test, predict]"),
         (("task=zoo", "zoo=[mpl*]"), "zoo=['mpl*']: 'mpl*' matches none of torch_attention_lstm, "),
         (("task=bench", "bench.cases=[mpl]"), "'mpl' is unknown; choose from mlp, resnet18, "),

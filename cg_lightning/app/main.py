@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -24,6 +25,9 @@ def main() -> None:
     Raises:
         SystemExit: The command line has a mistake, the run failed, or numbers differ.
     """
+    for before, word in itertools.pairwise(sys.argv):
+        if word in Task.__members__ and not before.startswith("-"):
+            raise SystemExit(f"{word} is a task: write task={word}.")
     if os.environ.get(_FULL_ERROR) == "1":
         _main()
         return
