@@ -25,7 +25,13 @@ _COLOURS = {
     Ran.PIECEWISE: "#2166ac",
 }
 _EAGER_COLOURS = ("#b2182b", "#ef6548", "#fdae61", "#888888")
-_MARKERS = {Ran.WARM_UP: "s", Ran.CAPTURE: "^", Ran.COMPARED: "v", Ran.EAGER: "x"}
+_MARKERS = {  # so that a figure without colours can be read
+    Ran.WARM_UP: "s",
+    Ran.CAPTURE: "^",
+    Ran.COMPARED: "v",
+    Ran.PIECEWISE: "D",
+    Ran.EAGER: "x",
+}
 _WIDTH = 48  # of a line of the legend
 
 Points = list[tuple[int, float]]
