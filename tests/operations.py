@@ -163,6 +163,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
     "masked_select": lambda x: x.masked_select(x > 0),
     "assign a tensor by mask": lambda x: x.clone().index_put((x > 0,), x[x > 0]),
     "unique": lambda x: x.round().unique(),
+    "to_sparse": lambda x: x.to_sparse(),
     "unique_consecutive": lambda x: x.round().unique_consecutive(),
     "bincount": lambda x: _labels(x).bincount(),
     "repeat_interleave by a tensor": lambda x: x.repeat_interleave(_labels(x), 0),

@@ -137,3 +137,45 @@ def test_an_output_that_was_made_to_require_gradients(harness, make):
         return module.seen
 
     harness.compare(Makes(), job, harness.callback(warmup_steps=1, verify_replays=0))
+
+
+def _sparse(module: Any, x: Tensor) -> Tensor:
+    return torch.sparse_coo_tensor(module.indices, module.net(x)[0, :2], (2, 2))
+
+
+def _quantized(module: Any, x: Tensor) -> Tensor:
+    return torch.quantize_per_tensor(module.net(x), 0.1, 0, torch.qint8)
+
+
+def _conjugate(module: Any, x: Tensor) -> Any:
+    y = torch.complex(module.net(x), x[:, :3])
+    return y, y.conj()
+
+
+@pytest.mark.filterwarnings("ignore:.*(quantize_per_tensor|invariant checks).*:UserWarning")
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        pytest.param(_sparse, "torch.sparse_coo tensor", id="sparse"),
+        pytest.param(_quantized, "output is a quantized tensor, which a replay", id="quantized"),
+        pytest.param(_conjugate, "as a lazy conjugate or negative", id="conjugate"),
+    ],
+)
+def test_an_output_that_a_replay_cannot_make(harness, function, reason):
+    class Makes(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(8, 3)
+            self.register_buffer("indices", torch.tensor([[0, 1], [1, 0]]))
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return function(self, batch[0])
+
+    def job(trainer, module):
+        kept = trainer.predict(module, features(40))
+        return [y.dequantize() if function is _quantized else y for y in kept]
+
+    callback = harness.callback(warmup_steps=1)
+    harness.compare(Makes(), job, callback)
+    assert callback.stats.steps["PIECEWISE"], callback.summary()
+    assert any(reason in str(record.reason) for record in callback.stats.reasons)

@@ -90,7 +90,8 @@ def capture_looks_eager() -> Iterator[None]:
 
 def as_capture_error(error: Exception) -> CaptureError:
     """Return the error that tells why a capture stopped; the caller raises it ``from error``."""
-    text = f"The capture failed: {type(error).__name__}: {error}"
+    kind = "" if isinstance(error, CaptureError) else f"{type(error).__name__}: "
+    text = f"The capture failed: {kind}{error}"
     if isinstance(error, torch.OutOfMemoryError):
         return OutOfGraphMemoryError(text)
     # torch has no type of its own for what set_stance("fail_on_recompile") raises (2.8 to 2.13)

@@ -49,6 +49,11 @@ _ILLEGAL: dict[str, Cause] = {
             "_nested_from_padded",
         ),
         *(
+            f"{prefix}to_sparse{layout}"
+            for prefix in ("", "_")
+            for layout in ("", "_csr", "_csc", "_bsr", "_bsc")
+        ),
+        *(
             "_unique",
             "_unique2",
             "unique_dim",

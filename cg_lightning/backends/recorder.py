@@ -58,13 +58,16 @@ from cg_lightning.backends.host_reads import OnCall, invisible_calls
 from cg_lightning.backends.illegal_operations import find_illegal
 from cg_lightning.backends.operation_writes import may_write_undeclared
 from cg_lightning.core.causes import Cause
-from cg_lightning.core.errors import IllegalOperationError
+from cg_lightning.core.errors import CaptureError, IllegalOperationError
 from cg_lightning.core.settings import BackendName
 
 _Autocast = tuple[bool, torch.dtype | None]
 
 
 def _address(tensor: Tensor) -> int:
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise CaptureError(f"the recorder records no {kind} tensors.")
     return tensor.untyped_storage().data_ptr()
 
 

@@ -94,7 +94,7 @@ class OutputPlan:
             detaches: Whether tensors leave their autograd graph.
 
         Raises:
-            CaptureError: A leaf is neither a tensor nor a plain value, so a replay cannot make it;
+            CaptureError: A leaf is no dense tensor and no plain value, so a replay cannot make it;
                 or it shares memory with another one under another dtype.
         """
         output = _with_given_containers(output, containers)
@@ -126,6 +126,8 @@ class OutputPlan:
                         f"{path} is a {type(leaf).__qualname__}, which a replay cannot make."
                     )
                 sources.append((_Source.HELD, leaf))
+            elif leaf.is_nested or leaf.layout is not torch.strided:
+                raise _unmakeable(output, index, "nested" if leaf.is_nested else str(leaf.layout))
             elif leaf.untyped_storage().data_ptr() in module_storages:
                 sources.append((_Source.HELD, leaf))
             elif leaf.numel() and _storage(leaf) in given:
@@ -138,6 +140,8 @@ class OutputPlan:
                 if leaf.requires_grad:  # the step has asked for it: a copy is another tensor
                     path = leaf_paths(output, "output")[index]
                     raise CaptureError(f"{path} was made to require gradients.")
+                if leaf.is_quantized:
+                    raise _unmakeable(output, index, "quantized")
                 if id(leaf) not in computed:
                     computed[id(leaf)] = len(tensors)
                     tensors.append(leaf)
@@ -219,10 +223,19 @@ def _detached(leaves: list[Any]) -> list[Any]:
     return [detached.get(id(leaf), leaf) for leaf in leaves]
 
 
+def _unmakeable(output: Any, index: int, kind: str) -> CaptureError:
+    path = leaf_paths(output, "output")[index]
+    return CaptureError(f"{path} is a {kind} tensor, which a replay cannot make.")
+
+
 def _check_same_kind(one: Tensor, other: Tensor, output: Any, index: int) -> None:
-    if one.dtype is not other.dtype or _is_lazy(one) or _is_lazy(other):
-        path = leaf_paths(output, "output")[index]
-        raise CaptureError(f"{path} shares memory with another tensor under another dtype.")
+    if one.dtype is other.dtype and not (_is_lazy(one) or _is_lazy(other)):
+        return
+    how = "under another dtype"
+    if one.dtype is other.dtype:
+        how = "as a lazy conjugate or negative; call resolve_conj() or resolve_neg()"
+    path = leaf_paths(output, "output")[index]
+    raise CaptureError(f"{path} shares memory with another tensor {how}.")
 
 
 def _join_shared(
