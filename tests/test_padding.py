@@ -130,6 +130,12 @@ def test_of_shapes_that_never_come_again_only_some_are_compared(harness):
     assert padded_steps(callback) == 16, callback.summary()
 
 
+def test_a_graph_of_another_size_is_not_captured_again(harness):
+    callback = run(harness, Step(plain), batches(*SIZES), capture_sizes=[2, 4])
+    assert callback.stats.captures == 2
+    assert "captured again" not in callback.summary()
+
+
 @pytest.mark.parametrize(
     "function",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Sequence
@@ -151,8 +152,11 @@ class GraphTarget:
             Why it could not be captured; None if there is a graph.
         """
         assert plan.variant is not None
+        target = self.capture_target(name, plan, call)
+        if not target.record.captures:  # it was planned: nothing has changed
+            target = dataclasses.replace(target, changed=NO_CHANGE)
         try:
-            self._get_entry(self.capture_target(name, plan, call), plan, call)
+            self._get_entry(target, plan, call)
         except (CaptureError, UnkeyableBatchError) as error:
             return reason_of(error)
         self.dispatcher.captured_ahead(plan.variant)
