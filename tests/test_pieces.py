@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 
 from cg_lightning import diagnose
@@ -77,3 +78,43 @@ def test_pieces_are_as_large_as_the_findings_allow(harness, how, expected):
     callback = harness.compare(model, predict(features(40)))
     assert callback.stats.steps["PIECEWISE"] >= 6, callback.summary()
     assert {entry.target for entry in callback.stats.entries} == set(expected)
+
+
+class Scales(nn.Module):
+    """Reads a value of its own between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 1.0
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.last(self.first(x) * self.scale)
+
+
+class ChangesTheScale(Callback):
+    def __init__(self, values: int) -> None:
+        self._values = values
+
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_: Any) -> None:
+        pl_module.net.scale = 1.0 + batch_idx % self._values
+
+
+@pytest.mark.parametrize(
+    ("model", "number"),
+    [pytest.param(Waits, 80, id="a wait"), pytest.param(Predictor, 160, id="a whole step")],
+)
+def test_layers_inside_a_submodule_that_reads_a_value_that_varies(harness, model, number):
+    others = lambda: [ChangesTheScale(1000)]
+    callback = harness.callback()
+    harness.compare(model(Scales()), predict(features(4 * number)), callback, others=others)
+    assert callback.stats.steps["PIECEWISE"] > number // 2, callback.summary()
+    assert {entry.target for entry in callback.stats.entries} == {"net.first", "net.last"}
+
+
+def test_a_submodule_whose_value_takes_two_values_stays_one_piece(harness):
+    others = lambda: [ChangesTheScale(2)]
+    callback = harness.callback()
+    harness.compare(Waits(Scales()), predict(features(160)), callback, others=others)
+    assert {entry.target for entry in callback.stats.entries} == {"net"}
+    assert callback.stats.steps["PIECEWISE"] > 20, callback.summary()

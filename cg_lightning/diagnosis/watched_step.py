@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -188,7 +188,9 @@ class WatchedStep:
         calls = [call for call in self._calls if call.path == path]
         return [finding for call in calls for finding in call.findings] if calls else None
 
-    def largest_capturable(self, knows_reads: bool = False) -> dict[str, nn.Module]:
+    def largest_capturable(
+        self, knows_reads: bool = False, besides: Collection[tuple[int, str]] = ()
+    ) -> dict[str, nn.Module]:
         """Returns the fewest, largest submodules with parameters and without findings, by path.
 
         A call without a key (one argument is an object, for example a cache) cannot be captured. It
@@ -196,12 +198,14 @@ class WatchedStep:
 
         Args:
             knows_reads: Whether values that the batch alone decides may be read on the host.
+            besides: The keys of sources that these submodules may not read.
         """
         unclean = {
             id(call.module)
             for call in self._calls
             if any(not (knows_reads and finding.is_known_before) for finding in call.findings)
             or (knows_reads and not call.path)
+            or not call.sources.keys().isdisjoint(besides)
         }
         chosen: dict[str, nn.Module] = {}
 

@@ -182,6 +182,14 @@ class GuardSet:
             for guard, flags in zip(self._hidden, self._hidden_flags, strict=True)
         )
 
+    def changed_sources(self) -> set[tuple[int, str]]:
+        """Return the keys of the sources that have another value now. It takes its time."""
+        return {
+            guard.source.key
+            for guard in self.guards
+            if not is_same_value(guard.expected, guard.value())
+        }
+
     def check_epoch(self) -> bool:
         """Return whether large containers are unchanged, and settings of hidden modules.
 

@@ -388,7 +388,11 @@ class Session:
         if CUDAGraphMode.PIECEWISE not in variant.modes or not isinstance(watched, WatchedStep):
             return
         if self.settings.targets is None:
-            self._add_submodules(watched.largest_capturable())
+            # what reads another value each time stays eager, and its inner submodules do not
+            varying = [runner.varying_sources(step) for runner in self._submodules.values()]
+            self._add_submodules(
+                watched.largest_capturable(besides=set[tuple[int, str]]().union(*varying))
+            )
         for runner in self._submodules.values():
             findings = watched.findings_of(runner.path)
             if findings:

@@ -27,6 +27,9 @@ from cg_lightning.runtime.keys import Entry, KeyState, Miss, Variant
 from cg_lightning.runtime.profiling import Ranges
 from cg_lightning.runtime.target import GraphTarget, reason_of
 
+MANY_VALUES = 2
+"""Number of values of a source that a submodule has graphs for, before those inside it do too."""
+
 
 class SubmoduleRunner(ModuleHandler):
     """Intercepts one submodule and runs its calls from graphs.
@@ -86,6 +89,13 @@ class SubmoduleRunner(ModuleHandler):
         for descriptor in self._calls[step]:
             state = self.target.dispatcher.state(descriptor.fields, descriptor)
             self.target.dispatcher.ran_before(state, runs)
+
+    def varying_sources(self, step: BatchDescriptor) -> set[tuple[int, str]]:
+        """Return the keys of the sources that had yet another value in each watched step."""
+        stale = [guards for guards in self._guards.get(step, ()) if not guards.check()]
+        if len(stale) < MANY_VALUES:
+            return set()
+        return set[tuple[int, str]]().union(*[guards.changed_sources() for guards in stale])
 
     def refuse(self, step: BatchDescriptor, reason: Reason) -> None:
         """Run eagerly in steps with this key, unless another watched step allows it."""
