@@ -13,6 +13,7 @@ from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import NO_CHANGE, Changed, Reason, Status
 from cg_lightning.guards.guard_set import Unguarded
+from cg_lightning.report.stats import EntryRecord, HostTime, StepsRecord
 from cg_lightning.runtime.ledger import CaptureLedger
 from cg_lightning.runtime.trial import StepTimes, Trial
 
@@ -41,7 +42,7 @@ class Path(Protocol):
     def holds(self, leaves: Sequence[Any]) -> bool:
         """Return True if a batch with these leaves gives the values that were read."""
 
-    def is_ruled_out_by(self, failed: Any) -> bool:
+    def is_ruled_out_by(self, failed: Path) -> bool:
         """Return True if it does not hold, since another path did not."""
 
     def explain(self) -> Changed:
@@ -55,7 +56,7 @@ class Entry(Protocol):
     """A graph, as the dispatcher sees it."""
 
     replays: int
-    record: Any
+    record: EntryRecord
     """Its row in the statistics. The shapes that are padded to one batch share it."""
 
     def is_valid(self) -> bool:
@@ -90,9 +91,9 @@ class Variant:
     """True if the watched step did one-time work, so one more eager step must follow."""
     watched: Any = None
     """The watched step, for messages."""
-    record: Any = None
+    record: StepsRecord | None = None
     """The row of its PIECEWISE steps in the statistics."""
-    time: Any = None
+    time: HostTime | None = None
     """Where the time of its PIECEWISE steps is added."""
     entry: Entry | None = None
     """The graph; None before the capture and after the graph was dropped."""
