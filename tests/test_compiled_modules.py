@@ -12,6 +12,7 @@ from torch import nn
 from torchmetrics import MeanMetric
 
 from cg_lightning import CUDAGraphCallback
+from cg_lightning.modules import attributes
 from cg_lightning.modules.compiled import is_graphed_by_compiler
 from cg_lightning.modules.interception import Interception, ModuleHandler
 from tests.conftest import modules_with_a_trace
@@ -356,3 +357,10 @@ def test_inductor(tmp_path, kind, mode):
         seen.append((kept, harness.trainer(*extra).validate(module, features(34), verbose=False)))
     assert_same(*seen)
     assert callback.stats.replays > 8, callback.summary()
+
+
+def test_layers_have_no_more_attributes_of_users_once_dynamo_has_run():
+    """Dynamo replaces ``nn.Module.__init__``, so names in it are unknown from then on."""
+    torch.compile(nn.Linear(2, 2), backend="eager")(torch.ones(1, 2))
+    attributes._names_in_methods.cache_clear()
+    assert not attributes.has_attributes_of_users(nn.Linear(2, 2))

@@ -298,8 +298,8 @@ def names_in_users_methods(cls: type) -> frozenset[str]:
     )
 
 
-_VALUES_OF_TORCH = frozenset({"dump_patches", "T_destination"})
-"""What ``nn.Module`` has, and no method of it reads."""
+_VALUES_OF_TORCH = frozenset({"dump_patches", "T_destination", "call_super_init"})
+"""What ``nn.Module`` has, and no method of it reads: Dynamo replaces ``__init__`` for good."""
 
 
 def is_set_by_users(cls: type, name: str) -> bool:
