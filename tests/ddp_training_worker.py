@@ -85,6 +85,52 @@ class Checkpointed(Classifier):
         return nn.functional.cross_entropy(out, y)
 
 
+class MeanOverRanks(torch.autograd.Function):
+    """Like SyncBatchNorm: a collective in the forward, and another one in the backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        mean = x.mean(0)
+        torch.distributed.all_reduce(mean)
+        return x - mean / torch.distributed.get_world_size()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        mean = gradient.mean(0)
+        torch.distributed.all_reduce(mean)
+        return gradient - mean / torch.distributed.get_world_size()
+
+
+class ReducedBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        mean = gradient.mean(0)
+        torch.distributed.all_reduce(mean)
+        return gradient + mean
+
+
+class NormalizesOverRanks(OneRankHasOtherShapes):
+    """Its ranks are not watched in the same steps. The order of collectives must be equal."""
+
+    function = MeanOverRanks
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        hidden = self.function.apply(self.net[:2](x))
+        return nn.functional.cross_entropy(self.net[2](hidden), y)
+
+
+class ReducesInBackward(NormalizesOverRanks):
+    function = ReducedBackward
+
+
 class LogsOverRanks(Classifier):
     """Logs values that are reduced over the ranks, after the step and at the end of an epoch."""
 
@@ -170,7 +216,19 @@ CASES = {
     "freezes": (Classifier, {"others": lambda: [Freezes()], "strategy": unused, "max_epochs": 4}),
     "one rank waits": (OneRankWaits, {}),
     "logs over ranks in the step": (LogsOverRanksInStep, {}),
+    "normalized over ranks": (NormalizesOverRanks, {"strategy": small_buckets}),
+    "reduced in the backward": (ReducesInBackward, {"strategy": small_buckets}),
 }
+
+
+SYNCHRONIZED = {
+    "synchronized norm": (Classifier, {"sync_batchnorm": True}),
+    "synchronized norm, other shapes": (
+        OneRankHasOtherShapes,
+        {"sync_batchnorm": True, "strategy": small_buckets},
+    ),
+}
+"""They need GPUs."""
 
 
 class FitOnRanks(Fit):
@@ -218,6 +276,7 @@ def main(backend: str, folder: Path, ranks: int = 2, names: Sequence[str] = tupl
     cases = {name: CASES[name] for name in names}
     if backend == "cuda" and ranks == 2:
         cases["16-mixed"] = (Classifier, {"precision": "16-mixed"})
+        cases |= SYNCHRONIZED
     lines = []
     for name, (make, settings) in cases.items():
         torch.manual_seed(0)

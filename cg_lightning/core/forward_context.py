@@ -27,7 +27,17 @@ class StepInProgress:
         times: Stores the times of submodules; None: they are not taken. Only the runners use it.
     """
 
-    __slots__ = ("_aside", "_calls", "batch", "graphs", "is_warm", "misses", "reasons", "times")
+    __slots__ = (
+        "_aside",
+        "_calls",
+        "batch",
+        "graphs",
+        "has_collective",
+        "is_warm",
+        "misses",
+        "reasons",
+        "times",
+    )
 
     def __init__(self, batch: Any = None, times: Any = None) -> None:
         self._calls: dict[int, int] = {}
@@ -36,6 +46,8 @@ class StepInProgress:
         self._aside: GradientsAside | None = None
         self.graphs = 0
         """Number of calls of submodules that ran from graphs."""
+        self.has_collective = False
+        """Whether the step was seen to run an operation of several processes."""
         self.is_warm = True
         """False if a call took longer than a replay, because of a capture for example."""
         self.misses: list[Any] = []
@@ -64,6 +76,10 @@ class StepInProgress:
     def ran_eagerly(self, path: str, reason: Reason) -> None:
         """Record why a call of the submodule at ``path`` ran eagerly."""
         self.reasons[path] = reason
+
+    def ran_collective(self) -> None:
+        """Record that the step runs an operation of several processes."""
+        self.has_collective = True
 
     def took_longer(self) -> None:
         """Record that a call took longer than a replay, so the time of the step is not usual."""

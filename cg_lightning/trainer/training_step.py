@@ -22,12 +22,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from cg_lightning.core.closure import (
     ClosureInput,
@@ -40,6 +42,15 @@ from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.tree import flatten, rebuild
 from cg_lightning.guards.module_guard import ModuleGuard
 
+_COLLECTIVES = frozenset(
+    {
+        *("all_reduce", "all_reduce_coalesced", "broadcast", "all_to_all", "all_to_all_single"),
+        *("all_gather", "all_gather_into_tensor", "_all_gather_base", "all_gather_coalesced"),
+        *("reduce_scatter", "reduce_scatter_tensor", "_reduce_scatter_base"),
+        *("batch_isend_irecv", "isend", "irecv", "send", "recv", "barrier"),
+    }
+)
+"""Functions that all ranks must call in one order."""
 _NO_LOSS = "`training_step` returned `None`. If this was on purpose, ignore this warning..."
 """The warning of Lightning."""
 
@@ -98,8 +109,7 @@ class TrainingStep:
                     "the loss depends on a tensor that is no parameter of the module, or on none"
                 )
                 return UnfinishedClosure(result, problem)
-            if self._is_reduced and (nested := _nested_backward(loss)):
-                problem = f"the backward of {nested} runs another one, which DDP would reduce"
+            if self._is_reduced and (problem := _why_only_in_ddp(loss)):
                 return UnfinishedClosure(result, problem)
             scaled = loss if given.scale is None else loss * given.scale
             gradients: dict[str, Tensor | None] | None
@@ -230,17 +240,38 @@ def _reached(loss: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, nn.
     return {name: parameter for name, parameter in parameters.items() if name in found}
 
 
-def _nested_backward(loss: Tensor) -> str:
-    """Return a function whose backward runs one of its own, as checkpoints do; empty if none."""
+def _why_only_in_ddp(loss: Tensor) -> str:
+    """Return why DDP itself must run a backward; empty if it need not.
+
+    All ranks must run their collectives in one order, and another rank may run this step eagerly.
+    """
+    context = current_forward_context()
+    if context is not None and context.step is not None and context.step.has_collective:
+        return "the step runs a collective, and its backward may run others among those of DDP"
     for node in _nodes(loss):
-        function = getattr(type(node), "_forward_cls", None)  # private: of functions in Python
-        if function is None:
-            continue
-        for name in ("backward", "vjp"):
-            code = getattr(inspect.unwrap(getattr(function, name)), "__code__", None)
-            if code is None or "backward" in code.co_names:
-                return str(function.__name__)
+        if isinstance(node, BackwardCFunction):  # of a function in Python
+            function = getattr(type(node), "_forward_cls", None)  # private
+            if function is None:
+                return "the backward of a function in Python is not known here"
+            words = f"the backward of {function.__name__}"
+            backwards = [function.backward, function.vjp]
+            if any(_calls(each, frozenset({"backward"})) for each in backwards):
+                return f"{words} runs another one, which DDP would reduce"
+            if any(_calls(each, _COLLECTIVES) for each in backwards):
+                return f"{words} runs a collective, which has its place among those of DDP"
     return ""
+
+
+def _calls(function: Any, names: frozenset[str], depth: int = 2) -> bool:
+    """Return whether a function, or a function that it calls by name, names one of ``names``."""
+    function = inspect.unwrap(function)
+    if type(function) is not FunctionType:
+        return True
+    called, space = function.__code__.co_names, function.__globals__
+    inner = [each for each in map(space.get, called) if type(each) is FunctionType]
+    return not names.isdisjoint(called) or (
+        depth > 0 and any(_calls(each, names, depth - 1) for each in inner)
+    )
 
 
 def _nodes(loss: Tensor) -> Iterator[Any]:

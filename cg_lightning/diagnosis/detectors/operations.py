@@ -10,6 +10,7 @@ from torch._ops import OpOverload
 
 from cg_lightning.backends.illegal_operations import find_illegal
 from cg_lightning.core.causes import Cause
+from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.tree import flatten
 from cg_lightning.diagnosis.detector import Detector
 
@@ -34,6 +35,9 @@ class Operations(Detector):
         device_type = self.watch.device_type
         if (cause := find_illegal(function, args, kwargs, device_type)) is not None:
             self.watch.report(cause, function._schema.name)
+            context = current_forward_context()
+            if cause is Cause.COLLECTIVE and context is not None and context.step is not None:
+                context.step.ran_collective()
             if cause is Cause.CROSS_DEVICE_COPY and self.watch.is_in_framework:
                 # the first log of a run moves what Lightning holds since the last one
                 self.watch.note_one_time_work()
