@@ -12,6 +12,11 @@ from torch.nn import functional as F
 from torch.nn import utils
 
 from cg_lightning.backends import resolve_backend
+from cg_lightning.backends.capture_scope import (
+    STREAMS_OF_NODES,
+    no_warning_of_other_streams,
+    nodes_of_other_streams_allowed,
+)
 from cg_lightning.backends.cuda import CUDACapturedGraph
 from cg_lightning.backends.recorder import RecordedGraph
 from cg_lightning.trainer.node_hooks import can_notice_hooks
@@ -251,12 +256,52 @@ def test_hooks_of_nodes(fit, make):
     before = vars(torch.autograd.function._HookMixin)["_register_hook"]
     callback = fit(make())
     assert vars(torch.autograd.function._HookMixin)["_register_hook"] is before
-    failed = {text for text in reasons(callback) if "The capture failed" in text}
-    if make is NodeHookFromTheStart and fit.harness.backend == "cuda":
-        assert failed, "the module keeps a node of the default stream, which no capture may use"
+    _check_captures(fit, callback, keeps_node=make is NodeHookFromTheStart)
+    left = {text for text in reasons(callback) if "The capture failed" not in text}
+    assert left == {"hook inside the closure: a hook of a node of autograd"}
+
+
+def _check_captures(fit, callback, keeps_node):
+    """Check that there are graphs, also if the module keeps a node of the default stream."""
+    if keeps_node and fit.harness.backend == "cuda" and not _HAS_OVERRIDE:
+        assert "The capture failed" in str(reasons(callback))
     else:
         assert replayed(callback) > 10, callback.summary()
-    assert reasons(callback) - failed == {"hook inside the closure: a hook of a node of autograd"}
+
+
+_HAS_OVERRIDE = hasattr(torch.autograd.graph, "set_override_stale_capture_stream")
+
+
+class KeepsNodes(Step):
+    """Holds a tensor with an autograd graph from before training, as for a report of its own."""
+
+    def on_fit_start(self):
+        with torch.enable_grad():
+            self.kept = [parameter.view_as(parameter) for parameter in self.parameters()]
+
+
+def test_nodes_of_another_stream(fit):
+    """No error and no warning, which an eager step does not have."""
+    _check_captures(fit, fit(KeepsNodes()), keeps_node=True)
+
+
+def test_settings_for_nodes_of_other_streams():
+    """Shouts if PyTorch renames them: captures fail then, and training warns."""
+    for public, private in STREAMS_OF_NODES.items():
+        if torch.__version__ >= "2.13":
+            assert hasattr(torch.autograd.graph, public), public
+            assert hasattr(torch._C, private), private
+    for scope, private, inside in (
+        (nodes_of_other_streams_allowed, "_override_stale_capture_stream", True),
+        (no_warning_of_other_streams, "_warn_on_accumulate_grad_stream_mismatch", False),
+    ):
+        if not hasattr(torch._C, private):
+            continue
+        before = getattr(torch._C, private)()
+        with pytest.raises(ValueError), scope():  # noqa: PT011, PT012
+            assert getattr(torch._C, private)() is inside
+            raise ValueError
+        assert getattr(torch._C, private)() is before
 
 
 def test_another_pytorch_that_adds_hooks_in_another_way(fit, monkeypatch):

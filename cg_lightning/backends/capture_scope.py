@@ -51,6 +51,46 @@ def autocast_cache_emptied() -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
+STREAMS_OF_NODES = {
+    # public functions that set them, and private ones that return them
+    "set_override_stale_capture_stream": "_override_stale_capture_stream",  # since torch 2.13
+    "set_warn_on_accumulate_grad_stream_mismatch": "_warn_on_accumulate_grad_stream_mismatch",
+}
+"""Settings of PyTorch for nodes of autograd that were made on another stream than a backward's."""
+_OVERRIDE, _WARN = STREAMS_OF_NODES
+
+
+@contextlib.contextmanager
+def _with_setting(name: str, value: bool) -> Iterator[None]:
+    """Set a setting of the process, if this version of PyTorch has it."""
+    set_value = getattr(torch.autograd.graph, name, None)
+    get_value = getattr(torch._C, STREAMS_OF_NODES[name], None)
+    if set_value is None or get_value is None:
+        yield
+        return
+    before = get_value()
+    set_value(value)
+    try:
+        yield
+    finally:
+        set_value(before)
+
+
+def nodes_of_other_streams_allowed() -> AbstractContextManager[None]:
+    """Let a backward in a capture meet nodes of other streams.
+
+    A parameter has one node that takes its gradient. If the user keeps a tensor with an autograd
+    graph from outside of training steps, the node is one of the default stream, which no capture
+    may use. PyTorch runs it on the stream of the capture instead; before 2.13, the capture fails.
+    """
+    return _with_setting(_OVERRIDE, True)
+
+
+def no_warning_of_other_streams() -> AbstractContextManager[None]:
+    """Run steps on a stream of ours without the warning that their nodes are of another one."""
+    return _with_setting(_WARN, False)
+
+
 _TOLD = ("torch", "triton", "cg_lightning")
 """Packages that have to know: SyncBatchNorm, for instance, would wait for the device otherwise."""
 _ASKED = "_cuda_isCurrentStreamCapturing"

@@ -49,6 +49,8 @@ from cg_lightning.backends.capture_scope import (
     autocast_cache_emptied,
     capture_looks_eager,
     garbage_collection_paused,
+    no_warning_of_other_streams,
+    nodes_of_other_streams_allowed,
     release_frames,
 )
 from cg_lightning.backends.followed_generators import FollowedGenerators, FollowsGenerators
@@ -114,6 +116,7 @@ class CUDABackend(FollowsGenerators):
             with (
                 garbage_collection_paused(collect_garbage),
                 autocast_cache_emptied(),
+                nodes_of_other_streams_allowed(),
                 capture_looks_eager(),
                 torch.compiler.set_stance("fail_on_recompile"),
             ):
@@ -190,16 +193,17 @@ class CUDABackend(FollowsGenerators):
         """Run on the stream of captures what a later capture may meet again.
 
         A parameter has one node that takes its gradient. It belongs to the stream of the forward
-        that made it, and lives as long as a tensor of that forward. A capture whose backward meets
-        a node of another stream fails.
+        that made it, and lives as long as a tensor of that forward. Before torch 2.13, a capture
+        whose backward meets a node of another stream fails.
         """
         caller = torch.cuda.current_stream(self.device)
         if caller == self._stream:
-            yield
+            with no_warning_of_other_streams():
+                yield
             return
         self._stream.wait_stream(caller)
         try:
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self._stream), no_warning_of_other_streams():
                 yield
         finally:
             caller.wait_stream(self._stream)
