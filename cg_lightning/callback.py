@@ -344,6 +344,8 @@ class CUDAGraphCallback(Callback):
             return
         check_not_graphed_already(pl_module)
         if why := why_inert(trainer, pl_module):
+            if self._settings.strict and stage == "fit" and TRAIN in self._settings.stages:
+                self._refuse_training(why)
             self._report_inert(why)
             self._installation = InertInstallation(trainer.strategy, self.stats, why)
             return

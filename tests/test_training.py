@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from cg_lightning import CUDAGraphCallback
 from cg_lightning.core.causes import Cause
+from cg_lightning.core.forward_context import current_forward_context
+from cg_lightning.core.modes import CUDAGraphMode
 from tests.harness import assert_same, loader, newer_callback
 
 # Lightning's advice on loaders and loops without validation
@@ -1151,6 +1153,51 @@ def test_with_strict_it_is_an_error(harness, words):
     callback = harness.callback(stages=["train"], strict=True, **settings)
     with pytest.raises(RuntimeError, match=words):
         harness.trainer(callback, **trainer_settings).fit(make(), points())
+
+
+def test_with_strict_what_makes_the_callback_inert_is_an_error(harness):
+    """As FSDP does, which needs a GPU."""
+    callback = harness.callback(stages=["train"], strict=True)
+    with pytest.raises(RuntimeError, match="compiled as a whole"):
+        harness.trainer(callback).fit(torch.compile(Classifier()), points())
+    harness.trainer(callback, max_epochs=1).fit(Classifier(), points(number=32))
+    assert replayed(callback) > 3
+
+
+class Greedy(torch.autograd.Function):
+    """Needs too much memory in a capture."""
+
+    place = "forward"
+
+    @staticmethod
+    def forward(ctx, x):
+        _take_memory("forward")
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        _take_memory("backward")
+        return gradient
+
+
+def _take_memory(place):
+    context = current_forward_context()
+    is_capture = context is not None and context.cudagraph_runtime_mode is CUDAGraphMode.FULL
+    if is_capture and Greedy.place == place:
+        raise torch.OutOfMemoryError("out of memory")
+
+
+class NeedsMemory(Classifier):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(Greedy.apply(self.net(batch[0])), batch[1])
+
+
+@pytest.mark.parametrize("place", ["forward", "backward"])
+def test_out_of_memory_in_a_capture(fit, monkeypatch, place):
+    monkeypatch.setattr(Greedy, "place", place)
+    callback = fit(NeedsMemory())
+    assert replayed(callback) == 0
+    assert "OutOfMemoryError: out of memory" in str(callback.stats.eager_reasons)
 
 
 class StrategyThatCounts(Callback):
