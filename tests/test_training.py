@@ -208,6 +208,21 @@ class Attending(nn.Module):
         return self.head(self.encoder(self.embed(x.unsqueeze(-1))).mean(1))
 
 
+class Bert(nn.Module):
+    """BERT of transformers, with its dropout, on tokens made of numbers."""
+
+    def __init__(self):
+        super().__init__()
+        transformers = pytest.importorskip("transformers")
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "vocab_size": 50, "num_labels": 4}
+        config = transformers.BertConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
+        self.net = transformers.BertForSequenceClassification(config)
+
+    def forward(self, x):
+        tokens = (x.abs() * 15).long().clamp(1, 49)
+        return self.net(input_ids=tokens, attention_mask=(x > -1).long()).logits
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
@@ -230,6 +245,7 @@ NETS = {
     "resnet": resnet,
     "lstm": Recurrent,
     "vit": Attending,
+    "bert": Bert,
     "tied": Tied,
     "synchronized": synchronized,
 }
