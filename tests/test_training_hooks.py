@@ -298,7 +298,7 @@ def test_settings_for_nodes_of_other_streams():
         if not hasattr(torch._C, private):
             continue
         before = getattr(torch._C, private)()
-        with pytest.raises(ValueError), scope():  # noqa: PT011, PT012
+        with pytest.raises(ValueError), scope, scope:  # noqa: PT011, PT012
             assert getattr(torch._C, private)() is inside
             raise ValueError
         assert getattr(torch._C, private)() is before

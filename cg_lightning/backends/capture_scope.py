@@ -60,35 +60,51 @@ STREAMS_OF_NODES = {
 _OVERRIDE, _WARN = STREAMS_OF_NODES
 
 
-@contextlib.contextmanager
-def _with_setting(name: str, value: bool) -> Iterator[None]:
-    """Set a setting of the process, if this version of PyTorch has it."""
-    set_value = getattr(torch.autograd.graph, name, None)
-    get_value = getattr(torch._C, STREAMS_OF_NODES[name], None)
-    if set_value is None or get_value is None:
-        yield
-        return
-    before = get_value()
-    set_value(value)
-    try:
-        yield
-    finally:
-        set_value(before)
+class _SettingOfStreams:
+    """Holds one of these settings while a thread is inside, if this version of PyTorch has it.
 
+    It belongs to the process, so the last thread that leaves puts back what it was.
 
-def nodes_of_other_streams_allowed() -> AbstractContextManager[None]:
-    """Let a backward in a capture meet nodes of other streams.
-
-    A parameter has one node that takes its gradient. If the user keeps a tensor with an autograd
-    graph from outside of training steps, the node is one of the default stream, which no capture
-    may use. PyTorch runs it on the stream of the capture instead; before 2.13, the capture fails.
+    Args:
+        name: The public function that sets it.
+        value: The value inside.
     """
-    return _with_setting(_OVERRIDE, True)
+
+    def __init__(self, name: str, value: bool) -> None:
+        self._set = getattr(torch.autograd.graph, name, None)
+        self._get = getattr(torch._C, STREAMS_OF_NODES[name], None)
+        self._value = value
+        self._before = value
+        self._number_inside = 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if self._set is None or self._get is None:
+            return
+        with self._lock:
+            if not self._number_inside:
+                self._before = self._get()
+                self._set(self._value)
+            self._number_inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        if self._set is None or self._get is None:
+            return
+        with self._lock:
+            self._number_inside -= 1
+            if not self._number_inside:
+                self._set(self._before)
 
 
-def no_warning_of_other_streams() -> AbstractContextManager[None]:
-    """Run steps on a stream of ours without the warning that their nodes are of another one."""
-    return _with_setting(_WARN, False)
+nodes_of_other_streams_allowed = _SettingOfStreams(_OVERRIDE, True)
+"""Lets a backward in a capture meet nodes of other streams.
+
+A parameter has one node that takes its gradient. If the user keeps a tensor with an autograd graph
+from outside of training steps, the node is one of the default stream, which no capture may use.
+PyTorch runs it on the stream of the capture instead; before 2.13, the capture fails.
+"""
+no_warning_of_other_streams = _SettingOfStreams(_WARN, False)
+"""Runs steps on a stream of ours without the warning that their nodes are of another one."""
 
 
 _TOLD = ("torch", "triton", "cg_lightning")

@@ -116,7 +116,7 @@ class CUDABackend(FollowsGenerators):
             with (
                 garbage_collection_paused(collect_garbage),
                 autocast_cache_emptied(),
-                nodes_of_other_streams_allowed(),
+                nodes_of_other_streams_allowed,
                 capture_looks_eager(),
                 torch.compiler.set_stance("fail_on_recompile"),
             ):
@@ -198,12 +198,12 @@ class CUDABackend(FollowsGenerators):
         """
         caller = torch.cuda.current_stream(self.device)
         if caller == self._stream:
-            with no_warning_of_other_streams():
+            with no_warning_of_other_streams:
                 yield
             return
         self._stream.wait_stream(caller)
         try:
-            with torch.cuda.stream(self._stream), no_warning_of_other_streams():
+            with torch.cuda.stream(self._stream), no_warning_of_other_streams:
                 yield
         finally:
             caller.wait_stream(self._stream)
