@@ -308,7 +308,15 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("make", PROGRAMS, ids=lambda make: make.__name__)
+OF_A_KIND = (MomentumTeacher, Curriculum, Cutmix, WeightsByLastLosses, ScheduleObject)
+"""Others are like them."""
+CASES = [
+    pytest.param(make, marks=pytest.mark.exhaustive if make in OF_A_KIND else ())
+    for make in PROGRAMS
+]
+
+
+@pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
 def test_programs(harness, make):
     callback = Fit(harness)(make(), max_epochs=2)
     kinds, line = PROGRAMS[make], _named_line(make)
