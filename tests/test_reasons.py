@@ -613,3 +613,43 @@ def test_one_shape_stays_one_shape_with_many_reasons():
     for step in range(4 * (MOST_REASONS + MOST_SHAPES)):
         stats.ran("predict", "NONE", "8x4", Reason(Status.CHANGED, f"value {step}"))
     assert {record.shapes for record in stats.reasons} == {"8x4"}
+
+
+class Weights:
+    scale = 1.0
+
+
+WEIGHT = {"w": 1.0}
+
+
+class ReadsElsewhere(Predictor):
+    """Values that are no attributes of the module."""
+
+    kind = "global"
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        out = self.net(batch[0])
+        if self.kind == "global":
+            return out * WEIGHT["w"]
+        return out * Weights.scale
+
+
+class SetsWeights(Callback):
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_: Any) -> None:
+        value = float(1 + batch_idx // 2 % 2)
+        if pl_module.kind == "global":
+            WEIGHT["w"] = value
+        else:
+            Weights.scale = value
+
+
+@pytest.mark.parametrize(("kind", "offset"), [("global", 3), ("class", 4)])
+def test_the_reason_names_the_line_that_reads_a_global(harness, kind, offset):
+    model = ReadsElsewhere(Body())
+    model.kind = kind
+    callback = harness.callback(mode="FULL")
+    harness.compare(model, predict(features()), callback, others=lambda: [SetsWeights()])
+    reasons = [each.reason for each in callback.stats.reasons]
+    (reason,) = [each for each in reasons if each.kind is Status.CHANGED]
+    first = ReadsElsewhere.predict_step.__code__.co_firstlineno
+    assert reason.location == f"{__file__}:{first + offset}", reason

@@ -68,6 +68,15 @@ class NamesInCode:
             elif self._function_before(index) == "__import__" and self._is_text(index):
                 self._note_module(str(step.argval))
 
+    def lines(self) -> dict[str, str]:
+        """Return the first line that reads each name that is no local variable: ``file:line``."""
+        file, found = self.code.co_filename, dict[str, str]()
+        for step in self._steps:
+            is_local = "FAST" in step.opname or step.opname.startswith("STORE_")
+            if step.positions is not None and isinstance(step.argval, str) and not is_local:
+                found.setdefault(step.argval, f"{file}:{step.positions.lineno}")
+        return found
+
     def may_be_missing(self) -> tuple[set[str], set[str]]:
         """Return names that a namespace may not have yet: those that are set, and asked for."""
         is_set = {step.argval for step in self._steps if step.opname == "STORE_ATTR"}

@@ -231,7 +231,7 @@ class StepWatch:
         if self._is_paused:
             return
         key = source.key
-        if key not in self.step.sources:
+        if key not in self.step.sources and not source.line:
             source = dataclasses.replace(source, line=find_line())
         for call in self.stack:
             call.sources.setdefault(key, source)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import dataclasses
 import importlib
 import inspect
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
@@ -279,7 +280,9 @@ class GlobalReads(Detector):
             sources.append(REGISTRATIONS)
         for source in sources:
             self._remember(source, location)
-        held = [(function, sources_held_by(function)) for function in found.functions]
+        lines = names.lines()
+        sources = _with_lines(sources, lines)
+        held = [(each, _with_lines(sources_held_by(each), lines)) for each in found.functions]
         self._note_named(namespaces_named(frame, names))
         volatile = arithmetic_of_thread(code)
         return _Code(code, True, volatile, False, "", location, sources, held, names, opaque)
@@ -417,6 +420,14 @@ class _Code(NamedTuple):
     """The names that it may read of a class or module that it is given; None: it is given none."""
     opaque: Sequence[tuple[str, str]] = ()
     """Its actions that cannot be followed, with their lines."""
+
+
+def _with_lines(sources: Iterable[Source], lines: Mapping[str, str]) -> list[Source]:
+    """Return the same sources with the lines that read their names."""
+    return [
+        dataclasses.replace(each, line=lines[each.name]) if each.name in lines else each
+        for each in sources
+    ]
 
 
 def _reads_by_text(function: Any) -> bool:
