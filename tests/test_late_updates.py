@@ -259,6 +259,34 @@ class Strings(Step):
         return scores
 
 
+class InContainers(Step):
+    """Metrics that are no submodules. One is replaced by another at the end of the epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        scores = MetricCollection([MulticlassPrecision(CLASSES), MulticlassRecall(CLASSES)])
+        self.parts: dict[str, Any] = {"val": scores, "others": [Keeps(), Sum()]}
+
+    def measure(self, x, label, scores):
+        self.parts["val"].update(scores, label)
+        for metric in self.parts["others"]:
+            metric.update(scores.flatten())
+        return scores
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.parts["val"].compute())
+        self.parts["val"].reset()
+        keeps, values = self.parts["others"]
+        self.log("kept", keeps.compute() + keeps._update_count)
+        self.log("sum", values.compute())
+        self.parts["others"] = [keeps, Sum()]
+
+
+class UsedInContainer(InContainers):
+    def measure(self, x, label, scores):
+        return scores + self.parts["others"][1](scores.flatten()).sum()
+
+
 class OwnAutocast(Step):
     """The update multiplies under autocast, and the rest of the step does not."""
 
@@ -295,6 +323,7 @@ FULL = {
     "shared by two": lambda: Shared(),
     "strings": lambda: Strings(),
     "under autocast": lambda: OwnAutocast(),
+    "in containers": lambda: InContainers(),
 }
 
 
@@ -483,6 +512,7 @@ LOWER = {
     "other settings": (OtherSettings, "that is updated under settings of its own"),
     "draws after it": (DrawsAfter, "the step draws a random number"),
     "uses another metric": (UsesAnother, "metric"),
+    "in a container, value used": (UsedInContainer, "whose value is used"),
 }
 
 

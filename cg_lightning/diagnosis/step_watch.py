@@ -236,6 +236,13 @@ class StepWatch:
         for call in self.stack:
             call.sources.setdefault(key, source)
 
+    def forget_reads(self, modules: Sequence[nn.Module]) -> None:
+        """Forgets reads of the attributes of modules, which a capture does not make."""
+        known = set(map(id, modules))
+        for call in self.calls():
+            for key in [key for key in call.sources if key[0] in known]:
+                del call.sources[key]
+
     def compare(self, compared: Condition) -> None:
         """Notes for every call under way that it needs that something holds, which is no value."""
         if not self._is_paused:

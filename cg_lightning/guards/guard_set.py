@@ -98,7 +98,7 @@ class GuardSet:
 
     Args:
         sources: The sources that the step read.
-        inside: Modules that the caller guards.
+        inside: Modules that the caller guards, or that need no guard.
         compared: Further conditions: outcomes of comparisons, the memory of gradients.
         settings: Settings of submodules; None: they do not matter.
     """

@@ -9,12 +9,29 @@ from torch import nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.data import dim_zero_mean
 
+from cg_lightning.core.tree import flatten
 from cg_lightning.modules.kinds import is_metric
+
+_MEMBERS = ("_parameters", "_buffers", "_modules")
 
 
 def metrics_of(module: nn.Module) -> list[nn.Module]:
     """Return all metrics and collections in ``module``, including nested ones."""
     return [child for child in module.modules() if is_metric(child)]
+
+
+def metrics_in_containers(module: nn.Module) -> list[nn.Module]:
+    """Return the metrics that ``module`` has in lists, tuples and dicts: they are no submodules."""
+    held = [
+        value
+        for child in module.modules()
+        if not is_metric(child)
+        for name, value in vars(child).items()
+        if type(value) in (list, tuple, dict) and name not in _MEMBERS
+    ]
+    found = [leaf for leaf in flatten(held)[0] if isinstance(leaf, nn.Module) and is_metric(leaf)]
+    known = set(map(id, metrics_of(module)))
+    return [metric for metric in found if id(metric) not in known]
 
 
 @functools.cache

@@ -341,13 +341,13 @@ class Session:
             compared.append(ComparedSource(source, watched.comparisons))
         if of_trainer_only:
             sources = [each for each in sources if each.belongs_to_trainer]
-        late = {id(metric) for unit in watched.late for metric in unit.metrics}
+        late = {id(metric): metric for unit in watched.late for metric in unit.metrics}
         modules = [
             (path, module)
             for path, module in self.module.named_modules()
             if not of_trainer_only and id(module) not in late
         ]
-        guards = self._guard_set(sources, compared, modules)
+        guards = self._guard_set(sources, compared, modules, late.values())
         return Unguarded() if of_trainer_only and guards.is_empty else guards
 
     def _guard_set(
@@ -355,13 +355,18 @@ class Session:
         sources: Iterable[Source],
         compared: Iterable[Condition],
         modules: Iterable[tuple[str, nn.Module]],
+        left_out: Iterable[nn.Module] = (),
     ) -> GuardSet:
-        """Return guards of values that were read in Python, and of the settings of modules."""
+        """Return guards of values that were read in Python, and of the settings of modules.
+
+        Modules that are ``left_out`` of the graph have none.
+        """
         named = list(modules)
         if not self._written_settings.contains(named):
             self.target.guard.check_epoch()  # earlier writes were not recorded
         settings = self._written_settings.frozen(named)
-        guards = GuardSet(sources, self.target.guard.modules, compared, settings)
+        inside = [*self.target.guard.modules, *left_out]
+        guards = GuardSet(sources, inside, compared, settings)
         self._written_settings.add((type(each).__name__, each) for each in guards.hidden_modules)
         return guards
 

@@ -91,7 +91,9 @@ class LateUpdates(Detector):
             yield
         findings = self.watch.step.findings
         for late in sorted(units, key=lambda late: late.position, reverse=True):
-            if not late.is_late:  # in the order of the step: the first one is its reason
+            if late.is_late:
+                self.watch.forget_reads(late.unit.metrics)
+            else:  # in the order of the step: the first one is its reason
                 findings[late.position : late.position] = map(late.explain, late.findings)
 
     def returned(self, call: Any, output: Any) -> None:

@@ -51,7 +51,9 @@ class ReboundState(Detector):
         watch = self.watch
         inside = [pair for pairs in watch.hidden.values() for pair in pairs]
         before = [(path, ModuleState(module)) for path, module in [*watch.modules, *inside]]
-        known = {id(module) for module in watch.root.modules()}
+        # LateUpdates looks at metrics
+        late = [metric for each in watch.late_units for metric in each.unit.metrics]
+        known = {id(child) for module in [watch.root, *late] for child in module.modules()}
         for path, state in list(before):
             for module in state.modules_inside():
                 if id(module) not in known:
