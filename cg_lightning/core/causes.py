@@ -56,11 +56,13 @@ _REMEDIES = {
     ),
     Cause.PROFILER_HOOK: "profile without module names: PyTorchProfiler(record_module_names=False)",
     Cause.METRIC_UPDATED: (
-        "update it in the step, not in a submodule; "
+        "update it in the step, not in a submodule, and log the metric, not its value; "
         "use a metric that keeps tensors and nothing in Python"
     ),
     Cause.LOGGED: "log in the step, not in a submodule",
-    Cause.STATE_REBOUND: "write buffers in place, and keep Python state out of the forward pass",
+    Cause.STATE_REBOUND: (
+        "append to it, add to it or set it, and read it in a hook; write buffers in place"
+    ),
     Cause.OPAQUE: "use it in a hook, and give the step the value: in an attribute or in the batch",
     Cause.BATCH_INDEX_USED: "put what depends on the batch's number into the batch",
     Cause.TRAINER_READ: (
@@ -87,7 +89,14 @@ KEPT_STATES = "a checkpoint that keeps random states"
 """What activation checkpointing does with ``preserve_rng_state``."""
 REMEDIES_OF_OPERATIONS = {
     KEPT_STATES: "checkpoint(..., preserve_rng_state=False), if nothing in it draws",
-    "Tensor.cpu": "append or return it, and read it after the epoch",
+    "Tensor.cpu": "read the copy after the epoch, or compute on the device",
+    "Tensor.tolist": "append the tensor and read it after the epoch, or put the list in the batch",
+    "aten::is_nonzero": "compare on the device (torch.where, torch.minimum), or after the epoch",
+    "aten::ctc_loss": "return its arguments, and compute it in on_validation_batch_end",
+    "aten::_nested_tensor_from_mask_left_aligned": (
+        "make the nn.TransformerEncoder with enable_nested_tensor=False"
+    ),
+    "aten::_pack_padded_sequence": "mask the padding, and do not pack the sequences",
     "aten::one_hot": "give num_classes",
     "aten::repeat_interleave": "give output_size",
     "aten::bincount": "count with a fixed length: one_hot(x, num_classes).sum(0)",

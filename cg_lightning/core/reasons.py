@@ -69,27 +69,36 @@ class Changed(str):
         subject: What has changed, without its values: ``self.scale``.
         text: The sentence: ``self.scale: now 2.0, before 1.0``. None: the subject says it all.
         location: The user's line that reads it, as ``file:line``. Empty if it is not known.
+        cause: Why the code of the step reads it, if that is known. Then its remedy is shown.
     """
 
     subject: str
     location: str
+    cause: Cause | None
 
-    def __new__(cls, subject: str, text: str | None = None, location: str = "") -> Changed:  # noqa: D102
+    def __new__(  # noqa: D102
+        cls,
+        subject: str,
+        text: str | None = None,
+        location: str = "",
+        cause: Cause | None = None,
+    ) -> Changed:
         self = super().__new__(cls, subject if text is None else text)
         self.subject = subject
         self.location = location
+        self.cause = cause
         return self
 
-    def __getnewargs__(self) -> tuple[str, str, str]:  # type: ignore[override]
-        return self.subject, str(self), self.location
+    def __getnewargs__(self) -> tuple[str, str, str, Cause | None]:  # type: ignore[override]
+        return self.subject, str(self), self.location, self.cause
 
     def after(self, prefix: str) -> Changed:
         """Return the same after other words."""
-        return Changed(f"{prefix}{self.subject}", f"{prefix}{self}", self.location)
+        return Changed(f"{prefix}{self.subject}", f"{prefix}{self}", self.location, self.cause)
 
     def at(self, location: str) -> Changed:
         """Return the same, read at a line of the user's."""
-        return Changed(self.subject, str(self), location)
+        return Changed(self.subject, str(self), location, self.cause)
 
 
 NO_CHANGE = Changed("")
@@ -124,7 +133,7 @@ class Reason:
         """Return the reason for a change."""
         line = changed.location
         text = f"{changed} ({line})" if line else str(changed)
-        return cls(kind, text, line, subject=changed.subject)
+        return cls(kind, text, line, subject=changed.subject, behind=changed.cause)
 
     @property
     def topic(self) -> tuple[Cause | Status, str, str]:

@@ -40,6 +40,12 @@ class HostRead:
     strides: tuple[int, ...] = ()
     """For a number of rows: the strides of the indices of these rows."""
 
+    @property
+    def cause(self) -> Cause:
+        """Why a graph cannot make it."""
+        is_scalar = self.operation in SCALAR_READS
+        return Cause.HOST_SYNC if is_scalar else Cause.DATA_DEPENDENT_SHAPE
+
     def __str__(self) -> str:
         library = f", in {self.library_location}" if self.library_location else ""
         return f"{self.operation} ({self.location}{library})"
@@ -221,16 +227,15 @@ class ReadPath:
         if place < 0:
             return Changed(f"host values cannot be computed: {type(value).__name__}")
         read = self.reads[place]
-        return Changed(str(read), f"{read}: now {value!r}, before {read.value!r}")
+        text = f"{read}: now {value!r}, before {read.value!r}"
+        return Changed(str(read), text, cause=read.cause)
 
     def varying(self) -> Reason:
         """Return the reason of steps that have too many values, after one did not hold."""
         place = 0 if self._mismatch is None else max(self._mismatch.place, 0)
         read = self.reads[place]
-        is_scalar = read.operation in SCALAR_READS
-        cause = Cause.HOST_SYNC if is_scalar else Cause.DATA_DEPENDENT_SHAPE
-        text = f"{cause.value}: {read}, another value in each batch"
-        return Reason(cause, text, read.location)
+        text = f"{read.cause.value}: {read}, another value in each batch"
+        return Reason(read.cause, text, read.location)
 
 
 def same_value(one: Any, other: Any) -> bool:

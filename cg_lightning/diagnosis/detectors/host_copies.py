@@ -14,6 +14,7 @@ from torch._ops import OpOverload
 
 from cg_lightning.backends.copies_to_host import answered_copies_to_host
 from cg_lightning.backends.host_reads import UNSEEN_READS
+from cg_lightning.backends.illegal_operations import find_illegal
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.detector import Detector
@@ -71,7 +72,10 @@ class HostCopies(Detector):
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
-        if self._copies and function is not torch.ops.aten.detach.default:
+        if not self._copies or function is torch.ops.aten.detach.default:
+            return
+        # another detector reports what a graph cannot hold, and has more to say
+        if find_illegal(function, args, kwargs, self.watch.device_type) is None:
             for tensor in tensors_in((args, kwargs)):
                 self._note_read(tensor)
 

@@ -155,12 +155,12 @@ class _MetricHandler(ModuleHandler):
     def on_write(self, name: str, value: Any) -> None:
         """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
         self._written.add(name)
+        self._detector.report_once(unsupported_update(self.metric, {name}))
         self._detector.report_once(unsupported_write(self.metric, name, value))
         self._detector.report_once(self._lists.unsupported_write(name, sys._getframe(2)))
 
     def finish(self) -> None:
         """Reports what only the end of the step shows."""
-        self._detector.report_once(unsupported_update(self.metric, self._written))
         now = _shapes(self.metric)
         for name in sorted(self._written & set(now)):
             if now[name] != self._shapes.get(name, now[name]):
