@@ -298,3 +298,15 @@ def test_a_value_that_is_another_one_in_each_batch(harness):
 def test_strict_accepts_new_values(harness):
     callback = harness.callback(strict=True)
     harness.compare(Encoder().eval(), predict(loader(batches())), callback)
+
+
+def test_masks_of_other_types(harness):
+    """Each type has graphs of its own, with the values of its own reads."""
+    types = (torch.long, torch.bool, torch.float32, torch.uint8)
+    given = [
+        {**batch, "mask": batch["mask"].to(types[index // 13])}
+        for index, batch in enumerate(batches(52)[:52])
+    ]
+    callback = harness.callback(warmup_steps=1)
+    harness.compare(Encoder().eval(), predict(loader(given)), callback)
+    assert callback.stats.steps["FULL"] >= 26, callback.summary()
