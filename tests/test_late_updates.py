@@ -335,6 +335,34 @@ def test_late_updates_are_eagers(harness, name, verify_replays):
     assert_is_full(callback)
 
 
+class Boxes(Step):
+    def measure(self, x, label, scores):
+        corner = scores[:, :2].abs() * 4
+        boxes = torch.cat([corner, corner + scores[:, 1:3].abs() * 8 + 1], 1)
+        rows = [slice(row, row + 1) for row in range(len(x))]
+        found = [{"boxes": boxes[r], "scores": x[r, 0].abs(), "labels": label[r]} for r in rows]
+        truth = [{"boxes": boxes[r] + 1, "labels": label[r]} for r in rows]
+        self.metric.update(found, truth)
+        return scores
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("map", self.metric.compute()["map"])
+        self.metric.reset()
+
+
+def test_mean_average_precision(harness):
+    pytest.importorskip("torchvision")
+    pytest.importorskip("pycocotools")
+    from torchmetrics.detection.mean_ap import MeanAveragePrecision
+
+    def job(trainer, module):
+        return [trainer.validate(module, data(), verbose=False) for _ in range(2)]
+
+    callback = harness.callback(warmup_steps=1)
+    harness.compare(Boxes(MeanAveragePrecision()), job, callback)
+    assert_is_full(callback)
+
+
 @pytest.mark.parametrize("name", ["update", "logged on_step", "in a submodule"])
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL", "NONE"])
 def test_late_updates_in_each_mode(harness, name, mode):
