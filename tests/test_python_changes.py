@@ -861,6 +861,21 @@ class OwnMethods(Classifier):
         return loss
 
 
+class KeepsAnAttribute(Classifier):
+    """What is kept has an attribute, which no copy has."""
+
+    def keep(self, x, y, logits, loss):
+        loss.size_of_batch = len(x)
+        self.kept.append(loss)
+        copy = logits.cpu()
+        copy.size_of_batch = len(x)
+        self.kept.append(copy)
+        return logits * 2
+
+    def on_validation_batch_end(self, outputs, batch, batch_idx):
+        assert [each.size_of_batch for each in self.kept[-2:]] == [len(batch[0])] * 2
+
+
 class WhatIsUpdatedIsRead(Classifier):
     def __init__(self) -> None:
         super().__init__()
@@ -878,7 +893,7 @@ OTHERS = [
     *(KeepsAnObject, Removes, SharedInside, *NOT_READ),
     *(StaleEntry, OtherEntry, MeterIsRead, ArgumentIsChanged, ArgumentIsChangedByTheMeter),
     *(ArgumentIsChangedInPlace, OwnerIsTold, GlobalIsChanged, Decorated, ErrorIsHandled),
-    *(ResultIsUsed, OwnMethods, WhatIsUpdatedIsRead),
+    *(ResultIsUsed, OwnMethods, WhatIsUpdatedIsRead, KeepsAnAttribute),
 ]
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cg_lightning.capture.host_copies import leaves_on_device, places_of_copies
+from cg_lightning.capture.host_copies import HostCopy, leaves_on_device, places_of_copies
 from cg_lightning.capture.static_inputs import overlaps_itself, without_repeats
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.errors import CaptureError
@@ -100,6 +100,7 @@ class OutputPlan:
         output = _with_given_containers(output, containers)
         leaves, structure = flatten(output)
         host_copies = places_of_copies(leaves)
+        attributes = list(map(_attributes, leaves))
         leaves = leaves_on_device(leaves)
         if detaches:
             leaves = _detached(leaves)
@@ -130,6 +131,9 @@ class OutputPlan:
                 raise _unmakeable(output, index, "nested" if leaf.is_nested else str(leaf.layout))
             elif leaf.untyped_storage().data_ptr() in module_storages:
                 sources.append((_Source.HELD, leaf))
+            elif attributes[index]:
+                path = leaf_paths(output, "output")[index]
+                raise CaptureError(f"{path}.{attributes[index][0]} is set, which a copy has not.")
             elif leaf.numel() and _storage(leaf) in given:
                 number = given[_storage(leaf)]
                 _check_same_kind(leaf, inputs[number], output, index)
@@ -200,6 +204,15 @@ class OutputPlan:
             for index in others:
                 leaves[index] = leaves[first]
         return rebuild(self.template, iter(leaves)) if self.is_nested else leaves[0]
+
+
+def _attributes(leaf: Any) -> list[str]:
+    """Return the names of the attributes that a step has given to a tensor."""
+    if not isinstance(leaf, Tensor):
+        return []
+    own = {"source"} if isinstance(leaf, HostCopy) else set()
+    # private: marks of dimensions, for the next compilation
+    return [name for name in vars(leaf) if name not in own and "_dynamo_" not in name]
 
 
 def _with_given_containers(output: Any, containers: Sequence[Any]) -> Any:
