@@ -57,6 +57,8 @@ READ: dict[str, Step] = {
     "a loop": lambda m, x: max(row.sum() for row in m.net(x).cpu()),
     "a text": lambda m, x: f"{m.net(x).cpu()}",
     "a conversion": lambda m, x: m.net(x).cpu().double(),
+    "a number of the batch": lambda m, x: m.net(x) * (x > 0).sum().cpu().item(),
+    "an index": lambda m, x: x[m.net(x).argmax(1).cpu() % 4],
     "a logged value": lambda m, x: m.log("y", m.net(x).mean().cpu()),
 }
 

@@ -44,6 +44,8 @@ from cg_lightning.modules.kinds import is_metric
 _LIGHTNING = ("lightning", "pytorch_lightning")
 _READS = (Cause.HOST_SYNC, Cause.DATA_DEPENDENT_SHAPE)
 """What an operation may be reported for that reads a value on the host."""
+_COPYING = (Cause.HOST_SYNC, Cause.CROSS_DEVICE_COPY)
+"""What is reported for a copy to the host."""
 _MAKING = (Cause.TENSOR_FROM_PYTHON, Cause.CROSS_DEVICE_COPY, Cause.HOST_SYNC)
 """What is reported for tensors of the host that are copied to the device."""
 
@@ -138,6 +140,8 @@ class StepWatch:
         """The same for a tensor that stays on the host."""
         self.copies_constant = False
         """Whether an operation is under way that copies such a tensor to the device."""
+        self.copies_to_host = False
+        """Whether a tensor is copied to the host, and a capture can copy it after the graph."""
         self._indexing: tuple[Place | None, int] = (None, 0)
         """The place where lists were last made indices, and the number of copies not reported."""
         self._path: ReadPath | None = None
@@ -209,6 +213,8 @@ class StepWatch:
                 raise StoppedStep(finding)
 
     def _spares(self, cause: Cause) -> bool:
+        if self.copies_to_host and cause in _COPYING:
+            return True
         return (self.makes_constant or self.copies_constant) and cause in _MAKING
 
     def report_unless_found(
@@ -433,6 +439,10 @@ class StepWatch:
     def making_on_host(self) -> AbstractContextManager[None]:
         """While a tensor of constants is made that stays on the host."""
         return self._with(makes_on_host=True)
+
+    def copying_to_host(self) -> AbstractContextManager[None]:
+        """While a tensor is copied to the host: that is no finding if nothing reads the copy."""
+        return self._with(copies_to_host=True)
 
     def only_for_submodules(self) -> AbstractContextManager[None]:
         """While something runs that a graph of the whole step can hold, but none of a submodule."""

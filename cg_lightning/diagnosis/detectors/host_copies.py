@@ -62,7 +62,7 @@ class HostCopies(Detector):
         if not (is_plain and is_of_step) or where.library.startswith("torchmetrics/"):
             return copy()
         watch.report(Cause.HOST_SYNC, "Tensor.cpu", calls=watch.stack[1:])
-        with watch.paused():
+        with watch.copying_to_host():
             # on the CPU it is the tensor itself, which the step may read
             made = tensor.detach() if tensor.is_cpu else copy()
         self._copies[id(made)] = made, where
@@ -74,8 +74,10 @@ class HostCopies(Detector):
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         if not self._copies or function is torch.ops.aten.detach.default:
             return
-        # another detector reports what a graph cannot hold, and has more to say
-        if find_illegal(function, args, kwargs, self.watch.device_type) is None:
+        # another detector reports what a graph cannot hold, and has more to say; but no capture
+        # answers a read of a copy
+        is_illegal = find_illegal(function, args, kwargs, self.watch.device_type) is not None
+        if not is_illegal or self.watch.reads_host_value:
             for tensor in tensors_in((args, kwargs)):
                 self._note_read(tensor)
 
@@ -100,4 +102,5 @@ class HostCopies(Detector):
         if id(tensor) in self._copies:
             location = self._copies[id(tensor)][1].user
             calls = [self.watch.step]
+            self.watch.note_operation(reads_host_value=False)
             self.watch.report(Cause.HOST_SYNC, "Tensor.cpu", location=location, calls=calls)
