@@ -51,9 +51,7 @@ class ReboundState(Detector):
         watch = self.watch
         inside = [pair for pairs in watch.hidden.values() for pair in pairs]
         before = [(path, ModuleState(module)) for path, module in [*watch.modules, *inside]]
-        # LateUpdates looks at metrics
-        late = [metric for each in watch.late_units for metric in each.unit.metrics]
-        known = {id(child) for module in [watch.root, *late] for child in module.modules()}
+        known = {id(module) for module in watch.root.modules()}
         for path, state in list(before):
             for module in state.modules_inside():
                 if id(module) not in known:
@@ -63,7 +61,13 @@ class ReboundState(Detector):
         with self._noticing_events():
             yield
         self._report_switches(switched, [watch.step])
-        changed = [(path, state, self._changed(state)) for path, state in before]
+        late = [metric for each in watch.late_units if each.is_late for metric in each.unit.metrics]
+        left_out = {id(child) for metric in late for child in metric.modules()}
+        changed = [
+            (path, state, self._changed(state))
+            for path, state in before
+            if id(state.module) not in left_out
+        ]
         repeated = self._repeated(changed)
         self._guard_what_is_set(changed, repeated)
         for path, state, names in changed:
