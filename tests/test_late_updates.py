@@ -267,6 +267,10 @@ class InContainers(Step):
         scores = MetricCollection([MulticlassPrecision(CLASSES), MulticlassRecall(CLASSES)])
         self.parts: dict[str, Any] = {"val": scores, "others": [Keeps(), Sum()]}
 
+    def on_validation_epoch_start(self) -> None:
+        for metric in (self.parts["val"], *self.parts["others"]):
+            metric.to(self.device)  # Lightning does not move them
+
     def measure(self, x, label, scores):
         self.parts["val"].update(scores, label)
         for metric in self.parts["others"]:

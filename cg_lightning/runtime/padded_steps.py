@@ -45,9 +45,6 @@ WATCH_AT = 256
 
 In pieces, so many steps lose about what it costs to watch, capture and compare a whole one.
 """
-_MOST_CAME_ONCE = 16
-"""Number of keys. To compare a key takes some three eager steps, in vain if it never comes again.
-"""
 _SELDOM = Reason(
     Status.WARM_UP, f"warm-up: in pieces, until batches of this shape have come {WATCH_AT} times"
 )
@@ -107,8 +104,8 @@ class PaddedSteps:
         self._ways = WayRecorder()
         self._asked_for: set[tuple[Any, ...]] = set()
         """The keys of padded batches that a shape has asked for."""
-        self._came_once: list[KeyState] = []
-        """Keys that were compared at their first step, and may not have come again."""
+        self._shapes: list[KeyState] = []
+        """The keys whose batches are padded, and that no step was watched for."""
 
     def padding_of(self, state: KeyState, batch: Any) -> PaddedLeaves | None:
         """Return how the batches of a key are padded; None if they run in their own shape.
@@ -174,9 +171,12 @@ class PaddedSteps:
     ) -> int:
         """Return at which step of a new key the graph is compared: the first one if it pays.
 
-        It does not if there is no graph yet, and no other key has asked for it; nor if too many
-        keys have been compared at their first step and have not come again.
+        It does not if there is no graph yet, and no other key has asked for it; nor if as many keys
+        have come once as have come again: a comparison takes some three eager steps.
         """
+        again = sum(each.sights > 1 for each in self._shapes)
+        once = len(self._shapes) - again
+        self._shapes.append(state)
         if not variant.watched.only_computes:
             return 2
         fields = self._padded_key(state, batch, padding)
@@ -185,11 +185,7 @@ class PaddedSteps:
         if not has_graph and fields not in self._asked_for:
             self._asked_for.add(fields)
             return 2
-        self._came_once = [each for each in self._came_once if each.sights == 1]
-        if len(self._came_once) >= _MOST_CAME_ONCE:
-            return 2
-        self._came_once.append(state)
-        return 1
+        return 1 if once < again else 2
 
     def _begin_in_pieces(self, state: KeyState, batch: Any) -> None:
         """Let a step whose batch is not padded run in the pieces of steps whose batches are.

@@ -21,7 +21,7 @@ from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import Location, find_location
 from cg_lightning.diagnosis.step_watch import StepWatch
 
-_READS = (*UNSEEN_READS, "__reduce_ex__", "__dlpack__", "data_ptr")
+_READS = (*UNSEEN_READS, "__reduce_ex__", "__dlpack__", "data_ptr", "__format__", "__repr__")
 """Methods that may read a tensor of the host, and that no operation shows."""
 
 
