@@ -31,7 +31,9 @@ from cg_lightning import (
     CUDAGraphWrapper,
     set_forward_context,
 )
+from cg_lightning.backends.cuda import CUDACapturedGraph
 from tests.harness import (
+    Harness,
     KeepOutputs,
     assert_same,
     features,
@@ -521,6 +523,29 @@ def test_no_batch_is_kept(harness):
         Notes(Body()), features()
     )
     assert len(alive) == 10
+
+
+@pytest.mark.gpu
+def test_random_numbers_of_a_replay_that_overtakes_its_capture(tmp_path, monkeypatch):
+    """Hazard 9: on a busy device, the stream of captures is still at work when the replay begins.
+
+    PyTorch writes seed and offset of the generator on that stream before each capture.
+    """
+    harness = Harness("cuda", tmp_path)
+    begin = CUDACapturedGraph.capture_begin
+
+    def late(self, *args, **kwargs):
+        torch.cuda._sleep(500_000_000)  # in cycles: some 0.3 seconds
+        begin(self, *args, **kwargs)
+
+    class Draws(nn.Module):
+        def forward(self, x):
+            return nn.functional.dropout(x, 0.5, training=True)
+
+    monkeypatch.setattr(CUDACapturedGraph, "capture_begin", late)
+    callback = harness.callback(warmup_steps=1, verify_replays=0)
+    harness.compare(Predictor(Draws()), predict(features(40)), callback)
+    assert callback.stats.captures == 1
 
 
 def test_random_numbers_after_a_capture_that_failed(harness):

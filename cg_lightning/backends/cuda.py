@@ -271,6 +271,9 @@ class CUDABackend(FollowsGenerators):
             if not isinstance(error, Exception):
                 raise
             raise as_capture_error(error) from error
+        # before a capture, PyTorch writes the generator's seed and offset on the capture's stream,
+        # and before a replay on the caller's; on a busy device, the former could come last
+        caller.wait_stream(self._stream)
         torch.cuda.set_stream(caller)
         return graph, output
 
