@@ -218,8 +218,9 @@ class CUDABackend(FollowsGenerators):
             torch.cuda.nvtx.range_pop()
 
     def synchronize(self) -> None:
-        """Wait for the device."""
-        torch.cuda.synchronize(self.device)
+        """Wait for the device, and first for a capture of another thread, during which it fails."""
+        with CAPTURE_LOCK:
+            torch.cuda.synchronize(self.device)
 
     def weak_ref_tensor(self, tensor: Tensor) -> Tensor:
         """Return a tensor on the same memory without ownership, with the same dtype and strides."""
