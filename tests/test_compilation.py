@@ -174,6 +174,12 @@ def test_inductor(harness):
         ({"mode": "reduce-overhead"}, "max-autotune-no-cudagraphs"),
         ({"mode": "max-autotune"}, "max-autotune-no-cudagraphs"),
         ({"options": {"triton.cudagraphs": True}}, "CUDA graphs"),
+        ({"backend": "cudagraphs"}, "CUDA graphs"),
+        ({"options": 3}, "options=3 must be a dictionary"),
+        ({"mode": 3}, "mode=3 must be the name of a mode"),
+        ({"backend": 3}, "backend=3 must be a name or a function"),
+        ({"dynamic": "yes"}, "dynamic='yes' must be True, False or None"),
+        ({"mode": "default", "options": {"max_autotune": True}}, "a mode or options, not both"),
     ],
 )
 def test_bad_arguments(value, message):

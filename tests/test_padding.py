@@ -14,9 +14,10 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from cg_lightning import CUDAGraphCallback
 from cg_lightning.core.causes import Cause
+from cg_lightning.core.pad_rules import check_pad_dims
 from cg_lightning.core.tree import flatten
 from cg_lightning.diagnosis.watcher import DETECTORS, StepWatcher
-from cg_lightning.padding.rules import MOST_KINDS, ProposedRules
+from cg_lightning.padding.rules import MOST_KINDS, GivenRules, ProposedRules
 from cg_lightning.runtime import padded_steps as padded_steps_module
 from tests.harness import KeepOutputs
 
@@ -1194,6 +1195,14 @@ def test_settings_that_do_not_fit_the_batch_are_refused_before_it_runs(harness, 
     assert not ran
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 70000.0), (torch.float32, 10**400)])
+def test_a_value_beyond_the_floats_of_a_leaf_is_refused(dtype, value):
+    rules = GivenRules(check_pad_dims("pad_dims", {"x": {1: {"sizes": "pow2", "value": value}}}))
+    batch = {"x": torch.zeros(2, 3, dtype=dtype)}
+    with pytest.raises(ValueError, match=f"does not fit {dtype}; set a number from -"):
+        rules.of(batch, [batch["x"]])
 
 
 def lengths(number: int, longest: int = 40) -> list[int]:

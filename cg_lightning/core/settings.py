@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any, Literal, get_args
 
 from cg_lightning.core.modes import CUDAGraphMode
@@ -102,7 +103,7 @@ def _check_compile(value: bool | Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: The value is neither a bool nor a mapping, names an argument that does not
-            exist, or asks for the compiler's own CUDA graphs.
+            exist, gives one a value of another type, or asks for the compiler's own CUDA graphs.
     """
     if isinstance(value, bool):
         return
@@ -117,11 +118,40 @@ def _check_compile(value: bool | Mapping[str, Any]) -> None:
             f"compile={dict(value)!r}: {unknown[0]!r} is unknown; choose from "
             f"{', '.join(COMPILE_ARGUMENTS)}."
         )
+    _check_compile_values(value)
     has_graphs = (value.get("options") or {}).get("triton.cudagraphs")
-    if value.get("mode") in GRAPHING_COMPILE_MODES or has_graphs:
+    is_graphing = (
+        value.get("mode") in GRAPHING_COMPILE_MODES or value.get("backend") == "cudagraphs"
+    )
+    if is_graphing or has_graphs:
         raise ValueError(
             f"compile={dict(value)!r} asks for the compiler's own CUDA graphs, which cannot be "
             "part of ours; choose mode='default' or mode='max-autotune-no-cudagraphs'."
+        )
+
+
+def _check_compile_values(given: Mapping[str, Any]) -> None:
+    """Check the types of the arguments of ``torch.compile``.
+
+    Raises:
+        ValueError: A value has another type, or a mode and options are given.
+    """
+    for name, kinds, expected in (
+        ("fullgraph", bool, "True or False"),
+        ("dynamic", (bool, NoneType), "True, False or None"),
+        ("mode", (str, NoneType), "the name of a mode"),
+        ("options", (Mapping, NoneType), "a dictionary of options"),
+    ):
+        if name in given and not isinstance(given[name], kinds):
+            raise ValueError(f"compile={dict(given)!r}: {name}={given[name]!r} must be {expected}.")
+    if "backend" in given and not (isinstance(given["backend"], str) or callable(given["backend"])):
+        raise ValueError(
+            f"compile={dict(given)!r}: backend={given['backend']!r} must be a name or a function."
+        )
+    if given.get("mode") is not None and given.get("options") is not None:
+        raise ValueError(
+            f"compile={dict(given)!r}: torch.compile takes a mode or options, not both; leave one "
+            "out."
         )
 
 

@@ -169,18 +169,23 @@ def _check_rule(path: str, dim: int, rule: PadRule, leaf: Any) -> None:
             f"pad_dims[{path!r}]: the leaf is a {type(leaf).__name__}; only tensors are padded."
         )
     if dim >= leaf.dim():
+        dims = f"its dimensions are 0 to {leaf.dim() - 1}" if leaf.dim() else "it has no dimension"
         raise ValueError(
             f"pad_dims[{path!r}] names dimension {dim}, and the tensor has shape "
-            f"{tuple(leaf.shape)}; its dimensions are 0 to {leaf.dim() - 1}."
+            f"{tuple(leaf.shape)}; {dims}."
         )
     value, where = rule.value, f"pad_dims[{path!r}][{dim}]['value']={rule.value!r}"
     if leaf.dtype is torch.bool and value not in (0, 1):
         raise ValueError(f"{where} does not fit torch.bool; set True or False.")
-    if leaf.dtype.is_floating_point or leaf.dtype.is_complex or leaf.dtype is torch.bool:
+    if leaf.dtype is torch.bool:
         return
-    bounds = torch.iinfo(leaf.dtype)
-    if value != value or value in (float("inf"), -float("inf")) or value != int(value):
+    is_finite = value == value and value not in (float("inf"), -float("inf"))
+    is_whole = not (leaf.dtype.is_floating_point or leaf.dtype.is_complex)
+    if is_whole and not (is_finite and value == int(value)):
         raise ValueError(f"{where} does not fit {leaf.dtype}; set a whole number.")
+    if not is_finite:
+        return
+    bounds = torch.iinfo(leaf.dtype) if is_whole else torch.finfo(leaf.dtype)
     if not bounds.min <= value <= bounds.max:
         raise ValueError(
             f"{where} does not fit {leaf.dtype}; set a number from {bounds.min} to {bounds.max}."
