@@ -402,6 +402,18 @@ class CUDAGraphCallback(Callback):
             self._install("validate")
 
     @override
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if trainer.sanity_checking and isinstance(self._installation, Installation):
+            self._installation.check_sanity_batch(batch)
+
+    @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._install("test")
 

@@ -1197,6 +1197,17 @@ def test_settings_that_do_not_fit_the_batch_are_refused_before_it_runs(harness, 
         assert word in str(error.value)
 
 
+def test_the_sanity_check_refuses_settings_before_training(harness):
+    callback = harness.callback(
+        mode="FULL_AND_PIECEWISE", verify_tolerance="close", pad_dims={"ids": {1: {"sizes": [8]}}}
+    )
+    trainer = harness.trainer(callback, max_epochs=1, num_sanity_val_steps=1)
+    loader = DataLoader(texts(5, 6), batch_size=None)
+    with pytest.raises(ValueError, match="pad_dims names the leaf 'ids'"):
+        trainer.fit(Validated(), loader, loader)
+    assert trainer.global_step == 0
+
+
 @pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 70000.0), (torch.float32, 10**400)])
 def test_a_value_beyond_the_floats_of_a_leaf_is_refused(dtype, value):
     rules = GivenRules(check_pad_dims("pad_dims", {"x": {1: {"sizes": "pow2", "value": value}}}))

@@ -34,8 +34,8 @@ def hint(session: Session, stage: str) -> str:
         f"CUDAGraphCallback: {batches} batches of stage {stage!r} had {len(seen)} shapes, so most "
         "ran eagerly as warm-ups.",
         *proposal.histograms(),
-        f"With {proposal.graphs} graphs and {proposal.waste:.0%} padding, these would run from "
-        f"graphs: CUDAGraphCallback({proposal.arguments}).",
+        f"With {proposal.graphs} graphs and {proposal.waste:.0%} padding, shapes that come again "
+        f"would run from graphs: CUDAGraphCallback({proposal.arguments}).",
     ]
     if proposal.pad_dims:
         lines.append("The value 0 of the padding is a guess: set the value that the model ignores.")

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import Strategy
 from cg_lightning.backends import CapturedGraph
 from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.core.stages import STEP_METHODS
+from cg_lightning.core.tree import flatten
 from cg_lightning.padding.padder import Padder
 from cg_lightning.padding.rules import GivenRules, PadRules, ProposedRules
 from cg_lightning.report.stats import CUDAGraphStats
@@ -84,6 +85,16 @@ class Installation:
     def hint(self, stage: str) -> str:
         """Return a hint about the shapes of a stage; empty if there is none."""
         return hint(self.session, stage)
+
+    def check_sanity_batch(self, batch: Any) -> None:
+        """Check that ``pad_dims`` fits a batch of the sanity check, before an epoch of training.
+
+        Raises:
+            ValueError: A rule does not fit the batch.
+        """
+        settings = self.session.settings
+        if "validate" in settings.stages and settings.runtime_policy.has_piecewise_cudagraphs():
+            GivenRules(settings.pad_rules).of(batch, flatten(batch)[0])
 
     def remove(self, check: bool = True) -> None:
         """Restore the step; idempotent. ``check`` is as in :meth:`Session.remove`."""
