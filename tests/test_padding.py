@@ -1197,6 +1197,18 @@ def test_settings_that_do_not_fit_the_batch_are_refused_before_it_runs(harness, 
         assert word in str(error.value)
 
 
+def test_a_later_batch_that_settings_do_not_fit_keeps_its_shape(harness):
+    def step(self: Any, batch: Any) -> Any:
+        return _masked_attention(self, batch) if "attention_mask" in batch else batch["other"] * 2
+
+    others = [{"other": torch.full((4, 3), float(index))} for index in range(6)]
+    data = [*texts(5, 6, 7, 5, 6, 7), *others, *texts(5, 6, 7, 5, 6, 7)]
+    with pytest.warns(UserWarning, match="its leaves are 'other'. Such") as warned:
+        callback = run(harness, Step(step), data, pad_dims=rules())
+    assert len([each for each in warned if "own shapes" in str(each.message)]) == 1
+    assert padded_steps(callback) >= 6, callback.summary()
+
+
 def test_the_sanity_check_refuses_settings_before_training(harness):
     callback = harness.callback(
         mode="FULL_AND_PIECEWISE", verify_tolerance="close", pad_dims={"ids": {1: {"sizes": [8]}}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -39,12 +40,17 @@ class PadRules(Protocol):
 class GivenRules:
     """The rules that ``pad_dims`` gives.
 
+    They must fit the first batch. A later batch that they do not fit, one of another dataloader for
+    example, keeps its shape, and a warning says why.
+
     Args:
         pad_dims: The rules by path of the leaf and by dimension.
     """
 
     def __init__(self, pad_dims: PadDims) -> None:
         self._dims = pad_dims
+        self._have_fitted = False
+        self._warned: set[str] = set()
 
     def note(self, batch: Any) -> None:
         """See :class:`PadRules`: nothing is learned."""
@@ -53,9 +59,22 @@ class GivenRules:
         """See :class:`PadRules`.
 
         Raises:
-            ValueError: A rule names a leaf or a dimension that is not there, or its value does not
-                fit the leaf.
+            ValueError: This is the first batch, and a rule names a leaf or a dimension that is not
+                there, or its value does not fit the leaf.
         """
+        try:
+            found = self._of(batch, leaves)
+        except ValueError as error:
+            if not self._have_fitted:
+                raise
+            if (why := str(error)) not in self._warned and len(self._warned) < MOST_KINDS:
+                self._warned.add(why)
+                warnings.warn(f"{why} Such batches run in their own shapes.", stacklevel=2)
+            return {}
+        self._have_fitted = True
+        return found
+
+    def _of(self, batch: Any, leaves: Sequence[Any]) -> dict[int, dict[int, PadRule]]:
         if not self._dims:
             return {}
         places = {path: index for index, path in enumerate(dotted_paths(batch))}
