@@ -682,7 +682,8 @@ def test_submodules_run_compiled_only_while_that_is_installed():
 
     net, (x,) = Net(), batches(4)[0]
     reference = copy.deepcopy(net)
-    compilation = Compilation({"backend": compiler})
+    times: list[float] = []
+    compilation = Compilation({"backend": compiler}, times.append)
     with torch.no_grad():
         for _ in range(2):
             compilation.install(net)
@@ -691,7 +692,7 @@ def test_submodules_run_compiled_only_while_that_is_installed():
                 net.step((x,))
             compilation.remove()
             net.step((x,))
-    assert (len(compiled), len(ran)) == (1, 2)
+    assert (len(compiled), len(ran), len(times)) == (1, 2, 1)
     assert vars(net.body).keys() == vars(reference.body).keys()
 
 

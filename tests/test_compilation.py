@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import nn
+from torch._dynamo.callback import callback_handler
 from torchmetrics import MeanMetric
 
 from cg_lightning import CUDAGraphCallback, graphed
@@ -98,6 +99,23 @@ def test_results_are_those_of_eager(harness, mode, verify_replays):
     assert 3 <= compiler.graphs <= 6
     assert callback.stats.replays >= 5, callback.summary()
     assert not [child for child in module.modules() if "_compiled_call_impl" in vars(child)]
+
+
+def test_the_time_of_compilation_is_told_apart(harness):
+    """Private: the compiler tells by callbacks when it begins and ends."""
+    handler = callback_handler
+    before = list(handler.start_callbacks), list(handler.end_callbacks)
+    callback = harness.callback(compile={"backend": "eager"})
+    for _ in range(2):
+        harness.trainer(callback).validate(Evaluates(), features(12), verbose=False)
+    seconds = callback.stats.compile_seconds
+    assert 0 < seconds == callback.stats.to_dict()["compile_seconds"]
+    assert f"compiled in {seconds:.1f} s, compared as 'close'" in callback.summary()
+    assert before == (handler.start_callbacks, handler.end_callbacks)
+    plain = harness.callback()
+    harness.trainer(plain).validate(Evaluates(), features(12), verbose=False)
+    assert plain.stats.compile_seconds == 0
+    assert "compiled" not in plain.summary()
 
 
 def test_training_and_what_comes_after_run_as_written(harness):

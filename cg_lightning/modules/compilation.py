@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -24,10 +26,14 @@ class Compilation:
 
     Args:
         arguments: Arguments of ``torch.compile``. None: nothing is compiled.
+        compiled: Receives the seconds that each compilation has taken.
     """
 
-    def __init__(self, arguments: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, arguments: Mapping[str, Any] | None, compiled: Callable[[float], None]
+    ) -> None:
         self._arguments = arguments
+        self._clock = _CompileClock(compiled)
         self._calls: dict[nn.Module, Any] = {}
         self._installed: list[nn.Module] = []
 
@@ -40,9 +46,14 @@ class Compilation:
                 self._calls[module] = _compiled(module, self._arguments)
             vars(module)[COMPILED_IN_PLACE] = self._calls[module]
             self._installed.append(module)
+        self._clock.start()
 
     def remove(self) -> None:
         """Let all submodules run as they are written; idempotent."""
+        self._clock.stop()
+        self._let_go()
+
+    def _let_go(self) -> None:
         for module in self._installed:
             vars(module).pop(COMPILED_IN_PLACE, None)
         self._installed.clear()
@@ -51,13 +62,48 @@ class Compilation:
     def suspended(self) -> Iterator[None]:
         """Let all submodules run as they are written inside, to compare with eager."""
         installed = list(self._installed)
-        self.remove()
+        self._let_go()
         try:
             yield
         finally:
             for module in installed:
                 vars(module)[COMPILED_IN_PLACE] = self._calls[module]
             self._installed = installed
+
+
+class _CompileClock:
+    """Takes the time of compilations, by private callbacks of the compiler, if it has them."""
+
+    def __init__(self, compiled: Callable[[float], None]) -> None:
+        self._compiled = compiled
+        self._began: float | None = None
+        self._remove: contextlib.ExitStack | None = None
+
+    def start(self) -> None:
+        """Take times from now on; idempotent."""
+        callbacks: Any = sys.modules.get("torch._dynamo.callback")
+        handler: Any = getattr(callbacks, "callback_handler", None)
+        if self._remove is not None or not hasattr(handler, "register_start_callback"):
+            return
+        self._remove = contextlib.ExitStack()
+        handler.register_start_callback(self._begin)
+        self._remove.callback(handler.remove_start_callback, self._begin)
+        handler.register_end_callback(self._end)
+        self._remove.callback(handler.remove_end_callback, self._end)
+
+    def stop(self) -> None:
+        """Take no more times; idempotent."""
+        if self._remove is not None:
+            self._remove.close()
+            self._remove = self._began = None
+
+    def _begin(self, *_: Any) -> None:
+        self._began = perf_counter()
+
+    def _end(self, *_: Any) -> None:
+        if self._began is not None:
+            self._compiled(perf_counter() - self._began)
+            self._began = None
 
 
 def _compiled(module: nn.Module, arguments: Mapping[str, Any]) -> Callable[..., Any]:

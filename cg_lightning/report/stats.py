@@ -221,6 +221,8 @@ class CUDAGraphStats:
         """The time of each of the latest batches. A copy has no batches."""
         self.overlapped_copies = 0
         """Batches that were copied to the device beside the computation."""
+        self.compile_seconds = 0.0
+        """Time that ``compile`` took, in seconds: in warm-up steps, beside ``capture_seconds``."""
         self.proposed_pad_dims: dict[str, Any] = {}
         """What ``pad_dims="auto"`` has proposed, as ``pad_dims`` takes it."""
         self._padding: dict[tuple[str, str, str], PaddingRecord] = {}
@@ -392,6 +394,10 @@ class CUDAGraphStats:
             raise ModuleNotFoundError(_NO_MATPLOTLIB, name=error.name) from None
         return plot_batches(self.timeline.batches, stage)
 
+    def compiled(self, seconds: float) -> None:
+        """Count the time of a compilation."""
+        self.compile_seconds += seconds
+
     def copy(self) -> CUDAGraphStats:
         """Return the counts as they are now, for :meth:`since`."""
         return self.since(CUDAGraphStats())
@@ -400,6 +406,7 @@ class CUDAGraphStats:
         """Return what was counted since a :meth:`copy` was taken."""
         new = CUDAGraphStats()
         new.overlapped_copies = self.overlapped_copies - earlier.overlapped_copies
+        new.compile_seconds = self.compile_seconds - earlier.compile_seconds
         new.proposed_pad_dims = copy.deepcopy(self.proposed_pad_dims)
         for index, entry in enumerate(self.entries):
             record = dataclasses.replace(entry)
@@ -505,6 +512,7 @@ class CUDAGraphStats:
             "capture_seconds": self.capture_seconds,
             "graph_bytes": self.graph_bytes,
             "overlapped_copies": self.overlapped_copies,
+            "compile_seconds": self.compile_seconds,
             "entries": [entry.to_dict() for entry in self.entries],
             "padding": [record.to_dict() for record in self.padding],
             "proposed_pad_dims": copy.deepcopy(self.proposed_pad_dims),

@@ -458,6 +458,9 @@ def render_summary(
     heading = f"CUDA graphs (backend: {backend})" if backend else "CUDA graphs"
     if stats.overlapped_copies:
         scope = f"{scope + ', ' if scope else ''}{stats.overlapped_copies} batches copied ahead"
+    if stats.compile_seconds:
+        compiled = f"compiled in {stats.compile_seconds:.1f} s, compared as 'close'"
+        scope = f"{scope + ', ' if scope else ''}{compiled}"
     counted = [(stage, stats.steps_of(stage)) for stage in stages]
     shown = [_summarize(stats, backend, stage, counts) for stage, counts in counted if counts]
     return Summary(f"{heading}{f', {scope}' if scope else ''}", shown)

@@ -116,7 +116,7 @@ class Session:
         self.written = WrittenTensors()
         """Tensors, other than buffers, that steps were seen to write to."""
         self._capturer = Capturer(backend, settings, self.cache, self.written)
-        self._compilation = Compilation(settings.compile_arguments)
+        self._compilation = Compilation(settings.compile_arguments, stats.compiled)
         is_compiled = settings.compile_arguments is not None
         tolerance = "close" if is_compiled else settings.verify_tolerance
         self._verifier = Verifier(backend, tolerance, self.written, self._compilation.suspended)
