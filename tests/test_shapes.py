@@ -7,6 +7,7 @@ import random
 import warnings
 
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from cg_lightning import CUDAGraphCallback
@@ -65,6 +66,19 @@ def test_one_warning_has_the_settings_that_catch_the_shapes(harness):
     settings = said[0].split("CUDAGraphCallback(")[1].split(").\n")[0]
     callback = run(harness, model, data * 2, **eval(f"dict({settings})"))
     assert padded_steps(callback) >= 12, callback.summary()
+
+
+@pytest.mark.parametrize(("size", "is_warned"), [(4, True), (64, False)])
+def test_sizes_that_catch_no_shape_are_named_as_well(harness, size, is_warned):
+    """All batches are larger than the largest size."""
+    data = [torch.randn(rows, 8) for rows in [*range(5, 45)] * 2]
+    settings = {"capture_sizes": [size], "verify_tolerance": "close"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        harness.trainer(harness.callback(**settings)).predict(
+            Step(lambda self, batch: self.net(batch)), DataLoader(data, batch_size=None)
+        )
+    assert is_warned == any("80 batches of stage 'predict'" in str(each.message) for each in caught)
 
 
 def test_nobody_is_warned_where_shapes_repeat(harness):

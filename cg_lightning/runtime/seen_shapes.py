@@ -17,18 +17,30 @@ def hint(session: Session, stage: str) -> str:
         session: The runtime state of the module.
         stage: The stage.
     """
-    seen = [
-        SeenShape(*_tensors_of(state.descriptor.structure, state.descriptor.leaves), state.sights)
+    settings = session.settings
+    is_refused = any(each.stage == stage and each.reason for each in session.stats.padding)
+    if settings.proposes_pad_dims or is_refused:
+        return ""
+    states = [
+        state
         for state in session.target.dispatcher.states()
         if state.descriptor.stage == stage and state.sights and state.without_batch is None
     ]
-    eager = max(session.settings.warmup_steps, 1)
+    seen = [
+        SeenShape(*_tensors_of(state.descriptor.structure, state.descriptor.leaves), state.sights)
+        for state in states
+    ]
+    eager = max(settings.warmup_steps, 1)
     batches = sum(each.batches for each in seen)
-    warmups = sum(min(each.batches, eager) for each in seen)
+    warmups = sum(
+        min(state.sights, eager)
+        for state in states
+        if all(variant.padding is None for variant in state.variants)
+    )
     if len({each.shapes for each in seen}) <= FEW_SHAPES or 2 * warmups <= batches:
         return ""
     proposal = ShapeProposal(seen)
-    if 2 * proposal.graphs > len(seen) or session.settings.pads:
+    if 2 * proposal.graphs > len(seen):
         return ""
     lines = [
         f"CUDAGraphCallback: {batches} batches of stage {stage!r} had {len(seen)} shapes, so most "
