@@ -396,6 +396,7 @@ class Starts(Changes):
         sys.setrecursionlimit(self.limit)
 
 
+@pytest.mark.in_turn("mode")
 @pytest.mark.parametrize(("mode", "verify_replays"), SETTINGS)
 @pytest.mark.parametrize("name", CASES)
 def test_values_in_odd_places(harness: Harness, name, mode, verify_replays):

@@ -1118,6 +1118,7 @@ class Changes(Callback):
         ),
     ],
 )
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", [{}, {"verify_replays": 0}, {"mode": "FULL"}], ids=str)
 def test_what_only_some_lengths_do_gives_the_numbers_of_eager(harness, function, settings):
     """Hazard 11."""
@@ -1195,6 +1196,13 @@ def test_settings_that_do_not_fit_the_batch_are_refused_before_it_runs(harness, 
     assert not ran
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_size_that_memory_cannot_hold_is_not_padded(harness):
+    with pytest.warns(UserWarning, match=r"batches of shapes 4x8 are not padded: .*memory") as seen:
+        callback = run(harness, Step(plain), batches(*[4] * 6), capture_sizes=[10**13])
+    assert sum("are not padded" in str(each.message) for each in seen) == 1
+    assert callback.stats.replays == 3, callback.summary()
 
 
 def test_a_later_batch_that_settings_do_not_fit_keeps_its_shape(harness):

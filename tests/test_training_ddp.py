@@ -32,6 +32,7 @@ def test_everything_is_equal_on_both_ranks(tmp_path, two_ranks):
     _check_ranks(tmp_path, 2, 19)
 
 
+@pytest.mark.exhaustive
 def test_everything_is_equal_on_three_ranks(tmp_path, backend):
     """Hazard 44: a sum over three ranks depends on the order in which gradients are reduced."""
     if backend == "cuda" and torch.cuda.device_count() < 3:

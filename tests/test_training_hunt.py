@@ -498,6 +498,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize(
     "settings",
     ["default", "unverified", pytest.param("verified", marks=pytest.mark.exhaustive)],

@@ -414,6 +414,7 @@ STEPS = [
 ]
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", ["default", "unverified"])
 @pytest.mark.parametrize("make", STEPS, ids=lambda make: make.__name__)
 def test_steps(fit, make, settings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -114,7 +115,7 @@ class PaddedLeaves:
         self.elements = elements
         """Elements of all tensors of a batch."""
         self.padded_elements = elements + sum(
-            _product(leaf.padded) - _product(leaf.real) for leaf in changed
+            math.prod(leaf.padded) - math.prod(leaf.real) for leaf in changed
         )
         """Elements of all tensors of a padded batch."""
 
@@ -139,7 +140,3 @@ class PaddedLeaves:
             index: self._leaves[index].pad(tensor, Fill.GIVEN) if index in self._leaves else tensor
             for index, tensor in leaves.items()
         }
-
-
-def _product(shape: Sequence[int]) -> int:
-    return torch.Size(shape).numel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -100,6 +101,8 @@ class PaddedSteps:
         self._ahead = CaptureAhead(session, stage, name, step)
         self._dispatcher = session.target.dispatcher
         self._refused: dict[tuple[Any, ...], Reason] = {}
+        self._too_large: set[BatchDescriptor] = set()
+        """The keys whose padded batch cannot be made."""
         self._alike = AlikeSteps(self._dispatcher)
         self._ways = WayRecorder()
         self._asked_for: set[tuple[Any, ...]] = set()
@@ -123,7 +126,17 @@ class PaddedSteps:
         padding = self._padder.pad(leaves, self._padder.rules_of(batch, leaves))
         if padding is None:
             return None
-        return None if self._padded_key(state, batch, padding) in self._refused else padding
+        try:
+            is_refused = self._padded_key(state, batch, padding) in self._refused
+        except RuntimeError as error:  # PyTorch has no class for sizes that are too large
+            warnings.warn(
+                f"CUDAGraphCallback: batches of shapes {state.descriptor.shapes()} are not padded: "
+                f"{str(error).splitlines()[0]}",
+                stacklevel=2,
+            )
+            self._too_large.add(state.descriptor)
+            return None
+        return None if is_refused else padding
 
     def _padded_key(self, state: KeyState, batch: Any, padding: PaddedLeaves) -> tuple[Any, ...]:
         """Return the fields of the key of a padded batch."""
@@ -132,6 +145,8 @@ class PaddedSteps:
 
     def _may_be_padded(self, state: KeyState, batch: Any) -> bool:
         if state.without_batch is not None or (not self._is_whole and self._pieces is None):
+            return False
+        if state.descriptor in self._too_large:
             return False
         try:
             own = self._describe(batch, state.descriptor)[0]
