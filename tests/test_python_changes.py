@@ -412,10 +412,16 @@ class Methods(Classifier):
     def keep_layer(self, name, module, args, output) -> None:
         self.features.__setitem__(name, output)
 
+    def keep_between(self, loss):
+        yield loss + 1
+        self.kept.append(loss + 2)
+        yield loss + 3
+
     def keep(self, x, y, logits, loss):
         self.kept.extend(logits)
         self.kept.extend([loss, {"y": y}])
         self.kept.extend(logits[:1] for _ in range(2))
+        self.kept.extend(self.keep_between(loss))
         self.recent.appendleft(loss)
         self.recent.extend((y, loss * 2))
         (lambda value: self.recent.append(value))(loss)
@@ -754,6 +760,36 @@ class OtherEntry(Classifier):
         return self.lists[-1]
 
 
+class UpdatedEntry(Classifier):
+    """An entry that was set, and set again by ``update``."""
+
+    watched = ("entries",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = {"a": torch.zeros(())}
+
+    def keep(self, x, y, logits, loss):
+        self.entries["a"] = loss
+        self.entries.update(a=loss + 1)
+        return self.entries["a"] * 2
+
+
+class SharedEntry(Classifier):
+    """An entry that was set, and set again under another name of the same object."""
+
+    watched = ("store", "other")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = self.other = Store()
+
+    def keep(self, x, y, logits, loss):
+        self.store.last = loss
+        self.other.last = loss + 1
+        return self.store.last * 2
+
+
 class Meter(Classifier):
     """Calls a method of a meter."""
 
@@ -891,7 +927,8 @@ OTHERS = [
     *(Length, LastItem, Alias, LocalName, BoundMethod, CountIsRead, ReadBeforeSet, AskedFor),
     *(ThroughVars, Lasting, WholeBatch, OwnSetattr, OneListInTwoModules, GlobalList),
     *(KeepsAnObject, Removes, SharedInside, *NOT_READ),
-    *(StaleEntry, OtherEntry, MeterIsRead, ArgumentIsChanged, ArgumentIsChangedByTheMeter),
+    *(UpdatedEntry, SharedEntry, StaleEntry, OtherEntry),
+    *(MeterIsRead, ArgumentIsChanged, ArgumentIsChangedByTheMeter),
     *(ArgumentIsChangedInPlace, OwnerIsTold, GlobalIsChanged, Decorated, ErrorIsHandled),
     *(ResultIsUsed, OwnMethods, WhatIsUpdatedIsRead, KeepsAnAttribute),
 ]

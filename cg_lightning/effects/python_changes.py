@@ -39,6 +39,7 @@ from cg_lightning.guards.changed_values import (
 )
 from cg_lightning.guards.sources import MISSING, Source
 
+_Steps = tuple[tuple[bool, Any], ...]
 _FACTORIES = (list, dict, int, float, collections.deque)
 _ACCUMULATED = (bool, int, float, complex, str, NoneType, Tensor, list, dict, tuple)
 """What an object may hold of which a method is called: nothing that runs code of the user's."""
@@ -72,7 +73,7 @@ class Place(NamedTuple):
 
     namespace: dict[str, Any]
     """The attributes of a module."""
-    steps: tuple[tuple[bool, Any], ...]
+    steps: _Steps
     """The way from there: keys, or (False) names of attributes."""
     path: str
     method: str = ""
@@ -82,6 +83,14 @@ class Place(NamedTuple):
         """Return a place in the value that is here."""
         path = f"{self.path}[{key!r}]" if is_key else f"{self.path}.{key}"
         return Place(self.namespace, (*self.steps, (is_key, key)), path)
+
+    def outer(self) -> Place:
+        """Return the place of what has the value."""
+        return Place(self.namespace, self.steps[:-1], self.path)
+
+    def is_same(self, other: Place) -> bool:
+        """Return whether both are one place, and not only one value."""
+        return self.namespace is other.namespace and self.steps == other.steps
 
     def holder(self) -> Any:
         """Return what has the value: its container, object or module."""
@@ -152,7 +161,6 @@ class Verb(enum.Enum):
 
     APPEND = "append"
     APPEND_LEFT = "appendleft"
-    EXTEND = "extend"
     ADD = "+="
     SET = "="
     CALL = "()"
@@ -199,7 +207,7 @@ class Change(NamedTuple):
             return all(
                 isinstance(x, Tensor) or is_plain_value(x) for x in (*value[0], *value[1].values())
             )
-        if self.verb in (Verb.APPEND, Verb.EXTEND):
+        if self.verb is Verb.APPEND:
             return self.kind in LISTS
         if self.verb is Verb.APPEND_LEFT:
             return self.kind is collections.deque
@@ -213,8 +221,6 @@ class Change(NamedTuple):
             self.place.value().append(value)
         elif self.verb is Verb.APPEND_LEFT:
             self.place.value().appendleft(value)
-        elif self.verb is Verb.EXTEND:
-            self.place.value().extend(value)
         elif self.verb is Verb.CALL:
             args, kwargs = value
             getattr(self.place.value(), self.place.method)(*args, **kwargs)
@@ -244,7 +250,8 @@ class _StandIn:
         self._record.add(Verb.APPEND_LEFT, self._place, value)
 
     def extend(self, values: Any) -> None:
-        self._record.add(Verb.EXTEND, self._place, list(values))
+        for each in values:  # a generator may append to the same list meanwhile
+            self.append(each)
 
     def __iadd__(self, value: Any) -> Any:
         self._record.add(Verb.ADD, self._place, value)
@@ -304,6 +311,8 @@ class ChangeRecording:
         self._changes: list[tuple[Verb, Place]] = []
         self._values: list[Any] = []
         self._set: dict[tuple[int, Any], Any] = {}
+        self._read: list[Place] = []
+        """Where the step reads what it has set."""
         self._before: list[Any] = []
         self._put: list[Any] = []
 
@@ -311,12 +320,20 @@ class ChangeRecording:
         """Add one change."""
         self._changes.append((verb, place))
         self._values.append(_as_it_is_now(value) if verb is Verb.ADD else value)
+        namespace = id(place.namespace)
+        for other, steps in list(self._set):
+            if other == namespace and steps[: len(place.steps)] == place.steps:
+                del self._set[other, steps]
         if verb is Verb.SET:
-            self._set[(id(place.namespace), place.steps)] = value
+            self._set[namespace, place.steps] = value
 
     def at(self, place: Place) -> Any:
         """Return what the step has set in a place, or else what records what is done to it."""
-        return self._set.get((id(place.namespace), place.steps), _StandIn(place, self))
+        key = (id(place.namespace), place.steps)
+        if key not in self._set:
+            return _StandIn(place, self)
+        self._read.append(place)
+        return self._set[key]
 
     def begin(self) -> None:
         """Put something in the place of each value."""
@@ -353,6 +370,7 @@ class ChangeRecording:
             if attribute.is_set:
                 self.add(Verb.SET, _place_of(attribute), now)
         self.restore()
+        self._refuse_reads_of_shared()
         changes = []
         for (verb, place), value in zip(self._changes, self._values, strict=True):
             kind = None if verb is Verb.SET else place.kind()
@@ -363,6 +381,16 @@ class ChangeRecording:
             changes.append(change)
         parts, first = _without_repeats([output, *self._values])
         return (parts[0], parts[1:]), RepeatChanges(changes, first)
+
+    def _refuse_reads_of_shared(self) -> None:
+        """Raise if the step reads what it has set in a container that it changes elsewhere too."""
+        read = {id(place.outer().found()): place for place in self._read}
+        for verb, place in self._changes:
+            changed = place.outer() if verb in (Verb.SET, Verb.ADD) else place
+            value = changed.found()
+            same = None if value is MISSING else read.get(id(value))
+            if same is not None and not same.outer().is_same(changed):
+                raise CaptureError(f"{same.path} is read, and {place.path} is in the same object")
 
 
 def _place_of(attribute: ChangedAttribute) -> Place:
