@@ -291,6 +291,16 @@ class UsedInContainer(InContainers):
         return scores + self.parts["others"][1](scores.flatten()).sum()
 
 
+class SetInContainer(InContainers):
+    def measure(self, x, label, scores):
+        self.parts["others"][1].update(scores.flatten())
+        self.parts["others"][1].last = scores.sum()
+        return scores
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("last", self.parts["others"][1].last)
+
+
 class OwnAutocast(Step):
     """The update multiplies under autocast, and the rest of the step does not."""
 
@@ -545,6 +555,7 @@ LOWER = {
     "draws after it": (DrawsAfter, "the step draws a random number"),
     "uses another metric": (UsesAnother, "metric"),
     "in a container, value used": (UsedInContainer, "whose value is used"),
+    "in a container, attribute set": (SetInContainer, "that the step changes"),
 }
 
 

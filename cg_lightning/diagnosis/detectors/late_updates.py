@@ -175,7 +175,8 @@ class LateUpdates(Detector):
         """Note that something reads or sets an attribute of a metric."""
         if self._current is late or self.watch.is_paused:
             return
-        if is_reader_ours(sys._getframe(3)):  # below the handler and the interception
+        # below the handler and the interception; MetricUpdates passes writes on, and none is ours
+        if not is_write and is_reader_ours(sys._getframe(3)):
             return
         if self._current is not None:
             late.refuse("that another metric uses")
