@@ -111,6 +111,14 @@ def scales_by_list(module: Any) -> Any:
     return lambda layer, args, output: output * scales[0]
 
 
+def scales_by_keyword(module: Any) -> Any:
+    def hook(layer: Any, args: Any, output: Tensor, scale: float) -> Tensor:
+        return output * scale
+
+    module.hook = functools.partial(hook, scale=2.0)
+    return module.hook
+
+
 def keeps(module: Any) -> Any:
     return lambda layer, args, output: module.kept.append(output)
 
@@ -298,6 +306,10 @@ CHANGES = {
     "a list of a closure": (
         scales_by_list,
         lambda module, index: module.scales.__setitem__(0, index / 4),
+    ),
+    "a keyword of a partial function": (
+        scales_by_keyword,
+        lambda module, index: module.hook.keywords.__setitem__("scale", index / 4),
     ),
     "an attribute behind a method": (bound, lambda module, index: setattr(module, "scale", 7.0)),
     "removed": (doubles, lambda module, index: module.handle.remove()),

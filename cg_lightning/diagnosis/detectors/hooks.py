@@ -15,6 +15,7 @@ from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import NOT_YOURS
 from cg_lightning.diagnosis.watched_step import ModuleCall
+from cg_lightning.guards.sources import Source
 from cg_lightning.modules.attributes import global_hooks, hooks_of, profiler_of
 from cg_lightning.modules.kinds import is_user_file
 
@@ -60,6 +61,8 @@ class ForwardHooks(Detector):
             is_of_module = any(hook.__self__ is module for _, module in self.watch.modules)
             return is_of_module and self._is_code_of_step(hook.__func__)
         if type(hook) is functools.partial:
+            for name in hook.keywords:  # unlike its arguments, they can change in place
+                self.watch.read(Source(hook.keywords, name, f"{name} of a partial function"))
             given = [*hook.args, *hook.keywords.values()]
             return all(map(is_plain_value, given)) and self._is_code_of_step(hook.func)
         if not isinstance(hook, types.FunctionType):
