@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from cg_lightning import CUDAGraphCallback
@@ -1130,6 +1131,42 @@ def test_what_only_some_lengths_do_gives_the_numbers_of_eager(harness, function,
         if index > 60 and index % 2:
             batch["attention_mask"].fill_(1)
     run(harness, ByLengths(function), data, Changes, pad_dims=rules((8, 12)), **settings)
+
+
+def counts_even(self, batch):
+    (self.seen.add_, self.seen.add)[len(batch) % 2](1)  # a function of C is chosen: no other way
+    return self.net(batch) + self.seen
+
+
+def draws_even(self, batch):
+    (self.seen.uniform_, self.seen.size)[len(batch) % 2]()
+    return self.net(batch) + self.seen
+
+
+def updates(self, batch):
+    values = self.net(batch)
+    self.metrics[0].update(values)
+    return values
+
+
+class HasMetrics(Step):
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        self.metrics = [MeanMetric()]
+
+    def on_predict_start(self) -> None:
+        super().on_predict_start()
+        self.metrics[0].to(self.device)
+
+    def on_predict_epoch_end(self) -> None:
+        self.seen.fill_(self.metrics[0]._update_count)
+
+
+@pytest.mark.parametrize("function", [counts_even, draws_even, updates])
+def test_what_only_the_padded_batch_changes_is_undone(harness, function):
+    """``run`` compares buffers: the metric's count is in one."""
+    data = batches(*[3, 5, 7, 4, 6, 3, 5, 7, 2, 8, 6, 4, 3, 5] * 2)
+    run(harness, HasMetrics(function), data, capture_sizes=[4, 8])
 
 
 @pytest.mark.parametrize("name", ["scale", "other"])

@@ -19,7 +19,7 @@ from cg_lightning.effects.late_updates import (
 from cg_lightning.effects.logged_values import Calls, LoggedValues, NothingLogged
 from cg_lightning.effects.recorder import EffectRecorder
 from cg_lightning.metrics.deferred_checks import DeferredChecks
-from cg_lightning.metrics.members import metrics_of
+from cg_lightning.metrics.members import metrics_in_containers, metrics_of
 from cg_lightning.metrics.states import MetricStates
 from cg_lightning.metrics.units import MetricUnit
 
@@ -106,6 +106,13 @@ class ModuleEffects:
     def metrics(self) -> list[nn.Module]:
         """Return all metrics of the module, and the metrics behind its logged values."""
         return [*metrics_of(self._module), *self.logged.metrics()]
+
+    def reachable_metrics(self) -> list[nn.Module]:
+        """Return these, and those that the module has in lists and dicts."""
+        held = [
+            each for metric in metrics_in_containers(self._module) for each in metrics_of(metric)
+        ]
+        return [*self.metrics(), *{id(metric): metric for metric in held}.values()]
 
     def logged_metrics(self) -> list[nn.Module]:
         """Return the metrics behind the logged values."""

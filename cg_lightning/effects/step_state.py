@@ -284,7 +284,7 @@ class MetricsSnapshot:
 
     def __init__(self, effects: ModuleEffects) -> None:
         self._effects = effects
-        metrics = effects.metrics()
+        metrics = effects.reachable_metrics()
         tensors = {id(tensor): tensor for tensor in effects.states.tensors()}
         for metric in metrics:
             values = [vars(metric).get(name) for name in states_of(metric)]

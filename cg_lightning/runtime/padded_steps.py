@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -310,10 +311,11 @@ class PaddedSteps:
             entry = PaddedEntry(
                 owner.entry, guards, padding, eager.cut(), record, settings.verify_replays
             )
-            self._check_fill(Fill.OTHER, owner, entry, call, eager.output)
-            self._check_fill(Fill.BELOW, owner, entry, call, eager.output)
-            if padding.has_rows:
-                self._check_fill(Fill.NAN, owner, entry, call, eager.output)
+            with eager.checked_replays():
+                self._check_fill(Fill.OTHER, owner, entry, call, eager.output)
+                self._check_fill(Fill.BELOW, owner, entry, call, eager.output)
+                if padding.has_rows:
+                    self._check_fill(Fill.NAN, owner, entry, call, eager.output)
             if isinstance(owner.path, ReadPath):
                 variant.path = PaddedPath(real, owner.path, padding)
             self._dispatcher.borrowed(plan.state, variant, entry)
@@ -541,8 +543,31 @@ class _EagerRun:
             self._effect = "the step writes to a tensor that it keeps"
         elif not torch.equal(self._random_state, self._backend.get_random_state()):
             self._effect = "the step draws random numbers, more of them for a padded batch"
-        self._before = []
         return output
+
+    @contextlib.contextmanager
+    def checked_replays(self) -> Iterator[None]:
+        """Undo what the replays inside change. The eager run has changed nothing.
+
+        Raises:
+            NotIndependentError: They write to what the step keeps, or draw random numbers.
+        """
+        try:
+            yield
+        finally:
+            self._undo_replays()
+
+    def _undo_replays(self) -> None:
+        before, self._before = self._before, []
+        changed = [(now, value) for now, value in before if not same_leaf(now, value)]
+        draws = not torch.equal(self._random_state, self._backend.get_random_state())
+        if not (changed or draws):
+            return
+        with torch.no_grad():
+            for tensor, value in changed:
+                tensor.copy_(value)
+        self._backend.set_random_state(self._random_state)
+        raise NotIndependentError("the step writes to what it keeps, only for the padded batch")
 
     def check(self) -> None:
         """Check that the call has no side effects.
