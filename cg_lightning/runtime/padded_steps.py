@@ -243,10 +243,18 @@ class PaddedSteps:
         Returns:
             Its output.
         """
-        output, way = self._ways.run(call.run)
+        output, way = self._traced(call)
         if not self._adopt(call, way):
             self._alike.note_unlike(call.descriptor, way)
         return output
+
+    def _traced(self, call: GraphCall) -> tuple[Any, Way | None]:
+        """Run a step. It has no way if it changes anything: a function of C shows no code."""
+        eager = _EagerRun(call, self._session, self._ways)
+        given = [(leaf, leaf.clone()) for leaf in call.leaves if isinstance(leaf, torch.Tensor)]
+        output = eager.call.run()
+        is_same = not eager.effect and all(same_leaf(leaf, value) for leaf, value in given)
+        return output, eager.way if is_same else None
 
     def watched(
         self, plan: Plan, call: GraphCall, watched: WatchedStep, padding: PaddedLeaves | None
@@ -419,7 +427,7 @@ class PaddedSteps:
         if not self._alike.knows(padded.descriptor):
             return
         try:
-            _, way = self._ahead.rehearse(padded, lambda: self._ways.run(padded.run))
+            _, way = self._ahead.rehearse(padded, lambda: self._traced(padded))
         except Exception:  # the watched step will fail for the same reason, and report it
             return
         if self._adopt(padded, way):
@@ -531,7 +539,8 @@ class _EagerRun:
         self._before = [(tensor, tensor.clone()) for tensor in written]
         self._random_state = session.backend.get_random_state()
         self._has_run = False
-        self._effect = ""
+        self.effect = ""
+        """What the run has changed, in words."""
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         if self._has_run:
@@ -540,9 +549,9 @@ class _EagerRun:
         output, self.way = self._ways.run(self._function, *args, **kwargs)
         self.output = output
         if not all(same_leaf(now, before) for now, before in self._before):
-            self._effect = "the step writes to a tensor that it keeps"
+            self.effect = "the step writes to a tensor that it keeps"
         elif not torch.equal(self._random_state, self._backend.get_random_state()):
-            self._effect = "the step draws random numbers, more of them for a padded batch"
+            self.effect = "the step draws random numbers, more of them for a padded batch"
         return output
 
     @contextlib.contextmanager
@@ -577,8 +586,8 @@ class _EagerRun:
                 another part or of the batch. What is cut from the output for a padded batch shares
                 no memory.
         """
-        if self._effect:
-            raise NotIndependentError(self._effect)
+        if self.effect:
+            raise NotIndependentError(self.effect)
         given = {id(tensor) for tensor in tensors_in(self.call.leaves)}
         parts = {id(tensor): tensor for tensor in tensors_in((self.output, self.call.leaves))}
         storages: dict[int, int] = {}
