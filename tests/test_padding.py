@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from typing import Any
 
 import pytest
@@ -1143,6 +1144,11 @@ def draws_even(self, batch):
     return self.net(batch) + self.seen
 
 
+def draws_on_the_host_for_even(self, batch):
+    (random.random, float)[len(batch) % 2]()
+    return self.net(batch)
+
+
 def writes_even(self, batch):
     (batch.mul_, batch.add)[len(batch) % 2](2)
     return self.net(batch), batch.sum(1)
@@ -1162,15 +1168,18 @@ class HasMetrics(Step):
     def on_predict_start(self) -> None:
         super().on_predict_start()
         self.metrics[0].to(self.device)
+        random.seed(3)
 
     def on_predict_epoch_end(self) -> None:
-        self.seen.fill_(self.metrics[0]._update_count)
+        self.seen.fill_(self.metrics[0]._update_count + random.random())
 
 
 @pytest.mark.parametrize("verify_replays", [0, 2])
-@pytest.mark.parametrize("function", [counts_even, draws_even, writes_even, updates])
+@pytest.mark.parametrize(
+    "function", [counts_even, draws_even, draws_on_the_host_for_even, writes_even, updates]
+)
 def test_what_only_the_padded_batch_changes_is_undone(harness, function, verify_replays):
-    """``run`` compares buffers: the metric's count is in one."""
+    """``run`` compares buffers: the metric's count is in one, and the next number of the host."""
     data = batches(*[3, 5, 7, 4, 6, 3, 5, 7, 2, 8, 6, 4, 3, 5] * 2)
     model = HasMetrics(function)
     run(harness, model, data, capture_sizes=[4, 8], verify_replays=verify_replays)

@@ -21,6 +21,7 @@ from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.core.tree import flatten, rebuild, tensors_in
 from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.diagnosis.way import Way, WayRecorder
+from cg_lightning.effects.step_state import HostRandomState
 from cg_lightning.guards.guard_set import Unguarded
 from cg_lightning.guards.values import has_memory
 from cg_lightning.host_values.path import ReadPath
@@ -538,6 +539,7 @@ class _EagerRun:
         written = [*session.module.buffers(), *session.written.now()]
         self._before = [(tensor, tensor.clone()) for tensor in written]
         self._random_state = session.backend.get_random_state()
+        self._host_random_state = HostRandomState()
         self._has_run = False
         self.effect = ""
         """What the run has changed, in words."""
@@ -552,6 +554,8 @@ class _EagerRun:
             self.effect = "the step writes to a tensor that it keeps"
         elif not torch.equal(self._random_state, self._backend.get_random_state()):
             self.effect = "the step draws random numbers, more of them for a padded batch"
+        elif self._host_random_state.was_drawn(self._backend.device.type):
+            self.effect = "the step draws random numbers of the host"
         return output
 
     @contextlib.contextmanager
