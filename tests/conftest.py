@@ -48,12 +48,15 @@ def pytest_report_header() -> list[str]:
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-            if not takes_its_turn(item):
-                item.add_marker(pytest.mark.exhaustive)
+    for item in items:
+        if cuda.is_available():
+            if item.get_closest_marker("gpu_if_there"):
+                item.add_marker(pytest.mark.gpu)
+            continue
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if not takes_its_turn(item):
+            item.add_marker(pytest.mark.exhaustive)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -61,6 +61,7 @@ def run(
     return done.stderr if fails else done.stdout
 
 
+@pytest.mark.gpu_if_there
 def test_the_default_run(tmp_path):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra demo)")
     if not SCRIPT.exists():
@@ -100,6 +101,7 @@ def test_other_tasks_and_overrides(tmp_path, task):
     assert "32x1x8x8" in printed
 
 
+@pytest.mark.gpu_if_there
 def test_multirun(tmp_path):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra demo)")
     printed = run(tmp_path, "--multirun", "cuda_graph=off,piecewise", "task=predict")

@@ -35,6 +35,7 @@ PRINTED = {
 
 @pytest.mark.notebook
 @pytest.mark.slow
+@pytest.mark.gpu_if_there
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
