@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -45,6 +46,8 @@ WATCH_AT = 256
 
 In pieces, so many steps lose about what it costs to watch, capture and compare a whole one.
 """
+_LATEST = 256
+"""Number of shapes that tell if shapes come again. A stage may have a new one in each batch."""
 _SELDOM = Reason(
     Status.WARM_UP, f"warm-up: in pieces, until batches of this shape have come {WATCH_AT} times"
 )
@@ -106,8 +109,8 @@ class PaddedSteps:
         self._ways = WayRecorder()
         self._asked_for: set[tuple[Any, ...]] = set()
         """The keys of padded batches that a shape has asked for."""
-        self._shapes: list[KeyState] = []
-        """The keys whose batches are padded, and that no step was watched for."""
+        self._shapes: deque[KeyState] = deque(maxlen=_LATEST)
+        """The latest keys whose batches are padded, and that no step was watched for."""
 
     def padding_of(self, state: KeyState, batch: Any) -> PaddedLeaves | None:
         """Return how the batches of a key are padded; None if they run in their own shape.
