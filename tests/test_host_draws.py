@@ -12,17 +12,20 @@ import torch
 import torch.utils.dlpack
 from lightning.pytorch import Callback
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from cg_lightning.backends.recorder import RecorderBackend
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.detectors.copied_constants import CopiedConstants
 from cg_lightning.diagnosis.detectors.host_reads import HostReads
+from cg_lightning.diagnosis.detectors.metric_updates import MetricUpdates
 from cg_lightning.diagnosis.detectors.operations import Operations
 from cg_lightning.diagnosis.detectors.random_numbers import RandomNumbers
 from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.diagnosis.watcher import StepWatcher
 from cg_lightning.effects.host_draws import DrawAgain
+from cg_lightning.effects.module_effects import ModuleEffects
 from tests.harness import Harness, assert_same, features
 from tests.models import Body, Predictor
 
@@ -157,6 +160,21 @@ def test_what_nobody_uses_is_no_finding_and_is_drawn_again(name):
 
 
 @pytest.mark.usefixtures("no_autocast")
+@pytest.mark.parametrize("name", UNUSED)
+def test_a_metric_that_the_step_does_not_update_changes_nothing(name):
+    step, x = Draws(UNUSED[name]).eval(), torch.empty(3, 8, device=META)
+    step.mean = MeanMetric()
+    effects = ModuleEffects(step, META)
+    watcher = StepWatcher(
+        step, RecorderBackend(META), effects=effects, detectors=(MetricUpdates, RandomNumbers)
+    )
+    with torch.inference_mode():
+        watched = watcher.watch(lambda batch: step.use(step, batch), x, (x,))[1]
+    assert [str(finding) for finding in watched.findings] == []
+    assert watched.host_draws
+
+
+@pytest.mark.usefixtures("no_autocast")
 @pytest.mark.parametrize("name", USED)
 def test_what_is_used_is_found(name):
     watched = watch(USED[name])
@@ -183,6 +201,7 @@ class Draws(Predictor):
         super().__init__(Body())
         self.drops = DropsLayers()
         self.use = use
+        self.mean = MeanMetric()
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         return self.use(self, self.net(batch[0]))

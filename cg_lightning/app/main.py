@@ -70,6 +70,8 @@ def _main(config: DictConfig) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its import sets INFO
     # Lightning 2.6 with torch 2.13, about itself
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    if str(config.data.get("_target_")).startswith("cg_lightning."):  # small, and in memory
+        warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
     try:
         require_device(config)
         require_checkpoint(config)

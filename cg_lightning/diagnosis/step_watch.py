@@ -449,17 +449,17 @@ class StepWatch:
         return self._with(_first=1)
 
     @contextlib.contextmanager
-    def setting_aside(self, findings: list[Finding]) -> Iterator[None]:
+    def updating(self, findings: list[Finding]) -> Iterator[None]:
         """While a call runs that may follow the step: ``findings`` receives those of the step."""
-        before = self._set_aside
         with contextlib.ExitStack() as stack:
             for detector in self._detectors:
                 stack.enter_context(detector.around_update())
-            self._set_aside = findings
-            try:
-                yield
-            finally:
-                self._set_aside = before
+            stack.enter_context(self.setting_aside(findings))
+            yield
+
+    def setting_aside(self, findings: list[Finding]) -> AbstractContextManager[None]:
+        """While ``findings`` receives what is found about the step."""
+        return self._with(_set_aside=findings)
 
     def in_framework(self) -> AbstractContextManager[None]:
         """While Lightning itself runs in ``self.log``."""
