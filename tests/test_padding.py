@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import random
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from cg_lightning import CUDAGraphCallback
+from cg_lightning.backends import resolve_backend
+from cg_lightning.capture.entry import GraphEntry
+from cg_lightning.capture.outputs import OutputPlan
+from cg_lightning.capture.static_inputs import StaticInputs
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.pad_rules import check_pad_dims
 from cg_lightning.core.tree import flatten
 from cg_lightning.diagnosis.watcher import DETECTORS, StepWatcher
+from cg_lightning.host_values.exact_operations import SCALAR_READS
+from cg_lightning.padding.entry import PaddedEntry
+from cg_lightning.padding.leaves import PaddedLeaf, PaddedLeaves
+from cg_lightning.padding.output_cut import OutputCut
+from cg_lightning.padding.path import PaddedPath
 from cg_lightning.padding.rules import MOST_KINDS, GivenRules, ProposedRules
+from cg_lightning.report.stats import EntryRecord, PaddingRecord
 from cg_lightning.runtime import padded_steps as padded_steps_module
 from tests.harness import KeepOutputs
 
@@ -284,6 +298,106 @@ def _any_all(self, x):
 def test_a_branch_that_padding_changes(harness):
     data = [x + shift for shift in (1.0, -1.0, 0.2) for x in batches(4, 4, 4, 4, 3, 3, 3, 2, 2, 2)]
     run(harness, Step(_any_all), data, capture_sizes=[4])
+
+
+def _flag_and_number(self, batch):
+    x, mask = self.net(self.embedding(batch["input_ids"])), batch["attention_mask"]
+    many = int((mask.sum(1) > 4).sum()) > 2
+    y = x if bool(mask.all()) else x.clone()
+    return y * 2 if many else y
+
+
+def _float_as_a_flag(self, batch):
+    x = self.net(self.embedding(batch["input_ids"]))
+    hidden = (1 - batch["attention_mask"]) * 0.25
+    y = x * 2 if hidden[:, 1].amax() else x
+    return y * 3 if int((batch["input_ids"] > 100).sum()) else y
+
+
+def _last_of_each(self, batch):
+    """To look for an element by its index may fail, so each value is read before what follows."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    x = self.net(self.embedding(ids))
+    if bool(mask[:, 0].all()) and bool((ids.gather(1, mask.sum(1, keepdim=True) - 1) > 25).any()):
+        return x * 2
+    return x
+
+
+@pytest.mark.parametrize("function", [_flag_and_number, _float_as_a_flag, _last_of_each])
+def test_host_values_of_padded_positions(harness, function):
+    data = texts(*[5, 7, 6] * 12, *[3, 8, 5, 7, 6] * 4)
+    for batch in data[::3]:
+        batch["attention_mask"].fill_(1)
+    callback = run(harness, Step(function), data, pad_dims=rules((8,)), verify_replays=0)
+    assert padded_steps(callback) >= 6, callback.summary()
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that read a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func._schema.name in SCALAR_READS
+        return func(*args, **(kwargs or {}))
+
+
+def test_host_values_of_a_padded_step_are_read_at_once(backend, device):
+    """The device is waited for once, and the batch is padded once, where the graph reads it."""
+
+    def step(x: Tensor) -> None:
+        if not bool((x > 0).all()):
+            int((x > 1).sum())
+
+    def counted(*numbers: int) -> Tensor:
+        """Return rows with so many values that are counted. Padding repeats the last row."""
+        return torch.tensor([[2.0] * n + [-1.0] * (6 - n) for n in numbers], device=device)
+
+    of_backend = resolve_backend(backend, device)
+    watcher = StepWatcher(nn.Linear(2, 2).to(device), of_backend, effects=None)
+    real, large = counted(2, 1, 1), counted(2, 1, 1, 1)
+    padding = PaddedLeaves({0: PaddedLeaf((3, 6), (4, 6), {})}, elements=18)
+    with torch.no_grad():
+        paths = [watcher.host_values(lambda x=x: step(x), x) for x in (real, large)]
+        inputs = StaticInputs([large], large, device)
+        graph, output = of_backend.capture(
+            functools.partial(torch.mul, inputs.leaves[0], 2),
+            collect_garbage=False,
+            capture_error_mode="thread_local",
+        )
+        plan, computed = OutputPlan.make(output, inputs.leaves, set())
+        record = EntryRecord("predict", "FULL", "step", "4x6")
+        owner = GraphEntry(graph, inputs, plan, computed, [], [], True, record)
+        counts = PaddingRecord("predict", "step", "4x6")
+        entry = PaddedEntry(owner, None, padding, OutputCut(real * 2), counts, 0)
+        path = PaddedPath(paths[0], paths[1], entry)
+        path.holds([real])  # the first views of what the graph reads
+        waits: list[str] = []
+        leaves = [real]
+        with of_backend.noticing_host_syncs(lambda _, what: waits.append(what)), Reads() as reads:
+            assert path.holds(leaves)
+        assert (len(waits), reads.number) == (1, 0), waits
+        real_before = real.clone()
+        real.zero_()  # what was padded is not padded again
+        assert torch.equal(entry.replay(leaves, 1), real_before * 2)
+        assert torch.equal(entry.replay(leaves, 2), real_before * 0)
+        for other, change in (
+            (counted(3, 2, 0), "now 5, before 4"),  # of the batch alone
+            (counted(1, 1, 2), "now 6, before 5"),  # of the padded batch alone
+            (torch.ones_like(real), "now True, before False"),
+        ):
+            assert not path.holds([other])
+            assert path.explain().endswith(change)
+            assert torch.equal(entry.replay([other], 3), other * 2)
+        static = weakref.ref(inputs.leaves[0])
+        inputs.leaves.clear()
+        owner.drop()
+        del inputs, graph, output, plan, computed
+        gc.collect()
+        assert static() is None, "an entry whose graph was dropped keeps its memory"
+        assert path.holds([real_before])
 
 
 def test_a_step_that_fails_for_the_padded_batch_only(harness):

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class GraphEntry:
             "_inputs",
         ),
         *("_is_built", "_is_copied_in_groups"),
-        *("_outputs", "_takers", "_value", "last_step", "record", "replays"),
+        *("_outputs", "_takers", "_value", "last_step", "parts", "record", "replays"),
     )
 
     def __init__(
@@ -117,6 +118,8 @@ class GraphEntry:
         """Number of replays whose result was returned to the user."""
         self.last_step = 0
         """The number of the step that last used this entry."""
+        self.parts: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+        """Views of the static leaves, by who writes to them in parts."""
 
     @property
     def graph(self) -> CapturedGraph:
@@ -127,6 +130,11 @@ class GraphEntry:
         """
         assert self._graph is not None, "a graph that was dropped is not used"
         return self._graph
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether the graph was dropped."""
+        return self._graph is None
 
     @property
     def static_leaves(self) -> Sequence[Any]:
@@ -212,5 +220,6 @@ class GraphEntry:
         for effect in self._effects:
             effect.drop()
         self._graph = self._inputs = None
+        self.parts.clear()
         self._computed, self._effects, self._effect_tensors = [], [], []
         self._before_replay, self._after_replay, self._validity_checks = [], [], []

@@ -72,6 +72,22 @@ _OF_ONE_DEVICE = frozenset(
     )
 )
 """Operations that devices do differently: they order equal elements, for instance."""
+_WHATEVER_THE_VALUES = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("_to_copy", "to", "clone", "copy_", "detach", "alias", "lift_fresh", "type_as"),
+        *("contiguous", "view", "reshape", "expand", "expand_as", "slice", "select", "unsqueeze"),
+        *("squeeze", "transpose", "permute", "t", "unbind", "split", "chunk", "flatten", "flip"),
+        *("cat", "stack", "where", "masked_fill", "masked_fill_", "fill_", "zero_", "ones"),
+        *("zeros", "full", "arange", "ones_like", "zeros_like", "full_like", "new_ones"),
+        *("new_zeros", "new_full", "eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf"),
+        *("isfinite", "abs", "neg", "add", "sub", "rsub", "mul", "sum", "cumsum", "max", "min"),
+        *("amax", "amin", "maximum", "minimum", "clamp", "clamp_min", "clamp_max", "all", "any"),
+        *("count_nonzero", "logical_not", "logical_and", "logical_or", "logical_xor"),
+        *("bitwise_not", "bitwise_and", "bitwise_or", "bitwise_xor"),
+    )
+)
+"""Operations that succeed or fail by shapes alone: none looks for an element by its index."""
 _sum, _max = torch.ops.aten.sum.default, torch.ops.aten.max.default
 MOST_ELEMENTS = 65536
 """Larger tensors are not computed before the step: the host would take longer than it saves."""
@@ -130,6 +146,15 @@ def is_same_on_host(function: OpOverload, outputs: Iterable[Tensor] = ()) -> boo
     if name in ("aten::max", "aten::min") and function._overloadname in ("default", "other"):
         return True  # a value, and no index
     return name not in _OF_ONE_DEVICE
+
+
+def cannot_fail(function: OpOverload) -> bool:
+    """Return True if an operation that has succeeded once does so for all values.
+
+    An index that is out of range ends the process on a GPU.
+    """
+    is_nonzero = function is torch.ops.aten.where.default
+    return function._schema.name in _WHATEVER_THE_VALUES and not is_nonzero
 
 
 def _is_inexact(tensor: Tensor) -> bool:

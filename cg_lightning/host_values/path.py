@@ -19,7 +19,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.reasons import NO_CHANGE, Changed, Reason
 from cg_lightning.core.tree import tensors_in
-from cg_lightning.host_values.exact_operations import SCALAR_READS, is_same_on_host
+from cg_lightning.host_values.exact_operations import (
+    NUMBER_READS,
+    SCALAR_READS,
+    cannot_fail,
+    is_same_on_host,
+)
 from cg_lightning.host_values.host_copies import HostCopies
 
 
@@ -150,6 +155,10 @@ class ReadPath:
         self._check_on_host = _compile(reads, [*roots, *on_host], list(map(_on_host, slots)))
         self._is_same_on_host = not members and all(map(_is_same_on_host, slots))
         self._places = [root.leaf for root in roots]
+        self._compared = [slot.place for slot in slots if isinstance(slot, Read)]
+        self._begin: Callable[[Sequence[Any]], list[Tensor]] | None = None
+        if self._compared and all(_can_wait(slot, reads) for slot in slots):
+            self._begin = _compile(reads, [*roots, *constants, *members], slots, compares=False)
         self._copies: HostCopies | None = None
         self._mismatch: Mismatch | None = None
 
@@ -179,13 +188,30 @@ class ReadPath:
         copied = self.copies_of(leaves)
         return self._holds(self._check, leaves) if copied is None else self.holds_on_host(copied)
 
-    def reads_of(self, leaves: Sequence[Any]) -> dict[int, Tensor]:
-        """Return the leaves that are read, by their place."""
-        return {place: leaves[place] for place in self._places}
+    def begin(self, leaves: Sequence[Any]) -> list[Tensor] | None:
+        """Let the device compute all values, and do not wait for them.
 
-    def holds_for(self, read: dict[int, Tensor]) -> bool:
-        """Return True if these leaves give all the values that were read."""
-        return self._holds(self._check, read)
+        Returns:
+            The values, for :func:`read_together`. None: the host reads one after the other, since
+            the operations between them may fail for another value.
+        """
+        if self._begin is None:
+            return None
+        try:
+            return self._begin(leaves)
+        except (RuntimeError, LookupError):  # so it fails for the check, which notes it
+            return None
+
+    def holds_with(self, values: Sequence[Any]) -> bool:
+        """Return True if these are the values that were read, in the order of :meth:`begin`."""
+        self._mismatch = None
+        for place, value in zip(self._compared, values, strict=True):
+            before = self.reads[place].value
+            now = type(before)(value)  # flags and integers may have come as one type
+            if now != before:
+                self._mismatch = Mismatch(place, now)
+                break
+        return self._mismatch is None
 
     def copies_of(self, leaves: Sequence[Any]) -> dict[int, Tensor] | None:
         """Return the leaves that are read as the host has them; None if it does not have all."""
@@ -256,6 +282,8 @@ _FASTER: dict[Any, Callable[..., Any]] = {
     _aten._local_scalar_dense.default: Tensor.item,
     _aten.is_nonzero.default: bool,
     _aten.bitwise_not.default: Tensor.bitwise_not,
+    _aten.to.device: Tensor.to,
+    _aten.to.dtype: Tensor.to,
 }
 """A method of a tensor parses its arguments three times as fast as the operation does."""
 
@@ -307,11 +335,12 @@ class _Code:
         given += [f"{key}={self.text(value)}" for key, value in kwargs.items()]
         return f"{self.name(_FASTER.get(function, function))}({', '.join(given)})"
 
-    def function(self) -> Check:
-        source = "\n    ".join(["def check(leaves):", *self.lines, "return None"])
+    def function(self, returned: str) -> Callable[[Any], Any]:
+        end = f"return [{returned}]" if returned else "return None"
+        source = "\n    ".join(["def run(leaves):", *self.lines, end])
         exec(source, self.names)
-        check: Check = self.names["check"]
-        return check
+        run: Callable[[Any], Any] = self.names["run"]
+        return run
 
 
 def _holds_ref(tree: Any) -> bool:
@@ -320,12 +349,45 @@ def _holds_ref(tree: Any) -> bool:
     return isinstance(tree, Ref)
 
 
+def read_together(values: list[Tensor]) -> list[Any]:
+    """Return the values of tensors with one element each. It waits for the device once."""
+    first = values[0]
+    if any((each.dtype, each.device) != (first.dtype, first.device) for each in values):
+        values = [each.to(first.device, torch.int64) for each in values]
+    found: list[Any] = torch.stack(values).tolist()
+    return found
+
+
+def _one_element(value: Tensor, is_flag: bool) -> Tensor:
+    """Return a value that is read as a tensor of flags or integers."""
+    value = value.reshape(())
+    return value.ne(0) if is_flag and value.dtype is not torch.bool else value
+
+
+def _can_wait(slot: Operation | Read, reads: list[HostRead]) -> bool:
+    """Return True if what follows a part of a program can run, whatever its values are."""
+    if isinstance(slot, Operation):
+        return cannot_fail(slot.function)
+    is_of_tensor = slot.function._schema.name in NUMBER_READS | {"aten::is_nonzero"}
+    is_number = type(reads[slot.place].value) in (bool, int)
+    return is_number and (is_of_tensor or cannot_fail(slot.function))
+
+
 def _compile(
     reads: list[HostRead],
     roots: Sequence[Root | Constant | Member],
     slots: list[Operation | Read],
-) -> Check:
-    """Return the program as one function, which is half as slow as a loop over its operations."""
+    compares: bool = True,
+) -> Callable[[Any], Any]:
+    """Return the program as one function, which is half as slow as a loop over its operations.
+
+    Args:
+        reads: What the watched step has read.
+        roots: What the program starts from.
+        slots: The program.
+        compares: True for a function that returns the first mismatch; False for one that returns
+            all values.
+    """
     code = _Code()
     for root in roots:
         copied = ".clone()" if root.is_written else ""
@@ -334,6 +396,13 @@ def _compile(
     for slot in slots:
         if isinstance(slot, Read):
             value = reads[slot.place].value
+            if not compares:
+                one = code.text(slot.args[0])
+                if slot.function._schema.name not in SCALAR_READS:
+                    one = code.call(slot.function, slot.args, {})
+                flag = type(value) is bool
+                code.lines.append(f"r{slot.place} = {code.name(_one_element)}({one}, {flag})")
+                continue
             call = code.call(slot.function, slot.args, {})
             code.lines.append(f"r = {'int' if type(value) is int else ''}({call})")
             if type(value) in (bool, int):
@@ -350,4 +419,5 @@ def _compile(
         else:
             kept = ", ".join("_" if n is None else f"v{n}" for n in slot.outputs)
             code.lines.append(f"{kept}, = {code.name(tensors_in)}({call})")
-    return code.function()
+    places = [] if compares else [slot.place for slot in slots if isinstance(slot, Read)]
+    return code.function(", ".join(f"r{place}" for place in places))

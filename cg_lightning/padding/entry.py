@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from cg_lightning.capture.entry import GraphEntry
@@ -31,7 +32,10 @@ class PaddedEntry:
         replays: What it counts from.
     """
 
-    __slots__ = ("_graph", "_guards", "_outputs", "_record", "padding", "record", "replays")
+    __slots__ = (
+        *("_given", "_graph", "_guards", "_outputs", "_padded", "_record"),
+        *("padding", "record", "replays"),
+    )
 
     def __init__(
         self,
@@ -47,6 +51,8 @@ class PaddedEntry:
         self.padding = padding
         self._outputs = outputs
         self._record = record
+        self._given: Sequence[Any] | None = None
+        self._padded: list[Any] = []
         self.record = graph.record
         self.replays = replays
         """Replays for this shape, and those of the graph that were compared before it."""
@@ -54,6 +60,28 @@ class PaddedEntry:
     def is_valid(self) -> bool:
         """Return True if the graph exists and its guards hold."""
         return self._graph.is_valid() and (self._guards is None or self._guards.check())
+
+    def pad(self, leaves: Sequence[Any], fill: Fill = Fill.GIVEN) -> list[Any]:
+        """Return the leaves of the padded batch, in the tensors that the graph reads.
+
+        If the graph was dropped, they are new tensors.
+        """
+        graph = self._graph
+        if graph.is_dropped:
+            return self.padding.pad(leaves, fill)
+        static, parts = graph.static_leaves, graph.parts.get(self.padding)
+        if parts is None:
+            parts = graph.parts[self.padding] = self.padding.parts_of(static)
+        return self.padding.pad_into(static, parts, leaves, fill)
+
+    def pad_ahead(self, leaves: Sequence[Any]) -> list[Any]:
+        """Do the same before :meth:`replay`, which must be the next to use the graph."""
+        self._given, self._padded = leaves, self.pad(leaves)
+        return self._padded
+
+    def forget(self) -> None:
+        """Forget the padded batch: its step does not run from the graph."""
+        self._given, self._padded = None, []
 
     def replay(
         self, leaves: list[Any], step: int, tree: Any = None, fill: Fill = Fill.GIVEN
@@ -66,7 +94,9 @@ class PaddedEntry:
             tree: The batch. The graph only computes, so it needs none.
             fill: What the padding is filled with.
         """
-        padded = self.padding.pad_into(self._graph.static_leaves, leaves, fill)
+        is_padded = self._given is leaves and fill is Fill.GIVEN
+        padded = self._padded if is_padded else self.pad(leaves, fill)
+        self.forget()
         output = self._graph.replay(padded, step)
         return self._outputs.cut(output, padded, leaves)
 

@@ -22,6 +22,17 @@ class Fill(enum.Enum):
     """It spreads to whatever is computed of it."""
 
 
+class Parts(NamedTuple):
+    """The parts of a padded tensor, as views: to make them takes longer than to write."""
+
+    real: Tensor
+    """Where the tensor itself is."""
+    others: list[tuple[int, Tensor, bool | int | float]]
+    """Each padded dimension but the first, its padding, and what that is filled with."""
+    rows: tuple[Tensor, Tensor] | None
+    """The padding of dimension 0, and the row that is repeated there; None: it is not padded."""
+
+
 class PaddedLeaf(NamedTuple):
     """One tensor of a batch that is padded."""
 
@@ -36,29 +47,38 @@ class PaddedLeaf(NamedTuple):
         """Return a new tensor of the padded shape."""
         order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
         new = torch.empty_permuted(self.padded, order, dtype=tensor.dtype, device=tensor.device)
-        self.pad_into(new, tensor, fill)
+        self.write(self.parts_of(new), tensor, fill)
         return new
 
-    def pad_into(self, new: Tensor, tensor: Tensor, fill: Fill) -> None:
-        """Write a tensor and all of its padding to ``new``, which has the padded shape."""
-        new[tuple([slice(size) for size in self.real])] = tensor
-        other = tensor if fill is Fill.GIVEN else _mirrored(tensor, fill is Fill.BELOW)
-        is_varied = bool(self.values) and fill is not Fill.GIVEN and not _is_mask(tensor)
-        for dim, value in self.values.items():
-            size = self.real[dim]
-            padding = new.narrow(dim, size, self.padded[dim] - size)
+    def parts_of(self, new: Tensor) -> Parts:
+        """Return the parts of a tensor of the padded shape."""
+        others = [
+            (dim, new.narrow(dim, self.real[dim], self.padded[dim] - self.real[dim]), value)
+            for dim, value in self.values.items()
+        ]
+        rows = self.real[0]
+        more_rows = (new[rows:], new[rows - 1]) if rows < self.padded[0] else None
+        return Parts(new[tuple([slice(size) for size in self.real])], others, more_rows)
+
+    def write(self, parts: Parts, tensor: Tensor, fill: Fill) -> None:
+        """Write a tensor, and all of its padding."""
+        parts.real.copy_(tensor)
+        for _, padding, value in parts.others:
             padding.fill_(value)
-            if is_varied:
+        if fill is not Fill.GIVEN and parts.others and not _is_mask(tensor):
+            other = _mirrored(tensor, fill is Fill.BELOW)
+            for dim, padding, _ in parts.others:
                 part = padding[tuple([slice(each) for each in self._without(dim)])]
                 part.copy_(other.narrow(dim, 0, 1).expand_as(part))
-        rows = self.real[0]
-        if rows < self.padded[0]:
-            new[rows:] = new[rows - 1]
-            if fill is not Fill.GIVEN:
-                part = new[rows:][tuple([slice(size) for size in self._without(0)])]
-                part.copy_(other[rows - 1].expand_as(part))
-                if fill is Fill.NAN and tensor.is_floating_point():
-                    part.fill_(float("nan"))
+        if parts.rows is None:
+            return
+        rows, last = parts.rows
+        rows.copy_(last)
+        if fill is not Fill.GIVEN:
+            part = rows[tuple([slice(size) for size in self._without(0)])]
+            part.copy_(_mirrored(tensor, fill is Fill.BELOW)[-1].expand_as(part))
+            if fill is Fill.NAN and tensor.is_floating_point():
+                part.fill_(float("nan"))
 
     def _without(self, dim: int) -> list[int | None]:
         return [None if each == dim else size for each, size in enumerate(self.real)]
@@ -126,11 +146,25 @@ class PaddedLeaves:
             padded[index] = leaf.pad(leaves[index], fill)
         return padded
 
-    def pad_into(self, static: Sequence[Any], leaves: Sequence[Any], fill: Fill) -> list[Any]:
-        """Return the leaves of the padded batch; write what is padded to tensors of ``static``."""
+    def parts_of(self, static: Sequence[Any]) -> dict[int, Parts]:
+        """Return the parts of tensors of the padded shapes, by the place of the leaf."""
+        with torch.inference_mode(False):  # written to in steps of both modes
+            return {index: leaf.parts_of(static[index]) for index, leaf in self._leaves.items()}
+
+    def pad_into(
+        self, static: Sequence[Any], parts: Mapping[int, Parts], leaves: Sequence[Any], fill: Fill
+    ) -> list[Any]:
+        """Return the leaves of the padded batch. What is padded is written to other tensors.
+
+        Args:
+            static: These tensors, of the padded shapes.
+            parts: What :meth:`parts_of` returns for them.
+            leaves: The leaves of the batch.
+            fill: What the padding is filled with.
+        """
         padded = list(leaves)
         for index, leaf in self._leaves.items():
-            leaf.pad_into(static[index], leaves[index], fill)
+            leaf.write(parts[index], leaves[index], fill)
             padded[index] = static[index]
         return padded
 

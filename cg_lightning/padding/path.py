@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from cg_lightning.core.reasons import NO_CHANGE, Changed, Reason
-from cg_lightning.host_values.path import ReadPath
-from cg_lightning.padding.leaves import PaddedLeaves
+from cg_lightning.host_values.path import ReadPath, read_together
+from cg_lightning.padding.entry import PaddedEntry
 
 
 class PaddedPath:
@@ -16,22 +18,46 @@ class PaddedPath:
     Args:
         real: What the step reads for the batch; None if nothing.
         padded: What it reads for the padded batch.
-        padding: How the batch is padded.
+        entry: Pads batches for the graph.
     """
 
-    def __init__(self, real: ReadPath | None, padded: ReadPath, padding: PaddedLeaves) -> None:
+    def __init__(self, real: ReadPath | None, padded: ReadPath, entry: PaddedEntry) -> None:
         self.real = real
         self._padded = padded
-        self._padding = padding
+        self._entry = entry
 
     def holds(self, leaves: Sequence[Any]) -> bool:
-        """Return True if both give the values that were read."""
-        if self.real is not None and not self.real.holds(leaves):
-            return False
+        """Return True if both give the values that were read.
+
+        The padded batch is then where the graph reads it. The device computes what is read for the
+        batch while the host pads it, and the host waits for all values at once.
+        """
         copied = self._padded.copies_of(leaves)
         if copied is not None:
-            return self._padded.holds_on_host(self._padding.pad_some(copied))
-        return self._padded.holds_for(self._padding.pad_some(self._padded.reads_of(leaves)))
+            if self.real is not None and not self.real.holds(leaves):
+                return False
+            return self._padded.holds_on_host(self._entry.padding.pad_some(copied))
+        values = None if self.real is None else self.real.begin(leaves)
+        if values is None and self.real is not None and not self.real.holds(leaves):
+            return False
+        padded = self._entry.pad_ahead(leaves)
+        more = None if values is None else self._padded.begin(padded)
+        if self._hold(padded, values, more):
+            return True
+        self._entry.forget()
+        return False
+
+    def _hold(
+        self, padded: list[Any], values: list[Tensor] | None, more: list[Tensor] | None
+    ) -> bool:
+        if self.real is None or values is None:
+            return self._padded.holds(padded)
+        found = read_together([*values, *(more or ())])
+        if not self.real.holds_with(found[: len(values)]):
+            return False
+        if more is None:
+            return self._padded.holds(padded)
+        return self._padded.holds_with(found[len(values) :])
 
     def is_ruled_out_by(self, failed: object) -> bool:
         """Return False: only the batch tells."""

@@ -326,7 +326,7 @@ class PaddedSteps:
                 if padding.has_rows:
                     self._check_fill(Fill.NAN, owner, entry, call, eager.output)
             if isinstance(owner.path, ReadPath):
-                variant.path = PaddedPath(real, owner.path, padding)
+                variant.path = PaddedPath(real, owner.path, entry)
             self._dispatcher.borrowed(plan.state, variant, entry)
             return entry
 
