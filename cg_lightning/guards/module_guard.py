@@ -200,6 +200,7 @@ class ModuleGuard:
         self._scripted = self._flags.scripted
         every = self._every_table = self._current_tables()
         self._tables = [table for table in every if isinstance(table, dict) and table]
+        self._views = [table.values() for table in self._tables]  # they follow their dictionaries
         self._empty_tables = [table for table in every if not table]
         self._tables_of_scripted = [
             table for table in every if not isinstance(table, dict) and table
@@ -223,7 +224,7 @@ class ModuleGuard:
         return [*chain.from_iterable(tables), *global_hooks()]
 
     def _current_members(self) -> list[Any]:
-        members = list(chain.from_iterable(map(dict.values, self._tables)))
+        members = list(chain.from_iterable(self._views))
         if self._tables_of_scripted:
             members += [member for table in self._tables_of_scripted for member in table.values()]
         return members
