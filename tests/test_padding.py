@@ -29,7 +29,7 @@ from cg_lightning.core.tree import flatten
 from cg_lightning.diagnosis.watcher import DETECTORS, StepWatcher
 from cg_lightning.host_values.exact_operations import SCALAR_READS
 from cg_lightning.padding.entry import PaddedEntry
-from cg_lightning.padding.leaves import PaddedLeaf, PaddedLeaves
+from cg_lightning.padding.leaves import Fill, PaddedLeaf, PaddedLeaves
 from cg_lightning.padding.output_cut import OutputCut
 from cg_lightning.padding.path import PaddedPath
 from cg_lightning.padding.rules import MOST_KINDS, GivenRules, ProposedRules
@@ -1366,10 +1366,49 @@ def test_settings_that_do_not_fit_the_batch_are_refused_before_it_runs(harness, 
 
 
 def test_a_size_that_memory_cannot_hold_is_not_padded(harness):
-    with pytest.warns(UserWarning, match=r"batches of shapes 4x8 are not padded: .*memory") as seen:
-        callback = run(harness, Step(plain), batches(*[4] * 6), capture_sizes=[10**13])
+    data = [x for width in (8, 9) for x in batches(*[4] * 6, *[3] * 6, width=width)]
+    step = Step(lambda self, x: self.net(x[:, :8]))
+    with pytest.warns(UserWarning, match=r"shapes 4x8 are not padded: no memory for .*") as seen:
+        callback = run(harness, step, data, capture_sizes=[10**13])
     assert sum("are not padded" in str(each.message) for each in seen) == 1
-    assert callback.stats.replays == 3, callback.summary()
+    records = callback.stats.padding
+    assert [each.shapes for each in records] == ["10000000000000x8", "10000000000000x9"]
+    assert causes(callback) == {Cause.PADDING_TOO_LARGE}
+    assert "not padded: no memory for the padded batch" in str(callback.summary())
+    assert callback.stats.replays == 12, callback.summary()
+
+
+def test_memory_that_gets_scarce_leaves_batches_in_their_own_shapes(harness, monkeypatch):
+    """No test can fill the memory of the host, so the allocation is made to fail."""
+    pad = PaddedLeaves.pad
+
+    def fails_for_three(self, leaves, fill=Fill.GIVEN):
+        if len(leaves[0]) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+        return pad(self, leaves, fill)
+
+    monkeypatch.setattr(PaddedLeaves, "pad", fails_for_three)
+    with pytest.warns(UserWarning, match="shapes 3x8 are not padded: .*CUDA out of memory"):
+        callback = run(harness, Step(plain), batches(*SIZES, *SIZES), capture_sizes=[4])
+    assert causes(callback) == {Cause.PADDING_TOO_LARGE}
+    assert padded_steps(callback) >= 4, callback.summary()  # of shapes that were compared before
+
+
+def test_the_key_of_a_padded_batch_is_known_without_padding_it(harness, monkeypatch):
+    """Nothing is written until the graph of a shape is compared with eager."""
+    padded: list[int] = []
+    write = PaddedLeaf.write
+
+    def counted(self, parts, tensor, fill):
+        padded.append(len(tensor))
+        write(self, parts, tensor, fill)
+
+    monkeypatch.setattr(PaddedLeaf, "write", counted)
+    sizes = (4, 4, 4, 4, 3, 2, 1)  # they come once, so they are not compared
+    run(harness, Step(plain), batches(*sizes), capture_sizes=[4])
+    assert not padded
+    run(harness, Step(plain), batches(*SIZES), capture_sizes=[4])
+    assert set(padded) == {1, 2, 3}
 
 
 def test_a_later_batch_that_settings_do_not_fit_keeps_its_shape(harness):

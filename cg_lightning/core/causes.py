@@ -29,6 +29,7 @@ class Cause(enum.Enum):
     GRADIENTS = "gradients enabled"
     ROWS_NOT_INDEPENDENT = "rows not independent"
     POSITIONS_NOT_INDEPENDENT = "positions not independent"
+    PADDING_TOO_LARGE = "no memory for the padded batch"
     BACKWARD = "backward outside the graph"
     GRAPHED_ALREADY = "compiled with CUDA graphs of its own"
 
@@ -78,6 +79,7 @@ _REMEDIES = {
     Cause.POSITIONS_NOT_INDEPENDENT: (
         "give the step a mask of the padding and pad it with the value that hides a position"
     ),
+    Cause.PADDING_TOO_LARGE: "pad to smaller sizes",
     Cause.BACKWARD: (
         "return a loss that depends on parameters of the module alone; read gradients in a hook"
     ),

@@ -165,7 +165,7 @@ def can_be_written(tensor: Tensor) -> bool:
     return not is_expanded and (torch.is_inference_mode_enabled() or not tensor.is_inference())
 
 
-def _put_back(tensor: Tensor, value: Tensor) -> None:
+def put_back(tensor: Tensor, value: Tensor) -> None:
     """Copy a value into a tensor: part by part, since sparse ones are given other memory."""
     pairs = list(zip(parts_of(tensor), parts_of(value), strict=True))
     if all(part.shape == before.shape for part, before in pairs):
@@ -223,7 +223,7 @@ class StepState:
         with torch.no_grad():
             for _, buffer, value in self._buffers:
                 if can_be_written(buffer):
-                    _put_back(buffer, value)
+                    put_back(buffer, value)
         self._attributes.restore()
         self._given.restore()
         self._containers.restore()
@@ -253,11 +253,8 @@ class StepState:
         return values if self._metrics is None else [*values, *self._metrics.values()]
 
 
-class NoState(StepState):
-    """The state of a step that changes nothing: nothing is stored, and nothing is put back."""
-
-    def __init__(self) -> None:
-        pass
+class NoState:
+    """The state of a step that changes nothing, for callers of :class:`StepState`."""
 
     def restore(self) -> None:
         """Do nothing."""

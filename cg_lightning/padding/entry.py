@@ -33,7 +33,7 @@ class PaddedEntry:
     """
 
     __slots__ = (
-        *("_given", "_graph", "_guards", "_outputs", "_padded", "_record"),
+        *("_fill", "_given", "_graph", "_guards", "_outputs", "_padded", "_record"),
         *("padding", "record", "replays"),
     )
 
@@ -53,6 +53,7 @@ class PaddedEntry:
         self._record = record
         self._given: Sequence[Any] | None = None
         self._padded: list[Any] = []
+        self._fill = Fill.GIVEN
         self.record = graph.record
         self.replays = replays
         """Replays for this shape, and those of the graph that were compared before it."""
@@ -61,23 +62,24 @@ class PaddedEntry:
         """Return True if the graph exists and its guards hold."""
         return self._graph.is_valid() and (self._guards is None or self._guards.check())
 
-    def pad(self, leaves: Sequence[Any], fill: Fill = Fill.GIVEN) -> list[Any]:
+    @property
+    def is_dropped(self) -> bool:
+        """Whether the graph was dropped."""
+        return self._graph.is_dropped
+
+    def pad_ahead(self, leaves: Sequence[Any], fill: Fill = Fill.GIVEN) -> list[Any]:
         """Return the leaves of the padded batch, in the tensors that the graph reads.
 
-        If the graph was dropped, they are new tensors.
+        :meth:`replay` must be the next to use the graph; then it does not pad again.
         """
-        graph = self._graph
-        if graph.is_dropped:
-            return self.padding.pad(leaves, fill)
-        static, parts = graph.static_leaves, graph.parts.get(self.padding)
-        if parts is None:
-            parts = graph.parts[self.padding] = self.padding.parts_of(static)
-        return self.padding.pad_into(static, parts, leaves, fill)
-
-    def pad_ahead(self, leaves: Sequence[Any]) -> list[Any]:
-        """Do the same before :meth:`replay`, which must be the next to use the graph."""
-        self._given, self._padded = leaves, self.pad(leaves)
+        self._given, self._fill, self._padded = leaves, fill, self._pad(leaves, fill)
         return self._padded
+
+    def _pad(self, leaves: Sequence[Any], fill: Fill) -> list[Any]:
+        static, parts = self._graph.static_leaves, self._graph.parts.get(self.padding)
+        if parts is None:
+            parts = self._graph.parts[self.padding] = self.padding.parts_of(static)
+        return self.padding.pad_into(static, parts, leaves, fill)
 
     def forget(self) -> None:
         """Forget the padded batch: its step does not run from the graph."""
@@ -94,8 +96,8 @@ class PaddedEntry:
             tree: The batch. The graph only computes, so it needs none.
             fill: What the padding is filled with.
         """
-        is_padded = self._given is leaves and fill is Fill.GIVEN
-        padded = self._padded if is_padded else self.pad(leaves, fill)
+        is_padded = self._given is leaves and self._fill is fill
+        padded = self._padded if is_padded else self._pad(leaves, fill)
         self.forget()
         output = self._graph.replay(padded, step)
         return self._outputs.cut(output, padded, leaves)

@@ -43,10 +43,14 @@ class PaddedLeaf(NamedTuple):
     values: Mapping[int, bool | int | float]
     """What the padding of each dimension but the first is filled with."""
 
+    def empty(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """Return a new tensor of the padded shape, with any values."""
+        order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+        return torch.empty_permuted(self.padded, order, dtype=tensor.dtype, device=device)
+
     def pad(self, tensor: Tensor, fill: Fill) -> Tensor:
         """Return a new tensor of the padded shape."""
-        order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-        new = torch.empty_permuted(self.padded, order, dtype=tensor.dtype, device=tensor.device)
+        new = self.empty(tensor, tensor.device)
         self.write(self.parts_of(new), tensor, fill)
         return new
 
@@ -138,6 +142,23 @@ class PaddedLeaves:
             math.prod(leaf.padded) - math.prod(leaf.real) for leaf in changed
         )
         """Elements of all tensors of a padded batch."""
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes that tensors are padded to."""
+        return tuple([leaf.padded for leaf in self._leaves.values()])
+
+    def empty(self, leaves: Sequence[Any], device: torch.device | None = None) -> list[Any]:
+        """Return leaves like those of the padded batch. What is padded has any values.
+
+        Args:
+            leaves: The leaves of the batch.
+            device: Where they are; None: where the batch is.
+        """
+        like = list(leaves)
+        for index, leaf in self._leaves.items():
+            like[index] = leaf.empty(like[index], device or like[index].device)
+        return like
 
     def pad(self, leaves: Sequence[Any], fill: Fill = Fill.GIVEN) -> list[Any]:
         """Return the leaves of the padded batch. Leaves that are not padded are the same."""

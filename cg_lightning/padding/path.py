@@ -33,9 +33,11 @@ class PaddedPath:
         batch while the host pads it, and the host waits for all values at once.
         """
         copied = self._padded.copies_of(leaves)
-        if copied is not None:
+        if copied is not None or self._entry.is_dropped:  # then the padded batch is found anew
             if self.real is not None and not self.real.holds(leaves):
                 return False
+            if copied is None:
+                return True
             return self._padded.holds_on_host(self._entry.padding.pad_some(copied))
         values = None if self.real is None else self.real.begin(leaves)
         if values is None and self.real is not None and not self.real.holds(leaves):

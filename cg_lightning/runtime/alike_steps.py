@@ -73,14 +73,12 @@ class AlikeSteps:
         It must do nothing but compute its output: else nothing of it can be done ahead.
         """
         return key not in self._unlike and any(
-            each.variant.watched.only_computes for each in self._known_like(key)
+            each.variant.only_computes for each in self._known_like(key)
         )
 
     def has_gone(self, key: BatchDescriptor, way: Way) -> bool:
         """Return True if such a step went this way."""
-        return any(
-            each.way == way and each.variant.watched.only_computes for each in self._known_like(key)
-        )
+        return any(each.way == way and each.variant.only_computes for each in self._known_like(key))
 
     def expect(self, key: BatchDescriptor, leaves: Sequence[Any]) -> Variant | None:
         """Return the variant that a new key may take over; None if it must be watched.

@@ -14,7 +14,7 @@ from cg_lightning.core.equality import same_leaf
 from cg_lightning.core.errors import NotIndependentError
 from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.way import Way, WayRecorder
-from cg_lightning.effects.step_state import HostRandomState
+from cg_lightning.effects.step_state import HostRandomState, put_back
 from cg_lightning.guards.values import has_memory
 from cg_lightning.padding.output_cut import OutputCut
 from cg_lightning.runtime.session import Session
@@ -79,7 +79,7 @@ class EagerRun:
             return
         with torch.no_grad():
             for tensor, value in changed:
-                tensor.copy_(value)
+                put_back(tensor, value)
         self._backend.set_random_state(self._random_state)
         raise NotIndependentError("the step writes to what it keeps, only for the padded batch")
 

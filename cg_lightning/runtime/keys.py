@@ -12,7 +12,9 @@ from typing import Any, NamedTuple, Protocol
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import NO_CHANGE, Changed, Reason, Status
+from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.guards.guard_set import Unguarded
+from cg_lightning.padding.leaves import PaddedLeaves
 from cg_lightning.report.stats import EntryRecord, HostTime, StepsRecord
 from cg_lightning.runtime.ledger import CaptureLedger
 from cg_lightning.runtime.trial import StepTimes, Trial
@@ -89,7 +91,7 @@ class Variant:
     """True if watching a second step may find less."""
     did_one_time_work: bool = False
     """True if the watched step did one-time work, so one more eager step must follow."""
-    watched: Any = None
+    watched: WatchedStep | None = None
     """The watched step, for messages."""
     record: StepsRecord | None = None
     """The row of its PIECEWISE steps in the statistics."""
@@ -99,7 +101,7 @@ class Variant:
     """The graph; None before the capture and after the graph was dropped."""
     path: Path | None = None
     """What the step reads on the host; None if it reads nothing, or if it is no graph."""
-    padding: Any = None
+    padding: PaddedLeaves | None = None
     """How batches of the key are padded, to run from the graph of another key; None: not."""
     is_taken_over: bool = False
     """True if it was watched in another shape, so it holds for batches that are padded only."""
@@ -121,6 +123,11 @@ class Variant:
         if self.path is not None and self.guards.check():
             return self.path.explain()
         return self.guards.explain()
+
+    @property
+    def only_computes(self) -> bool:
+        """Whether its watched step did nothing but compute its output."""
+        return self.watched is not None and self.watched.only_computes
 
     @property
     def mode(self) -> CUDAGraphMode:

@@ -103,8 +103,8 @@ class PaddedSteps:
         self._ahead = CaptureAhead(session, stage, name, step)
         self._dispatcher = session.target.dispatcher
         self._refused: dict[tuple[Any, ...], Reason] = {}
-        self._too_large: set[BatchDescriptor] = set()
-        """The keys whose padded batch cannot be made."""
+        self._too_large: set[tuple[Any, ...]] = set()
+        """Padded shapes that memory cannot hold."""
         self._alike = AlikeSteps(self._dispatcher)
         self._ways = WayRecorder()
         self._asked_for: set[tuple[Any, ...]] = set()
@@ -122,33 +122,45 @@ class PaddedSteps:
         Raises:
             ValueError: A setting does not fit the batch.
         """
+        found = self._padding_and_key(state, batch)
+        return None if found is None else found[0]
+
+    def _padding_and_key(
+        self, state: KeyState, batch: Any
+    ) -> tuple[PaddedLeaves, tuple[Any, ...]] | None:
+        """Return how a batch is padded, and the fields of the key of the padded batch."""
         if not self._may_be_padded(state, batch):
             return None
         leaves = flatten(batch)[0]
         padding = self._padder.pad(leaves, self._padder.rules_of(batch, leaves))
-        if padding is None:
+        if padding is None or padding.shapes in self._too_large:
             return None
         try:
-            is_refused = self._padded_key(state, batch, padding) in self._refused
+            like = rebuild(batch, iter(padding.empty(leaves)))
         except RuntimeError as error:  # PyTorch has no class for sizes that are too large
+            self._note_too_large(state.descriptor, batch, padding, error)
+            return None
+        fields = self._describe(like, state.descriptor)[0]
+        return None if fields in self._refused else (padding, fields)
+
+    def _note_too_large(
+        self, key: BatchDescriptor, batch: Any, padding: PaddedLeaves, error: RuntimeError
+    ) -> None:
+        cause = Cause.PADDING_TOO_LARGE
+        reason = Reason(cause, f"{cause.value}: {str(error).splitlines()[0]}")
+        like = rebuild(batch, iter(padding.empty(flatten(batch)[0], torch.device("meta"))))
+        padded = BatchDescriptor(*self._describe(like, key)[0])
+        self._session.stats.padded(self._name, padded).reason = reason
+        if not self._too_large:
             warnings.warn(
-                f"CUDAGraphCallback: batches of shapes {state.descriptor.shapes()} are not padded: "
-                f"{str(error).splitlines()[0]}",
+                f"CUDAGraphCallback: batches of shapes {key.shapes()} are not padded: {reason}. "
+                "Further sizes that are too large are in callback.stats.padding.",
                 stacklevel=2,
             )
-            self._too_large.add(state.descriptor)
-            return None
-        return None if is_refused else padding
-
-    def _padded_key(self, state: KeyState, batch: Any, padding: PaddedLeaves) -> tuple[Any, ...]:
-        """Return the fields of the key of a padded batch."""
-        padded = rebuild(batch, iter(padding.pad(flatten(batch)[0])))
-        return self._describe(padded, state.descriptor)[0]
+        self._too_large.add(padding.shapes)
 
     def _may_be_padded(self, state: KeyState, batch: Any) -> bool:
         if state.without_batch is not None or (not self._is_whole and self._pieces is None):
-            return False
-        if state.descriptor in self._too_large:
             return False
         try:
             own = self._describe(batch, state.descriptor)[0]
@@ -165,15 +177,16 @@ class PaddedSteps:
         """
         if state.without_batch is None:
             self._padder.note(batch)
-        padding = self.padding_of(state, batch)
-        if padding is None:
+        found = self._padding_and_key(state, batch)
+        if found is None:
             self._begin_in_pieces(state, batch)
             return
+        padding, fields = found
         if self._is_whole:
             variant = self._alike.expect(state.descriptor, flatten(batch)[0])
             if variant is not None:
                 variant.padding = padding
-                variant.compare_at = self._compare_at(state, batch, variant, padding)
+                variant.compare_at = self._compare_at(state, variant, fields)
                 self._dispatcher.add_variant(state, variant)
             return
         if self._pieces is None:
@@ -183,9 +196,7 @@ class PaddedSteps:
             variant = Variant(Unguarded(), modes, reason, padding=padding)
             self._dispatcher.add_variant(state, variant)
 
-    def _compare_at(
-        self, state: KeyState, batch: Any, variant: Variant, padding: PaddedLeaves
-    ) -> int:
+    def _compare_at(self, state: KeyState, variant: Variant, fields: tuple[Any, ...]) -> int:
         """Return at which step of a new key the graph is compared: the first one if it pays.
 
         It does not if there is no graph yet, and no other key has asked for it; nor if as many keys
@@ -194,9 +205,8 @@ class PaddedSteps:
         again = sum(each.sights > 1 for each in self._shapes)
         once = len(self._shapes) - again
         self._shapes.append(state)
-        if not variant.watched.only_computes:
+        if not variant.only_computes:
             return 2
-        fields = self._padded_key(state, batch, padding)
         owner = self._dispatcher.known(fields)
         has_graph = owner is not None and any(each.entry is not None for each in owner.variants)
         if not has_graph and fields not in self._asked_for:
@@ -282,7 +292,7 @@ class PaddedSteps:
         else:
             session.watched(plan, watched)
 
-    def run(self, plan: Plan, call: GraphCall) -> Outcome:
+    def run(self, plan: Plan, call: GraphCall) -> Outcome | None:
         """Compare the step from the graph of the padded batch with eager.
 
         If there is no such graph, it is captured. If the results differ, the user gets eager's, and
@@ -291,15 +301,25 @@ class PaddedSteps:
         Args:
             plan: The decision: capture or verify.
             call: The step.
+
+        Returns:
+            None if memory cannot hold the padded batch: the step has not run.
         """
         variant = plan.variant
-        assert variant is not None and isinstance(variant.padding, PaddedLeaves)  # noqa: PT018
+        assert variant is not None and variant.padding is not None  # noqa: PT018
         padding = variant.padding
-        padded = self._padded_call(call, padding)
-        eager = EagerRun(call, self._session, self._ways)
         path = variant.path.real if isinstance(variant.path, PaddedPath) else variant.path
         assert path is None or isinstance(path, ReadPath)
         real: ReadPath | None = path
+        try:
+            leaves = padding.pad(call.leaves)
+        except RuntimeError as error:  # there is less memory now
+            self._note_too_large(call.descriptor, call.tree, padding, error)
+            variant.path = real
+            self._dispatcher.not_padded(plan.state, variant)
+            return None
+        padded = self._padded_call(call, leaves)
+        eager = EagerRun(call, self._session, self._ways)
 
         def get_entry() -> PaddedEntry:
             nonlocal real
@@ -312,6 +332,7 @@ class PaddedSteps:
             assert isinstance(owner.entry, GraphEntry)
             if variant.is_taken_over:
                 real = self._take_over(variant, call, eager.way, owner)
+            assert variant.watched is not None and owner.watched is not None  # noqa: PT018
             if variant.watched.called() != owner.watched.called():
                 raise NotIndependentError("the step calls other submodules for the padded batch")
             record = self._session.stats.padded(self._name, padded.descriptor)
@@ -381,8 +402,8 @@ class PaddedSteps:
             training=like.training,
         )
 
-    def _padded_call(self, call: GraphCall, padding: PaddedLeaves) -> GraphCall:
-        tree = rebuild(call.tree, iter(padding.pad(call.leaves)))
+    def _padded_call(self, call: GraphCall, padded: list[Any]) -> GraphCall:
+        tree = rebuild(call.tree, iter(padded))
         fields, leaves = self._describe(tree, call.descriptor)
         return dataclasses.replace(
             call, descriptor=BatchDescriptor(*fields), tree=tree, leaves=leaves
@@ -486,7 +507,7 @@ class PaddedSteps:
         Raises:
             NotIndependentError: They differ.
         """
-        if owner.path is not None and not owner.path.holds(entry.padding.pad(call.leaves, fill)):
+        if owner.path is not None and not owner.path.holds(entry.pad_ahead(call.leaves, fill)):
             raise NotIndependentError(f"with another padding, {owner.path.explain()}")
         found = entry.replay(call.leaves, self._session.cache.step, fill=fill)
         difference = self._session.difference(found, expected)

@@ -50,7 +50,7 @@ _NO_WARM_TARGET = Reason(
 _ENTRIES = (GraphEntry, PaddedEntry)
 _MAY_BE_STRICT_ABOUT = {
     *(Status.WARM_UP, Status.CHANGED, Status.VALUE_READ),
-    *(Cause.ROWS_NOT_INDEPENDENT, Cause.POSITIONS_NOT_INDEPENDENT),
+    *(Cause.ROWS_NOT_INDEPENDENT, Cause.POSITIONS_NOT_INDEPENDENT, Cause.PADDING_TOO_LARGE),
 }
 """``strict`` does not raise for these reasons, because a capture may follow such steps."""
 

@@ -55,7 +55,7 @@ def _leaves(output: Any, values: list[tuple[str, Any]]) -> list[Any]:
     return [*flatten(output)[0], *[value for _, value in values]]
 
 
-def _values(state: StepState, comparison: Comparison | None) -> list[tuple[str, Any]]:
+def _values(state: StepState | NoState, comparison: Comparison | None) -> list[tuple[str, Any]]:
     """Return names and values of everything that the latest run has changed or returned."""
     late = [] if comparison is None else comparison.late_arguments()
     return [*state.values(), *late]
@@ -172,7 +172,7 @@ class Verifier:
 
     def _state(
         self, target: CaptureTarget, call: GraphCall, held_before: Sequence[Tensor] = ()
-    ) -> StepState:
+    ) -> StepState | NoState:
         if target.only_computes:
             return NoState()
         given = (call.tree, call.frozen_args, call.frozen_kwargs)
