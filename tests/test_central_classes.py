@@ -806,7 +806,7 @@ def test_a_training_step_computes_gradients_and_changes_none_until_it_is_finishe
         result = step.finish(Closure(lambda: None), output)
         loss = reference.training_step(batch, 0) / 2
         loss.backward()
-        assert_same(result.closure_loss, loss.detach())
+        assert_same([result.closure_loss, result.loss], [loss.detach()] * 2)
         expected = [p.grad for p in reference.parameters()]
         assert_same([p.grad for p in module.parameters()], expected)
 

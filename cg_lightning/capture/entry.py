@@ -30,8 +30,8 @@ from torch import Tensor
 from cg_lightning.backends import CapturedGraph
 from cg_lightning.capture.answered_reads import raise_other_value
 from cg_lightning.capture.outputs import (
+    GroupedCopies,
     OutputPlan,
-    copies_of,
     copy_of_own_kind,
     copy_with_strides,
     is_cloned_with_strides,
@@ -74,7 +74,7 @@ class GraphEntry:
             "_graph",
             "_inputs",
         ),
-        *("_is_built", "_is_copied_in_groups"),
+        *("_grouped_copies", "_is_built"),
         *("_outputs", "_takers", "_value", "last_step", "parts", "record", "replays"),
     )
 
@@ -97,14 +97,14 @@ class GraphEntry:
         self._value = outputs.value if outputs.is_one_value else None
         self._computed = computed
         self._copy: Callable[[Tensor], Tensor] = Tensor.clone
-        self._is_copied_in_groups = False
+        self._grouped_copies: GroupedCopies | None = None
         is_inference = torch.is_inference_mode_enabled()
         if any(tensor.is_inference() != is_inference for tensor in computed):
             self._copy = copy_of_own_kind
         elif not all(map(is_cloned_with_strides, computed)):
             self._copy = copy_with_strides
-        elif len(computed) >= _MANY:
-            self._is_copied_in_groups = True
+        elif copies_outputs and len(computed) >= _MANY:
+            self._grouped_copies = GroupedCopies([*effect_tensors, *computed])
         self._effects = effects
         self._validity_checks = methods(effects, "is_valid")
         self._before_replay = methods(effects, "before_replay")
@@ -186,17 +186,19 @@ class GraphEntry:
         self._graph.replay()
         if self._copies_back:
             self._inputs.copy_back(leaves)
+        computed, grouped = self._computed, self._grouped_copies
+        if grouped is not None:
+            copies = grouped.make()
+            computed = copies[len(self._effect_tensors) :]
         if self._after_replay:
-            given = iter([tensor.clone() for tensor in self._effect_tensors])
+            given = iter(
+                [tensor.clone() for tensor in self._effect_tensors] if grouped is None else copies
+            )
             for finish in self._after_replay:
                 finish(given)
-        computed = self._computed
-        if self._copies_outputs:
-            if self._is_copied_in_groups:
-                computed = copies_of(computed)
-            else:
-                copy = self._copy
-                computed = [copy(tensor) for tensor in computed]
+        if grouped is None and self._copies_outputs:
+            copy = self._copy
+            computed = [copy(tensor) for tensor in computed]
         if self._is_built:
             output = self._outputs.build(leaves, computed, tree)
             for taker in self._takers:
@@ -222,4 +224,5 @@ class GraphEntry:
         self._graph = self._inputs = None
         self.parts.clear()
         self._computed, self._effects, self._effect_tensors = [], [], []
+        self._grouped_copies = None
         self._before_replay, self._after_replay, self._validity_checks = [], [], []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -178,6 +179,12 @@ class OutputPlan:
         """The output, if :attr:`is_one_value`."""
         return self.sources[0][1]
 
+    @functools.cached_property
+    def _is_computed_in_order(self) -> bool:
+        """Whether the leaves are the computed tensors, as of a loss and its gradients."""
+        in_order = [(_Source.COMPUTED, index) for index in range(len(self.sources))]
+        return self.sources == in_order and not self.host_copies
+
     def build(self, inputs: list[Any], computed: list[Tensor], tree: Any) -> Any:
         """Return the output of one replay.
 
@@ -186,6 +193,8 @@ class OutputPlan:
             computed: The tensors that the graph has computed.
             tree: The current batch.
         """
+        if self._is_computed_in_order:
+            return rebuild(self.template, iter(computed)) if self.is_nested else computed[0]
         given = list(containers_in(tree)) if self.gives_containers else []
         leaves = [
             value
@@ -314,20 +323,41 @@ def copy_of_own_kind(tensor: Tensor) -> Tensor:
         return copy_with_strides(tensor)
 
 
-def copies_of(tensors: list[Tensor]) -> list[Tensor]:
-    """Return copies of many tensors that ``clone`` copies with their strides.
+class GroupedCopies:
+    """Copies many tensors that ``clone`` copies with their strides.
 
-    One grouped copy for each dtype takes less time on the host than a ``clone`` of each tensor.
+    One grouped clone for each dtype takes less time on the host than a ``clone`` of each tensor.
+
+    Args:
+        tensors: The tensors.
     """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._number = len(tensors)
+        self._groups: dict[torch.dtype, tuple[list[int], list[Tensor]]] = {}
+        for index, tensor in enumerate(tensors):
+            places, group = self._groups.setdefault(tensor.dtype, ([], []))
+            places.append(index)
+            group.append(tensor)
+
+    def make(self) -> list[Tensor]:
+        """Return copies of what the tensors have now, in their order."""
+        copies: list[Any] = [None] * self._number
+        for places, group in self._groups.values():
+            for index, copy in zip(places, _clones(group), strict=True):
+                copies[index] = copy
+        return copies
+
+
+def _clones_of_older_torch(tensors: list[Tensor]) -> list[Tensor]:
     copies = [torch.empty_like(tensor) for tensor in tensors]
-    groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-    for copy, tensor in zip(copies, tensors, strict=True):
-        targets, sources = groups.setdefault(tensor.dtype, ([], []))
-        targets.append(copy)
-        sources.append(tensor)
-    for targets, sources in groups.values():
-        torch._foreach_copy_(targets, sources)
+    torch._foreach_copy_(copies, tensors)
     return copies
+
+
+_clones: Callable[[list[Tensor]], Sequence[Tensor]] = getattr(
+    torch, "_foreach_clone", _clones_of_older_torch
+)
 
 
 def is_cloned_with_strides(tensor: Tensor) -> bool:

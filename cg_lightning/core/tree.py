@@ -166,7 +166,10 @@ def rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
     if container is None:
         return next(leaves)
     keys, values = container.children(tree)
-    return container.build(tree, keys, [rebuild(value, leaves) for value in values])
+    parts = [
+        next(leaves) if _container(value) is None else rebuild(value, leaves) for value in values
+    ]
+    return container.build(tree, keys, parts)
 
 
 def containers_in(tree: Any) -> Iterator[Any]:

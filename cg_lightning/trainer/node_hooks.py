@@ -7,9 +7,8 @@ dictionary lives as long as the node.
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -46,16 +45,8 @@ class NodeHooks:
         self._tables: list[weakref.ref[dict[int, Any]]] = []
         """The hooks of each node that has got one."""
         self._original: staticmethod[..., Any] | None = None
-        self._is_in_closure = False
-
-    @contextlib.contextmanager
-    def in_closure(self) -> Iterator[None]:
-        """While a closure runs: a graph holds the hooks that its step adds."""
-        self._is_in_closure = True
-        try:
-            yield
-        finally:
-            self._is_in_closure = False
+        self.is_in_closure = False
+        """Whether a closure runs: a graph holds the hooks that its step adds."""
 
     def __bool__(self) -> bool:
         """Return True if there is such a hook."""
@@ -77,7 +68,7 @@ class NodeHooks:
 
         def register(table: Any, hook: Any) -> Any:
             found, handle = original.__func__(table, hook)
-            if not self._is_in_closure:
+            if not self.is_in_closure:
                 self._note(found)
             return found, handle
 

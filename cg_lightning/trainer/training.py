@@ -146,16 +146,16 @@ class TrainingInstallation:
         return _InterceptedClosure(closure, tuple(kwargs.values()), self._run)
 
     def _run(self, closure: _InterceptedClosure) -> ClosureResult:
-        step = functools.partial(self._run_step, closure)
-        with (
-            self._node_hooks.in_closure(),
-            logging_in(self._module, _NAME),
-            torch.no_grad(),
-        ):
-            if self._ddp is None:
-                output = step(*closure.arguments)
-            else:
-                output = self._ddp.run(step, closure.arguments)
+        self._node_hooks.is_in_closure = True
+        try:
+            with logging_in(self._module, _NAME), torch.no_grad():
+                if self._ddp is None:
+                    output = self._run_step(closure, *closure.arguments)
+                else:
+                    step = functools.partial(self._run_step, closure)
+                    output = self._ddp.run(step, closure.arguments)
+        finally:
+            self._node_hooks.is_in_closure = False
         if isinstance(output, FinishedClosure):
             result: ClosureResult = output.result
             return result

@@ -51,6 +51,7 @@ _COLLECTIVES = frozenset(
     }
 )
 """Functions that all ranks must call in one order."""
+_LOGGING_HOOK = "_current_fx_name"  # private
 _NO_LOSS = "`training_step` returned `None`. If this was on purpose, ignore this warning..."
 """The warning of Lightning."""
 
@@ -160,10 +161,14 @@ class TrainingStep:
             if output.gradients is not None:
                 if closure._zero_grad_fn is not None:
                     closure._zero_grad_fn()
-                self._add(output.gradients)
+                with torch.no_grad():
+                    self._add(output.gradients)
             # it calls on_after_backward
             self._trainer.precision_plugin.post_backward(output.loss, self._module)
-        return ClosureResult(output.loss, extra=output.extra)
+        # if it is given the loss, it copies it; but this one is a quotient, which nobody else has
+        result = ClosureResult(None, extra=output.extra)
+        result.closure_loss = result.loss = output.loss
+        return result
 
     def finish_as_lightning(self, closure: Closure, unfinished: UnfinishedClosure) -> ClosureResult:
         """Do what Lightning's closure does after its step."""
@@ -177,7 +182,6 @@ class TrainingStep:
                 closure._backward_fn(result.closure_loss)
         return result
 
-    @torch.no_grad()
     def _add(self, gradients: dict[str, Tensor | None]) -> None:
         """Do what PyTorch does at the end of a backward."""
         parameters = self.parameters()
@@ -287,12 +291,23 @@ def _nodes(loss: Tensor) -> Iterator[Any]:
                 nodes.append(following)
 
 
-@contextlib.contextmanager
-def logging_in(module: LightningModule, hook: str) -> Iterator[None]:
-    """While this is entered, ``self.log`` belongs to a hook."""
-    before = module._current_fx_name
-    module._current_fx_name = hook
-    try:
-        yield
-    finally:
-        module._current_fx_name = before
+class logging_in:  # noqa: N801  # a context, and cheaper than a generator
+    """While this is entered, ``self.log`` belongs to a hook.
+
+    Args:
+        module: The module that logs.
+        hook: The name of the hook.
+    """
+
+    __slots__ = ("_attributes", "_before", "_hook")
+
+    def __init__(self, module: LightningModule, hook: str) -> None:
+        self._attributes = vars(module)  # setting an attribute of a module takes longer
+        self._hook = hook
+
+    def __enter__(self) -> None:
+        self._before = self._attributes[_LOGGING_HOOK]
+        self._attributes[_LOGGING_HOOK] = self._hook
+
+    def __exit__(self, *_: object) -> None:
+        self._attributes[_LOGGING_HOOK] = self._before
