@@ -131,6 +131,22 @@ class ReducesInBackward(NormalizesOverRanks):
     function = ReducedBackward
 
 
+def plus_mean_over_ranks(gradient):
+    mean = gradient.mean(0)
+    torch.distributed.all_reduce(mean)
+    return gradient + mean
+
+
+class ReducesInHook(NormalizesOverRanks):
+    """A hook of an activation runs a collective."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        hidden = self.net[:2](x)
+        hidden.register_hook(plus_mean_over_ranks)
+        return nn.functional.cross_entropy(self.net[2](hidden), y)
+
+
 class LogsOverRanks(Classifier):
     """Logs values that are reduced over the ranks, after the step and at the end of an epoch."""
 
@@ -218,6 +234,7 @@ CASES = {
     "logs over ranks in the step": (LogsOverRanksInStep, {}),
     "normalized over ranks": (NormalizesOverRanks, {"strategy": small_buckets}),
     "reduced in the backward": (ReducesInBackward, {"strategy": small_buckets}),
+    "reduced in a hook": (ReducesInHook, {"strategy": small_buckets}),
 }
 
 

@@ -20,6 +20,7 @@ EAGER = {
     "logs over ranks in the step": ((0, 1), "collective"),
     "normalized over ranks": ((0, 1), "collective"),
     "reduced in the backward": ((0, 1), "ReducedBackward runs a collective"),
+    "reduced in a hook": ((0, 1), "plus_mean_over_ranks runs a collective"),
     "synchronized norm": ((0, 1), "collective"),
     "synchronized norm, other shapes": ((0, 1), "collective"),
 }

@@ -1,13 +1,14 @@
 """Training: hooks and memory of gradients that come or go after a graph was captured."""
 
 import copy
+import inspect
 import signal
 
 import pytest
 import torch
 from lightning.pytorch import Callback, callbacks
 from torch import nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.nn import functional as F
 from torch.nn import utils
 
@@ -326,6 +327,189 @@ class HookOfOtherNode(Step):
 def test_hooks_of_nodes_that_are_gone_are_no_obstacle(fit):
     callback = fit(HookOfOtherNode())
     assert replayed(callback) > 15, callback.summary()
+
+
+# hooks of tensors that are older than the step
+
+
+def _doubled(gradient):
+    return gradient * 2
+
+
+class HookOfKept(Step):
+    """A tensor with an autograd graph is kept, and gets a hook in the second epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(4))
+
+    def on_train_start(self):
+        with torch.enable_grad():
+            self.keep(self.bias + 0)
+
+    def keep(self, tensor):
+        self.kept = tensor
+
+    def read(self):
+        return self.kept
+
+    def output(self, x):
+        return super().output(x) + self.read()
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.read().register_hook(_doubled)
+
+
+class HookOfKeptInList(HookOfKept):
+    def keep(self, tensor):
+        self.kept = [tensor]
+
+    def read(self):
+        return self.kept[0]
+
+
+class HookOfKeptInLongList(HookOfKeptInList):
+    def keep(self, tensor):
+        self.kept = [tensor, *[tensor * 2 for _ in range(300)]]
+
+
+class HookOfKeptInBuffer(HookOfKept):
+    def keep(self, tensor):
+        self.register_buffer("kept", tensor, persistent=False)
+
+
+class HookOfKeptGoes(HookOfKept):
+    """It has the hook from the start."""
+
+    def keep(self, tensor):
+        super().keep(tensor)
+        self.handle = tensor.register_hook(_doubled)
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.handle.remove()
+
+
+class KeptRetainsGradient(HookOfKept):
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.kept.retain_grad()
+
+    def on_after_backward(self):
+        self.log("of kept", 0.0 if self.current_epoch == 0 else self.kept.grad.sum())
+
+
+HOOKS_OF_KEPT = [
+    *(HookOfKept, HookOfKeptInList, HookOfKeptInLongList, HookOfKeptInBuffer, HookOfKeptGoes),
+    KeptRetainsGradient,
+]
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+@pytest.mark.parametrize("make", HOOKS_OF_KEPT)
+def test_hooks_of_tensors_that_are_older_than_the_step(fit, make, verify_replays):
+    callback = fit(make(), settings={"verify_replays": verify_replays})
+    assert replayed(callback) == 0
+    line = f"{__file__}:{1 + inspect.getsourcelines(make.read)[1]}"
+    line = "not in your code" if make is HookOfKeptInBuffer else line
+    words = "self.kept brings an autograd graph from before the step"
+    assert reasons(callback) == {f"backward outside the graph: {words} ({line})"}
+
+
+class LearnsToTransform(Step):
+    """A layer of its own changes each third batch before the step."""
+
+    def __init__(self):
+        super().__init__()
+        self.transform = nn.Linear(8, 8)
+        self.number = 0
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        self.number += 1
+        if not self.trainer.training or self.number % 3:
+            return batch
+        with torch.enable_grad():
+            return [self.transform(batch[0]), batch[1]]
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_batches_with_an_autograd_graph(fit, verify_replays):
+    callback = fit(LearnsToTransform(), settings={"verify_replays": verify_replays})
+    assert replayed(callback) > 10, callback.summary()
+    words = "the batch brings an autograd graph from before the step"
+    assert words in str(reasons(callback))
+
+
+# hooks of modules that are no submodules
+
+
+class HookOfModuleInList(Step):
+    """A layer without parameters is in a list, and gets a hook in the second epoch."""
+
+    name = "register_full_backward_hook"
+
+    def __init__(self):
+        super().__init__()
+        self.others = [nn.Tanh()]
+
+    def output(self, x):
+        return self.others[0](super().output(x))
+
+    def hook(self, module, gradients, *_):
+        return (gradients[0] * 2,)
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.handle = getattr(self.others[0], self.name)(self.hook)
+        elif self.current_epoch == 2:
+            self.handle.remove()
+
+
+class PreHookOfModuleInList(HookOfModuleInList):
+    name = "register_full_backward_pre_hook"
+
+
+class HookFromTheStart(HookOfModuleInList):
+    def on_train_epoch_start(self):
+        if self.current_epoch == 0:
+            self.handle = self.others[0].register_full_backward_hook(self.hook)
+        elif self.current_epoch == 1:
+            self.handle.remove()
+
+
+HOOKS_OF_MODULES = [HookOfModuleInList, PreHookOfModuleInList, HookFromTheStart]
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+@pytest.mark.parametrize("make", HOOKS_OF_MODULES)
+def test_backward_hooks_of_modules_that_are_no_submodules(fit, make, verify_replays):
+    callback = fit(make(), settings={"verify_replays": verify_replays}, max_epochs=4)
+    assert replayed(callback) > 4 or make is HookFromTheStart, callback.summary()
+    assert "a backward hook of Tanh" in str(reasons(callback))
+
+
+class PacksTensors(Step):
+    """In the second epoch, the backward gets other tensors than the step has saved."""
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.packing = saved_tensors_hooks(
+                lambda tensor: tensor,
+                lambda tensor: tensor * 2 if tensor.is_floating_point() else tensor,
+            )
+            self.packing.__enter__()
+
+    def on_train_epoch_end(self):
+        if self.current_epoch == 1:
+            self.packing.__exit__()
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_hooks_of_saved_tensors_outside_of_the_step(fit, verify_replays):
+    callback = fit(PacksTensors(), settings={"verify_replays": verify_replays})
+    assert replayed(callback) > 10, callback.summary()
+    assert reasons(callback) == {"hook inside the closure: saved_tensors_hooks"}
 
 
 # layers that compute their weights in hooks

@@ -13,7 +13,7 @@ from cg_lightning.backends.capture_scope import CAPTURE_LOCK
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.detectors.attribute_reads import AttributeReads
-from cg_lightning.diagnosis.detectors.backward import Backward
+from cg_lightning.diagnosis.detectors.backward import Backward, report_what_is_older
 from cg_lightning.diagnosis.detectors.batch_index import BatchIndex
 from cg_lightning.diagnosis.detectors.compiled import CompiledModules
 from cg_lightning.diagnosis.detectors.copied_constants import CopiedConstants
@@ -140,6 +140,8 @@ class StepWatcher:
                 output = step(*arguments)
                 for detector in detectors:
                     detector.returned(watch.step, output)
+        if self._has_backward:
+            report_what_is_older(watch)
         result = watch.result()
         watch.release()
         return output, result

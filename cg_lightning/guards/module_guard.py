@@ -16,6 +16,7 @@ from cg_lightning.core.equality import parts_of
 from cg_lightning.core.reasons import NO_CHANGE, Changed
 from cg_lightning.guards.sources import MISSING, describe_change
 from cg_lightning.modules.attributes import (
+    backward_hooks_of,
     global_hooks,
     hooks_of,
     is_same_value,
@@ -104,7 +105,7 @@ class Change(enum.Enum):
 
     MOVED = "parameters or buffers are at new addresses"
     """Graphs are captured again. The step takes the same path."""
-    STRUCTURE = "submodules, parameters, buffers or forward hooks were replaced"
+    STRUCTURE = "submodules, parameters, buffers or hooks were replaced"
     """The step may take another path, so it is watched again."""
     LAYOUT = "a parameter or buffer has another shape, other strides or another data type"
     """As for :attr:`STRUCTURE`."""
@@ -218,7 +219,10 @@ class ModuleGuard:
 
     def _current_tables(self) -> list[Any]:
         tables = [
-            (module._modules, module._parameters, module._buffers, *hooks_of(module))
+            (
+                *(module._modules, module._parameters, module._buffers),
+                *(*hooks_of(module), *backward_hooks_of(module)),
+            )
             for module in self.modules
         ]
         return [*chain.from_iterable(tables), *global_hooks()]

@@ -198,6 +198,11 @@ class FrozenValues:
         self.has_more = any((self.tensors, self._items, self._classes, self._contents))
         """Whether :meth:`hold` compares anything except :attr:`without_attributes`."""
 
+    def all_tensors(self) -> list[Tensor]:
+        """Return all tensors, those in large containers included."""
+        inside = [large.all_tensors() for large in self._inside_large]
+        return [*self.tensors, *itertools.chain.from_iterable(inside)]
+
     @property
     def is_empty(self) -> bool:
         """Whether :meth:`hold` has nothing to compare."""

@@ -212,6 +212,11 @@ def hooks_of(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
     return module._forward_hooks, module._forward_pre_hooks
 
 
+def backward_hooks_of(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    """Return the backward hooks and backward pre-hooks of ``module``."""
+    return module._backward_hooks, module._backward_pre_hooks
+
+
 def global_hooks() -> tuple[dict[int, Any], dict[int, Any]]:
     """Return the global forward hooks and forward pre-hooks, which run for all modules."""
     return _torch_module._global_forward_hooks, _torch_module._global_forward_pre_hooks

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Iterable
 from types import CodeType, FunctionType
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -31,6 +32,14 @@ _OF_NOTHING = {
 _OF_CALLS = {"PUSH_NULL", "PRECALL", "CALL", "KW_NAMES", "CALL_KW"}
 _LOADS = {"LOAD_FAST", "LOAD_FAST_BORROW"}
 _ATTRIBUTES = {"LOAD_METHOD", "LOAD_ATTR"}
+_saved_tensors_hooks = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", None
+)  # private: what packs each tensor that a backward needs
+
+
+def can_notice_packing() -> bool:
+    """Return True if this version of PyTorch tells whether ``saved_tensors_hooks`` is entered."""
+    return _saved_tensors_hooks is not None
 
 
 def why_not_closed(
@@ -65,6 +74,8 @@ def why_not_closed(
     for each in modules:
         if each._backward_hooks or each._backward_pre_hooks:
             return _hook(f"a backward hook of {type(each).__name__}")
+    if _saved_tensors_hooks is not None and _saved_tensors_hooks(True) is not None:
+        return _hook("saved_tensors_hooks")
     return None
 
 

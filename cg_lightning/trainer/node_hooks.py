@@ -7,9 +7,11 @@ dictionary lives as long as the node.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -36,6 +38,28 @@ def can_notice_hooks() -> bool:
     finally:
         hooks.remove()
     return added == [1, 2]
+
+
+@contextlib.contextmanager
+def hooks_noted() -> Iterator[list[Any]]:
+    """While this is entered, note the hooks that are added to tensors and to nodes."""
+    noted: list[Any] = []
+    of_nodes: Any = vars(_OWNER)[_NAME]
+    of_tensors: Any = Tensor.register_hook
+
+    def register(table: Any, hook: Any) -> Any:
+        noted.append(hook)
+        return of_nodes.__func__(table, hook)
+
+    def register_hook(tensor: Tensor, hook: Any) -> Any:
+        noted.append(hook)
+        return of_tensors(tensor, hook)
+
+    with (
+        patch.object(_OWNER, _NAME, staticmethod(register)),
+        patch.object(Tensor, "register_hook", register_hook),
+    ):
+        yield noted
 
 
 class NodeHooks:

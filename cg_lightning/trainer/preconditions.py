@@ -19,6 +19,7 @@ from cg_lightning.modules.compiled import (
     is_graphed_by_compiler,
 )
 from cg_lightning.modules.kinds import is_lightnings_own, lightning_class
+from cg_lightning.trainer.closure_hooks import can_notice_packing
 from cg_lightning.trainer.node_hooks import can_notice_hooks
 
 ANOMALY = "detect_anomaly=True checks each operation of the backward"
@@ -85,7 +86,7 @@ def why_no_training(trainer: Trainer, module: LightningModule) -> str:
     for name in _TRAINING:
         if not is_lightnings_own(strategy, name):
             return f"{type(strategy).__name__}.{name} is not Lightning's own"
-    if not can_notice_hooks():
+    if not (can_notice_hooks() and can_notice_packing()):
         return (
             "this version of PyTorch adds hooks of autograd's nodes in a way that is not known here"
         )

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType
 from typing import Any
 
@@ -41,6 +41,7 @@ from cg_lightning.core.closure import (
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.tree import flatten, rebuild
 from cg_lightning.guards.module_guard import ModuleGuard
+from cg_lightning.trainer.node_hooks import hooks_noted
 
 _COLLECTIVES = frozenset(
     {
@@ -95,7 +96,8 @@ class TrainingStep:
                 (p.grad, None if p.grad is None else p.grad._version) for p in _of(parameters)
             ]
             required = [p.requires_grad for p in _of(parameters)]
-            result = self.run(given, *args)
+            with hooks_noted() if self._is_reduced else contextlib.nullcontext(()) as hooks:
+                result = self.run(given, *args)
             after = [(p.grad, None if p.grad is None else p.grad._version) for p in _of(parameters)]
             loss = result.closure_loss
             if any(x is not y or v != w for (x, v), (y, w) in zip(before, after, strict=True)):
@@ -110,7 +112,7 @@ class TrainingStep:
                     "the loss depends on a tensor that is no parameter of the module, or on none"
                 )
                 return UnfinishedClosure(result, problem)
-            if self._is_reduced and (problem := _why_only_in_ddp(loss)):
+            if self._is_reduced and (problem := _why_only_in_ddp(loss, hooks)):
                 return UnfinishedClosure(result, problem)
             scaled = loss if given.scale is None else loss * given.scale
             gradients: dict[str, Tensor | None] | None
@@ -244,7 +246,7 @@ def _reached(loss: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, nn.
     return {name: parameter for name, parameter in parameters.items() if name in found}
 
 
-def _why_only_in_ddp(loss: Tensor) -> str:
+def _why_only_in_ddp(loss: Tensor, hooks: Iterable[Any]) -> str:
     """Return why DDP itself must run a backward; empty if it need not.
 
     All ranks must run their collectives in one order, and another rank may run this step eagerly.
@@ -252,6 +254,11 @@ def _why_only_in_ddp(loss: Tensor) -> str:
     context = current_forward_context()
     if context is not None and context.step is not None and context.step.has_collective:
         return "the step runs a collective, and its backward may run others among those of DDP"
+    for hook in hooks:
+        hook = getattr(hook, "__func__", hook)
+        if _calls(hook, _COLLECTIVES):
+            name = getattr(hook, "__name__", type(hook).__name__)
+            return f"the hook {name} runs a collective, which has its place among those of DDP"
     for node in _nodes(loss):
         if isinstance(node, BackwardCFunction):  # of a function in Python
             function = getattr(type(node), "_forward_cls", None)  # private

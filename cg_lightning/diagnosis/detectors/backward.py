@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -24,7 +25,9 @@ from cg_lightning.diagnosis.operands import addresses_in
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.gradient_memory import GradientsElsewhere
-from cg_lightning.guards.values import addresses_of
+from cg_lightning.guards.sources import Source
+from cg_lightning.guards.values import FrozenValues, addresses_of
+from cg_lightning.modules.attributes import backward_hooks_of
 from cg_lightning.modules.interception import replaced_method
 
 _TORCH = Path(torch.__file__).parent
@@ -107,10 +110,8 @@ class Backward(Detector):
         if not self._read:
             return
         lasting = addresses_of(self.watch.root.buffers())
-        with self.watch.paused():
-            for source in list(self.watch.step.sources.values()):
-                with contextlib.suppress(UnreadableError):  # told by who has noted the source
-                    lasting |= addresses_of(look_into(source.value()).tensors)
+        for _, contents in _what_is_read(self.watch):
+            lasting |= addresses_of(contents.all_tensors())
         if read := self._read & lasting:
             self.watch.compare(GradientsElsewhere(self.watch.root.parameters(), read))
 
@@ -160,6 +161,43 @@ class Backward(Detector):
         grad = property(get, set_gradient, delete)
         with patch.object(Tensor, "grad", grad), patch.object(Tensor, "retain_grad", retain_grad):
             yield
+
+
+def report_what_is_older(watch: StepWatch) -> None:
+    """Report autograd graphs and backward hooks that were there before the step.
+
+    A graph holds no part of such an autograd graph, and nothing tells of a hook that is added to
+    its tensors. Call it after all detectors: by then, containers to which the step adds its own
+    tensors count no longer as read.
+    """
+
+    def look_at(path: str, tensors: Iterable[Tensor], line: str = "") -> None:
+        if any(tensor.requires_grad and not tensor.is_leaf for tensor in tensors):
+            words = f"{path} brings an autograd graph from before the step"
+            watch.report(Cause.BACKWARD, words, location=line or NOT_YOURS)
+
+    look_at("the batch", watch.step.inputs)
+    for name, buffer in watch.root.named_buffers():
+        look_at(f"self.{name}", [buffer])
+    for source, contents in _what_is_read(watch):
+        look_at(source.path, contents.all_tensors(), source.line)
+        for module in chain.from_iterable(each.modules() for each in contents.modules):
+            if id(module) in watch.inside_root:
+                continue
+            look_at(source.path, module.buffers(), source.line)
+            if any(backward_hooks_of(module)):
+                words = f"a backward hook of {type(module).__name__}"
+                watch.report(Cause.BACKWARD, words, location=source.line or NOT_YOURS)
+
+
+def _what_is_read(watch: StepWatch) -> list[tuple[Source, FrozenValues]]:
+    """Return what the step has read, and what is inside; without what cannot be read."""
+    found = []
+    with watch.paused():
+        for source in list(watch.step.sources.values()):
+            with contextlib.suppress(UnreadableError):  # told by who has noted the source
+                found.append((source, look_into(source.value())))
+    return found
 
 
 def _aside() -> GradientsAside | None:
