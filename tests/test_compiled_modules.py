@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -128,6 +129,129 @@ def test_what_nobody_can_watch_is_compared(harness, kind, how, mode):
         seen.append((kept, layer.calls, list(layer.kept), layer.memory))
     assert_same(*seen)
     assert callback.stats.replays > 0
+
+
+SCALES = {"global": 1.0, "in a dictionary": 1.0}
+SCALE = 1.0
+
+
+class Config:
+    scale = 1.0
+
+
+def scaled(x):
+    return x * SCALE
+
+
+def scaled_later(x):
+    return x * 3.0
+
+
+scales = scaled
+
+
+class ReadsGlobal(Layer):
+    def forward(self, x):
+        return self.linear(x) * SCALE
+
+
+class ReadsDictionary(Layer):
+    def forward(self, x):
+        return self.linear(x) * SCALES["in a dictionary"]
+
+
+class ReadsClass(Layer):
+    def forward(self, x):
+        return self.linear(x) * Config.scale
+
+
+class CallsHelper(Layer):
+    def forward(self, x):
+        return scaled(self.linear(x))
+
+
+class CallsOther(Layer):
+    def forward(self, x):
+        return scales(self.linear(x))
+
+
+class HasDefault(Layer):
+    def forward(self, x, *, scale=[1.0]):  # noqa: B006
+        return self.linear(x) * scale[0]
+
+
+def set_default(value: float) -> None:
+    HasDefault.forward.__kwdefaults__["scale"][0] = value
+
+
+class ChangesScales(Callback):
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == 5:
+            set_scales(3.0, scaled_later)
+
+
+def set_scales(value: float, function: Any) -> None:
+    global SCALE, scales
+    SCALE = SCALES["in a dictionary"] = Config.scale = value
+    set_default(value)
+    scales = function
+
+
+@pytest.fixture
+def first_scales():
+    set_scales(1.0, scaled)
+    yield lambda: set_scales(1.0, scaled)
+    set_scales(1.0, scaled)
+
+
+@pytest.mark.in_turn("mode")
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
+@pytest.mark.parametrize("how", ["option", "wrapped", "in place"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (ReadsGlobal, "SCALE: now 3.0"),
+        (ReadsDictionary, "SCALES['in a dictionary']: now 3.0"),
+        (ReadsClass, "Config.scale: now 3.0"),
+        (CallsHelper, "SCALE: now 3.0"),
+        (CallsOther, "scales: now"),
+        (HasDefault, "keyword defaults of forward['scale'][0]: now 3.0"),
+    ],
+)
+def test_values_that_compiled_code_reads_are_guarded(harness, first_scales, kind, name, how, mode):
+    """Hazard 7: compiled code is compiled again for another value, which a graph has frozen."""
+    compiles = {"compile": {"backend": "eager"}} if how == "option" else {}
+    callback = harness.callback(mode=mode, warmup_steps=1, **compiles)
+    seen = []
+    for extra in ([callback], []):
+        torch.manual_seed(3)
+        torch.compiler.reset()
+        first_scales()
+        module = Residual(kind(), how)
+        seen.append(harness.trainer(*extra, ChangesScales()).predict(module, features(48)))
+    assert_same(*seen)
+    assert any(name in reason for reason in callback.stats.eager_reasons) or mode == "PIECEWISE"
+    assert callback.stats.replays > 3, callback.summary()
+
+
+SINK = io.StringIO()
+
+
+class ReadsOpaque(Layer):
+    def forward(self, x):
+        return self.linear(x) if SINK is not None else x
+
+
+@pytest.mark.parametrize("how", ["option", "wrapped", "in place"])
+def test_compiled_code_that_reads_what_cannot_be_compared_runs_eagerly(harness, how):
+    compiles = {"compile": {"backend": "eager"}} if how == "option" else {}
+    callback = harness.callback(warmup_steps=1, **compiles)
+    torch.compiler.reset()
+    harness.trainer(callback).predict(Residual(ReadsOpaque(), how), features(32))
+    assert not callback.stats.steps["FULL"]
+    captured = [entry.target for entry in callback.stats.entries if entry.captures]
+    assert captured == ["first"], callback.summary()
+    assert any("SINK" in str(record.reason) for record in callback.stats.reasons)
 
 
 def test_marks_of_the_compiler_on_outputs_are_none_of_ours(harness):

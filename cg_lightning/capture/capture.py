@@ -9,7 +9,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -48,17 +48,24 @@ from cg_lightning.effects.python_changes import (
 )
 from cg_lightning.effects.recorder import NoEffects, Recorder
 from cg_lightning.effects.step_state import HeldByModules, HostRandomState, StepState
+from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.host_values.path import HostRead
 from cg_lightning.metrics.deferred_checks import CheckedCalls
 from cg_lightning.metrics.units import MetricUnit
 from cg_lightning.modules.compiled import is_compiled
 from cg_lightning.report.stats import EntryRecord
 
+T = TypeVar("T")
+
 # only before the first capture of a process, because it takes longer than ten captures
 _collect_once = functools.cache(gc.collect)
 
 
 _Captured = tuple[OutputPlan, list[Tensor], list[Effect], list[Tensor], list[Taker]]
+
+
+WatchCompiled = Callable[[nn.Module, Callable[[], Any], Any], GuardSet]
+"""Runs a call of a module as it is written, on a batch. Returns the values that it reads."""
 
 
 class WrittenTensors(Protocol):
@@ -128,6 +135,7 @@ class CaptureTarget:
         batch_writes: The numbers of the leaves that the call writes to.
         only_computes: Whether the call does nothing but compute its output, so that nothing has to
             be put back between two runs.
+        guards: The guards of the call. They receive what compiled code reads; None: it has none.
     """
 
     mode: CUDAGraphMode
@@ -144,6 +152,7 @@ class CaptureTarget:
     host_draws: Sequence[HostDraw] = ()
     batch_writes: Sequence[int] = ()
     only_computes: bool = False
+    guards: GuardSet | None = None
 
 
 class Capturer:
@@ -154,6 +163,7 @@ class Capturer:
         settings: The options.
         cache: All graphs of the session.
         written: Tensors, other than buffers, that steps write to.
+        watch_compiled: Tells what compiled code reads. None: it is not asked.
     """
 
     def __init__(
@@ -162,7 +172,9 @@ class Capturer:
         settings: Settings,
         cache: GraphCache,
         written: WrittenTensors,
+        watch_compiled: WatchCompiled | None = None,
     ) -> None:
+        self._watch_compiled = watch_compiled
         self._backend = backend
         self.settings = settings
         self.cache = cache
@@ -185,6 +197,7 @@ class Capturer:
             _collect_once()
         began = time.perf_counter()
         if any(map(is_compiled, target.module.modules())):
+            self._guard_compiled(target, call)
             self._compile_ahead(target, call)
         held = HeldByModules(target.module, target.effects)
         try:
@@ -306,11 +319,27 @@ class Capturer:
     def _compile_ahead(self, target: CaptureTarget, call: GraphCall) -> None:
         """Run the call once with static inputs, so that ``torch.compile`` compiles before it.
 
-        All state is restored afterwards. The run is necessary because ``torch.compile`` may compile
-        again for static inputs: those of the loader can be inference tensors, and autocast's cache
-        can be on.
+        The run is necessary because ``torch.compile`` may compile again for static inputs: those of
+        the loader can be inference tensors, and autocast's cache can be on.
         """
         inputs = self._static_inputs(call)
+        self._rehearse(target, call, functools.partial(call.run_with, inputs.leaves))
+
+    def _guard_compiled(self, target: CaptureTarget, call: GraphCall) -> None:
+        """Run the call once as it is written, to guard what its compiled code reads.
+
+        A watched step cannot see that, because it runs compiled code compiled.
+        """
+        if self._watch_compiled is None or target.guards is None:
+            return
+        inputs = self._static_inputs(call)
+        tree = rebuild(call.tree, iter(inputs.leaves))
+        run = functools.partial(call.run_on, tree)
+        watch = functools.partial(self._watch_compiled, target.module, run, tree)
+        target.guards.of_compiled = self._rehearse(target, call, watch)
+
+    def _rehearse(self, target: CaptureTarget, call: GraphCall, run: Callable[[], T]) -> T:
+        """Run a function that runs the call, and restore all state."""
         before = StepState(
             target.module,
             self._backend,
@@ -320,9 +349,13 @@ class Capturer:
         )
         context = ForwardContext(CUDAGraphMode.NONE, call.descriptor)
         with autocast_cache_emptied(), override_forward_context(context):
-            run = functools.partial(call.run_with, inputs.leaves)
-            run() if target.effects is None else target.effects.rehearse(run, target.late)
-        before.restore()
+            try:
+                if target.effects is None:
+                    return run()
+                result: T = target.effects.rehearse(run, target.late)
+                return result
+            finally:
+                before.restore()
 
     def _static_inputs(self, call: GraphCall) -> StaticInputs:
         inputs = StaticInputs(call.leaves, call.tree, self._backend.device)

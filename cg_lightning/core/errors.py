@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from cg_lightning.core.reasons import Reason
+
 
 class CUDAGraphError(RuntimeError):
     """Base class of the errors of this package. A wrong argument raises ``ValueError`` instead.
@@ -114,6 +116,18 @@ class CaptureError(CUDAGraphError):
 
 class RecompileNeededError(CaptureError):
     """A capture stopped because ``torch.compile`` had to compile, which no capture allows."""
+
+
+class CompiledCodeError(CaptureError):
+    """Code that ``torch.compile`` has compiled does what a graph would freeze.
+
+    Args:
+        reason: What it does.
+    """
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 class ValueReadError(CaptureError):

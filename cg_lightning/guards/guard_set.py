@@ -149,6 +149,8 @@ class GuardSet:
             guard.check_epoch()  # stores what later ones are compared with
         self._settings.add(self.hidden_modules)
         self._hidden_flags = [guard.flags() for guard in self._hidden]
+        self.of_compiled: GuardSet | None = None
+        """What compiled code reads, which shows only in a run of its own; None: there is none."""
 
     @property
     def hidden_modules(self) -> list[nn.Module]:
@@ -189,6 +191,8 @@ class GuardSet:
             return False
         if contents.has_more and not contents.hold():
             return False
+        if self.of_compiled is not None and not self.of_compiled.check():
+            return False
         return not self._hidden or all(
             guard.check() and guard.flags() == flags
             for guard, flags in zip(self._hidden, self._hidden_flags, strict=True)
@@ -211,6 +215,7 @@ class GuardSet:
             self._contents.large_ones_hold()
             and all(guard.source.value() is guard.expected for guard in self._of_libraries)
             and all(guard.epoch_failure() is None for guard in self._hidden)
+            and (self.of_compiled is None or self.of_compiled.check_epoch())
         )
 
     def explain(self) -> Changed:
@@ -238,4 +243,6 @@ class GuardSet:
                 return Changed(f"a module that is no submodule: {what}")
             if (failure := hidden.epoch_failure()) is not None:
                 return failure.text
+        if self.of_compiled is not None:
+            return self.of_compiled.explain()
         return Changed("a value that changed and changed back")

@@ -15,9 +15,11 @@ from cg_lightning.capture.cache import GraphCache
 from cg_lightning.capture.capture import Capturer, GraphCall
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.core.descriptor import BatchDescriptor
+from cg_lightning.core.errors import CompiledCodeError
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Changed, Reason, Status
 from cg_lightning.core.settings import Settings
+from cg_lightning.diagnosis.detectors.global_reads import GlobalReads
 from cg_lightning.diagnosis.report import Diagnosis
 from cg_lightning.diagnosis.watched_step import WatchedStep, WrittenTensors
 from cg_lightning.diagnosis.watcher import StepWatcher
@@ -115,7 +117,7 @@ class Session:
         self.host_copies: HostCopies = HostCopies() if sharing is None else sharing.host_copies
         self.written = WrittenTensors()
         """Tensors, other than buffers, that steps were seen to write to."""
-        self._capturer = Capturer(backend, settings, self.cache, self.written)
+        self._capturer = Capturer(backend, settings, self.cache, self.written, self._watch_compiled)
         self._compilation = Compilation(settings.compile_arguments, stats.compiled)
         is_compiled = settings.compile_arguments is not None
         tolerance = "close" if is_compiled else settings.verify_tolerance
@@ -367,6 +369,20 @@ class Session:
         settings = self._written_settings.frozen(named)
         inside = [*self.target.guard.modules, *left_out]
         guards = GuardSet(sources, inside, compared, settings)
+        self._written_settings.add((type(each).__name__, each) for each in guards.hidden_modules)
+        return guards
+
+    def _watch_compiled(self, module: nn.Module, run: Callable[[], Any], batch: Any) -> GuardSet:
+        """Run a call of ``module`` as it is written, and return guards of what it reads.
+
+        Raises:
+            CompiledCodeError: Its code does what a graph would freeze.
+        """
+        watcher = StepWatcher(module, self.backend, effects=None, detectors=(GlobalReads,))
+        _, watched = watcher.watch(run, batch)
+        if watched.findings:
+            raise CompiledCodeError(watched.findings[0].reason())
+        guards = GuardSet(watched.sources(), self.target.guard.modules)
         self._written_settings.add((type(each).__name__, each) for each in guards.hidden_modules)
         return guards
 

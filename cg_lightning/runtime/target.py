@@ -15,6 +15,7 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.errors import (
     CaptureError,
+    CompiledCodeError,
     StateLeftError,
     UnkeyableBatchError,
     ValueReadError,
@@ -26,6 +27,7 @@ from cg_lightning.core.tree import leaf_paths
 from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.effects.python_changes import ChangedAttribute
+from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.guards.sources import describe_change
 from cg_lightning.host_values.path import ReadPath
@@ -46,6 +48,8 @@ def reason_of(error: Exception, prefix: str = "") -> Reason:
         kind = Status.NO_KEY
     elif isinstance(error, StateLeftError):
         kind = Cause.STATE_REBOUND
+    elif isinstance(error, CompiledCodeError):
+        return dataclasses.replace(error.reason, text=f"{prefix}{error}")
     elif isinstance(error, ValueReadError):
         return Reason(Status.VALUE_READ, f"{prefix}{error}", leaf=error.leaf)
     return Reason(kind, f"{prefix}{error}")
@@ -184,6 +188,7 @@ class GraphTarget:
             batch_writes=() if watched is None else watched.batch_writes,
             # that is known of a way through the code, whose key is another one
             only_computes=variant.is_taken_over and watched is not None and watched.only_computes,
+            guards=variant.guards if isinstance(variant.guards, GuardSet) else None,
         )
 
     def _changed(self, record: EntryRecord, plan: Plan, call: GraphCall) -> Changed:
