@@ -198,6 +198,9 @@ def test_inductor(harness):
         ({"backend": 3}, "backend=3 must be a name or a function"),
         ({"dynamic": "yes"}, "dynamic='yes' must be True, False or None"),
         ({"mode": "default", "options": {"max_autotune": True}}, "a mode or options, not both"),
+        ({"mode": "fastest"}, "'fastest'} is refused by torch.compile: .*fastest.*default"),
+        ({"backend": "inductr"}, "inductr'} is refused by torch.compile.*Backends are .*inductor"),
+        ({"options": {"max_autotun": True}}, "max_autotun, known options are .* [.]{3}$"),
     ],
 )
 def test_bad_arguments(value, message):

@@ -7,6 +7,7 @@ same fields.
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import Any, Literal, get_args
@@ -128,6 +129,7 @@ def _check_compile(value: bool | Mapping[str, Any]) -> None:
             f"compile={dict(value)!r} asks for the compiler's own CUDA graphs, which cannot be "
             "part of ours; choose mode='default' or mode='max-autotune-no-cudagraphs'."
         )
+    _check_compile_names(value)
 
 
 def _check_compile_values(given: Mapping[str, Any]) -> None:
@@ -153,6 +155,27 @@ def _check_compile_values(given: Mapping[str, Any]) -> None:
             f"compile={dict(given)!r}: torch.compile takes a mode or options, not both; leave one "
             "out."
         )
+
+
+def _check_compile_names(given: Mapping[str, Any]) -> None:
+    """Let ``torch.compile`` check its modes, backends and options. It compiles nothing yet.
+
+    Raises:
+        ValueError: It does not know one of them.
+    """
+    if not any(given.get(name) for name in ("mode", "backend", "options")):
+        return
+    import torch  # it takes seconds, and this module is also imported for the command's help
+
+    try:
+        torch.compile(lambda: None, **given)
+    except Exception as error:
+        backends = ", ".join(sorted({*torch.compiler.list_backends()} - {"cudagraphs"}))
+        known = f" Backends are {backends}." if "backend" in given else ""
+        words = textwrap.shorten(str(error), 400, placeholder=" ...")
+        raise ValueError(
+            f"compile={dict(given)!r} is refused by torch.compile: {words}{known}"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
