@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from cg_lightning.bench import report
 from tests.processes import run_python
 
 pytestmark = pytest.mark.slow
@@ -104,10 +105,11 @@ def test_other_tasks_and_overrides(tmp_path, task):
 @pytest.mark.gpu_if_there
 def test_multirun(tmp_path):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra demo)")
-    printed = run(tmp_path, "--multirun", "cuda_graph=off,piecewise", "task=predict")
+    same = ("task=predict", "cuda_graph.min_saving=0")  # no step is eager to compare times
+    printed = run(tmp_path, "--multirun", "cuda_graph=off,piecewise", *same)
     assert printed.count(f"The same predict {IDENTICAL}") == 2
     assert "mode=NONE" in printed
-    head, *rows = printed[printed.index("All jobs task=predict") :].splitlines()[1:]
+    head, *rows = printed[printed.index("All jobs cuda_graph.min_saving=0") :].splitlines()[1:]
     assert head.split() == ["job", "overrides", "us", "a", "batch", "steps", "result"]
     rows = [row.split() for row in rows if "cuda_graph=" in row]
     assert [row[:2] for row in rows] == [["0", "cuda_graph=off"], ["1", "cuda_graph=piecewise"]]
@@ -175,8 +177,15 @@ def test_the_benchmark_once_and_in_a_multirun(tmp_path):
 
 def test_the_zoo(tmp_path):
     few = ("bench.backend=recorder", "bench.batches=2", "bench.warmup=2", "bench.rounds=1")
-    printed = run(tmp_path, "task=zoo", "zoo=[torch_attention_*]", *few)
-    assert "2 runs: 2 FULL, 0 PIECEWISE, 0 NONE; 0 differ from eager" in printed
+    names = ("torch_attention_lstm", "torch_rnn")
+    for name in names:
+        printed = run(tmp_path, "task=zoo", f"zoo=[{name}]", f"bench.output={name}.jsonl", *few)
+        assert printed.count(f"| {name} |") == 2
+        assert "2 runs: 2 FULL, 0 PIECEWISE, 0 NONE; 0 differ from eager" in printed
+    page = tmp_path / "zoo.md"
+    report.main([*(str(tmp_path / f"{name}.jsonl") for name in names), "--zoo", str(page)])
+    assert "4 runs: 4 FULL, 0 PIECEWISE, 0 NONE; 0 differ from eager" in page.read_text()
+    assert [page.read_text().count(f"| {name} |") for name in names] == [2, 2]
 
 
 def test_any_model_and_data(tmp_path):

@@ -96,3 +96,10 @@ def test_no_model_differs(name):
         assert not result.is_wrong, result
         if not result.mode:
             pytest.skip(result.reason)
+
+
+def test_rows_are_plain_markdown():
+    result = zoo.ZooResult("a", "predict", "NONE", reason="a | b\n(/x/site-packages/y/z.py:3)")
+    result.eager, result.graphs = 20.0, 10.0
+    expected = r"| a | predict | NONE | yes | 20 | 10 | 2.00 | a \| b (y/z.py:3) |"
+    assert zoo.row(result) == expected

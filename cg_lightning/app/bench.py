@@ -38,7 +38,7 @@ def bench(config: DictConfig) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     torch.set_float32_matmul_precision(config.matmul_precision)
-    output = None if config.output is None else _folder() / config.output
+    output = None if config.output is None else folder() / config.output
     settings = Settings(config.batches, config.warmup, config.rounds, config.batches_on)
     costs = [measure_costs(settings, config.backend)] if config.costs else []
     print(*costs, flush=True)
@@ -61,7 +61,7 @@ def bench(config: DictConfig) -> None:
             print(f"No chart: {error}.")
 
 
-def _folder() -> Path:
+def folder() -> Path:
     """Return the folder of relative paths. Jobs of a multirun must not overwrite each other."""
     if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         return Path(HydraConfig.get().runtime.output_dir)

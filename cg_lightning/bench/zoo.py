@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from cg_lightning.bench.measure import (
     batches_in_turn,
     run_once,
 )
+from cg_lightning.bench.records import read_lines
 from cg_lightning.bench.zoo_models import MODELS, ZooModel
 from cg_lightning.callback import CUDAGraphCallback
 from cg_lightning.core.equality import same_leaf
@@ -201,30 +204,50 @@ def _time(
     return measurement.median
 
 
-def zoo_table(results: Sequence[ZooResult]) -> str:
-    """Return the results as a Markdown table, with counts."""
-    lines = [
-        "| model | stage | mode | equal | eager us | callback us | factor | reason |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        if not result.mode:
-            lines.append(f"| {result.model} | {result.stage} | - | - | | | | {result.reason} |")
-            continue
-        equal = f"**no**: {result.difference}" if result.difference else "yes"
-        equal = equal if result.repeats else "eager does not repeat itself"
-        lines.append(
-            f"| {result.model} | {result.stage} | {result.mode} | {equal} | {result.eager:.0f} | "
-            f"{result.graphs:.0f} | {result.eager / result.graphs:.2f} | {result.reason} |"
-        )
+HEADER = """\
+| model | stage | mode | equal | eager us | callback us | factor | reason |
+|---|---|---|---|---|---|---|---|"""
+
+
+def row(result: ZooResult) -> str:
+    """Return a result as a line of a Markdown table."""
+    reason = re.sub(r"[^\s(]*/site-packages/", "", result.reason).replace("|", r"\|")
+    reason = " ".join(reason.split())
+    if not result.mode:
+        return f"| {result.model} | {result.stage} | - | - | | | | {reason} |"
+    equal = f"**no**: {result.difference}" if result.difference else "yes"
+    equal = equal if result.repeats else "eager does not repeat itself"
+    return (
+        f"| {result.model} | {result.stage} | {result.mode} | {equal} | {result.eager:.0f} | "
+        f"{result.graphs:.0f} | {result.eager / result.graphs:.2f} | {reason} |"
+    )
+
+
+def counts(results: Sequence[ZooResult]) -> str:
+    """Return how many runs there were of each kind."""
     ran = [result for result in results if result.mode]
-    counts = ", ".join(
+    modes = ", ".join(
         f"{sum(result.mode == mode for result in ran)} {mode}"
         for mode in ("FULL", "PIECEWISE", "NONE")
     )
     wrong = sum(result.is_wrong for result in ran)
     slower = sum(result.graphs > 1.02 * result.eager for result in ran)
-    lines += ["", f"{len(ran)} runs: {counts}; {wrong} differ from eager; {slower} slower by 2 %."]
+    lines = [f"{len(ran)} runs: {modes}; {wrong} differ from eager; {slower} slower by 2 %."]
     if others := sorted({result.model for result in results if not result.mode}):
         lines.append(f"{len(others)} models without a run: {', '.join(others)}.")
     return "\n".join(lines)
+
+
+def zoo_table(results: Sequence[ZooResult]) -> str:
+    """Return the results as a Markdown table, with counts."""
+    return "\n".join([HEADER, *map(row, results), "", counts(results)])
+
+
+def read_results(files: Iterable[Path]) -> list[ZooResult]:
+    """Return the results of all files, by model and stage. The last one of each counts."""
+    found: dict[tuple[str, str], ZooResult] = {}
+    for file in files:
+        for record in read_lines(file):
+            result = ZooResult(**record)
+            found[result.model, result.stage] = result
+    return list(found.values())
