@@ -16,12 +16,14 @@ from cg_lightning.runtime.dispatcher import (
     MOST_BRANCHES,
     MOST_UNREPEATED,
     NEXT_KEY_COST,
+    TIMED,
     Action,
     GuardScope,
     Plan,
 )
 from cg_lightning.runtime.keys import MOST_KEYS, MOST_VARIANTS, KeyState, Variant
 from cg_lightning.runtime.ledger import CAPTURE_COST, CREDIT, FIRST_WAIT, CaptureLedger
+from cg_lightning.runtime.trial import Trial
 
 KEY, OTHER = BatchDescriptor(batch_size=1), BatchDescriptor(batch_size=2)
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
@@ -491,7 +493,7 @@ def settle(mode: CUDAGraphMode, trial: Decided):
     state = dispatcher.state(KEY.fields)
     (variant,) = state.variants
     variant.trial = trial
-    variant.entry = Graph() if mode is FULL else None
+    variant.entry = Graph(replays=1) if mode is FULL else None
     return dispatcher, variant, dispatcher.settle(state, variant)
 
 
@@ -575,8 +577,21 @@ def test_what_runs_in_pieces_stays_there_if_too_little_is_left_to_watch_it():
     assert dispatcher.within(plans[-1], 100).action is Action.WATCH
 
 
-@pytest.mark.parametrize("action", [Action.REPLAY, Action.VERIFY, Action.PIECEWISE, Action.TRIAL])
+@pytest.mark.parametrize("action", [Action.REPLAY, Action.VERIFY, Action.PIECEWISE])
 def test_what_is_captured_runs_to_the_end(action):
     dispatcher = CUDAGraphDispatcher(FULL, 3, least_steps=4)
     plan = Plan(action, dispatcher.state(KEY.fields, KEY), None, None)
     assert dispatcher.within(plan, 1) is plan
+
+
+@pytest.mark.parametrize(
+    ("mode", "instead"), [(FULL, Action.REPLAY), (PIECEWISE, Action.PIECEWISE)]
+)
+def test_times_are_compared_only_if_the_result_can_be_used(mode, instead):
+    dispatcher = CUDAGraphDispatcher(FULL, 3, least_steps=4, min_saving=0.1)
+    variant = Variant(Unguarded(), [mode], trial=Trial(0.1, []))
+    variant.entry = Graph(replays=1) if mode is FULL else None
+    variant.trial.compare()
+    plan = Plan(Action.TRIAL, dispatcher.state(KEY.fields, KEY), variant, TIMED)
+    assert dispatcher.within(plan, 24) is plan
+    assert dispatcher.within(plan, 23) == plan._replace(action=instead, reason=None)

@@ -388,8 +388,8 @@ def test_a_stage_that_is_too_short_is_not_watched(harness, timed):
 
 
 def too_short(callback):
-    (record,) = [r for r in callback.stats.reasons if r.reason.kind is Status.TOO_SHORT]
-    return record.reason
+    found = [r.reason for r in callback.stats.reasons if r.reason.kind is Status.TOO_SHORT]
+    return found[0] if found else None
 
 
 @pytest.mark.parametrize("verify_replays", [0, 2])
@@ -430,7 +430,23 @@ def test_a_last_partial_batch_is_not_watched(harness, timed):
     }
 
 
-def test_validation_inside_fit_is_never_too_short(harness, timed):
+def test_times_are_compared_only_if_enough_batches_are_left_to_use_the_result(harness, timed):
+    for number, timed_steps in ((4 * 30, 0), (4 * 45, COMPARED // 2)):
+        callback = harness.callback(min_saving=0.03)
+        module = Pieces(Slow(SHORT), Slow(SHORT))
+        harness.compare(module, predict(features(number)), callback)
+        assert reasons(callback).get("NONE: timed against its graph", 0) == timed_steps
+
+
+def test_a_comparison_is_not_begun_for_a_whole_step_either(harness, slow_replays):
+    callback = harness.callback(min_saving=0.03)
+    harness.compare(Predictor(Slow(SHORT)), predict(features(4 * 30)), callback)
+    assert reasons(callback) == {"NONE: warm-up": 3}
+    assert callback.stats.steps["FULL"] == 27
+
+
+@pytest.mark.parametrize(("epochs", "captures"), [(1, 0), (2, 1), (-1, 1)])
+def test_all_validations_of_fit_count_as_one_stage(harness, timed, epochs, captures):
     class Trains(WithMetric):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return self(batch[0]).square().mean()
@@ -444,8 +460,11 @@ def test_validation_inside_fit_is_never_too_short(harness, timed):
         lambda trainer, module: trainer.fit(module, images(8), images(20)),
         callback,
         num_sanity_val_steps=0,
+        max_epochs=epochs,
+        max_steps=4,
     )
-    assert callback.stats.captures == 1
+    assert callback.stats.captures == captures
+    assert (too_short(callback) is not None) == (not captures)
 
 
 def test_a_plain_loop_has_no_length(backend, device, timed):

@@ -559,6 +559,8 @@ class CUDAGraphDispatcher(KeyTable):
     def within(self, plan: Plan, steps_left: float) -> Plan:
         """Return the plan. If the stage ends before a capture could pay, return an eager one.
 
+        If it ends before a comparison of times could pay, the step runs from its graphs.
+
         Only what is certain counts: an eager step that is compared with a replay costs an eager
         step, and a capture runs the step's Python once more. A replay counts as if it took no time.
         The first watched step must tell if there are graphs at all; those of further keys must pay.
@@ -567,6 +569,10 @@ class CUDAGraphDispatcher(KeyTable):
             plan: What the step would do.
             steps_left: Number of steps until the end of the stage, this one included.
         """
+        if plan.action is Action.TRIAL:
+            assert plan.variant is not None and plan.variant.trial is not None  # noqa: PT018
+            trial = plan.variant.trial
+            return self._without_trial(plan) if steps_left < trial.least_steps() else plan
         if plan.action not in (Action.WATCH, Action.WARM_UP, Action.CAPTURE):
             return plan
         needed = self._least_steps
@@ -580,6 +586,13 @@ class CUDAGraphDispatcher(KeyTable):
         if plan.variant is not None and plan.variant.watch_at:
             return plan._replace(action=Action.PIECEWISE)
         return Plan(Action.EAGER, plan.state, plan.variant, TOO_SHORT)
+
+    def _without_trial(self, plan: Plan) -> Plan:
+        """Return the plan of a step that runs from its graphs instead of eagerly."""
+        variant = plan.variant
+        assert variant is not None
+        action = Action.PIECEWISE if variant.entry is None else Action.REPLAY
+        return plan._replace(action=action, reason=variant.reason)
 
     def settle(self, state: KeyState, variant: Variant) -> Settled | None:
         """Decide if the graphs of a variant pay. Call it after a step whose time was taken.

@@ -245,6 +245,8 @@ class StepRunner:
             loader = plan.state.descriptor.dataloader_idx
             left = length.steps_left(self._stage, loader, args[1])
             plan = self._dispatcher.within(plan, left)
+            if plan.action is Action.REPLAY:
+                return self._replay(plan, leaves, args[0], began)
         descriptor, variant = plan.state.descriptor, plan.variant
         if plan.action in (Action.CAPTURE, Action.VERIFY):
             call = GraphCall(descriptor, self._invoke, args[0], leaves, args[1:], kwargs)

@@ -83,6 +83,14 @@ class Trial:
         position = self._position
         return position is not None and position < BLOCKS * BLOCK and not position // BLOCK % 2
 
+    def least_steps(self) -> int:
+        """Return the number of steps below which no comparison can pay, this one included.
+
+        Those of the comparison itself, and as many as it runs eagerly.
+        """
+        left = BLOCKS * BLOCK - (self._position or 0)
+        return left + left // 2
+
     def restart(self) -> None:
         """Forget all times, because there will be other graphs."""
         self._eager, self._graph, self._position = [], [], None

@@ -17,8 +17,8 @@ _NUMBERS = {
 class TrainerStageLength:
     """Asks the Trainer for the number of batches.
 
-    It implements :class:`~cg_lightning.runtime.stage_length.StageLength`. Validation inside ``fit``
-    has no end, because the graphs of one epoch serve the next one.
+    It implements :class:`~cg_lightning.runtime.stage_length.StageLength`. Inside ``fit``, the
+    graphs of one validation serve the next ones, so all that are left count as one stage.
 
     Args:
         trainer: The Trainer.
@@ -30,9 +30,23 @@ class TrainerStageLength:
     def steps_left(self, stage: str, dataloader_idx: int, batch_idx: int) -> float:
         """See :class:`~cg_lightning.runtime.stage_length.StageLength`."""
         function, name = _NUMBERS[stage]
-        if self._trainer.state.fn is not function:
+        is_inside_fit = self._trainer.state.fn is TrainerFn.FITTING
+        if self._trainer.state.fn is not function and not is_inside_fit:
             return math.inf
         numbers = getattr(self._trainer, name)
         if dataloader_idx >= len(numbers):  # dataloaders that give their batches together
             return math.inf
-        return float(numbers[dataloader_idx] - batch_idx)
+        left = float(numbers[dataloader_idx] - batch_idx)
+        if is_inside_fit:
+            left += numbers[dataloader_idx] * self._validations_left()
+        return left
+
+    def _validations_left(self) -> float:
+        """Return how many validations of this ``fit`` follow the current one, at the most."""
+        trainer = self._trainer
+        batches, every = trainer.num_training_batches, trainer.val_check_batch
+        if not every or math.inf in (batches, every) or trainer.max_epochs in (None, -1):
+            return math.inf
+        done = trainer.fit_loop.epoch_loop.batch_idx + 1
+        epochs = trainer.max_epochs - trainer.current_epoch
+        return (batches * epochs - done) // every
