@@ -162,6 +162,8 @@ class StepRunner:
         plan = self._dispatcher.plan(self._state(fields, args[0]), leaves)
         if plan.action is Action.REPLAY:
             return self._replay(plan, leaves, args[0], start)
+        if plan.action is Action.EAGER:
+            return self._run_for_reason(plan, args, kwargs)
         return self._run(plan, args, kwargs, leaves)
 
     def _replay(self, plan: Plan, leaves: list[Any], batch: Any, start: float) -> Outcome:
@@ -247,6 +249,8 @@ class StepRunner:
             plan = self._dispatcher.within(plan, left)
             if plan.action is Action.REPLAY:
                 return self._replay(plan, leaves, args[0], began)
+        if plan.action is Action.EAGER:
+            return self._run_for_reason(plan, args, kwargs)
         descriptor, variant = plan.state.descriptor, plan.variant
         if plan.action in (Action.CAPTURE, Action.VERIFY):
             call = GraphCall(descriptor, self._invoke, args[0], leaves, args[1:], kwargs)
@@ -270,11 +274,8 @@ class StepRunner:
             outcome = self._watch(plan, args, kwargs, leaves)
         elif plan.action is Action.WARM_UP:
             outcome = self._warm_up(plan, args, kwargs)
-        elif plan.action is Action.TRIAL:
-            outcome = self._run_in_trial(plan, args, kwargs)
         else:
-            # without a key, submodules do not describe their calls
-            outcome = self._run_eagerly(None, args, kwargs, plan.reason)
+            outcome = self._run_in_trial(plan, args, kwargs)
         why, reason = plan.state.without_batch, outcome.reason
         if why is not None and reason is not None and reason.kind is Status.WARM_UP:
             outcome = outcome._replace(reason=_explained(reason, why))
@@ -284,6 +285,15 @@ class StepRunner:
         self._times.append((self._stage, how, seconds, outcome.reason))
         self._finish(outcome, descriptor, variant)
         return outcome._replace(ran=how)
+
+    def _run_for_reason(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
+        """Run eagerly a step that has no graph and gets none. What it does costs each such step."""
+        began = perf_counter()
+        # without a key, submodules do not describe their calls
+        outcome = self._run_eagerly(None, args, kwargs, plan.reason)
+        self._times.append((self._stage, Ran.EAGER, perf_counter() - began, plan.reason))
+        self._finish(outcome, plan.state.descriptor, plan.variant)
+        return outcome._replace(ran=Ran.EAGER)
 
     def _invoke(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         return self._step(batch, *args, **kwargs)
