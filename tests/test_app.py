@@ -81,7 +81,8 @@ def test_the_default_run(tmp_path):
     assert len(printed.splitlines()) <= 40
     assert "INFO" not in printed
     steps = [int(number) for number in re.findall(r"(\d+) steps FULL", printed)]
-    assert sum(steps) >= 0.9 * (2 * 38 + 38 + 38)
+    # on a GPU, 8 steps of a stage may run eagerly to compare times
+    assert sum(steps) >= 0.7 * (2 * 38 + 38 + 38)
     for name in ("val_loss", "val_accuracy", "test_loss", "test_accuracy"):
         (with_graphs, eager) = re.findall(rf"^{name} +(\S+) +(\S+) *$", printed, re.MULTILINE)[0]
         assert with_graphs == eager
