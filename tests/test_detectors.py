@@ -285,6 +285,34 @@ def test_a_draw_that_no_module_function_made_is_seen_by_the_comparison():
     assert random.random.__module__ is None, "random.random is not put back"
 
 
+def test_each_line_that_draws_is_named_once():
+    def step(m: Runs, x: torch.Tensor) -> torch.Tensor:
+        first = random.random()
+        second = np.random.rand()
+        for _ in range(3):
+            first += random.random()
+        return x * first * second
+
+    start = step.__code__.co_firstlineno
+    found = [
+        (finding.operation, int(finding.location.rpartition(":")[2]) - start)
+        for finding in watch((RandomNumbers,), Runs(step)).findings
+    ]
+    assert found == [("random.random", 1), ("numpy.random.rand", 2), ("random.random", 4)]
+
+
+def test_each_line_that_prints_is_named_once():
+    def step(m: Runs, x: torch.Tensor) -> torch.Tensor:
+        print("one")
+        print("two")
+        return x
+
+    found = watch(DETECTORS, Runs(step)).findings
+    lines = [finding.location for finding in found if finding.cause is Cause.PRINTED]
+    start = step.__code__.co_firstlineno
+    assert lines == [f"{__file__}:{start + 1}", f"{__file__}:{start + 2}"]
+
+
 def test_a_draw_on_the_host_names_its_line_where_steps_run_on_a_device():
     backend: Any = types.SimpleNamespace(
         device=torch.device("cuda"), ignoring_host_syncs=contextlib.nullcontext

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from cg_lightning import diagnose
 from cg_lightning.core.causes import Cause
+from cg_lightning.diagnosis.findings import AT_THE_END
 from tests.harness import features, predict
 from tests.models import Body, Predictor
 
@@ -191,6 +195,52 @@ def test_one_of_several_lines_is_not_guessed(harness):
     reason = run(harness, an_entry_twice)
     code = an_entry_twice.__code__
     assert reason.location == f"{code.co_filename}:{code.co_firstlineno + 3}"
+
+
+@dataclasses.dataclass
+class Fields:
+    x: Tensor
+    label: Any = None
+    more: list[Any] = dataclasses.field(default_factory=list)
+
+
+def sets_a_field(batch: Fields) -> None:
+    batch.label = batch.x  # here: sets a field
+
+
+def sets_a_field_by_name(batch: Fields) -> None:
+    setattr(batch, "label", batch.x)  # noqa: B010  # here: sets a field by name
+
+
+def appends_to_a_field(batch: Fields) -> None:
+    batch.more.append(batch.x)  # here: appends to a field
+
+
+class OfFields(nn.Module):
+    def __init__(self, change: Callable[[Fields], None]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, batch: Fields) -> Tensor:
+        self.change(batch)
+        return batch.x * 2
+
+
+@pytest.mark.parametrize("change", [sets_a_field, sets_a_field_by_name, appends_to_a_field])
+def test_the_line_that_changes_the_batch_is_named(change):
+    found = diagnose(OfFields(change), [Fields(torch.ones(2, 3))])
+    changed = [each for each in found.findings if each.cause is Cause.INPUT_MUTATED]
+    assert changed
+    assert {each.location for each in changed} == {line_of(change)}
+
+
+def test_one_of_two_lines_that_set_a_field_is_not_guessed():
+    def change(batch: Fields) -> None:
+        batch.label = 1
+        batch.label = 2
+
+    found = diagnose(OfFields(change), [Fields(torch.ones(2, 3))])
+    assert AT_THE_END in {each.location for each in found.findings}
 
 
 def test_only_code_that_has_run_counts():

@@ -178,7 +178,7 @@ class StepWatch:
         cause: Cause,
         operation: str,
         *,
-        location: str | None = None,
+        location: str | Location | None = None,
         module: str | None = None,
         calls: Iterable[ModuleCall] | None = None,
     ) -> None:
@@ -194,7 +194,7 @@ class StepWatch:
         calls = self.stack[self._first :] if calls is None else list(calls)
         if self._is_paused or not calls or self._spares(cause):
             return
-        where = find_location() if location is None else Location(location, "")
+        where = _where(location)
         module = self.stack[-1].path if module is None else module
         is_known = self.reads_host_value and cause in _READS
         finding = Finding(
@@ -229,6 +229,25 @@ class StepWatch:
                 call
                 for call in self.stack[self._first :]
                 if not any(finding.cause is cause for finding in call.findings)
+            ],
+        )
+
+    def report_once_a_line(
+        self, cause: Cause, operation: str, *, location: str | None = None
+    ) -> None:
+        """Adds a finding to the calls under way that have none of this cause at the same line."""
+        where = _where(location)
+        self.report(
+            cause,
+            operation,
+            location=where,
+            calls=[
+                call
+                for call in self.stack[self._first :]
+                if not any(
+                    finding.cause is cause and finding.location == where.user
+                    for finding in call.findings
+                )
             ],
         )
 
@@ -571,6 +590,12 @@ class StepWatch:
 
 class UnreadableError(Exception):
     """The contents of a value cannot be read; the message says why."""
+
+
+def _where(location: str | Location | None) -> Location:
+    if location is None:
+        return find_location()
+    return Location(location, "") if isinstance(location, str) else location
 
 
 def look_into(value: Any, path: str = "") -> FrozenValues:

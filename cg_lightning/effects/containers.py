@@ -8,13 +8,14 @@ Tensors in them are compared by identity, and by the attributes that users set o
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Iterable, Iterator, MutableMapping, MutableSequence, MutableSet
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cg_lightning.core.descriptor import is_inside_transform, is_plain_value
+from cg_lightning.guards.frozen_parts import ChangedPlace
 from cg_lightning.guards.value_kinds import ValueKind, bound_to, contents_of, kind_of
 from cg_lightning.guards.values import MOST_VALUES
 from cg_lightning.modules.attributes import attributes_of, is_same_value, same_attributes
@@ -104,14 +105,8 @@ class ContainersSnapshot:
 
     def changed(self) -> str:
         """Return the path of the first entry that was added, replaced or removed; empty: none."""
-        for value, kind, before, path in self._nodes:
-            now = _items_of(value, kind)
-            if len(now) != len(before) or not all(
-                _is_same_key(key, old_key) and is_same_value(old, item)
-                for (key, item), (old_key, old) in zip(now, before, strict=True)
-            ):
-                key = _changed_key(now, before)
-                return path if key is None else _name(path, key, kind)
+        for kind, key, path in self._changed_nodes():
+            return path if key is None else _name(path, key, kind)
         for value, copy, path in self._copies:
             contents = contents_of(value)
             assert contents is not None
@@ -124,6 +119,29 @@ class ContainersSnapshot:
             if _memory_of(tensor) != memory:
                 return f"the memory of {path}"
         return ""
+
+    def changed_places(self) -> list[ChangedPlace]:
+        """Return the entries that were added, replaced or removed.
+
+        An entry without a name of its own has that of its container.
+        """
+        return [
+            ChangedPlace(
+                key if isinstance(key, str) else path.rpartition(".")[2].split("[")[0],
+                is_set=kind is ValueKind.OBJECT,
+            )
+            for kind, key, path in self._changed_nodes()
+        ]
+
+    def _changed_nodes(self) -> Iterator[tuple[ValueKind, Any, str]]:
+        """Yield kind, key of the first changed item, and path of each node that has changed."""
+        for value, kind, before, path in self._nodes:
+            now = _items_of(value, kind)
+            if len(now) != len(before) or not all(
+                _is_same_key(key, old_key) and is_same_value(old, item)
+                for (key, item), (old_key, old) in zip(now, before, strict=True)
+            ):
+                yield kind, _changed_key(now, before), path
 
     def new_items(self) -> list[tuple[str, Any]]:
         """Return names and values of the items that were added or replaced."""

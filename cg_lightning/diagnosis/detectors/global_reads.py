@@ -196,21 +196,21 @@ class GlobalReads(Detector):
         if name := name or seeds_itself(function, frame):
             self._report_volatile(name, frame)
         elif name := write_in_c(function, frame):
-            self.watch.report_unless_found(Cause.PRINTED, name)
+            self.watch.report_once_a_line(Cause.PRINTED, name)
         elif _reads_by_text(function) and _is_users_code(frame):
-            self.watch.report_unless_found(Cause.OPAQUE, function.__name__)
+            self.watch.report_once_a_line(Cause.OPAQUE, function.__name__)
 
     def _on_call(self, known: _Code, frame: FrameType) -> None:
         if known.volatile:
             self._report_volatile(known.volatile, caller_of(frame))
         if known.write and is_said_by_user(frame.f_back):
-            self.watch.report_unless_found(Cause.PRINTED, known.write)
+            self.watch.report_once_a_line(Cause.PRINTED, known.write)
         if known.code is _IMPORT and frame.f_back and _is_users_code(frame.f_back):
             self._import(frame.f_locals["name"], frame.f_back)
         if known.is_of_environment:
             self._read_environment(frame)
         for words, line in known.opaque:
-            self.watch.report_unless_found(Cause.OPAQUE, words, location=line)
+            self.watch.report_once_a_line(Cause.OPAQUE, words, location=line)
         for source in known.sources:
             self._read(source)
         for source in level_asked_for(frame):
@@ -311,7 +311,7 @@ class GlobalReads(Detector):
         """Note that a function of the user's imports a module by a name that it computes."""
         module = sys.modules.get(name)
         if name.startswith("."):
-            self.watch.report_unless_found(Cause.OPAQUE, "importlib.import_module")
+            self.watch.report_once_a_line(Cause.OPAQUE, "importlib.import_module")
         elif module is None:  # the next step finds it, and what it holds
             self.watch.note_one_time_work()
         elif is_users_namespace(module):

@@ -122,16 +122,20 @@ class Mutations(Detector):
             yield
         finally:
             del self._containers[id(call)]
+        line = ""
         with self.watch.paused():
             changed = containers.changed()
+            if changed:
+                line = self.watch.line_that_changes(containers.changed_places())
             if changed and entries is not None and entries.can_be_made_again():
                 with entries.undone():
                     changed = containers.changed()
                 if not changed:
                     self.watch.note_batch_filled()
         if changed:
+            where = line or AT_THE_END
             self.watch.report(
-                Cause.INPUT_MUTATED, changed, location=AT_THE_END, module=call.path, calls=[call]
+                Cause.INPUT_MUTATED, changed, location=where, module=call.path, calls=[call]
             )
 
     @contextlib.contextmanager

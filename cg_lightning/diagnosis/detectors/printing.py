@@ -141,7 +141,7 @@ class Printing(Detector):
             is_ours = self._is_suspended or self.watch.is_paused or self.watch.is_in_framework
             is_ours |= is_sync_warning(message.message)  # the backend has asked for them
             if is_seen and not is_ours and threading.get_ident() == thread:
-                self.watch.report_unless_found(Cause.PRINTED, "warnings.warn")
+                self.watch.report_once_a_line(Cause.PRINTED, "warnings.warn")
                 self.watch.note_one_time_work()
             show(message)
 
@@ -153,7 +153,7 @@ class Printing(Detector):
 
         def noticed(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() == thread and is_called_by_step(__file__):
-                self.watch.report_unless_found(Cause.PRINTED, name)
+                self.watch.report_once_a_line(Cause.PRINTED, name)
             return write(*args, **kwargs)
 
         return noticed

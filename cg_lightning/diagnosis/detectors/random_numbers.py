@@ -114,7 +114,7 @@ class RandomNumbers(Detector):
             self._note_used([*args, *kwargs.values()])
         if self.watch.device_type != "cpu" and _drops_out_by_itself(function, args, kwargs):
             words = f"{function._schema.name} with dropout, whose state cannot be restored"
-            self.watch.report_unless_found(Cause.HOST_RANDOMNESS, words)
+            self.watch.report_once_a_line(Cause.HOST_RANDOMNESS, words)
         if function.namespace == "aten" and not _draws(function):
             return  # all of PyTorch's own operations that take a generator have the tag
         for value in (*args, *kwargs.values()):
@@ -136,7 +136,7 @@ class RandomNumbers(Detector):
             return
         words = function._schema.name
         if not (self.watch.is_about_step and _can_be_repeated(function, args, kwargs, output)):
-            self.watch.report_unless_found(Cause.HOST_RANDOMNESS, words)
+            self.watch.report_once_a_line(Cause.HOST_RANDOMNESS, words)
             return
         draw = HostDraw(function, args, {**kwargs, "dtype": output.dtype})
         self._unused.append(_UnusedDraw(draw, HeldOperand(output), find_location().user))
@@ -180,7 +180,7 @@ class RandomNumbers(Detector):
 
     def _report_draw(self, draw: _UnusedDraw) -> None:
         words, where = draw.draw.function._schema.name, draw.location
-        self.watch.report_unless_found(Cause.HOST_RANDOMNESS, words, location=where)
+        self.watch.report_once_a_line(Cause.HOST_RANDOMNESS, words, location=where)
 
     @contextlib.contextmanager
     def _noticing_draws(self) -> Iterator[None]:
@@ -228,9 +228,9 @@ class RandomNumbers(Detector):
             if is_checkpoint:
                 self._checkpoint = find_location().user
         elif is_checkpoint:
-            self.watch.report_unless_found(cause, KEPT_STATES, location=self._checkpoint)
+            self.watch.report_once_a_line(cause, KEPT_STATES, location=self._checkpoint)
         else:
-            self.watch.report_unless_found(cause, f"torch.{name}")
+            self.watch.report_once_a_line(cause, f"torch.{name}")
 
     def _noticed(self, name: str, function: Any, thread: int) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -240,7 +240,7 @@ class RandomNumbers(Detector):
             before = self._state()
             output = function(*args, **kwargs)
             if self._state() != before:
-                self.watch.report_unless_found(Cause.HOST_RANDOMNESS, name)
+                self.watch.report_once_a_line(Cause.HOST_RANDOMNESS, name)
             return output
 
         return draw

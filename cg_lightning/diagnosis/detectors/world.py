@@ -87,4 +87,4 @@ class World(Detector):
     def _notice(self, event: str) -> None:
         if not self.watch.is_paused and is_called_by_step(__file__):
             cause = Cause.OPAQUE if event in _MEMORY else Cause.WORLD
-            self.watch.report_unless_found(cause, event)
+            self.watch.report_once_a_line(cause, event)
