@@ -48,6 +48,16 @@ class CallEvents(Protocol):
     def suspended(self) -> AbstractContextManager[None]:
         """While nothing is told."""
 
+    def pause(self) -> bool:
+        """Tell nothing until :meth:`resume`, where to be told takes time.
+
+        Returns:
+            Whether :meth:`resume` must follow.
+        """
+
+    def resume(self) -> None:
+        """Tell again."""
+
 
 def call_events(listener: CallListener) -> CallEvents:
     """Return what tells ``listener`` of calls in this version of Python."""
@@ -63,30 +73,40 @@ class _Profiler:
         self._listener = listener
         # by id, with the code to keep it alive: to hash code takes longer than to call it
         self._quiet: dict[int, CodeType] = {}
+        self._profiler = self._on_event
 
     @contextlib.contextmanager
     def telling(self) -> Iterator[str]:
         """See :class:`CallEvents`."""
         with paused_profiler() as left:
             if left is None:
-                sys.setprofile(self._on_event)
+                sys.setprofile(self._profiler)
             try:
                 yield left or ""
             finally:
-                if sys.getprofile() == self._on_event:
-                    sys.setprofile(None)
+                self.pause()
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
         """See :class:`CallEvents`."""
-        if sys.getprofile() != self._on_event:
+        if not self.pause():
             yield
             return
-        sys.setprofile(None)
         try:
             yield
         finally:
-            sys.setprofile(self._on_event)
+            self.resume()
+
+    def pause(self) -> bool:
+        """See :class:`CallEvents`."""
+        is_telling = sys.getprofile() is self._profiler
+        if is_telling:
+            sys.setprofile(None)
+        return is_telling
+
+    def resume(self) -> None:
+        """See :class:`CallEvents`."""
+        sys.setprofile(self._profiler)
 
     def _on_event(self, frame: FrameType, event: str, function: Any) -> None:
         listener = self._listener
@@ -147,6 +167,13 @@ if sys.version_info >= (3, 12):
                 yield
             finally:
                 self._is_suspended = before
+
+        def pause(self) -> bool:
+            """See :class:`CallEvents`: it costs nothing to go on."""
+            return False
+
+        def resume(self) -> None:
+            """See :class:`CallEvents`."""
 
         def _on_throw(self, code: CodeType, offset: int, error: BaseException) -> None:
             self._on_start(code, offset)  # Python always tells of it

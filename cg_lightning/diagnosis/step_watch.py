@@ -23,6 +23,7 @@ from cg_lightning.core.descriptor import BatchDescriptor, describe_call, is_insi
 from cg_lightning.core.errors import UnkeyableBatchError
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.tree import flatten, tensors_in
+from cg_lightning.diagnosis.call_events import CallEvents
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import Finding, Location, find_line, find_location
 from cg_lightning.diagnosis.late_unit import LateUnit
@@ -167,6 +168,8 @@ class StepWatch:
         self._drawn: dict[int, torch.Generator] = {}
         """Those among them that the step draws from."""
         self._changes: list[ChangedAttribute] = []
+        self.call_events: CallEvents | None = None
+        """What tells a detector of each call; it pauses while detectors look at operations."""
         self._detectors: Sequence[Detector] = ()
         self._mode = _OperationMode(self)
         self._stance: Any = None
@@ -301,6 +304,10 @@ class StepWatch:
     def note_host_draws(self, draws: Sequence[HostDraw]) -> None:
         """Notes the random numbers of the host that the step draws and does not use."""
         self._host_draws = draws
+
+    def note_call_events(self, events: CallEvents) -> None:
+        """Notes what tells a detector of each call."""
+        self.call_events = events
 
     def note_code(self, code: CodeType) -> None:
         """Notes code of the user's that the step runs."""
@@ -657,13 +664,21 @@ class _OperationMode(EagerDispatchMode):
             return function(*args, **kwargs)
         if self._watch.is_paused:
             return self.call(function, args, kwargs)
-        for before in self._before:
-            before(function, args, kwargs)
+        self._run(self._before, function, args, kwargs)
         if self._watch.reads_host_value or self._watch.copies_constant:
             with self._watch.backend.ignoring_host_syncs():
                 output = self.call(function, args, kwargs)
         else:
             output = self.call(function, args, kwargs)
-        for after in self._after:
-            after(function, args, kwargs, output)
+        self._run(self._after, function, args, kwargs, output)
         return output
+
+    def _run(self, told: list[Callable[..., None]], *operation: Any) -> None:
+        events = self._watch.call_events
+        is_paused = events is not None and events.pause()
+        try:
+            for each in told:
+                each(*operation)
+        finally:
+            if is_paused:
+                events.resume()  # type: ignore[union-attr]

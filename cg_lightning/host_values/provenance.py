@@ -119,8 +119,19 @@ class _Started:
     """The read of how many different values it finds."""
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def _tensors(arguments: Any) -> list[Tensor]:
+    """Return the tensors among what an operation takes or returns."""
+    if isinstance(arguments, Tensor):
+        return [arguments]
+    if isinstance(arguments, dict):
+        arguments = arguments.values()
+    elif not isinstance(arguments, (tuple, list)):
+        return []
+    found: list[Tensor] = []
+    for each in arguments:
+        if isinstance(each, (Tensor, tuple, list, dict)):
+            found += _tensors(each)
+    return found
 
 
 def _storage(tensor: Tensor) -> int:
@@ -200,8 +211,9 @@ class Provenance:
                 self.give_up()
                 return False
         tensors = _tensors((args, kwargs))
-        numbers = [self._number(tensor) for tensor in tensors]
-        started = _Started(tensors, numbers, list(map(_storage, tensors)))
+        storages = list(map(_storage, tensors))
+        numbers = list(map(self._number_at, tensors, storages))
+        started = _Started(tensors, numbers, storages)
         self._started = started
         return is_of_step and self._read(function, args, kwargs, started)
 
@@ -337,9 +349,11 @@ class Provenance:
 
     def _mark_up_to_sign(self, numbers: list[int], written: set[int]) -> None:
         """Note that zeros may have another sign in new tensors, and in all with these storages."""
-        for number, known in enumerate(self._known):
-            if number in numbers or known.storage in written:
-                known.is_up_to_sign = known.tensor.is_floating_point()
+        marked = [self._known[number] for number in numbers]
+        if written:
+            marked += [known for known in self._known if known.storage in written]
+        for known in marked:
+            known.is_up_to_sign = known.tensor.is_floating_point()
 
     def _written(self, function: OpOverload, args: Any, kwargs: Any) -> set[int]:
         """Return the storages of the arguments, given as references, that are written."""
@@ -386,17 +400,26 @@ class Provenance:
 
     def _number(self, tensor: Tensor) -> int | None:
         """Return the number of a known tensor, and None for a foreign one."""
+        return self._number_at(tensor, _storage(tensor))
+
+    def _number_at(self, tensor: Tensor, storage: int) -> int | None:
+        """Return the same for a tensor with this storage."""
         number = self._numbers.get(id(tensor))
-        if number is None or not is_plain(tensor):
+        if number is None or not storage or storage in self._foreign:
             return None
         known = self._known[number]
-        storage = _storage(tensor)
-        if storage in self._foreign or storage != known.storage or _layout(tensor) != known.layout:
-            return None
-        return number
+        is_same = storage == known.storage and _layout(tensor) == known.layout
+        return number if is_same else None
 
-    def _with_refs(self, tree: Any) -> Any:
-        return tree_map_only(Tensor, lambda tensor: Ref(self._numbers[id(tensor)]), tree)
+    def _with_refs(self, arguments: Any) -> Any:
+        """Return the arguments of an operation with numbers in the place of tensors."""
+        if isinstance(arguments, Tensor):
+            return Ref(self._numbers[id(arguments)])
+        if type(arguments) in (tuple, list):
+            return type(arguments)(map(self._with_refs, arguments))
+        if type(arguments) is dict:
+            return {name: self._with_refs(each) for name, each in arguments.items()}
+        return arguments
 
     # the path
 

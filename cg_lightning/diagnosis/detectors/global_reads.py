@@ -110,6 +110,7 @@ class GlobalReads(Detector):
         self.quiet_files: set[str] = set()
         """Files of others in which no function is volatile."""
         self._events = call_events(self)
+        watch.note_call_events(self._events)
         self._made_here: set[int] = set()
         """The code of functions that functions of the step make, by id."""
         self._from_before: dict[int, list[FunctionType]] | None = None
