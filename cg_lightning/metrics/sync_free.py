@@ -34,7 +34,6 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -390,8 +389,9 @@ def replacing(make: Callable[[Callable[..., Any], SyncFree], Callable[..., Any]]
                 original = getattr(*places[0])
                 replacement = _Replacement(original, make(original, sync_free))
                 replacements.append(replacement)
-                for module, name in places:
-                    stack.enter_context(patch.object(module, name, replacement.function))
+                for owner, name in places:
+                    stack.callback(setattr, owner, name, vars(owner)[name])
+                    setattr(owner, name, replacement.function)
         yield
 
 
