@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import sys
 import types
 from collections.abc import Sequence
 from types import FrameType, FunctionType
@@ -48,6 +49,8 @@ def sources_of(frame: FrameType, names: NamesInCode) -> list[Source]:
         elif name not in namespace and not _is_pythons_own(frame.f_builtins.get(name)):
             found.append(Source(frame.f_builtins, name, name))
     for module, name in names.imported:
+        if sys.modules.get(module.__name__) is module:
+            found.append(_in_sys_modules(module.__name__))
         if name:
             found += _sources_of_name(vars(module), name, f"{module.__name__}.{name}", names)
         elif is_users_namespace(module):
@@ -58,6 +61,11 @@ def sources_of(frame: FrameType, names: NamesInCode) -> list[Source]:
         if name not in dir(space):
             found.append(Source(space, name, f"{space.__name__}.{name}"))
     return [*found, *_sources_on_tensors(names)]
+
+
+def _in_sys_modules(name: str) -> LibrarySource:
+    """What an import finds."""
+    return LibrarySource(sys.modules, name, f"sys.modules[{name!r}]")
 
 
 def _sources_of_name(
@@ -93,7 +101,9 @@ def _is_pythons_own(value: Any) -> bool:
 
 def sources_in_namespace(namespace: Any, path: str, names: NamesInCode) -> list[Source]:
     """Return what may be read of a module or class by these names, and inside of it."""
-    found = _sources_by_names(namespace, path, names.names, set())
+    is_module = isinstance(namespace, types.ModuleType)
+    wanted = (*names.names, "__getattr__") if is_module else names.names
+    found = _sources_by_names(namespace, path, wanted, set())
     is_set, is_asked_for = names.may_be_missing()
     for name in {*is_set, *is_asked_for}:
         if not any(name in vars(holder) for holder in _holders(namespace)):

@@ -32,6 +32,7 @@ from torch import nn
 
 from cg_lightning.core.reasons import NO_CHANGE, Changed
 from cg_lightning.guards.comparisons import Condition
+from cg_lightning.guards.library_code import is_code, is_compared
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.guards.sources import MISSING, LibrarySource, Source, describe_change
 from cg_lightning.guards.values import FrozenValues
@@ -125,7 +126,14 @@ class GuardSet:
         own = [e for e in sources if not (e.is_bare_function or isinstance(e, LibrarySource))]
         self.guards = list(map(Guard.of, _with_classes(own)))
         there = [guard for guard in self.guards if guard.expected is not MISSING]
-        native = [guard for guard in there if guard.is_in_dictionary]
+        self._code = [
+            guard
+            for guard in self._of_libraries
+            if guard.is_in_dictionary
+            and is_code(guard.expected)
+            and not is_compared(guard.source.holder)
+        ]
+        native = [guard for guard in (*there, *self._code) if guard.is_in_dictionary]
         self._dictionaries = [guard.namespace for guard in native]
         self._names = [guard.source.name for guard in native]
         self._expected = [guard.expected for guard in native]
@@ -175,7 +183,9 @@ class GuardSet:
             return False
 
     def _values_are_equal(self) -> bool:
-        return all(is_same_value(guard.expected, guard.value()) for guard in self.guards)
+        return all(
+            is_same_value(guard.expected, guard.value()) for guard in (*self.guards, *self._code)
+        )
 
     def check(self) -> bool:
         """Return whether all guarded values are unchanged. Large containers are not compared."""
@@ -209,7 +219,7 @@ class GuardSet:
     def check_epoch(self) -> bool:
         """Return whether large containers are unchanged, and settings of hidden modules.
 
-        Hidden are modules that no module tree contains. Functions of libraries are compared, too.
+        Hidden are modules that no module tree contains. What libraries have is compared, too.
         """
         return (
             self._contents.large_ones_hold()

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from cg_lightning.core.equality import parts_of
 from cg_lightning.core.reasons import NO_CHANGE, Changed
+from cg_lightning.guards.library_code import LibraryCode, version_of
 from cg_lightning.guards.sources import MISSING, describe_change
 from cg_lightning.modules.attributes import (
     backward_hooks_of,
@@ -111,6 +112,8 @@ class Change(enum.Enum):
     """As for :attr:`STRUCTURE`."""
     SETTINGS = "a setting of a submodule has changed"
     """As for :attr:`STRUCTURE`."""
+    CODE = "a function or class was replaced"
+    """As for :attr:`STRUCTURE`."""
 
 
 class GuardFailure(NamedTuple):
@@ -181,10 +184,12 @@ class ModuleGuard:
 
     Args:
         root: The module.
+        has_code: Whether functions of libraries are compared as well.
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, has_code: bool = False) -> None:
         self._root = root
+        self._has_code = has_code
         self._settings: dict[tuple[int, str], Any] | None = None
         self._held_settings: list[tuple[dict[str, Any], str, Any]] | None = None
         self._held_keys: list[tuple[int, str]] = []
@@ -216,6 +221,7 @@ class ModuleGuard:
         self._sparse = [member for member in members if member.layout is not torch.strided]
         self._placement = Placement(self.tensors)
         self._scripted_values = [scripted_attributes(module) for module in self._scripted]
+        self._code = LibraryCode(self.modules) if self._has_code else None
 
     def _current_tables(self) -> list[Any]:
         tables = [
@@ -251,7 +257,14 @@ class ModuleGuard:
         return all(map(same_attributes, now, self._scripted_values))
 
     def check(self) -> bool:
-        """Return True if members, their addresses and layouts, and hooks are unchanged."""
+        """Return True if members, their addresses and layouts, hooks and code are unchanged."""
+        if (code := self._code) is not None:
+            is_as_it_was = (
+                list(map(version_of, code.dictionaries)) == code.versions
+                and len(code.rewritten) == code.number
+            )
+            if not is_as_it_was and not code.holds():
+                return False
         if not (self._members_hold() and self._placement.check()):
             return False
         if self._sparse and not self._parts_hold():
@@ -260,6 +273,8 @@ class ModuleGuard:
 
     def failure(self) -> GuardFailure:
         """Return the change. Call it after :meth:`check` has failed and before :meth:`refresh`."""
+        if self._code is not None and (replaced_code := self._code.explain()):
+            return self._failure(Change.CODE, replaced_code)
         now = map(scripted_attributes, self._scripted)
         for attributes, before in zip(now, self._scripted_values, strict=True):
             for name, value in attributes.items():

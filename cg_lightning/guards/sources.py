@@ -179,7 +179,10 @@ REGISTRATIONS = Source(_Registrations(), "count", "classes registered with abstr
 
 
 class LibrarySource(Source):
-    """A function or class of a library under its name there. It is compared once an epoch."""
+    """What a library has under a name. It is compared by identity.
+
+    Functions, classes and modules are compared before each replay, and all else once an epoch.
+    """
 
 
 _MOST_CHARACTERS = 60

@@ -100,7 +100,7 @@ _BOUND_TO: tuple[tuple[Any, tuple[str, ...]], ...] = (
     ((types.BuiltinFunctionType, types.MethodWrapperType), ("__self__",)),
     ((types.FunctionType, types.CellType), ()),
 )
-"""Attributes of functions, and of a few other values of C, that never change."""
+"""Attributes of functions, and of a few other values of C. Only those of partials can change."""
 _OPERATORS = (operator.itemgetter, operator.attrgetter, operator.methodcaller)
 """Functions of C whose arguments only pickling shows."""
 _FUNCTIONS = (

@@ -6,6 +6,7 @@ A value stays the same object when its contents change, so identity is not enoug
 from __future__ import annotations
 
 import contextvars
+import functools
 import gc
 import itertools
 import operator
@@ -337,6 +338,10 @@ class FrozenValues:
             return []
         cls: type = type(value)
         held = bound_to(value)
+        if isinstance(value, functools.partial):  # ``__setstate__`` exchanges all of them
+            self._items.append(FrozenAttributes(value, bound_to, dict(held), path))
+            for name, each in held.items():
+                self._same_items.add_attribute(value, name, each)
         if has_room_for_attributes(cls) or members_of(cls):
             held |= self._store_attributes(value, attributes_of, path)
         return [(each, _path_in_function(path, value, name)) for name, each in held.items()]

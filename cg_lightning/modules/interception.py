@@ -295,6 +295,14 @@ class _Patch:
             else:
                 type.__setattr__(self._cls, self._name, self._before)
 
+    def take_out(self, found: dict[str, Any]) -> None:
+        """Put back what was there before in a copy of the namespace of the class."""
+        if self._function is not None and found.get(self._name) is self._function:
+            if self._before is _ABSENT:
+                del found[self._name]
+            else:
+                found[self._name] = self._before
+
     def _is_wrapped(self, current: Any) -> bool:
         """Return True if other code has wrapped our function in the meantime."""
         return self._is_put and current is not self._before
@@ -327,6 +335,15 @@ class _Patch:
 
 _patches: dict[tuple[type, str], _Patch] = {}
 _suspensions = 0
+
+
+def without_interceptions(namespace: Any) -> dict[str, Any]:
+    """Return what a class or a module contains, as if nothing was intercepted."""
+    found = dict(vars(namespace))
+    for (cls, _), patch in list(_patches.items()):
+        if cls is namespace:
+            patch.take_out(found)
+    return found
 
 
 def _keep_from_compiler(function: _Function) -> None:

@@ -86,7 +86,7 @@ class GraphTarget:
         self.module = module
         self.mode = mode
         self.cache = capturer.cache
-        self.guard = ModuleGuard(module)
+        self.guard = ModuleGuard(module, has_code=mode is CUDAGraphMode.FULL)
         self.copies_from_host = False
         """Whether a watched call was seen to copy constants from the host by itself."""
         self.dispatcher = CUDAGraphDispatcher(

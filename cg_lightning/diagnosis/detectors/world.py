@@ -6,16 +6,14 @@ A graph would use them once, when it is captured.
 from __future__ import annotations
 
 import contextlib
-import functools
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 from unittest.mock import patch
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import is_called_by_step
+from cg_lightning.guards.audit_events import listen, listeners
 
 _EVENTS = frozenset(
     {
@@ -37,20 +35,6 @@ _MEMORY = frozenset(
 )
 """Audit events of ``ctypes``: memory is read or written by its address, or foreign code runs."""
 
-_listeners: dict[int, Callable[[str], None]] = {}
-"""The detector of the watched step of each thread, by thread; empty if no step is watched."""
-
-
-def _on_event(event: str, _: tuple[Any, ...]) -> None:
-    if _listeners and (event in _EVENTS or event in _MEMORY):
-        listener = _listeners.get(threading.get_ident())
-        if listener is not None:
-            listener(event)
-
-
-# audit hooks cannot be removed, so there is one in a process
-_install_once = functools.cache(lambda: sys.addaudithook(_on_event))
-
 
 class World(Detector):
     """Reports what a step does outside its process, from the audit events of Python.
@@ -65,10 +49,10 @@ class World(Detector):
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
-        _install_once()
+        listen()
         thread = threading.get_ident()
-        before = _listeners.get(thread)
-        _listeners[thread] = self._notice
+        before = listeners.get(thread)
+        listeners[thread] = self._notice
         start_thread = threading.Thread.start
 
         def noticed(started: threading.Thread) -> None:
@@ -80,11 +64,13 @@ class World(Detector):
             with patch.object(threading.Thread, "start", noticed):
                 yield
         finally:
-            del _listeners[thread]
+            del listeners[thread]
             if before is not None:
-                _listeners[thread] = before
+                listeners[thread] = before
 
     def _notice(self, event: str) -> None:
+        if event not in _EVENTS and event not in _MEMORY:
+            return
         if not self.watch.is_paused and is_called_by_step(__file__):
             cause = Cause.OPAQUE if event in _MEMORY else Cause.WORLD
             self.watch.report_once_a_line(cause, event)

@@ -1,0 +1,46 @@
+"""Audit events of Python: one hook for all who listen, because hooks cannot be removed."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+listeners: dict[int, Callable[[str], None]] = {}
+"""What a thread tells of its events, by thread; empty if no step is watched."""
+_SETS = "object.__setattr__"
+_PARTS = ("__code__", "__defaults__", "__kwdefaults__", "__bases__")
+"""What decides what a function or a class does."""
+_rewritten: list[str] = []
+"""The functions and classes that were rewritten, in their order."""
+
+
+def _is_new(holder: Any, name: str) -> bool:
+    """Return whether a function or class was made just now, and nothing can have used it."""
+    before = getattr(holder, name, None)
+    return before is None or before == (tuple,)  # ``NamedTuple`` sets the bases of its classes
+
+
+def _on_event(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == _SETS:
+        holder, name = arguments[:2]
+        if name in _PARTS and not _is_new(holder, name):
+            _rewritten.append(f"{getattr(holder, '__qualname__', '?')}.{name}")
+    elif listeners:
+        listener = listeners.get(threading.get_ident())
+        if listener is not None:
+            listener(event)
+
+
+listen = functools.cache(lambda: sys.addaudithook(_on_event))
+"""Listen from now on, in all threads."""
+
+
+def rewritten() -> list[str]:
+    """Return all names like ``helper.__code__`` and ``Net.__bases__`` that were set so far.
+
+    To set them changes a function or a class in place, and no comparison of objects shows it.
+    """
+    return _rewritten

@@ -1,0 +1,115 @@
+"""Functions that steps run and that are no part of a module: replaced, a graph has the old ones.
+
+What is hard here: a step calls thousands of functions of libraries, and any of them may be replaced
+in mid-stage (``torch.relu = mine``, ``nn.Linear.forward = mine``). To compare all of them takes a
+hundred microseconds. So the versions of their namespaces are compared, which PyTorch counts for its
+own guards, and the functions themselves only after a version has changed.
+"""
+
+from __future__ import annotations
+
+import builtins
+import gc
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cg_lightning.core.reasons import NO_CHANGE, Changed
+from cg_lightning.guards import audit_events
+from cg_lightning.modules.interception import without_interceptions
+from cg_lightning.modules.kinds import is_users_namespace
+
+# private, the guards of Dynamo: the version of a dictionary, which changes with each change of it
+version_of: Callable[[dict[str, Any]], int] = getattr(
+    getattr(torch._C._dynamo, "guards", None), "dict_version", lambda _: 0
+)
+_COMPARED = (builtins, torch, functional, Tensor)
+"""Namespaces that all steps use."""
+_CODE = (
+    *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, type),
+    *(types.MethodDescriptorType, types.WrapperDescriptorType, types.GetSetDescriptorType),
+    *(property, classmethod, staticmethod),
+)
+_Namespace = types.ModuleType | type
+
+
+def _dictionary_of(namespace: _Namespace) -> dict[str, Any]:
+    found = vars(namespace)
+    # that of a class is behind a view
+    return found if isinstance(found, dict) else gc.get_referents(found)[0]
+
+
+def _code_in(namespace: _Namespace) -> dict[str, Any]:
+    """Return functions, classes and properties; not those that we put there."""
+    return {
+        name: value
+        for name, value in without_interceptions(namespace).items()
+        if isinstance(value, _CODE)
+    }
+
+
+def is_code(value: Any) -> bool:
+    """Return whether a value is a function, a class, a property or a module."""
+    return isinstance(value, (*_CODE, types.ModuleType))
+
+
+def is_compared(namespace: Any) -> bool:
+    """Return whether :class:`LibraryCode` compares a namespace for all modules."""
+    return any(namespace is each for each in _COMPARED)
+
+
+class LibraryCode:
+    """Compares the functions of libraries that steps of some modules may call.
+
+    These are Python's own, those of ``torch``, ``torch.nn.functional`` and ``torch.Tensor``, and
+    those of the modules' classes. Classes of the user's have guards of their own. It also finds
+    functions and classes anywhere that are changed in place (``function.__code__ = ...``).
+
+    Args:
+        modules: The modules.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        audit_events.listen()
+        classes = {
+            cls: None
+            for kind in {type(module): None for module in modules}
+            for cls in kind.__mro__
+            if issubclass(cls, nn.Module) and not is_users_namespace(cls)
+        }
+        self._namespaces: list[_Namespace] = [*_COMPARED, *classes]
+        self._code = list(map(_code_in, self._namespaces))
+        self.dictionaries = list(map(_dictionary_of, self._namespaces))
+        """The namespaces that are compared."""
+        self.versions = list(map(version_of, self.dictionaries))
+        """Their versions. As long as they are these, no function was replaced."""
+        self.rewritten = audit_events.rewritten()
+        """The functions that were changed in place."""
+        self.number = len(self.rewritten)
+        """How many there were at first."""
+
+    def holds(self) -> bool:
+        """Return whether no function was replaced, and none was changed in place."""
+        if len(self.rewritten) != self.number:
+            return False
+        versions = list(map(version_of, self.dictionaries))
+        for index, (now, before) in enumerate(zip(versions, self.versions, strict=True)):
+            if now != before and _code_in(self._namespaces[index]) != self._code[index]:
+                return False
+        self.versions = versions
+        return True
+
+    def explain(self) -> Changed:
+        """Return what was replaced; empty if nothing was."""
+        if len(self.rewritten) != self.number:
+            return Changed(self.rewritten[self.number])
+        for namespace, before in zip(self._namespaces, self._code, strict=True):
+            now = _code_in(namespace)
+            for name in {**before, **now}:
+                if before.get(name) is not now.get(name):
+                    return Changed(f"{namespace.__name__}.{name}")
+        return NO_CHANGE
