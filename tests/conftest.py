@@ -112,7 +112,10 @@ def classes_with_a_trace() -> list[str]:
 
 def modules_with_a_trace() -> list[str]:
     """Return modules that are still intercepted."""
-    return [type(module).__name__ for module in interception.intercepted_modules()]
+    tables = [patch.table for patch in interception._patches.values()]
+    entries = [entry for table in tables for found in table.values() for entry in found]
+    modules = {id(entry.module): entry.module for entry in entries}
+    return [type(module).__name__ for module in modules.values()]
 
 
 @pytest.fixture(autouse=True)

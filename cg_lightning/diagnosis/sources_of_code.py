@@ -56,7 +56,7 @@ def sources_of(frame: FrameType, names: NamesInCode) -> list[Source]:
         elif is_users_namespace(module):
             found += sources_in_namespace(module, module.__name__, names)
         else:
-            found += _sources_in_library(module, module.__name__, names.names, set())
+            found += _sources_by_names(module, module.__name__, names.names, set())
     for space, name in names.looked_up():
         if name not in dir(space):
             found.append(Source(space, name, f"{space.__name__}.{name}"))
@@ -74,7 +74,7 @@ def _sources_of_name(
     value = namespace.get(name)
     if isinstance(value, (types.ModuleType, type)):
         if not is_users_namespace(value):
-            return _sources_in_library(value, path, names.names, set())
+            return _sources_by_names(value, path, names.names, set())
         where = value.__name__ if isinstance(value, type) else path
         return sources_in_namespace(value, where, names)
     if isinstance(value, types.FunctionType):
@@ -112,52 +112,46 @@ def sources_in_namespace(namespace: Any, path: str, names: NamesInCode) -> list[
     return found
 
 
-def _sources_inside(
-    namespace: Any, path: str, names: Sequence[str], seen: set[int]
-) -> list[Source]:
-    """What may be read by these names of a module or class that another one contains."""
-    if id(namespace) in seen:
-        return []
-    is_users = is_users_namespace(namespace)
-    return (_sources_by_names if is_users else _sources_in_library)(namespace, path, names, seen)
-
-
 def _sources_by_names(
     namespace: Any, path: str, names: Sequence[str], seen: set[int]
 ) -> list[Source]:
-    found: list[Source] = []
+    """Return what may be read of a module or class by these names, and of those inside it."""
+    if id(namespace) in seen:
+        return []
     seen.add(id(namespace))
+    is_users = is_users_namespace(namespace)
+    found: list[Source] = []
     for name in names:
         holder, value = _look_up(namespace, name)
+        where = f"{path}.{name}"
         if isinstance(value, (types.ModuleType, type)):
-            found += _sources_inside(value, f"{path}.{name}", names, seen)
-        elif holder is not None and isinstance(value, types.FunctionType):
-            place = holder if isinstance(holder, type) else vars(holder)
-            found += [Source(place, name, f"{path}.{name}"), *_attributes_of_function(value)]
-        elif holder is not None and not isinstance(value, _FUNCTIONS):
-            owner = holder.__name__ if isinstance(holder, type) else path
-            found.append(Source(holder, name, f"{owner}.{name}"))
-            if holder is not namespace:  # a class may get a value of its own
-                found.append(Source(namespace, name, f"{path}.{name}"))
+            found += _sources_by_names(value, where, names, seen)
+        elif holder is not None and is_users:
+            found += _sources_of_users(namespace, holder, name, path, value)
+        elif holder is not None:
+            found.append(_source_in_library(holder, name, where, value))
     return found
 
 
-def _sources_in_library(
-    namespace: Any, path: str, names: Sequence[str], seen: set[int]
+def _sources_of_users(
+    namespace: Any, holder: Any, name: str, path: str, value: Any
 ) -> list[Source]:
-    """What may be read of a module or class of a library by these names: users set values there."""
-    found: list[Source] = []
-    seen.add(id(namespace))
-    for name in names:
-        holder, value = _look_up(namespace, name)
-        if isinstance(value, (types.ModuleType, type)):
-            found += _sources_inside(value, f"{path}.{name}", names, seen)
-        elif holder is not None:
-            found.append(_source_in_library(holder, name, f"{path}.{name}", value))
+    """Return what may be read by a name of a module or class of the user's, found in ``holder``."""
+    where = f"{path}.{name}"
+    if isinstance(value, types.FunctionType):
+        place = holder if isinstance(holder, type) else vars(holder)
+        return [Source(place, name, where), *_attributes_of_function(value)]
+    if isinstance(value, _FUNCTIONS):
+        return []
+    owner = holder.__name__ if isinstance(holder, type) else path
+    found = [Source(holder, name, f"{owner}.{name}")]
+    if holder is not namespace:  # a class may get a value of its own
+        found.append(Source(namespace, name, where))
     return found
 
 
 def _source_in_library(holder: Any, name: str, path: str, value: Any) -> Source:
+    """Return the source of a name in a library, where users may set a value of their own."""
     if isinstance(value, types.FunctionType):
         is_users = is_user_file(value.__code__.co_filename)
     else:

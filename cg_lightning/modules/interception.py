@@ -373,13 +373,6 @@ def can_intercept(module: nn.Module) -> bool:
     return not isinstance(module, jit.ScriptModule)
 
 
-def intercepted_modules() -> list[nn.Module]:
-    """Return all modules that any thread intercepts now."""
-    tables = [patch.table for patch in _patches.values()]
-    entries = [entry for table in tables for found in table.values() for entry in found]
-    return list({id(entry.module): entry.module for entry in entries}.values())
-
-
 class Interception:
     """Calls a handler for the events of one module object, from now on.
 

@@ -90,8 +90,3 @@ class BatchIndex(Detector):
 def find_use_of_batch_index(module: nn.Module, step_name: str) -> str | None:
     """Return the line of a step that does more with ``batch_idx`` than compare it, or None."""
     return next((use.line for use in ArgumentUses(module).find(step_name, _POSITION)), None)
-
-
-def uses_batch_index(module: nn.Module, step_name: str) -> bool:
-    """Return whether a step may do more with ``batch_idx`` than comparing it."""
-    return find_use_of_batch_index(module, step_name) is not None
