@@ -68,8 +68,7 @@ class Captured:
         self.input = example.clone()
         self.captures = 0
         self._call = lambda: step(module, self.input)
-        recorder: Recorder = self.effects.recorder()
-        with recorder.prepared():
+        with self.effects.recorder() as recorder:
             captured = self._capture(recorder)
             if recorder.has_unreserved_checks:
                 del captured
@@ -330,10 +329,9 @@ def test_a_step_that_checks_nothing_is_captured_once():
 def test_checks_for_which_no_memory_was_reserved_are_not_lost():
     module, (first, *_) = Measured(metric=BinaryAccuracy()), batches()
     effects = ModuleEffects(module, first.device)
-    recorder = effects.recorder()
 
     def capture_once() -> None:
-        with recorder.prepared(), recorder.step() as recording:
+        with effects.recorder() as recorder, recorder.step() as recording:
             checked(module, first.clamp(max=0.9))
             recording.finish()
 
@@ -465,7 +463,7 @@ def test_what_cannot_be_logged_again_is_refused():
 
 def test_a_submodule_has_no_effects():
     recorder: Recorder = NoEffects()
-    with recorder.prepared(), recorder.step() as recording:
+    with recorder.step() as recording:
         assert recording.finish() == FinishedStep([], [], [], [])
     assert not recorder.has_unreserved_checks
 

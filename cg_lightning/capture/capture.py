@@ -227,7 +227,6 @@ class Capturer:
         passed_on = PassedOnValues(call.descriptor.leaves)
         leaves = passed_on.hidden_in(inputs.leaves)
         effects = target.effects
-        recorder: Recorder = NoEffects() if effects is None else effects.recorder(target.late)
         # what metrics and the user's lists keep is never graph memory
         copies_outputs = settings.copy_outputs or bool(
             target.late or target.changes or target.fills_batch
@@ -289,9 +288,14 @@ class Capturer:
                 raise cause from error
 
         context = ForwardContext(target.mode, call.descriptor)
+        prepared: AbstractContextManager[Recorder] = (
+            contextlib.nullcontext(NoEffects())
+            if effects is None
+            else effects.recorder(target.late)
+        )
         with (
             override_forward_context(context),
-            recorder.prepared(),
+            prepared as recorder,
             _random_state_put_back() if target.host_draws else contextlib.nullcontext(),
         ):
             captured = capture()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from cg_lightning.effects.late_updates import (
     LateUpdates,
 )
 from cg_lightning.effects.logged_values import Calls, LoggedValues, NothingLogged
-from cg_lightning.effects.recorder import EffectRecorder
+from cg_lightning.effects.recorder import EffectRecorder, recording_effects
 from cg_lightning.metrics.deferred_checks import DeferredChecks
 from cg_lightning.metrics.members import metrics_in_containers, metrics_of
 from cg_lightning.metrics.states import MetricStates
@@ -122,14 +123,14 @@ class ModuleEffects:
         """Return True if graphs update logged values. If not, log calls follow each replay."""
         return self.logged.is_supported()
 
-    def recorder(self, late: Sequence[MetricUnit] = ()) -> EffectRecorder:
-        """Return a recorder for captures of one step.
+    def recorder(self, late: Sequence[MetricUnit] = ()) -> AbstractContextManager[EffectRecorder]:
+        """Return a context that gives a recorder for captures of one step.
 
         Args:
             late: The metrics that are updated after the step.
         """
         step = LateStep(self._late, late)
-        return EffectRecorder(
+        return recording_effects(
             self._module, self.states, self.logged, step, self.checks, self.sync_free
         )
 

@@ -61,11 +61,11 @@ class Recording(Protocol):
 class Recorder(Protocol):
     """Records captures of one step, in this order.
 
-    1. Enter :meth:`prepared`, outside any capture.
+    1. Enter the context that gives the recorder, outside any capture.
     2. Capture the step, with :meth:`step` around it.
     3. If :attr:`has_unreserved_checks`: drop the graph and the effects, call
        :meth:`reserve_checks`, and capture once more, as in 2.
-    4. Leave :meth:`prepared`. Metrics and logged values are then as they were before.
+    4. Leave the context. Metrics and logged values are then as they were before.
     """
 
     @property
@@ -75,9 +75,6 @@ class Recorder(Protocol):
     @property
     def checked_calls(self) -> CheckedCalls:
         """The checked calls of the step that is being captured."""
-
-    def prepared(self) -> AbstractContextManager[None]:
-        """While this is entered, metrics have states at fixed addresses."""
 
     def step(self) -> AbstractContextManager[Recording]:
         """While this is entered, one captured step is recorded."""
@@ -101,10 +98,6 @@ class NoEffects:
         """An empty record, which is not used."""
         return CheckedCalls()
 
-    def prepared(self) -> AbstractContextManager[None]:
-        """Return a context that does nothing."""
-        return contextlib.nullcontext()
-
     def step(self) -> AbstractContextManager[Recording]:
         """Return a context in which nothing is recorded."""
         return contextlib.nullcontext(_NoRecording())
@@ -113,8 +106,19 @@ class NoEffects:
         """Do nothing."""
 
 
-class EffectRecorder:
-    """Records captures of one step of a module; see :class:`Recorder` for the order.
+@contextlib.contextmanager
+def recording_effects(
+    module: nn.Module,
+    states: MetricStates,
+    logged: LoggedValues,
+    late: LateStep,
+    checks: DeferredChecks,
+    sync_free: bool,
+) -> Iterator[EffectRecorder]:
+    """While this is entered, metrics have states at fixed addresses, and captures are recorded.
+
+    At the end everything is restored. If no exception was raised, the checks of the last captured
+    step are read from then on.
 
     Args:
         module: The module.
@@ -123,32 +127,63 @@ class EffectRecorder:
         late: The metrics that are updated after the step.
         checks: Receives the checks of the final graph.
         sync_free: Replace functions of torchmetrics that wait for the device.
+
+    Raises:
+        CaptureError: That step made checks and was not captured again, so they would be lost.
+    """
+    logged.begin()
+    found = {id(metric): metric for metric in (*metrics_of(module), *logged.metrics())}
+    metrics = [metric for metric in found.values() if not late.is_late(metric)]
+    logged_before = logged.snapshot()
+    try:
+        with states.held_for_capture(metrics) as tensors:
+            recorder = EffectRecorder(module, metrics, tensors, states, logged, late, sync_free)
+            yield recorder
+    finally:
+        logged.restore(logged_before)
+    if recorder.has_unreserved_checks:
+        raise CaptureError("the step checks its arguments, and was captured only once")
+    checks.add(recorder.reserved)
+
+
+class EffectRecorder:
+    """Records captures of one step of a module; :func:`recording_effects` makes it.
+
+    Args:
+        module: The module.
+        metrics: The metrics that the step may update, and those behind ``self.log``.
+        metric_states: Their tensor states.
+        states: The metric states of the whole run.
+        logged: The logged values.
+        late: The metrics that are updated after the step.
+        sync_free: Replace functions of torchmetrics that wait for the device.
     """
 
     def __init__(
         self,
         module: nn.Module,
+        metrics: list[nn.Module],
+        metric_states: list[MetricState],
         states: MetricStates,
         logged: LoggedValues,
         late: LateStep,
-        checks: DeferredChecks,
         sync_free: bool,
     ) -> None:
         self._module = module
+        self._metrics = metrics
+        self._metric_states = metric_states
         self._states = states
         self._logged = logged
         self._late = late
-        self._checks = checks
         self._sync_free = sync_free
-        self._metrics: list[nn.Module] = []
-        self._metric_states: list[MetricState] = []
         self._checked = CheckedCalls()
-        self._reserved: list[DeferredCheck] = []
+        self.reserved: list[DeferredCheck] = []
+        """The checks of the step, for which memory is reserved."""
 
     @property
     def has_unreserved_checks(self) -> bool:
         """Whether the last captured step made checks without reserved memory."""
-        return len(self._checked.seen) > len(self._reserved)
+        return len(self._checked.seen) > len(self.reserved)
 
     @property
     def checked_calls(self) -> CheckedCalls:
@@ -156,37 +191,13 @@ class EffectRecorder:
         return self._checked
 
     @contextlib.contextmanager
-    def prepared(self) -> Iterator[None]:
-        """While this is entered, metrics have states at fixed addresses.
-
-        At the end everything is restored. If no exception was raised, the checks of the last
-        captured step are read from then on.
-
-        Raises:
-            CaptureError: That step made checks and was not captured again, so they would be lost.
-        """
-        self._logged.begin()
-        metrics = [*metrics_of(self._module), *self._logged.metrics()]
-        self._metrics = [m for m in _without_repetition(metrics) if not self._late.is_late(m)]
-        logged_before = self._logged.snapshot()
-        try:
-            with self._states.held_for_capture(self._metrics) as metric_states:
-                self._metric_states = metric_states
-                yield
-        finally:
-            self._logged.restore(logged_before)
-        if self.has_unreserved_checks:
-            raise CaptureError("the step checks its arguments, and was captured only once")
-        self._checks.add(self._reserved)
-
-    @contextlib.contextmanager
     def step(self) -> Iterator[Recording]:
         """While this is entered, one captured step is recorded.
 
         At the end the attributes of metrics are restored, so each capture starts from the same.
         """
-        self._checked = CheckedCalls(self._reserved or None)
-        effects = [ReadChecksLater(self._reserved)] if self._reserved else []
+        self._checked = CheckedCalls(self.reserved or None)
+        effects = [ReadChecksLater(self.reserved)] if self.reserved else []
         with contextlib.ExitStack() as stack:
             stack.callback(AttributesSnapshot(self._metrics).restore)
             recording = StepRecording(
@@ -209,8 +220,4 @@ class EffectRecorder:
 
     def reserve_checks(self) -> None:
         """Reserve memory for the checks of the last captured step."""
-        self._reserved = [DeferredCheck.of(*seen) for seen in self._checked.seen]
-
-
-def _without_repetition(metrics: list[nn.Module]) -> list[nn.Module]:
-    return list({id(metric): metric for metric in metrics}.values())
+        self.reserved = [DeferredCheck.of(*seen) for seen in self._checked.seen]
