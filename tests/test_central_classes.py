@@ -62,7 +62,8 @@ from cg_lightning.padding.leaves import Fill, PaddedLeaf, PaddedLeaves
 from cg_lightning.padding.output_cut import OutputCut
 from cg_lightning.padding.padder import Padder
 from cg_lightning.padding.rules import GivenRules
-from cg_lightning.report.stats import CUDAGraphStats, EntryRecord, PaddingRecord
+from cg_lightning.report.records import EntryRecord, PaddingRecord
+from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.ahead import CaptureAhead
 from cg_lightning.runtime.alike_steps import AlikeSteps
 from cg_lightning.runtime.dispatcher import Action, CUDAGraphDispatcher

@@ -11,7 +11,7 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.core.reasons import Changed, Reason, Status
 from cg_lightning.core.settings import Settings
 from cg_lightning.guards.guard_set import Unguarded
-from cg_lightning.report.stats import Saving
+from cg_lightning.report.records import Saving
 from cg_lightning.runtime.dispatcher import (
     MOST_BRANCHES,
     MOST_UNREPEATED,

@@ -11,7 +11,7 @@ import pytest
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.reasons import WARM_UP, Status
-from cg_lightning.report.stats import StepsRecord
+from cg_lightning.report.records import StepsRecord
 from cg_lightning.runtime.dispatcher import MOST_UNREPEATED
 from cg_lightning.runtime.ledger import CAPTURE_COST, CREDIT, FIRST_WAIT, WATCH_COST
 from tests.test_imports import PACKAGE

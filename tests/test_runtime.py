@@ -22,7 +22,8 @@ from cg_lightning.core.settings import Settings
 from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.watched_step import WrittenTensors
 from cg_lightning.effects.module_effects import ModuleEffects
-from cg_lightning.report.stats import CUDAGraphStats, EntryRecord
+from cg_lightning.report.records import EntryRecord
+from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner, first_parameter
 from cg_lightning.runtime.verifier import Verifier

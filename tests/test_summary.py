@@ -14,7 +14,8 @@ import torch
 
 from cg_lightning import BatchDescriptor, CUDAGraphCallback, graphed
 from cg_lightning.core.reasons import Reason, Status
-from cg_lightning.report.stats import CUDAGraphStats, HostTime
+from cg_lightning.report.records import HostTime
+from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.summary import Summary, print_summary, render_summary
 from tests.harness import Harness, features, images
 from tests.models import Body, ConvNetClassifier, Predictor

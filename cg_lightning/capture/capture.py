@@ -53,7 +53,7 @@ from cg_lightning.host_values.path import HostRead
 from cg_lightning.metrics.deferred_checks import CheckedCalls
 from cg_lightning.metrics.units import MetricUnit
 from cg_lightning.modules.compiled import is_compiled
-from cg_lightning.report.stats import EntryRecord
+from cg_lightning.report.records import EntryRecord
 
 T = TypeVar("T")
 

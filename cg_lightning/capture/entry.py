@@ -38,7 +38,7 @@ from cg_lightning.capture.outputs import (
 )
 from cg_lightning.capture.static_inputs import StaticInputs
 from cg_lightning.effects.effect import Effect, ReadChecksLater, Taker, methods
-from cg_lightning.report.stats import EntryRecord
+from cg_lightning.report.records import EntryRecord
 
 _MANY = 8
 """From this number of tensors on, a grouped copy takes less time than copies of each."""

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.padding.leaves import Fill, PaddedLeaves
 from cg_lightning.padding.output_cut import OutputCut
-from cg_lightning.report.stats import PaddingRecord
+from cg_lightning.report.records import PaddingRecord
 
 
 class Guards(Protocol):

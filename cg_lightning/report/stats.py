@@ -6,13 +6,21 @@ import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
-from cg_lightning.core.reasons import NO_CHANGE, Changed, Reason, Status
+from cg_lightning.core.reasons import NO_CHANGE, Reason, Status
 from cg_lightning.core.settings import check_name
 from cg_lightning.core.stages import CALL, STEP_METHODS
+from cg_lightning.report.records import (
+    Comparison,
+    EntryRecord,
+    HostTime,
+    PaddingRecord,
+    StepsRecord,
+    Times,
+)
 from cg_lightning.report.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -31,184 +39,6 @@ _Topic = tuple[Cause | Status, str, str]
 _NO_MATPLOTLIB = (
     'stats.plot() draws with matplotlib, which is not installed: pip install "cg-lightning[plot]".'
 )
-
-
-class Saving(NamedTuple):
-    """The time of a step, or of the calls of a submodule in a step, with graphs and without.
-
-    On a GPU it is the longer one of the times of host and device.
-    """
-
-    eager: float
-    """Without graphs, in seconds."""
-    graph: float
-    """With graphs, in seconds."""
-
-    @property
-    def share(self) -> float:
-        """The share of the time that graphs save. Negative if they cost time."""
-        return 1 - self.graph / self.eager if self.eager else 0.0
-
-
-@dataclasses.dataclass
-class EntryRecord:
-    """The graphs of one key of one target.
-
-    A graph that is captured again is counted in the same record.
-    """
-
-    stage: str
-    mode: str
-    target: str
-    """Dotted path of the submodule, or the name of the step.
-
-    It is ``forward`` for that of the LightningModule.
-    """
-    shapes: str
-    captures: int = 0
-    replays: int = 0
-    """Replays that made a step's result, the one right after a capture included."""
-    seconds: float = 0.0
-    """Time spent on captures, in seconds."""
-    bytes: int = 0
-    """Graph memory of the latest capture and its static inputs, in bytes."""
-    why_again: Changed = NO_CHANGE
-    """What had changed since an earlier capture, of this key or of another one of the target.
-
-    Empty if there was none.
-    """
-    timed: int = 0
-    """Replays whose time was taken: those that were neither captures nor compared with eager."""
-    host_seconds: float = 0.0
-    """Time of those on the host, for the whole step, in seconds."""
-    eager_seconds: float | None = None
-    """Time of an eager step, or of the submodule's calls in one. None: it was not compared."""
-    graph_seconds: float | None = None
-    """The same from graphs. Both are the longer ones of the times of host and device."""
-    saving: float | None = None
-    """The share of the time that graphs save. Negative if they cost time."""
-    within_spread: bool = False
-    """Whether a verified replay differed from eager, by no more than eager runs differ."""
-    values: tuple[str, ...] = ()
-    """The plain values of the key, such as ``2.0``, in the order of the batch."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the record as plain values."""
-        return {**dataclasses.asdict(self), "why_again": str(self.why_again)}
-
-    def saved(self, saving: Saving) -> None:
-        """Store what graphs save."""
-        self.eager_seconds, self.graph_seconds = saving
-        self.saving = saving.share
-
-    def captured(self, seconds: float, num_bytes: int, why_again: Changed) -> None:
-        """Count a capture.
-
-        Args:
-            seconds: The time that it took, in seconds.
-            num_bytes: Graph memory and static inputs, in bytes.
-            why_again: What has changed since an earlier capture; empty if there was none.
-        """
-        self.why_again = why_again
-        self.captures += 1
-        self.seconds += seconds
-        self.bytes = num_bytes
-
-
-@dataclasses.dataclass
-class HostTime:
-    """The time that steps of one mode and shape took on the host.
-
-    Steps that were watched, captured or compared are left out.
-    """
-
-    steps: int = 0
-    seconds: float = 0.0
-    fastest: float = float("inf")
-    """The shortest eager one, in seconds."""
-
-    def add(self, seconds: float) -> None:
-        """Count an eager step."""
-        self.steps += 1
-        self.seconds += seconds
-        self.fastest = min(self.fastest, seconds)
-
-
-class Times(NamedTuple):
-    """Host times of a step, on average over some graphs."""
-
-    graph: float | None
-    """The mean of the steps that were one replay, in seconds; None if none was timed."""
-    eager: float | None
-    """The fastest eager warm-up steps of their shapes, in seconds; None if there were none."""
-
-
-class Comparison(NamedTuple):
-    """What one step takes on the host, on average over the shapes that ran in both ways."""
-
-    mode: str
-    """``FULL`` or ``PIECEWISE``."""
-    eager: float
-    """The fastest eager warm-up step that was not watched, in seconds."""
-    graph: float
-    """The mean of the steps in this mode, without those that captured or compared, in seconds."""
-
-
-@dataclasses.dataclass
-class StepsRecord:
-    """Steps of one stage and shape that did not run FULL, for one reason.
-
-    Reasons that differ only in values are one. The record has the latest one.
-    """
-
-    stage: str
-    mode: str
-    shapes: str
-    reason: Reason | None
-    """Why they ran in a lower mode than asked; None if they did not."""
-    steps: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the record as plain values."""
-        assert self.reason is not None, "only records with a reason are shown"
-        return {
-            "stage": self.stage,
-            "mode": self.mode,
-            "shapes": self.shapes,
-            "cause": self.reason.kind.value,
-            "text": self.reason.text,
-            "location": self.reason.location,
-            "remedy": self.reason.remedy,
-            "steps": self.steps,
-        }
-
-
-@dataclasses.dataclass
-class PaddingRecord:
-    """The batches that were padded up to one key of one target."""
-
-    stage: str
-    target: str
-    shapes: str
-    """The shapes of the padded batch."""
-    steps: int = 0
-    """Steps, or calls of a submodule, that ran from the graph of the padded batch."""
-    elements: int = 0
-    """Elements of their tensors."""
-    padded_elements: int = 0
-    """Elements of the padded tensors."""
-    reason: Reason | None = None
-    """Why shapes stay as they are; None if batches are padded."""
-
-    def ran(self, elements: int, padded_elements: int) -> None:
-        """Count a step."""
-        self.steps += 1
-        self.elements += elements
-        self.padded_elements += padded_elements
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the record as plain values."""
-        return {**dataclasses.asdict(self), "reason": str(self.reason or "")}
 
 
 class CUDAGraphStats:
@@ -330,12 +160,11 @@ class CUDAGraphStats:
             for shapes, time in graphs.items()
             if (stage, "NONE", shapes) in self._times
         ]
-        steps = sum(graph.steps for graph, _ in both)
-        if not steps:
+        eager_mean = _mean([(graph.steps, graph.steps * eager.fastest) for graph, eager in both])
+        graph_mean = _mean([(graph.steps, graph.seconds) for graph, _ in both])
+        if eager_mean is None or graph_mean is None:
             return None
-        eager_seconds = sum(graph.steps * eager.fastest for graph, eager in both)
-        graph_seconds = sum(graph.seconds for graph, _ in both)
-        return Comparison(mode, eager_seconds / steps, graph_seconds / steps)
+        return Comparison(mode, eager_mean, graph_mean)
 
     def times_of(self, entries: Sequence[EntryRecord]) -> Times:
         """Return the host times of whole steps.
@@ -343,33 +172,27 @@ class CUDAGraphStats:
         Args:
             entries: Graphs of whole steps. Those of submodules have no times.
         """
-        timed = sum(entry.timed for entry in entries)
         eager = [
             (entry.timed or 1, self._times.get((entry.stage, "NONE", entry.shapes), HostTime()))
             for entry in entries
             if entry.mode == "FULL"
         ]
-        known = [(steps, time) for steps, time in eager if time.steps]
-        steps = sum(steps for steps, _ in known)
         return Times(
-            sum(entry.host_seconds for entry in entries) / timed if timed else None,
-            sum(steps * time.fastest for steps, time in known) / steps if known else None,
+            _mean([(entry.timed, entry.host_seconds) for entry in entries]),
+            _mean([(steps, steps * time.fastest) for steps, time in eager if time.steps]),
         )
 
     def host_times(self, stage: str) -> Times:
         """Return the host times of a stage's steps: from graphs, whole or in pieces, and eager."""
         entries = [entry for entry in self.entries if entry.stage == stage]
-        pieces = [time for key, time in self._times.items() if key[:2] == (stage, "PIECEWISE")]
-        steps = sum(entry.timed for entry in entries) + sum(time.steps for time in pieces)
-        seconds = sum(entry.host_seconds for entry in entries) + sum(
-            time.seconds for time in pieces
-        )
-        eager = [time for key, time in self._times.items() if key[:2] == (stage, "NONE")]
-        eager_steps = sum(time.steps for time in eager)
-        return Times(
-            seconds / steps if steps else None,
-            sum(time.steps * time.fastest for time in eager) / eager_steps if eager_steps else None,
-        )
+        times = {
+            mode: [time for key, time in self._times.items() if key[:2] == (stage, mode)]
+            for mode in ("NONE", "PIECEWISE")
+        }
+        graphs = [(entry.timed, entry.host_seconds) for entry in entries]
+        graphs += [(time.steps, time.seconds) for time in times["PIECEWISE"]]
+        eager = [(time.steps, time.steps * time.fastest) for time in times["NONE"] if time.steps]
+        return Times(_mean(graphs), _mean(eager))
 
     def plot(self, stage: str | None = None) -> Figure:
         """Draw the time of each batch: warm-up, capture, replay, and eager with its reason.
@@ -541,3 +364,9 @@ class CUDAGraphStats:
     def _count(self, mode: str, stage: str | None = None) -> int:
         records = [record for record in self._of(mode) if stage in (None, record.stage)]
         return sum(record.steps for record in records)
+
+
+def _mean(sums: Sequence[tuple[int, float]]) -> float | None:
+    """Return the mean over all steps, of numbers of steps and their seconds; None without steps."""
+    steps = sum(number for number, _ in sums)
+    return sum(seconds for _, seconds in sums) / steps if steps else None

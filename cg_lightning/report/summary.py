@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from cg_lightning.core.reasons import Status
 from cg_lightning.report.html import html_paragraph, html_table
-from cg_lightning.report.stats import OTHER_SHAPES, CUDAGraphStats, EntryRecord, StepsRecord, Times
+from cg_lightning.report.records import EntryRecord, StepsRecord, Times
+from cg_lightning.report.stats import OTHER_SHAPES, CUDAGraphStats
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult

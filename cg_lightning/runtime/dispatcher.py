@@ -26,7 +26,7 @@ from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import NO_CHANGE, WARM_UP, Changed, Reason, Status
 from cg_lightning.guards.guard_set import Unguarded
-from cg_lightning.report.stats import Saving
+from cg_lightning.report.records import Saving
 from cg_lightning.runtime.keys import (
     MOST_VARIANTS,
     Entry,

@@ -15,7 +15,7 @@ from cg_lightning.core.reasons import NO_CHANGE, Changed, Reason, Status
 from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.guards.guard_set import Unguarded
 from cg_lightning.padding.leaves import PaddedLeaves
-from cg_lightning.report.stats import EntryRecord, HostTime, StepsRecord
+from cg_lightning.report.records import EntryRecord, HostTime, StepsRecord
 from cg_lightning.runtime.ledger import CaptureLedger
 from cg_lightning.runtime.trial import StepTimes, Trial
 

@@ -18,7 +18,8 @@ from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.modules.interception import Interception, ModuleHandler
 from cg_lightning.padding.padder import PadderOfCalls
 from cg_lightning.padding.rules import PadRules
-from cg_lightning.report.stats import CUDAGraphStats, EntryRecord, PaddingRecord
+from cg_lightning.report.records import EntryRecord, PaddingRecord
+from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.timeline import Ran
 from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.padded_steps import PaddedSteps

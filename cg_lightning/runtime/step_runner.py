@@ -27,7 +27,7 @@ from cg_lightning.core.forward_context import (
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import WARM_UP, Reason, Status
 from cg_lightning.padding.entry import PaddedEntry
-from cg_lightning.report.stats import HostTime, StepsRecord
+from cg_lightning.report.records import HostTime, StepsRecord
 from cg_lightning.report.timeline import Ran
 from cg_lightning.runtime.ahead import CaptureAhead
 from cg_lightning.runtime.dispatcher import NEW_KEY, Action, Plan

@@ -31,7 +31,8 @@ from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.guards.sources import describe_change
 from cg_lightning.host_values.path import ReadPath
-from cg_lightning.report.stats import CUDAGraphStats, EntryRecord
+from cg_lightning.report.records import EntryRecord
+from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.dispatcher import Action, CUDAGraphDispatcher, Plan
 from cg_lightning.runtime.keys import Variant
 from cg_lightning.runtime.outcome import Outcome

@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 from cg_lightning.backends.base import Stopwatch
-from cg_lightning.report.stats import Saving
+from cg_lightning.report.records import Saving
 
 FIRST_LOOK = 6
 """Number of steps from graphs before the first look."""

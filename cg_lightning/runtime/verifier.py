@@ -16,7 +16,7 @@ from cg_lightning.core.errors import CaptureError, UnkeyableBatchError
 from cg_lightning.core.tree import flatten, leaf_paths
 from cg_lightning.effects.module_effects import Comparison
 from cg_lightning.effects.step_state import NoState, StepState
-from cg_lightning.report.stats import EntryRecord
+from cg_lightning.report.records import EntryRecord
 
 _LIKELY_CAUSE = (
     "The graph has most likely frozen a Python value, one that a library keeps for "
