@@ -33,7 +33,7 @@ from cg_lightning.padding.leaves import Fill, PaddedLeaf, PaddedLeaves
 from cg_lightning.padding.output_cut import OutputCut
 from cg_lightning.padding.path import PaddedPath
 from cg_lightning.padding.rules import MOST_KINDS, GivenRules, ProposedRules
-from cg_lightning.report.stats import EntryRecord, PaddingRecord
+from cg_lightning.report.records import EntryRecord, PaddingRecord
 from cg_lightning.runtime import padded_steps as padded_steps_module
 from tests.harness import KeepOutputs
 

@@ -42,10 +42,8 @@ from cg_lightning.effects.batch_entries import BatchEntries, SetBatchEntries
 from cg_lightning.effects.effect import Effect, Taker
 from cg_lightning.effects.host_draws import DrawAgain, HostDraw
 from cg_lightning.effects.module_effects import ModuleEffects
-from cg_lightning.effects.python_changes import (
-    ChangedAttribute,
-    recording_changes,
-)
+from cg_lightning.effects.places import ChangedAttribute
+from cg_lightning.effects.python_changes import recording_changes
 from cg_lightning.effects.recorder import NoEffects, Recorder
 from cg_lightning.effects.step_state import HeldByModules, HostRandomState, StepState
 from cg_lightning.guards.guard_set import GuardSet

@@ -4,10 +4,12 @@
 - ``attribute_events.py``: reads and writes of attributes in a step, and changes to repeat.
 - ``call_events.py``: every call of a function in the watched step, as Python reports it.
 - ``callers.py``: how the functions that run use the result of a call.
+- ``compared_expressions.py``: what the source of a step only compares, and with what.
 - ``conditions.py``: under which comparisons of an argument a line runs, read from its source.
 - ``definitions.py``: the source of a function as a tree, if it is the source of the code that runs.
 - ``detector.py``: the base class of all detectors.
 - ``findings.py``: findings, and where in the user's code something happened.
+- ``frames.py``: what the frame of a call tells: whose code runs, and with which arguments.
 - ``functions.py``: the function objects of frames.
 - ``hidden_modules.py``: modules that are no submodules, and their attributes.
 - ``library_settings.py``: settings that functions of PyTorch read in Python.

@@ -25,7 +25,7 @@ from cg_lightning.diagnosis.findings import find_location, is_our_file
 from cg_lightning.diagnosis.step_watch import StepWatch, look_into
 from cg_lightning.diagnosis.uses_of_attribute import Entry, Use, adds_to, entry_of, use_of
 from cg_lightning.effects.containers import ContainersSnapshot
-from cg_lightning.effects.python_changes import ChangedAttribute
+from cg_lightning.effects.places import ChangedAttribute
 from cg_lightning.guards.changed_values import MAPPINGS, is_plain_object, kind_to_change
 from cg_lightning.guards.values import addresses_of
 from cg_lightning.modules.attributes import (

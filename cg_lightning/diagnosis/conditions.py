@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from cg_lightning.diagnosis.definitions import Parents
 from cg_lightning.guards.comparisons import Comparison
 
 ARITHMETIC: dict[type[ast.operator], str] = {
@@ -39,8 +40,6 @@ MIRRORED = {"==": "==", "!=": "!=", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
 OTHER_FRAMES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.GeneratorExp, ast.ClassDef)
 """What runs later, or in another namespace."""
 _LEAVE = (ast.Return, ast.Raise, ast.Continue, ast.Break)
-
-Parents = dict[ast.AST, ast.AST]
 
 
 def constant(node: ast.expr) -> int | float | None:

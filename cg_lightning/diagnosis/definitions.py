@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from types import CodeType, FrameType
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+Parents = dict[ast.AST, ast.AST]
+"""Each node of a tree, with the node around it."""
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
 
@@ -70,7 +72,7 @@ def definition_of(code: CodeType) -> Definition | None:
     return _find(code, text) if text else None
 
 
-def node_at(frame: FrameType) -> tuple[ast.AST | None, dict[ast.AST, ast.AST]]:
+def node_at(frame: FrameType) -> tuple[ast.AST | None, Parents]:
     """Return the expression that a frame evaluates now, and the parents of all nodes around it.
 
     None if the source is not known, and on Python 3.10, which does not tell columns.
@@ -78,7 +80,7 @@ def node_at(frame: FrameType) -> tuple[ast.AST | None, dict[ast.AST, ast.AST]]:
     return node_of(frame.f_code, frame.f_lasti)
 
 
-def node_of(code: CodeType, offset: int) -> tuple[ast.AST | None, dict[ast.AST, ast.AST]]:
+def node_of(code: CodeType, offset: int) -> tuple[ast.AST | None, Parents]:
     """Return the expression of the instruction at an offset, as :func:`node_at` does."""
     definition = definition_of(code)
     if definition is None or not hasattr(code, "co_positions"):
@@ -93,6 +95,6 @@ def node_of(code: CodeType, offset: int) -> tuple[ast.AST | None, dict[ast.AST, 
     return (found[0], parents_in(definition)) if len(found) == 1 else (None, {})
 
 
-def parents_in(tree: ast.AST) -> dict[ast.AST, ast.AST]:
+def parents_in(tree: ast.AST) -> Parents:
     """Return the parent of each node of a tree."""
     return {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}

@@ -30,7 +30,7 @@ from cg_lightning.diagnosis.late_unit import LateUnit
 from cg_lightning.diagnosis.lines_of_changes import line_that_changes
 from cg_lightning.diagnosis.watched_step import ModuleCall, WatchedStep, WrittenTensors
 from cg_lightning.effects.host_draws import HostDraw
-from cg_lightning.effects.python_changes import ChangedAttribute
+from cg_lightning.effects.places import ChangedAttribute
 from cg_lightning.guards.comparisons import Condition
 from cg_lightning.guards.frozen_parts import ChangedPlace
 from cg_lightning.guards.module_guard import Flags

@@ -26,18 +26,14 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.diagnosis.compared_expressions import is_only_compared
 from cg_lightning.diagnosis.conditions import (
-    ARITHMETIC,
-    COMPARISONS,
-    MIRRORED,
     OTHER_FRAMES,
     BranchCondition,
     ConditionsOf,
-    constant,
 )
-from cg_lightning.diagnosis.definitions import Definition, definition_of, parents_in
+from cg_lightning.diagnosis.definitions import Definition, Parents, definition_of, parents_in
 from cg_lightning.diagnosis.findings import UNKNOWN
-from cg_lightning.guards.comparisons import Comparison
 
 _MOST_CALLS = 5
 """How deep an argument is followed into the functions to which it is passed on."""
@@ -63,6 +59,20 @@ class _Callee(NamedTuple):
     owner: type | None
     """The class that defines it, where its ``self`` is the module."""
     offset: int
+
+
+class _Scope(NamedTuple):
+    """A function whose source is searched."""
+
+    function: Any  # a FunctionType, which mypy would bind to the tuple
+    owner: type | None
+    """The class that defines it, where its ``self`` is the module."""
+    depth: int
+    """Number of calls between the step and the function."""
+
+    def line(self, number: int | None = None) -> str:
+        """Return a line of the function; None: its first one."""
+        return _line_of(self.function.__code__, number)
 
 
 def _line_of(code: CodeType | None, line: int | None = None) -> str:
@@ -188,79 +198,7 @@ def _uses_in_varargs(
     )
 
 
-def _is_number(node: ast.expr) -> bool:
-    return constant(node) is not None
-
-
-def _is_pair(left: ast.expr, sign: ast.cmpop, right: ast.expr, node: ast.AST) -> bool:
-    """Whether ``left sign right`` only compares ``node``, which is one of the two."""
-    if isinstance(sign, (ast.Is, ast.IsNot)):
-        other = right if node is left else left
-        return isinstance(other, ast.Constant) and other.value is None
-    if isinstance(sign, (ast.In, ast.NotIn)):  # a set asks for the hash
-        is_list = node is left and isinstance(right, (ast.List, ast.Tuple))
-        return is_list and all(map(_is_number, right.elts))  # type: ignore[attr-defined]
-    return type(sign) in COMPARISONS and (node is left or _is_number(left))
-
-
-def is_only_compared(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
-    """Return whether an expression is only compared, so that nothing else of its value is seen."""
-    outer = parents[node]
-    while isinstance(outer, ast.BinOp) and outer.left is node:
-        if type(outer.op) not in ARITHMETIC:
-            return False
-        node, outer = outer, parents[outer]
-    if isinstance(outer, ast.Compare):
-        operands = [outer.left, *outer.comparators]
-        pairs = zip(operands, outer.ops, operands[1:], strict=False)
-        return all(_is_pair(*pair, node) for pair in pairs if node in (pair[0], pair[2]))
-    return is_test(node, parents)
-
-
-def is_test(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
-    """Return whether only the truth of an expression is asked for: ``if``, ``not``, ``and``."""
-    outer = parents[node]
-    while isinstance(outer, ast.BoolOp):
-        node, outer = outer, parents[outer]
-    if isinstance(outer, ast.UnaryOp):
-        return isinstance(outer.op, ast.Not)
-    if isinstance(outer, (ast.If, ast.IfExp, ast.While, ast.Assert)):
-        return outer.test is node
-    return isinstance(outer, ast.comprehension) and node in outer.ifs
-
-
-def comparisons_with_constants(
-    node: ast.AST, parents: dict[ast.AST, ast.AST]
-) -> list[Comparison] | None:
-    """Return how an expression is compared, if it is compared with constants only; else None."""
-    if not is_only_compared(node, parents):
-        return None
-    outer, arithmetic = parents[node], []
-    while isinstance(outer, ast.BinOp):
-        operand = constant(outer.right)
-        if type(operand) is not int:
-            return None
-        arithmetic.append((ARITHMETIC[type(outer.op)], operand))
-        node, outer = outer, parents[outer]
-    if not isinstance(outer, ast.Compare):
-        return [Comparison(tuple(arithmetic), "!=", 0)]
-    operands = [outer.left, *outer.comparators]
-    found: list[Comparison] = []
-    for left, sign, right in zip(operands, outer.ops, operands[1:], strict=False):
-        if node not in (left, right) or isinstance(sign, (ast.Is, ast.IsNot)):
-            continue
-        other = right if node is left else left
-        is_list = isinstance(other, (ast.List, ast.Tuple))
-        text = "==" if is_list else COMPARISONS[type(sign)]
-        text = text if node is left else MIRRORED[text]
-        for value in map(constant, other.elts if is_list else [other]):  # type: ignore[attr-defined]
-            if value is None:
-                return None
-            found.append(Comparison(tuple(arithmetic), text, value))
-    return found
-
-
-def _is_in_other_frame(node: ast.AST, definition: Definition, parents: Any) -> bool:
+def _is_in_other_frame(node: ast.AST, definition: Definition, parents: Parents) -> bool:
     while (node := parents[node]) is not definition:
         if isinstance(node, OTHER_FRAMES):
             return True
@@ -360,50 +298,48 @@ class ArgumentUses:
         if code is None or not isinstance(function, FunctionType):
             yield ArgumentUse(_line_of(code))
         elif position >= code.co_argcount:
-            yield from self._find_in_varargs(function, owner, position, depth)
+            yield from self._find_in_varargs(_Scope(function, owner, depth), position)
         else:
-            yield from self._find_named(function, owner, code.co_varnames[position], depth)
+            scope = _Scope(function, owner, depth)
+            yield from self._find_named(scope, code.co_varnames[position])
 
-    def _find_in_varargs(
-        self, function: FunctionType, owner: type | None, position: int, depth: int
-    ) -> Iterator[ArgumentUse]:
+    def _find_in_varargs(self, scope: _Scope, position: int) -> Iterator[ArgumentUse]:
         """Yield the lines that use an argument which is one of the ``*args``."""
-        code = function.__code__
+        code = scope.function.__code__
         definition = definition_of(code)
-        if _reads_all_locals(code) or depth > _MOST_CALLS:
-            yield ArgumentUse(_line_of(code))
+        if _reads_all_locals(code) or scope.depth > _MOST_CALLS:
+            yield ArgumentUse(scope.line())
             return
         followed: set[int] = set()
         for call, index in _calls_with_all(code, definition):
-            callee = self._callee(call, function, owner)
+            callee = self._callee(call, scope)
             if callee is None:
                 continue
             inner = callee.offset + index + position - code.co_argcount
-            yield from self._find_at(callee, inner, depth + 1)
+            yield from self._find_at(callee, inner, scope.depth + 1)
             followed.add(id(call))
         if _uses_in_varargs(code, position, lambda call: id(call) in followed):
-            yield ArgumentUse(_line_of(code))
+            yield ArgumentUse(scope.line())
 
-    def _find_named(
-        self, function: FunctionType, owner: type | None, name: str, depth: int
-    ) -> Iterator[ArgumentUse]:
-        code = function.__code__
+    def _find_named(self, scope: _Scope, name: str) -> Iterator[ArgumentUse]:
+        """Yield the lines that use the argument with this name."""
+        code = scope.function.__code__
         if _reads_all_locals(code):
-            yield ArgumentUse(_line_of(code))
+            yield ArgumentUse(scope.line())
             return
         if not _names(code, name, "LOAD"):
             return
         definition = definition_of(code)
-        if definition is None or depth > _MOST_CALLS:
-            yield ArgumentUse(_line_of(code))
+        if definition is None or scope.depth > _MOST_CALLS:
+            yield ArgumentUse(scope.line())
             return
         parents = parents_in(definition)
-        own_self = self._module if owner is not None and self._has_own_self(code) else None
+        own_self = self._module if self._has_own_self(scope) else None
         conditions = ConditionsOf(name, own_self)
         for node in ast.walk(definition):
             if not isinstance(node, ast.Name) or node.id != name or isinstance(node.ctx, ast.Del):
                 continue
-            uses = list(self._uses_by(node, definition, parents, function, owner, depth))
+            uses = list(self._uses_by(node, definition, parents, scope))
             # a name that is set again may be another number where it is compared
             is_set = uses and _names(code, name, "STORE", "DELETE")
             around = [] if is_set else conditions.around(node, definition, parents)
@@ -411,16 +347,10 @@ class ArgumentUses:
                 yield ArgumentUse(use.line, (*around, *use.conditions))
 
     def _uses_by(
-        self,
-        node: ast.Name,
-        definition: Definition,
-        parents: dict[ast.AST, ast.AST],
-        function: FunctionType,
-        owner: type | None,
-        depth: int,
+        self, node: ast.Name, definition: Definition, parents: Parents, scope: _Scope
     ) -> Iterator[ArgumentUse]:
         """Yield the uses of an argument by the expression that names it."""
-        here = ArgumentUse(_line_of(function.__code__, node.lineno))
+        here = ArgumentUse(scope.line(node.lineno))
         if isinstance(node.ctx, ast.Store):
             if isinstance(parents[node], ast.AugAssign):
                 yield here
@@ -429,25 +359,20 @@ class ArgumentUses:
         elif is_only_compared(node, parents):
             self.compared_at = self.compared_at or here.line
         else:
-            yield from self._find_passed_on(node, parents, function, owner, depth)
+            yield from self._find_passed_on(node, parents, scope)
 
     def _find_passed_on(
-        self,
-        node: ast.Name,
-        parents: dict[ast.AST, ast.AST],
-        function: FunctionType,
-        owner: type | None,
-        depth: int,
+        self, node: ast.Name, parents: Parents, scope: _Scope
     ) -> Iterator[ArgumentUse]:
         """Yield the lines where a called function uses the argument, or else the line itself."""
-        here = ArgumentUse(_line_of(function.__code__, node.lineno))
+        here = ArgumentUse(scope.line(node.lineno))
         outer = parents[node]
         keyword = outer if isinstance(outer, ast.keyword) else None
         call = parents[outer] if keyword is not None else outer
         if not isinstance(call, ast.Call) or call.func is node:
             yield here
             return
-        callee = self._callee(call, function, owner)
+        callee = self._callee(call, scope)
         if callee is None:
             yield here
             return
@@ -456,7 +381,7 @@ class ArgumentUses:
             if any(isinstance(argument, ast.Starred) for argument in call.args[:index]):
                 yield here
             else:
-                yield from self._find_at(callee, callee.offset + index, depth + 1)
+                yield from self._find_at(callee, callee.offset + index, scope.depth + 1)
             return
         inner = callee.function
         code = getattr(inner, "__code__", None)
@@ -467,11 +392,13 @@ class ArgumentUses:
         if keyword.arg is None or keyword.arg not in names:
             yield here
         else:
-            yield from self._find_named(inner, callee.owner, keyword.arg, depth + 1)
+            inside = _Scope(inner, callee.owner, scope.depth + 1)
+            yield from self._find_named(inside, keyword.arg)
 
-    def _callee(self, call: ast.Call, function: FunctionType, owner: type | None) -> _Callee | None:
+    def _callee(self, call: ast.Call, scope: _Scope) -> _Callee | None:
         """Return what ``self.name()``, ``super().name()`` or ``name()`` calls, if it is known."""
-        code, called = function.__code__, call.func
+        function, called = scope.function, call.func
+        code = function.__code__
         if isinstance(called, ast.Name):
             if called.id in (*code.co_varnames, *code.co_cellvars, *code.co_freevars):
                 return None
@@ -481,7 +408,7 @@ class ArgumentUses:
             return None
         target, order = called.value, type(self._module).__mro__
         if isinstance(target, ast.Name):
-            if target.id != "self" or owner is None or not self._has_own_self(code):
+            if target.id != "self" or not self._has_own_self(scope):
                 return None
             return self._method(called.attr, order)
         if (
@@ -490,15 +417,15 @@ class ArgumentUses:
             and target.func.id == "super"
             and not target.args
             and (defined_in := _class_around(function)) in order
-            and owner is not None
-            and self._has_own_self(code)
+            and self._has_own_self(scope)
         ):
             after = order[order.index(defined_in) + 1 :]
             cls = next((each for each in after if called.attr in vars(each)), None)
             return None if cls is None else _Callee(vars(cls)[called.attr], cls, 1)
         return None
 
-    def _has_own_self(self, code: CodeType) -> bool:
-        """Whether ``self`` is the first argument of a method, and nothing else."""
-        is_first = code.co_argcount and code.co_varnames[0] == "self"
+    def _has_own_self(self, scope: _Scope) -> bool:
+        """Whether ``self`` is the first argument of a method of the module, and nothing else."""
+        code = scope.function.__code__
+        is_first = scope.owner is not None and code.co_argcount and code.co_varnames[0] == "self"
         return bool(is_first) and not _names(code, "self", "STORE", "DELETE")

@@ -13,9 +13,7 @@ import functools
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
-from cg_lightning.diagnosis.definitions import node_of
-
-Parents = dict[ast.AST, ast.AST]
+from cg_lightning.diagnosis.definitions import Parents, node_of
 
 _FILLING = {"append": 1, "appendleft": 1, "extend": 1, "__setitem__": 2}
 """Methods of containers that fill them, and how many arguments they have. They return None."""

@@ -13,7 +13,7 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.diagnosis.findings import Finding
 from cg_lightning.effects.host_draws import HostDraw
-from cg_lightning.effects.python_changes import ChangedAttribute
+from cg_lightning.effects.places import ChangedAttribute
 from cg_lightning.guards.comparisons import Comparison, Condition
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues, addresses_of

@@ -10,6 +10,7 @@
 - ``logged_numbers.py``: ``self.log`` of Python numbers: a graph makes the tensor on the device.
 - ``logged_values.py``: the interface to ``self.log``, which ``trainer/`` implements.
 - ``module_effects.py``: all side effects of the steps of one module.
+- ``places.py``: attributes that a step changes, and the places inside them.
 - ``python_changes.py``: values that a step appends, adds or sets in Python, done again.
 - ``recorder.py``: EffectRecorder: the order in which captures of a step are recorded.
 - ``recording.py``: StepRecording: one captured step, and its effects.

@@ -22,138 +22,25 @@ from collections.abc import Iterator, Sequence
 from types import CodeType, FunctionType, NoneType
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.errors import CaptureError
 from cg_lightning.core.tree import containers_in, flatten
 from cg_lightning.effects.containers import ContainersSnapshot
 from cg_lightning.effects.effect import Effect
+from cg_lightning.effects.places import ChangedAttribute, Place
 from cg_lightning.guards.changed_values import (
     LISTS,
     MAPPINGS,
     NUMBER,
-    KindsToChange,
     is_plain_object,
     kind_to_change,
 )
-from cg_lightning.guards.sources import MISSING, Source
+from cg_lightning.guards.sources import MISSING
 
-_Steps = tuple[tuple[bool, Any], ...]
-_FACTORIES = (list, dict, int, float, collections.deque)
 _ACCUMULATED = (bool, int, float, complex, str, NoneType, Tensor, list, dict, tuple)
 """What an object may hold of which a method is called: nothing that runs code of the user's."""
-
-
-class ChangedAttribute(NamedTuple):
-    """An attribute of a module that the watched step changed and did not read."""
-
-    module: nn.Module
-    name: str
-    path: str
-    """As the user would write it: ``self.outputs``."""
-    is_set: bool
-    """True if the step sets it before it reads it. False if it changes the current value."""
-    is_added_to: bool = False
-    """Whether a line of the step adds to it. If it is a tensor, that changes it in place."""
-
-    @property
-    def attributes(self) -> dict[str, Any]:
-        """The attributes of the module."""
-        found: dict[str, Any] = object.__getattribute__(self.module, "__dict__")
-        return found
-
-    def kind_source(self) -> Source:
-        """Return a source for the kind of its value."""
-        return Source(KindsToChange(self.attributes), self.name, self.path)
-
-
-class Place(NamedTuple):
-    """Where a value is that a step changes: ``self.store.items["val"]``."""
-
-    namespace: dict[str, Any]
-    """The attributes of a module."""
-    steps: _Steps
-    """The way from there: keys, or (False) names of attributes."""
-    path: str
-    method: str = ""
-    """The method that is called of the value, if one is."""
-
-    def inside(self, is_key: bool, key: Any) -> Place:
-        """Return a place in the value that is here."""
-        path = f"{self.path}[{key!r}]" if is_key else f"{self.path}.{key}"
-        return Place(self.namespace, (*self.steps, (is_key, key)), path)
-
-    def outer(self) -> Place:
-        """Return the place of what has the value."""
-        return Place(self.namespace, self.steps[:-1], self.path)
-
-    def is_same(self, other: Place) -> bool:
-        """Return whether both are one place, and not only one value."""
-        return self.namespace is other.namespace and self.steps == other.steps
-
-    def holder(self) -> Any:
-        """Return what has the value: its container, object or module."""
-        value: Any = self.namespace
-        for is_key, key in self.steps[:-1]:
-            value = value[key] if is_key else vars(value)[key]
-        return value
-
-    def value(self) -> Any:
-        """Return the value."""
-        is_key, key = self.steps[-1]
-        return self.holder()[key] if is_key else vars(self.holder())[key]
-
-    def set(self, value: Any) -> None:
-        """Set the value."""
-        is_key, key = self.steps[-1]
-        holder = self.holder()
-        (holder if is_key else vars(holder))[key] = value
-
-    def found(self) -> Any:
-        """Return the value; MISSING if it is not there. No code of the user is called."""
-        value: Any = self.namespace
-        for is_key, key in self.steps:
-            value = _look_up(value, is_key, key)
-        return value
-
-    def kind(self) -> Any:
-        """Return the kind of the value; None if it is not there."""
-        value = self.found()
-        return None if value is MISSING else kind_to_change(value)
-
-    def can_be_set(self) -> bool:
-        """Return whether a value can be set here in the usual way."""
-        value: Any = self.namespace
-        for is_key, key in self.steps[:-1]:
-            value = _look_up(value, is_key, key)
-        is_key, key = self.steps[-1]
-        if type(value) in MAPPINGS:
-            return is_key
-        if is_key:
-            return _look_up(value, is_key, key) is not MISSING
-        return is_plain_object(value) and not hasattr(getattr(type(value), key, None), "__set__")
-
-
-def _look_up(value: Any, is_key: bool, key: Any) -> Any:
-    """Return an item or attribute, if it is looked up in the usual way; else MISSING."""
-    cls: type = type(value)
-    if not is_key:
-        is_set_by_class = hasattr(getattr(cls, key, None), "__set__")
-        if is_set_by_class or not is_plain_object(value):
-            return MISSING
-        return vars(value).get(key, MISSING)
-    if cls in MAPPINGS:
-        if (
-            key not in value
-            and cls is collections.defaultdict
-            and value.default_factory in _FACTORIES
-        ):
-            return value.default_factory()
-        return value.get(key, MISSING)
-    if cls in LISTS and type(key) is int and -len(value) <= key < len(value):
-        return value[key]
-    return MISSING
 
 
 class Verb(enum.Enum):

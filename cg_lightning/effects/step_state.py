@@ -14,7 +14,8 @@ from cg_lightning.backends import GraphBackend
 from cg_lightning.core.equality import parts_of
 from cg_lightning.core.tree import flatten
 from cg_lightning.effects.containers import ContainersSnapshot
-from cg_lightning.effects.python_changes import ChangedAttribute, ChangedAttributesSnapshot
+from cg_lightning.effects.places import ChangedAttribute
+from cg_lightning.effects.python_changes import ChangedAttributesSnapshot
 from cg_lightning.metrics.members import states_of
 from cg_lightning.modules.attributes import (
     global_hooks,

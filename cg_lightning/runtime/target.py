@@ -26,7 +26,7 @@ from cg_lightning.core.reasons import NO_CHANGE, Changed, Reason, Status
 from cg_lightning.core.tree import leaf_paths
 from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.effects.module_effects import ModuleEffects
-from cg_lightning.effects.python_changes import ChangedAttribute
+from cg_lightning.effects.places import ChangedAttribute
 from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.guards.sources import describe_change

@@ -6,19 +6,22 @@ import builtins
 import contextlib
 import dataclasses
 import importlib
-import inspect
 import sys
-import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
-
-from torch import nn
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.call_events import call_events
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import AT_THE_END, NOT_YOURS, is_step_calling
+from cg_lightning.diagnosis.frames import (
+    is_generated,
+    is_users_code,
+    may_use_unseen,
+    namespaces_given,
+    reads_modules_unseen,
+)
 from cg_lightning.diagnosis.functions import (
     FoundFunctions,
     codes_inside,
@@ -73,20 +76,11 @@ from cg_lightning.guards.sources import (
     Source,
 )
 from cg_lightning.guards.values import FrozenValues
-from cg_lightning.modules.attributes import is_same_value, names_in_users_methods
-from cg_lightning.modules.interception import BESIDE_INTERCEPTIONS
+from cg_lightning.modules.attributes import is_same_value
 from cg_lightning.modules.kinds import (
-    is_user_file,
     is_users_namespace,
 )
 
-_CLASS_OF = frozenset({"type", "__class__"})
-"""How a function asks for the class of an object."""
-_LOOK_AT_ANYTHING = frozenset({"type", "id", "callable", "suppress", "eval", "exec"})
-_NO_FILE = "<string>"
-"""The file of code that is run from a text."""
-_OF_NAMED_TUPLE = "namedtuple_"
-"""How the globals of the constructor of a named tuple are called, which Python itself makes."""
 _BY_TEXT = frozenset({"globals", "eval", "exec"})
 """Functions of C by which code reads globals that it does not name."""
 _IMPORT = importlib.import_module.__code__
@@ -198,7 +192,7 @@ class GlobalReads(Detector):
             self._report_volatile(name, frame)
         elif name := write_in_c(function, frame):
             self.watch.report_once_a_line(Cause.PRINTED, name)
-        elif _reads_by_text(function) and _is_users_code(frame):
+        elif _reads_by_text(function) and is_users_code(frame):
             self.watch.report_once_a_line(Cause.OPAQUE, function.__name__)
 
     def _on_call(self, known: _Code, frame: FrameType) -> None:
@@ -206,7 +200,7 @@ class GlobalReads(Detector):
             self._report_volatile(known.volatile, caller_of(frame))
         if known.write and is_said_by_user(frame.f_back):
             self.watch.report_once_a_line(Cause.PRINTED, known.write)
-        if known.code is _IMPORT and frame.f_back and _is_users_code(frame.f_back):
+        if known.code is _IMPORT and frame.f_back and is_users_code(frame.f_back):
             self._import(frame.f_locals["name"], frame.f_back)
         if known.is_of_environment:
             self._read_environment(frame)
@@ -217,7 +211,7 @@ class GlobalReads(Detector):
         for source in level_asked_for(frame):
             self._note(source, "")
         if known.names is not None:
-            for namespace in _namespaces_given(frame):
+            for namespace in namespaces_given(frame):
                 for source in self._sources_of_argument(namespace, known):
                     self._read(source)
             for namespace in self._named.values():
@@ -246,7 +240,7 @@ class GlobalReads(Detector):
         settings = settings_read_by(code)
         for source in settings:
             self._remember(source, AT_THE_END)
-        if not _is_users_code(frame):
+        if not is_users_code(frame):
             return self._look_at_library(frame, settings)
         self.watch.note_code(code)
         names = NamesInCode(frame)
@@ -255,7 +249,7 @@ class GlobalReads(Detector):
             words = f"gc.freeze hides what a function holds: {code.co_name}"
             self.watch.report(Cause.OPAQUE, words)
         self._note_makes(code)
-        if _may_use_unseen(names):
+        if may_use_unseen(names):
             self.watch.note_unseen_use(f"{code.co_filename}:{code.co_firstlineno}")
         if names.imports_unknown:  # the next step finds it, and what it holds
             self.watch.note_one_time_work()
@@ -275,7 +269,7 @@ class GlobalReads(Detector):
             for each in computed
             if not each.only_reads_one
         ]
-        if _reads_modules_unseen(frame):
+        if reads_modules_unseen(frame):
             opaque.append(("__getattribute__ of a module", location))
         if asks_for_registrations(frame, names):
             sources.append(REGISTRATIONS)
@@ -334,7 +328,7 @@ class GlobalReads(Detector):
 
     def _find_functions(self, frame: FrameType) -> FoundFunctions:
         code = frame.f_code
-        if _is_generated(frame):
+        if is_generated(frame):
             return FoundFunctions([], [], [])
         if id(code) not in self._made_here:
             return find_functions(frame)
@@ -436,75 +430,6 @@ def _reads_by_text(function: Any) -> bool:
     return name in _BY_TEXT and function is getattr(builtins, name)
 
 
-def _is_users_code(frame: FrameType) -> bool:
-    """Whether code is the user's. Code of no file belongs to the module whose globals it has."""
-    file = frame.f_code.co_filename
-    if file == _NO_FILE:
-        if str(frame.f_globals.get("__name__")).startswith(_OF_NAMED_TUPLE):
-            return False
-        file = frame.f_globals.get("__file__") or file
-    return is_user_file(file)
-
-
-def _is_generated(frame: FrameType) -> bool:
-    """Whether a frame is of a method that a dataclass has made."""
-    code = frame.f_code
-    if code.co_filename != _NO_FILE or not code.co_argcount:
-        return False
-    if not getattr(code, "co_qualname", "__create_fn__").startswith("__create_fn__"):
-        return False
-    first = frame.f_locals.get(code.co_varnames[0])
-    classes = (first if isinstance(first, type) else type(first)).__mro__
-    return any("__dataclass_fields__" in vars(each) for each in classes)
-
-
-def _namespaces_given(frame: FrameType) -> Iterator[Any]:
-    """Yield classes and modules among the arguments; also the class that ``type(self)`` gives."""
-    code, values = frame.f_code, frame.f_locals
-    for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
-        value = values.get(name)
-        if isinstance(value, (type, types.ModuleType)):
-            yield value
-        elif name == code.co_varnames[0] and not _CLASS_OF.isdisjoint(code.co_names):
-            yield type(value)
-    for value in _more_arguments(frame):
-        if isinstance(value, (type, types.ModuleType)):
-            yield value
-
-
-def _more_arguments(frame: FrameType) -> Iterator[Any]:
-    """Yield what is in ``*args`` and ``**kwargs``."""
-    code, values = frame.f_code, frame.f_locals
-    at = code.co_argcount + code.co_kwonlyargcount
-    if code.co_flags & inspect.CO_VARARGS:
-        yield from values.get(code.co_varnames[at], ())
-        at += 1
-    if code.co_flags & inspect.CO_VARKEYWORDS:
-        yield from values.get(code.co_varnames[at], {}).values()
-
-
-def _reads_modules_unseen(frame: FrameType) -> bool:
-    """Whether a function may read a module that it is given, and no interception sees it.
-
-    If a method of that module does so, all its attributes count as read. They also do if its class
-    has a look-up of its own.
-    """
-    code = frame.f_code
-    if code.co_name == "__getattribute__" or BESIDE_INTERCEPTIONS.isdisjoint(code.co_names):
-        return False
-    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    given = [*map(frame.f_locals.get, names), *_more_arguments(frame)]
-    kinds: list[type] = [type(each) for each in given if isinstance(each, nn.Module)]
-    return any(BESIDE_INTERCEPTIONS.isdisjoint(names_in_users_methods(kind)) for kind in kinds)
-
-
 def _words(source: Source) -> str:
     is_attribute = source.belongs_to_function or isinstance(source.holder, (type, DerivedNamespace))
     return source.path if is_attribute else f"global {source.name}"
-
-
-def _may_use_unseen(names: NamesInCode) -> bool:
-    """Whether a function may handle an error, or reads objects without their methods."""
-    if not _LOOK_AT_ANYTHING.isdisjoint(names.code.co_names):
-        return True
-    return names.opnames.count("PUSH_EXC_INFO") > names.opnames.count("WITH_EXCEPT_START")

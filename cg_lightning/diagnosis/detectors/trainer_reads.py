@@ -18,11 +18,11 @@ from torch import nn
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import is_plain_value
-from cg_lightning.diagnosis.definitions import node_at
+from cg_lightning.diagnosis.compared_expressions import comparisons_with_constants, is_test
+from cg_lightning.diagnosis.definitions import Parents, node_at
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import find_line, reading_frame
 from cg_lightning.diagnosis.step_watch import StepWatch
-from cg_lightning.diagnosis.uses_of_argument import comparisons_with_constants, is_test
 from cg_lightning.guards.comparisons import ComparedSource
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.trainer_values import (
@@ -34,8 +34,6 @@ from cg_lightning.guards.trainer_values import (
 )
 from cg_lightning.modules.interception import Interception, ModuleHandler
 from cg_lightning.modules.kinds import is_user_file, lightning_class
-
-Parents = dict[ast.AST, ast.AST]
 
 
 class ReadNames(ModuleHandler):

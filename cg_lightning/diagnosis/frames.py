@@ -1,0 +1,93 @@
+"""What the frame of a call tells: whose code runs, and what it was given."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+from cg_lightning.diagnosis.names_in_code import NamesInCode
+from cg_lightning.modules.attributes import names_in_users_methods
+from cg_lightning.modules.interception import BESIDE_INTERCEPTIONS
+from cg_lightning.modules.kinds import is_user_file
+
+_CLASS_OF = frozenset({"type", "__class__"})
+"""How a function asks for the class of an object."""
+_LOOK_AT_ANYTHING = frozenset({"type", "id", "callable", "suppress", "eval", "exec"})
+_NO_FILE = "<string>"
+"""The file of code that is run from a text."""
+_OF_NAMED_TUPLE = "namedtuple_"
+"""How the globals of the constructor of a named tuple are called, which Python itself makes."""
+
+
+def is_users_code(frame: FrameType) -> bool:
+    """Return whether code is the user's. Code without a file is that of the module around it."""
+    file = frame.f_code.co_filename
+    if file == _NO_FILE:
+        if str(frame.f_globals.get("__name__")).startswith(_OF_NAMED_TUPLE):
+            return False
+        file = frame.f_globals.get("__file__") or file
+    return is_user_file(file)
+
+
+def is_generated(frame: FrameType) -> bool:
+    """Return whether a dataclass has made the method that runs."""
+    code = frame.f_code
+    if code.co_filename != _NO_FILE or not code.co_argcount:
+        return False
+    if not getattr(code, "co_qualname", "__create_fn__").startswith("__create_fn__"):
+        return False
+    first = frame.f_locals.get(code.co_varnames[0])
+    classes = (first if isinstance(first, type) else type(first)).__mro__
+    return any("__dataclass_fields__" in vars(each) for each in classes)
+
+
+def namespaces_given(frame: FrameType) -> Iterator[Any]:
+    """Yield classes and modules among the arguments; also the class that ``type(self)`` gives."""
+    code, values = frame.f_code, frame.f_locals
+    for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
+        value = values.get(name)
+        if isinstance(value, (type, types.ModuleType)):
+            yield value
+        elif name == code.co_varnames[0] and not _CLASS_OF.isdisjoint(code.co_names):
+            yield type(value)
+    for value in _more_arguments(frame):
+        if isinstance(value, (type, types.ModuleType)):
+            yield value
+
+
+def _more_arguments(frame: FrameType) -> Iterator[Any]:
+    """Yield what is in ``*args`` and ``**kwargs``."""
+    code, values = frame.f_code, frame.f_locals
+    at = code.co_argcount + code.co_kwonlyargcount
+    if code.co_flags & inspect.CO_VARARGS:
+        yield from values.get(code.co_varnames[at], ())
+        at += 1
+    if code.co_flags & inspect.CO_VARKEYWORDS:
+        yield from values.get(code.co_varnames[at], {}).values()
+
+
+def reads_modules_unseen(frame: FrameType) -> bool:
+    """Return whether a function may read a module it is given so that no interception sees it.
+
+    If a method of that module does so, all its attributes count as read. They also do if its class
+    has a look-up of its own.
+    """
+    code = frame.f_code
+    if code.co_name == "__getattribute__" or BESIDE_INTERCEPTIONS.isdisjoint(code.co_names):
+        return False
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    given = [*map(frame.f_locals.get, names), *_more_arguments(frame)]
+    kinds: list[type] = [type(each) for each in given if isinstance(each, nn.Module)]
+    return any(BESIDE_INTERCEPTIONS.isdisjoint(names_in_users_methods(kind)) for kind in kinds)
+
+
+def may_use_unseen(names: NamesInCode) -> bool:
+    """Return whether a function may handle an error, or may look at any object."""
+    if not _LOOK_AT_ANYTHING.isdisjoint(names.code.co_names):
+        return True
+    return names.opnames.count("PUSH_EXC_INFO") > names.opnames.count("WITH_EXCEPT_START")
