@@ -66,10 +66,11 @@ from cg_lightning.report.records import EntryRecord, PaddingRecord
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.ahead import CaptureAhead
 from cg_lightning.runtime.alike_steps import AlikeSteps
-from cg_lightning.runtime.dispatcher import Action, CUDAGraphDispatcher
+from cg_lightning.runtime.dispatcher import CUDAGraphDispatcher
 from cg_lightning.runtime.keys import Variant
 from cg_lightning.runtime.padded_pieces import PaddedPiece, PaddedPieces
 from cg_lightning.runtime.padded_steps import PaddedSteps
+from cg_lightning.runtime.plans import Action
 from cg_lightning.runtime.profiling import Ranges
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner

@@ -12,17 +12,10 @@ from cg_lightning.core.reasons import Changed, Reason, Status
 from cg_lightning.core.settings import Settings
 from cg_lightning.guards.guard_set import Unguarded
 from cg_lightning.report.records import Saving
-from cg_lightning.runtime.dispatcher import (
-    MOST_BRANCHES,
-    MOST_UNREPEATED,
-    NEXT_KEY_COST,
-    TIMED,
-    Action,
-    GuardScope,
-    Plan,
-)
+from cg_lightning.runtime.dispatcher import MOST_BRANCHES, MOST_UNREPEATED, NEXT_KEY_COST
 from cg_lightning.runtime.keys import MOST_KEYS, MOST_VARIANTS, KeyState, Variant
 from cg_lightning.runtime.ledger import CAPTURE_COST, CREDIT, FIRST_WAIT, CaptureLedger
+from cg_lightning.runtime.plans import TIMED, Action, GuardScope, Plan
 from cg_lightning.runtime.trial import Trial
 
 KEY, OTHER = BatchDescriptor(batch_size=1), BatchDescriptor(batch_size=2)

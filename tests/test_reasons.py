@@ -18,7 +18,7 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.core.reasons import Changed, Reason, Status
 from cg_lightning.report.stats import MOST_REASONS, MOST_SHAPES, OTHER_SHAPES, CUDAGraphStats
 from cg_lightning.report.summary import render_summary
-from cg_lightning.runtime.dispatcher import NEW_KEY
+from cg_lightning.runtime.plans import NEW_KEY
 from tests.harness import Batches, features, predict, validate
 from tests.models import Body, Predictor
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import CodeType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from cg_lightning.backends import GraphBackend
-from cg_lightning.backends.dispatch_mode import EagerDispatchMode
 from cg_lightning.backends.followed_generators import key_of
 from cg_lightning.backends.host_indices import Place
 from cg_lightning.core.causes import Cause
@@ -28,6 +26,7 @@ from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import Finding, Location, find_line, find_location
 from cg_lightning.diagnosis.late_unit import LateUnit
 from cg_lightning.diagnosis.lines_of_changes import line_that_changes
+from cg_lightning.diagnosis.operation_mode import OperationMode
 from cg_lightning.diagnosis.watched_step import ModuleCall, WatchedStep, WrittenTensors
 from cg_lightning.effects.host_draws import HostDraw
 from cg_lightning.effects.places import ChangedAttribute
@@ -171,7 +170,7 @@ class StepWatch:
         self.call_events: CallEvents | None = None
         """What tells a detector of each call; it pauses while detectors look at operations."""
         self._detectors: Sequence[Detector] = ()
-        self._mode = _OperationMode(self)
+        self._mode = OperationMode(self)
         self._stance: Any = None
 
     # what detectors report
@@ -623,62 +622,3 @@ def _is_lightning_module(module: nn.Module) -> bool:
         cls.__name__ == "LightningModule" and cls.__module__.split(".")[0] in _LIGHTNING
         for cls in module.__class__.__mro__
     )
-
-
-class _OperationMode(EagerDispatchMode):
-    """Tells detectors of each dispatched operation.
-
-    It does not watch the functions inside operators such as ``torch.cond``.
-    """
-
-    supports_higher_order_operators = True
-
-    def __init__(self, watch: StepWatch) -> None:
-        super().__init__(watch.device_type)
-        self._watch = watch
-        self._before: list[Callable[..., None]] = []
-        self._after: list[Callable[..., None]] = []
-
-    @property
-    def is_autocast_enabled(self) -> bool:
-        """Whether autocast is on; it cannot be asked inside a dispatched operation."""
-        return self._autocast
-
-    def tell(self, detectors: Sequence[Detector]) -> None:
-        """Sets whom to tell: the detectors that override the methods."""
-        self._before = [
-            detector.before_operation
-            for detector in detectors
-            if type(detector).before_operation is not Detector.before_operation
-        ]
-        self._after = [
-            detector.after_operation
-            for detector in detectors
-            if type(detector).after_operation is not Detector.after_operation
-        ]
-
-    def dispatch(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """See :class:`~cg_lightning.backends.dispatch_mode.EagerDispatchMode`."""
-        if isinstance(function, HigherOrderOperator):
-            self._watch.report(Cause.OPAQUE, f"torch.ops.higher_order.{function.name()}")
-            return function(*args, **kwargs)
-        if self._watch.is_paused:
-            return self.call(function, args, kwargs)
-        self._run(self._before, function, args, kwargs)
-        if self._watch.reads_host_value or self._watch.copies_constant:
-            with self._watch.backend.ignoring_host_syncs():
-                output = self.call(function, args, kwargs)
-        else:
-            output = self.call(function, args, kwargs)
-        self._run(self._after, function, args, kwargs, output)
-        return output
-
-    def _run(self, told: list[Callable[..., None]], *operation: Any) -> None:
-        events = self._watch.call_events
-        is_paused = events is not None and events.pause()
-        try:
-            for each in told:
-                each(*operation)
-        finally:
-            if is_paused:
-                events.resume()  # type: ignore[union-attr]

@@ -5,4 +5,5 @@
 - ``path.py``: the values that one path through a step reads, as a program that is run before the
   step.
 - ``provenance.py``: where the tensors of a watched step come from.
+- ``repeats.py``: programs without what they would compute twice.
 """

@@ -21,7 +21,7 @@ What is hard here:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ from cg_lightning.host_values.path import (
     Ref,
     Root,
 )
+from cg_lightning.host_values.repeats import without_repeats
 
 MOST_OPERATIONS = 96
 """Longer programs are not run before each step."""
@@ -459,7 +460,7 @@ class Provenance:
         ]
         slots = self._slots(needed)
         reads = [recorded.read for recorded in self._reads]
-        slots = slots if written else _without_repeats(slots)
+        slots = slots if written else without_repeats(slots)
         return ReadPath(reads, roots, slots, constants, members)
 
     def _slots(self, needed: set[int]) -> list[Operation | Read]:
@@ -496,41 +497,3 @@ class Provenance:
                     numbers += operation.inputs
                     numbers += [n for n in operation.operation.outputs if n is not None]
         return needed
-
-
-def _without_repeats(slots: list[Operation | Read]) -> list[Operation | Read]:
-    """Compute equal operations on equal tensors once, and make equal reads once.
-
-    Nothing may be written in between.
-    """
-    same: dict[int, int] = {}
-    made: dict[Hashable, tuple[int | None, ...]] = {}
-    read: set[Hashable] = set()
-    kept: list[Operation | Read] = []
-
-    def canonical(tree: Any) -> Any:
-        return tree_map_only(Ref, lambda ref: Ref(same.get(ref.number, ref.number)), tree)
-
-    for slot in slots:
-        args = canonical(slot.args)
-        if isinstance(slot, Read):
-            if (slot.function, _hashable(args)) not in read:
-                read.add((slot.function, _hashable(args)))
-                kept.append(slot._replace(args=args))
-            continue
-        kwargs = canonical(slot.kwargs)
-        call = (slot.function, _hashable(args), _hashable(sorted(kwargs.items())))
-        if call in made:
-            for number, other in zip(slot.outputs, made[call], strict=True):
-                if number is not None and other is not None:
-                    same[number] = other
-        else:
-            made[call] = slot.outputs
-            kept.append(slot._replace(args=args, kwargs=kwargs))
-    return kept
-
-
-def _hashable(tree: Any) -> Hashable:
-    if isinstance(tree, (tuple, list)):
-        return (type(tree), tuple([_hashable(value) for value in tree]))
-    return (type(tree), tree.hex() if isinstance(tree, float) else tree)

@@ -11,6 +11,7 @@
 - ``outcome.py``: the result of a step or a call, with its mode and its reason.
 - ``padded_pieces.py``: submodules that are padded, in steps that are not.
 - ``padded_steps.py``: steps whose batches are padded up to a size that is captured.
+- ``plans.py``: the decisions of the dispatcher, as records.
 - ``profiling.py``: ranges that profilers and traces show.
 - ``seen_shapes.py``: the shapes that a stage has seen, and which settings would have caught them.
 - ``session.py``: one module in one run: builds, starts and stops the parts.

@@ -32,9 +32,9 @@ from cg_lightning.effects.step_state import (
 from cg_lightning.guards.values import FrozenValues
 from cg_lightning.modules.attributes import names_of_frameworks
 from cg_lightning.modules.kinds import is_metric
-from cg_lightning.runtime.dispatcher import Action, Plan
 from cg_lightning.runtime.examples import Example, Examples
 from cg_lightning.runtime.keys import KeyState
+from cg_lightning.runtime.plans import Action, Plan
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.target import reason_of
 

@@ -17,16 +17,14 @@ another path with other values. If that never pays, the ledger of the key's fami
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import NO_CHANGE, WARM_UP, Changed, Reason, Status
 from cg_lightning.guards.guard_set import Unguarded
-from cg_lightning.report.records import Saving
 from cg_lightning.runtime.keys import (
     MOST_VARIANTS,
     Entry,
@@ -37,19 +35,22 @@ from cg_lightning.runtime.keys import (
     Variant,
 )
 from cg_lightning.runtime.ledger import CAPTURE_COST, CREDIT, WATCH_COST, CaptureLedger
+from cg_lightning.runtime.plans import (
+    NEW_KEY,
+    TIMED,
+    TOO_SHORT,
+    UNKNOWN_KEY,
+    Action,
+    Dispatch,
+    GuardScope,
+    Judgement,
+    Plan,
+    Settled,
+    no_gain,
+)
 from cg_lightning.runtime.trial import Trial
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
-UNKNOWN_KEY = Reason(Status.WARM_UP, "unknown key")
-TIMED = Reason(Status.TIMED, Status.TIMED.value)
-TOO_SHORT = Reason(
-    Status.TOO_SHORT,
-    "stage too short: too few batches are left to win back what a capture costs",
-)
-NEW_KEY = Reason(
-    Status.WARM_UP,
-    "warm-up: shapes so far did not come again, so a new one is watched only if it does",
-)
 NEXT_KEY_COST = 20
 """What a watched step costs at the least, in eager steps, if it need not pay in later stages.
 
@@ -65,85 +66,8 @@ MOST_BRANCHES = 4
 """Number of branches with the same reason after which it counts as one of all branches."""
 
 
-def no_gain(saving: Saving, prefix: str = "") -> Reason:
-    """Return the reason for graphs that were left alone because they do not save time."""
-    what = f"{prefix}{Status.NO_GAIN.value}"
-    times = f"{saving.graph * 1e6:.0f} us from graphs, {saving.eager * 1e6:.0f} us eagerly"
-    return Reason(Status.NO_GAIN, f"{what}: {times}", subject=what)
-
-
 def _changed(what: Changed) -> Reason:
     return Reason.of_change(Status.CHANGED, what.after("changed: "))
-
-
-class Action(enum.Enum):
-    """The decision for one step or call."""
-
-    WATCH = "run it eagerly under watch"
-    WARM_UP = "run it eagerly"
-    EAGER = "run it eagerly, for a reason"
-    PIECEWISE = "run it, with its submodules from graphs"
-    TRIAL = "run it eagerly, to compare times"
-    CAPTURE = "capture it, then replay"
-    VERIFY = "replay it, and compare with eager"
-    REPLAY = "replay it"
-
-
-class Dispatch(NamedTuple):
-    """The mode of a step, and the reason if it is lower than asked (None if it is not).
-
-    Attributes:
-        runtime_mode: NONE, PIECEWISE or FULL.
-        batch_descriptor: The key of the step.
-        reason: Why the step runs in a lower mode than asked.
-    """
-
-    runtime_mode: CUDAGraphMode
-    batch_descriptor: BatchDescriptor
-    reason: Reason | None
-
-
-class GuardScope(enum.Enum):
-    """Which guards a variant needs."""
-
-    ALL = "all values that the step read"
-    TRAINER = "batch_idx and values of the Trainer, which may lead to another branch"
-    NONE = "none, so the variant always holds"
-
-
-class Judgement(NamedTuple):
-    """What a watched step may do from now on."""
-
-    modes: list[CUDAGraphMode]
-    """The allowed modes, highest first."""
-    reason: Reason | None
-    """Why the mode asked for is not allowed; None if it is."""
-    guards: GuardScope
-    trial: Trial | None
-    """Compares times; None: nothing is to be compared."""
-
-
-class Settled(NamedTuple):
-    """What graphs of a variant save, and which are left alone from now on."""
-
-    saving: Saving
-    pieces: dict[Any, Saving]
-    """What the graphs of submodules save, if that is known."""
-    reason: Reason | None = None
-    """Why the variant runs eagerly from now on; None if it does not."""
-    entries: Sequence[Entry] = ()
-    """Graphs that the caller must drop."""
-    left_alone: Sequence[Any] = ()
-    """Submodules that run eagerly from now on, in steps with this key."""
-
-
-class Plan(NamedTuple):
-    """The decision for the current step."""
-
-    action: Action
-    state: KeyState
-    variant: Variant | None
-    reason: Reason | None
 
 
 class CUDAGraphDispatcher(KeyTable):

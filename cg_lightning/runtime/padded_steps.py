@@ -29,10 +29,10 @@ from cg_lightning.padding.padder import Padder
 from cg_lightning.padding.path import PaddedPath
 from cg_lightning.runtime.ahead import CaptureAhead
 from cg_lightning.runtime.alike_steps import AlikeSteps, take_over
-from cg_lightning.runtime.dispatcher import Plan
 from cg_lightning.runtime.eager_run import EagerRun
 from cg_lightning.runtime.keys import KeyState, Variant
 from cg_lightning.runtime.outcome import Outcome
+from cg_lightning.runtime.plans import Plan
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.target import reason_of
 from cg_lightning.runtime.verifier import Verdict

@@ -35,9 +35,9 @@ from cg_lightning.modules.kinds import is_metric
 from cg_lightning.padding.leaves import PaddedLeaves
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.changing_values import ChangingValues
-from cg_lightning.runtime.dispatcher import GuardScope, Plan
 from cg_lightning.runtime.examples import Examples
 from cg_lightning.runtime.keys import Guards, KeyState, Variant
+from cg_lightning.runtime.plans import GuardScope, Plan
 from cg_lightning.runtime.profiling import Profiler, Ranges
 from cg_lightning.runtime.stage_length import StageLength
 from cg_lightning.runtime.submodule_runner import SubmoduleRunner

@@ -30,10 +30,10 @@ from cg_lightning.padding.entry import PaddedEntry
 from cg_lightning.report.records import HostTime, StepsRecord
 from cg_lightning.report.timeline import Ran
 from cg_lightning.runtime.ahead import CaptureAhead
-from cg_lightning.runtime.dispatcher import NEW_KEY, Action, Plan
 from cg_lightning.runtime.keys import KeyState, Variant
 from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.padded_steps import PaddedSteps
+from cg_lightning.runtime.plans import NEW_KEY, Action, Plan
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.target import reason_of
 from cg_lightning.runtime.trial import StepTimes

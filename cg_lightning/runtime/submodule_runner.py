@@ -22,8 +22,8 @@ from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import Change
 from cg_lightning.modules.interception import Interception, ModuleHandler
 from cg_lightning.report.records import Saving
-from cg_lightning.runtime.dispatcher import Action, Plan, no_gain
 from cg_lightning.runtime.keys import Entry, KeyState, Miss, Variant
+from cg_lightning.runtime.plans import Action, Plan, no_gain
 from cg_lightning.runtime.profiling import Ranges
 from cg_lightning.runtime.target import GraphTarget, reason_of
 

@@ -33,9 +33,10 @@ from cg_lightning.guards.sources import describe_change
 from cg_lightning.host_values.path import ReadPath
 from cg_lightning.report.records import EntryRecord
 from cg_lightning.report.stats import CUDAGraphStats
-from cg_lightning.runtime.dispatcher import Action, CUDAGraphDispatcher, Plan
+from cg_lightning.runtime.dispatcher import CUDAGraphDispatcher
 from cg_lightning.runtime.keys import Variant
 from cg_lightning.runtime.outcome import Outcome
+from cg_lightning.runtime.plans import Action, Plan
 from cg_lightning.runtime.verifier import Verdict, Verifier
 
 _NEW_RUN = Changed("a new run, since graphs live as long as their run")
