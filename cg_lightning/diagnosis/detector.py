@@ -34,7 +34,7 @@ class Detector:
         self.watch = watch
 
     def arguments(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Returns what the step is called with after its batch; asked before :meth:`around_step`.
+        """Return what the step is called with after its batch; asked before :meth:`around_step`.
 
         A detector may put in something that behaves alike and notes what it is used for.
         """
@@ -85,7 +85,7 @@ class ReplacingDetector(Detector):
         self._replaced = contextlib.ExitStack()
 
     def replace(self, replaced: contextlib.ExitStack) -> None:
-        """Replaces the functions, until ``replaced`` is closed."""
+        """Replace the functions, until ``replaced`` is closed."""
         raise NotImplementedError
 
     @contextlib.contextmanager

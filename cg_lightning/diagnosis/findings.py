@@ -61,7 +61,7 @@ class Finding:
         return str(Location(self.location, self.library_location))
 
     def reason(self, path: str = "") -> Reason:
-        """Returns the reason of a step or, if ``path`` is given, of that submodule."""
+        """Return the reason of a step or, if ``path`` is given, of that submodule."""
         text = f"{path}: {self}" if path else str(self)
         is_line = self.location not in (AT_THE_END, NOT_YOURS, UNKNOWN)
         location = self.location if is_line else ""
@@ -84,7 +84,7 @@ class Location(NamedTuple):
 
 @functools.lru_cache(maxsize=8192)
 def _package_path(file: str) -> str | None:
-    """Returns the path of an installed file relative to its packages; None for other files."""
+    """Return the path of an installed file relative to its packages; None for other files."""
     for packages in _PACKAGES:
         if file.startswith(f"{packages}/"):
             return Path(file).relative_to(packages).as_posix()
@@ -99,7 +99,7 @@ def is_our_file(file: str) -> bool:
 
 @functools.lru_cache(maxsize=8192)
 def _library_path(file: str) -> str | None:
-    """Returns the short path of a library's file; None if it tells users nothing."""
+    """Return the short path of a library's file; None if it tells users nothing."""
     path = None if is_our_file(file) else _package_path(file)
     if path is None or path.split("/")[0] in _FRAMEWORKS or path in _WRAPPERS:
         return None
@@ -107,7 +107,7 @@ def _library_path(file: str) -> str | None:
 
 
 def find_location() -> Location:
-    """Returns the user's innermost line, and the innermost line of a library that it called.
+    """Return the user's innermost line, and the innermost line of a library that it called.
 
     torch, Lightning, the wrappers of torchmetrics, the standard library and this package are no
     such libraries. What PyTorch does by itself, as in the backward, has no line of the user's.
@@ -116,7 +116,7 @@ def find_location() -> Location:
 
 
 def find_line() -> str:
-    """Returns the user's innermost line; empty if no frame of the user's is on the stack.
+    """Return the user's innermost line; empty if no frame of the user's is on the stack.
 
     It makes no named tuple, whose code would count as code that a watched step runs.
     """
@@ -187,7 +187,7 @@ def _calls_for_step(file: str) -> bool | None:
 
 
 def reading_frame(frame: FrameType | None = None) -> FrameType | None:
-    """Returns the innermost frame, from ``frame`` or the caller's on, that is not ours."""
+    """Return the innermost frame, from ``frame`` or the caller's on, that is not ours."""
     frame = frame or sys._getframe(1)
     while frame is not None and is_our_file(frame.f_code.co_filename):
         frame = frame.f_back
@@ -195,6 +195,6 @@ def reading_frame(frame: FrameType | None = None) -> FrameType | None:
 
 
 def is_read_by_user() -> bool:
-    """Returns whether the innermost function that is not ours is the user's, and not torch's."""
+    """Return whether the innermost function that is not ours is the user's, and not torch's."""
     frame = reading_frame()
     return frame is not None and is_user_file(frame.f_code.co_filename)

@@ -18,13 +18,13 @@ from cg_lightning.modules.kinds import is_metric
 
 
 def hidden_modules(watch: StepWatch, found: Collection[nn.Module]) -> list[nn.Module]:
-    """Returns the modules inside some modules, without those that the step's module contains."""
+    """Return the modules inside some modules, without those that the step's module contains."""
     inside = {id(child): child for module in found for child in module.modules()}
     return [child for key, child in inside.items() if key not in watch.inside_root]
 
 
 def sources_in(modules: Iterable[nn.Module], path: str) -> list[Source]:
-    """Returns the attributes of some modules, which the value with this name holds."""
+    """Return the attributes of some modules, which the value with this name holds."""
     return [
         Source(module, name, f"{path}: {type(module).__name__}.{name}")
         for module in modules
@@ -40,7 +40,7 @@ def _attributes(module: nn.Module) -> list[str]:
 
 
 def opaque_in(watch: StepWatch, sources: Iterable[Source]) -> list[str]:
-    """Returns the values whose contents cannot be compared.
+    """Return the values whose contents cannot be compared.
 
     Raises:
         UnreadableError: Reading a value raised an error.

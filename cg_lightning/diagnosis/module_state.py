@@ -40,12 +40,12 @@ class ModuleState:
         }
 
     def modules_inside(self) -> list[nn.Module]:
-        """Returns the modules that attributes hold in containers or objects, with theirs."""
+        """Return the modules that attributes hold in containers or objects, with theirs."""
         held = [module for contents in self._contents.values() for module in contents.modules]
         return [child for module in held for child in module.modules()]
 
     def changed(self) -> list[str]:
-        """Returns the names of attributes that changed, came or went, or whose contents changed."""
+        """Return the names of attributes that changed, came or went, or whose contents changed."""
         missing, now = object(), _values(self.module)
         changed = [
             name
@@ -61,7 +61,7 @@ class ModuleState:
         return list(dict.fromkeys([*changed, *gone, *inside]))
 
     def changed_places(self, name: str) -> list[ChangedPlace]:
-        """Returns what has changed of an attribute, or in it, by the names that code has for it.
+        """Return what has changed of an attribute, or in it, by the names that code has for it.
 
         Args:
             name: One of the names that :meth:`changed` returns.
@@ -93,7 +93,7 @@ def _values(module: nn.Module) -> dict[str, Any]:
 
 
 def _contents(value: Any) -> FrozenValues | None:
-    """Returns the contents of a value; None if it has none, or if they cannot be read."""
+    """Return the contents of a value; None if it has none, or if they cannot be read."""
     if holds_nothing(value):
         return None
     try:

@@ -35,7 +35,7 @@ class OperationMode(EagerDispatchMode):
         return self._autocast
 
     def tell(self, detectors: Sequence[Detector]) -> None:
-        """Sets whom to tell: the detectors that override the methods."""
+        """Set whom to tell: the detectors that override the methods."""
         self._before = [
             detector.before_operation
             for detector in detectors

@@ -51,7 +51,7 @@ class Diagnosis:
         return not findings
 
     def largest_capturable(self) -> list[str]:
-        """Returns the paths of the fewest, largest submodules with parameters and no finding."""
+        """Return the paths of the fewest, largest submodules with parameters and no finding."""
         return list(self._watched.largest_capturable())
 
     def _rows(self) -> list[tuple[str, ...]]:

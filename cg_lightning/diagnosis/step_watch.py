@@ -66,10 +66,10 @@ class Effects(Protocol):
         """Whether captures replace functions of torchmetrics that wait for the device."""
 
     def metrics(self) -> list[nn.Module]:
-        """Returns all metrics of the module, and those behind ``self.log``."""
+        """Return all metrics of the module, and those behind ``self.log``."""
 
     def logged_metrics(self) -> list[nn.Module]:
-        """Returns the metrics behind ``self.log``."""
+        """Return the metrics behind ``self.log``."""
 
     def logs_in_graph(self) -> bool:
         """Whether a graph can hold ``self.log``; otherwise the call is made after each replay."""
@@ -184,7 +184,7 @@ class StepWatch:
         module: str | None = None,
         calls: Iterable[ModuleCall] | None = None,
     ) -> None:
-        """Adds a finding.
+        """Add a finding.
 
         Args:
             cause: Why it cannot run from a graph.
@@ -222,7 +222,7 @@ class StepWatch:
     def report_unless_found(
         self, cause: Cause, operation: str, *, location: str | None = None
     ) -> None:
-        """Adds a finding to the calls under way that have none of this cause."""
+        """Add a finding to the calls under way that have none of this cause."""
         self.report(
             cause,
             operation,
@@ -254,7 +254,7 @@ class StepWatch:
         )
 
     def read(self, source: Source) -> None:
-        """Notes for every call under way that it reads a value in Python."""
+        """Note for every call under way that it reads a value in Python."""
         if self._is_paused:
             return
         key = source.key
@@ -264,20 +264,20 @@ class StepWatch:
             call.sources.setdefault(key, source)
 
     def forget_reads(self, modules: Sequence[nn.Module]) -> None:
-        """Forgets reads of the attributes of modules, which a capture does not make."""
+        """Forget reads of the attributes of modules, which a capture does not make."""
         known = set(map(id, modules))
         for call in self.calls():
             for key in [key for key in call.sources if key[0] in known]:
                 del call.sources[key]
 
     def compare(self, compared: Condition) -> None:
-        """Notes for every call under way that it needs that something holds, which is no value."""
+        """Note for every call under way that it needs that something holds, which is no value."""
         if not self._is_paused:
             for call in self.stack:
                 call.compared[compared.key] = compared
 
     def note_unseen_read(self, tensor: Tensor) -> None:
-        """Notes that the step reads a tensor of the host, which no operation shows."""
+        """Note that the step reads a tensor of the host, which no operation shows."""
         if not (self._is_paused or self._is_in_framework):
             for detector in self._detectors:
                 detector.before_read(tensor)
@@ -285,7 +285,7 @@ class StepWatch:
     def note_operation(
         self, *, reads_host_value: bool | None = None, copies_constant: bool | None = None
     ) -> None:
-        """Notes what the operation under way does, until it has ended. None: no change.
+        """Note what the operation under way does, until it has ended. None: no change.
 
         Args:
             reads_host_value: See the attribute.
@@ -297,11 +297,11 @@ class StepWatch:
             self.copies_constant = copies_constant
 
     def note_path(self, path: ReadPath | None) -> None:
-        """Notes the values that the step has read on the host; None: not all are known before."""
+        """Note the values that the step has read on the host; None: not all are known before."""
         self._path = path
 
     def note_host_draws(self, draws: Sequence[HostDraw]) -> None:
-        """Notes the random numbers of the host that the step draws and does not use."""
+        """Note the random numbers of the host that the step draws and does not use."""
         self._host_draws = draws
 
     def note_call_events(self, events: CallEvents) -> None:
@@ -309,23 +309,23 @@ class StepWatch:
         self.call_events = events
 
     def note_code(self, code: CodeType) -> None:
-        """Notes code of the user's that the step runs."""
+        """Note code of the user's that the step runs."""
         self.codes.append(code)
 
     def note_copy_from_host(self) -> None:
-        """Notes for every call under way that it copies a constant from the host by itself."""
+        """Note for every call under way that it copies a constant from the host by itself."""
         if not self._is_paused:
             for call in self.stack:
                 call.copies_from_host = True
 
     def note_index(self, place: Place) -> None:
-        """Notes that a list is made an index at this place. On a GPU it is copied there."""
+        """Note that a list is made an index at this place. On a GPU it is copied there."""
         if place != self._indexing[0]:
             self._indexing = (place, 0)
         self._indexing = (place, self._indexing[1] + 1)
 
     def takes_index(self, place: Place | None) -> bool:
-        """Returns whether a wait at this place is that of a list which is made an index."""
+        """Return whether a wait at this place is that of a list which is made an index."""
         known, copies = self._indexing
         if place is None or place != known or not copies:
             return False
@@ -333,23 +333,23 @@ class StepWatch:
         return True
 
     def note_one_time_work(self) -> None:
-        """Notes that something ran that runs once, so that the next step may show less."""
+        """Note that something ran that runs once, so that the next step may show less."""
         self._did_one_time_work = True
 
     def note_batch_filled(self) -> None:
-        """Notes that the step only sets or removes entries of the containers of its batch."""
+        """Note that the step only sets or removes entries of the containers of its batch."""
         self._fills_batch = True
 
     def note_batch_writes(self, indices: Sequence[int]) -> None:
-        """Notes which leaves of its batch the step writes to, and a replay copies back."""
+        """Note which leaves of its batch the step writes to, and a replay copies back."""
         self._batch_writes = indices
 
     def note_unseen_use(self, location: str) -> None:
-        """Notes code that may use a value of the batch in a way that a capture does not see."""
+        """Note code that may use a value of the batch in a way that a capture does not see."""
         self._unseen_use = self._unseen_use or location
 
     def look_at(self, contents: FrozenValues) -> list[str]:
-        """Notes the random generators among values that are read; returns the opaque values.
+        """Note the random generators among values that are read; return the opaque values.
 
         In compiled code, draws from a generator cannot be observed.
         """
@@ -358,7 +358,7 @@ class StepWatch:
         return [*contents.opaque(), *hidden]
 
     def draws_from(self, generator: torch.Generator) -> bool:
-        """Notes that the step draws; returns whether a capture can draw from this generator too.
+        """Note that the step draws; return whether a capture can draw from this generator too.
 
         It must have been there before the step, so that it goes on from step to step.
         """
@@ -369,11 +369,11 @@ class StepWatch:
         return can_follow
 
     def note_written(self, written: WrittenTensors) -> None:
-        """Notes tensors that the step changed in place."""
+        """Note tensors that the step changed in place."""
         self._written.update(written)
 
     def note_change(self, changed: ChangedAttribute) -> None:
-        """Notes an attribute that the step changes without looking at it, so a replay can as well.
+        """Note an attribute that the step changes without looking at it, so a replay can as well.
 
         A graph freezes no value of it.
         """
@@ -388,21 +388,21 @@ class StepWatch:
     # what detectors ask
 
     def calls(self) -> list[ModuleCall]:
-        """Returns the step and all its calls so far."""
+        """Return the step and all its calls so far."""
         return [self.step, *self.step.all_calls()]
 
     def line_that_changes(self, places: Sequence[ChangedPlace]) -> str:
-        """Returns the line of the step that has changed something; empty if none is known."""
+        """Return the line of the step that has changed something; empty if none is known."""
         return line_that_changes(self.codes, places)
 
     def modules_in(self, module: nn.Module) -> list[nn.Module]:
-        """Returns a module and all modules inside it, as it was when it was first called."""
+        """Return a module and all modules inside it, as it was when it was first called."""
         if id(module) not in self._inside:
             self._inside[id(module)] = list(module.modules())
         return self._inside[id(module)]
 
     def late_unit(self, metric: nn.Module) -> LateUnit | None:
-        """Returns the unit of a metric; None if its updates cannot follow the step."""
+        """Return the unit of a metric; None if its updates cannot follow the step."""
         return next(
             (
                 late
@@ -541,7 +541,7 @@ class StepWatch:
     def new_call(
         self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> ModuleCall:
-        """Describes a call of a module that is about to be made."""
+        """Describe a call of a module that is about to be made."""
         descriptor, leaves = self._describe(module, args, kwargs)
         inside = self.hidden.get(id(module))
         hidden = () if inside is None else (module, *[child for _, child in inside])
@@ -553,7 +553,7 @@ class StepWatch:
     def _describe(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[BatchDescriptor | None, list[Any]]:
-        """Returns the key of a call, None if it has none, and the leaves of its arguments."""
+        """Return the key of a call, None if it has none, and the leaves of its arguments."""
         if is_inside_transform():  # the tensors of a transform have no memory
             return None, []
         context = current_forward_context()
@@ -576,7 +576,7 @@ class StepWatch:
         self.step.inputs.clear()
 
     def result(self) -> WatchedStep:
-        """Returns what the step showed; it holds no tensor that a call was given."""
+        """Return what the step showed; it holds no tensor that a call was given."""
         self.step.inputs.clear()
         late = [late.unit for late in self.late_units if late.is_late]
         return WatchedStep(
@@ -605,7 +605,7 @@ def _where(location: str | Location | None) -> Location:
 
 
 def look_into(value: Any, path: str = "") -> FrozenValues:
-    """Stores the contents of a value, whose name is ``path``.
+    """Store the contents of a value, whose name is ``path``.
 
     Raises:
         UnreadableError: Reading the value raised an error, as for a closed file.

@@ -50,7 +50,7 @@ class ModuleCall:
         self.input_addresses = addresses_of(self.inputs)
 
     def all_calls(self) -> Iterator[ModuleCall]:
-        """Yields the calls inside this one, in order, however deep."""
+        """Yield the calls inside this one, in order, however deep."""
         for call in self.calls:
             yield call
             yield from call.all_calls()
@@ -68,25 +68,25 @@ class WrittenTensors:
         self._tensors: dict[int, Tensor] = {}
 
     def add_attribute(self, module: nn.Module, name: str) -> None:
-        """Adds all tensors that an attribute holds, however deep."""
+        """Add all tensors that an attribute holds, however deep."""
         self._attributes[id(module), name] = module
 
     def add(self, tensors: Iterable[Tensor]) -> None:
-        """Adds these very tensors."""
+        """Add these very tensors."""
         self._tensors.update({id(tensor): tensor for tensor in tensors})
 
     def update(self, other: WrittenTensors) -> None:
-        """Adds all tensors of another one."""
+        """Add all tensors of another one."""
         self._attributes.update(other._attributes)
         self._tensors.update(other._tensors)
 
     def clear(self) -> None:
-        """Forgets all of them."""
+        """Forget all of them."""
         self._attributes.clear()
         self._tensors.clear()
 
     def now(self) -> list[Tensor]:
-        """Returns the tensors as they are now."""
+        """Return the tensors as they are now."""
         held = [vars(module).get(name) for (_, name), module in self._attributes.items()]
         return [*FrozenValues(held).tensors, *self._tensors.values()]
 
@@ -180,18 +180,18 @@ class WatchedStep:
         )
 
     def called(self) -> list[str]:
-        """Returns the paths of the modules that were called, each once."""
+        """Return the paths of the modules that were called, each once."""
         return list({call.path: None for call in self._calls})
 
     def findings_of(self, path: str) -> list[Finding] | None:
-        """Returns why the submodule at ``path`` cannot be a graph; None if it was not called."""
+        """Return why the submodule at ``path`` cannot be a graph; None if it was not called."""
         calls = [call for call in self._calls if call.path == path]
         return [finding for call in calls for finding in call.findings] if calls else None
 
     def largest_capturable(
         self, knows_reads: bool = False, besides: Collection[tuple[int, str]] = ()
     ) -> dict[str, nn.Module]:
-        """Returns the fewest, largest submodules with parameters and without findings, by path.
+        """Return the fewest, largest submodules with parameters and without findings, by path.
 
         A call without a key (one argument is an object, for example a cache) cannot be captured. It
         is returned only if no call inside it can be, so that its reason is told.
@@ -227,7 +227,7 @@ class WatchedStep:
         return chosen
 
     def obstacle(self) -> tuple[str, Finding] | None:
-        """Returns why the first submodule with parameters is no graph, and its path.
+        """Return why the first submodule with parameters is no graph, and its path.
 
         None if no submodule with parameters has a finding.
         """
@@ -238,17 +238,17 @@ class WatchedStep:
         return None
 
     def sources(self, module: nn.Module | None = None) -> list[Source]:
-        """Returns what calls of ``module`` (None: the step) read in Python, each source once."""
+        """Return what calls of ``module`` (None: the step) read in Python, each source once."""
         calls = self._calls_of(module)
         return list({key: s for call in calls for key, s in call.sources.items()}.values())
 
     def compared(self, module: nn.Module | None = None) -> list[Condition]:
-        """Returns what calls of ``module`` (None: the step) read in Python and only compare."""
+        """Return what calls of ``module`` (None: the step) read in Python and only compare."""
         calls = self._calls_of(module)
         return list({key: c for call in calls for key, c in call.compared.items()}.values())
 
     def copies_from_host(self, module: nn.Module | None = None) -> bool:
-        """Returns whether calls of ``module`` (None: the step) copy constants from the host."""
+        """Return whether calls of ``module`` (None: the step) copy constants from the host."""
         return any(call.copies_from_host for call in self._calls_of(module))
 
     def _calls_of(self, module: nn.Module | None) -> list[ModuleCall]:
@@ -257,6 +257,6 @@ class WatchedStep:
         return [call for call in self._calls if call.module is module]
 
     def keys_of_calls(self, module: nn.Module) -> list[BatchDescriptor]:
-        """Returns the keys that ``module`` was called with."""
+        """Return the keys that ``module`` was called with."""
         calls = [call for call in self._calls if call.module is module]
         return [call.descriptor for call in calls if call.descriptor is not None]

@@ -109,7 +109,7 @@ class StepWatcher:
         arguments: tuple[Any, ...] = (),
         stops_at: frozenset[Cause] = frozenset(),
     ) -> tuple[Any, WatchedStep]:
-        """Runs ``step`` once; returns its output, and what it showed.
+        """Run ``step`` once; return its output, and what it showed.
 
         Args:
             step: The step. It is called with ``arguments``.
@@ -147,7 +147,7 @@ class StepWatcher:
         return output, result
 
     def host_values(self, step: Callable[[], Any], batch: Any) -> ReadPath | None:
-        """Runs ``step`` once under one detector; returns its reads on the host.
+        """Run ``step`` once under one detector; return its reads on the host.
 
         Args:
             step: The step of which all else is known.

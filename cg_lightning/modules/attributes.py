@@ -55,7 +55,7 @@ def same_attributes(attributes: dict[str, Any], before: dict[str, Any]) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def slots_of(cls: type) -> tuple[str, ...]:
-    """Gives the attributes that instances of ``cls`` keep in slots, as ``getattr`` wants them."""
+    """Give the attributes that instances of ``cls`` keep in slots, as ``getattr`` wants them."""
     found: dict[str, None] = {}
     for base in cls.__mro__:
         slots = vars(base).get("__slots__", ())

@@ -100,7 +100,7 @@ class _Attributes:
         self._problems: dict[str, list[tuple[Cause, str]]] = {}
 
     def read(self, name: str) -> None:
-        """Notes that an attribute is read, if it is the user's and no method."""
+        """Note that an attribute is read, if it is the user's and no method."""
         if (sources := self._sources.get(name)) is None:
             with self._watch.paused():
                 sources = self._sources[name] = self._sources_of(name)
@@ -110,14 +110,14 @@ class _Attributes:
             self._watch.report(cause, words)
 
     def read_all(self) -> None:
-        """Notes that all attributes are read."""
+        """Note that all attributes are read."""
         with self._watch.paused():
             names = user_attributes(self._module)
         for name in names:
             self.read(name)
 
     def read_names(self) -> None:
-        """Notes that it is read which attributes there are, and all of them."""
+        """Note that it is read which attributes there are, and all of them."""
         path = self._prefix.removesuffix(".")
         self._watch.read(Source(self._module, ALL_NAMES, f"the attributes of {path}"))
         self.read_all()

@@ -65,7 +65,7 @@ class MetricUpdates(Detector):
             self._report_update()
 
     def report_once(self, reason: str) -> None:
-        """Reports why a replay cannot do what the step did; an empty reason is ignored."""
+        """Report why a replay cannot do what the step did; an empty reason is ignored."""
         if reason and reason not in self._reported:
             self._reported.add(reason)
             self.watch.report(Cause.METRIC_UPDATED, reason)
@@ -160,7 +160,7 @@ class _MetricHandler(ModuleHandler):
         self._detector.report_once(self._lists.unsupported_write(name, sys._getframe(2)))
 
     def finish(self) -> None:
-        """Reports what only the end of the step shows."""
+        """Report what only the end of the step shows."""
         now = _shapes(self.metric)
         for name in sorted(self._written & set(now)):
             if now[name] != self._shapes.get(name, now[name]):

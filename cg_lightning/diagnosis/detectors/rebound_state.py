@@ -108,7 +108,7 @@ class ReboundState(Detector):
     def _report(
         self, state: ModuleState, path: str | None, names: list[str], calls: list[ModuleCall]
     ) -> None:
-        """Reports what changed, by the line that changed it."""
+        """Report what changed, by the line that changed it."""
         events = self._events.get(id(state.module))
         found: dict[str, list[str]] = {}
         for name in names:
@@ -167,7 +167,7 @@ class ReboundState(Detector):
             self._written_later |= addresses_in(output) - given
 
     def _repeated(self, changed: list[tuple[str, ModuleState, list[str]]]) -> set[tuple[int, str]]:
-        """Notes what a replay can change as the step did; returns ids of modules and names."""
+        """Note what a replay can change as the step did; return ids of modules and names."""
         watch = self.watch
         if not all(each.is_known_before for each in watch.step.findings):  # it will be no graph
             return set()
@@ -190,7 +190,7 @@ class ReboundState(Detector):
     def _guard_what_is_set(
         self, changed: list[tuple[str, ModuleState, list[str]]], repeated: set[tuple[int, str]]
     ) -> None:
-        """Notes as read what was set to what it was: a graph does not set it again."""
+        """Note as read what was set to what it was: a graph does not set it again."""
         for path, state, names in changed:
             events = self._events.get(id(state.module))
             for name in [] if events is None else events.set_first():
