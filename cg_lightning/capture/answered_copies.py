@@ -1,6 +1,6 @@
 """Answers copies from the host in a captured call, with constants that are on the device.
 
-All work but the copy is done on the host, as in eager, also a conversion to another type. So the
+All work except the copy is done on the host, as in eager, even a conversion to another type. So the
 bits are the same.
 """
 

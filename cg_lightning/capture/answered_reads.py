@@ -36,7 +36,7 @@ from cg_lightning.host_values.path import HostRead
 from cg_lightning.metrics.deferred_checks import CheckedCalls
 
 _GIVE_ROWS = ("aten::nonzero", "aten::argwhere")
-"""Operations that return all indices in one tensor; others return one for each dimension."""
+"""Operations that return all indices in one tensor. Others return one tensor for each dimension."""
 
 
 class AnsweredReads(EagerDispatchMode):
@@ -102,7 +102,7 @@ class AnsweredReads(EagerDispatchMode):
         by: OpOverload,
         tensor: Tensor,
     ) -> Any:
-        """Return what an operation returns whose shape is known."""
+        """Return the output of an operation with a known shape."""
         name = function._schema.name
         if name == "aten::bincount":
             sign = self._next(name)
@@ -120,7 +120,7 @@ class AnsweredReads(EagerDispatchMode):
         return counts.scatter_add_(0, tensor.long(), torch.ones_like(tensor, dtype=torch.long))
 
     def _unique(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return different values, where each element is among them, and how often each comes."""
+        """Return the different values, the index of each element among them, and their counts."""
         read = self._next(name)
         consecutive = name == "aten::unique_consecutive"
         names = ["return_inverse", "return_counts"]

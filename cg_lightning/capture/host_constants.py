@@ -27,7 +27,7 @@ from cg_lightning.core.errors import CaptureError
 
 
 class HostConstants:
-    """The constants of one call, in the order in which it makes them.
+    """The constants that one call makes, in order.
 
     Args:
         device: The device of the graphs.

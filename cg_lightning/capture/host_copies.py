@@ -30,7 +30,7 @@ _READ_NOTHING = (
 
 
 class HostCopy(Tensor):
-    """Stands for the copy of a tensor; it has its shape, and no values.
+    """Replaces the copy of a tensor: it has the same shape, but no values.
 
     Args:
         source: The tensor of the graph.
@@ -51,7 +51,7 @@ class HostCopy(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """Refuse what reads values."""
+        """Refuse every use that reads values."""
         name = func.__name__
         if name in _ITSELF:
             return args[0]
@@ -64,7 +64,7 @@ class HostCopy(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # it is a class method, as documented
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """Refuse operations: of attributes such as ``.T``, and of C++."""
+        """Refuse dispatched operations, such as those of ``.T`` and of C++ code."""
         _refuse(func)
 
 
@@ -86,12 +86,12 @@ def answered_host_copies(device: torch.device) -> AbstractContextManager[None]:
 
 
 def leaves_on_device(tree: Any) -> list[Any]:
-    """Return the leaves of a tree, with the tensors of which there are copies in their place."""
+    """Return the leaves of a tree, with each copy replaced by the tensor that it copies."""
     return [leaf.source if isinstance(leaf, HostCopy) else leaf for leaf in flatten(tree)[0]]
 
 
 def places_of_copies(leaves: list[Any]) -> list[list[int]]:
-    """Return where copies are among the leaves of an output: one list for each copy."""
+    """Return the positions of copies among the leaves of an output: one list for each copy."""
     places: dict[int, list[int]] = {}
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, HostCopy):

@@ -66,13 +66,13 @@ class PassedOnValues:
             raise self._error()
 
     def cause_of(self, error: CaptureError) -> CaptureError:
-        """Return why a capture has failed with ``error``: a value was read, or may have been."""
+        """Return the error to raise after ``error``: a value was read, or may have been."""
         if self.is_empty or type(error) is not CaptureError:
             return error
         return ValueReadError(str(error)) if self._read_at is None else self._error()
 
     def note_use(self, leaf: int) -> None:
-        """A stand-in is used.
+        """Record that a stand-in is used, and raise.
 
         Args:
             leaf: Its place in the batch.
@@ -105,7 +105,7 @@ def _note_use(stand_in: _StandIn) -> None:
 
 
 class _StandIn:
-    """Is in the place of one value; it can only be passed on."""
+    """Replaces one value. It can only be passed on."""
 
     __slots__ = ("_leaf", "_values")
 

@@ -12,7 +12,7 @@ It imports torch, and nothing of this package outside ``core``.
 - ``kernel_flags.py``: switches of the process that select kernels. They are part of every key.
 - ``modes.py``: the modes a step can run in.
 - ``pad_rules.py``: the syntax of sizes of padded batches, and its checks.
-- ``settings.py``: checks of arguments. Each one names the argument, its value, and the choices.
+- ``settings.py``: all options, with their checks.
 - ``reasons.py``: why a step runs in a lower mode than asked, as a record.
 - ``shape_proposal.py``: which sizes batches should be padded to, from the shapes that were seen.
 - ``stages.py``: the stages and their step methods.

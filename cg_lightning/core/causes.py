@@ -108,4 +108,4 @@ REMEDIES_OF_OPERATIONS = {
     "aten::index": "use torch.where(mask, x, 0) and mask.sum()",
     "aten::nonzero": "use the mask itself, or torch.nonzero_static(x, size=...)",
 }
-"""What the user can do about one operation, where that is more than what its cause says."""
+"""What the user can do about one operation, if that is more than the remedy of its cause."""

@@ -12,7 +12,7 @@ from cg_lightning.core.descriptor import Fixed
 
 
 class ClosureInput(NamedTuple):
-    """Everything that the closure depends on and that may be another one in the next iteration.
+    """Everything that the closure depends on and that may differ in the next iteration.
 
     Tensors are inputs of a graph. All other values are part of its key.
     """
@@ -26,7 +26,7 @@ class ClosureInput(NamedTuple):
 
 
 class ClosureOutput(NamedTuple):
-    """The results of the closure. It changes no gradient; that is done afterwards, eagerly."""
+    """The results of the closure. Gradients are changed afterwards, eagerly."""
 
     loss: Tensor
     """The loss of the step, divided by the number of micro-batches; without its autograd graph."""
@@ -41,11 +41,11 @@ class ClosureOutput(NamedTuple):
 
 
 class GradientsAside:
-    """The gradients of earlier backwards, while a backward computes new ones in their place.
+    """Sets the gradients of earlier backwards aside, while a backward computes new ones.
 
     Args:
         parameters: The parameters. From now on they have no gradients.
-        zero_grad: What comes before the backward without us; None: nothing does.
+        zero_grad: What Lightning runs before the backward; None: nothing.
     """
 
     def __init__(

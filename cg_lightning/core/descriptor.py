@@ -117,7 +117,7 @@ class BatchDescriptor:
         return ", ".join("x".join(map(str, shape)) or "scalar" for shape in shapes) or "-"
 
     def difference(self, before: BatchDescriptor, paths: Sequence[str]) -> Changed:
-        """Return the first part of the batch that is described otherwise; empty if none is.
+        """Return the first part of the batch that differs from another key; empty if none does.
 
         Args:
             before: Another key.
@@ -173,7 +173,7 @@ def _printed(kind: type, value: Any) -> str:
 _MOST_PRINTED = 40  # characters of one value
 _FIELDS = tuple(field.name for field in dataclasses.fields(BatchDescriptor))
 ALIGNMENT = 16
-"""Kernels take wider loads at addresses that are multiples of it, and may sum in another order."""
+"""At addresses that are multiples of it, kernels load more at once and may sum in another order."""
 _KINDS_OF_TENSOR = (Tensor, nn.Parameter)
 
 
@@ -326,7 +326,7 @@ def describe_fields(
         call: The number of the call within one step.
         repeats: True if one tensor may occur several times, as in ``attention(x, x, x)``. Its
             positions are then part of the key.
-        objects: True if objects may be leaves. Only their types are then part of the key.
+        objects: True if objects may be leaves. Then only their types are part of the key.
 
     Raises:
         UnkeyableBatchError: As in :meth:`BatchDescriptor.from_batch`.
@@ -378,7 +378,7 @@ _number_of_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambd
 
 
 def is_under_users_mode() -> bool:
-    """Return True if a dispatch mode is told of each operation: a replay has none to tell."""
+    """Return True if a dispatch mode sees each operation. A replay would show it none."""
     if not _number_of_dispatch_modes():
         return False
     modes = [torch._C._get_dispatch_stack_at(i) for i in range(_number_of_dispatch_modes())]

@@ -47,7 +47,7 @@ class UnkeyableBatchError(CUDAGraphError):
 
 
 class FindingLike(Protocol):
-    """What a :class:`CaptureError` says of one finding. A ``Finding`` of the diagnosis is one."""
+    """One finding in a :class:`CaptureError`. A ``Finding`` of the diagnosis is one."""
 
     @property
     def cause(self) -> Any:
@@ -71,7 +71,7 @@ class FindingLike(Protocol):
 
 
 class DiagnosisLike(Protocol):
-    """What a :class:`CaptureError` says of a watched step, as :class:`~cg_lightning.Diagnosis`."""
+    """A watched step in a :class:`CaptureError`, as :class:`~cg_lightning.Diagnosis`."""
 
     @property
     def findings(self) -> Sequence[FindingLike]:
@@ -144,7 +144,7 @@ class ValueReadError(CaptureError):
 
 
 class StateLeftError(CaptureError):
-    """A capture left tensors of graph memory in an attribute, where only eager's may be."""
+    """A capture left graph memory in an attribute, which later replays would overwrite."""
 
 
 class OutOfGraphMemoryError(CaptureError):

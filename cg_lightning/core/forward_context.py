@@ -62,7 +62,7 @@ class StepInProgress:
 
     @contextlib.contextmanager
     def in_backward(self, aside: GradientsAside) -> Iterator[None]:
-        """While the backward of the step runs: these gradients are set aside."""
+        """While this is entered, the backward runs, and these gradients are set aside."""
         self._aside = aside
         try:
             yield
@@ -82,7 +82,7 @@ class StepInProgress:
         self.has_collective = True
 
     def took_longer(self) -> None:
-        """Record that a call took longer than a replay, so the time of the step is not usual."""
+        """Record that a call took longer than a replay, so the time of the step does not count."""
         self.is_warm = False
 
     def missed(self, miss: Any) -> None:
@@ -91,7 +91,7 @@ class StepInProgress:
 
     @contextlib.contextmanager
     def inside_timed_call(self) -> Iterator[None]:
-        """While a call whose time is taken runs: the time of calls inside it is not taken."""
+        """While this is entered, a call runs whose time is taken. Calls inside it have no time."""
         times, self.times = self.times, None
         try:
             yield

@@ -177,13 +177,13 @@ def differing_flag(now: Sequence[Any], before: Sequence[Any]) -> tuple[str, Any,
 
 
 def lasting_flags() -> tuple[Any, ...]:
-    """Return all switches but those that :class:`CallModes` has."""
+    """Return all switches except those in :class:`CallModes`."""
     flags = kernel_flags()
     return flags[1:-2] if _any_autocast() else flags[1:]
 
 
 def switches() -> tuple[Any, ...]:
-    """Return all switches, and those that select no kernel: what a step must leave as it was."""
+    """Return all settings that a step must not change: the switches, and some without a kernel."""
     return (
         *kernel_flags(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -194,19 +194,19 @@ def switches() -> tuple[Any, ...]:
 
 
 class CallModes(NamedTuple):
-    """Grad mode and autocast, as a call of a step finds them."""
+    """Grad mode and autocast during a call in a step."""
 
     grad: bool
     autocast: dict[str, tuple[bool, torch.dtype | None]]
 
     @classmethod
     def now(cls) -> CallModes:
-        """Return those of this moment."""
+        """Return the current ones."""
         return cls(torch.is_grad_enabled(), {kind: autocast_flags(kind) for kind in _AUTOCASTING})
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """While this is entered, another call finds them as well."""
+        """While this is entered, they are set again for another call."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self.grad))
             for kind, (is_on, dtype) in self.autocast.items():

@@ -93,11 +93,11 @@ class Changed(str):
         return self.subject, str(self), self.location, self.cause
 
     def after(self, prefix: str) -> Changed:
-        """Return the same after other words."""
+        """Return the same sentence with a prefix."""
         return Changed(f"{prefix}{self.subject}", f"{prefix}{self}", self.location, self.cause)
 
     def at(self, location: str) -> Changed:
-        """Return the same, read at a line of the user's."""
+        """Return the same change, with the user's line that reads the value."""
         return Changed(self.subject, str(self), location, self.cause)
 
 
@@ -122,9 +122,9 @@ class Reason:
     subject: str = ""
     """The text without the values in it, such as those of an attribute. Empty if it has none."""
     behind: Cause | Status | None = None
-    """What keeps a step from more than a warm-up, if that is known. Then its remedy is shown."""
+    """What prevents a capture after the warm-up, if that is known. Then its remedy is shown."""
     operation: str = dataclasses.field(default="", compare=False)
-    """The operation that is in the way. Empty if none is, or if it is not known."""
+    """The operation that prevents a graph. Empty if there is none, or if it is not known."""
     leaf: int | None = dataclasses.field(default=None, compare=False)
     """The leaf of the batch whose value is read. None if none is, or if it is not known."""
 
@@ -137,7 +137,7 @@ class Reason:
 
     @property
     def topic(self) -> tuple[Cause | Status, str, str]:
-        """What is equal for reasons that are counted together: they differ in values only."""
+        """Equal for reasons that differ only in values. Such reasons are counted together."""
         return (self.kind, self.subject or self.text, self.location)
 
     @property

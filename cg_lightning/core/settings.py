@@ -262,9 +262,9 @@ class Settings:
     """Share of a step's time that its graph must save, or else it is dropped; 0: keep every graph.
     """
     max_graphs: int = 64
-    """The most graphs that are kept; the least recently used one goes first."""
+    """Maximum number of graphs. The least recently used graph is dropped first."""
     max_graph_bytes: int | None = None
-    """The most memory of all graphs, in bytes; the least recently used one goes first. None: any.
+    """Maximum memory of all graphs, in bytes; the least recently used is dropped first. None: any.
     """
     strict: bool = False
     """Raise if a step past its warm-up runs in a lower mode than asked."""

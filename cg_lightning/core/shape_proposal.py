@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 MOST_SIZES = 8
-"""The most sizes that are proposed for one dimension."""
+"""Maximum number of sizes that are proposed for one dimension."""
 FEW_SHAPES = 8
-"""So many shapes have graphs of their own: nothing is proposed for them."""
+"""Up to this number of shapes, nothing is proposed, because each has a graph of its own."""
 MOST_BARS = 12
-"""The most rows of a histogram; sizes are joined to ranges beyond it."""
+"""Maximum number of rows of a histogram. Beyond it, sizes are joined to ranges."""
 _WIDTH = 40
 
 
@@ -33,7 +33,7 @@ def propose_sizes(counts: Mapping[int, int], most: int = MOST_SIZES) -> list[int
 
     Args:
         counts: Number of batches by size.
-        most: The most sizes.
+        most: Maximum number of sizes.
 
     Example::
 
@@ -62,7 +62,7 @@ def propose_sizes(counts: Mapping[int, int], most: int = MOST_SIZES) -> list[int
 
 
 class ShapeProposal:
-    """The settings that would have caught the shapes that were seen, and what they cost.
+    """The settings with which the shapes of a stage would have run from graphs, and their cost.
 
     Args:
         seen: The shapes. Those with other tensors than the first one are left out.

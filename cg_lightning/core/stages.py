@@ -8,8 +8,8 @@ STEP_METHODS = {
 }
 """The step method of each stage."""
 TRAIN = "train"
-"""The stage whose graphs hold more than the step: the closure, with its backward."""
+"""The training stage. Its graphs contain the whole closure: the step and its backward."""
 CALL = "call"
-"""Stands for the stage where there is no Trainer."""
+"""The name of the stage if there is no Trainer."""
 EVALUATING = tuple(stage for stage in STEP_METHODS if stage != TRAIN)
 """The stages that compute no gradients."""

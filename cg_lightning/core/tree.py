@@ -183,7 +183,7 @@ def containers_in(tree: Any) -> Iterator[Any]:
 
 
 def with_leaves_for(tree: Any, leaves: dict[int, Any]) -> Any:
-    """Return a copy of the containers of ``tree``, with leaves in the place of some of them.
+    """Return a copy of the containers of ``tree``, in which leaves replace some of them.
 
     Args:
         tree: The tree.

@@ -16,7 +16,7 @@ from cg_lightning.core.reasons import Status
 from cg_lightning.report.timeline import BatchTime, Ran
 
 MOST_REASONS = 3
-"""Reasons of eager batches with a colour of their own; the others share one."""
+"""Maximum number of reasons with a colour of their own. All others share one."""
 _COLOURS = {
     Ran.WARM_UP: "#f0c000",
     Ran.CAPTURE: "#7b3294",
@@ -80,7 +80,7 @@ def _draw(axes: Any, stage: str, batches: Sequence[BatchTime]) -> None:
 
 
 def _groups(batches: Sequence[BatchTime]) -> dict[str, tuple[str, str, Points]]:
-    """Return colour, marker, and number and microseconds of batches, by what the legend says."""
+    """Return colour, marker, and the numbers and times of batches, by the text in the legend."""
     by_kind: dict[Ran, Points] = defaultdict(list)
     by_reason: dict[Any, Points] = defaultdict(list)
     texts: dict[Any, str] = {}

@@ -11,7 +11,7 @@ from cg_lightning.core.reasons import NO_CHANGE, Changed, Reason
 class Saving(NamedTuple):
     """The time of a step, or of the calls of a submodule in a step, with graphs and without.
 
-    On a GPU it is the longer one of the times of host and device.
+    On a GPU, it is the longer one of host time and device time.
     """
 
     eager: float
@@ -37,7 +37,7 @@ class EntryRecord:
     target: str
     """Dotted path of the submodule, or the name of the step.
 
-    It is ``forward`` for that of the LightningModule.
+    The LightningModule itself is called ``forward``.
     """
     shapes: str
     captures: int = 0
@@ -55,15 +55,15 @@ class EntryRecord:
     timed: int = 0
     """Replays whose time was taken: those that were neither captures nor compared with eager."""
     host_seconds: float = 0.0
-    """Time of those on the host, for the whole step, in seconds."""
+    """Host time of these replays, for the whole step, in seconds."""
     eager_seconds: float | None = None
     """Time of an eager step, or of the submodule's calls in one. None: it was not compared."""
     graph_seconds: float | None = None
-    """The same from graphs. Both are the longer ones of the times of host and device."""
+    """The same from graphs. Each is the longer one of host time and device time."""
     saving: float | None = None
     """The share of the time that graphs save. Negative if they cost time."""
     within_spread: bool = False
-    """Whether a verified replay differed from eager, by no more than eager runs differ."""
+    """Whether a verified replay differed from eager, but not by more than eager runs differ."""
     values: tuple[str, ...] = ()
     """The plain values of the key, such as ``2.0``, in the order of the batch."""
 

@@ -1,4 +1,4 @@
-"""What happened: counted by the runners, read by users, by the summary and by loggers."""
+"""The counts of one callback. Runners count; users, the summary and loggers read."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from cg_lightning.report.summary import Summary
 
 MOST_SHAPES = 64
-"""Shapes that are told apart for one stage, mode and reason; further ones are counted together."""
+"""Maximum number of shapes of one stage, mode and reason. Others are counted together."""
 MOST_REASONS = 64
-"""Sentences of one kind that are told apart; further ones are counted by their kind."""
+"""Maximum number of sentences of one kind of reason. Others are counted by their kind."""
 MOST_TIMES = 1024
-"""Stages, modes and shapes whose time on the host is kept."""
+"""Maximum number of stages, modes and shapes with a time on the host."""
 OTHER_SHAPES = "other shapes"
 _Topic = tuple[Cause | Status, str, str]
 _NO_MATPLOTLIB = (
@@ -50,7 +50,7 @@ class CUDAGraphStats:
         self.timeline = Timeline()
         """The time of each of the latest batches. A copy has no batches."""
         self.overlapped_copies = 0
-        """Batches that were copied to the device beside the computation."""
+        """Number of batches that were copied to the device during the computation."""
         self.compile_seconds = 0.0
         """Time that ``compile`` took, in seconds: in warm-up steps, beside ``capture_seconds``."""
         self.proposed_pad_dims: dict[str, Any] = {}

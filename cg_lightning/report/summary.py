@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
 MOST_GRAPHS = 6
-"""Rows of graphs that are shown for one stage."""
+"""Maximum number of rows of graphs for one stage."""
 MOST_REASONS = 4
-"""Reasons that are shown for one stage, as long as there is room for them."""
+"""Maximum number of reasons for one stage, if there is room for them."""
 MOST_AGAIN = 2
-"""Changes for which graphs were captured again that are shown for one stage."""
+"""Maximum number of changes shown for one stage, for which graphs were captured again."""
 WIDTH = 80
-"""Columns. A word that is longer, such as a path, is not broken."""
+"""Width in columns. A longer word, such as a path, is not broken."""
 _MOST_LINES = 20  # of one stage
 _MOST_LINES_OF_A_REASON = 4
 _MOST_SHAPES = 3
-_FEW_SHAPES = 5  # fewer shapes than this are none too many
+_FEW_SHAPES = 5  # fewer shapes than this are not too many
 _WORDS = {"NONE": "eager", "PIECEWISE": "PIECEWISE", "FULL": "FULL"}
 _HEADERS = ("mode", "target", "shapes", "captures", "replays", "us (eager)", "MiB")
 _SAVES = "saves"  # one more column, if that is known of a graph
@@ -48,7 +48,7 @@ class ReasonLine:
     text: str
     """How many, in which mode, of which shapes, and why."""
     remedy: str
-    """What the user can do about it; empty if there is nothing to do."""
+    """The remedy; empty if there is none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,7 +344,7 @@ def _reasons(records: Sequence[StepsRecord], room: int) -> tuple[list[ReasonLine
 
 
 def _time_notes(stats: CUDAGraphStats, backend: str, stage: str) -> list[str]:
-    """What a step takes in graphs and without, as far as the host knows without waiting."""
+    """Return the host time of a step, from graphs and eagerly."""
     notes = []
     for mode in ("FULL", "PIECEWISE"):
         times = stats.comparison(stage, mode)
@@ -358,7 +358,7 @@ def _time_notes(stats: CUDAGraphStats, backend: str, stage: str) -> list[str]:
 
 
 def _padding_notes(stats: CUDAGraphStats, stage: str) -> list[str]:
-    """Say what padding adds, and why batches are not padded: each reason once."""
+    """Return how much padding adds, and each reason for batches that are not padded."""
     records = [record for record in stats.padding if record.stage == stage]
     notes = []
     steps = sum(record.steps for record in records)
@@ -377,9 +377,9 @@ def _padding_notes(stats: CUDAGraphStats, stage: str) -> list[str]:
 
 
 def _hint_notes(stats: CUDAGraphStats, stage: str) -> list[str]:
-    """Say so if most steps were warm-ups, because there are many shapes and few batches of each.
+    """Return a hint if most steps were warm-ups: many shapes, with few batches of each.
 
-    Who pads already is not told to pad.
+    Users who pad already get none.
     """
     if any(record.stage == stage for record in stats.padding):
         return []

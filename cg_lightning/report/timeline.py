@@ -10,7 +10,7 @@ from typing import NamedTuple
 from cg_lightning.core.reasons import Reason
 
 MOST_BATCHES = 10_000
-"""Batches that are kept; the oldest one goes first."""
+"""Maximum number of stored batches. The oldest one is dropped first."""
 
 
 class Ran(enum.Enum):

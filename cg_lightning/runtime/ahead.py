@@ -40,7 +40,7 @@ from cg_lightning.runtime.target import reason_of
 
 T = TypeVar("T")
 _CANNOT_BE_UNDONE = frozenset({Cause.PRINTED, Cause.WORLD, Cause.OPAQUE, Cause.TRAINER_READ})
-"""A step is stopped before it does anything with one of these causes."""
+"""A run ahead is stopped before it does anything with one of these causes."""
 _MOST_LOOKS = 3
 """Watched runs of one batch."""
 
@@ -50,9 +50,9 @@ class CaptureAhead:
 
     The step runs on each batch as often as in a warm-up, then it is captured. After each run all
     state is put back: of metrics, logged values, modules and random generators. The first real
-    batch must have shown that the step is one graph, so that it does nothing else in Python. A
-    batch may take another path, which prints or writes to a file: it is stopped before. The first
-    replays are compared with eager later, on real batches.
+    batch must have shown that the step is one graph, so that it does nothing else in Python. If a
+    batch takes another path that prints or writes to a file, its run is stopped before that. The
+    first replays are compared with eager later, on real batches.
 
     Args:
         session: The runtime state of the module.

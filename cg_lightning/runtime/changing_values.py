@@ -1,9 +1,9 @@
 """Plain values that differ in every batch, such as file names.
 
 A graph of the whole step would freeze such a value. So the step may only pass it on, into its
-output for example: then any value may be given to the graph. A capture finds that out. A value that
-is read belongs to the key again, because it may have few values: ``batch["task"]`` beside file
-names.
+output for example: then any value may be given to the graph. The capture shows whether it does. A
+value that is read belongs to the key again, because it may have few values: ``batch["task"]``
+beside file names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cg_lightning.core.tree import leaf_paths
 MOST_VALUES = 16
 """Number of batches of equal shapes, all with different values, before values count as changing."""
 MOST_TEXTS = 3
-"""The same, if only texts differ: a step hardly ever reads those."""
+"""The same number, if only texts differ. Steps rarely read texts."""
 
 
 @dataclasses.dataclass
@@ -103,7 +103,7 @@ class ChangingValues:
         return general
 
     def note_repeat(self, key: BatchDescriptor) -> None:
-        """A step with this very key runs for the second time."""
+        """Record that a step with exactly this key runs for the second time."""
         family = self._families.get(key.family)
         if family is not None:
             family.has_repeats = True
@@ -120,7 +120,7 @@ class ChangingValues:
         return self._family(key).is_read
 
     def note_read(self, key: BatchDescriptor, leaf: int | None = None) -> None:
-        """A step reads values that its key leaves out, so from now on they belong to it.
+        """Record that a step reads values that its key leaves out. From now on they belong to it.
 
         Args:
             key: The key of the step.

@@ -52,10 +52,11 @@ from cg_lightning.runtime.trial import Trial
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 NEXT_KEY_COST = 20
-"""What a watched step costs at the least, in eager steps, if it need not pay in later stages.
+"""Minimum cost of a watched step, in eager steps, if only the current stage can repay it.
 
-The ledger books less, because most keys come again. It is weighed against what is left of a stage
-of known length, for each key after the first one: else many shapes would cost more than the stage.
+The ledger counts less, because most keys come again. For each key after the first one, this cost is
+compared with the steps that are left of a stage of known length. Otherwise many shapes could cost
+more than the stage.
 """
 MOST_UNREPEATED = 4
 """Maximum number of watched keys that were seen only once.
@@ -63,7 +64,7 @@ MOST_UNREPEATED = 4
 Beyond it, a new key is watched when it is seen for the second time.
 """
 MOST_BRANCHES = 4
-"""Number of branches with the same reason after which it counts as one of all branches."""
+"""If this number of branches have the same reason, it counts as a reason of all branches."""
 
 
 def _changed(what: Changed) -> Reason:
@@ -183,7 +184,7 @@ class CUDAGraphDispatcher(KeyTable):
         if state.miss is not None and state.miss.is_met():
             return self._plan_another_look(state, variant, state.miss)
         entry = variant.entry
-        if entry is not None and entry.is_valid():  # only what is warm was captured
+        if entry is not None and entry.is_valid():  # a captured variant is warm
             return self._plan_replay(state, variant, entry)
         if not self._is_warm(state, variant):
             looks_again = self._watches and variant.needs_second_look
@@ -220,7 +221,7 @@ class CUDAGraphDispatcher(KeyTable):
         if self._watches and state.sights == 1 and len(self._unrepeated) >= MOST_UNREPEATED:
             return Plan(Action.WARM_UP, state, None, NEW_KEY)
         is_overdrawn = self._watches and not state.ledger.may_spend()
-        if is_overdrawn and state.ledger.why:  # to explain takes its time, at each step
+        if is_overdrawn and state.ledger.why:  # an explanation at each step would take time
             return self._unprofitable(state, None)
         changed = state.variants[0].explain() if state.variants else NO_CHANGE
         state.ledger.note(Status.UNPROFITABLE, changed)
@@ -240,7 +241,7 @@ class CUDAGraphDispatcher(KeyTable):
         return Plan(Action.WATCH, state, None, _changed(miss.changed))
 
     def _unprofitable(self, state: KeyState, variant: Variant | None) -> Plan:
-        """Plan a step whose family may not spend: in pieces, if these pay for themselves."""
+        """Plan a step whose family may not spend. It runs in pieces if these pay for themselves."""
         pieces = state.pieces if state.ledger.varies else None
         if pieces is None:
             return Plan(Action.EAGER, state, variant, state.ledger.reason())
@@ -308,7 +309,7 @@ class CUDAGraphDispatcher(KeyTable):
             state: The key.
             full: Why the step cannot be one graph; None if it can.
             piecewise: Why no submodule can run from a graph; None if one can.
-            is_padded: Whether its batch is padded, which asks for graphs at any price.
+            is_padded: Whether its batch is padded. Then graphs are kept even if they save no time.
         """
         modes, reason = self.judge(full, piecewise)
         is_full, guards = FULL in modes, GuardScope.NONE
@@ -337,7 +338,7 @@ class CUDAGraphDispatcher(KeyTable):
         return sum(not variant.guards.check() for variant in alike) < MOST_BRANCHES
 
     def varying(self, state: KeyState) -> Reason | None:
-        """Return why a step that was watched is no graph, although it is one for its host values.
+        """Return why a watched step is not captured: its key has too many host values.
 
         None if the key has few host values so far.
         """
@@ -440,7 +441,7 @@ class CUDAGraphDispatcher(KeyTable):
         self._unproven = {id(entry.record) for _, _, entry in self._padded()}
 
     def none_padded(self, padded: KeyState) -> None:
-        """Record that no batches are padded to those of a key any more."""
+        """Record that no batch is padded to this key any more."""
         records = [variant.entry.record for variant in padded.variants if variant.entry is not None]
         for state, variant, entry in self._padded():
             if any(entry.record is record for record in records):
@@ -485,9 +486,9 @@ class CUDAGraphDispatcher(KeyTable):
 
         If it ends before a comparison of times could pay, the step runs from its graphs.
 
-        Only what is certain counts: an eager step that is compared with a replay costs an eager
-        step, and a capture runs the step's Python once more. A replay counts as if it took no time.
-        The first watched step must tell if there are graphs at all; those of further keys must pay.
+        Only certain costs count: the eager step of a comparison, and the step's Python in a
+        capture. A replay counts as if it took no time. The first watched step need not pay, because
+        it shows if there are graphs at all.
 
         Args:
             plan: What the step would do.
@@ -544,7 +545,7 @@ class CUDAGraphDispatcher(KeyTable):
         variant.modes, variant.reason = [], no_gain(saving)
         if variant is state.pieces:  # the whole step may still pay
             return Settled(saving, pieces, variant.reason, left_alone=list(pieces))
-        variant.guards = Unguarded()  # other values would hardly make it cheaper
+        variant.guards = Unguarded()  # other values would not change the time
         state.variants.remove(variant)
         self.add_variant(state, variant)
         state.ledger.spend(CREDIT)

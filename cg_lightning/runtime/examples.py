@@ -9,21 +9,21 @@ from cg_lightning.core.reasons import Reason
 
 
 class Example(Protocol):
-    """A batch that a later batch will be like."""
+    """A batch like one that will come later."""
 
     @property
     def shapes(self) -> str:
         """The shapes of its tensors, for printing."""
 
     def load(self) -> Any:
-        """Return it on the device, as a step would get it."""
+        """Return the batch on the device, as a step would get it."""
 
 
 class Examples(Protocol):
     """The batches to capture ahead."""
 
     def take(self, stage: str, dataloader_idx: int) -> Sequence[Example]:
-        """Return the batches of one dataloader, the largest first; the second time none."""
+        """Return the batches of one dataloader, the largest first. A second call returns none."""
 
     def progress(self, examples: Sequence[Example]) -> Iterable[Example]:
         """Yield the batches, and show how many are done."""

@@ -1,4 +1,4 @@
-"""What is known of keys: their variants, guards and graphs. The dispatcher decides by it.
+"""What is known of keys: their variants, guards and graphs. The dispatcher uses it.
 
 It holds no tensor, no module and no Trainer: it only asks guards and entries if they are valid.
 """
@@ -45,13 +45,13 @@ class Path(Protocol):
         """Return True if a batch with these leaves gives the values that were read."""
 
     def is_ruled_out_by(self, failed: Path) -> bool:
-        """Return True if it does not hold, since another path did not."""
+        """Return True if it cannot hold because ``failed`` does not hold."""
 
     def explain(self) -> Changed:
         """Return the read that gave another value, with both values. Empty if none did."""
 
     def varying(self) -> Reason:
-        """Return the reason of a key that has too many values."""
+        """Return the reason for a key with too many values."""
 
 
 class Entry(Protocol):
@@ -104,11 +104,11 @@ class Variant:
     padding: PaddedLeaves | None = None
     """How batches of the key are padded, to run from the graph of another key; None: not."""
     is_taken_over: bool = False
-    """True if it was watched in another shape, so it holds for batches that are padded only."""
+    """True if another shape was watched instead. Then it holds for padded batches only."""
     compare_at: int = 1
-    """The number of steps from which on a graph of a padded batch is compared with eager."""
+    """From this number of steps on, the graph of a padded batch is compared with eager."""
     watch_at: int = 0
-    """The number of steps from which on one is watched, because it may be one graph; 0 = never."""
+    """From this number of steps on, a step is watched, as it may be one graph; 0 = never."""
     trial: Trial | None = None
     """Compares times, until it is known what graphs save; None: nothing is to be compared."""
     verify_at: int = -1
@@ -154,10 +154,10 @@ class KeyState:
     without_batch: Reason | None = None
     """Why the batch cannot be part of the key; None if it is part of it."""
     pieces: Variant | None = None
-    """How steps run that could be one graph, if the family may not spend; None: eagerly."""
+    """How steps run in pieces while the family may not spend; None: they run eagerly."""
 
     def forget_values(self) -> None:
-        """Forget values that did not come again: to compare them takes its time, at each step."""
+        """Forget values that did not come again, because each step would compare them."""
         self.variants = [
             each
             for each in self.variants

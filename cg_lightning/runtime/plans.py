@@ -26,7 +26,7 @@ NEW_KEY = Reason(
 
 
 def no_gain(saving: Saving, prefix: str = "") -> Reason:
-    """Return the reason for graphs that were left alone because they do not save time."""
+    """Return the reason for graphs that are not used because they do not save time."""
     what = f"{prefix}{Status.NO_GAIN.value}"
     times = f"{saving.graph * 1e6:.0f} us from graphs, {saving.eager * 1e6:.0f} us eagerly"
     return Reason(Status.NO_GAIN, f"{what}: {times}", subject=what)
@@ -80,7 +80,7 @@ class Judgement(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """What graphs of a variant save, and which are left alone from now on."""
+    """What graphs of a variant save, and which are not used any more."""
 
     saving: Saving
     pieces: dict[Any, Saving]

@@ -36,7 +36,8 @@ class Ranges:
     def range(self, name: str) -> Iterator[None]:
         """While this is entered, the range ``cuda_graph/<name>`` is marked.
 
-        Inside a range of the same name, nothing is marked: Lightning's profilers know each once.
+        Inside a range of the same name nothing is marked, because Lightning's profilers cannot nest
+        it.
         """
         if self._profiler is None or name in self._open:
             yield

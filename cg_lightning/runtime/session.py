@@ -130,7 +130,7 @@ class Session:
         self.pieces: dict[tuple[str, int], Piece] = {}
         """Submodules that are padded, by stage and ``id`` of the module."""
         self.stage_length: StageLength | None = None
-        """How many batches are left in a stage; None: captures need not pay within it."""
+        """Tells how many batches of a stage are left; None: captures need not pay within it."""
         self._is_installed = False
         self._weights: list[int] = []
         """The versions of parameters and buffers when the latest stage began, if batches are
@@ -174,7 +174,7 @@ class Session:
             piece.install()
 
     def begin_epoch(self) -> None:
-        """Let the next step make the comparisons of an epoch."""
+        """Let the next step compare what is compared once per epoch."""
         self.is_first_step = True
 
     def _note_weights(self) -> None:
@@ -242,7 +242,7 @@ class Session:
                 runner.begin_epoch()
 
     def take_settings(self) -> bool:
-        """Take the settings of submodules as they are, if all changes concern no graph.
+        """Accept the current settings of submodules, if no graph depends on what has changed.
 
         Returns:
             False if a graph may have frozen a setting whose change was not recorded.
@@ -325,7 +325,7 @@ class Session:
         if not is_full and in_pieces is None:
             self.find_submodules(plan.state.descriptor, variant, plan.state.warmup_runs)
         elif dispatcher.wants_pieces(plan.state, variant):
-            # now, since the guards of submodules have the values that the watched step has read
+            # now, because the guards of submodules need the values that the watched step has read
             self.find_submodules(
                 plan.state.descriptor,
                 dispatcher.add_pieces(plan.state, watched),
@@ -409,7 +409,7 @@ class Session:
         if CUDAGraphMode.PIECEWISE not in variant.modes or not isinstance(watched, WatchedStep):
             return
         if self.settings.targets is None:
-            # what reads another value each time stays eager, and its inner submodules do not
+            # a submodule that reads a new value each time stays eager; its inner ones need not
             varying = [runner.varying_sources(step) for runner in self._submodules.values()]
             self._add_submodules(
                 watched.largest_capturable(besides=set[tuple[int, str]]().union(*varying))

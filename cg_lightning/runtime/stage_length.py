@@ -11,7 +11,8 @@ class StageLength(Protocol):
     def steps_left(self, stage: str, dataloader_idx: int, batch_idx: int) -> float:
         """Return the number of batches that are left, the current one included.
 
-        ``inf`` if it is unknown, or if the stage may run again before its graphs are dropped.
+        ``inf`` if the number is unknown, or if the stage may run again before its graphs are
+        dropped.
 
         Args:
             stage: The stage.

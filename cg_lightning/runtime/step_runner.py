@@ -65,7 +65,7 @@ def first_parameter(step: Step) -> str:
 
 
 def _how(action: Action, outcome: Outcome) -> Ran:
-    """Return how a step ran that was no plain replay."""
+    """Return how a step ran, if it was not a plain replay."""
     if action in (Action.WATCH, Action.WARM_UP):
         return Ran.WARM_UP
     if outcome.mode is PIECEWISE:
@@ -76,7 +76,7 @@ def _how(action: Action, outcome: Outcome) -> Ran:
 
 
 def _explained(warm_up: Reason, why: Reason) -> Reason:
-    """Return the reason of a warm-up after which no graph of the step can follow, and why not."""
+    """Return the reason of a warm-up step, with the reason why no graph of the step follows."""
     text = f"{warm_up}; {why}"
     return Reason(Status.WARM_UP, text, why.location, behind=why.kind)
 
@@ -92,7 +92,7 @@ class StepRunner:
         stage: ``validate``, ``test`` or ``predict``.
         name: The name of the step in the statistics.
         step: The step method.
-        as_it_is: What runs if the step is neither watched nor captured nor compared. None: the
+        as_it_is: Replaces the step if it is neither watched nor captured nor compared. None: the
             step.
         padded: Pads batches. None: they run in their own shape.
     """
@@ -213,7 +213,7 @@ class StepRunner:
         training: tuple[bool | bytes, ...],
         reason: Reason,
     ) -> Outcome:
-        """Run a step whose batch cannot be part of a key: in pieces, whose calls have their own."""
+        """Run a step whose batch cannot be part of a key. Calls in it have their own keys."""
         session = self._session
         if not session.settings.runtime_policy.has_piecewise_cudagraphs():
             return self._run_as_it_is(args, kwargs, reason)
@@ -332,7 +332,7 @@ class StepRunner:
         return Outcome(output, NONE, plan.reason)
 
     def _run_for_its_way(self, padded: PaddedSteps, plan: Plan, call: GraphCall) -> Outcome:
-        """Run a step eagerly that need not be watched, if it goes the way of a watched one."""
+        """Run a step eagerly. If it goes the way of a watched step, its key is not watched."""
         self._dispatcher.ran_eagerly(plan.state)
         context = ForwardContext(NONE, plan.state.descriptor, StepInProgress())
         with override_forward_context(context):
@@ -351,7 +351,7 @@ class StepRunner:
         return outcome
 
     def _run_in_trial(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
-        """Run eagerly a step that has a graph, or whose submodules have graphs."""
+        """Run a step eagerly although it or its submodules have graphs, to compare times."""
         times = self._step_times(perf_counter())
         outcome = self._run_eagerly(None, args, kwargs, plan.reason, times)
         self._timed(plan, times, is_eager=True)

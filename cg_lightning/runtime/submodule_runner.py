@@ -28,7 +28,7 @@ from cg_lightning.runtime.profiling import Ranges
 from cg_lightning.runtime.target import GraphTarget, reason_of
 
 MANY_VALUES = 2
-"""Number of values of a source that a submodule has graphs for, before those inside it do too."""
+"""If a source has had this many values, the submodules inside may run from graphs too."""
 
 
 class SubmoduleRunner(ModuleHandler):
@@ -91,7 +91,7 @@ class SubmoduleRunner(ModuleHandler):
             self.target.dispatcher.ran_before(state, runs)
 
     def varying_sources(self, step: BatchDescriptor) -> set[tuple[int, str]]:
-        """Return the keys of the sources that had yet another value in each watched step."""
+        """Return the keys of the sources that had a new value in each watched step."""
         stale = [guards for guards in self._guards.get(step, ()) if not guards.check()]
         if len(stale) < MANY_VALUES:
             return set()
@@ -195,7 +195,7 @@ class SubmoduleRunner(ModuleHandler):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Run one call, and take its time. Calls inside of it are part of it."""
+        """Run one call, and take its time, which includes the calls inside it."""
         times = step.times
         stopwatch = times.begin(perf_counter())
         with step.inside_timed_call():

@@ -90,7 +90,7 @@ class GraphTarget:
         self.cache = capturer.cache
         self.guard = ModuleGuard(module, has_code=mode is CUDAGraphMode.FULL)
         self.copies_from_host = False
-        """Whether a watched call was seen to copy constants from the host by itself."""
+        """Whether a watched call copied constants from the host by itself."""
         self.dispatcher = CUDAGraphDispatcher(
             settings.runtime_policy if mode is CUDAGraphMode.FULL else mode,
             settings.warmup_steps,
@@ -188,7 +188,7 @@ class GraphTarget:
             copies_from_host=self.copies_from_host,
             host_draws=() if watched is None else watched.host_draws,
             batch_writes=() if watched is None else watched.batch_writes,
-            # that is known of a way through the code, whose key is another one
+            # known only for a variant that a watched step of another key has shown
             only_computes=variant.is_taken_over and watched is not None and watched.only_computes,
             guards=variant.guards if isinstance(variant.guards, GuardSet) else None,
         )

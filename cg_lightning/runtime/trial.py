@@ -7,7 +7,7 @@ after a pause. So a saving is known in one of two ways:
   eagerly for it.
 - Otherwise steps run eagerly and from graphs in turn, in blocks. The first step of each block is
   left out, because what it costs depends on the step before it. Of medians and fastest steps, the
-  pair that is better for graphs counts. So slow replays that come now and then drop no graph.
+  pair that is better for graphs counts. So occasional slow replays do not drop a graph.
 
 Nothing here waits for the device. A stopwatch is read when the device has passed it.
 """
@@ -25,7 +25,7 @@ from cg_lightning.report.records import Saving
 FIRST_LOOK = 6
 """Number of steps from graphs before the first look."""
 CLEAR_SAVING = 0.25
-"""A share that no noise of eager warm-up steps explains."""
+"""A saving that noise in eager warm-up steps cannot explain."""
 BLOCK = 4
 """Number of steps that run in the same way. The first one is not counted."""
 BLOCKS = 4

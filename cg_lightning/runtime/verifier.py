@@ -23,7 +23,7 @@ _LIKELY_CAUSE = (
     "instance, or reads memory that has moved"
 )
 _FAR = 0.05
-"""A share of the largest value that no rounding exceeds, in 16 bits as well."""
+"""Share of the largest value that no rounding exceeds, even in 16 bits."""
 _MOST_EAGER_RUNS = 8
 """Number of eager runs that show how much eager differs from itself.
 
