@@ -1,8 +1,8 @@
 """Every call that a watched step makes, as Python itself tells of it.
 
-What is hard here: a step makes a million calls, nearly all of them within torch and this package,
-and tells nothing by them. From Python 3.12 on, ``sys.monitoring`` stops telling of a function that
-tells nothing (PEP 669). Before, a profiler is called each time.
+What is hard here: a step makes a million calls. Nearly all of them are inside torch and this
+package, and are of no interest. From Python 3.12 on, ``sys.monitoring`` stops reporting such
+functions (PEP 669). Before, a profiler is called for every call.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from cg_lightning.diagnosis.profilers import paused_profiler
 
 
 class CallListener(Protocol):
-    """Hears of the calls of one thread."""
+    """Receives the calls of one thread."""
 
     quiet_files: set[str]
-    """Files of modules whose functions tell nothing. The listener may add to them."""
+    """Files of modules whose calls are of no interest. The listener may add to them."""
     names_in_c: frozenset[str]
     """The names of the functions of C that matter."""
 
     def on_call(self, frame: FrameType) -> bool:
-        """A function of Python begins.
+        """Is called when a function of Python begins.
 
         Returns:
-            Whether to tell of later calls of the same code, too.
+            True if later calls of the same code are to be reported as well.
         """
 
     def on_c_call(self, function: Any, frame: FrameType) -> None:
-        """The code of ``frame`` calls a function of C with such a name."""
+        """Is called when the code of ``frame`` calls a function of C with such a name."""
 
 
 class CallEvents(Protocol):
-    """Tells a listener of the calls of this thread."""
+    """Reports the calls of this thread to a listener."""
 
     def telling(self) -> AbstractContextManager[str]:
-        """While it tells. Yields the kind of what keeps it from telling; empty if nothing does."""
+        """While this is entered, calls are reported. Yields what prevents it; empty: nothing."""
 
     def suspended(self) -> AbstractContextManager[None]:
-        """While nothing is told."""
+        """While this is entered, nothing is reported."""
 
     def pause(self) -> bool:
         """Tell nothing until :meth:`resume`, where to be told takes time.
@@ -60,14 +60,14 @@ class CallEvents(Protocol):
 
 
 def call_events(listener: CallListener) -> CallEvents:
-    """Return what tells ``listener`` of calls in this version of Python."""
+    """Return the events for ``listener``, as this version of Python has them."""
     if sys.version_info >= (3, 12) and free_tool() is not None:
         return _Monitoring(listener)
     return _Profiler(listener)
 
 
 class _Profiler:
-    """Tells by ``sys.setprofile``."""
+    """Calls, as ``sys.setprofile`` reports them."""
 
     def __init__(self, listener: CallListener) -> None:
         self._listener = listener
@@ -136,7 +136,7 @@ if sys.version_info >= (3, 12):
     _EVENTS = sys.monitoring.events
 
     class _Monitoring:
-        """Tells by ``sys.monitoring``: other profilers need not pause.
+        """Calls, as ``sys.monitoring`` reports them. Other profilers need not pause.
 
         Of calls of C, it asks only the code that may do them for the step.
         """
@@ -176,7 +176,7 @@ if sys.version_info >= (3, 12):
             """See :class:`CallEvents`."""
 
         def _on_throw(self, code: CodeType, offset: int, error: BaseException) -> None:
-            self._on_start(code, offset)  # Python always tells of it
+            self._on_start(code, offset)  # Python always reports it
 
         def _on_start(self, code: CodeType, offset: int) -> Any:
             if self._is_suspended or threading.get_ident() != self._thread:

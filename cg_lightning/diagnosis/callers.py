@@ -1,4 +1,4 @@
-"""What the functions that are running do with a call that they have made."""
+"""How the functions on the stack use the result of a call that they make."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def callers() -> Iterator[FrameType]:
 
 
 def is_reader_ours(reader: FrameType) -> bool:
-    """Return True if we ourselves have called what reads an attribute, such as ``modules()``."""
+    """Return True if this package itself reads an attribute, through ``modules()`` for one."""
     frame: FrameType | None = reader
     while frame is not None and frame.f_code.co_filename.startswith((_TORCH, _TORCHMETRICS)):
         frame = frame.f_back
@@ -41,9 +41,9 @@ def is_reader_ours(reader: FrameType) -> bool:
 
 
 def is_search_for_modules(reader: FrameType) -> bool:
-    """Return True if an attribute is only read to list modules, as the first ``self.log`` does.
+    """Return True if an attribute is read only to list modules, as in the first ``self.log``.
 
-    Metrics read their states to be members of a set.
+    Metrics in a set read their states for their hash.
     """
     return reader.f_code.co_name in ("named_modules", "__hash__") and (
         reader.f_code.co_filename.startswith((_TORCH, _TORCHMETRICS))
@@ -51,7 +51,7 @@ def is_search_for_modules(reader: FrameType) -> bool:
 
 
 def is_value_dropped(frame: FrameType) -> bool:
-    """Return True if nothing reads what the call returns that ``frame`` has made.
+    """Return True if nothing reads the result of the call that ``frame`` has made.
 
     It is dropped at once, or stored in a local variable that the function never reads.
     """

@@ -1,4 +1,4 @@
-"""What the source of a step only compares: an expression, with what, and by which sign."""
+"""Expressions that the source of a step only compares, and with what."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _is_pair(left: ast.expr, sign: ast.cmpop, right: ast.expr, node: ast.AST) ->
 
 
 def is_only_compared(node: ast.AST, parents: Parents) -> bool:
-    """Return whether an expression is only compared, so that nothing else of its value is seen."""
+    """Return whether an expression is only compared, so its value has no other use."""
     outer = parents[node]
     while isinstance(outer, ast.BinOp) and outer.left is node:
         if type(outer.op) not in ARITHMETIC:
@@ -44,7 +44,7 @@ def is_only_compared(node: ast.AST, parents: Parents) -> bool:
 
 
 def is_test(node: ast.AST, parents: Parents) -> bool:
-    """Return whether only the truth of an expression is asked for: ``if``, ``not``, ``and``."""
+    """Return whether only the truth of an expression is used: ``if``, ``not``, ``and``."""
     outer = parents[node]
     while isinstance(outer, ast.BoolOp):
         node, outer = outer, parents[outer]

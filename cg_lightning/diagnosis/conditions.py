@@ -38,7 +38,7 @@ COMPARISONS: dict[type[ast.cmpop], str] = {
 }
 MIRRORED = {"==": "==", "!=": "!=", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
 OTHER_FRAMES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.GeneratorExp, ast.ClassDef)
-"""What runs later, or in another namespace."""
+"""Nodes whose code runs later, or in another namespace."""
 _LEAVE = (ast.Return, ast.Raise, ast.Continue, ast.Break)
 
 
@@ -53,7 +53,7 @@ def constant(node: ast.expr) -> int | float | None:
 
 
 class BranchCondition(NamedTuple):
-    """Comparisons of an argument, of which at least one comes out as it is here."""
+    """Comparisons of an argument. At least one of them has the result that is stored here."""
 
     outcomes: tuple[tuple[Comparison, bool], ...]
     is_constant: bool

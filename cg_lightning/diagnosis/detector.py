@@ -34,9 +34,10 @@ class Detector:
         self.watch = watch
 
     def arguments(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return what the step is called with after its batch; asked before :meth:`around_step`.
+        """Return the arguments of the step after its batch. It is called before
+        :meth:`around_step`.
 
-        A detector may put in something that behaves alike and notes what it is used for.
+        A detector may replace an argument by an object that behaves alike and records its use.
         """
         return arguments
 

@@ -15,9 +15,9 @@ from cg_lightning.core.reasons import Reason
 from cg_lightning.modules.kinds import is_user_file
 
 AT_THE_END = "between the start and end of the step"
-"""The location of what only a comparison after the step shows."""
+"""The location of a change that only a comparison after the step shows."""
 NOT_YOURS = "not in your code"
-"""The location of what a tool does around the user's code."""
+"""The location of work that a tool does around the user's code."""
 UNKNOWN = "unknown"
 """The location if no frame of the user's is on the stack."""
 
@@ -46,9 +46,9 @@ class Finding:
     Empty if the user's own code did it.
     """
     is_known_before: bool = False
-    """True for a read of a value that is known before the step, so that a graph of it holds it."""
+    """True for a read of a value that is known before the step, so a graph may contain it."""
     is_of_logging: bool = False
-    """True for what Lightning itself did in ``self.log``."""
+    """True if Lightning itself did it, in ``self.log``."""
 
     @property
     def remedy(self) -> str:

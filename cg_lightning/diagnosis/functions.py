@@ -1,7 +1,7 @@
-"""The function objects behind the frames of the calls that are told, and what they hold.
+"""The function objects of the frames of reported calls, and what they hold.
 
-A frame has the code and the values of what its function has closed over, and not the function. It
-is looked for where its name says that it is: among the globals, in the classes of its first
+A frame has the code of its function and the values of its free variables, but not the function
+itself. The function is searched for by its name: among the globals, in the classes of its first
 argument, and below decorators there. If it is at neither place (a lambda, a function that a
 function has returned), or if others of its kind may run in its place (two closures of one factory),
 the garbage collector is asked who refers to the code (30 ms for 400,000 objects).
@@ -112,7 +112,7 @@ def _named_functions(frame: FrameType) -> Iterator[tuple[FunctionType, list[Any]
 
 
 def _is_only_one(function: FunctionType) -> bool:
-    """Whether no other function with this code holds something else."""
+    """Return True if every function with this code holds the same."""
     if closes_over(function.__code__):
         return False
     has_defaults = function.__defaults__ or function.__kwdefaults__
@@ -130,7 +130,7 @@ def users_functions() -> dict[int, list[FunctionType]]:
 
 
 def _replaceable(frame: FrameType, place: Source) -> list[Source]:
-    """Return the places of a function that was found at one; none while it is intercepted."""
+    """Return the places where a function was found; none while it is intercepted."""
     named = place.value()
     if isinstance(named, FunctionType) and is_our_file(named.__code__.co_filename):
         return []
@@ -172,7 +172,7 @@ def source_of_attributes(function: FunctionType) -> Source:
 
 
 def source_of_cache(function: Any) -> Source:
-    """Return what tells that the body of a function with a cache has run."""
+    """Return a source that changes when the body of a function with a cache runs."""
     return Source(function, "misses", f"cache of {getattr(function, '__name__', 'a function')}")
 
 

@@ -24,7 +24,7 @@ def hidden_modules(watch: StepWatch, found: Collection[nn.Module]) -> list[nn.Mo
 
 
 def sources_in(modules: Iterable[nn.Module], path: str) -> list[Source]:
-    """Return the attributes of some modules, which the value with this name holds."""
+    """Return the attributes of modules, as sources. ``path`` names what holds the modules."""
     return [
         Source(module, name, f"{path}: {type(module).__name__}.{name}")
         for module in modules

@@ -1,4 +1,4 @@
-"""What a watched step showed of one unit of metrics: whether its updates may follow the step."""
+"""One unit of metrics in a watched step: whether its updates may follow the step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LateUnit:
     def __init__(self, unit: MetricUnit) -> None:
         self.unit = unit
         self.findings: list[Finding] = []
-        """What a graph cannot hold, in calls of these metrics."""
+        """Findings in calls of these metrics."""
         self.is_called = False
         """Whether the step has called one of these metrics."""
         self.position = 0

@@ -1,4 +1,4 @@
-"""Settings that functions of PyTorch read in Python. No key has them, so they are guarded.
+"""Settings that functions of PyTorch read in Python. They are in no key, so they are guarded.
 
 What is hard here: the first call of compiled code turns the checks of distributions off, for the
 whole process. Eager steps after that raise no error, and steps from graphs must not either.

@@ -25,7 +25,7 @@ _METHODS = frozenset(
         *("__setitem__", "__delitem__", "__setattr__", "__iadd__", "set", "fill", "cache_clear"),
     }
 )
-"""Methods of containers, and of the like, that change them."""
+"""Methods that change the container or object that has them."""
 _FUNCTIONS = frozenset({"next", "heappush", "heappop", "insort", "shuffle"})
 """Functions that change an argument."""
 

@@ -1,6 +1,6 @@
 """Levels of loggers that a step asks for: ``LOG.isEnabledFor(logging.DEBUG)``, ``LOG.debug(...)``.
 
-A message that is below the level is not shown. If the level changes, eager steps show it.
+A message below the level is not shown. If the level changes, eager steps show it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def asks_for_level(code: CodeType) -> bool:
 
 
 def level_asked_for(frame: FrameType) -> Iterator[Source]:
-    """Yield what decides the level that the user's code asks for; nothing for other functions."""
+    """Yield the sources of the level that the user's code asks for; nothing for other functions."""
     if not (asks_for_level(frame.f_code) and is_said_by_user(frame.f_back)):
         return
     logger: logging.Logger | None = frame.f_locals["self"]

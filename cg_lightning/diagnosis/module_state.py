@@ -1,4 +1,4 @@
-"""What a module holds, to be compared later."""
+"""A snapshot of what a module holds, to be compared later."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 
 
 class ModuleState:
-    """What the attributes of a module and of its classes refer to, and what is in the user's own.
+    """The values of the attributes of a module and of its classes, and the contents of the user's.
 
     Args:
         module: The module.
@@ -61,7 +61,7 @@ class ModuleState:
         return list(dict.fromkeys([*changed, *gone, *inside]))
 
     def changed_places(self, name: str) -> list[ChangedPlace]:
-        """Return what has changed of an attribute, or in it, by the names that code has for it.
+        """Return the changes of an attribute, or in it, by the names that code uses for it.
 
         Args:
             name: One of the names that :meth:`changed` returns.

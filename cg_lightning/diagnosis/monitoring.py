@@ -1,4 +1,4 @@
-"""One tool of ``sys.monitoring`` at a time: who is told of what runs, from Python 3.12 on."""
+"""A tool of ``sys.monitoring``, which Python tells what runs, from Python 3.12 on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from types import CodeType
 from typing import Any
 
-_TOOLS = (3, 4)  # those that Python names for no purpose
+_TOOLS = (3, 4)  # numbers without a purpose in Python
 
 
 def free_tool() -> int | None:
@@ -44,20 +44,20 @@ if sys.version_info >= (3, 12):
 
         def __enter__(self) -> None:
             tool = free_tool()
-            assert tool is not None, "that is asked before"
+            assert tool is not None, "callers check that a tool is free"
             self._tool = tool
             _MONITORING.use_tool_id(self._tool, "cg_lightning")
             try:
                 for event, callback in self._callbacks.items():
                     _MONITORING.register_callback(self._tool, event, callback)
-                _MONITORING.restart_events()  # what an earlier step has turned off
+                _MONITORING.restart_events()  # an earlier step may have turned events off
                 _MONITORING.set_events(self._tool, self._events)
             except BaseException:
                 self.__exit__()
                 raise
 
         def tell_of(self, code: CodeType) -> None:
-            """Tell of the further events of some code."""
+            """Report the further events of some code."""
             self._codes.append(code)
             events = functools.reduce(int.__or__, self._local)
             _MONITORING.set_local_events(self._tool, code, events)

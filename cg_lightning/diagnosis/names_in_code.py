@@ -20,7 +20,7 @@ _GLOBALS_OF_FRAMES = frozenset({"f_globals", "f_builtins", "__globals__"})
 
 
 class ImportedName(NamedTuple):
-    """A module that a function imports itself, and the name that it takes from there."""
+    """A module that a function imports, and the name that it takes from it."""
 
     module: types.ModuleType
     name: str
@@ -58,7 +58,7 @@ class NamesInCode:
         self.globals = {s.argval for s in self._steps if s.opname.endswith("_GLOBAL")}
         self.opnames = [step.opname for step in self._steps]
         self.imports_unknown = False
-        """Whether it imports a module that is not there yet."""
+        """Whether it imports a module that is not loaded yet."""
         self.imported: list[ImportedName] = []
         self._locals: dict[str, Any] = {}
         """The variables to which it assigns modules that it imports."""
@@ -78,7 +78,7 @@ class NamesInCode:
         return found
 
     def may_be_missing(self) -> tuple[set[str], set[str]]:
-        """Return names that a namespace may not have yet: those that are set, and asked for."""
+        """Return names that a namespace may lack: those that are set, and those asked for."""
         is_set = {step.argval for step in self._steps if step.opname == "STORE_ATTR"}
         if _LOOKS_UP.isdisjoint(self.code.co_names):
             return is_set, set()
@@ -186,7 +186,7 @@ class NamesInCode:
         return None
 
     def _note_module(self, name: str) -> types.ModuleType | None:
-        """Note that the function imports a module; return it if it is there already."""
+        """Note that the function imports a module. Return the module if it is already loaded."""
         module = sys.modules.get(name)
         if not isinstance(module, types.ModuleType):
             self.imports_unknown = True

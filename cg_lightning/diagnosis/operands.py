@@ -21,7 +21,7 @@ def written_tensors(
 
 
 def addresses_in(values: Any) -> set[int]:
-    """Return where the storages of the tensors begin that an operation takes or returns."""
+    """Return the addresses of the storages that an operation takes or returns."""
     if isinstance(values, Tensor):
         return addresses_of((values,))
     if not isinstance(values, (tuple, list)):

@@ -35,7 +35,7 @@ class OperationMode(EagerDispatchMode):
         return self._autocast
 
     def tell(self, detectors: Sequence[Detector]) -> None:
-        """Set whom to tell: the detectors that override the methods."""
+        """Set the detectors: those that override the methods are told."""
         self._before = [
             detector.before_operation
             for detector in detectors

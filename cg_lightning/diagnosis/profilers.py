@@ -1,4 +1,4 @@
-"""Other profilers of the thread: it has place for one, and the watched step needs that place."""
+"""Other profilers of the thread. It can have only one, and the watched step needs it."""
 
 from __future__ import annotations
 

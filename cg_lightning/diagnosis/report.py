@@ -1,4 +1,4 @@
-"""What stands in the way of graphs, as an object and as a table."""
+"""Everything that prevents graphs, as an object and as a table."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Diagnosis:
     """
 
     findings: list[Finding]
-    """What stands in the way of one graph for all of it, in order."""
+    """Everything that prevents one graph of the whole, in order."""
     unkeyable: str
     """Why such a batch has no key, so that its steps run eagerly; empty if it has one."""
     _watched: WatchedStep = dataclasses.field(repr=False)

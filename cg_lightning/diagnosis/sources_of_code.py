@@ -29,11 +29,11 @@ _FUNCTIONS = (types.FunctionType, classmethod, staticmethod, property)
 
 
 class _Unset(Source):
-    """A name that is not there before the step: the step itself may set it."""
+    """A name that does not exist before the step: the step itself may set it."""
 
 
 def needs_guard(source: Source) -> bool:
-    """Return False for a name that is not there, and that only the step itself sets."""
+    """Return False for a name that does not exist, and that only the step itself sets."""
     return not isinstance(source, _Unset) or source.value() is not MISSING
 
 
@@ -85,7 +85,7 @@ def _sources_of_name(
 
 
 def _sources_on_tensors(names: NamesInCode) -> list[Source]:
-    """What may be read of the class of tensors, if the user has set it there."""
+    """Return what may be read of the class of tensors, if the user has set it there."""
     found = {name: vars(Tensor)[name] for name in names.names if name in vars(Tensor)}
     return [
         Source(Tensor, name, f"torch.Tensor.{name}")

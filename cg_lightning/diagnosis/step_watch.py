@@ -43,14 +43,14 @@ from cg_lightning.modules.kinds import is_metric
 
 _LIGHTNING = ("lightning", "pytorch_lightning")
 _READS = (Cause.HOST_SYNC, Cause.DATA_DEPENDENT_SHAPE)
-"""What an operation may be reported for that reads a value on the host."""
+"""The causes reported for an operation that reads a value on the host."""
 _COPYING = (Cause.HOST_SYNC, Cause.CROSS_DEVICE_COPY)
-"""What is reported for a copy to the host."""
+"""The causes reported for a copy to the host."""
 _MAKING = (Cause.TENSOR_FROM_PYTHON, Cause.CROSS_DEVICE_COPY, Cause.HOST_SYNC)
-"""What is reported for tensors of the host that are copied to the device."""
+"""The causes reported for tensors of the host that are copied to the device."""
 
 
-class StoppedStep(BaseException):  # no error, and no step may catch it
+class StoppedStep(BaseException):  # not an Exception, so that no step catches it
     """Ends a watched step before it does something that cannot be undone."""
 
     def __init__(self, finding: Finding) -> None:
@@ -114,7 +114,7 @@ class StepWatch:
         self.inside_root = frozenset(id(module) for module in root.modules())
         """The ids of ``root`` and of all modules inside it, as it was before the step."""
         self.modules = list(modules_that_run(root))
-        """Paths and modules whose calls are seen: neither metrics nor what compiled code runs."""
+        """Paths and modules whose calls are seen: not metrics, and not modules in compiled code."""
         self.metrics = metrics_of(root)
         """All metrics in ``root``."""
         self.all_metrics = self.metrics if effects is None else effects.metrics()
@@ -135,7 +135,7 @@ class StepWatch:
         self.reads_host_value = False
         """Whether an operation is under way that reads a value which is known before the step."""
         self.makes_constant = False
-        """Whether a function of PyTorch runs that makes a tensor of constants of the host."""
+        """Whether a function of PyTorch runs that makes a tensor of host constants."""
         self.makes_on_host = False
         """The same for a tensor that stays on the host."""
         self.copies_constant = False
@@ -271,7 +271,7 @@ class StepWatch:
                 del call.sources[key]
 
     def compare(self, compared: Condition) -> None:
-        """Note for every call under way that it needs that something holds, which is no value."""
+        """Note for every call under way a condition, other than a value, that must hold."""
         if not self._is_paused:
             for call in self.stack:
                 call.compared[compared.key] = compared
@@ -319,13 +319,13 @@ class StepWatch:
                 call.copies_from_host = True
 
     def note_index(self, place: Place) -> None:
-        """Note that a list is made an index at this place. On a GPU it is copied there."""
+        """Note that a list becomes an index at this place. On a GPU it is copied there."""
         if place != self._indexing[0]:
             self._indexing = (place, 0)
         self._indexing = (place, self._indexing[1] + 1)
 
     def takes_index(self, place: Place | None) -> bool:
-        """Return whether a wait at this place is that of a list which is made an index."""
+        """Return whether a wait at this place belongs to a list that becomes an index."""
         known, copies = self._indexing
         if place is None or place != known or not copies:
             return False
@@ -333,7 +333,7 @@ class StepWatch:
         return True
 
     def note_one_time_work(self) -> None:
-        """Note that something ran that runs once, so that the next step may show less."""
+        """Note that the step did one-time work, so that the next step may show less."""
         self._did_one_time_work = True
 
     def note_batch_filled(self) -> None:
@@ -414,7 +414,7 @@ class StepWatch:
 
     @property
     def is_paused(self) -> bool:
-        """Whether we ourselves compare something."""
+        """Whether this package compares something."""
         return self._is_paused
 
     @property
@@ -439,7 +439,7 @@ class StepWatch:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """While we ourselves compare something: reports and reads are ignored."""
+        """While this is entered, this package compares something. Reports and reads are ignored."""
         before, self._is_paused = self._is_paused, True
         with self.backend.ignoring_host_syncs():
             try:
@@ -458,7 +458,7 @@ class StepWatch:
             vars(self).update(before)
 
     def making_constant(self) -> AbstractContextManager[None]:
-        """While a tensor is made that a capture makes before the graph: that is no finding."""
+        """While a tensor is made that a capture makes before the graph. That is no finding."""
         return self._with(makes_constant=True)
 
     def making_on_host(self) -> AbstractContextManager[None]:
@@ -466,7 +466,7 @@ class StepWatch:
         return self._with(makes_on_host=True)
 
     def copying_to_host(self) -> AbstractContextManager[None]:
-        """While a tensor is copied to the host: that is no finding if nothing reads the copy."""
+        """While a tensor is copied to the host. That is no finding if nothing reads the copy."""
         return self._with(copies_to_host=True)
 
     def only_for_submodules(self) -> AbstractContextManager[None]:
@@ -521,7 +521,7 @@ class StepWatch:
 
     @contextlib.contextmanager
     def suspended_for_compiled_code(self) -> Iterator[None]:
-        """While a compiled module runs: it really runs compiled, and meets nothing of ours."""
+        """While a compiled module runs. It runs compiled, and without our modes and functions."""
         with contextlib.ExitStack() as stack:
             for detector in self._detectors:
                 stack.enter_context(detector.suspended())

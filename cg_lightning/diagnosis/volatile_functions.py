@@ -1,7 +1,7 @@
 """Functions whose result no guard can compare: clocks, seeds, counts of memory, facts about files.
 
-They change nothing and keep nothing in Python. What they return is another value in each step. The
-context of ``decimal`` belongs to the thread, and nothing in Python refers to it.
+They change and keep nothing in Python, but they return another value in each step. The context of
+``decimal`` belongs to the thread, and nothing in Python refers to it.
 """
 
 from __future__ import annotations

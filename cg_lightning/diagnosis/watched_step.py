@@ -42,7 +42,7 @@ class ModuleCall:
     comparisons: dict[Comparison, bool] = dataclasses.field(default_factory=dict, repr=False)
     """How the step compares ``batch_idx``, and what comes out; empty for other calls."""
     compared: dict[Any, Condition] = dataclasses.field(default_factory=dict, repr=False)
-    """What the call reads in Python and only compares, and where its gradients may lie."""
+    """What the call reads in Python and only compares, and where its gradients may be."""
     copies_from_host: bool = False
     """Whether it copies constants from the host, and no function that it calls shows it."""
 
@@ -126,7 +126,7 @@ class WatchedStep:
         self._calls = list(step.all_calls())
         self.path = path
         """What the step reads on the host, if all of it is known before the step."""
-        # without a path, reads that are known before are none, but what stands in their way is told
+        # without a path, reads count as well, if no other finding explains why there is no path
         unknown = [finding for finding in step.findings if not finding.is_known_before]
         self.findings = unknown if path is not None else unknown or list(step.findings)
         """Why the whole step cannot be one graph; empty if it can."""
@@ -135,7 +135,7 @@ class WatchedStep:
         self.written = written
         """Tensors, other than states of metrics, that the step changed in place."""
         self.did_one_time_work = did_one_time_work
-        """Whether something ran that runs once: metrics formed groups, a module was compiled."""
+        """Whether the step did one-time work: metrics formed groups, a module was compiled."""
         self.changes = tuple(changes)
         """Attributes that the step changed in Python, and that a replay can change as well."""
         self.unseen_use = unseen_use

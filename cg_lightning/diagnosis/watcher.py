@@ -64,7 +64,7 @@ DETECTORS: tuple[type[Detector], ...] = (
     HostReads,  # after all that compare tensors: on a GPU a comparison waits for the device
     HostConstants,  # after HostReads, which replaces the same functions and reports
     HostCopies,  # likewise
-    GlobalReads,  # stays last: it is told of each function that is called, ours included
+    GlobalReads,  # stays last: it receives every call, of our functions as well
 )
 
 

@@ -36,7 +36,7 @@ from cg_lightning.diagnosis.monitoring import free_tool
 from cg_lightning.modules.kinds import is_user_file
 
 Way = bytes
-"""A digest of all that ran."""
+"""A digest of everything that ran."""
 _CALL_OF_MODULE = nn.Module.__call__.__code__
 _COMPUTES_NAMES = frozenset({"getattr", "attrgetter", "vars", "__dict__", "eval", "exec"})
 _COMPILER = "/torch/_dynamo/"
@@ -198,7 +198,7 @@ if sys.version_info >= (3, 12):
             return None if _UNSEEN in kinds.values() else hashlib.sha256(ran.tobytes()).digest()
 
         def _callbacks(self) -> dict[int, Callable[..., Any]]:
-            """Return what ``sys.monitoring`` calls, by event."""
+            """Return the functions that ``sys.monitoring`` calls, by event."""
             note, thread = self._events.append, threading.get_ident
 
             def on_start(code: CodeType, offset: int) -> None:

@@ -34,7 +34,7 @@ _OURS = Path(__file__).parent.parent
 _STAND_INS = frozenset(
     str(_OURS / file) for file in ("diagnosis/detectors/printing.py", "backends/cuda.py")
 )
-"""Files of ours whose functions replace one that says something, and call it."""
+"""Our files with functions that replace and call one that writes or shows text."""
 _WARNINGS = warnings.formatwarning.__code__.co_filename
 
 
@@ -66,14 +66,14 @@ _BY_ID = {id(code): name for code, name in _IN_PYTHON.items()}
 
 
 def write_in_c(function: Any, caller: FrameType) -> str:
-    """Return the name of a function of C by which a step says something; empty if it is none."""
+    """Return the name of a function of C that writes or shows text; empty for all others."""
     name = getattr(function, "__name__", "")
     if name not in NAMES_OF_WRITES:
         return ""
     module = getattr(function, "__module__", None) or ""
     if name in _IN_C.get(module, ()):
         is_for_step = is_step_calling(caller)
-        if name == "audit":  # Python tells its own events, too
+        if name == "audit":  # Python reports its own events, too
             is_for_step = is_user_file(caller.f_code.co_filename)
         return f"{module.replace('posix', 'os')}.{name}" if is_for_step else ""
     is_of_file = name in _OF_FILES and isinstance(getattr(function, "__self__", None), _FILES)

@@ -487,7 +487,7 @@ class CUDAGraphDispatcher(KeyTable):
         If it ends before a comparison of times could pay, the step runs from its graphs.
 
         Only certain costs count: the eager step of a comparison, and the step's Python in a
-        capture. A replay counts as if it took no time. The first watched step need not pay, because
+        capture. A replay counts as if it took no time. The first watched step counts less, because
         it shows if there are graphs at all.
 
         Args:
