@@ -9,7 +9,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -57,9 +57,6 @@ T = TypeVar("T")
 
 # only before the first capture of a process, because it takes longer than ten captures
 _collect_once = functools.cache(gc.collect)
-
-
-_Captured = tuple[OutputPlan, list[Tensor], list[Effect], list[Tensor], list[Taker]]
 
 
 WatchCompiled = Callable[[nn.Module, Callable[[], Any], Any], GuardSet]
@@ -219,104 +216,8 @@ class Capturer:
         return entry
 
     def _attempt(self, target: CaptureTarget, call: GraphCall) -> GraphEntry:
-        settings, options = self.settings, self.settings.capture_options
         inputs = self._static_inputs(call)
-        constants = HostConstants(self._backend.device, target.copies_from_host)
-        passed_on = PassedOnValues(call.descriptor.leaves)
-        leaves = passed_on.hidden_in(inputs.leaves)
-        effects = target.effects
-        # what metrics and the user's lists keep is never graph memory
-        copies_outputs = settings.copy_outputs or bool(
-            target.late or target.changes or target.fills_batch
-        )
-
-        def run() -> _Captured:
-            takers: list[Taker] = []
-            with recording_changes(target.changes) as changing, recorder.step() as recording:
-                tree = rebuild(call.tree, iter(leaves))
-                containers, entries = list(containers_in(tree)), BatchEntries(tree)
-                with (
-                    self._answering(target.reads, recorder.checked_calls),
-                    answered(),
-                    copies_answered(),
-                    passed_on.during_step(),
-                ):
-                    output = call.run_on(tree)
-                is_closure = isinstance(output, ClosureOutput)
-                finished = recording.finish((leaves_on_device(output), leaves))
-                effects, tensors = finished.effects, finished.tensors
-                if target.host_draws:
-                    effects.append(DrawAgain(target.host_draws))
-                if target.changes:
-                    output, changes = changing.finish(output)
-                    effects.append(changes)
-                    takers.append(changes)
-            for taker, values in finished.takers:
-                output = (output, values)
-                takers.insert(0, taker)
-            if target.fills_batch:
-                takers.insert(0, SetBatchEntries(entries, output, containers))
-                output = (output, (entries.new(), entries.removed()))
-            finished.refuse_states_in(leaves_on_device(output))
-            plan, computed = OutputPlan.make(
-                output, leaves, target.storage_addresses, containers, detaches=is_closure
-            )
-            # outputs that are not copied out must not share memory with those of other graphs
-            if options.weak_ref_output and (copies_outputs or takers):
-                computed = weak_ref_tensors(computed, self._backend)
-                tensors = weak_ref_tensors(tensors, self._backend)
-            return plan, computed, effects, tensors, takers
-
-        # compiled code may have guards on the functions that are replaced
-        has_compiled = any(map(is_compiled, target.module.modules()))
-        answered = contextlib.nullcontext if has_compiled else constants.answered
-        copies_answered: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
-        if effects is not None and not has_compiled:  # only a whole step may keep such copies
-            copies_answered = functools.partial(answered_host_copies, self._backend.device)
-
-        def capture() -> tuple[CapturedGraph, Any]:
-            try:
-                return capture_graph(
-                    self._backend, run, target.mode, call.descriptor, options, collect_garbage=False
-                )
-            except CaptureError as error:
-                cause = passed_on.cause_of(error)
-                if cause is error:
-                    raise
-                raise cause from error
-
-        context = ForwardContext(target.mode, call.descriptor)
-        prepared: AbstractContextManager[Recorder] = (
-            contextlib.nullcontext(NoEffects())
-            if effects is None
-            else effects.recorder(target.late)
-        )
-        with (
-            override_forward_context(context),
-            prepared as recorder,
-            _random_state_put_back() if target.host_draws else contextlib.nullcontext(),
-        ):
-            captured = capture()
-            if recorder.has_unreserved_checks or constants.are_missing:
-                # both need memory from outside the capture, and only a capture shows them
-                del captured
-                recorder.reserve_checks()
-                constants.make()
-                captured = capture()
-        inputs.keep(constants.tensors)
-        inputs.note_written(target.batch_writes)
-        graph, (plan, computed, effects, tensors, takers) = captured
-        copies_outputs = copies_outputs or bool(takers)
-        return GraphEntry(
-            graph, inputs, plan, computed, effects, tensors, copies_outputs, target.record, takers
-        )
-
-    def _answering(
-        self, reads: Sequence[HostRead], checked: CheckedCalls
-    ) -> AbstractContextManager[None]:
-        if not reads:
-            return contextlib.nullcontext()
-        return AnsweredReads(reads, checked, self._backend.device.type).answering()
+        return _Attempt(self._backend, self.settings, inputs, target, call).entry()
 
     def _compile_ahead(self, target: CaptureTarget, call: GraphCall) -> None:
         """Run the call once with static inputs, so that ``torch.compile`` compiles before it.
@@ -363,6 +264,152 @@ class Capturer:
         inputs = StaticInputs(call.leaves, call.tree, self._backend.device)
         inputs.copy_from(call.leaves)
         return inputs
+
+
+class _Captured(NamedTuple):
+    """What a captured call gives, beside its graph."""
+
+    outputs: OutputPlan
+    computed: list[Tensor]
+    """What the graph computes for the output."""
+    effects: list[Effect]
+    effect_tensors: list[Tensor]
+    """What the graph computes for the effects."""
+    takers: list[Taker]
+
+
+class _Attempt:
+    """One attempt to capture a call.
+
+    Args:
+        backend: Captures and replays.
+        settings: The options.
+        inputs: The static inputs of the graph.
+        target: The step or submodule.
+        call: The call.
+    """
+
+    def __init__(
+        self,
+        backend: GraphBackend,
+        settings: Settings,
+        inputs: StaticInputs,
+        target: CaptureTarget,
+        call: GraphCall,
+    ) -> None:
+        self._backend = backend
+        self._settings = settings
+        self._inputs = inputs
+        self._target = target
+        self._call = call
+        self._constants = HostConstants(backend.device, target.copies_from_host)
+        self._passed_on = PassedOnValues(call.descriptor.leaves)
+        self._leaves = self._passed_on.hidden_in(inputs.leaves)
+        # what metrics and the user's lists keep is never graph memory
+        self._copies_outputs = settings.copy_outputs or bool(
+            target.late or target.changes or target.fills_batch
+        )
+
+    def entry(self) -> GraphEntry:
+        """Capture the call; see :meth:`Capturer.capture` for the errors."""
+        target, effects = self._target, self._target.effects
+        recording: AbstractContextManager[Recorder] = (
+            contextlib.nullcontext(NoEffects())
+            if effects is None
+            else effects.recorder(target.late)
+        )
+        with (
+            override_forward_context(ForwardContext(target.mode, self._call.descriptor)),
+            recording as recorder,
+            _random_state_put_back() if target.host_draws else contextlib.nullcontext(),
+        ):
+            graph, captured = self._capture(recorder)
+            if recorder.has_unreserved_checks or self._constants.are_missing:
+                # both need memory from outside the capture, and only a capture shows them
+                del graph, captured
+                recorder.reserve_checks()
+                self._constants.make()
+                graph, captured = self._capture(recorder)
+        self._inputs.keep(self._constants.tensors)
+        self._inputs.note_written(target.batch_writes)
+        return GraphEntry(
+            graph,
+            self._inputs,
+            captured.outputs,
+            captured.computed,
+            captured.effects,
+            captured.effect_tensors,
+            self._copies_outputs or bool(captured.takers),
+            target.record,
+            captured.takers,
+        )
+
+    def _capture(self, recorder: Recorder) -> tuple[CapturedGraph, _Captured]:
+        target = self._target
+        try:
+            return capture_graph(
+                self._backend,
+                functools.partial(self._run, recorder),
+                target.mode,
+                self._call.descriptor,
+                self._settings.capture_options,
+                collect_garbage=False,
+            )
+        except CaptureError as error:
+            cause = self._passed_on.cause_of(error)
+            if cause is error:
+                raise
+            raise cause from error
+
+    def _run(self, recorder: Recorder) -> _Captured:
+        """Run the call. It is called inside the capture."""
+        target, takers = self._target, list[Taker]()
+        with recording_changes(target.changes) as changing, recorder.step() as recording:
+            tree = rebuild(self._call.tree, iter(self._leaves))
+            containers, entries = list(containers_in(tree)), BatchEntries(tree)
+            with self._answering(recorder.checked_calls):
+                output = self._call.run_on(tree)
+            is_closure = isinstance(output, ClosureOutput)
+            finished = recording.finish((leaves_on_device(output), self._leaves))
+            effects, tensors = finished.effects, finished.tensors
+            if target.host_draws:
+                effects.append(DrawAgain(target.host_draws))
+            if target.changes:
+                output, changes = changing.finish(output)
+                effects.append(changes)
+                takers.append(changes)
+        for taker, values in finished.takers:
+            output = (output, values)
+            takers.insert(0, taker)
+        if target.fills_batch:
+            takers.insert(0, SetBatchEntries(entries, output, containers))
+            output = (output, (entries.new(), entries.removed()))
+        finished.refuse_states_in(leaves_on_device(output))
+        plan, computed = OutputPlan.make(
+            output, self._leaves, target.storage_addresses, containers, detaches=is_closure
+        )
+        # outputs that are not copied out must not share memory with those of other graphs
+        is_weak = self._settings.capture_options.weak_ref_output
+        if is_weak and (self._copies_outputs or takers):
+            computed = weak_ref_tensors(computed, self._backend)
+            tensors = weak_ref_tensors(tensors, self._backend)
+        return _Captured(plan, computed, effects, tensors, takers)
+
+    @contextlib.contextmanager
+    def _answering(self, checked: CheckedCalls) -> Iterator[None]:
+        """While this is entered, the call gets answers for what no capture can do."""
+        target, device = self._target, self._backend.device
+        with contextlib.ExitStack() as stack:
+            if target.reads:
+                reads = AnsweredReads(target.reads, checked, device.type)
+                stack.enter_context(reads.answering())
+            # compiled code may have guards on the functions that are replaced
+            if not any(map(is_compiled, target.module.modules())):
+                stack.enter_context(self._constants.answered())
+                if target.effects is not None:  # only a whole step may keep such copies
+                    stack.enter_context(answered_host_copies(device))
+            stack.enter_context(self._passed_on.during_step())
+            yield
 
 
 @contextlib.contextmanager

@@ -234,11 +234,48 @@ class Verifier:
         if far:
             after_eager.restore()
             return _differs(expected, paths[far[0]], found[far[0]], wanted[far[0]])
+        outside, number = self._run_again(call, comparison, before, (found, wanted), differing)
+        after_eager.restore()
+        if number != len(wanted):
+            return Verdict(
+                expected,
+                f"eager runs with the same batch give {len(wanted)} and then {number} leaves",
+            )
+        if outside:
+            first = outside[0]
+            return _differs(expected, paths[first], found[first], wanted[first])
+        entry.record.within_spread = True
+        return Verdict(expected)
+
+    def _run_again(
+        self,
+        call: GraphCall,
+        comparison: Comparison | None,
+        before: StepState,
+        leaves: tuple[list[Any], list[Any]],
+        differing: list[int],
+    ) -> tuple[list[int], int]:
+        """Run eagerly until eager runs differ from each other as much as the replay from eager.
+
+        Args:
+            call: The call.
+            comparison: Undoes its side effects; None: it has none.
+            before: The state before the call.
+            leaves: The leaves of the replay, and those of the first eager run.
+            differing: The positions in which they differ.
+
+        Returns:
+            The positions in which the replay differs by more, and the number of leaves of the last
+            run.
+        """
+        found, wanted = leaves
+        outside, number = differing, len(wanted)
         spreads = dict.fromkeys(differing, 0.0)
         for _ in range(_MOST_EAGER_RUNS):
             before.restore()
             again = _leaves(self._run_eagerly(call, comparison), _values(before, comparison))
-            if len(again) != len(wanted):
+            number = len(again)
+            if number != len(wanted):
                 break
             for index, spread in spreads.items():
                 spreads[index] = max(spread, _distance(wanted[index], again[index]))
@@ -249,14 +286,4 @@ class Verifier:
             ]
             if not outside or not any(spreads.values()):
                 break
-        after_eager.restore()
-        if len(again) != len(wanted):
-            return Verdict(
-                expected,
-                f"eager runs with the same batch give {len(wanted)} and then {len(again)} leaves",
-            )
-        if outside:
-            first = outside[0]
-            return _differs(expected, paths[first], found[first], wanted[first])
-        entry.record.within_spread = True
-        return Verdict(expected)
+        return outside, number
