@@ -27,15 +27,13 @@ from cg_lightning.diagnosis.findings import Finding, Location, find_line, find_l
 from cg_lightning.diagnosis.late_unit import LateUnit
 from cg_lightning.diagnosis.lines_of_changes import line_that_changes
 from cg_lightning.diagnosis.operation_mode import OperationMode
-from cg_lightning.diagnosis.watched_step import ModuleCall, WatchedStep, WrittenTensors
-from cg_lightning.effects.host_draws import HostDraw
+from cg_lightning.diagnosis.watched_step import ModuleCall, StepNotes, WatchedStep
 from cg_lightning.effects.places import ChangedAttribute
 from cg_lightning.guards.comparisons import Condition
 from cg_lightning.guards.frozen_parts import ChangedPlace
 from cg_lightning.guards.module_guard import Flags
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues
-from cg_lightning.host_values.path import ReadPath
 from cg_lightning.metrics.members import metrics_of
 from cg_lightning.metrics.units import units_of
 from cg_lightning.modules.compiled import is_compiled, modules_inside, modules_that_run
@@ -78,7 +76,7 @@ class Effects(Protocol):
 class StepWatch:
     """One watched step. It owns the stack of calls; detectors report what they find to it.
 
-    Detectors read its attributes. Only methods of this class write them.
+    Detectors read its attributes. Only methods of this class write them, except :attr:`notes`.
 
     Args:
         root: The module whose step runs.
@@ -132,6 +130,8 @@ class StepWatch:
         self.step = ModuleCall("", None, tensors_in(batch))
         self.stack: list[ModuleCall] = [self.step]
         """The step, and the calls of modules that are under way."""
+        self.notes = StepNotes()
+        """What else the step shows. Detectors write it."""
         self.reads_host_value = False
         """Whether an operation is under way that reads a value which is known before the step."""
         self.makes_constant = False
@@ -144,10 +144,6 @@ class StepWatch:
         """Whether a tensor is copied to the host, and a capture can copy it after the graph."""
         self._indexing: tuple[Place | None, int] = (None, 0)
         """The place where lists were last made indices, and the number of copies not reported."""
-        self._path: ReadPath | None = None
-        """The values that the step reads on the host, if all are known before the step."""
-        self._host_draws: Sequence[HostDraw] = ()
-        """Random numbers of the host that the step draws and does not use."""
         self._inside: dict[int, list[nn.Module]] = {}
         """Each module that was asked for, and all modules inside it, by its id."""
         self._first = 0
@@ -157,16 +153,10 @@ class StepWatch:
         """Receives the findings of the step while a call runs that may follow it."""
         self._is_paused = False
         self._is_in_framework = False
-        self._did_one_time_work = False
-        self._unseen_use = ""
-        self._fills_batch = False
-        self._batch_writes: Sequence[int] = ()
-        self._written = WrittenTensors()
         self._generators: dict[int, torch.Generator] = {}
         """Random generators that the step may know, because it has read what holds them."""
         self._drawn: dict[int, torch.Generator] = {}
         """Those among them that the step draws from."""
-        self._changes: list[ChangedAttribute] = []
         self.call_events: CallEvents | None = None
         """What tells a detector of each call; it pauses while detectors look at operations."""
         self._detectors: Sequence[Detector] = ()
@@ -296,14 +286,6 @@ class StepWatch:
         if copies_constant is not None:
             self.copies_constant = copies_constant
 
-    def note_path(self, path: ReadPath | None) -> None:
-        """Note the values that the step has read on the host; None: not all are known before."""
-        self._path = path
-
-    def note_host_draws(self, draws: Sequence[HostDraw]) -> None:
-        """Note the random numbers of the host that the step draws and does not use."""
-        self._host_draws = draws
-
     def note_call_events(self, events: CallEvents) -> None:
         """Notes what tells a detector of each call."""
         self.call_events = events
@@ -332,22 +314,6 @@ class StepWatch:
         self._indexing = (known, copies - 1)
         return True
 
-    def note_one_time_work(self) -> None:
-        """Note that the step did one-time work, so that the next step may show less."""
-        self._did_one_time_work = True
-
-    def note_batch_filled(self) -> None:
-        """Note that the step only sets or removes entries of the containers of its batch."""
-        self._fills_batch = True
-
-    def note_batch_writes(self, indices: Sequence[int]) -> None:
-        """Note which leaves of its batch the step writes to, and a replay copies back."""
-        self._batch_writes = indices
-
-    def note_unseen_use(self, location: str) -> None:
-        """Note code that may use a value of the batch in a way that a capture does not see."""
-        self._unseen_use = self._unseen_use or location
-
     def look_at(self, contents: FrozenValues) -> list[str]:
         """Note the random generators among values that are read; return the opaque values.
 
@@ -368,22 +334,18 @@ class StepWatch:
             self._drawn[key] = self._generators[key]
         return can_follow
 
-    def note_written(self, written: WrittenTensors) -> None:
-        """Note tensors that the step changed in place."""
-        self._written.update(written)
-
     def note_change(self, changed: ChangedAttribute) -> None:
         """Note an attribute that the step changes without looking at it, so a replay can as well.
 
         A graph freezes no value of it.
         """
-        self._changes.append(changed)
+        self.notes.changes.append(changed)
         self.step.sources.pop((id(changed.module), changed.name), None)
         if not changed.is_set:
             source = changed.kind_source()
             self.step.sources[source.key] = source
         if changed.is_added_to:
-            self._written.add_attribute(changed.module, changed.name)
+            self.notes.written.add_attribute(changed.module, changed.name)
 
     # what detectors ask
 
@@ -578,20 +540,9 @@ class StepWatch:
     def result(self) -> WatchedStep:
         """Return what the step showed; it holds no tensor that a call was given."""
         self.step.inputs.clear()
-        late = [late.unit for late in self.late_units if late.is_late]
-        return WatchedStep(
-            self.step,
-            self._written,
-            self._did_one_time_work,
-            changes=self._changes,
-            path=self._path,
-            late=late,
-            unseen_use=self._unseen_use,
-            fills_batch=self._fills_batch,
-            batch_writes=self._batch_writes,
-            generators=list(self._drawn.values()),
-            host_draws=self._host_draws,
-        )
+        self.notes.late = [late.unit for late in self.late_units if late.is_late]
+        self.notes.generators = list(self._drawn.values())
+        return WatchedStep(self.step, self.notes)
 
 
 class UnreadableError(Exception):

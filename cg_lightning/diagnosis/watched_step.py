@@ -91,67 +91,51 @@ class WrittenTensors:
         return [*FrozenValues(held).tensors, *self._tensors.values()]
 
 
-class WatchedStep:
+@dataclasses.dataclass(eq=False)
+class StepNotes:
+    """What detectors note of a watched step, beside findings and reads."""
+
+    written: WrittenTensors = dataclasses.field(default_factory=WrittenTensors)
+    """Tensors, other than states of metrics, that the step changed in place."""
+    did_one_time_work: bool = False
+    """Whether the step did one-time work: metrics formed groups, a module was compiled."""
+    changes: list[ChangedAttribute] = dataclasses.field(default_factory=list)
+    """Attributes that the step changed in Python, and that a replay can change as well."""
+    path: ReadPath | None = None
+    """What the step reads on the host, if all of it is known before the step."""
+    late: Sequence[MetricUnit] = ()
+    """Metrics whose calls a graph of the whole step leaves out: they follow each replay."""
+    unseen_use: str = ""
+    """The line of code that may use a value of its batch in a way that a capture does not see: it
+    catches errors, or asks for the class of an object."""
+    fills_batch: bool = False
+    """Whether the step only sets or removes entries of the containers of its batch."""
+    batch_writes: Sequence[int] = ()
+    """The numbers of the leaves of its batch that the step writes to: a replay copies them back."""
+    generators: Sequence[torch.Generator] = ()
+    """Random generators, other than the default one, that the step draws from."""
+    host_draws: Sequence[HostDraw] = ()
+    """Random numbers of the host that the step draws and does not use, in its order."""
+
+
+class WatchedStep(StepNotes):
     """What one eager run of a step showed.
 
     Args:
         step: The step, with its calls.
-        written: The tensors that it changed in place.
-        did_one_time_work: See the attribute.
-        changes: See the attribute.
-        path: See the attribute.
-        late: See the attribute.
-        unseen_use: See the attribute.
-        fills_batch: See the attribute.
-        batch_writes: See the attribute.
-        generators: See the attribute.
-        host_draws: See the attribute.
+        notes: What detectors have noted.
     """
 
-    def __init__(
-        self,
-        step: ModuleCall,
-        written: WrittenTensors,
-        did_one_time_work: bool,
-        changes: Sequence[ChangedAttribute] = (),
-        path: ReadPath | None = None,
-        late: Sequence[MetricUnit] = (),
-        unseen_use: str = "",
-        fills_batch: bool = False,
-        batch_writes: Sequence[int] = (),
-        generators: Sequence[torch.Generator] = (),
-        host_draws: Sequence[HostDraw] = (),
-    ) -> None:
+    def __init__(self, step: ModuleCall, notes: StepNotes) -> None:
+        super().__init__(**vars(notes))
         self._step = step
         self._calls = list(step.all_calls())
-        self.path = path
-        """What the step reads on the host, if all of it is known before the step."""
         # without a path, reads count as well, if no other finding explains why there is no path
         unknown = [finding for finding in step.findings if not finding.is_known_before]
-        self.findings = unknown if path is not None else unknown or list(step.findings)
+        self.findings = unknown if self.path is not None else unknown or list(step.findings)
         """Why the whole step cannot be one graph; empty if it can."""
         self.comparisons = step.comparisons
         """How the step compares ``batch_idx``, and what comes out."""
-        self.written = written
-        """Tensors, other than states of metrics, that the step changed in place."""
-        self.did_one_time_work = did_one_time_work
-        """Whether the step did one-time work: metrics formed groups, a module was compiled."""
-        self.changes = tuple(changes)
-        """Attributes that the step changed in Python, and that a replay can change as well."""
-        self.unseen_use = unseen_use
-        """The line of code that may use a value of its batch in a way that a capture does not see:
-        it catches errors, or asks for the class of an object."""
-        self.fills_batch = fills_batch
-        """Whether the step only sets or removes entries of the containers of its batch."""
-        self.batch_writes = tuple(batch_writes)
-        """The numbers of the leaves of its batch that the step writes to: a replay copies them
-        back."""
-        self.generators = tuple(generators)
-        """Random generators, other than the default one, that the step draws from."""
-        self.host_draws = tuple(host_draws)
-        """Random numbers of the host that the step draws and does not use, in its order."""
-        self.late = tuple(late)
-        """Metrics whose calls a graph of the whole step leaves out: they follow each replay."""
 
     @property
     def needs_second_look(self) -> bool:

@@ -21,7 +21,7 @@ class CompiledModules(Detector):
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         yield
         if self.watch.hidden and self.watch.step.findings:
-            self.watch.note_one_time_work()  # the findings may come from compiling
+            self.watch.notes.did_one_time_work = True  # the findings may come from compiling
 
     @contextlib.contextmanager
     def around_call(self, call: ModuleCall) -> Iterator[None]:

@@ -242,6 +242,7 @@ class GlobalReads(Detector):
             self._remember(source, AT_THE_END)
         if not is_users_code(frame):
             return self._look_at_library(frame, settings)
+        location = f"{code.co_filename}:{code.co_firstlineno}"
         self.watch.note_code(code)
         names = NamesInCode(frame)
         found = self._find_functions(frame)
@@ -250,10 +251,9 @@ class GlobalReads(Detector):
             self.watch.report(Cause.OPAQUE, words)
         self._note_makes(code)
         if may_use_unseen(names):
-            self.watch.note_unseen_use(f"{code.co_filename}:{code.co_firstlineno}")
+            self.watch.notes.unseen_use = self.watch.notes.unseen_use or location
         if names.imports_unknown:  # the next step finds it, and what it holds
-            self.watch.note_one_time_work()
-        location = f"{code.co_filename}:{code.co_firstlineno}"
+            self.watch.notes.did_one_time_work = True
         computed = list(names.computed(frame.f_locals, is_users_namespace))
         sources = [
             *sources_of(frame, names),
@@ -308,7 +308,7 @@ class GlobalReads(Detector):
         if name.startswith("."):
             self.watch.report_once_a_line(Cause.OPAQUE, "importlib.import_module")
         elif module is None:  # the next step finds it, and what it holds
-            self.watch.note_one_time_work()
+            self.watch.notes.did_one_time_work = True
         elif is_users_namespace(module):
             for source in all_sources_in(module):
                 self._note(source, f"{caller.f_code.co_filename}:{caller.f_lineno}")

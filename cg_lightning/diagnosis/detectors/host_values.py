@@ -42,7 +42,7 @@ class HostValues(Detector):
         try:
             yield
             with self.watch.paused():
-                self.watch.note_path(self._provenance.path())
+                self.watch.notes.path = self._provenance.path()
         finally:
             self._provenance.give_up()  # it holds the batch
 

@@ -121,7 +121,7 @@ class MetricUpdates(Detector):
         # first given a place there
         formed_groups = any(collection._groups_checked for collection in ungrouped)
         if formed_groups or _devices(effects.logged_metrics()) != devices:
-            self.watch.note_one_time_work()
+            self.watch.notes.did_one_time_work = True
 
     def _only_for_submodules(
         self, original: Callable[..., Any], replacement: SyncFree

@@ -73,8 +73,8 @@ class Mutations(Detector):
         if not any(finding.cause is Cause.INPUT_MUTATED for finding in watch.step.findings):
             unseen = [tensor for tensor in copies.changed() if not self._batch.has(tensor)]
             self._add(unseen, "the batch", location=AT_THE_END)
-        watch.note_batch_writes(self._batch.indices())
-        watch.note_written(self._persistent.written(self._written))
+        watch.notes.batch_writes = self._batch.indices()
+        watch.notes.written.update(self._persistent.written(self._written))
 
     @contextlib.contextmanager
     def around_call(self, call: ModuleCall) -> Iterator[None]:
@@ -131,7 +131,7 @@ class Mutations(Detector):
                 with entries.undone():
                     changed = containers.changed()
                 if not changed:
-                    self.watch.note_batch_filled()
+                    self.watch.notes.fills_batch = True
         if changed:
             where = line or AT_THE_END
             self.watch.report(

@@ -40,7 +40,7 @@ class Operations(Detector):
                 context.step.ran_collective()
             if cause is Cause.CROSS_DEVICE_COPY and self.watch.is_in_framework:
                 # the first log of a run moves what Lightning holds since the last one
-                self.watch.note_one_time_work()
+                self.watch.notes.did_one_time_work = True
         if not self.watch.has_backward and torch.is_grad_enabled() and _tracks_gradients(args):
             casts = function._schema.name == "aten::_to_copy" and self.watch.is_autocast_enabled
             if not casts:  # autocast keeps what it casts with gradients

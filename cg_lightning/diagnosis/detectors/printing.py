@@ -142,7 +142,7 @@ class Printing(Detector):
             is_ours |= is_sync_warning(message.message)  # the backend has asked for them
             if is_seen and not is_ours and threading.get_ident() == thread:
                 self.watch.report_once_a_line(Cause.PRINTED, "warnings.warn")
-                self.watch.note_one_time_work()
+                self.watch.notes.did_one_time_work = True
             show(message)
 
         with patch.object(warnings, "_showwarnmsg", noticed):

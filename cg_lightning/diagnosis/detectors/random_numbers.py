@@ -84,7 +84,7 @@ class RandomNumbers(Detector):
         for draw in self._unused:
             if draw.held.is_held_by_others():
                 self._report_draw(draw)
-        self.watch.note_host_draws([each.draw for each in self._unused])
+        self.watch.notes.host_draws = [each.draw for each in self._unused]
         self._unused = []
 
     @contextlib.contextmanager
