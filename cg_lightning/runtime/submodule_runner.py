@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from time import perf_counter
@@ -31,6 +32,20 @@ MANY_VALUES = 2
 """If a source has had this many values, the submodules inside may run from graphs too."""
 
 
+@dataclasses.dataclass(eq=False)
+class _StepState:
+    """What is known of the calls of one submodule in steps with one key."""
+
+    guards: list[GuardSet] | None = None
+    """The values that watched steps have read, the latest first. None: no graph is allowed."""
+    refusal: Reason | None = None
+    """Why no graph is allowed."""
+    calls: list[BatchDescriptor] = dataclasses.field(default_factory=list)
+    """The keys of the calls in the latest watched step."""
+    changed: Changed | None = None
+    """The large container that has changed since the last epoch; None if none has."""
+
+
 class SubmoduleRunner(ModuleHandler):
     """Intercepts one submodule and runs its calls from graphs.
 
@@ -55,11 +70,7 @@ class SubmoduleRunner(ModuleHandler):
         self.name = path or "forward"
         self._backend = backend
         self._ranges = ranges
-        self._guards: dict[BatchDescriptor, list[GuardSet]] = defaultdict(list)
-        self._changed: dict[BatchDescriptor, Changed] = {}
-        self._refusals: dict[BatchDescriptor, Reason] = {}
-        self._calls: dict[BatchDescriptor, list[BatchDescriptor]] = {}
-        """The keys of the calls that watched steps made, by the key of the step."""
+        self._steps: dict[BatchDescriptor, _StepState] = defaultdict(_StepState)
         self._interception: Interception | None = None
         self._is_idle = False
         """True if no step uses its graphs any more, so that it is not intercepted."""
@@ -83,27 +94,29 @@ class SubmoduleRunner(ModuleHandler):
         if self._is_idle:
             self._is_idle = False
             self.install()
-        if not any(known.check() for known in self._guards[step]):
-            self._guards[step].insert(0, guards)
-        self._calls[step] = list(calls)
-        for descriptor in self._calls[step]:
-            state = self.target.dispatcher.state(descriptor.fields, descriptor)
-            self.target.dispatcher.ran_before(state, runs)
+        state = self._steps[step]
+        known = state.guards or []
+        state.guards = known if any(each.check() for each in known) else [guards, *known]
+        state.calls = list(calls)
+        for descriptor in state.calls:
+            call = self.target.dispatcher.state(descriptor.fields, descriptor)
+            self.target.dispatcher.ran_before(call, runs)
 
     def varying_sources(self, step: BatchDescriptor) -> set[tuple[int, str]]:
         """Return the keys of the sources that had a new value in each watched step."""
-        stale = [guards for guards in self._guards.get(step, ()) if not guards.check()]
+        known = self._steps[step].guards if step in self._steps else None
+        stale = [guards for guards in known or () if not guards.check()]
         if len(stale) < MANY_VALUES:
             return set()
         return set[tuple[int, str]]().union(*[guards.changed_sources() for guards in stale])
 
     def refuse(self, step: BatchDescriptor, reason: Reason) -> None:
         """Run eagerly in steps with this key, unless another watched step allows it."""
-        self._refusals[step] = reason
+        self._steps[step].refusal = reason
 
     def note_saving(self, step: BatchDescriptor, saving: Saving) -> None:
         """Store in the statistics what graphs save in steps with this key. The step has ended."""
-        for entry in self.target.dispatcher.entries_of(self._calls.get(step, ())):
+        for entry in self.target.dispatcher.entries_of(self._steps[step].calls):
             assert isinstance(entry, GraphEntry)
             entry.record.saved(saving)
 
@@ -117,9 +130,9 @@ class SubmoduleRunner(ModuleHandler):
         Returns:
             Graphs that the caller must drop, because no step uses them any more.
         """
-        self._guards.pop(step, None)
-        self._refusals[step] = no_gain(saving, f"{self.name}: ")
-        if self._guards:
+        self._steps[step].guards = None
+        self._steps[step].refusal = no_gain(saving, f"{self.name}: ")
+        if any(state.guards is not None for state in self._steps.values()):
             return []
         self.remove()
         self._is_idle = True
@@ -128,11 +141,11 @@ class SubmoduleRunner(ModuleHandler):
     def begin_epoch(self) -> None:
         """Forget permissions whose large containers have changed."""
         self._drop(self.target.dispatcher.begin_epoch())
-        for key, known in self._guards.items():
-            stale = [guards for guards in known if not guards.check_epoch()]
-            if stale:
-                self._changed[key] = stale[0].explain()
-                self._guards[key] = [guards for guards in known if guards not in stale]
+        for state in self._steps.values():
+            stale = [guards for guards in state.guards or () if not guards.check_epoch()]
+            if state.guards and stale:
+                state.changed = stale[0].explain()
+                state.guards = [guards for guards in state.guards if guards not in stale]
 
     def install(self) -> None:
         """Intercept the submodule from now on; idempotent."""
@@ -160,9 +173,10 @@ class SubmoduleRunner(ModuleHandler):
         if mode is CUDAGraphMode.FULL or torch.is_grad_enabled() or self._backend.is_capturing():
             return original(*args, **kwargs)
         step, key = context.step, context.batch_descriptor
-        if mode is CUDAGraphMode.PIECEWISE and key not in self._guards:
-            if key in self._refusals:
-                step.ran_eagerly(self.path, self._refusals[key])
+        known = self._steps.get(key)
+        if mode is CUDAGraphMode.PIECEWISE and (known is None or known.guards is None):
+            if known is not None and known.refusal is not None:
+                step.ran_eagerly(self.path, known.refusal)
             return original(*args, **kwargs)
         try:
             training = self.target.guard.flags()
@@ -210,11 +224,14 @@ class SubmoduleRunner(ModuleHandler):
         plan = self.target.dispatcher.plan(state)
         if plan.variant is not None:
             return plan
-        guards = next((guards for guards in self._guards[key] if guards.check()), None)
+        known = self._steps[key]
+        if known.guards is None:  # the module has just changed
+            known.guards = []
+        guards = next((guards for guards in known.guards if guards.check()), None)
         if guards is None:
-            known = self._guards[key]
-            changed = known[0].explain() if known else self._changed.get(key, Changed(self.name))
-            step.missed(Miss(changed, list(known)))
+            changed = known.changed or Changed(self.name)
+            changed = known.guards[0].explain() if known.guards else changed
+            step.missed(Miss(changed, list(known.guards)))
             reason = Reason.of_change(Status.CHANGED, changed.after(f"{self.name}: "))
             return Plan(Action.EAGER, state, None, reason)
         self._drop(
@@ -262,7 +279,8 @@ class SubmoduleRunner(ModuleHandler):
             self.target.dispatcher.changed(failure.text)
         else:
             self.target.dispatcher.reset(failure.text)
-            self._guards.clear()
+            for state in self._steps.values():
+                state.guards = None
 
     def _drop(self, entries: Iterable[object]) -> None:
         for entry in entries:
