@@ -68,7 +68,7 @@ class BatchEntries:
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
-        """While this is entered, the batch has its entries of before."""
+        """While this is entered, the batch has its earlier entries."""
         now = [(container, container.copy()) for container, _ in self._before]
         _fill(self._before)
         try:
@@ -82,7 +82,7 @@ def _items(container: _Container) -> dict[Any, Any]:
 
 
 def _is_in_order(container: _Container, before: _Container) -> bool:
-    """Return whether what was there before, and is still there, has not moved."""
+    """Return whether the entries that are left have not moved."""
     if isinstance(container, list):
         return len(container) == len(before)
     kept = [key for key in before if key in container]

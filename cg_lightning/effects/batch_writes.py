@@ -19,7 +19,7 @@ from cg_lightning.guards.values import addresses_of
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Return whether a plain tensor fills its memory: a view of it reaches nothing else."""
+    """Return whether a plain tensor fills its memory, so that a view of it reaches nothing else."""
     if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_conj():
         return False
     return tensor.is_contiguous() or (
@@ -33,12 +33,12 @@ class BatchWrites:
     Args:
         batch: The batch, before the step.
         device_type: The type of the device that the step runs on.
-        held: Where the storages begin that others hold: parameters, for example.
+        held: Addresses of storages that others hold: parameters, for example.
     """
 
     def __init__(self, batch: Any, device_type: str, held: Set[int]) -> None:
         self._indices: dict[int, int] = {}
-        """The numbers of leaves that may be written to, by where their storages begin."""
+        """The numbers of leaves that may be written to, by the addresses of their storages."""
         for index, leaf in enumerate(flatten(batch)[0]):
             if isinstance(leaf, Tensor) and leaf.device.type == device_type and _is_dense(leaf):
                 for storage in addresses_of([leaf]) - held:

@@ -156,7 +156,7 @@ class ContainersSnapshot:
         return found
 
     def holds(self, output: Any) -> bool:
-        """Return whether a nest contains one of the containers itself."""
+        """Return whether a nested value contains one of these containers."""
         pending, seen = [output], set[int]()
         while pending:
             value = pending.pop()

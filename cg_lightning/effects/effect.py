@@ -91,7 +91,7 @@ class MoveMetricStates(Effect):
     ) -> None:
         self._states = states
         self._read = list(read)
-        # a state that becomes another metric's comes after that one
+        # a state that becomes that of another metric comes after it
         self._written = sorted(written, key=lambda set_: set_.tensor is not set_.state.graph_tensor)
         set_states = [state for state, _, _ in written]
         self._metrics = list({id(state.metric): state.metric for state in set_states}.values())
@@ -219,7 +219,7 @@ class AppendToLists(Effect):
                 attributes[name] = [*attributes[name], *items]
 
     def take(self, built: tuple[Any, list[Tensor]]) -> Any:
-        """Append tensors that the user has as well; see :class:`Taker`."""
+        """Append tensors that the user gets as well; see :class:`Taker`."""
         output, items = built
         self.after_replay(iter(items))
         return output

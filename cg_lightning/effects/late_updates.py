@@ -2,8 +2,8 @@
 
 The step does not use any value that such a call returns or changes
 (``diagnosis/detectors/late_updates.py`` decides that). So the captured step leaves the call out,
-and returns its arguments like outputs. The call is then the one of eager, with the same arguments,
-in the same order.
+and returns its arguments like outputs. Then the call is the same as in eager, with the same
+arguments, in the same order.
 
 What is hard here: ``self.log`` of such a metric moves the metric to its device, and copies the
 metric's latest value. So ``to`` is a late call as well, and a :class:`LateValue` stands for the
@@ -42,7 +42,7 @@ class LateCall(NamedTuple):
 
 
 class LateValue:
-    """Stands for the latest value of a metric until its late calls are made."""
+    """Replaces the latest value of a metric until its late calls are made."""
 
     def __init__(self, metric: nn.Module) -> None:
         self.metric = metric
@@ -71,7 +71,7 @@ class _ValueReader(ModuleHandler):
 
 
 class CollectedCalls:
-    """The calls of one run of a step, which left them out."""
+    """The calls that one run of a step left out."""
 
     def __init__(self) -> None:
         self.calls: list[LateCall] = []
@@ -147,7 +147,7 @@ class LateUpdates:
         return found
 
     def fill(self, metrics: Iterable[nn.Module]) -> None:
-        """Put the values of metrics in the place of each :class:`LateValue` in ``metrics``."""
+        """Replace each :class:`LateValue` in ``metrics`` by the value of its metric."""
         for metric in metrics:
             value = vars(metric).get(VALUE)
             if isinstance(value, LateValue):

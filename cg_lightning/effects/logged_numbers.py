@@ -18,7 +18,7 @@ from cg_lightning.modules.interception import replaced_method
 from cg_lightning.modules.kinds import lightning_class
 
 _EXACT = 2**53
-"""Below it, an ``int`` is the same number as a ``float``."""
+"""Below this number, an ``int`` is exact as a ``float``."""
 
 
 def _is_exact(value: Any) -> TypeGuard[float]:
@@ -31,7 +31,7 @@ def _dtype() -> torch.dtype:
 
 
 def with_tensor(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the arguments of ``self.log`` with a tensor in place of a number.
+    """Return the arguments of ``self.log``, with a tensor instead of the number.
 
     Args:
         module: The LightningModule.
@@ -49,7 +49,7 @@ def with_tensor(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 @contextlib.contextmanager
 def numbers_as_tensors(module: nn.Module) -> Iterator[None]:
-    """While this is entered, ``self.log`` gets tensors in place of numbers."""
+    """While this is entered, ``self.log`` gets tensors instead of numbers."""
     if lightning_class(type(module), "LightningModule") is None:
         yield
         return

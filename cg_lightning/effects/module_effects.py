@@ -109,7 +109,7 @@ class ModuleEffects:
         return [*metrics_of(self._module), *self.logged.metrics()]
 
     def reachable_metrics(self) -> list[nn.Module]:
-        """Return these, and those that the module has in lists and dicts."""
+        """Return the same metrics, and those that the module has in lists and dicts."""
         held = [
             each for metric in metrics_in_containers(self._module) for each in metrics_of(metric)
         ]

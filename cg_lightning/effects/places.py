@@ -44,7 +44,7 @@ class ChangedAttribute(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a value is that a step changes: ``self.store.items["val"]``."""
+    """The place of a value that a step changes: ``self.store.items["val"]``."""
 
     namespace: dict[str, Any]
     """The attributes of a module."""
@@ -52,23 +52,23 @@ class Place(NamedTuple):
     """The way from there: keys, or (False) names of attributes."""
     path: str
     method: str = ""
-    """The method that is called of the value, if one is."""
+    """The method of the value that is called; empty if none is."""
 
     def inside(self, is_key: bool, key: Any) -> Place:
-        """Return a place in the value that is here."""
+        """Return the place of a part of this value."""
         path = f"{self.path}[{key!r}]" if is_key else f"{self.path}.{key}"
         return Place(self.namespace, (*self.steps, (is_key, key)), path)
 
     def outer(self) -> Place:
-        """Return the place of what has the value."""
+        """Return the place of the container, object or module that has the value."""
         return Place(self.namespace, self.steps[:-1], self.path)
 
     def is_same(self, other: Place) -> bool:
-        """Return whether both are one place, and not only one value."""
+        """Return whether both are the same place, and not only the same value."""
         return self.namespace is other.namespace and self.steps == other.steps
 
     def holder(self) -> Any:
-        """Return what has the value: its container, object or module."""
+        """Return the container, object or module that has the value."""
         value: Any = self.namespace
         for is_key, key in self.steps[:-1]:
             value = value[key] if is_key else vars(value)[key]

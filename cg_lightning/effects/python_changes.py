@@ -40,7 +40,7 @@ from cg_lightning.guards.changed_values import (
 from cg_lightning.guards.sources import MISSING
 
 _ACCUMULATED = (bool, int, float, complex, str, NoneType, Tensor, list, dict, tuple)
-"""What an object may hold of which a method is called: nothing that runs code of the user's."""
+"""Types that an object may hold if its method is called. None of them runs code of the user's."""
 
 
 class Verb(enum.Enum):
@@ -85,7 +85,7 @@ class Change(NamedTuple):
         return all(type(each) in _ACCUMULATED for each in vars(value).values())
 
     def takes(self, value: Any) -> bool:
-        """Return whether the outcome is known if the change is made with this value."""
+        """Return whether a replay can make the change with this value."""
         if self.verb is Verb.SET:
             return True
         if self.verb is Verb.CALL and self._updates_mapping():
@@ -199,7 +199,7 @@ class ChangeRecording:
         self._values: list[Any] = []
         self._set: dict[tuple[int, Any], Any] = {}
         self._read: list[Place] = []
-        """Where the step reads what it has set."""
+        """The places where the step reads what it has set."""
         self._before: list[Any] = []
         self._put: list[Any] = []
 
@@ -215,7 +215,7 @@ class ChangeRecording:
             self._set[namespace, place.steps] = value
 
     def at(self, place: Place) -> Any:
-        """Return what the step has set in a place, or else what records what is done to it."""
+        """Return what the step has set in a place, or else a stand-in for it."""
         key = (id(place.namespace), place.steps)
         if key not in self._set:
             return _StandIn(place, self)
@@ -223,7 +223,7 @@ class ChangeRecording:
         return self._set[key]
 
     def begin(self) -> None:
-        """Put something in the place of each value."""
+        """Replace each value by a stand-in."""
         for attribute in self._attributes:
             attributes = attribute.attributes
             self._before.append(attributes.get(attribute.name, MISSING))

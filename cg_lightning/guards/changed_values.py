@@ -15,7 +15,7 @@ from cg_lightning.guards.sources import DerivedNamespace
 from cg_lightning.guards.value_kinds import ValueKind, kind_of
 
 NUMBER = "a number or a tensor"
-"""A total may begin as 0 and be a tensor later. Python adds to both."""
+"""A total may begin as 0 and become a tensor. Python adds to both."""
 LISTS = (list, collections.deque)
 MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict)
 _NUMBERS = (bool, int, float, complex, Tensor)

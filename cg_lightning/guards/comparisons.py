@@ -53,7 +53,7 @@ class Comparison(NamedTuple):
     operand: Any
 
     def outcome(self, number: int) -> bool:
-        """Return what comes out for a number."""
+        """Return the outcome for a number."""
         for sign, operand in self.arithmetic:
             number = ARITHMETIC[sign](number, operand)
         return COMPARISONS[self.comparison](number, self.operand)
@@ -144,7 +144,7 @@ for _sign, _function in COMPARISONS.items():
 
 
 class Condition(Protocol):
-    """What must hold for a graph to be used, beside the values that it has frozen."""
+    """A condition for the use of a graph, beside the values that it has frozen."""
 
     @property
     def key(self) -> Any:
@@ -158,11 +158,11 @@ class Condition(Protocol):
 
 
 class ComparedSource:
-    """A number whose comparisons must come out as they did in the watched step.
+    """A number whose comparisons must have the outcomes of the watched step.
 
     Args:
         source: Where the number is now.
-        outcomes: What came out.
+        outcomes: The outcomes in the watched step.
     """
 
     def __init__(self, source: Source, outcomes: dict[Comparison, bool]) -> None:

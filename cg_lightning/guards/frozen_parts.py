@@ -19,7 +19,7 @@ Reader = Callable[[Any], dict[str, Any]]
 
 
 def as_tree(value: Any) -> Any:
-    """Return a container as one that trees know."""
+    """Return a container in a form that ``core/tree.py`` can flatten."""
     if isinstance(value, collections.deque):
         return list(value)
     return dict(value) if isinstance(value, types.MappingProxyType) else value
@@ -60,7 +60,7 @@ class ChangedPlace(NamedTuple):
 
     name: str
     is_set: bool
-    """Whether the name refers to something else, and not only what is in it has changed."""
+    """True if the name refers to another object. False if only the contents have changed."""
 
 
 def _innermost_name(path: Path, root: str) -> str:

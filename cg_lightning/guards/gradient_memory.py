@@ -16,11 +16,11 @@ from cg_lightning.guards.values import addresses_of
 
 
 class GradientsElsewhere:
-    """Tells whether no gradient lies where a watched backward has read.
+    """Tells whether no gradient is in memory that a watched backward has read.
 
     Args:
         parameters: All parameters of the module.
-        addresses: Where the storages begin that the backward has read.
+        addresses: The addresses of the storages that the backward has read.
     """
 
     def __init__(self, parameters: Iterable[Tensor], addresses: Iterable[int]) -> None:
@@ -30,7 +30,7 @@ class GradientsElsewhere:
         """What tells it from others."""
 
     def holds(self) -> bool:
-        """Return True if all gradients lie elsewhere."""
+        """Return True if all gradients are elsewhere."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         return self._addresses.isdisjoint(addresses_of(gradients))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from cg_lightning.guards.sources import DerivedNamespace, Source
 
 _MOST_BYTES = 16384
-"""Larger tensors are not compared before each replay: it would take longer than it saves."""
+"""Larger tensors are not compared before each replay, because that would take too long."""
 
 
 class _Contents(DerivedNamespace):
@@ -57,7 +57,7 @@ class _Number(DerivedNamespace):
 
 
 class _Version(DerivedNamespace):
-    """How often a tensor was written, and where it is: quick, but blind for writes by NumPy."""
+    """The number of writes to a tensor, and its address. It does not see writes by NumPy."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor

@@ -1,8 +1,8 @@
 """Comparisons by identity, in a few native calls: mostly, all values are the same objects.
 
-A value that is another object may still be an equal plain value. To find that out takes longer, and
-is for the caller. Keys and members of sets are found by equality, which may leave a part of them
-out: ``True`` is the key 1, and a class of the user's may compare names only.
+Another object may still be an equal plain value. The caller finds that out, because it takes
+longer. Keys and members of sets are found by equality, which may leave a part of them out: ``True``
+is the key 1, and a class of the user's may compare names only.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class SameItems:
         self._held.append(value)
 
     def hold(self) -> bool:
-        """Return True if containers have the same items in the same order, and so have names."""
+        """Return True if all containers and names have the same items in the same order."""
         # lengths tell when an item has moved to the next container
         if list(map(len, self._sized)) != self._lengths:
             return False

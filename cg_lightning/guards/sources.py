@@ -144,7 +144,7 @@ class Source:
 
     @property
     def belongs_to_function(self) -> bool:
-        """Whether a function holds the value, and no namespace that a user sees."""
+        """Whether a function holds the value, instead of a namespace that a user sees."""
         return type(self.holder) in _VIEWS
 
     @property
@@ -155,7 +155,7 @@ class Source:
 
     @property
     def belongs_to_trainer(self) -> bool:
-        """Whether the Trainer has the value, and no part of the module."""
+        """Whether the Trainer has the value, instead of a part of the module."""
         return isinstance(self.holder, (TrainerValues, TrainerTypes))
 
     def value(self) -> Any:

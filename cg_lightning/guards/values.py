@@ -129,8 +129,8 @@ class FrozenValues:
     """Stores the contents of some values, and compares them later.
 
     Containers are compared by their leaves, objects by their attributes, both as deep as they go,
-    and tensors by their addresses. A value that has nothing inside is for the caller to compare,
-    and values whose contents cannot be read are in ``opaque``.
+    and tensors by their addresses. The caller compares values that have nothing inside. Values
+    whose contents cannot be read are in ``opaque``.
 
     Args:
         values: The values.

@@ -51,14 +51,14 @@ def modules_inside(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Modul
             yield name, child
 
 
-def modules_that_run(root: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+def modules_that_run(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield paths and modules as ``named_modules()`` does, but skip metrics and compiled code.
 
     A compiled module itself is included, the modules inside it are not.
     """
     compiled = [module for module in root.modules() if module is not root and is_compiled(module)]
     seen = {id(child) for module in compiled for _, child in modules_inside("", module)}
-    pending = [(path, root)]
+    pending = [("", root)]
     while pending:
         path, module = pending.pop()
         if id(module) in seen or is_metric(module):
