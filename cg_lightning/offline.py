@@ -29,7 +29,7 @@ from cg_lightning.diagnosis.report import Diagnosis
 from cg_lightning.diagnosis.watcher import StepWatcher
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.effects.step_state import HostRandomState
-from cg_lightning.modules.kinds import lightning_class
+from cg_lightning.modules.kinds import is_lightning_module, lightning_class
 
 _LOOKS = 3
 """The callback's default warm-up. It watches at most this many steps."""
@@ -54,14 +54,9 @@ def _lacks_a_trainer(module: nn.Module, error: BaseException) -> bool:
     return trainer is not None and frames[-1].f_code is trainer.fget.__code__  # type: ignore[union-attr]
 
 
-def _is_lightning(module: nn.Module) -> bool:
-    """Return True for a LightningModule of ``lightning`` or ``pytorch_lightning``."""
-    return lightning_class(type(module), "LightningModule") is not None
-
-
 def _runner(module: nn.Module, batch: Any, stage: str) -> Callable[..., Any]:
     """Return a callable that runs the step. It returns ``_STOPPED`` if the step needs a Trainer."""
-    if not _is_lightning(module):
+    if not is_lightning_module(module):
         args, kwargs = _arguments(batch)
         return lambda: module(*args, **kwargs)
     step = getattr(module, STEP_METHODS[stage])
@@ -155,7 +150,7 @@ def diagnose(
     check_backend(backend)
     if stage not in EVALUATING:
         raise ValueError(f"stage={stage!r} is unknown; choose one of {', '.join(EVALUATING)}.")
-    if _is_lightning(module):
+    if is_lightning_module(module):
         _check_step(module, stage)
     try:
         with torch.inference_mode():
@@ -187,7 +182,7 @@ def _look(module: nn.Module, batch: Any, stage: str) -> Diagnosis:
     """Watch the step of a copy, as often as it may show less."""
     module = _copy_of(module)
     module.eval()
-    is_lightning = _is_lightning(module)
+    is_lightning = is_lightning_module(module)
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     watching = resolve_backend("auto" if device.type == "cuda" else "recorder", device)
     assert watching is not None

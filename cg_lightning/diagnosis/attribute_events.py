@@ -35,10 +35,9 @@ from cg_lightning.modules.attributes import (
     value_in_class,
 )
 from cg_lightning.modules.interception import ModuleHandler
-from cg_lightning.modules.kinds import is_user_class, is_user_file
+from cg_lightning.modules.kinds import FRAMEWORKS, is_user_class, is_user_file
 
 _Instruction = tuple[CodeType, int]
-_FRAMEWORKS = ("torch", "lightning", "pytorch_lightning", "torchmetrics")
 
 
 def _accessing_frame() -> FrameType | None:
@@ -90,7 +89,7 @@ class AttributeEvents(ModuleHandler):
         if name != "__dict__":
             if not self._reads_what_is_set(name, frame):
                 self._reads.setdefault(name, set()).add((frame.f_code, frame.f_lasti))
-        elif str(frame.f_globals.get("__name__")).split(".")[0] not in _FRAMEWORKS:
+        elif str(frame.f_globals.get("__name__")).split(".")[0] not in FRAMEWORKS:
             self._is_ordinary = False  # ``vars(self)["name"]``
 
     def on_write(self, name: str, value: Any) -> None:

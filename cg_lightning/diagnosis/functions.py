@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from cg_lightning.diagnosis.findings import is_our_file
 from cg_lightning.guards.sources import MISSING, CacheWrapper, Source
-from cg_lightning.modules.kinds import is_user_file, lightning_class
+from cg_lightning.modules.kinds import is_lightning_module, is_user_file
 
 _MOST_WRAPPERS = 10
 _IGNORED = "__class__"
@@ -136,7 +136,7 @@ def _replaceable(frame: FrameType, place: Source) -> list[Source]:
         return []
     first = _first_argument(frame)
     is_method = place.holder is not frame.f_globals
-    if is_method and lightning_class(type(first), "LightningModule") is not None:
+    if is_method and is_lightning_module(first):
         # of other modules, it is seen when a method is set; see guards/written_settings.py
         return [place, Source(first, place.name, f"self.{place.name}")]
     return [place]

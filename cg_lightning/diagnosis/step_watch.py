@@ -37,9 +37,8 @@ from cg_lightning.guards.values import FrozenValues
 from cg_lightning.metrics.members import metrics_of
 from cg_lightning.metrics.units import units_of
 from cg_lightning.modules.compiled import is_compiled, modules_inside, modules_that_run
-from cg_lightning.modules.kinds import is_metric
+from cg_lightning.modules.kinds import is_lightning_module, is_metric
 
-_LIGHTNING = ("lightning", "pytorch_lightning")
 _READS = (Cause.HOST_SYNC, Cause.DATA_DEPENDENT_SHAPE)
 """The causes reported for an operation that reads a value on the host."""
 _COPYING = (Cause.HOST_SYNC, Cause.CROSS_DEVICE_COPY)
@@ -107,7 +106,7 @@ class StepWatch:
         self.effects = effects
         self.run_logging = run_logging
         self.has_backward = has_backward
-        self.is_lightning = _is_lightning_module(root)
+        self.is_lightning = is_lightning_module(root)
         """Whether ``root`` is a LightningModule."""
         self.inside_root = frozenset(id(module) for module in root.modules())
         """The ids of ``root`` and of all modules inside it, as it was before the step."""
@@ -566,10 +565,3 @@ def look_into(value: Any, path: str = "") -> FrozenValues:
     except Exception as error:
         words = f"cannot be looked into: {type(error).__name__}: {error}"
         raise UnreadableError(words) from error
-
-
-def _is_lightning_module(module: nn.Module) -> bool:
-    return any(
-        cls.__name__ == "LightningModule" and cls.__module__.split(".")[0] in _LIGHTNING
-        for cls in module.__class__.__mro__
-    )

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from cg_lightning.modules.interception import replaced_method
-from cg_lightning.modules.kinds import lightning_class
+from cg_lightning.modules.kinds import is_lightning_module
 
 _EXACT = 2**53
 """Below this number, an ``int`` is exact as a ``float``."""
@@ -50,7 +50,7 @@ def with_tensor(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 @contextlib.contextmanager
 def numbers_as_tensors(module: nn.Module) -> Iterator[None]:
     """While this is entered, ``self.log`` gets tensors instead of numbers."""
-    if lightning_class(type(module), "LightningModule") is None:
+    if not is_lightning_module(module):
         yield
         return
 

@@ -17,7 +17,7 @@ from cg_lightning.core.reasons import NO_CHANGE, Changed
 from cg_lightning.guards.sources import DerivedNamespace, Source, describe_change
 from cg_lightning.modules.attributes import is_same_value, names_of_frameworks, value_in_class
 from cg_lightning.modules.interception import Interception, ModuleHandler, can_intercept
-from cg_lightning.modules.kinds import is_metric, is_user_module, lightning_class
+from cg_lightning.modules.kinds import is_lightning_module, is_metric, is_user_module
 
 
 class _Written(NamedTuple):
@@ -97,7 +97,7 @@ class WrittenSettings:
 
 def _can_be_seen(module: nn.Module) -> bool:
     # Lightning itself sets attributes of a LightningModule in each step
-    return can_intercept(module) and lightning_class(type(module), "LightningModule") is None
+    return can_intercept(module) and not is_lightning_module(module)
 
 
 class FrozenSettings:

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
-_FRAMEWORKS = ("torch", "lightning", "pytorch_lightning", "torchmetrics")
+FRAMEWORKS = ("torch", "lightning", "pytorch_lightning", "torchmetrics")
 _LIGHTNING = ("lightning.", "pytorch_lightning.")
 _OURS = str(Path(__file__).resolve().parent.parent)
 
@@ -23,7 +23,7 @@ def is_metric(module: nn.Module) -> bool:
 
 def is_user_class(cls: type) -> bool:
     """Return True if a class is not from Python, torch, Lightning or torchmetrics."""
-    return cls.__module__.split(".")[0] not in ("builtins", "functools", *_FRAMEWORKS)
+    return cls.__module__.split(".")[0] not in ("builtins", "functools", *FRAMEWORKS)
 
 
 def is_value_of_class(value: object) -> bool:
@@ -55,6 +55,11 @@ def lightning_class(cls: type, *names: str) -> type | None:
     )
 
 
+def is_lightning_module(module: object) -> bool:
+    """Return True for a LightningModule of ``lightning`` or ``pytorch_lightning``."""
+    return lightning_class(type(module), "LightningModule") is not None
+
+
 def is_lightnings_own(owner: object, name: str) -> bool:
     """Return True if Lightning itself defines this method of ``owner``."""
     if name in vars(owner):
@@ -71,7 +76,7 @@ def _folder(package: str) -> str | None:
 def _is_library(file: str) -> bool:
     """Return True if a file is in a folder of installed libraries or of a framework."""
     installed = [sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")]
-    folders = [*installed, *map(_folder, _FRAMEWORKS)]
+    folders = [*installed, *map(_folder, FRAMEWORKS)]
     return file.startswith(("<frozen", *[folder for folder in folders if folder]))
 
 

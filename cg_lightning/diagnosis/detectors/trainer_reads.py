@@ -33,7 +33,7 @@ from cg_lightning.guards.trainer_values import (
     TrainerValues,
 )
 from cg_lightning.modules.interception import Interception, ModuleHandler
-from cg_lightning.modules.kinds import is_user_file, lightning_class
+from cg_lightning.modules.kinds import is_lightning_module, is_user_file, lightning_class
 
 
 class ReadNames(ModuleHandler):
@@ -162,7 +162,7 @@ def noticed_reads(watch: StepWatch, cause: Cause, names: tuple[str, ...]) -> Ite
     """While this is entered, reads of some attributes of LightningModules are noticed."""
     with contextlib.ExitStack() as stack:
         for _, module in watch.modules:
-            is_lightning = lightning_class(type(module), "LightningModule") is not None
+            is_lightning = is_lightning_module(module)
             if is_lightning and id(module) not in watch.hidden:
                 handler = ReadNames(watch, module, cause, names)
                 stack.callback(Interception(module, handler).remove)
