@@ -35,7 +35,7 @@ from cg_lightning.modules.attributes import (
     value_in_class,
 )
 from cg_lightning.modules.interception import ModuleHandler
-from cg_lightning.modules.kinds import FRAMEWORKS, is_user_class, is_user_file
+from cg_lightning.modules.kinds import FRAMEWORKS, is_user_class, is_user_file, namespace_of
 
 _Instruction = tuple[CodeType, int]
 
@@ -140,8 +140,7 @@ class AttributeEvents(ModuleHandler):
 
     @property
     def _attributes(self) -> dict[str, Any]:
-        found: dict[str, Any] = object.__getattribute__(self.module, "__dict__")
-        return found
+        return namespace_of(self.module)
 
     def line_that_sets(self, name: str) -> str:
         """Return where an attribute was first set to another value; empty if nowhere."""

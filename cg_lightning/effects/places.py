@@ -15,6 +15,7 @@ from cg_lightning.guards.changed_values import (
     kind_to_change,
 )
 from cg_lightning.guards.sources import MISSING, Source
+from cg_lightning.modules.kinds import namespace_of
 
 _Steps = tuple[tuple[bool, Any], ...]
 _FACTORIES = (list, dict, int, float, collections.deque)
@@ -35,8 +36,7 @@ class ChangedAttribute(NamedTuple):
     @property
     def attributes(self) -> dict[str, Any]:
         """The attributes of the module."""
-        found: dict[str, Any] = object.__getattribute__(self.module, "__dict__")
-        return found
+        return namespace_of(self.module)
 
     def kind_source(self) -> Source:
         """Return a source for the kind of its value."""

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.modules.kinds import namespace_of
 
 NAMES_OF_MODULE = frozenset({"current_epoch", "global_step", "global_rank", "local_rank"})
 """Properties of a LightningModule that ask the Trainer."""
@@ -34,8 +35,7 @@ OBJECTS = frozenset({"logger", "datamodule"})
 
 
 def _trainer_of(module: nn.Module) -> Any:
-    # the module may be intercepted
-    return object.__getattribute__(module, "__dict__").get("_trainer")
+    return namespace_of(module).get("_trainer")
 
 
 class TrainerValues:

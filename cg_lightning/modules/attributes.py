@@ -26,6 +26,7 @@ from cg_lightning.modules.kinds import (
     is_user_module,
     is_value_of_class,
     lightning_class,
+    namespace_of,
 )
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.device, torch.dtype, types.MethodType)
@@ -191,14 +192,14 @@ _SET_BY_USERS = frozenset(
 
 def set_by_users(module: nn.Module, name: str) -> str:
     """Return the attribute in which Lightning stores a user's value ``name``; otherwise empty."""
-    attributes: dict[str, Any] = object.__getattribute__(module, "__dict__")
+    attributes = namespace_of(module)
     found = (each for each in (f"_{name}", name) if each in _SET_BY_USERS and each in attributes)
     return next(found, "")
 
 
 def names_of_users(module: nn.Module) -> set[str]:
     """Return the names of the attributes that users set: in the module itself, and in slots."""
-    attributes: dict[str, Any] = object.__getattribute__(module, "__dict__")
+    attributes = namespace_of(module)
     cls: type = type(module)
     names = {*attributes, *slots_of(cls)}
     return {name for name in names if name in _SET_BY_USERS} | (names - names_of_frameworks(module))
@@ -320,7 +321,7 @@ def has_attributes_of_users(module: nn.Module) -> bool:
     """
     cls: type = type(module)
     known = names_of_frameworks(module) | _names_in_methods(cls)
-    attributes: dict[str, Any] = object.__getattribute__(module, "__dict__")
+    attributes = namespace_of(module)
     in_classes = [
         (name, value)
         for base in cls.__mro__
@@ -340,7 +341,7 @@ def is_user_attribute(module: nn.Module, name: str) -> bool:
     """
     if name in names_of_frameworks(module):
         return False
-    attributes: dict[str, Any] = object.__getattribute__(module, "__dict__")
+    attributes = namespace_of(module)
     if name in attributes and is_plain_value(attributes[name]):
         return True
     found = value_in_class(type(module), name)

@@ -7,6 +7,7 @@ import sys
 import sysconfig
 import types
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torchmetrics import Metric, MetricCollection
@@ -38,6 +39,12 @@ def is_value_of_class(value: object) -> bool:
 def is_user_module(module: nn.Module) -> bool:
     """Return True if the class of ``module`` is not from torch, Lightning or torchmetrics."""
     return is_user_class(type(module))
+
+
+def namespace_of(module: nn.Module) -> dict[str, Any]:
+    """Return the ``__dict__`` of a module. An interception does not see this read."""
+    found: dict[str, Any] = object.__getattribute__(module, "__dict__")
+    return found
 
 
 def lightning_class(cls: type, *names: str) -> type | None:
