@@ -117,8 +117,8 @@ _ASKED = "_cuda_isCurrentStreamCapturing"
 def capture_looks_eager() -> Iterator[None]:
     """Answer *no* to others who ask whether a capture is under way, in this thread.
 
-    Libraries compute something else if it is: another mask, and with it another kernel. The watched
-    step heard *no*, so *no* is what makes the captured way the watched one. PyTorch's code in C++
+    If the answer is yes, libraries compute something else: another mask, and so another kernel. The
+    watched step got *no*, so with *no* the captured step takes the same way. PyTorch's code in C++
     asks otherwise.
     """
     thread = threading.get_ident()

@@ -39,7 +39,7 @@ _without_our_mode = getattr(torch.overrides, "_pop_mode_temporarily", None)
 
 @contextlib.contextmanager
 def answered_indices(device: torch.device, answer: AnswerIndex) -> Iterator[None]:
-    """Index tensors of ``device`` with what ``answer`` returns in the place of lists and arrays.
+    """While this is entered, ``answer`` replaces lists and arrays that index tensors of ``device``.
 
     Attention must not notice the mode: it would leave its fast path.
     """

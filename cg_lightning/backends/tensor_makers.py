@@ -35,7 +35,7 @@ _ORIGINALS: dict[str, TensorMaker] = {
 _NUMBERS = (bool, int, float, complex)
 _SEQUENCES = (list, tuple, range, torch.Size)
 MOST_VALUES = 256
-"""What has more values is compared once an epoch only (``guards/values.py``), so it may change."""
+"""Larger values are compared only once an epoch (``guards/values.py``), so they may change."""
 # private. Without it, the recorder would record operations of ours, so nothing is constant
 _without_modes = getattr(_python_dispatch, "_disable_current_modes", None)
 

@@ -30,7 +30,7 @@ def _may_come_later() -> bool:
 
 
 class RepeatedCall(NamedTuple):
-    """A call that raises what eager would have raised."""
+    """A call that raises the error of eager."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]

@@ -77,7 +77,7 @@ def format_multiclass(
     ignore_index: int | None = None,
     convert_to_labels: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Return labels, with :data:`LEFT_OUT` in the place of the targets to ignore."""
+    """Return labels, with :data:`LEFT_OUT` instead of the targets to ignore."""
     del checked
     assert ignore_index is not None
     preds, target = original(preds, target, None, convert_to_labels)
@@ -104,7 +104,7 @@ def format_binary(
     ignore_index: int | None = None,
     convert_to_labels: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Return labels, with :data:`LEFT_OUT` in the place of the targets to ignore.
+    """Return labels, with :data:`LEFT_OUT` instead of the targets to ignore.
 
     Whether predictions are logits depends on those that are not left out. 0 decides nothing.
     """

@@ -65,7 +65,7 @@ class _Bare(Metric):
         """Do nothing."""
 
     def compute(self) -> None:
-        """Give nothing."""
+        """Return nothing."""
 
 
 ATTRIBUTES_OF_METRICS = frozenset({**vars(_Bare()), **vars(MetricCollection({}))})

@@ -191,7 +191,7 @@ class MetricStates:
             state.move_to_graph(tensor, owner.is_inference)
 
     def _move_in_place(self, state: MetricState) -> None:
-        """Do what eager does, which writes to the tensor that the state is.
+        """Do what eager does: it writes to the tensor of the state.
 
         Other metrics that have the tensor see the change. So does a user who has kept it; then it
         stays the state, and gets the value of the graph.

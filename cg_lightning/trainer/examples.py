@@ -74,7 +74,7 @@ class BatchesAhead:
         self._taken: set[tuple[str, int]] = set()
 
     def take(self, stage: str, dataloader_idx: int) -> list[HostBatch]:
-        """Return the batches of one dataloader, the largest first; the second time none."""
+        """Return the batches of one dataloader, the largest first. A second call returns none."""
         if (stage, dataloader_idx) in self._taken:
             return []
         self._taken.add((stage, dataloader_idx))
