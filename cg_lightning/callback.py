@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -21,9 +20,8 @@ from cg_lightning.core.settings import (
     Settings,
     StageName,
     Tolerance,
-    check_names,
 )
-from cg_lightning.core.stages import EVALUATING, STEP_METHODS, TRAIN
+from cg_lightning.core.stages import STEP_METHODS, TRAIN
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.modules.kinds import lightning_class
 from cg_lightning.report.logged import numbers_to_log
@@ -40,6 +38,7 @@ from cg_lightning.trainer.batch_transfer import (
     overlapped_transfer,
 )
 from cg_lightning.trainer.examples import BatchesAhead
+from cg_lightning.trainer.given_batches import GivenBatches
 from cg_lightning.trainer.installation import InertInstallation, Installation
 from cg_lightning.trainer.logged_results import LoggedResults
 from cg_lightning.trainer.loggers import log_numbers
@@ -219,8 +218,7 @@ class CUDAGraphCallback(Callback):
         """Counts of captures, replays and steps over all runs and Trainers of this callback."""
         self._installation: Installation | InertInstallation | None = None
         self._training: TrainingInstallation | InertInstallation | None = None
-        self._given: dict[str, list[Any]] = {}
-        self._given_for: weakref.ref[LightningModule] | None = None
+        self._given = GivenBatches()
         self._ahead: BatchesAhead | None = None
         self._stages_run: list[str] = []
         self._runs = 0
@@ -229,13 +227,7 @@ class CUDAGraphCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # graphs belong to this process and its module
-        mine: dict[str, Any] = {
-            "_installation": None,
-            "_training": None,
-            "_given": {},
-            "_given_for": None,
-            "_ahead": None,
-        }
+        mine: dict[str, Any] = {"_installation": None, "_training": None, "_ahead": None}
         return {**self.__dict__, **mine}
 
     def __repr__(self) -> str:
@@ -287,26 +279,7 @@ class CUDAGraphCallback(Callback):
                 "callback.capture(trainer, ...): the Trainer does not have this callback; make it "
                 "with Trainer(callbacks=[callback])."
             )
-        if not self._settings.runtime_policy.has_full_cudagraphs():
-            raise ValueError(
-                "callback.capture captures whole steps, and "
-                f"mode={self._settings.runtime_policy.name!r} has none; set mode='FULL' or "
-                "'FULL_AND_PIECEWISE'."
-            )
-        if not isinstance(batches, (list, tuple)):
-            raise ValueError(
-                f"callback.capture(..., batches): expected a list of batches, not a "
-                f"{type(batches).__name__}; for one batch, give [batch]."
-            )
-        stages = tuple(each for each in self._settings.stages if each in EVALUATING)
-        if not stages:
-            raise ValueError(
-                "callback.capture captures steps that evaluate, and "
-                f"stages={self._settings.stages!r} has none."
-            )
-        chosen = stages if stage is None else check_names("stage", stage, tuple(stages))
-        self._given = {**self._given, **{name: list(batches) for name in chosen}}
-        self._given_for = weakref.ref(model)
+        self._given.keep(self._settings, model, batches, stage)
         if isinstance(self._installation, Installation):
             self._arrange_captures(trainer, self._installation)
 
@@ -503,8 +476,7 @@ class CUDAGraphCallback(Callback):
 
     def _arrange_captures(self, trainer: Trainer, installation: Installation) -> None:
         """Hand the batches to capture ahead to the session."""
-        is_for_it = self._given_for is not None and self._given_for() is installation.module
-        given = self._given if is_for_it else {}
+        given = self._given.of(installation.module)
         self._ahead = None
         if any(given.values()) or self._settings.capture_ahead:
             warn = functools.partial(self._report_once, rank_zero_warn)
