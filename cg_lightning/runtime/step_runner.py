@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -79,6 +79,16 @@ def _explained(warm_up: Reason, why: Reason) -> Reason:
     """Return the reason of a warm-up step, with the reason why no graph of the step follows."""
     text = f"{warm_up}; {why}"
     return Reason(Status.WARM_UP, text, why.location, behind=why.kind)
+
+
+def _joined(reasons: Mapping[str, Reason]) -> Reason | None:
+    """Return the reasons of all submodules as one; None if there are none."""
+    found = list(dict.fromkeys(reasons.values()))
+    if len(found) < 2:
+        return found[0] if found else None
+    text = "; ".join(map(str, found))
+    subject = "; ".join([each.subject or each.text for each in found])
+    return Reason(found[0].kind, text, found[0].location, subject)
 
 
 class StepRunner:
@@ -253,21 +263,7 @@ class StepRunner:
             return self._run_for_reason(plan, args, kwargs)
         descriptor, variant = plan.state.descriptor, plan.variant
         if plan.action in (Action.CAPTURE, Action.VERIFY):
-            call = GraphCall(descriptor, self._invoke, args[0], leaves, args[1:], kwargs)
-            with self._session.ranges.range(plan.action.name.lower()):
-                if self._padded is not None and variant is not None and variant.padding is not None:
-                    outcome: Outcome | None = self._padded.run(plan, call)
-                else:
-                    outcome = self._session.target.run(self._name, plan, call)
-            assert variant is not None
-            if variant.reason is not None and variant.reason.kind is Status.VALUE_READ:
-                self._session.changing_values.note_read(descriptor, variant.reason.leaf)
-            if variant.mode is not FULL:
-                self._session.find_submodules(descriptor, variant, plan.state.warmup_runs)
-            if outcome is None and variant.mode is PIECEWISE:
-                outcome = self._run_piecewise(plan, args, kwargs)
-            elif outcome is None:
-                outcome = self._run_eagerly(descriptor, args, kwargs, variant.reason)
+            outcome = self._capture_or_verify(plan, args, kwargs, leaves)
         elif plan.action is Action.PIECEWISE:
             outcome = self._run_piecewise(plan, args, kwargs)
         elif plan.action is Action.WATCH:
@@ -294,6 +290,29 @@ class StepRunner:
         self._times.append((self._stage, Ran.EAGER, perf_counter() - began, plan.reason))
         self._finish(outcome, plan.state.descriptor, plan.variant)
         return outcome._replace(ran=Ran.EAGER)
+
+    def _capture_or_verify(
+        self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]
+    ) -> Outcome:
+        """Run a step from its graph, as planned, or in a lower mode if the capture fails."""
+        session, variant, descriptor = self._session, plan.variant, plan.state.descriptor
+        assert variant is not None
+        call = GraphCall(descriptor, self._invoke, args[0], leaves, args[1:], kwargs)
+        outcome: Outcome | None
+        with session.ranges.range(plan.action.name.lower()):
+            if self._padded is not None and variant.padding is not None:
+                outcome = self._padded.run(plan, call)
+            else:
+                outcome = session.target.run(self._name, plan, call)
+        if variant.reason is not None and variant.reason.kind is Status.VALUE_READ:
+            session.changing_values.note_read(descriptor, variant.reason.leaf)
+        if variant.mode is not FULL:
+            session.find_submodules(descriptor, variant, plan.state.warmup_runs)
+        if outcome is not None:
+            return outcome
+        if variant.mode is PIECEWISE:
+            return self._run_piecewise(plan, args, kwargs)
+        return self._run_eagerly(descriptor, args, kwargs, variant.reason)
 
     def _invoke(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         return self._step(batch, *args, **kwargs)
@@ -391,14 +410,7 @@ class StepRunner:
                 time.steps += 1
                 time.seconds += seconds
             return Outcome(output, PIECEWISE, reason)
-        reasons = list(dict.fromkeys(progress.reasons.values()))
-        if not reasons:
-            return Outcome(output, NONE, reason or _NO_WARM_TARGET)
-        if len(reasons) == 1:
-            return Outcome(output, NONE, reasons[0])
-        text = "; ".join(map(str, reasons))
-        subject = "; ".join([each.subject or each.text for each in reasons])
-        return Outcome(output, NONE, Reason(reasons[0].kind, text, reasons[0].location, subject))
+        return Outcome(output, NONE, _joined(progress.reasons) or reason or _NO_WARM_TARGET)
 
     def _run_eagerly(
         self,

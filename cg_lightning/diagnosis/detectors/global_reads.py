@@ -279,8 +279,15 @@ class GlobalReads(Detector):
         sources = _with_lines(sources, lines)
         held = [(each, _with_lines(sources_held_by(each), lines)) for each in found.functions]
         self._note_named(namespaces_named(frame, names))
-        volatile = arithmetic_of_thread(code)
-        return _Code(code, True, volatile, False, "", location, sources, held, names, opaque)
+        return _Code(
+            code,
+            volatile=arithmetic_of_thread(code),
+            location=location,
+            sources=sources,
+            functions=held,
+            names=names,
+            opaque=opaque,
+        )
 
     def _note_named(self, namespaces: list[Any]) -> None:
         """Note classes that code names: other code may get them, and read them by its names."""
@@ -324,7 +331,14 @@ class GlobalReads(Detector):
         write = write_in_python(code)
         matters = bool(volatile or settings or write) or is_of_environment or code is _IMPORT
         matters = matters or asks_for_level(code)
-        return _Code(code, matters, volatile, is_of_environment, write, sources=settings)
+        return _Code(
+            code,
+            matters=matters,
+            volatile=volatile,
+            is_of_environment=is_of_environment,
+            write=write,
+            sources=settings,
+        )
 
     def _find_functions(self, frame: FrameType) -> FoundFunctions:
         code = frame.f_code
@@ -398,14 +412,14 @@ class _Code(NamedTuple):
     """What is known of one code object whose functions the step calls."""
 
     code: CodeType
-    matters: bool
-    """Whether a call tells anything."""
-    volatile: str
+    matters: bool = True
+    """Whether its calls are of interest."""
+    volatile: str = ""
     """The volatile function that it is or calls; empty if there is none."""
-    is_of_environment: bool
+    is_of_environment: bool = False
     """Whether it reads environment variables for its caller."""
-    write: str
-    """By what it says something for its caller; empty if by nothing."""
+    write: str = ""
+    """The function by which it writes or shows text for its caller; empty if there is none."""
     location: str = ""
     sources: Sequence[Source] = ()
     """The globals that it names, and the settings of PyTorch."""
