@@ -30,7 +30,7 @@ from cg_lightning.effects.effect import (
 )
 from cg_lightning.effects.logged_values import Calls
 from cg_lightning.effects.module_effects import ModuleEffects
-from cg_lightning.effects.recorder import NoEffects, Recorder
+from cg_lightning.effects.recorder import Recorder
 from cg_lightning.effects.recording import FinishedStep
 from cg_lightning.effects.step_state import HostRandomState, StepState
 from tests.harness import assert_same
@@ -462,7 +462,7 @@ def test_what_cannot_be_logged_again_is_refused():
 
 
 def test_a_submodule_has_no_effects():
-    recorder: Recorder = NoEffects()
+    recorder = Recorder()
     with recorder.step() as recording:
         assert recording.finish() == FinishedStep([], [], [], [])
     assert not recorder.has_unreserved_checks

@@ -44,7 +44,7 @@ from cg_lightning.effects.host_draws import DrawAgain, HostDraw
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.effects.places import ChangedAttribute
 from cg_lightning.effects.python_changes import recording_changes
-from cg_lightning.effects.recorder import NoEffects, Recorder
+from cg_lightning.effects.recorder import Recorder
 from cg_lightning.effects.step_state import HeldByModules, HostRandomState, StepState
 from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.host_values.path import HostRead
@@ -314,9 +314,7 @@ class _Attempt:
         """Capture the call; see :meth:`Capturer.capture` for the errors."""
         target, effects = self._target, self._target.effects
         recording: AbstractContextManager[Recorder] = (
-            contextlib.nullcontext(NoEffects())
-            if effects is None
-            else effects.recorder(target.late)
+            contextlib.nullcontext(Recorder()) if effects is None else effects.recorder(target.late)
         )
         with (
             override_forward_context(ForwardContext(target.mode, self._call.descriptor)),

@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
 
 from torch import nn
 
@@ -34,7 +33,7 @@ from cg_lightning.effects.effect import ReadChecksLater
 from cg_lightning.effects.late_updates import LateStep
 from cg_lightning.effects.logged_numbers import numbers_as_tensors
 from cg_lightning.effects.logged_values import LoggedValues
-from cg_lightning.effects.recording import FinishedStep, StepRecording
+from cg_lightning.effects.recording import Recording, StepRecording
 from cg_lightning.effects.step_state import AttributesSnapshot
 from cg_lightning.metrics.deferred_checks import CheckedCalls, DeferredCheck, DeferredChecks
 from cg_lightning.metrics.members import metrics_of
@@ -42,23 +41,7 @@ from cg_lightning.metrics.states import MetricState, MetricStates
 from cg_lightning.metrics.sync_free import sync_free
 
 
-class Recording(Protocol):
-    """One captured step."""
-
-    def finish(self, known: Any = ()) -> FinishedStep:
-        """Return what the step does beside its output.
-
-        Call it once, inside the capture and after the step, because it writes metric states.
-
-        Args:
-            known: What the user has of the step beside metrics: its output and its batch.
-
-        Raises:
-            CaptureError: The step has a side effect that a replay cannot do again.
-        """
-
-
-class Recorder(Protocol):
+class Recorder:
     """Records captures of one step, in this order.
 
     1. Enter the context that gives the recorder, outside any capture.
@@ -66,44 +49,27 @@ class Recorder(Protocol):
     3. If :attr:`has_unreserved_checks`: drop the graph and the effects, call
        :meth:`reserve_checks`, and capture once more, as in 2.
     4. Leave the context. Metrics and logged values are then as they were before.
+
+    This class itself is for a submodule. Its calls have no effects, because others are not
+    captured.
     """
 
     @property
     def has_unreserved_checks(self) -> bool:
         """Whether the last captured step made checks without reserved memory."""
+        return False
 
     @property
     def checked_calls(self) -> CheckedCalls:
         """The checked calls of the step that is being captured."""
-
-    def step(self) -> AbstractContextManager[Recording]:
-        """While this is entered, one captured step is recorded."""
-
-    def reserve_checks(self) -> None:
-        """Reserve memory for the checks of the last captured step."""
-
-
-class _NoRecording:
-    def finish(self, known: Any = ()) -> FinishedStep:
-        return FinishedStep([], [], [], [])
-
-
-class NoEffects:
-    """The recorder for a submodule, whose calls have no effects: others are not captured."""
-
-    has_unreserved_checks = False
-
-    @property
-    def checked_calls(self) -> CheckedCalls:
-        """An empty record, which is not used."""
         return CheckedCalls()
 
     def step(self) -> AbstractContextManager[Recording]:
-        """Return a context in which nothing is recorded."""
-        return contextlib.nullcontext(_NoRecording())
+        """While this is entered, one captured step is recorded."""
+        return contextlib.nullcontext(Recording())
 
     def reserve_checks(self) -> None:
-        """Do nothing."""
+        """Reserve memory for the checks of the last captured step."""
 
 
 @contextlib.contextmanager
@@ -146,7 +112,7 @@ def recording_effects(
     checks.add(recorder.reserved)
 
 
-class EffectRecorder:
+class EffectRecorder(Recorder):
     """Records captures of one step of a module; :func:`recording_effects` makes it.
 
     Args:
@@ -182,12 +148,12 @@ class EffectRecorder:
 
     @property
     def has_unreserved_checks(self) -> bool:
-        """Whether the last captured step made checks without reserved memory."""
+        """See :class:`Recorder`."""
         return len(self._checked.seen) > len(self.reserved)
 
     @property
     def checked_calls(self) -> CheckedCalls:
-        """The checked calls of the step that is being captured."""
+        """See :class:`Recorder`."""
         return self._checked
 
     @contextlib.contextmanager
@@ -219,5 +185,5 @@ class EffectRecorder:
             yield recording
 
     def reserve_checks(self) -> None:
-        """Reserve memory for the checks of the last captured step."""
+        """See :class:`Recorder`."""
         self.reserved = [DeferredCheck.of(*seen) for seen in self._checked.seen]

@@ -191,7 +191,24 @@ class FinishedStep(NamedTuple):
                     raise CaptureError(f"the step returns or keeps the state {what}")
 
 
-class StepRecording:
+class Recording:
+    """One captured step. This class itself is for a step without side effects."""
+
+    def finish(self, known: Any = ()) -> FinishedStep:
+        """Write new states to static tensors. Return what the step does beside its output.
+
+        Call it once, inside the capture and after the step.
+
+        Args:
+            known: What the user has of the step beside metrics: its output and its batch.
+
+        Raises:
+            CaptureError: The step has a side effect that a replay cannot do again.
+        """
+        return FinishedStep([], [], [], [])
+
+
+class StepRecording(Recording):
     """One captured step of a module with metrics or logged values.
 
     Args:
@@ -240,14 +257,7 @@ class StepRecording:
             yield
 
     def finish(self, known: Any = ()) -> FinishedStep:
-        """Write new states to static tensors. Return what the step does beside its output.
-
-        Args:
-            known: What the user has of the step beside metrics: its output and its batch.
-
-        Raises:
-            CaptureError: The step has a side effect that a replay cannot do again.
-        """
+        """See :class:`Recording`."""
         for recorded in self._metrics:
             if reason := unsupported_update(recorded.metric, recorded.written):
                 raise CaptureError(reason)
