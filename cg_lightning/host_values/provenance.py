@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from cg_lightning.backends.operation_writes import may_write_undeclared, written_arguments
 from cg_lightning.host_values.exact_operations import (

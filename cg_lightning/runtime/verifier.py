@@ -251,7 +251,7 @@ class Verifier:
         self,
         call: GraphCall,
         comparison: Comparison | None,
-        before: StepState,
+        before: StepState | NoState,
         leaves: tuple[list[Any], list[Any]],
         differing: list[int],
     ) -> tuple[list[int], int]:
