@@ -234,6 +234,28 @@ def test_values_that_compiled_code_reads_are_guarded(harness, first_scales, kind
     assert callback.stats.replays > 3, callback.summary()
 
 
+class CountsGlobally(Layer):
+    def forward(self, x):
+        global SCALE
+        SCALE += 1.0
+        return self.linear(x) * SCALE
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*recompile_limit")
+def test_a_network_to_compile_that_changes_a_global_runs_eagerly(harness, first_scales):
+    callback = harness.callback(warmup_steps=1, compile={"backend": "eager"})
+    seen = []
+    for extra in ([callback], []):
+        torch.manual_seed(3)
+        torch.compiler.reset()
+        first_scales()
+        module = Residual(CountsGlobally(), "option")
+        seen.append((harness.trainer(*extra).predict(module, features(32)), SCALE))
+    assert_same(*seen)
+    assert not callback.stats.steps["FULL"]
+    assert any("global SCALE" in str(record.reason) for record in callback.stats.reasons)
+
+
 SINK = io.StringIO()
 
 

@@ -50,7 +50,7 @@ from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.host_values.path import HostRead
 from cg_lightning.metrics.deferred_checks import CheckedCalls
 from cg_lightning.metrics.units import MetricUnit
-from cg_lightning.modules.compiled import is_compiled
+from cg_lightning.modules.compiled import is_compiled, is_compiled_by_callback
 from cg_lightning.report.records import EntryRecord
 
 T = TypeVar("T")
@@ -231,9 +231,11 @@ class Capturer:
     def _guard_compiled(self, target: CaptureTarget, call: GraphCall) -> None:
         """Run the call once as it is written, to guard what its compiled code reads.
 
-        A watched step cannot see that, because it runs compiled code compiled.
+        A watched step cannot see that, because it runs the user's compiled code compiled.
         """
-        if self._watch_compiled is None or target.guards is None:
+        compiled = [module for module in target.module.modules() if is_compiled(module)]
+        is_seen = all(map(is_compiled_by_callback, compiled))
+        if is_seen or self._watch_compiled is None or target.guards is None:
             return
         inputs = self._static_inputs(call)
         tree = rebuild(call.tree, iter(inputs.leaves))

@@ -29,6 +29,8 @@ class Detector:
 
     causes: ClassVar[tuple[Cause, ...]] = ()
     """The causes that this detector may report."""
+    sees_compiled_code: ClassVar[bool] = False
+    """Whether it goes on while a network that the callback compiles runs as it is written."""
 
     def __init__(self, watch: StepWatch) -> None:
         self.watch = watch

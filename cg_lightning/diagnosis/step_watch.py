@@ -481,12 +481,18 @@ class StepWatch:
                 self._stance.__exit__(None, None, None)
 
     @contextlib.contextmanager
-    def suspended_for_compiled_code(self) -> Iterator[None]:
-        """While a compiled module runs. It runs compiled, and without our modes and functions."""
+    def suspended_for_compiled_code(self, as_written: bool) -> Iterator[None]:
+        """While a compiled module runs. It runs compiled, and without our modes and functions.
+
+        Args:
+            as_written: Whether it runs as it is written instead, and its calls are told of.
+        """
         with contextlib.ExitStack() as stack:
             for detector in self._detectors:
-                stack.enter_context(detector.suspended())
-            self._stance.__exit__(None, None, None)
+                if not (as_written and detector.sees_compiled_code):
+                    stack.enter_context(detector.suspended())
+            if not as_written:
+                self._stance.__exit__(None, None, None)
             is_innermost = _get_current_dispatch_mode() is self._mode
             if is_innermost:
                 self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
@@ -495,7 +501,8 @@ class StepWatch:
             finally:
                 if is_innermost:
                     self._mode.__enter__()  # type: ignore[no-untyped-call]
-                self._stance = torch.compiler.set_stance("force_eager")
+                if not as_written:
+                    self._stance = torch.compiler.set_stance("force_eager")
 
     # what the watcher makes and takes
 

@@ -72,8 +72,8 @@ class StepWatcher:
     """Watches steps of one module. A watched step computes what an eager one computes.
 
     Compiled modules run compiled, so they are watched from outside: their arguments and state are
-    compared before and after. Compiled functions and methods run as they were written, in watched
-    steps only.
+    compared before and after. Compiled functions and methods, and what the callback compiles, run
+    as they were written, in watched steps only.
 
     Args:
         root: The module whose step runs.

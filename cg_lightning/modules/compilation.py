@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from cg_lightning.backends.capture_scope import autocast_cache_emptied
-from cg_lightning.modules.compiled import COMPILED_IN_PLACE, is_compiled
+from cg_lightning.modules.compiled import BY_CALLBACK, COMPILED_IN_PLACE, is_compiled
 from cg_lightning.modules.kinds import is_metric
 
 
@@ -126,6 +126,7 @@ def _compiled(module: nn.Module, arguments: Mapping[str, Any]) -> Callable[..., 
         with autocast_cache_emptied():
             return compiled(*args, **kwargs)
 
+    setattr(call_compiled, BY_CALLBACK, True)
     return call_compiled
 
 

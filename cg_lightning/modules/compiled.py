@@ -16,6 +16,10 @@ Pickles and copies of a module do not contain it.
 """
 
 
+BY_CALLBACK = "is_compiled_by_cg_lightning"
+"""Attribute of compiled calls that the callback has made."""
+
+
 def is_compiled_in_place(module: nn.Module) -> bool:
     """Return True if ``module.compile()`` was called."""
     return getattr(module, COMPILED_IN_PLACE, None) is not None
@@ -28,6 +32,11 @@ def is_compiled(module: nn.Module) -> bool:
     return is_compiled_in_place(module) or (
         dynamo is not None and isinstance(module, dynamo.OptimizedModule)
     )
+
+
+def is_compiled_by_callback(module: nn.Module) -> bool:
+    """Return True if the callback compiles this module, for the time of a stage."""
+    return hasattr(vars(module).get(COMPILED_IN_PLACE), BY_CALLBACK)
 
 
 def is_graphed_by_compiler(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.watched_step import ModuleCall
-from cg_lightning.modules.compiled import is_graphed_by_compiler
+from cg_lightning.modules.compiled import is_compiled_by_callback, is_graphed_by_compiler
 
 
 class CompiledModules(Detector):
@@ -32,5 +32,6 @@ class CompiledModules(Detector):
         assert call.module is not None
         if is_graphed_by_compiler(call.module):
             self.watch.report(Cause.GRAPHED_ALREADY, type(call.module).__name__)
-        with self.watch.suspended_for_compiled_code():
+        # the user's compiled code gives other bits than the same code as written
+        with self.watch.suspended_for_compiled_code(is_compiled_by_callback(call.module)):
             yield

@@ -95,6 +95,7 @@ class GlobalReads(Detector):
     """
 
     causes = (Cause.STATE_REBOUND, Cause.OPAQUE, Cause.PRINTED)
+    sees_compiled_code = True
     names_in_c = NAMES_OF_VOLATILE | NAMES_OF_WRITES | _BY_TEXT
 
     def __init__(self, watch: StepWatch) -> None:
