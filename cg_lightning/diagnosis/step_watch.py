@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import CodeType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from cg_lightning.diagnosis.late_unit import LateUnit
 from cg_lightning.diagnosis.lines_of_changes import line_that_changes
 from cg_lightning.diagnosis.operation_mode import OperationMode
 from cg_lightning.diagnosis.watched_step import ModuleCall, StepNotes, WatchedStep
+from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.effects.places import ChangedAttribute
 from cg_lightning.guards.comparisons import Condition
 from cg_lightning.guards.frozen_parts import ChangedPlace
@@ -55,23 +56,6 @@ class StoppedStep(BaseException):  # not an Exception, so that no step catches i
         self.finding = finding
 
 
-class Effects(Protocol):
-    """What a graph of the whole step can do to metrics and to what is logged."""
-
-    @property
-    def sync_free(self) -> bool:
-        """Whether captures replace functions of torchmetrics that wait for the device."""
-
-    def metrics(self) -> list[nn.Module]:
-        """Return all metrics of the module, and those behind ``self.log``."""
-
-    def logged_metrics(self) -> list[nn.Module]:
-        """Return the metrics behind ``self.log``."""
-
-    def logs_in_graph(self) -> bool:
-        """Whether a graph can hold ``self.log``; otherwise the call is made after each replay."""
-
-
 class StepWatch:
     """One watched step. It owns the stack of calls; detectors report what they find to it.
 
@@ -81,8 +65,8 @@ class StepWatch:
         root: The module whose step runs.
         backend: Where it runs.
         batch: What the step is given.
-        effects: What a graph of the whole step can hold; None: neither ``self.log`` nor updates of
-            metrics.
+        effects: The side effects of the step. None: a graph of the whole step can hold neither
+            ``self.log`` nor updates of metrics.
         run_logging: Whether ``self.log`` and ``self.print`` are executed.
         has_backward: Whether the step computes its gradients itself.
         stops_at: Findings of the step with these causes end it, by :class:`StoppedStep`.
@@ -94,7 +78,7 @@ class StepWatch:
         backend: GraphBackend,
         batch: Any,
         *,
-        effects: Effects | None = None,
+        effects: ModuleEffects | None = None,
         run_logging: bool = True,
         has_backward: bool = False,
         stops_at: frozenset[Cause] = frozenset(),

@@ -35,8 +35,9 @@ from cg_lightning.diagnosis.detectors.rebound_state import ReboundState
 from cg_lightning.diagnosis.detectors.tensor_attributes import TensorAttributes
 from cg_lightning.diagnosis.detectors.trainer_reads import TrainerReads
 from cg_lightning.diagnosis.detectors.world import World
-from cg_lightning.diagnosis.step_watch import Effects, StepWatch
+from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.watched_step import WatchedStep
+from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.host_values.path import ReadPath
 from cg_lightning.modules.interception import Interception, ModuleHandler, can_intercept
 
@@ -78,8 +79,8 @@ class StepWatcher:
     Args:
         root: The module whose step runs.
         backend: Where it runs.
-        effects: What a graph of the whole step can do to metrics and logged values; None: it can
-            hold neither ``self.log`` nor updates of metrics.
+        effects: The side effects of the steps. None: a graph of the whole step can hold neither
+            ``self.log`` nor updates of metrics.
         run_logging: Whether ``self.log`` and ``self.print`` are executed.
         has_backward: Whether the step computes its gradients itself.
         detectors: The detectors, in the order in which they are entered.
@@ -90,7 +91,7 @@ class StepWatcher:
         root: nn.Module,
         backend: GraphBackend,
         *,
-        effects: Effects | None,
+        effects: ModuleEffects | None,
         run_logging: bool = True,
         has_backward: bool = False,
         detectors: tuple[type[Detector], ...] = DETECTORS,

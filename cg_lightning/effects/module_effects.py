@@ -115,14 +115,6 @@ class ModuleEffects:
         ]
         return [*self.metrics(), *{id(metric): metric for metric in held}.values()]
 
-    def logged_metrics(self) -> list[nn.Module]:
-        """Return the metrics behind the logged values."""
-        return self.logged.metrics()
-
-    def logs_in_graph(self) -> bool:
-        """Return True if graphs update logged values. If not, log calls follow each replay."""
-        return self.logged.is_supported()
-
     def recorder(self, late: Sequence[MetricUnit] = ()) -> AbstractContextManager[EffectRecorder]:
         """Return a context that gives a recorder for captures of one step.
 

@@ -189,7 +189,7 @@ class LateUpdates(Detector):
         elif name == VALUE:
             late.logged()
             effects = self.watch.effects
-            if effects is not None and not effects.logs_in_graph():
+            if effects is not None and not effects.logged.is_supported():
                 late.refuse("that is logged")
         elif name not in _READ_BY_LOG and not is_search_for_modules(sys._getframe(3)):
             late.refuse("that self.log reads")

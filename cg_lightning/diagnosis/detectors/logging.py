@@ -40,7 +40,7 @@ class Logging(Detector):
                 return None
             effects = self.watch.effects
             with self.watch.paused():
-                is_made_later = effects is not None and not effects.logs_in_graph()
+                is_made_later = effects is not None and not effects.logged.is_supported()
             with self.watch.in_framework(), self._held_by_a_step_if(is_made_later):
                 if name == "log" and effects is not None and not is_made_later:
                     args, kwargs = with_tensor(self.watch.root, args, kwargs)

@@ -14,8 +14,9 @@ from torchmetrics import Metric, MetricCollection
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
-from cg_lightning.diagnosis.step_watch import Effects, StepWatch
+from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.watched_step import ModuleCall
+from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.metrics.members import states_of
 from cg_lightning.metrics.support import (
     ListStates,
@@ -98,14 +99,14 @@ class MetricUpdates(Detector):
             yield
 
     @contextlib.contextmanager
-    def _noticing_unsupported_updates(self, effects: Effects) -> Iterator[None]:
+    def _noticing_unsupported_updates(self, effects: ModuleEffects) -> Iterator[None]:
         handlers = [_MetricHandler(metric, self) for metric in self._metrics]
         ungrouped = [
             metric
             for metric in self._metrics
             if isinstance(metric, MetricCollection) and not metric._groups_checked
         ]
-        devices = _devices(effects.logged_metrics())
+        devices = _devices(effects.logged.metrics())
         with contextlib.ExitStack() as stack:
             for handler in handlers:
                 stack.callback(Interception(handler.metric, handler).remove)
@@ -120,7 +121,7 @@ class MetricUpdates(Detector):
         # a collection waits for the device when it forms its groups, and what is logged when it is
         # first given a place there
         formed_groups = any(collection._groups_checked for collection in ungrouped)
-        if formed_groups or _devices(effects.logged_metrics()) != devices:
+        if formed_groups or _devices(effects.logged.metrics()) != devices:
             self.watch.notes.did_one_time_work = True
 
     def _only_for_submodules(
