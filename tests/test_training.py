@@ -302,6 +302,34 @@ def test_accumulation(fit, batches, verify_replays):
     assert replayed(callback) > 15, callback.summary()
 
 
+class SharesGradient(Classifier):
+    """Two parameters have one gradient from the end of each optimizer step on."""
+
+    def __init__(self):
+        net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4, bias=False))
+        super().__init__(net, OPTIMIZERS["keeps gradients"])
+        self.one, self.other = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+        self.empty = nn.ParameterList(nn.Parameter(torch.zeros(0)) for _ in range(2))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        out = self.net(x) + self.one * 2 + self.other * 3
+        return F.cross_entropy(out, y) + sum(each.sum() for each in self.empty)
+
+    def on_before_optimizer_step(self, optimizer):
+        self.one.grad = self.other.grad.view(-1)
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+@pytest.mark.parametrize("batches", [1, 2])
+def test_parameters_that_share_a_gradient(fit, batches, verify_replays):
+    settings = {"verify_replays": verify_replays}
+    callback = fit(SharesGradient(), accumulate_grad_batches=batches, settings=settings)
+    assert replayed(callback) > 15 or batches == 2, callback.summary()
+    said = "two parameters share the memory of a gradient" in str(callback.stats.eager_reasons)
+    assert said == (batches == 2)
+
+
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_clipping(fit, algorithm):
     callback = fit(Classifier(), gradient_clip_val=0.05, gradient_clip_algorithm=algorithm)

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cg_lightning.backends import CapturedGraph
+from cg_lightning.core.causes import Cause
 from cg_lightning.core.closure import ClosureInput, FinishedClosure, UnfinishedClosure
 from cg_lightning.core.descriptor import Fixed
 from cg_lightning.core.reasons import WARM_UP, Reason, Status
@@ -31,6 +32,9 @@ _MAKE_CLOSURE = "_make_closure"
 _NO_BACKWARD = Reason(Status.CLOSURE_HOOK, "the loop skips the backward")
 _NODE_HOOK = Reason(
     Status.CLOSURE_HOOK, f"{Status.CLOSURE_HOOK.value}: a hook of a node of autograd"
+)
+_SHARED = Reason(
+    Cause.BACKWARD, f"{Cause.BACKWARD.value}: two parameters share the memory of a gradient"
 )
 _ANOMALY = Reason(Status.CLOSURE_HOOK, f"{Status.CLOSURE_HOOK.value}: {ANOMALY}")
 
@@ -203,6 +207,8 @@ class TrainingInstallation:
             return _ANOMALY
         if self._node_hooks:
             return _NODE_HOOK
+        if closure._zero_grad_fn is None and self._step.share_gradients():
+            return _SHARED
         return why_not_closed(
             self._trainer,
             self._module,

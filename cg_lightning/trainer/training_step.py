@@ -198,8 +198,15 @@ class TrainingStep:
                 added.append(gradient)
             else:
                 add_gradient(parameter, gradient)
-        if targets:
+        if _overlap(targets):  # a grouped sum would lose one of two
+            for existing, gradient in zip(targets, added, strict=True):
+                existing.add_(gradient)
+        elif targets:
             torch._foreach_add_(targets, added)
+
+    def share_gradients(self) -> bool:
+        """Return True if two parameters have one gradient, so the order of sums decides bits."""
+        return _overlap([p.grad for p in _of(self.parameters()) if p.grad is not None])
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of the module by name, each once."""
@@ -211,6 +218,12 @@ class TrainingStep:
 
 def _of(parameters: dict[str, nn.Parameter]) -> Iterator[nn.Parameter]:
     return iter(parameters.values())
+
+
+def _overlap(gradients: list[Tensor]) -> bool:
+    strided = [each for each in gradients if each.layout is torch.strided and each.numel()]
+    addresses = list(map(Tensor.data_ptr, strided))
+    return len(set(addresses)) < len(addresses)
 
 
 def _detached(extra: dict[str, Any]) -> dict[str, Any]:
