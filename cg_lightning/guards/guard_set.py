@@ -152,7 +152,7 @@ class GuardSet:
         )
         known = set(map(id, inside))
         hidden = [module for module in self._contents.modules if id(module) not in known]
-        self._hidden = [ModuleGuard(module) for module in hidden]
+        self._hidden = [ModuleGuard(module, backward_hooks=True) for module in hidden]
         for guard in self._hidden:
             guard.check_epoch()  # stores what later ones are compared with
         self._settings.add(self.hidden_modules)

@@ -185,11 +185,15 @@ class ModuleGuard:
     Args:
         root: The module.
         has_code: Whether functions of libraries are compared as well.
+        backward_hooks: Whether backward hooks are compared, too.
     """
 
-    def __init__(self, root: nn.Module, has_code: bool = False) -> None:
+    def __init__(
+        self, root: nn.Module, has_code: bool = False, backward_hooks: bool = False
+    ) -> None:
         self._root = root
         self._has_code = has_code
+        self._backward_hooks = backward_hooks
         self._settings: dict[tuple[int, str], Any] | None = None
         self._held_settings: list[tuple[dict[str, Any], str, Any]] | None = None
         self._held_keys: list[tuple[int, str]] = []
@@ -224,13 +228,12 @@ class ModuleGuard:
         self._code = LibraryCode(self.modules) if self._has_code else None
 
     def _current_tables(self) -> list[Any]:
-        tables = [
-            (
-                *(module._modules, module._parameters, module._buffers),
-                *(*hooks_of(module), *backward_hooks_of(module)),
-            )
+        tables: list[tuple[dict[Any, Any], ...]] = [
+            (module._modules, module._parameters, module._buffers, *hooks_of(module))
             for module in self.modules
         ]
+        if self._backward_hooks:
+            tables += map(backward_hooks_of, self.modules)
         return [*chain.from_iterable(tables), *global_hooks()]
 
     def _current_members(self) -> list[Any]:
