@@ -240,6 +240,15 @@ def test_the_host_answers_for_the_very_tensors_that_were_copied():
     assert "now False, before True" in path.explain()
 
 
+def test_a_path_holds_for_the_padded_batch_if_what_it_reads_is_not_padded():
+    path, other = all_of_leaf(), all_of_leaf()
+    assert path.is_same_for(other, {0})
+    assert not path.is_same_for(other, {0, 1})
+    assert not path.is_same_for(None, ())
+    other.reads[0].value = False
+    assert not path.is_same_for(other, {0})
+
+
 def test_values_that_one_path_rules_out_are_not_computed_again():
     def path(*values: Any) -> ReadPath:
         reads = [HostRead("aten::item", "", value=value) for value in values]

@@ -332,6 +332,32 @@ def test_host_values_of_padded_positions(harness, function):
     assert padded_steps(callback) >= 6, callback.summary()
 
 
+def _longest(self, batch):
+    """``longest`` is not padded, so what is read of it holds for the padded batch as well."""
+    x = self.net(self.embedding(batch["input_ids"]))
+    return x * 2 if int(batch["longest"].max()) > 6 else x
+
+
+def test_host_values_of_what_is_not_padded_are_read_once(harness):
+    data = texts(*[5, 7, 6] * 8)
+    for index, batch in enumerate(data):
+        batch["longest"] = torch.tensor([index % 3, 6 if index < 15 and index % 2 else 7])
+    reads: list[int] = []
+    step = Step(_longest)
+
+    class Counts(Callback):
+        def on_predict_batch_start(self, *_: Any) -> None:
+            self.mode = Reads().__enter__()
+
+        def on_predict_batch_end(self, *_: Any) -> None:
+            self.mode.__exit__(None, None, None)
+            reads.append(self.mode.number)
+
+    callback = run(harness, step, data, Counts, pad_dims=rules((8,)), verify_replays=0)
+    assert padded_steps(callback) >= 6, callback.summary()
+    assert reads[len(data) - 6 : len(data)] == [1] * 6, reads
+
+
 class Reads(TorchDispatchMode):
     """Counts the operations that read a number."""
 

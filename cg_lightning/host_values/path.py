@@ -9,7 +9,7 @@ another value.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -177,6 +177,22 @@ class ReadPath:
         given = [(slot.args, {} if isinstance(slot, Read) else slot.kwargs) for slot in slots]
         return not any(isinstance(each, (bool, int, float, complex)) for each in tree_leaves(given))
 
+    def is_same_for(self, other: ReadPath | None, padded: Collection[int]) -> bool:
+        """Return True if what holds for a batch holds for the padded batch.
+
+        That is so if both programs are equal, and start from leaves that are not padded.
+
+        Args:
+            other: What the step reads for the padded batch.
+            padded: The places of the leaves that are padded.
+        """
+        roots, slots, others = self._program
+        if other is None or others or other._program != (roots, slots, []):
+            return False
+        values = zip(self.reads, other.reads, strict=True)
+        is_same = all(same_value(one.value, another.value) for one, another in values)
+        return is_same and not set(self._places) & set(padded)
+
     def use(self, copies: HostCopies) -> None:
         """Compute the values on the host, where it has the batch."""
         if self._is_same_on_host:
@@ -228,6 +244,10 @@ class ReadPath:
             # the step takes another path, or fails as well: then it raises its own error
             self._mismatch = Mismatch(-1, error)
         return self._mismatch is None
+
+    def of_batch(self) -> ReadPath:
+        """Return what the step reads for the batch itself."""
+        return self
 
     def is_ruled_out_by(self, failed: object) -> bool:
         """Return True if this path does not hold, since another one has just failed as it did.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -142,6 +142,11 @@ class PaddedLeaves:
             math.prod(leaf.padded) - math.prod(leaf.real) for leaf in changed
         )
         """Elements of all tensors of a padded batch."""
+
+    @property
+    def places(self) -> Collection[int]:
+        """The places of the tensors that are padded, among the leaves of the batch."""
+        return self._leaves.keys()
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:

@@ -22,7 +22,7 @@ class PaddedPath:
     """
 
     def __init__(self, real: ReadPath | None, padded: ReadPath, entry: PaddedEntry) -> None:
-        self.real = real
+        self._real = real
         self._padded = padded
         self._entry = entry
 
@@ -34,13 +34,13 @@ class PaddedPath:
         """
         copied = self._padded.copies_of(leaves)
         if copied is not None or self._entry.is_dropped:  # then the padded batch is found anew
-            if self.real is not None and not self.real.holds(leaves):
+            if self._real is not None and not self._real.holds(leaves):
                 return False
             if copied is None:
                 return True
             return self._padded.holds_on_host(self._entry.padding.pad_some(copied))
-        values = None if self.real is None else self.real.begin(leaves)
-        if values is None and self.real is not None and not self.real.holds(leaves):
+        values = None if self._real is None else self._real.begin(leaves)
+        if values is None and self._real is not None and not self._real.holds(leaves):
             return False
         padded = self._entry.pad_ahead(leaves)
         more = None if values is None else self._padded.begin(padded)
@@ -52,14 +52,18 @@ class PaddedPath:
     def _hold(
         self, padded: list[Any], values: list[Tensor] | None, more: list[Tensor] | None
     ) -> bool:
-        if self.real is None or values is None:
+        if self._real is None or values is None:
             return self._padded.holds(padded)
         found = read_together([*values, *(more or ())])
-        if not self.real.holds_with(found[: len(values)]):
+        if not self._real.holds_with(found[: len(values)]):
             return False
         if more is None:
             return self._padded.holds(padded)
         return self._padded.holds_with(found[len(values) :])
+
+    def of_batch(self) -> ReadPath | None:
+        """Return what the step reads for the batch itself."""
+        return self._real
 
     def is_ruled_out_by(self, failed: object) -> bool:
         """Return False: only the batch tells."""
@@ -67,9 +71,9 @@ class PaddedPath:
 
     def explain(self) -> Changed:
         """Return the read that gave another value; empty if none did."""
-        real = NO_CHANGE if self.real is None else self.real.explain()
+        real = NO_CHANGE if self._real is None else self._real.explain()
         return real or self._padded.explain()
 
     def varying(self) -> Reason:
         """Return the reason of a key that has too many values."""
-        return (self._padded if self.real is None else self.real).varying()
+        return (self._padded if self._real is None else self._real).varying()

@@ -458,6 +458,7 @@ class CUDAGraphDispatcher(KeyTable):
     def not_padded(self, state: KeyState, variant: Variant) -> None:
         """Record that batches of this key are not padded: they may have a graph of their own."""
         variant.entry = variant.padding = None
+        variant.path = None if variant.path is None else variant.path.of_batch()
         if variant.is_taken_over:
             state.variants.remove(variant)
 

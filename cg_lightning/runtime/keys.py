@@ -44,6 +44,9 @@ class Path(Protocol):
     def holds(self, leaves: Sequence[Any]) -> bool:
         """Return True if a batch with these leaves gives the values that were read."""
 
+    def of_batch(self) -> Path | None:
+        """Return the path for batches that are not padded any more; None if nothing is read."""
+
     def is_ruled_out_by(self, failed: Path) -> bool:
         """Return True if it cannot hold because ``failed`` does not hold."""
 

@@ -308,14 +308,13 @@ class PaddedSteps:
         variant = plan.variant
         assert variant is not None and variant.padding is not None  # noqa: PT018
         padding = variant.padding
-        path = variant.path.real if isinstance(variant.path, PaddedPath) else variant.path
+        path = None if variant.path is None else variant.path.of_batch()
         assert path is None or isinstance(path, ReadPath)
         real: ReadPath | None = path
         try:
             leaves = padding.pad(call.leaves)
         except RuntimeError as error:  # there is less memory now
             self._note_too_large(call.descriptor, call.tree, padding, error)
-            variant.path = real
             self._dispatcher.not_padded(plan.state, variant)
             return None
         padded = self._padded_call(call, leaves)
@@ -346,7 +345,9 @@ class PaddedSteps:
                 self._check_fill(Fill.BELOW, owner, entry, call, eager.output)
                 if padding.has_rows:
                     self._check_fill(Fill.NAN, owner, entry, call, eager.output)
-            if isinstance(owner.path, ReadPath):
+            if isinstance(owner.path, ReadPath) and not (
+                real is not None and real.is_same_for(owner.path, padding.places)
+            ):
                 variant.path = PaddedPath(real, owner.path, entry)
             self._dispatcher.borrowed(plan.state, variant, entry)
             return entry
