@@ -9,6 +9,7 @@ another value.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -149,16 +150,14 @@ class ReadPath:
         members: Sequence[Member] = (),
     ) -> None:
         self.reads = reads
-        self._program = (roots, slots, [*constants, *members])
+        others: list[Constant | Member] = [*constants, *members]
+        self._program = (roots, slots, others)
         on_host = [each._replace(values=each.values.cpu()) for each in constants]
         self._check = _compile(reads, [*roots, *constants, *members], slots)
         self._check_on_host = _compile(reads, [*roots, *on_host], list(map(_on_host, slots)))
         self._is_same_on_host = not members and all(map(_is_same_on_host, slots))
         self._places = [root.leaf for root in roots]
         self._compared = [slot.place for slot in slots if isinstance(slot, Read)]
-        self._begin: Callable[[Sequence[Any]], list[Tensor]] | None = None
-        if self._compared and all(_can_wait(slot, reads) for slot in slots):
-            self._begin = _compile(reads, [*roots, *constants, *members], slots, compares=False)
         self._copies: HostCopies | None = None
         self._mismatch: Mismatch | None = None
 
@@ -171,11 +170,15 @@ class ReadPath:
         Args:
             other: What a step with another shape reads; None: nothing.
         """
-        roots, slots, others = self._program
-        if other is None or others or other._program != (roots, slots, []):
+        if other is None or not self._has_program_of(other):
             return False
+        _, slots, _ = self._program
         given = [(slot.args, {} if isinstance(slot, Read) else slot.kwargs) for slot in slots]
         return not any(isinstance(each, (bool, int, float, complex)) for each in tree_leaves(given))
+
+    def _has_program_of(self, other: ReadPath) -> bool:
+        roots, slots, others = self._program
+        return not others and other._program == (roots, slots, [])
 
     def is_same_for(self, other: ReadPath | None, padded: Collection[int]) -> bool:
         """Return True if what holds for a batch holds for the padded batch.
@@ -186,12 +189,11 @@ class ReadPath:
             other: What the step reads for the padded batch.
             padded: The places of the leaves that are padded.
         """
-        roots, slots, others = self._program
-        if other is None or others or other._program != (roots, slots, []):
+        if other is None or not self._has_program_of(other):
             return False
-        values = zip(self.reads, other.reads, strict=True)
-        is_same = all(same_value(one.value, another.value) for one, another in values)
-        return is_same and not set(self._places) & set(padded)
+        values = [(self.reads[i].value, other.reads[i].value) for i in self._compared]
+        are_same = all(same_value(one, another) for one, another in values)
+        return are_same and not set(self._places) & set(padded)
 
     def use(self, copies: HostCopies) -> None:
         """Compute the values on the host, where it has the batch."""
@@ -211,12 +213,18 @@ class ReadPath:
             The values, for :func:`read_together`. None: the host reads one after the other, since
             the operations between them may fail for another value.
         """
-        if self._begin is None:
-            return None
         try:
-            return self._begin(leaves)
+            return None if self._values is None else self._values(leaves)
         except (RuntimeError, LookupError):  # so it fails for the check, which notes it
             return None
+
+    @functools.cached_property
+    def _values(self) -> Callable[[Sequence[Any]], list[Tensor]] | None:
+        """The program without comparisons; None if it may fail for another value."""
+        roots, slots, others = self._program
+        if not self._compared or not all(_can_wait(slot, self.reads) for slot in slots):
+            return None
+        return _compile(self.reads, [*roots, *others], slots, compares=False)
 
     def holds_with(self, values: Sequence[Any]) -> bool:
         """Return True if these are the values that were read, in the order of :meth:`begin`."""
