@@ -60,7 +60,10 @@ class PaddedEntry:
 
     def is_valid(self) -> bool:
         """Return True if the graph exists and its guards hold."""
-        return self._graph.is_valid() and (self._guards is None or self._guards.check())
+        if self._graph.is_valid() and (self._guards is None or self._guards.check()):
+            return True
+        self.forget()
+        return False
 
     @property
     def is_dropped(self) -> bool:
