@@ -17,6 +17,8 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
+from cg_lightning.backends.recorder import RecorderBackend
+from cg_lightning.diagnosis.watcher import StepWatcher
 from cg_lightning.host_values.host_copies import HostCopies
 from cg_lightning.host_values.path import HostRead, Operation, Read, ReadPath, Ref, Root
 from cg_lightning.trainer.batch_transfer import NotedTransfer
@@ -238,6 +240,32 @@ def test_the_host_answers_for_the_very_tensors_that_were_copied():
     copies.clear()
     assert not path.holds(moved)
     assert "now False, before True" in path.explain()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        (torch.int64,),
+        ("cpu", torch.int64),
+        (torch.int64, False, True),
+        (torch.device("cpu"), torch.bool, False, True),
+        {"dtype": torch.int64, "memory_format": torch.channels_last},
+        {"device": "cpu", "dtype": torch.int64, "memory_format": torch.channels_last},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_conversions_are_made_with_all_their_arguments(given, mode):
+    watcher = StepWatcher(nn.Linear(2, 2), RecorderBackend(torch.device("cpu")), effects=None)
+    x = torch.ones(2, 3, 4, 4, dtype=torch.int32)
+    args, kwargs = (given, {}) if isinstance(given, tuple) else ((), given)
+    with mode():
+        path = watcher.host_values(lambda: bool(x.to(*args, **kwargs).all()), (x,))
+        assert path is not None
+        assert path.holds([x.clone()])
+        assert not path.holds([x * 0])
+        one, other = path.begin([x.clone()]), path.begin([x * 0])
+        assert (one, other) == ([torch.tensor(True)], [torch.tensor(False)])
 
 
 def test_a_path_holds_for_the_padded_batch_if_what_it_reads_is_not_padded():

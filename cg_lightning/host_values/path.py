@@ -314,6 +314,8 @@ _FASTER: dict[Any, Callable[..., Any]] = {
     _aten.to.dtype: Tensor.to,
 }
 """A method of a tensor parses its arguments three times as fast as the operation does."""
+_MOST_POSITIONAL = 3
+"""All of these methods take so many arguments by their position, the tensor included."""
 
 
 def _is_same_on_host(slot: Operation | Read) -> bool:
@@ -361,7 +363,9 @@ class _Code:
     def call(self, function: Any, args: Any, kwargs: dict[str, Any]) -> str:
         given = [self.text(value) for value in args]
         given += [f"{key}={self.text(value)}" for key, value in kwargs.items()]
-        return f"{self.name(_FASTER.get(function, function))}({', '.join(given)})"
+        # ``Tensor.to`` takes a memory format by its name only
+        faster = function if len(args) > _MOST_POSITIONAL else _FASTER.get(function, function)
+        return f"{self.name(faster)}({', '.join(given)})"
 
     def function(self, returned: str) -> Callable[[Any], Any]:
         end = f"return [{returned}]" if returned else "return None"
