@@ -78,6 +78,11 @@ def replace(holder: Any, name: str, make: Callable[[Any], Any]) -> Callable[[Any
     return change
 
 
+def becomes(module: nn.Module, cls: type) -> Callable[[], None]:
+    module.__class__ = cls
+    return lambda: None
+
+
 def exchange_partial(_: Any) -> Callable[[], None]:
     before = (held.func, held.args, held.keywords, None)
     held.__setstate__((scaled, (), {"factor": 3}, None))
@@ -146,6 +151,7 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Any], Callable[[], 
         lambda x: Changes()(x),
         replace(Changes, "__bases__", lambda _: (Triples,)),
     ),
+    "the class of the LightningModule": (net, lambda module: becomes(module, Other)),
     "what a partial holds": (lambda x: held(x), exchange_partial),
     "another module under its name": (imports, exchange_module),
     "a module that is gone": (imports, remove_module),
@@ -169,6 +175,11 @@ class Runs(Predictor):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.function(self.net(batch[0]))
+
+
+class Other(Runs):
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.net(batch[0]) * 7
 
 
 class ChangesAt(Callback):

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from cg_lightning.modules.kinds import lightning_class
+
 listeners: dict[int, Callable[[str], None]] = {}
 """What a thread tells of its events, by thread; empty if no step is watched."""
 _SETS = "object.__setattr__"
@@ -17,17 +19,23 @@ _rewritten: list[str] = []
 """The functions and classes that were rewritten, in their order."""
 
 
-def _is_new(holder: Any, name: str) -> bool:
-    """Return whether a function or class was made just now, and nothing can have used it."""
+def _is_rewritten(holder: Any, name: str) -> bool:
+    """Return whether something gets other code that steps may have used before."""
+    if name == "__class__":  # of other modules, writes of settings tell
+        return lightning_class(type(holder), "LightningModule") is not None
+    if name not in _PARTS:
+        return False
     before = getattr(holder, name, None)
-    return before is None or before == (tuple,)  # ``NamedTuple`` sets the bases of its classes
+    # it was made just now: ``NamedTuple`` sets the bases of its classes
+    return not (before is None or before == (tuple,))
 
 
 def _on_event(event: str, arguments: tuple[Any, ...]) -> None:
     if event == _SETS:
         holder, name = arguments[:2]
-        if name in _PARTS and not _is_new(holder, name):
-            _rewritten.append(f"{getattr(holder, '__qualname__', '?')}.{name}")
+        if _is_rewritten(holder, name):
+            owner = getattr(holder, "__qualname__", type(holder).__name__)
+            _rewritten.append(f"{owner}.{name}")
     elif listeners:
         listener = listeners.get(threading.get_ident())
         if listener is not None:
@@ -41,6 +49,7 @@ listen = functools.cache(lambda: sys.addaudithook(_on_event))
 def rewritten() -> list[str]:
     """Return all names like ``helper.__code__`` and ``Net.__bases__`` that were set so far.
 
-    To set them changes a function or a class in place, and no comparison of objects shows it.
+    To set them changes a function, a class or a LightningModule in place, and no comparison of
+    objects shows it.
     """
     return _rewritten
