@@ -56,9 +56,6 @@ class Unguarded:
         return NO_CHANGE
 
 
-_NATIVE = (dict, types.MappingProxyType)
-
-
 class Guard(NamedTuple):
     """A source and the value that a graph has frozen."""
 
@@ -80,12 +77,8 @@ class Guard(NamedTuple):
     @property
     def is_in_dictionary(self) -> bool:
         """Whether a native look-up finds the value, unless the name is gone."""
-        return self.expected is not MISSING and type(self.namespace) in _NATIVE
-
-    @property
-    def is_absent(self) -> bool:
-        """Whether a native look-up shows that there is still no value."""
-        return self.expected is MISSING and type(self.namespace) in _NATIVE
+        is_there = self.expected is not MISSING
+        return is_there and type(self.namespace) in (dict, types.MappingProxyType)
 
 
 def _with_classes(sources: Iterable[Source]) -> list[Source]:
@@ -137,13 +130,10 @@ class GuardSet:
         self._dictionaries = [guard.namespace for guard in native]
         self._names = [guard.source.name for guard in native]
         self._expected = [guard.expected for guard in native]
-        absent = [guard for guard in self.guards if guard.is_absent]
-        self._without = [guard.namespace for guard in absent]
-        self._absent = [guard.source.name for guard in absent]
         self._others = [
             (guard.namespace.get, guard.source.name, guard.expected)
             for guard in self.guards
-            if not (guard.is_in_dictionary or guard.is_absent)
+            if not guard.is_in_dictionary
         ]
         self._contents = FrozenValues(
             [guard.expected for guard in there],
@@ -174,8 +164,6 @@ class GuardSet:
         for get, name, expected in self._others:
             if get(name, MISSING) is not expected:
                 return False
-        if any(map(operator.contains, self._without, self._absent)):
-            return False
         try:  # two native calls
             found = map(operator.getitem, self._dictionaries, self._names)
             return all(map(operator.is_, found, self._expected))
