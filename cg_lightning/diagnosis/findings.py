@@ -144,16 +144,16 @@ _BESIDES = ("linecache.py", "warnings.py", "logging/__init__.py", "inspect.py", 
 """Files of Python: sources for messages, and what other detectors watch."""
 
 
-def is_called_by_step(detector: str) -> bool:
+def is_called_by_step(*detector: str) -> bool:
     """Whether the user's code, or a library that it calls, does what a detector has just noticed.
 
     Otherwise it is PyTorch, Lightning, an import or this package that does it for itself.
 
     Args:
-        detector: The file of the detector, whose own frames come first.
+        detector: The files of the detector, whose own frames come first.
     """
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename == detector:
+    while frame is not None and frame.f_code.co_filename in detector:
         frame = frame.f_back
     return is_step_calling(frame)
 

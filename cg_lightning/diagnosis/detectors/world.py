@@ -13,7 +13,7 @@ from unittest.mock import patch
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import is_called_by_step
-from cg_lightning.guards.audit_events import listen, listeners
+from cg_lightning.guards import audit_events
 
 _EVENTS = frozenset(
     {
@@ -49,10 +49,11 @@ class World(Detector):
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
-        listen()
+        audit_events.listen()
+        listeners = audit_events.listeners
         thread = threading.get_ident()
         before = listeners.get(thread)
-        listeners[thread] = self._notice
+        listeners[thread] = self._on_event
         start_thread = threading.Thread.start
 
         def noticed(started: threading.Thread) -> None:
@@ -68,9 +69,11 @@ class World(Detector):
             if before is not None:
                 listeners[thread] = before
 
+    def _on_event(self, event: str) -> None:
+        if event in _EVENTS or event in _MEMORY:
+            self._notice(event)
+
     def _notice(self, event: str) -> None:
-        if event not in _EVENTS and event not in _MEMORY:
-            return
-        if not self.watch.is_paused and is_called_by_step(__file__):
+        if not self.watch.is_paused and is_called_by_step(__file__, audit_events.__file__):
             cause = Cause.OPAQUE if event in _MEMORY else Cause.WORLD
             self.watch.report_once_a_line(cause, event)
