@@ -1380,12 +1380,11 @@ def test_caches_that_train_and_eval_clear(harness: Harness, kind: str, settings:
     harness.compare(Predictor(Caches(kind)), job, callback)
 
 
-CALLS: Any = functools.partial(len, number=0)
-"""Other keywords can be put into a partial function: no guard sees it."""
-
-
 class KeepsWhereNobodyLooks(nn.Module):
-    """A cache whose state at the start of a step is no guard: the capture fills it."""
+    """A cache whose state at the start of a step is no guard: the capture fills it.
+
+    Calls are counted in the digits that NumPy prints: no guard sees them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -1394,8 +1393,9 @@ class KeepsWhereNobodyLooks(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
-        CALLS.__setstate__((len, (), {"number": CALLS.keywords["number"] + 1}, {}))
-        if CALLS.keywords["number"] > 3:
+        calls = np.get_printoptions()["precision"] + 1
+        np.set_printoptions(precision=calls)
+        if calls > 3:
             self.kept = y + 1
         return y
 
@@ -1409,12 +1409,13 @@ def test_what_a_capture_leaves_in_attributes(
     module: list[Any] = []
 
     def make() -> Any:
-        CALLS.__setstate__((len, (), {"number": 0}, {}))
+        np.set_printoptions(precision=0)
         module[:] = [Predictor(KeepsWhereNobodyLooks())]
         return module[0]
 
     callback = harness.callback(warmup_steps=3, mode=mode, verify_replays=verify_replays)
-    seen = [(run(harness, make, each), module[0].net.kept.clone()) for each in (callback, None)]
+    with np.printoptions():  # puts them back
+        seen = [(run(harness, make, each), module[0].net.kept.clone()) for each in (callback, None)]
     assert_same(*seen)
     if not verify_replays:
         assert "module state rebound: self" in reasons(callback), callback.summary()
