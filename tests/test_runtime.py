@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cg_lightning import CaptureError, CUDAGraphMode, CUDAGraphOptions
 from cg_lightning.backends import resolve_backend
+from cg_lightning.capture import outputs
 from cg_lightning.capture.cache import GraphCache
 from cg_lightning.capture.capture import Capturer, CaptureTarget, GraphCall
 from cg_lightning.capture.entry import GraphEntry
@@ -386,3 +387,18 @@ def test_options_reach_the_backend(backend, device, monkeypatch):
     with torch.no_grad():
         capturer.capture(target_of(nn.Identity()), call_of(lambda given: given[0] * 2, x)).drop()
     assert seen == [{"collect_garbage": False, "capture_error_mode": "relaxed"}]
+
+
+@pytest.mark.parametrize("clones", [outputs._clones, outputs._clones_of_older_torch])
+def test_grouped_copies_are_clones(device, monkeypatch, clones):
+    monkeypatch.setattr(outputs, "_clones", clones)
+    kinds = [torch.float32, torch.int64, torch.float32, torch.bool, torch.int64]
+    tensors = [torch.rand(2, 3, device=device).mul(9).to(kind) for kind in kinds]
+    tensors[2] = tensors[2].t()
+    copies = outputs.GroupedCopies(tensors)
+    for value in (0, 1):
+        tensors[0].fill_(value)
+        made = copies.make()
+        assert_same(made, [each.clone() for each in tensors])
+        assert [each.stride() for each in made] == [each.stride() for each in tensors]
+        assert {each.data_ptr() for each in made}.isdisjoint(map(Tensor.data_ptr, tensors))

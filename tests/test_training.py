@@ -276,6 +276,24 @@ def test_samples_and_further_outputs(fit):
     assert replayed(fit(Autoencoder())) > 15
 
 
+class ManyKinds(Classifier):
+    """Returns tensors of several types and layouts besides its loss, and logs some."""
+
+    def training_step(self, batch, batch_idx):
+        out = self.net(batch[0])
+        loss = F.cross_entropy(out, batch[1])
+        found = out.argmax(-1)
+        self.log_dict({"loss": loss, "twice": loss * 2})
+        views = {"first": out[:2], "turned": out.t(), "half": out.half(), "all": out.double()}
+        return {"loss": loss, "found": found, "hit": found == batch[1], **views}
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_outputs_of_several_types(fit, verify_replays):
+    callback = fit(ManyKinds(), settings={"verify_replays": verify_replays})
+    assert replayed(callback) > 15, callback.summary()
+
+
 class KeepsGradients(torch.optim.SGD):
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none=False)

@@ -193,7 +193,9 @@ class TrainingStep:
             assert gradient is not None, "only DDP has to know of such parameters"
             parameter = parameters[name]
             existing = parameter.grad
-            if existing is not None and existing.layout is gradient.layout is torch.strided:
+            if existing is None:  # mostly; a call for each would take longer
+                parameter.grad = gradient
+            elif existing.layout is gradient.layout is torch.strided:
                 targets.append(existing)
                 added.append(gradient)
             else:
