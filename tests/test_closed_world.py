@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cg_lightning import CUDAGraphCallback
-from cg_lightning.diagnosis.detectors import world
+from cg_lightning.guards import audit_events
 from cg_lightning.guards.value_kinds import ValueKind, kind_of
 from cg_lightning.guards.values import FrozenValues
 from tests import models
@@ -975,7 +975,7 @@ def test_effects_on_the_world(harness: Harness, tmp_path, monkeypatch, name, set
     assert callback.stats.steps["PIECEWISE"] == 7, callback.summary()
     if "mode" not in settings:
         assert "files, processes or sockets used: o" in reasons(callback)
-    assert not world._listeners
+    assert not audit_events.listeners
 
 
 MEMORY = (ctypes.c_float * 1)()
