@@ -230,6 +230,25 @@ def test_submodules_are_captured_again(harness, mode):
     assert callback.stats.steps["PIECEWISE"] + callback.stats.steps["FULL"] >= 5, callback.summary()
 
 
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_a_step_that_rewrites_a_function_itself_is_no_graph(harness, verify_replays):
+    codes = (doubled.__code__, tripled.__code__)
+
+    def swaps(x: Tensor) -> Tensor:
+        doubled.__code__ = codes[doubled.__code__ is codes[0]]
+        return doubled(x)
+
+    callback = harness.callback(verify_replays=verify_replays)
+    try:
+        eager = run(harness, swaps, lambda _: lambda: None)
+        doubled.__code__ = codes[0]
+        assert_same(run(harness, swaps, lambda _: lambda: None, callback), eager)
+    finally:
+        doubled.__code__ = codes[0]
+    assert callback.stats.steps["FULL"] == 0, callback.summary()
+    assert callback.stats.steps["PIECEWISE"] >= 5, callback.summary()
+
+
 def test_the_reason_names_what_was_replaced(harness):
     callback = harness.callback()
     run(harness, net, replace(F, "relu", times_three), callback)

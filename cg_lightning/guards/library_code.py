@@ -48,7 +48,8 @@ def _code_in(namespace: _Namespace) -> dict[str, Any]:
     return {
         name: value
         for name, value in without_interceptions(namespace).items()
-        if isinstance(value, _CODE)
+        # PyTorch sets it with the default data type, which keys have
+        if isinstance(value, _CODE) and not (namespace is torch and name == "Storage")
     }
 
 

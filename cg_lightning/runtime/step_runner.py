@@ -173,8 +173,11 @@ class StepRunner:
         if plan.action is Action.REPLAY:
             return self._replay(plan, leaves, args[0], start)
         if plan.action is Action.EAGER:
-            return self._run_for_reason(plan, args, kwargs)
-        return self._run(plan, args, kwargs, leaves)
+            outcome = self._run_for_reason(plan, args, kwargs)
+        else:
+            outcome = self._run(plan, args, kwargs, leaves)
+        session.target.guard.take_rewritten()
+        return outcome
 
     def _replay(self, plan: Plan, leaves: list[Any], batch: Any, start: float) -> Outcome:
         session, variant = self._session, plan.variant

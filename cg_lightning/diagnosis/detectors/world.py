@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
-from cg_lightning.diagnosis.findings import is_called_by_step
+from cg_lightning.diagnosis.findings import AT_THE_END, is_called_by_step
 from cg_lightning.guards import audit_events
 
 _EVENTS = frozenset(
@@ -41,10 +41,11 @@ class World(Detector):
 
     Writes to files that are open already are no events: such files are opaque objects. What PyTorch
     and Lightning open for themselves does not count, nor what an import opens. Threads are seen
-    when they are started, since nothing that they do is seen.
+    when they are started, since nothing that they do is seen. Functions and classes that a step
+    changes in place (``function.__code__ = ...``) are reported as well.
     """
 
-    causes = (Cause.WORLD, Cause.OPAQUE)
+    causes = (Cause.WORLD, Cause.OPAQUE, Cause.STATE_REBOUND)
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
@@ -61,6 +62,7 @@ class World(Detector):
                 self._notice("threading.Thread.start")
             start_thread(started)
 
+        rewritten = len(audit_events.rewritten())
         try:
             with patch.object(threading.Thread, "start", noticed):
                 yield
@@ -68,6 +70,9 @@ class World(Detector):
             del listeners[thread]
             if before is not None:
                 listeners[thread] = before
+
+        for name in audit_events.rewritten()[rewritten:]:
+            self.watch.report_unless_found(Cause.STATE_REBOUND, name, location=AT_THE_END)
 
     def _on_event(self, event: str) -> None:
         if event in _EVENTS or event in _MEMORY:
