@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 import gc
 import io
 import json
@@ -10,6 +9,7 @@ import pickle
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -66,27 +66,25 @@ def test_counts_add_up(harness):
     assert json.loads(json.dumps(stats.to_dict()))["replays"] == 4
 
 
-RAN: Any = functools.partial(len, number=0)
-"""Other keywords can be put into a partial function: no guard sees it."""
-
-
 @pytest.mark.parametrize("warmup_steps", [0, 1, 3, 5])
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL", "FULL_AND_PIECEWISE"])
 def test_warm_up_is_the_first_batches_and_nothing_runs_twice(harness, mode, warmup_steps):
-    RAN.__setstate__((len, (), {"number": 0}, {}))
+    """Steps are counted in the digits that NumPy prints: no guard sees them."""
 
     class Counts(Predictor):
         def predict_step(self, batch: Any, batch_idx: int) -> Any:
-            RAN.__setstate__((len, (), {"number": RAN.keywords["number"] + 1}, {}))
+            np.set_printoptions(precision=np.get_printoptions()["precision"] + 1)
             return self.net(batch[0])
 
     callback = harness.callback(mode=mode, warmup_steps=warmup_steps, verify_replays=0)
     model = Counts(Body())
-    harness.trainer(callback).predict(model, features(32))
+    with np.printoptions(precision=0):
+        harness.trainer(callback).predict(model, features(32))
+        ran = np.get_printoptions()["precision"]
     eager = max(warmup_steps, 1)  # the first one is watched
     assert callback.stats.replays == 8 - eager
     assert callback.stats.eager == eager
-    assert RAN.keywords["number"] == (8 if mode == "PIECEWISE" else eager + 1)
+    assert ran == (8 if mode == "PIECEWISE" else eager + 1)
 
 
 def test_targets_are_patterns_of_names(harness):

@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric
 
 from cg_lightning import CUDAGraphCallback
 from cg_lightning.modules import attributes
+from cg_lightning.modules.compilation import Compilation
 from cg_lightning.modules.compiled import is_graphed_by_compiler
 from cg_lightning.modules.interception import Interception, ModuleHandler
 from tests.conftest import modules_with_a_trace
@@ -232,6 +233,50 @@ def test_values_that_compiled_code_reads_are_guarded(harness, first_scales, kind
     assert_same(*seen)
     assert any(name in reason for reason in callback.stats.eager_reasons) or mode == "PIECEWISE"
     assert callback.stats.replays > 3, callback.summary()
+
+
+def no_guards(entries: Any) -> list[bool]:
+    return [False for _ in entries]
+
+
+@pytest.mark.in_turn("mode")
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
+@pytest.mark.parametrize("kind", [ReadsGlobal, ReadsClass, CallsOther])
+def test_what_the_compiler_does_not_guard(harness, first_scales, kind, mode):
+    """With torch 2.11, Dynamo does not guard constants of classes. Here it guards nothing."""
+    options = {"backend": "eager", "options": {"guard_filter_fn": no_guards}}
+    callback = harness.callback(mode=mode, warmup_steps=3, compile=options)
+    seen = []
+    for extra in ([callback], []):
+        torch.manual_seed(3)
+        torch.compiler.reset()
+        first_scales()
+        module = Residual(kind(), "option")
+        seen.append(harness.trainer(*extra, ChangesScales()).predict(module, features(96)))
+    assert_same(*seen)
+    assert callback.stats.replays > 3, callback.summary()
+
+
+@torch.no_grad()
+def test_compiling_again_takes_the_values_of_now(first_scales):
+    torch.compiler.reset()
+    compiled = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    module, batch = Residual(ReadsClass(), "option"), [torch.ones(2, 8)]
+    compilation = Compilation({"backend": compiler}, lambda seconds: None)
+    compilation.install(module)
+    for number in (2, 4):  # the two layers
+        for _ in range(3):
+            module.predict_step(batch)
+            assert len(compiled) == number
+        compilation.compile_again()
+    compilation.remove()
+    module.predict_step(batch)
+    assert len(compiled) == 4
 
 
 class CountsGlobally(Layer):

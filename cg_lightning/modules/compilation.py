@@ -48,6 +48,16 @@ class Compilation:
             self._installed.append(module)
         self._clock.start()
 
+    def compile_again(self) -> None:
+        """Compile all submodules anew at their next call, because a value has changed.
+
+        Dynamo does not guard all that it reads: with torch 2.11, constants of classes are missing.
+        """
+        for module in self._installed:
+            assert self._arguments is not None
+            self._calls[module] = _compiled(module, self._arguments)
+            vars(module)[COMPILED_IN_PLACE] = self._calls[module]
+
     def remove(self) -> None:
         """Let all submodules run as they are written; idempotent."""
         self._clock.stop()

@@ -159,6 +159,10 @@ class KeyState:
     pieces: Variant | None = None
     """How steps run in pieces while the family may not spend; None: they run eagerly."""
 
+    def has_other_host_value(self) -> bool:
+        """Whether guards hold, so that only values of the batch which the host reads are new."""
+        return any(each.path is not None and each.guards.check() for each in self.variants)
+
     def forget_values(self) -> None:
         """Forget values that did not come again, because each step would compare them."""
         self.variants = [

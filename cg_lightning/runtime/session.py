@@ -261,6 +261,7 @@ class Session:
             self._drop(self.target.dispatcher.entries())
             return
         self.cache.drop_all()
+        self._compilation.compile_again()
         self.target.dispatcher.reset(text)
         self.changing_values = ChangingValues()
         self.written.clear()
@@ -294,6 +295,8 @@ class Session:
             padding: How its batch is padded, if it is to run from the graph of a padded batch.
             in_pieces: Why only its submodules are padded; None if it is padded whole, or not.
         """
+        if plan.variant is None and plan.state.variants and not plan.state.has_other_host_value():
+            self._compilation.compile_again()
         full = self.full_reason(plan.state, watched) or in_pieces
         piecewise = None
         if self.settings.targets is None and not watched.largest_capturable():
