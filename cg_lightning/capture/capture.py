@@ -307,6 +307,9 @@ class _Attempt:
         self._constants = HostConstants(backend.device, target.copies_from_host)
         self._passed_on = PassedOnValues(call.descriptor.leaves)
         self._leaves = self._passed_on.hidden_in(inputs.leaves)
+        # compiled code may have guards on functions that are replaced. Asked before the capture:
+        # to look for modules takes the hash of metrics, which reads their states
+        self._has_compiled = any(map(is_compiled, target.module.modules()))
         # what metrics and the user's lists keep is never graph memory
         self._copies_outputs = settings.copy_outputs or bool(
             target.late or target.changes or target.fills_batch
@@ -403,8 +406,7 @@ class _Attempt:
             if target.reads:
                 reads = AnsweredReads(target.reads, checked, device.type)
                 stack.enter_context(reads.answering())
-            # compiled code may have guards on the functions that are replaced
-            if not any(map(is_compiled, target.module.modules())):
+            if not self._has_compiled:
                 stack.enter_context(self._constants.answered())
                 if target.effects is not None:  # only a whole step may keep such copies
                     stack.enter_context(answered_host_copies(device))
