@@ -729,6 +729,7 @@ def test_memory_comes_back(harness, backend):
     )
     trainer = harness.trainer(callback)
     figures = []
+    gc.collect()  # what earlier tests have left
     for _ in range(30):
         trainer.validate(model, features(12, 4, 256), verbose=False)
         trainer.predict(model, features(12, 4, 256), return_predictions=False)

@@ -21,6 +21,7 @@ from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import WARM_UP, Changed, Reason, Status
 from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import Change
+from cg_lightning.modules.compiled import is_compiled_by_callback
 from cg_lightning.modules.interception import Interception, ModuleHandler
 from cg_lightning.report.records import Saving
 from cg_lightning.runtime.keys import Entry, KeyState, Miss, Variant
@@ -268,7 +269,12 @@ class SubmoduleRunner(ModuleHandler):
             return original(*args, **kwargs)
         if plan.action is Action.WARM_UP:
             self.target.dispatcher.ran_eagerly(plan.state)
-        step.ran_eagerly(self.path, plan.reason or WARM_UP)
+        reason = plan.reason or WARM_UP
+        step.ran_eagerly(self.path, reason)
+        if reason.kind is Status.CHANGED and is_compiled_by_callback(self.module):
+            # Dynamo does not guard all values: see Compilation.compile_again
+            with torch.compiler.set_stance("force_eager"):
+                return original(*args, **kwargs)
         return original(*args, **kwargs)
 
     def _module_changed(self) -> None:
