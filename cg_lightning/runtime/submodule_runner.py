@@ -34,7 +34,7 @@ MANY_VALUES = 2
 
 
 @dataclasses.dataclass(eq=False)
-class _StepState:
+class _KnownCalls:
     """What is known of the calls of one submodule in steps with one key."""
 
     guards: list[GuardSet] | None = None
@@ -71,7 +71,7 @@ class SubmoduleRunner(ModuleHandler):
         self.name = path or "forward"
         self._backend = backend
         self._ranges = ranges
-        self._steps: dict[BatchDescriptor, _StepState] = defaultdict(_StepState)
+        self._steps: dict[BatchDescriptor, _KnownCalls] = defaultdict(_KnownCalls)
         self._interception: Interception | None = None
         self._is_idle = False
         """True if no step uses its graphs any more, so that it is not intercepted."""
