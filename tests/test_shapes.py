@@ -36,6 +36,17 @@ def test_no_other_sizes_have_less_padding(seed):
         assert padding(counts, tuple(proposed)) == best
 
 
+@pytest.mark.parametrize("number", [257, 2048, 30_000])
+def test_very_many_sizes(number):
+    """The time would grow with the square of their number: hours for recordings of any length."""
+    counts = dict.fromkeys(range(1, number + 1), 2)
+    proposed = propose_sizes(counts)
+    least = [number * part // 8 for part in range(1, 9)]
+    assert len(proposed) == 8
+    assert max(proposed) == number
+    assert padding(counts, tuple(proposed)) <= 1.01 * padding(counts, tuple(least))
+
+
 def test_the_docstrings_of_the_standard_library():
     seen = count_shapes(iter(DocstringData().predict_dataloader()))
     proposal = ShapeProposal(seen)

@@ -13,6 +13,8 @@ FEW_SHAPES = 8
 """Up to this number of shapes, nothing is proposed, because each has a graph of its own."""
 MOST_BARS = 12
 """Maximum number of rows of a histogram. Beyond it, sizes are joined to ranges."""
+MOST_CANDIDATES = 256
+"""Maximum number of sizes that are tried. The time to find the best grows with its square."""
 _WIDTH = 40
 
 
@@ -31,6 +33,8 @@ class SeenShape:
 def propose_sizes(counts: Mapping[int, int], most: int = MOST_SIZES) -> list[int]:
     """Return at most ``most`` sizes to pad to, with the least padding in all.
 
+    Of more than 256 sizes, neighbours are joined first. Then the padding is not quite the least.
+
     Args:
         counts: Number of batches by size.
         most: Maximum number of sizes.
@@ -40,6 +44,7 @@ def propose_sizes(counts: Mapping[int, int], most: int = MOST_SIZES) -> list[int
         >>> propose_sizes({3: 1, 5: 10, 6: 10, 8: 40}, most=2)
         [6, 8]
     """
+    counts = _joined(counts)
     sizes = sorted(counts)
     # best[j] is the least padding for the sizes before j, and where the last group of them begins
     best: list[list[tuple[float, int]]] = [[(0.0, 0)] + [(math.inf, 0)] * len(sizes)]
@@ -59,6 +64,15 @@ def propose_sizes(counts: Mapping[int, int], most: int = MOST_SIZES) -> list[int
             chosen.append(sizes[end - 1])
             end = row[end][1]
     return sorted(chosen)
+
+
+def _joined(counts: Mapping[int, int]) -> Mapping[int, int]:
+    """Return the counts. If there are many, neighbours are joined to the largest of them."""
+    if len(counts) <= MOST_CANDIDATES:
+        return counts
+    sizes, step = sorted(counts), math.ceil(len(counts) / MOST_CANDIDATES)
+    groups = [sizes[begin : begin + step] for begin in range(0, len(sizes), step)]
+    return {group[-1]: sum(counts[size] for size in group) for group in groups}
 
 
 class ShapeProposal:
@@ -90,7 +104,13 @@ class ShapeProposal:
         """Number of batches by size, for each leaf and dimension that varies."""
         self.capture_sizes = propose_sizes(rows) if len(rows) > 1 else []
         """The proposed sizes of dimension 0; empty if it does not vary."""
-        self._sizes = {key: propose_sizes(counts) for key, counts in self.dims.items()}
+        proposed: dict[tuple[tuple[int, int], ...], list[int]] = {}  # dimensions are often alike
+        self._sizes: dict[tuple[str, int], list[int]] = {}
+        for key, counts in self.dims.items():
+            of_dim = tuple(counts.items())
+            if of_dim not in proposed:
+                proposed[of_dim] = propose_sizes(counts)
+            self._sizes[key] = proposed[of_dim]
         padded = [self._padded(each) for each in self._seen]
         self.graphs = len(set(padded))
         """Number of graphs."""
