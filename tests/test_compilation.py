@@ -213,5 +213,13 @@ def test_a_mode_without_graphs_compiles_nothing():
         CUDAGraphCallback(mode="NONE", compile=True)
 
 
+def test_training_alone_compiles_nothing():
+    """The setting was ignored in silence."""
+    with pytest.raises(ValueError, match=r"compile=True is for validate.*leave compile out"):
+        CUDAGraphCallback(stages=["train"], compile=True)
+    CUDAGraphCallback(stages=["train"], compile=False)
+    CUDAGraphCallback(stages=["train", "test"], compile=True)
+
+
 def test_the_names_of_arguments_are_those_of_torch():
     assert set(COMPILE_ARGUMENTS) <= set(inspect.signature(torch.compile).parameters)

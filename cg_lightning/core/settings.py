@@ -313,11 +313,6 @@ class Settings:
             "capture_ahead",
         ):
             check_bool(name, getattr(self, name))
-        if self.compile_arguments is not None and checked["mode"] is CUDAGraphMode.NONE:
-            raise ValueError(
-                f"compile={self.compile!r} compiles what graphs run, and mode='NONE' has none; "
-                "choose another mode, or set compile=False."
-            )
         if self.capture_ahead and not checked["mode"].has_full_cudagraphs():
             raise ValueError(
                 f"capture_ahead=True captures whole steps, and mode={checked['mode'].name!r} has "
@@ -343,11 +338,15 @@ class Settings:
 
     def _check_use_of_stages(self, mode: CUDAGraphMode, stages: tuple[str, ...]) -> None:
         """Refuse an option of evaluation that no stage would use."""
-        if not self.pads and not self.capture_ahead:
+        is_given = {
+            "capture_sizes": self.capture_sizes is not None,
+            "pad_dims": self.pad_dims is not None,
+            "capture_ahead": self.capture_ahead,
+            "compile": self.compile_arguments is not None,
+        }
+        name = next((name for name, given in is_given.items() if given), None)
+        if name is None:
             return
-        name = "capture_ahead"
-        if self.pads:
-            name = "pad_dims" if self.capture_sizes is None else "capture_sizes"
         given = f"{name}={getattr(self, name)!r}"
         if mode is CUDAGraphMode.NONE:
             raise ValueError(

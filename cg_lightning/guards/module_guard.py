@@ -262,6 +262,7 @@ class ModuleGuard:
     def check(self) -> bool:
         """Return True if members, their addresses and layouts, hooks and code are unchanged."""
         if (code := self._code) is not None:
+            # what code.holds() does first, here because a replay enters as few files as it can
             is_as_it_was = (
                 list(map(version_of, code.dictionaries)) == code.versions
                 and len(code.rewritten) == code.number
