@@ -55,6 +55,21 @@ def test_a_tensor_that_already_lies_there_is_not_copied(device):
     assert inputs.leaves[0]._version == version
 
 
+def test_tensors_of_several_data_types_are_copied(device):
+    """Each grouped copy takes tensors of one data type, in any order of the leaves."""
+    dtypes = (torch.float32, torch.int64, torch.float32, torch.bool, torch.int64, torch.float16)
+    batches = [
+        [torch.randint(0, 2, (3, 2), device=device).to(dtype) for dtype in dtypes] for _ in range(3)
+    ]
+    inputs = StaticInputs(batches[0], batches[0], torch.device(device))
+    for batch in batches:
+        inputs.copy_from(batch)
+        for static, given in zip(inputs.leaves, batch, strict=True):
+            assert static is not given
+            assert static.dtype == given.dtype
+            assert torch.equal(static, given)
+
+
 def test_never_broadcasts(device):
     """Hazard 3: a last batch of one would fill a bigger static input."""
     inputs = make(device, torch.zeros(4, 2, device=device))

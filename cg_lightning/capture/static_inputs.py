@@ -66,9 +66,8 @@ class StaticInputs:
 
     def __init__(self, leaves: list[Any], batch: Any, device: torch.device) -> None:
         self.leaves: list[Any] = list(leaves)
-        self._tensors: list[
-            tuple[int, Tensor, int, bool]
-        ] = []  # index, stored part, address, whether expanded
+        # by data type: index, stored part, address, whether expanded
+        self._groups: dict[torch.dtype, list[tuple[int, Tensor, int, bool]]] = {}
         self._kept: list[Tensor] = []
         self._written: list[tuple[int, Tensor]] = []
         self.are_written = False
@@ -89,7 +88,8 @@ class StaticInputs:
                 raise UnkeyableBatchError(leaf_paths(batch)[index], "overlaps itself in memory")
             with torch.inference_mode(False):
                 static = _empty_like(stored, leaf.data_ptr(), device)
-            self._tensors.append((index, static, static.data_ptr(), stored is not leaf))
+            group = self._groups.setdefault(static.dtype, [])
+            group.append((index, static, static.data_ptr(), stored is not leaf))
             made[id(leaf)] = self.leaves[index] = (
                 static.expand(leaf.shape) if stored is not leaf else static
             )
@@ -97,7 +97,8 @@ class StaticInputs:
     @property
     def num_bytes(self) -> int:
         """Memory of the static tensors, in bytes."""
-        tensors = [*[static for _, static, _, _ in self._tensors], *self._kept]
+        copied = [static for group in self._groups.values() for _, static, _, _ in group]
+        tensors = [*copied, *self._kept]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
     def keep(self, tensors: list[Tensor]) -> None:
@@ -115,22 +116,24 @@ class StaticInputs:
             leaves[index].copy_(static)
 
     def copy_from(self, leaves: list[Any]) -> None:
-        """Copy the tensors of ``leaves`` with one grouped copy.
+        """Copy the tensors of ``leaves``: those of one data type with one grouped copy.
 
         A tensor that is at the static address already is skipped.
         """
-        sources: list[Tensor] = []
-        targets: list[Tensor] = []
-        for index, static, address, expanded in self._tensors:
-            source = leaves[index]
-            if source.data_ptr() == address:
-                continue
-            if expanded:
-                source = without_repeats(source)
-            assert source.shape == static.shape, "a copy must never broadcast"
-            sources.append(source)
-            targets.append(static)
-        if len(targets) == 1:
-            targets[0].copy_(sources[0])
-        elif targets:
-            torch._foreach_copy_(targets, sources)
+        # a grouped copy of several data types makes a copy of each tensor, and takes longer
+        for group in self._groups.values():
+            sources: list[Tensor] = []
+            targets: list[Tensor] = []
+            for index, static, address, expanded in group:
+                source = leaves[index]
+                if source.data_ptr() == address:
+                    continue
+                if expanded:
+                    source = without_repeats(source)
+                assert source.shape == static.shape, "a copy must never broadcast"
+                sources.append(source)
+                targets.append(static)
+            if len(targets) == 1:
+                targets[0].copy_(sources[0])
+            elif targets:
+                torch._foreach_copy_(targets, sources)
