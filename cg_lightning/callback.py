@@ -316,13 +316,14 @@ class CUDAGraphCallback(Callback):
             self._installation = InertInstallation(trainer.strategy, self.stats, "mode=NONE")
             return
         check_not_graphed_already(pl_module)
-        if why := why_inert(trainer, pl_module):
+        backend = resolve_backend(self._settings.backend, trainer.strategy.root_device)
+        why = why_inert(trainer, pl_module)
+        if why := why or ("" if backend is None else backend.why_no_captures):
             if self._settings.strict and stage == "fit" and TRAIN in self._settings.stages:
                 self._refuse_training(why)
             self._report_inert(why)
             self._installation = InertInstallation(trainer.strategy, self.stats, why)
             return
-        backend = resolve_backend(self._settings.backend, trainer.strategy.root_device)
         if self._settings.targets is not None:
             check_targets(pl_module, tuple(self._settings.targets))
         if backend is None:

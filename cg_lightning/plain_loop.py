@@ -71,18 +71,18 @@ class Graphed(Generic[_Given, _Returned]):
         self._settings = settings
         self._runner: StepRunner | None = None
         self._session: Session | None = None
-        self._is_eager = False
+        self._why_eager: Reason | None = None
         self._name = getattr(function, "__name__", type(function).__name__)
 
     def __call__(self, *args: _Given.args, **kwargs: _Given.kwargs) -> _Returned:
         """Call the function: eagerly while its arguments are new, then from a graph."""
-        if self._runner is None and not self._is_eager:
+        if self._runner is None and self._why_eager is None:
             self._open()
         if self._runner is None:
             began = perf_counter()
             output = self._function(*args, **kwargs)
-            self.stats.timeline.add(CALL, Ran.EAGER, began, _NO_CUDA)
-            self.stats.ran(CALL, "NONE", "-", _NO_CUDA)
+            self.stats.timeline.add(CALL, Ran.EAGER, began, self._why_eager)
+            self.stats.ran(CALL, "NONE", "-", self._why_eager)
             return output
         return self._runner.run(((args, kwargs),), {})  # type: ignore[no-any-return]
 
@@ -94,13 +94,17 @@ class Graphed(Generic[_Given, _Returned]):
         if self._settings.targets is not None:
             check_targets(self._module, tuple(self._settings.targets))
         if backend is None:
-            self._is_eager = True
+            self._why_eager = _NO_CUDA
             warnings.warn(
                 "graphed: the module is not on a CUDA device and backend='auto', so every call "
                 "runs eagerly. To try graphs on this machine, at a cost in speed, ask for "
                 "backend='recorder'.",
                 stacklevel=3,
             )
+            return
+        if why := backend.why_no_captures:
+            self._why_eager = Reason(Status.INERT, why)
+            warnings.warn(f"graphed: {why}. Every call runs eagerly.", stacklevel=3)
             return
         effects = ModuleEffects(
             self._module, backend.device, sync_free=self._settings.sync_free_metrics

@@ -472,6 +472,7 @@ def test_our_own_comparisons_are_no_findings():
     model = Body()
     backend: Any = types.SimpleNamespace(
         device=torch.device("cuda"),
+        event_types=(),
         noticing_host_syncs=lambda on_call: contextlib.nullcontext(),
         ignoring_host_syncs=contextlib.nullcontext,
     )

@@ -52,6 +52,12 @@ class GraphBackend(Protocol):
 
     name: BackendName
     device: torch.device
+    event_types: tuple[type[Any], ...]
+    """The classes of events by which streams of the device wait for each other."""
+
+    @property
+    def why_no_captures(self) -> str:
+        """Why nothing can be captured in this process; empty if something can."""
 
     def is_capturing(self) -> bool:
         """Return True if this thread is inside a capture."""

@@ -54,12 +54,23 @@ from cg_lightning.backends.capture_scope import (
     release_frames,
 )
 from cg_lightning.backends.followed_generators import FollowedGenerators, FollowsGenerators
-from cg_lightning.backends.host_reads import OnCall
+from cg_lightning.backends.host_reads import OnCall, noticed
 from cg_lightning.core.causes import Cause
+from cg_lightning.core.errors import CaptureError
 from cg_lightning.core.settings import BackendName
 from cg_lightning.core.tree import tensors_in
 
 _SYNC_WARNING = "called a synchronizing CUDA operation"
+_UNSEEN_CALLS = (
+    (torch.cuda, "synchronize", Cause.HOST_SYNC),
+    (torch.cuda.Event, "synchronize", Cause.HOST_SYNC),
+    (torch.cuda.Event, "query", Cause.OPAQUE),
+    (torch.cuda.Event, "elapsed_time", Cause.OPAQUE),
+    (torch.cuda.Stream, "query", Cause.OPAQUE),
+    (torch.cuda.CUDAGraph, "capture_begin", Cause.GRAPHED_ALREADY),
+    (torch.cuda.CUDAGraph, "replay", Cause.GRAPHED_ALREADY),
+)
+"""Calls that no capture can contain, and that PyTorch's sync debug mode does not show."""
 
 
 def is_sync_warning(message: object) -> bool:
@@ -90,6 +101,7 @@ class CUDABackend(FollowsGenerators):
     """
 
     name: BackendName = "cuda"
+    event_types: tuple[type[Any], ...] = (torch.cuda.Event,)
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -103,6 +115,17 @@ class CUDABackend(FollowsGenerators):
             )
         )
 
+    @property
+    def why_no_captures(self) -> str:
+        """See :class:`~cg_lightning.backends.base.GraphBackend`."""
+        # with it, replays fail and the process dies (torch 2.11)
+        if torch.cuda.get_allocator_backend() != "cudaMallocAsync":
+            return ""
+        return (
+            "graphs need PyTorch's own allocator, and PYTORCH_CUDA_ALLOC_CONF chooses "
+            "cudaMallocAsync; choose backend:native"
+        )
+
     def is_capturing(self) -> bool:
         """Return True if the current stream is capturing."""
         return torch.cuda.is_current_stream_capturing()
@@ -111,6 +134,8 @@ class CUDABackend(FollowsGenerators):
         self, function: Callable[[], Any], *, collect_garbage: bool, capture_error_mode: str
     ) -> tuple[CUDACapturedGraph, Any]:
         """See :class:`~cg_lightning.backends.base.GraphBackend`."""
+        if why := self.why_no_captures:
+            raise CaptureError(f"Nothing can be captured: {why}.")
         with CAPTURE_LOCK, torch.cuda.device(self.device):
             # the stance takes effect when its object is made, so it must be the last one
             with (
@@ -129,15 +154,15 @@ class CUDABackend(FollowsGenerators):
 
     @contextlib.contextmanager
     def noticing_host_syncs(self, on_call: OnCall) -> Iterator[None]:
-        """Report host syncs, found by PyTorch's sync debug mode.
+        """Report host syncs, found by PyTorch's sync debug mode, and what else no capture contains.
 
-        The mode misses ``torch.cuda.synchronize``, so that function is replaced as well. The mode
-        belongs to the process: if another thread waits while it ends, PyTorch's warning may appear.
+        The mode misses some functions and methods, which are replaced. The mode belongs to the
+        process: if another thread waits while it ends, PyTorch's warning may appear.
 
         PyTorch warns of a wait when the function that Python called returns. That may be several
         operations after the one that waited.
         """
-        show, original = warnings.showwarning, torch.cuda.synchronize
+        show = warnings.showwarning
         thread, mode = threading.get_ident(), torch.cuda.get_sync_debug_mode()
 
         def notice(message: Warning | str, *args: Any, **kwargs: Any) -> None:
@@ -146,12 +171,10 @@ class CUDABackend(FollowsGenerators):
             elif threading.get_ident() == thread:
                 on_call(Cause.HOST_SYNC, "synchronizing CUDA operation")
 
-        def synchronize(*args: Any, **kwargs: Any) -> None:
-            if threading.get_ident() == thread:
-                on_call(Cause.HOST_SYNC, "torch.cuda.synchronize")
-            original(*args, **kwargs)
-
-        with warnings.catch_warnings(), patch.object(torch.cuda, "synchronize", synchronize):
+        with warnings.catch_warnings(), contextlib.ExitStack() as replaced:
+            for owner, name, cause in _UNSEEN_CALLS:
+                function = noticed(owner, name, cause, on_call)
+                replaced.enter_context(patch.object(owner, name, function))
             warnings.filterwarnings("always", message=f".*{_SYNC_WARNING}")
             warnings.filterwarnings("ignore", message=".*Synchronization debug mode is a prototype")
             warnings.showwarning = notice

@@ -25,22 +25,28 @@ _READS = (*UNSEEN_READS, "cpu")
 _MAKERS = ("tensor", "as_tensor", "asarray")
 
 
-def _noticed(
-    owner: Any, name: str, cause: Cause, on_call: OnCall, unless: Callable[..., bool]
+def noticed(
+    owner: Any, name: str, cause: Cause, on_call: OnCall, unless: Callable[..., bool] | None = None
 ) -> Callable[..., Any]:
+    """Return a function that calls ``on_call``, and then what it replaces.
+
+    Args:
+        owner: A module or class.
+        name: The name of what is replaced.
+        cause: The cause for ``on_call``.
+        on_call: Is called by calls of the current thread.
+        unless: Returns True for arguments that do not matter. None: all matter.
+    """
     original = getattr(owner, name)
     thread = threading.get_ident()
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() == thread and not unless(*args, **kwargs):
+        is_of_thread = threading.get_ident() == thread
+        if is_of_thread and not (unless is not None and unless(*args, **kwargs)):
             on_call(cause, f"{owner.__name__}.{name}")
         return original(*args, **kwargs)
 
     return function
-
-
-def _never(*_: Any, **__: Any) -> bool:
-    return False
 
 
 def _is_on_a_device(tensor: Tensor, *_: Any, **__: Any) -> bool:
@@ -63,20 +69,20 @@ def invisible_calls(on_call: OnCall) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name in _READS:
             stack.enter_context(
-                patch.object(Tensor, name, _noticed(Tensor, name, Cause.HOST_SYNC, on_call, _never))
+                patch.object(Tensor, name, noticed(Tensor, name, Cause.HOST_SYNC, on_call))
             )
-        shared = _noticed(Tensor, "__dlpack__", Cause.HOST_SYNC, on_call, _is_on_a_device)
+        shared = noticed(Tensor, "__dlpack__", Cause.HOST_SYNC, on_call, _is_on_a_device)
         stack.enter_context(patch.object(Tensor, "__dlpack__", shared))
         functions = {
             name: (
                 getattr(torch, name),
-                _noticed(torch, name, Cause.TENSOR_FROM_PYTHON, on_call, _stays_on_the_host),
+                noticed(torch, name, Cause.TENSOR_FROM_PYTHON, on_call, _stays_on_the_host),
             )
             for name in _MAKERS
         }
-        to_dlpack = _noticed(dlpack, "to_dlpack", Cause.HOST_SYNC, on_call, _is_on_a_device)
+        to_dlpack = noticed(dlpack, "to_dlpack", Cause.HOST_SYNC, on_call, _is_on_a_device)
         functions["to_dlpack"] = (TO_DLPACK, to_dlpack)
         stack.enter_context(replaced_where_imported(functions))
-        maker = _noticed(Tensor, "new_tensor", Cause.TENSOR_FROM_PYTHON, on_call, _never)
+        maker = noticed(Tensor, "new_tensor", Cause.TENSOR_FROM_PYTHON, on_call)
         stack.enter_context(patch.object(Tensor, "new_tensor", maker))
         yield

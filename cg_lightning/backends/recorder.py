@@ -252,6 +252,8 @@ class RecorderBackend(FollowsGenerators):
     """
 
     name: BackendName = "recorder"
+    event_types: tuple[type[Any], ...] = ()
+    why_no_captures = ""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -31,7 +31,7 @@ class Cause(enum.Enum):
     POSITIONS_NOT_INDEPENDENT = "positions not independent"
     PADDING_TOO_LARGE = "no memory for the padded batch"
     BACKWARD = "backward outside the graph"
-    GRAPHED_ALREADY = "compiled with CUDA graphs of its own"
+    GRAPHED_ALREADY = "CUDA graphs of its own"
 
     @property
     def remedy(self) -> str:
@@ -83,7 +83,10 @@ _REMEDIES = {
     Cause.BACKWARD: (
         "return a loss that depends on parameters of the module alone; read gradients in a hook"
     ),
-    Cause.GRAPHED_ALREADY: "compile with mode='default' or 'max-autotune-no-cudagraphs'",
+    Cause.GRAPHED_ALREADY: (
+        "leave graphs to the callback, or compile with mode='default' or "
+        "'max-autotune-no-cudagraphs'"
+    ),
 }
 
 

@@ -17,6 +17,7 @@ from cg_lightning.diagnosis.detectors.backward import Backward, report_what_is_o
 from cg_lightning.diagnosis.detectors.batch_index import BatchIndex
 from cg_lightning.diagnosis.detectors.compiled import CompiledModules
 from cg_lightning.diagnosis.detectors.copied_constants import CopiedConstants
+from cg_lightning.diagnosis.detectors.device_events import DeviceEvents
 from cg_lightning.diagnosis.detectors.global_reads import GlobalReads
 from cg_lightning.diagnosis.detectors.hooks import ForwardHooks
 from cg_lightning.diagnosis.detectors.host_constants import HostConstants
@@ -54,6 +55,7 @@ DETECTORS: tuple[type[Detector], ...] = (
     Logging,
     Printing,
     World,
+    DeviceEvents,
     RandomNumbers,
     ForwardHooks,
     Mutations,
