@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
-import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from cg_lightning.core.causes import Cause
@@ -14,6 +14,19 @@ from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import Location, find_location
 from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.watched_step import ModuleCall
+
+
+class _Recorded(NamedTuple):
+    """An event that the step has recorded."""
+
+    event: Any
+    location: Location
+    calls: list[ModuleCall]
+    """The calls that were under way."""
+
+
+_OWN_REFERENCES = 2
+"""That of :class:`_Recorded`, and that of the call which counts them."""
 
 
 class DeviceEvents(Detector):
@@ -27,7 +40,8 @@ class DeviceEvents(Detector):
 
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
-        self._recorded: list[tuple[weakref.ref[Any], Location, list[ModuleCall]]] = []
+        # by id, and not by weak references: those to events of torch 2.11 are not cleared
+        self._recorded: dict[int, _Recorded] = {}
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
@@ -36,14 +50,14 @@ class DeviceEvents(Detector):
             for kind in self.watch.backend.event_types:
                 replaced.enter_context(patch.object(kind, "record", self._noting(kind.record)))
             yield
-        for event, location, calls in self._recorded:
-            if event() is not None:
+        for recorded in self._recorded.values():
+            if sys.getrefcount(recorded.event) > _OWN_REFERENCES:
                 self.watch.report(
                     Cause.OPAQUE,
-                    f"{type(event()).__name__}.record",
-                    location=location,
-                    module=calls[-1].path,
-                    calls=calls,
+                    f"{type(recorded.event).__name__}.record",
+                    location=recorded.location,
+                    module=recorded.calls[-1].path,
+                    calls=recorded.calls,
                 )
         self._recorded.clear()
 
@@ -52,8 +66,8 @@ class DeviceEvents(Detector):
 
         def noted(event: Any, *args: Any, **kwargs: Any) -> None:
             if threading.get_ident() == thread and not self.watch.is_paused:
-                calls = list(self.watch.stack)
-                self._recorded.append((weakref.ref(event), find_location(), calls))
+                recorded = _Recorded(event, find_location(), list(self.watch.stack))
+                self._recorded.setdefault(id(event), recorded)
             record(event, *args, **kwargs)
 
         return noted
