@@ -1465,6 +1465,32 @@ def test_seeds_in_a_step(harness: Harness, name: str, settings: Any) -> None:
         assert "randomness drawn on the host" in reasons(callback)
 
 
+def state_of_device(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state() if device.type == "cuda" else torch.get_rng_state()
+
+
+def all_states(device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        return torch.cat(torch.cuda.get_rng_state_all())
+    return torch.random.get_rng_state()
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("read", [state_of_device, all_states])
+def test_the_random_state_is_read_in_a_step(harness: Harness, read: Any, settings: Any) -> None:
+    """Hazard 9: a graph would return the state of its capture."""
+
+    class Reads(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            output = self.net(batch[0] + torch.rand_like(batch[0]))
+            return output, read(self.device)
+
+    callback = compare(harness, lambda: Reads(Body()), **settings)
+    assert callback.stats.steps["PIECEWISE"] == 7, callback.summary()
+    if "mode" not in settings:
+        assert "randomness drawn on the host" in reasons(callback)
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_unaligned_slices_as_arguments(harness: Harness, settings: Any) -> None:
     """Hazard 14: kernels take other loads at other addresses, so the last bit may differ."""

@@ -270,3 +270,33 @@ def test_without_a_trainer(backend, device):
             else:
                 seen.append([forward(x) for _ in range(9)])
     assert_same(*seen)
+
+
+class RecurrentTraining(LightningModule):
+    """Trains a recurrent network with dropout, and validates it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(8, 8, 2, dropout=0.5, batch_first=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.rnn(batch[0].unsqueeze(1).repeat(1, 3, 1))[0].square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("stages", [["validate"], ["train", "validate"]], ids=str)
+def test_dropout_of_a_recurrent_network_with_validation_from_graphs(harness, stages):
+    """Hazard 9: cuDNN has a state of its own, which PyTorch seeds anew if a generator is set."""
+    callback = harness.callback(stages=stages)
+
+    def fit(trainer: Any, module: LightningModule) -> Any:
+        trainer.fit(module, features(24), features(24))
+        return torch.rand(4, device=module.device)
+
+    harness.compare(RecurrentTraining(), fit, callback, max_epochs=3)
+    assert callback.stats.steps_of("validate")["FULL"] >= 8, callback.summary()

@@ -63,6 +63,7 @@ from cg_lightning.core.tree import tensors_in
 _SYNC_WARNING = "called a synchronizing CUDA operation"
 _UNSEEN_CALLS = (
     (torch.cuda, "synchronize", Cause.HOST_SYNC),
+    (torch.accelerator, "synchronize", Cause.HOST_SYNC),
     (torch.cuda.Event, "synchronize", Cause.HOST_SYNC),
     (torch.cuda.Event, "query", Cause.OPAQUE),
     (torch.cuda.Event, "elapsed_time", Cause.OPAQUE),

@@ -50,11 +50,19 @@ class FollowedGenerators:
         )
 
     def set_state(self, state: Tensor) -> None:
-        """Set the states. A generator that was added since they were taken is left as it is."""
+        """Set the states. A generator that was added since they were taken is left as it is.
+
+        So is a generator that has its state already: cuDNN keeps a state of its own for the dropout
+        of recurrent networks, and PyTorch seeds it anew after each call that sets a generator.
+        """
         parts = state.split(self._get_default().numel())
-        setters = [self._set_default, *[each.set_state for each in self]]
-        for set_state, part in zip(setters, parts, strict=False):
-            set_state(part.clone())
+        generators = [
+            (self._get_default, self._set_default),
+            *[(each.get_state, each.set_state) for each in self],
+        ]
+        for (get_state, set_state), part in zip(generators, parts, strict=False):
+            if not torch.equal(get_state(), part):
+                set_state(part.clone())
 
 
 class FollowsGenerators:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
@@ -111,8 +112,14 @@ def _illegal_index_put(args: Sequence[Any]) -> bool:
 
 def _crosses_devices(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     if name in COPIES:
-        return bool(args[0].device.type != args[1].device.type)
-    return name in CASTS and bool(target_of_cast(args, kwargs).type != args[0].device.type)
+        return _are_different(args[0].device, args[1].device)
+    return name in CASTS and _are_different(target_of_cast(args, kwargs), args[0].device)
+
+
+def _are_different(one: torch.device, other: torch.device) -> bool:
+    """Return True for two devices. Without a number, it is the current one of its type."""
+    has_numbers = one.index is not None and other.index is not None
+    return one.type != other.type or (has_numbers and one.index != other.index)
 
 
 def _made_from_python(tensor: Tensor, device_type: str) -> bool:

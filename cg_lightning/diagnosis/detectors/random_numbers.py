@@ -36,7 +36,7 @@ _SEEDING = (
     *("set_rng_state", "set_rng_state_all", "fork_rng"),
 )
 """Functions of PyTorch that set a generator: a replay draws on from where it is."""
-_READING = "get_rng_state"
+_READING = ("get_rng_state", "get_rng_state_all")
 _CHECKPOINT = "torch.utils.checkpoint"
 """The module that reads the states in the forward pass, and sets them again in the backward."""
 
@@ -209,7 +209,7 @@ class RandomNumbers(Detector):
                 # the compiler sets generators, and sets them back
                 is_of_step = threading.get_ident() == thread and not caller.startswith(_COMPILER)
                 if is_of_step and not _forks_nothing(function, args, kwargs):
-                    self._note_state(function.__name__, caller == _CHECKPOINT)
+                    self._note_state(function.__name__, caller)
                 return function(*args, **kwargs)
 
             return seed
@@ -221,12 +221,19 @@ class RandomNumbers(Detector):
                 stack.enter_context(patch.object(module, name, noticed(function)))
             yield
 
-    def _note_state(self, name: str, is_checkpoint: bool) -> None:
-        """Note that a function reads or sets the state of a generator."""
+    def _note_state(self, name: str, caller: str) -> None:
+        """Note that a function reads or sets the state of a generator.
+
+        Args:
+            name: The name of the function.
+            caller: The module that calls it. PyTorch reads states to set them again.
+        """
         cause = Cause.HOST_RANDOMNESS
-        if name == _READING:
-            if is_checkpoint:
-                self._checkpoint = find_location().user
+        is_checkpoint = caller == _CHECKPOINT
+        if name in _READING and is_checkpoint:
+            self._checkpoint = find_location().user
+        elif name in _READING and caller.split(".")[0] == "torch":
+            return
         elif is_checkpoint:
             self.watch.report_once_a_line(cause, KEPT_STATES, location=self._checkpoint)
         else:
@@ -253,7 +260,7 @@ def _seeding_functions(_: int) -> list[tuple[Any, str, Callable[..., Any]]]:
     Args:
         _: The number of modules that are loaded; with another one, all are searched again.
     """
-    owners, every = (torch.random, device_random), (*_SEEDING, _READING)
+    owners, every = (torch.random, device_random), (*_SEEDING, *_READING)
     functions = [getattr(owner, name, None) for owner in owners for name in every]
     known = {id(function) for function in functions if function is not None}
     return [
