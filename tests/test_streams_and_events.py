@@ -121,7 +121,7 @@ class ReadsEvent(Callback):
 @pytest.mark.parametrize("verify", [0, 3])
 @pytest.mark.parametrize("name", STEPS)
 def test_streams_events_and_graphs_in_a_step(tmp_path, name, verify):
-    """Hazard 13: a step is one graph, or a reason names the call and its line. Nobody gets an error."""
+    """Hazard 13: a step is one graph, or a reason names the call. Nobody gets an error."""
     compute, reason = STEPS[name]
     harness = Harness("cuda", tmp_path)
     callback = harness.callback(verify_replays=verify)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils import checkpoint
 
+from cg_lightning.backends.dispatch_mode import EagerDispatchMode
 from tests.harness import assert_same
 from tests.test_training import Classifier, Fit, KeepAll, points, replayed
 from tests.test_training_hunt import SETTINGS, Step
@@ -529,3 +530,60 @@ def test_exceptions_are_those_of_eager(harness, make):
         )
         assert trainer.interrupted or trainer.global_step in (0, 9)
     assert_same(*seen)
+
+
+def by_ctc(out):
+    rows = len(out)
+    log_probs = out.log_softmax(-1).unsqueeze(0).expand(4, -1, -1)
+    targets = torch.ones(rows, 1, dtype=torch.long, device=out.device)
+    lengths = torch.full((rows,), 4), torch.full((rows,), 1)  # on the host, as people write it
+    return F.ctc_loss(log_probs, targets, *lengths)
+
+
+GRADIENTS_OF = {
+    "prod": lambda out: out.mul(3).relu().prod(),
+    "prod of rows": lambda out: out.mul(3).prod(1).sum(),
+    "prod of rows with zeros": lambda out: out.mul(3).relu().prod(1).sum(),
+    "cumprod": lambda out: out.mul(3).relu().cumprod(1).sum(),
+    "masked_fill": lambda out: out.masked_fill(out > 0, out.mean()).square().sum(),
+    "masked.prod": lambda out: torch.masked.prod(out.mul(3), 1, mask=out > 0).sum(),
+    "vander": lambda out: torch.linalg.vander(out.mul(1.3)).mean(),
+    "ctc_loss": by_ctc,
+}
+
+
+class Differentiates(Step):
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def loss(self, x, y):
+        return GRADIENTS_OF[self.name](self.output(x))
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("name", GRADIENTS_OF)
+def test_gradients_that_pytorch_computes_otherwise_while_it_is_watched(fit, name, settings):
+    ours, trainers = SETTINGS[settings]
+    callback = fit(Differentiates(name), settings=ours, **trainers)
+    assert not replayed(callback)
+    assert any("gradient of aten::" in r or "ctc_loss" in r for r in callback.stats.eager_reasons)
+
+
+class Watches(EagerDispatchMode):
+    def dispatch(self, function, args, kwargs):
+        return self.call(function, args, kwargs)
+
+
+def test_what_pytorch_differentiates_otherwise_under_a_mode():
+    """Without such a difference, ``detectors/other_gradients.py`` is not needed."""
+    differ = set()
+    for name, function in GRADIENTS_OF.items():
+        for seed in range(20):
+            x = torch.randn(5, 7, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+            (eager,) = torch.autograd.grad(function(x), x)
+            with Watches("cpu").watching():
+                (watched,) = torch.autograd.grad(function(x), x)
+            if not torch.equal(eager, watched):
+                differ.add(name)
+    assert {"prod of rows", "masked.prod", "masked_fill"} <= differ

@@ -477,16 +477,24 @@ class StepWatch:
                     stack.enter_context(detector.suspended())
             if not as_written:
                 self._stance.__exit__(None, None, None)
-            is_innermost = _get_current_dispatch_mode() is self._mode
-            if is_innermost:
-                self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             try:
-                yield
+                with self.mode_left():
+                    yield
             finally:
-                if is_innermost:
-                    self._mode.__enter__()  # type: ignore[no-untyped-call]
                 if not as_written:
                     self._stance = torch.compiler.set_stance("force_eager")
+
+    @contextlib.contextmanager
+    def mode_left(self) -> Iterator[None]:
+        """Run without our dispatch mode, if it is the innermost one."""
+        is_innermost = _get_current_dispatch_mode() is self._mode
+        if is_innermost:
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            if is_innermost:
+                self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     # what the watcher makes and takes
 

@@ -26,6 +26,8 @@
 - ``mutations.py``: tensors that a step changes in place: its inputs, and tensors that exist
   longer.
 - ``operations.py``: dispatched operations that a graph cannot contain, and gradients.
+- ``other_gradients.py``: operations that PyTorch differentiates in another way while a dispatch
+  mode is on.
 - ``printing.py``: ``print``, ``self.print``, standard output, the user's loggers and the Trainer's.
 - ``random_numbers.py``: random numbers drawn on the host, which a graph cannot follow.
 - ``rebound_state.py``: state that a step keeps in Python: attributes that it sets, containers that

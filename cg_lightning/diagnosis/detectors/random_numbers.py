@@ -226,13 +226,13 @@ class RandomNumbers(Detector):
 
         Args:
             name: The name of the function.
-            caller: The module that calls it. PyTorch reads states to set them again.
+            caller: The module that calls it. PyTorch and we read states to set them again.
         """
         cause = Cause.HOST_RANDOMNESS
         is_checkpoint = caller == _CHECKPOINT
         if name in _READING and is_checkpoint:
             self._checkpoint = find_location().user
-        elif name in _READING and caller.split(".")[0] == "torch":
+        elif name in _READING and caller.split(".")[0] in ("torch", "cg_lightning"):
             return
         elif is_checkpoint:
             self.watch.report_once_a_line(cause, KEPT_STATES, location=self._checkpoint)
