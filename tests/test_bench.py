@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from cg_lightning.backends import resolve_backend
+from cg_lightning.backends import cuda, resolve_backend
 from cg_lightning.bench import charts, report
 from cg_lightning.bench.cases import CASES, CLASSES
 from cg_lightning.bench.costs import measure_costs
 from cg_lightning.bench.measure import Settings
 from cg_lightning.bench.records import environment, limit, read_lines, write_lines
 from cg_lightning.bench.run import check, measure, measure_case
-from cg_lightning.bench.tables import details, facts, fill_page, results, table
+from cg_lightning.bench.tables import details, facts, fill_page, results, table, training_facts
 
 FEW = Settings(batches=4, warmup=6, rounds=1)
 OURS = ["loop", "eager", "piecewise", "full", "full_and_piecewise"]
@@ -120,7 +120,9 @@ def test_training_ends_with_the_weights_of_eager(tmp_path, backend):
     )
     filled = fill_page(page, tmp_path / "bench.jsonl")
     assert "| MLP 12 x 512, batch 32 | " in filled
-    assert "x | equal | equal |" in filled
+    assert "| weights | eager again | **callback** | `torch.compile` |" in filled
+    assert "| MLP 12 x 512, batch 32 | equal | equal | - | - | - |" in filled
+    assert "x |\n" in filled
     assert "-->as before<!--" in filled
     assert "-->another<!--" in filled
 
@@ -132,11 +134,37 @@ def test_that_weights_can_differ(monkeypatch, backend):
         def training_step(self, batch, batch_idx):
             return super().training_step(batch, batch_idx) * 0.5
 
-    monkeypatch.setitem(training.TRAINERS, "full_and_piecewise", lambda net, _: (Half(net), []))
+    monkeypatch.setitem(training.TRAINERS, "full_and_piecewise", lambda net, *_: (Half(net), []))
     eager, record = measure(["mlp"], ["eager", "full_and_piecewise"], ["train"], FEW, backend)
     assert "equal" not in eager  # of one round
     assert not record["equal"]
     assert 0 < record["difference"] < 1
+
+
+def test_make_graphed_callables_needs_a_gpu_and_says_so(monkeypatch):
+    monkeypatch.setattr(cuda, "is_available", lambda: False)
+    (record,) = measure(["mlp"], ["make_graphed_callables"], ["train"], FEW, "recorder")
+    assert record["error"] == "RuntimeError: torch.cuda.make_graphed_callables needs a CUDA device"
+    assert "fails" in table([record])
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains():
+    _, record = measure(["mlp"], ["eager", "compile"], ["train"], FEW, "recorder")
+    assert 0 <= record["difference"] < 1e-3
+    filled = training_facts([{**record, "contestant": "full_and_piecewise"}, record])
+    assert "1.0 times faster than the best peer" in filled
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mlp", "resnet18"])  # one with statistics of batch norm
+def test_peers_with_graphs_train_near_eager(name):
+    peers = ["make_graphed_callables", "reduce_overhead"]
+    few = Settings(batches=4, warmup=6, rounds=2)
+    _, *records = measure([name], ["eager", *peers], ["train"], few, "cuda")
+    assert [record["contestant"] for record in records] == peers
+    assert all(record["difference"] < 0.5 for record in records), records
 
 
 def test_contestants_that_cannot_train_are_named():

@@ -398,7 +398,15 @@ class CUDABatchCopies:
 
 
 def make_graphed_callable(module: nn.Module, sample: Tensor) -> Callable[[Tensor], Tensor]:
-    """Graph a module for one input shape by PyTorch's own function, for the benchmark."""
+    """Graph a module for one input shape by PyTorch's own function, for the benchmark.
+
+    It replaces ``forward`` of the module.
+
+    Raises:
+        RuntimeError: There is no CUDA device.
+    """
+    if not is_available():
+        raise RuntimeError("torch.cuda.make_graphed_callables needs a CUDA device")
     graphed: Any = torch.cuda.make_graphed_callables(module, (sample,))
     return lambda x: graphed(x)
 

@@ -145,6 +145,7 @@ def _measure_training(
     backend: GraphBackend,
 ) -> dict[str, Measurement | str]:  # fmt: skip
     """Train from the same weights in each round."""
+    sample = data.dataset[0][0].to(backend.device)
     made: dict[str, Any] = {}
     results: dict[str, Measurement | str] = {}
     expected: list[Tensor] = []
@@ -155,7 +156,7 @@ def _measure_training(
                 continue
             try:
                 if contestant not in made:
-                    made[contestant] = make_trained(contestant, net, backend.name)
+                    made[contestant] = make_trained(contestant, net, sample, backend.name)
                 module, callbacks = made[contestant]
                 begin_again(module, net)
                 run_once(TRAIN, module, callbacks, data, settings, backend, measurement)

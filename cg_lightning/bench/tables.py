@@ -124,17 +124,17 @@ def details(records: list[Record], stage: str) -> str:
 
 
 def training(records: list[Record]) -> str:
-    """Return the table of training, with the weights compared with those of eager."""
-    rows = []
+    """Return two tables of training: times, and weights compared with those of eager."""
+    times, weights = [], []
     for title, case in _rows(records, TRAIN):
-        times = [_cell(_microseconds(case, name), bold=name == OURS) for name in TRAINERS]
+        row = [_cell(_microseconds(case, name), bold=name == OURS) for name in TRAINERS]
         factor = _faster(case, ["eager"])
-        weights = [_weights(case, name) for name in ("eager", OURS)]
-        limits = [_cell(gpu_time(case))]
-        rows.append([title, *limits, *times, f"{factor:.1f}x" if factor else "-", *weights])
-    columns = [_HEADERS[name] for name in TRAINERS if name != "loop"]
-    header = ["`fit`", "closure on the GPU", "empty loop, optimizer", *columns]
-    return _markdown([*header, "faster than eager", "weights, eager again", "weights"], rows)
+        times.append([title, _cell(gpu_time(case)), *row, f"{factor:.1f}x" if factor else "-"])
+        weights.append([title, *(_weights(case, name) for name in TRAINERS if name != "loop")])
+    names = [_HEADERS[name] for name in TRAINERS if name != "loop"]
+    header = ["`fit`", "closure on the GPU", "empty loop, optimizer", *names, "faster than eager"]
+    of_weights = ["weights", "eager again", *names[1:]]
+    return f"{_markdown(header, times)}\n{_markdown(of_weights, weights)}"
 
 
 def _weights(case: dict[str, Record], name: str) -> str:
@@ -142,6 +142,28 @@ def _weights(case: dict[str, Record], name: str) -> str:
     if "equal" not in record:
         return "-"
     return "equal" if record["equal"] else f"differ by {record['difference']:.1e}"
+
+
+def training_facts(records: list[Record]) -> str:
+    """Return the conclusions from the table of training, one fact a line."""
+    rows = [case for _, case in _rows(records, TRAIN)]
+    eager = [factor for case in rows if (factor := _faster(case, ["eager"]))]
+    peers = [factor for case in rows if (factor := _faster(case, PEERS))]
+    pairs = [(_microseconds(case, OURS), limit(case)) for case in rows]
+    of_limit = [ours / least for ours, least in pairs if ours and least]
+    lines = [f"It is {_mean(eager)} times faster than eager (geometric mean)."] if eager else []
+    if peers:
+        lines.append(f"It is {_mean(peers)} times faster than the best peer (geometric mean).")
+    if of_limit:
+        lines.append(
+            f"It takes {_range(of_limit)} times the longer one of two: the empty loop with the "
+            "optimizer, and the closure on the GPU."
+        )
+    return "".join(f"- {line}\n" for line in lines)
+
+
+def _mean(factors: Sequence[float]) -> str:
+    return f"{statistics.geometric_mean(factors):.1f}"
 
 
 def _range(factors: Sequence[float]) -> str:
@@ -165,7 +187,7 @@ def facts(records: list[Record]) -> str:
     if peers:
         lines.append(
             f"It is {_range(peers)} times faster than the best peer (geometric mean "
-            f"{statistics.geometric_mean(peers):.1f}). No peer captures loss, metrics and logging."
+            f"{_mean(peers)}). No peer captures loss, metrics and logging."
         )
     if near:
         lines.append(
@@ -182,8 +204,9 @@ _BLOCKS: dict[str, Callable[[list[Record]], str]] = {
     "validate": lambda records: details(records, "validate"),
     "predict": lambda records: details(records, "predict"),
     TRAIN: training,
+    "train_facts": training_facts,
 }
-_STAGES = {"predict": "predict", TRAIN: TRAIN}
+_STAGES = {"predict": "predict", TRAIN: TRAIN, "train_facts": TRAIN}
 """The stage whose records a block shows; ``validate``, if it is not here."""
 
 
@@ -191,9 +214,9 @@ def fill_page(text: str, records: Path) -> str:
     """Return a page with the figures of a file of records.
 
     They stand between ``<!-- bench: NAME -->`` and ``<!-- /bench -->``. NAME is ``results``,
-    ``speed``, ``facts``, ``validate``, ``predict``, ``train``, or ``machine``: hardware and
-    versions. A block stays as it is if the file has no record of its stage; that of ``results``,
-    ``speed``, ``facts`` and ``machine`` is ``validate``.
+    ``speed``, ``facts``, ``validate``, ``predict``, ``train``, ``train_facts``, or ``machine``:
+    hardware and versions. A block stays as it is if the file has no record of its stage; that of
+    ``results``, ``speed``, ``facts`` and ``machine`` is ``validate``.
 
     Args:
         text: The page, in Markdown.

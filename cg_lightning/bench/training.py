@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from cg_lightning.backends.cuda import make_graphed_callable
 from cg_lightning.bench.contestants import Classifier, Contestant
 from cg_lightning.bench.records import OURS
 from cg_lightning.callback import CUDAGraphCallback
@@ -51,30 +53,59 @@ class OptimizerAlone(TrainedStep):
         """Keep the gradients, because no backward makes new ones."""
 
 
-def _compiled(mode: str | None) -> Callable[[nn.Module, BackendName], Contestant]:
-    def make(net: nn.Module, _: BackendName) -> Contestant:
+Make = Callable[[nn.Module, Tensor, BackendName], Contestant]
+
+
+def _compiled(mode: str | None) -> Make:
+    def make(net: nn.Module, *_: Any) -> Contestant:
         return TrainedStep(torch.compile(net, mode=mode)), []  # type: ignore[arg-type]
 
     return make
 
 
-def _graphs(net: nn.Module, backend: BackendName) -> Contestant:
+def _graphs(net: nn.Module, _: Tensor, backend: BackendName) -> Contestant:
     return TrainedStep(net), [CUDAGraphCallback(stages=["train"], backend=backend, report=False)]
 
 
-TRAINERS: dict[str, Callable[[nn.Module, BackendName], Contestant]] = {
-    "loop": lambda net, _: (OptimizerAlone(net), []),
-    "eager": lambda net, _: (TrainedStep(net), []),
+class _MakeGraphedCallables(Callback):
+    """Graphs forward and backward of the network by PyTorch's own function, for one training."""
+
+    def __init__(self, sample: Tensor) -> None:
+        self._sample = sample
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Capture the network, which is on its device and has its optimizer now."""
+        assert isinstance(pl_module, TrainedStep)
+        before = copy.deepcopy(pl_module.net.state_dict())
+        # PyTorch runs the network to warm up: statistics of batch norm and generators move
+        with isolate_rng(), torch.enable_grad():
+            make_graphed_callable(pl_module.net, self._sample.clone())
+        pl_module.net.load_state_dict(before)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore ``forward``, because the module leaves the device."""
+        assert isinstance(pl_module, TrainedStep)
+        vars(pl_module.net).pop("forward", None)
+
+
+def _graphed_callable(net: nn.Module, sample: Tensor, _: BackendName) -> Contestant:
+    return TrainedStep(net), [_MakeGraphedCallables(sample)]
+
+
+TRAINERS: dict[str, Make] = {
+    "loop": lambda net, *_: (OptimizerAlone(net), []),
+    "eager": lambda net, *_: (TrainedStep(net), []),
     OURS: _graphs,
     "compile": _compiled(None),
     "reduce_overhead": _compiled("reduce-overhead"),
+    "make_graphed_callables": _graphed_callable,
 }
 """The contestants that train. The others only evaluate."""
 
 
-def make_trained(name: str, net: nn.Module, backend: BackendName) -> Contestant:
+def make_trained(name: str, net: nn.Module, sample: Tensor, backend: BackendName) -> Contestant:
     """Return the module to train, with its own copy of the weights, and its callbacks."""
-    return TRAINERS[name](copy.deepcopy(net).train(), backend)
+    return TRAINERS[name](copy.deepcopy(net).train(), sample, backend)
 
 
 def begin_again(module: TrainedStep, net: nn.Module) -> None:
