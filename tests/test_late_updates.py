@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 from typing import Any
@@ -286,6 +287,81 @@ class InContainers(Step):
         self.parts["others"] = [keeps, Sum()]
 
 
+class Tracker:
+    """A plain object that keeps metrics, and updates them."""
+
+    def __init__(self) -> None:
+        self.accuracy = MulticlassAccuracy(CLASSES)
+        self.others = collections.OrderedDict(values=Sum())
+        self.used = "values"
+
+    def update(self, scores: Tensor, label: Tensor) -> None:
+        self.accuracy.update(scores, label)
+        self.others[self.used].update(scores.flatten())
+
+    def all(self) -> list[Metric]:
+        return [self.accuracy, *self.others.values()]
+
+
+class InObject(Step):
+    """Metrics in an object. In each epoch another metric comes, and the object updates that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tracker = Tracker()
+
+    def on_validation_epoch_start(self) -> None:
+        for metric in self.tracker.all():
+            metric.to(self.device)  # Lightning does not move them
+
+    def measure(self, x, label, scores):
+        self.tracker.update(scores, label)
+        return scores
+
+    def on_validation_epoch_end(self) -> None:
+        for number, metric in enumerate(self.tracker.all()):
+            if metric._update_count:
+                self.log(f"metric {number}", metric.compute() + metric._update_count)
+        self.tracker.accuracy.reset()
+        self.tracker.used = f"values {len(self.tracker.others)}"
+        self.tracker.others[self.tracker.used] = Sum()
+
+
+class InSlots(InObject):
+    """The object has slots; its metric is replaced by another one between two batches."""
+
+    class Slots:
+        __slots__ = ("metric",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots = self.Slots()
+        self.slots.metric = Sum()
+
+    def on_validation_batch_start(self, batch, batch_idx, dataloader_idx=0) -> None:
+        if batch_idx == 6:
+            self.log_dict({"sum": self.slots.metric.compute()}, on_epoch=True)
+            self.slots.metric = Sum()
+
+    def measure(self, x, label, scores):
+        self.slots.metric.update(scores.flatten())
+        return scores
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("rest", self.slots.metric.compute())
+
+
+class UsedInObject(InObject):
+    def measure(self, x, label, scores):
+        return scores + self.tracker.others["values"](scores.flatten()).sum()
+
+
+class CountedInObject(InObject):
+    def measure(self, x, label, scores):
+        self.tracker.update(scores, label)
+        return scores + self.tracker.accuracy._update_count
+
+
 class UsedInContainer(InContainers):
     def measure(self, x, label, scores):
         return scores + self.parts["others"][1](scores.flatten()).sum()
@@ -338,6 +414,8 @@ FULL = {
     "strings": lambda: Strings(),
     "under autocast": lambda: OwnAutocast(),
     "in containers": lambda: InContainers(),
+    "in an object": lambda: InObject(),
+    "in slots": lambda: InSlots(),
 }
 
 
@@ -555,6 +633,8 @@ LOWER = {
     "draws after it": (DrawsAfter, "the step draws a random number"),
     "uses another metric": (UsesAnother, "metric"),
     "in a container, value used": (UsedInContainer, "whose value is used"),
+    "in an object, value used": (UsedInObject, "whose value is used"),
+    "in an object, state read": (CountedInObject, "that the step reads"),
     "in a container, attribute set": (SetInContainer, "that the step changes"),
 }
 

@@ -20,7 +20,7 @@ from cg_lightning.effects.late_updates import (
 from cg_lightning.effects.logged_values import Calls, LoggedValues, NothingLogged
 from cg_lightning.effects.recorder import EffectRecorder, recording_effects
 from cg_lightning.metrics.deferred_checks import DeferredChecks
-from cg_lightning.metrics.members import metrics_in_containers, metrics_of
+from cg_lightning.metrics.members import metrics_held, metrics_of
 from cg_lightning.metrics.states import MetricStates
 from cg_lightning.metrics.units import MetricUnit
 
@@ -109,9 +109,9 @@ class ModuleEffects:
         return [*metrics_of(self._module), *self.logged.metrics()]
 
     def reachable_metrics(self) -> list[nn.Module]:
-        """Return the same metrics, and those that the module has in lists and dicts."""
+        """Return the same metrics, and those that it has in containers and objects."""
         held = [
-            each for metric in metrics_in_containers(self._module) for each in metrics_of(metric)
+            each for metric in metrics_held(self._module) for each in metrics_of(metric)
         ]
         return [*self.metrics(), *{id(metric): metric for metric in held}.values()]
 

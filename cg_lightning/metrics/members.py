@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.data import dim_zero_mean
 
-from cg_lightning.core.tree import flatten
-from cg_lightning.modules.kinds import is_metric
+from cg_lightning.guards.value_kinds import ValueKind, holds_nothing, kind_of
+from cg_lightning.modules.attributes import attributes_of, names_of_frameworks
+from cg_lightning.modules.kinds import is_metric, is_user_class
 
-_MEMBERS = ("_parameters", "_buffers", "_modules")
+_MOST_HELD = 10_000
+"""Metrics that come after so many other values are not found."""
 
 
 def metrics_of(module: nn.Module) -> list[nn.Module]:
@@ -20,18 +23,35 @@ def metrics_of(module: nn.Module) -> list[nn.Module]:
     return [child for child in module.modules() if is_metric(child)]
 
 
-def metrics_in_containers(module: nn.Module) -> list[nn.Module]:
-    """Return the metrics that ``module`` has in lists, tuples and dicts: they are no submodules."""
-    held = [
+def metrics_held(module: nn.Module) -> list[nn.Module]:
+    """Return the metrics that ``module`` has in containers and objects: they are no submodules."""
+    known = set(map(id, metrics_of(module)))
+    found: list[nn.Module] = []
+    pending = [
         value
         for child in module.modules()
         if not is_metric(child)
         for name, value in vars(child).items()
-        if type(value) in (list, tuple, dict) and name not in _MEMBERS
+        if name not in names_of_frameworks(child)
     ]
-    found = [leaf for leaf in flatten(held)[0] if isinstance(leaf, nn.Module) and is_metric(leaf)]
-    known = set(map(id, metrics_of(module)))
-    return [metric for metric in found if id(metric) not in known]
+    seen: set[int] = set()
+    for value in pending:  # it grows
+        if holds_nothing(value) or isinstance(value, Tensor) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if len(seen) > _MOST_HELD:
+            break
+        kind = kind_of(value)
+        if kind is ValueKind.MODULE:
+            if is_metric(value) and id(value) not in known:
+                found.append(value)
+        elif isinstance(value, dict):
+            pending += dict.values(value)
+        elif isinstance(value, (list, tuple, collections.deque)):
+            pending += value
+        elif kind is ValueKind.OBJECT and is_user_class(type(value)):
+            pending += attributes_of(value).values()
+    return found
 
 
 @functools.cache

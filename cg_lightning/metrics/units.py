@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from cg_lightning.metrics.members import metrics_in_containers, metrics_of
+from cg_lightning.metrics.members import metrics_held, metrics_of
 from cg_lightning.modules.interception import (
     Interception,
     ModuleHandler,
@@ -54,10 +54,10 @@ class MetricUnit:
 def units_of(module: nn.Module) -> list[MetricUnit]:
     """Return all metrics of ``module``, in units that share no metric.
 
-    Those that it has in lists and dicts, and that are no submodules, are among them.
+    Those that it has in containers and objects, and that are no submodules, are among them.
     """
     units: list[dict[int, nn.Module]] = []
-    for metric in [*metrics_of(module), *metrics_in_containers(module)]:
+    for metric in [*metrics_of(module), *metrics_held(module)]:
         inside = {id(child): child for child in metric.modules() if is_metric(child)}
         for unit in [unit for unit in units if unit.keys() & inside.keys()]:
             units.remove(unit)
