@@ -212,7 +212,7 @@ CASES: dict[str, Case] = {
         MetricUpdates,
         lambda m, x: MeanMetric().update(x),
         Cause.METRIC_UPDATED,
-        "MeanMetric is no submodule",
+        "a metric that is no submodule",
         None,
     ),
     "log": (Logging, lambda m, x: m.log("x", x.mean()), Cause.LOGGED, "self.log", None),

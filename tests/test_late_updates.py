@@ -427,6 +427,67 @@ def test_late_updates_are_eagers(harness, name, verify_replays):
     assert_is_full(callback)
 
 
+TOTAL = Sum()
+
+
+class InGlobal(Step):
+    def on_validation_start(self) -> None:
+        TOTAL.reset()
+
+    def measure(self, x, label, scores):
+        TOTAL.update(scores.flatten())
+        return scores
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("total", TOTAL.compute())
+
+
+def test_a_metric_in_a_global_says_where_to_put_it(harness):
+    callback = run(harness, InGlobal())
+    assert_is_lower(callback, "metric updated: a metric that is no submodule (")
+    assert "remedy: make it an attribute of the module" in callback.summary()
+
+
+class Trains(LightningModule):
+    """A tracker that is updated in training, in each epoch another one of its metrics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(8, CLASSES)
+        self.tracker = Tracker()
+
+    def on_train_epoch_start(self) -> None:
+        for metric in self.tracker.all():
+            metric.to(self.device)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, label = batch
+        scores = self.net(x)
+        self.tracker.update(scores.detach(), label)
+        return nn.functional.cross_entropy(scores, label)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+    def on_train_epoch_end(self) -> None:
+        for number, metric in enumerate(self.tracker.all()):
+            if metric._update_count:
+                self.log(f"metric {number}", metric.compute() + metric._update_count)
+        self.tracker.used = f"values {len(self.tracker.others)}"
+        self.tracker.others[self.tracker.used] = Sum()
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_metrics_in_an_object_in_training(harness, verify_replays):
+    def job(trainer, module):
+        trainer.fit(module, data())
+        return dict(trainer.callback_metrics)
+
+    callback = harness.callback(stages=["train"], warmup_steps=1, verify_replays=verify_replays)
+    harness.compare(Trains(), job, callback, max_epochs=3)
+    assert callback.stats.steps["FULL"] >= 27, callback.summary()
+
+
 class Boxes(Step):
     def measure(self, x, label, scores):
         corner = scores[:, :2].abs() * 4

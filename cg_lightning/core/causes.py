@@ -92,7 +92,10 @@ _REMEDIES = {
 
 KEPT_STATES = "a checkpoint that keeps random states"
 """What activation checkpointing does with ``preserve_rng_state``."""
+NO_SUBMODULE = "a metric that is no submodule"
+"""What is updated: a metric in a closure, a global or a class."""
 REMEDIES_OF_OPERATIONS = {
+    NO_SUBMODULE: "make it an attribute of the module, or keep it in an object, list or dict there",
     KEPT_STATES: "checkpoint(..., preserve_rng_state=False), if nothing in it draws",
     "Tensor.cpu": "read the copy after the epoch, or compute on the device",
     "Tensor.tolist": "append the tensor and read it after the epoch, or put the list in the batch",

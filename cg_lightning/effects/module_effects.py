@@ -110,9 +110,7 @@ class ModuleEffects:
 
     def reachable_metrics(self) -> list[nn.Module]:
         """Return the same metrics, and those that it has in containers and objects."""
-        held = [
-            each for metric in metrics_held(self._module) for each in metrics_of(metric)
-        ]
+        held = [each for metric in metrics_held(self._module) for each in metrics_of(metric)]
         return [*self.metrics(), *{id(metric): metric for metric in held}.values()]
 
     def recorder(self, late: Sequence[MetricUnit] = ()) -> AbstractContextManager[EffectRecorder]:

@@ -12,7 +12,7 @@ from unittest.mock import patch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from cg_lightning.core.causes import Cause
+from cg_lightning.core.causes import NO_SUBMODULE, Cause
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.watched_step import ModuleCall
@@ -89,8 +89,8 @@ class MetricUpdates(Detector):
         def write(metric: Metric, name: str, value: Any) -> None:
             if name == "_update_count" and threading.get_ident() == thread:
                 if id(metric) not in known:
-                    words = f"{metric.__class__.__name__} is no submodule"
-                    self.watch.report(Cause.METRIC_UPDATED, words)
+                    is_held = self.watch.late_unit(metric) is not None
+                    self.watch.report(Cause.METRIC_UPDATED, "update" if is_held else NO_SUBMODULE)
                 elif id(metric) in inside and vars(metric).get(name) != value:
                     self._report_update()
             original(metric, name, value)
