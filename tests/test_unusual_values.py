@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import weakref
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
 
 from cg_lightning import diagnose
 from tests.harness import Batches, features
@@ -179,3 +182,128 @@ def test_an_output_that_a_replay_cannot_make(harness, function, reason):
     harness.compare(Makes(), job, callback)
     assert callback.stats.steps["PIECEWISE"], callback.summary()
     assert any(reason in str(record.reason) for record in callback.stats.reasons)
+
+
+class _Plain:
+    """An object."""
+
+
+class _NoAttribute:
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+
+class _NoClass:
+    @property
+    def __class__(self) -> Any:
+        raise RuntimeError("no class")
+
+
+class _NoDictionary:
+    @property
+    def __dict__(self) -> Any:
+        raise RuntimeError("no dictionary")
+
+
+class _NoItems(list[Any]):
+    def __iter__(self) -> Any:
+        raise RuntimeError("no items")
+
+
+class _NoKeys(dict[str, Any]):
+    def __iter__(self) -> Any:
+        raise RuntimeError("no keys")
+
+
+def _proxy_of_what_is_gone() -> Any:
+    return weakref.proxy(_Plain())
+
+
+def _closed() -> Any:
+    file = io.StringIO("text")
+    file.close()
+    return file
+
+
+UNREADABLE = {
+    "attributes": _NoAttribute,
+    "class": _NoClass,
+    "dictionary": _NoDictionary,
+    "items": lambda: _NoItems([1]),
+    "keys": lambda: _NoKeys(a=1),
+    "a proxy": _proxy_of_what_is_gone,
+    "a closed file": _closed,
+}
+"""Values that raise an error if they are read."""
+
+
+class HasUnreadable(LightningModule):
+    def __init__(self, name: str, is_inside: bool) -> None:
+        super().__init__()
+        self.net, self.mean = nn.Linear(8, 3), MeanMetric()
+        self.arguments = (name, is_inside)
+        value = UNREADABLE[name]()
+        if is_inside:
+            value, inside = _Plain(), value
+            value.held = [inside]
+        vars(self)["thing"] = value  # torch itself reads what is set
+        self.seen: list[Any] = []
+
+    def __deepcopy__(self, memo: Any) -> HasUnreadable:
+        new = HasUnreadable(*self.arguments)
+        new.load_state_dict(self.state_dict())
+        return new
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        output: Tensor = self.net(batch[0])
+        self.mean.update(output.mean())
+        self.seen.append(output)
+        self.log("mean", self.mean)
+        return output
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.validation_step(batch, batch_idx).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("is_inside", [False, True], ids=["attribute", "inside"])
+@pytest.mark.parametrize("name", list(UNREADABLE))
+@pytest.mark.parametrize("stage", ["validate", "train"])
+def test_values_that_cannot_be_read_and_that_no_step_reads(harness, stage, name, is_inside):
+    """Eager does not read them, so nothing of ours may raise their errors."""
+    data = features(40)
+
+    def job(trainer, module):
+        if stage == "validate":
+            trainer.validate(module, data, verbose=False)
+        else:
+            trainer.fit(module, data, data)
+        return dict(trainer.callback_metrics), module.seen
+
+    callback = harness.callback(stages=[stage], warmup_steps=1)
+    harness.compare(HasUnreadable(name, is_inside), job, callback, max_epochs=1)
+    assert callback.stats.steps["FULL"] > 5, callback.summary()
+
+
+class LooksWhetherItIsNone(HasUnreadable):
+    def __deepcopy__(self, memo: Any) -> LooksWhetherItIsNone:
+        new = LooksWhetherItIsNone(*self.arguments)
+        new.load_state_dict(self.state_dict())
+        return new
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return batch[0] if self.thing is None else super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("is_inside", [False, True], ids=["attribute", "inside"])
+@pytest.mark.parametrize("name", ["attributes", "items", "a proxy", "a closed file"])
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
+def test_values_that_cannot_be_read_and_whose_inside_no_step_reads(harness, mode, name, is_inside):
+    def job(trainer, module):
+        trainer.validate(module, features(40), verbose=False)
+        return dict(trainer.callback_metrics), module.seen
+
+    callback = harness.callback(mode=mode, warmup_steps=1)
+    harness.compare(LooksWhetherItIsNone(name, is_inside), job, callback)

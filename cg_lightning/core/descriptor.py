@@ -248,7 +248,8 @@ def is_text(leaf: Hashable) -> bool:
 
 def is_plain_value(leaf: Any) -> bool:
     """Return True if ``leaf`` is not a tensor and can be part of a key."""
-    return type(leaf) in _VALUE_KEYS or isinstance(leaf, enum.Enum)
+    cls = type(leaf)  # ``isinstance`` asks the leaf as well, and a dead proxy raises
+    return cls in _VALUE_KEYS or issubclass(cls, enum.Enum)
 
 
 def _tensor_key(tensor: Tensor, index: int, tree: Any) -> Hashable:

@@ -78,7 +78,11 @@ def _values(module: nn.Module) -> dict[str, Any]:
     # Lightning's cache of the names of metrics, made by the first ``self.log``
     attributes.pop("_metric_attributes", None)
     # torch.jit's cache of its compiled methods, made when they are first read
-    attributes = {k: v for k, v in attributes.items() if not isinstance(v, torch.ScriptMethod)}
+    attributes = {
+        name: value
+        for name, value in attributes.items()
+        if not issubclass(type(value), torch.ScriptMethod)
+    }
     members = {
         f"{table}.{name}": member
         for table in _TABLES

@@ -8,6 +8,7 @@ Tensors in them are compared by identity, and by the attributes that users set o
 from __future__ import annotations
 
 import collections
+import contextlib
 from collections.abc import Iterable, Iterator, MutableMapping, MutableSequence, MutableSet
 from typing import Any
 
@@ -81,27 +82,31 @@ class ContainersSnapshot:
             if is_plain_value(value) or id(value) in seen:
                 continue
             seen.add(id(value))
-            if isinstance(value, Tensor):
-                self._tensors.append((value, dict(vars(value)), path))
-                self._memory.append((value, _memory_of(value), path))
-                continue
-            kind = kind_of(value)
-            if kind in (ValueKind.CONTAINER, ValueKind.OBJECT):
-                items = _items_of(value, kind)
-                self._nodes.append((value, kind, items, path))
-                if not isinstance(value, tuple):
-                    self._ids.add(id(value))
-                pending += [
-                    (_name(path, key, kind), item)
-                    for key, item in items
-                    if not is_plain_value(item)
-                ]
-            elif kind is ValueKind.CONTENTS:
-                contents = contents_of(value)
-                assert contents is not None
-                self._copies.append((value, contents(value), path))
-            elif kind is ValueKind.FUNCTION:
-                pending += [(f"{path}.{name}", held) for name, held in bound_to(value).items()]
+            with contextlib.suppress(Exception):  # whatever reading it raises: it is left out
+                pending += self._store(path, value)
+
+    def _store(self, path: str, value: Any) -> list[tuple[str, Any]]:
+        """Store one value, and return names and values of what it holds."""
+        if issubclass(type(value), Tensor):
+            self._tensors.append((value, dict(vars(value)), path))
+            self._memory.append((value, _memory_of(value), path))
+            return []
+        kind = kind_of(value)
+        if kind in (ValueKind.CONTAINER, ValueKind.OBJECT):
+            items = _items_of(value, kind)
+            self._nodes.append((value, kind, items, path))
+            if not issubclass(type(value), tuple):
+                self._ids.add(id(value))
+            return [
+                (_name(path, key, kind), item) for key, item in items if not is_plain_value(item)
+            ]
+        if kind is ValueKind.CONTENTS:
+            contents = contents_of(value)
+            assert contents is not None
+            self._copies.append((value, contents(value), path))
+        elif kind is ValueKind.FUNCTION:
+            return [(f"{path}.{name}", held) for name, held in bound_to(value).items()]
+        return []
 
     def changed(self) -> str:
         """Return the path of the first entry that was added, replaced or removed; empty: none."""

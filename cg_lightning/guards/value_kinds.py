@@ -140,7 +140,7 @@ _CONTENTS: dict[type, Callable[[Any], Any]] = {
 def contents_of(value: Any) -> Callable[[Any], Any] | None:
     """Return a function that copies the contents of a value; None if they cannot be compared."""
     numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, numpy.ndarray):
+    if numpy is not None and issubclass(type(value), numpy.ndarray):
         return _array_contents
     return next((_CONTENTS[cls] for cls in type(value).__mro__ if cls in _CONTENTS), None)
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.data import dim_zero_mean
 
-from cg_lightning.guards.value_kinds import ValueKind, holds_nothing, kind_of
+from cg_lightning.guards.value_kinds import ValueKind, kind_of
 from cg_lightning.modules.attributes import attributes_of, names_of_frameworks
 from cg_lightning.modules.kinds import is_metric, is_user_class
 
+_WITHOUT_METRICS = (bool, int, float, str, bytes, type(None), Tensor, nn.Parameter)
 _MOST_HELD = 10_000
 """Metrics that come after so many other values are not found."""
 
@@ -36,22 +39,28 @@ def metrics_held(module: nn.Module) -> list[nn.Module]:
     ]
     seen: set[int] = set()
     for value in pending:  # it grows
-        if holds_nothing(value) or isinstance(value, Tensor) or id(value) in seen:
+        if type(value) in _WITHOUT_METRICS or id(value) in seen:
             continue
         seen.add(id(value))
         if len(seen) > _MOST_HELD:
             break
-        kind = kind_of(value)
-        if kind is ValueKind.MODULE:
+        if issubclass(type(value), nn.Module):
             if is_metric(value) and id(value) not in known:
                 found.append(value)
-        elif isinstance(value, dict):
-            pending += dict.values(value)
-        elif isinstance(value, (list, tuple, collections.deque)):
-            pending += value
-        elif kind is ValueKind.OBJECT and is_user_class(type(value)):
-            pending += attributes_of(value).values()
+            continue
+        with contextlib.suppress(Exception):  # whatever the user's class raises if it is read
+            pending += _held_by(value)
     return found
+
+
+def _held_by(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return dict.values(value)
+    if isinstance(value, (list, tuple, collections.deque)):
+        return value
+    if kind_of(value) is ValueKind.OBJECT and is_user_class(type(value)):
+        return attributes_of(value).values()
+    return ()
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from types import FunctionType
+from typing import Any
 
 from torch import nn
 
@@ -151,10 +152,11 @@ class _Attributes:
         sources = [Source(module, name, path), *inside]
         if cls is not None:
             sources.append(Source(cls, name, f"{cls.__name__}.{name}"))
-        if isinstance(value, type):  # a configuration: ``self.config.scale``
-            sources += [
-                Source(base, inner, f"{path}.{inner}") for base, inner in plain_values_of([value])
-            ]
+        # a configuration: ``self.config.scale``
+        classes: list[Any] = [value] if issubclass(type(value), type) else []
+        sources += [
+            Source(base, inner, f"{path}.{inner}") for base, inner in plain_values_of(classes)
+        ]
         return sources
 
 
