@@ -30,13 +30,11 @@ def metrics_held(module: nn.Module) -> list[nn.Module]:
     """Return the metrics that ``module`` has in containers and objects: they are no submodules."""
     known = set(map(id, metrics_of(module)))
     found: list[nn.Module] = []
-    pending = [
-        value
-        for child in module.modules()
-        if not is_metric(child)
-        for name, value in vars(child).items()
-        if name not in names_of_frameworks(child)
-    ]
+    pending: list[Any] = []
+    for child in module.modules():
+        if not is_metric(child):
+            of_frameworks = names_of_frameworks(child)
+            pending += [value for name, value in vars(child).items() if name not in of_frameworks]
     seen: set[int] = set()
     for value in pending:  # it grows
         if type(value) in _WITHOUT_METRICS or id(value) in seen:
