@@ -576,7 +576,7 @@ class Watches(EagerDispatchMode):
 
 
 def test_what_pytorch_differentiates_otherwise_under_a_mode():
-    """Without such a difference, ``detectors/other_gradients.py`` is not needed."""
+    """Without such a difference, ``detectors/mode_dependent.py`` is not needed."""
     differ = set()
     for name, function in GRADIENTS_OF.items():
         for seed in range(20):

@@ -49,6 +49,10 @@ class EagerDispatchMode(TorchDispatchMode):
     ``matmul`` selects its kernel by that; and inner operations are not cast. Therefore
     :meth:`call` includes both keys again, except for operations that they already handled.
 
+    The keys of lazy conjugation and negation are excluded as well. Then kernels read a tensor such
+    as ``x.conj()`` as if it were ``x``: ``fft.hfft2`` gives wrong numbers. They are always included
+    again.
+
     The key of autocast is always excluded inside ``__torch_dispatch__``, so the state of autocast
     is observed at ``torch.set_autocast_enabled``.
     """
@@ -102,7 +106,12 @@ class EagerDispatchMode(TorchDispatchMode):
         )
         casts = self.casts_inside(function)
         # nearly all operations take this way, and each microsecond counts
-        with _including("ADInplaceOrView") if includes_views else _AS_IT_IS:
+        with (
+            _including("Conjugate"),
+            _including("Negative"),
+            _including("ZeroTensor"),
+            _including("ADInplaceOrView") if includes_views else _AS_IT_IS,
+        ):
             if not casts:
                 return function(*args, **kwargs)
             with _including(f"Autocast{self.device_type.upper()}"):

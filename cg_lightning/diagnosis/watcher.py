@@ -27,10 +27,10 @@ from cg_lightning.diagnosis.detectors.host_values import HostValues
 from cg_lightning.diagnosis.detectors.late_updates import LateUpdates
 from cg_lightning.diagnosis.detectors.logging import Logging
 from cg_lightning.diagnosis.detectors.metric_updates import MetricUpdates
+from cg_lightning.diagnosis.detectors.mode_dependent import ModeDependent
 from cg_lightning.diagnosis.detectors.moved_tensors import MovedTensors
 from cg_lightning.diagnosis.detectors.mutations import Mutations
 from cg_lightning.diagnosis.detectors.operations import Operations
-from cg_lightning.diagnosis.detectors.other_gradients import OtherGradients
 from cg_lightning.diagnosis.detectors.printing import Printing
 from cg_lightning.diagnosis.detectors.random_numbers import RandomNumbers
 from cg_lightning.diagnosis.detectors.rebound_state import ReboundState
@@ -64,7 +64,7 @@ DETECTORS: tuple[type[Detector], ...] = (
     HostValues,  # before those that report reads: it says which of them a capture can answer
     CopiedConstants,  # after HostValues, which asks it, and before Operations, which report copies
     Backward,
-    OtherGradients,
+    ModeDependent,
     Operations,
     HostReads,  # after all that compare tensors: on a GPU a comparison waits for the device
     HostConstants,  # after HostReads, which replaces the same functions and reports

@@ -22,12 +22,12 @@
   their results.
 - ``logging.py``: ``self.log`` and ``self.log_dict``.
 - ``metric_updates.py``: updates of metrics that a graph cannot contain, or a replay cannot repeat.
+- ``mode_dependent.py``: operations that PyTorch computes in another way while a dispatch mode is
+  on.
 - ``moved_tensors.py``: parameters and buffers that a step gives other memory.
 - ``mutations.py``: tensors that a step changes in place: its inputs, and tensors that exist
   longer.
 - ``operations.py``: dispatched operations that a graph cannot contain, and gradients.
-- ``other_gradients.py``: operations that PyTorch differentiates in another way while a dispatch
-  mode is on.
 - ``printing.py``: ``print``, ``self.print``, standard output, the user's loggers and the Trainer's.
 - ``random_numbers.py``: random numbers drawn on the host, which a graph cannot follow.
 - ``rebound_state.py``: state that a step keeps in Python: attributes that it sets, containers that
