@@ -466,8 +466,8 @@ def test_a_recording_gives_the_effects_of_a_step_that_the_user_has_not_seen():
     late = LateStep(LateUpdates(), [])
     with torch.no_grad(), states.held_for_capture([metric]) as held:
         before = AttributesSnapshot([metric])
-        recording = StepRecording([metric], held, states, NothingLogged(), late, [])
-        with recording.watching(CheckedCalls()):
+        recording = StepRecording(CheckedCalls(), [metric], held, states, NothingLogged(), late, [])
+        with recording.watching():
             metric.update(x)
             finished = recording.finish()
             with pytest.raises(CaptureError, match=r"the state SumMetric\.sum_value"):

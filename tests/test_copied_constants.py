@@ -131,15 +131,17 @@ def test_a_capture_asks_for_what_it_copies(name):
     x = torch.empty(3, 4, device=META)
 
     def run() -> Any:
-        with constants.answered():
-            return net(x)
+        with constants.answered() as asked_for:
+            net(x)
+        return asked_for
 
+    settings = {"collect_garbage": False, "capture_error_mode": "thread_local"}
     with torch.inference_mode():
-        backend.capture(run, collect_garbage=False, capture_error_mode="thread_local")
-        assert constants.are_missing
-        constants.make()
-        backend.capture(run, collect_garbage=False, capture_error_mode="thread_local")
-    assert not constants.are_missing
+        _, first = backend.capture(run, **settings)
+        assert not constants.are_made(first)
+        constants.make(first)
+        _, second = backend.capture(run, **settings)
+    assert constants.are_made(second)
     assert all(tensor.device == META for tensor in constants.tensors)
 
 

@@ -351,16 +351,16 @@ def test_a_capture_that_asks_for_other_constants(device):
     values = iter([[1.0], [1.0], [-0.0], [2.0, 3.0]])
     constants = HostConstants(device)
 
-    def ask(times: int = 1) -> None:
-        with constants.answered():
+    def ask(times: int = 1) -> list[Tensor]:
+        with constants.answered() as asked_for:
             for _ in range(times):
                 torch.tensor(next(values), device=device)
+        return asked_for
 
-    ask()
-    assert constants.are_missing
-    constants.make()
-    ask()
-    assert not constants.are_missing
+    first = ask()
+    assert not constants.are_made(first)
+    constants.make(first)
+    assert constants.are_made(ask())
     for times in (1, 1, 0):
         with pytest.raises(CaptureError, match="other tensors of Python values"):
             ask(times)

@@ -191,12 +191,16 @@ class Capturer:
         if not self.settings.capture_options.gc_disable:
             _collect_once()
         began = time.perf_counter()
-        if any(map(is_compiled, target.module.modules())):
-            self._guard_compiled(target, call)
+        # before the capture: to look for modules takes the hash of metrics, which reads their
+        # states
+        compiled = [module for module in target.module.modules() if is_compiled(module)]
+        if compiled:
+            if not all(map(is_compiled_by_callback, compiled)):
+                self._guard_compiled(target, call)
             self._compile_ahead(target, call)
         held = HeldByModules(target.module, target.effects)
         try:
-            entry = self._attempt(target, call)
+            entry = self._attempt(target, call, bool(compiled))
         except CaptureError as error:
             had_others = self.cache.drop_all()
             if isinstance(error, RecompileNeededError):
@@ -205,7 +209,7 @@ class Capturer:
                 gc.collect()
             else:
                 raise
-            entry = self._attempt(target, call)
+            entry = self._attempt(target, call, bool(compiled))
         if left := held.left():
             held.restore()
             self._backend.synchronize()
@@ -215,9 +219,9 @@ class Capturer:
         target.record.captured(seconds, entry.num_bytes, target.changed)
         return entry
 
-    def _attempt(self, target: CaptureTarget, call: GraphCall) -> GraphEntry:
+    def _attempt(self, target: CaptureTarget, call: GraphCall, has_compiled: bool) -> GraphEntry:
         inputs = self._static_inputs(call)
-        return _Attempt(self._backend, self.settings, inputs, target, call).entry()
+        return _Attempt(self._backend, self.settings, inputs, target, call, has_compiled).entry()
 
     def _compile_ahead(self, target: CaptureTarget, call: GraphCall) -> None:
         """Run the call once with static inputs, so that ``torch.compile`` compiles before it.
@@ -233,9 +237,7 @@ class Capturer:
 
         A watched step cannot see that, because it runs the user's compiled code compiled.
         """
-        compiled = [module for module in target.module.modules() if is_compiled(module)]
-        is_seen = all(map(is_compiled_by_callback, compiled))
-        if is_seen or self._watch_compiled is None or target.guards is None:
+        if self._watch_compiled is None or target.guards is None:
             return
         inputs = self._static_inputs(call)
         tree = rebuild(call.tree, iter(inputs.leaves))
@@ -268,6 +270,14 @@ class Capturer:
         return inputs
 
 
+class _Needed(NamedTuple):
+    """What a call needs memory for, from outside its capture."""
+
+    checked: CheckedCalls
+    constants: list[Tensor]
+    """The values of its constants, on the host."""
+
+
 class _Captured(NamedTuple):
     """What a captured call gives, beside its graph."""
 
@@ -278,6 +288,8 @@ class _Captured(NamedTuple):
     effect_tensors: list[Tensor]
     """What the graph computes for the effects."""
     takers: list[Taker]
+    needed: _Needed | None
+    """What has no memory yet, so that the call must be captured once more. None: nothing."""
 
 
 class _Attempt:
@@ -289,6 +301,8 @@ class _Attempt:
         inputs: The static inputs of the graph.
         target: The step or submodule.
         call: The call.
+        has_compiled: Whether the call may run code of ``torch.compile``, which may have guards on
+            functions that are replaced.
     """
 
     def __init__(
@@ -298,6 +312,7 @@ class _Attempt:
         inputs: StaticInputs,
         target: CaptureTarget,
         call: GraphCall,
+        has_compiled: bool,
     ) -> None:
         self._backend = backend
         self._settings = settings
@@ -307,9 +322,7 @@ class _Attempt:
         self._constants = HostConstants(backend.device, target.copies_from_host)
         self._passed_on = PassedOnValues(call.descriptor.leaves)
         self._leaves = self._passed_on.hidden_in(inputs.leaves)
-        # compiled code may have guards on functions that are replaced. Asked before the capture:
-        # to look for modules takes the hash of metrics, which reads their states
-        self._has_compiled = any(map(is_compiled, target.module.modules()))
+        self._has_compiled = has_compiled
         # what metrics and the user's lists keep is never graph memory
         self._copies_outputs = settings.copy_outputs or bool(
             target.late or target.changes or target.fills_batch
@@ -327,11 +340,11 @@ class _Attempt:
             _random_state_put_back() if target.host_draws else contextlib.nullcontext(),
         ):
             graph, captured = self._capture(recorder)
-            if recorder.has_unreserved_checks or self._constants.are_missing:
-                # both need memory from outside the capture, and only a capture shows them
+            if (needed := captured.needed) is not None:  # only a capture shows it
                 del graph, captured
-                recorder.reserve_checks()
-                self._constants.make()
+                recorder.reserve_checks(needed.checked)
+                self._constants.make(needed.constants)
+                del needed  # it may keep memory of the first graph
                 graph, captured = self._capture(recorder)
         self._inputs.keep(self._constants.tensors)
         self._inputs.note_written(target.batch_writes)
@@ -370,7 +383,7 @@ class _Attempt:
         with recording_changes(target.changes) as changing, recorder.step() as recording:
             tree = rebuild(self._call.tree, iter(self._leaves))
             containers, entries = list(containers_in(tree)), BatchEntries(tree)
-            with self._answering(recorder.checked_calls):
+            with self._answering(recording.checked) as constants:
                 output = self._call.run_on(tree)
             is_closure = isinstance(output, ClosureOutput)
             finished = recording.finish((leaves_on_device(output), self._leaves))
@@ -396,22 +409,28 @@ class _Attempt:
         if is_weak and (self._copies_outputs or takers):
             computed = weak_ref_tensors(computed, self._backend)
             tensors = weak_ref_tensors(tensors, self._backend)
-        return _Captured(plan, computed, effects, tensors, takers)
+        have_memory = recording.checked.have_memory() and self._constants.are_made(constants)
+        needed = None if have_memory else _Needed(recording.checked, constants)
+        return _Captured(plan, computed, effects, tensors, takers, needed)
 
     @contextlib.contextmanager
-    def _answering(self, checked: CheckedCalls) -> Iterator[None]:
-        """While this is entered, the call gets answers for what no capture can do."""
+    def _answering(self, checked: CheckedCalls) -> Iterator[list[Tensor]]:
+        """While this is entered, the call gets answers for what no capture can do.
+
+        The context gives the constants that the call asks for; see :class:`HostConstants`.
+        """
         target, device = self._target, self._backend.device
+        constants: list[Tensor] = []
         with contextlib.ExitStack() as stack:
             if target.reads:
                 reads = AnsweredReads(target.reads, checked, device.type)
                 stack.enter_context(reads.answering())
             if not self._has_compiled:
-                stack.enter_context(self._constants.answered())
+                constants = stack.enter_context(self._constants.answered())
                 if target.effects is not None:  # only a whole step may keep such copies
                     stack.enter_context(answered_host_copies(device))
             stack.enter_context(self._passed_on.during_step())
-            yield
+            yield constants
 
 
 @contextlib.contextmanager

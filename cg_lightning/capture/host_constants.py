@@ -39,29 +39,32 @@ class HostConstants:
         self._device = device
         self._with_copies = with_copies
         self._asked_for: list[Tensor] = []
+        """What the call that is being captured has asked for."""
         self._made_of: list[Tensor] = []
         self.tensors: list[Tensor] = []
         """The constants on the device. A graph that clones them does not keep them alive."""
 
-    @property
-    def are_missing(self) -> bool:
-        """Whether the last capture asked for constants that are not made yet."""
-        return len(self._asked_for) > len(self.tensors)
+    def are_made(self, asked_for: list[Tensor]) -> bool:
+        """Return True if all constants that a capture has asked for are made."""
+        return len(asked_for) <= len(self.tensors)
 
-    def make(self) -> None:
-        """Make the constants that the last capture asked for. Call it outside a capture."""
+    def make(self, asked_for: list[Tensor]) -> None:
+        """Make the constants that a capture has asked for. Call it outside a capture."""
         with torch.inference_mode(False):
-            self._made_of = self._asked_for
-            self.tensors = [tensor.to(self._device, copy=True) for tensor in self._asked_for]
+            self._made_of = asked_for
+            self.tensors = [tensor.to(self._device, copy=True) for tensor in asked_for]
 
     @contextlib.contextmanager
-    def answered(self) -> Iterator[None]:
+    def answered(self) -> Iterator[list[Tensor]]:
         """While this is entered, one captured call gets clones of its constants.
 
+        The context gives a list, which receives the values on the host of the constants that the
+        call asks for. If they are not made yet, make them and capture once more.
+
         Raises:
-            CaptureError: The call makes other constants than in the capture before.
+            CaptureError: The call makes other constants than those that were made.
         """
-        self._asked_for = []
+        asked_for = self._asked_for = []
         with contextlib.ExitStack() as stack:
             stack.enter_context(answered_makers(self._answer))
             if self._with_copies:
@@ -69,8 +72,8 @@ class HostConstants:
             if self._with_copies and self._device.type != "cpu":
                 copies = AnsweredCopies(self._device, self._constant)
                 stack.enter_context(copies.watching())
-            yield
-        if self.tensors and len(self._asked_for) != len(self.tensors):
+            yield asked_for
+        if self.tensors and len(asked_for) != len(self.tensors):
             raise _other_constants()
 
     def _answer(self, call: MakerCall) -> Tensor:

@@ -46,30 +46,20 @@ class Recorder:
 
     1. Enter the context that gives the recorder, outside any capture.
     2. Capture the step, with :meth:`step` around it.
-    3. If :attr:`has_unreserved_checks`: drop the graph and the effects, call
-       :meth:`reserve_checks`, and capture once more, as in 2.
+    3. If its checks have no memory (``recording.checked.have_memory()``): drop the graph and the
+       effects, call :meth:`reserve_checks`, and capture once more, as in 2.
     4. Leave the context. Metrics and logged values are then as they were before.
 
     This class itself is for a submodule. Its calls have no effects, because others are not
     captured.
     """
 
-    @property
-    def has_unreserved_checks(self) -> bool:
-        """Whether the last captured step made checks without reserved memory."""
-        return False
-
-    @property
-    def checked_calls(self) -> CheckedCalls:
-        """The checked calls of the step that is being captured."""
-        return CheckedCalls()
-
     def step(self) -> AbstractContextManager[Recording]:
         """While this is entered, one captured step is recorded."""
-        return contextlib.nullcontext(Recording())
+        return contextlib.nullcontext(Recording(CheckedCalls()))
 
-    def reserve_checks(self) -> None:
-        """Reserve memory for the checks of the last captured step."""
+    def reserve_checks(self, checked: CheckedCalls) -> None:
+        """Reserve memory for the checks that a captured step has made."""
 
 
 @contextlib.contextmanager
@@ -107,9 +97,7 @@ def recording_effects(
             yield recorder
     finally:
         logged.restore(logged_before)
-    if recorder.has_unreserved_checks:
-        raise CaptureError("the step checks its arguments, and was captured only once")
-    checks.add(recorder.reserved)
+    checks.add(recorder.checks())
 
 
 class EffectRecorder(Recorder):
@@ -143,18 +131,9 @@ class EffectRecorder(Recorder):
         self._late = late
         self._sync_free = sync_free
         self._checked = CheckedCalls()
-        self.reserved: list[DeferredCheck] = []
+        """The calls of the last step."""
+        self._reserved: list[DeferredCheck] = []
         """The checks of the step, for which memory is reserved."""
-
-    @property
-    def has_unreserved_checks(self) -> bool:
-        """See :class:`Recorder`."""
-        return len(self._checked.seen) > len(self.reserved)
-
-    @property
-    def checked_calls(self) -> CheckedCalls:
-        """See :class:`Recorder`."""
-        return self._checked
 
     @contextlib.contextmanager
     def step(self) -> Iterator[Recording]:
@@ -162,11 +141,12 @@ class EffectRecorder(Recorder):
 
         At the end the attributes of metrics are restored, so each capture starts from the same.
         """
-        self._checked = CheckedCalls(self.reserved or None)
-        effects = [ReadChecksLater(self.reserved)] if self.reserved else []
+        self._checked = CheckedCalls(self._reserved or None)
+        effects = [ReadChecksLater(self._reserved)] if self._reserved else []
         with contextlib.ExitStack() as stack:
             stack.callback(AttributesSnapshot(self._metrics).restore)
             recording = StepRecording(
+                self._checked,
                 self._metrics,
                 self._metric_states,
                 self._states,
@@ -175,7 +155,7 @@ class EffectRecorder(Recorder):
                 effects,
             )
             recording.late_calls = stack.enter_context(self._late.collected())
-            stack.enter_context(recording.watching(self._checked))
+            stack.enter_context(recording.watching())
             if self._sync_free:
                 stack.enter_context(sync_free(self._checked))
             if self._logged.is_supported():
@@ -184,6 +164,16 @@ class EffectRecorder(Recorder):
                 recording.log_calls = stack.enter_context(self._logged.calls.collected())
             yield recording
 
-    def reserve_checks(self) -> None:
+    def reserve_checks(self, checked: CheckedCalls) -> None:
         """See :class:`Recorder`."""
-        self.reserved = [DeferredCheck.of(*seen) for seen in self._checked.seen]
+        self._reserved = [DeferredCheck.of(*seen) for seen in checked.seen]
+
+    def checks(self) -> list[DeferredCheck]:
+        """Return the checks of the last captured step.
+
+        Raises:
+            CaptureError: They have no memory, so they would be lost.
+        """
+        if not self._checked.have_memory():
+            raise CaptureError("the step checks its arguments, and was captured only once")
+        return self._reserved

@@ -192,7 +192,14 @@ class FinishedStep(NamedTuple):
 
 
 class Recording:
-    """One captured step. This class itself is for a step without side effects."""
+    """One captured step. This class itself is for a step without side effects.
+
+    Args:
+        checked: Receives the checked calls of the step.
+    """
+
+    def __init__(self, checked: CheckedCalls) -> None:
+        self.checked = checked
 
     def finish(self, known: Any = ()) -> FinishedStep:
         """Write new states to static tensors. Return what the step does beside its output.
@@ -212,6 +219,7 @@ class StepRecording(Recording):
     """One captured step of a module with metrics or logged values.
 
     Args:
+        checked: See :class:`Recording`.
         metrics: All metrics that the step may use.
         metric_states: Their tensor states.
         states: The metric states of the whole run.
@@ -222,6 +230,7 @@ class StepRecording(Recording):
 
     def __init__(
         self,
+        checked: CheckedCalls,
         metrics: list[nn.Module],
         metric_states: list[MetricState],
         states: MetricStates,
@@ -229,6 +238,7 @@ class StepRecording(Recording):
         late: LateStep,
         effects: list[ReadChecksLater],
     ) -> None:
+        super().__init__(checked)
         self._metric_states = metric_states
         self._states = states
         self._logged = logged
@@ -244,8 +254,8 @@ class StepRecording(Recording):
         """The calls of metrics that the step leaves out."""
 
     @contextlib.contextmanager
-    def watching(self, checked: CheckedCalls) -> Iterator[None]:
-        """While this is entered, metrics are intercepted, and their updates are ``checked``."""
+    def watching(self) -> Iterator[None]:
+        """While this is entered, metrics are intercepted, and their updates are checked."""
         with contextlib.ExitStack() as stack:
             for recorded in self._metrics:
                 metric, attributes = recorded.metric, recorded.attributes
@@ -253,7 +263,7 @@ class StepRecording(Recording):
                 if isinstance(metric, Metric):
                     update = attributes["update"]
                     stack.callback(attributes.__setitem__, "update", update)
-                    attributes["update"] = _checked_update(metric, update, checked)
+                    attributes["update"] = _checked_update(metric, update, self.checked)
             yield
 
     def finish(self, known: Any = ()) -> FinishedStep:

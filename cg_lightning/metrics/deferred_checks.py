@@ -75,6 +75,10 @@ class CheckedCalls:
         self._is_refused = False
         self.seen: list[_Seen] = []
 
+    def have_memory(self) -> bool:
+        """Return True if each check has memory."""
+        return len(self.seen) <= len(self._checks or ())
+
     @contextlib.contextmanager
     def during(
         self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
