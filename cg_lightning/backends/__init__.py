@@ -15,6 +15,7 @@
 - ``recorder.py``: a graph API for devices without one: records operations and replays them.
 - ``tensor_makers.py``: functions that make a tensor of Python values: ``torch.tensor`` and the
   like.
+- ``texts_of_pytorch.py``: texts of PyTorch that decide something, as it has no type for them.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import torch
 from torch.cuda import graphs, is_current_stream_capturing
 
 from cg_lightning.backends.imported_functions import replaced_where_imported
+from cg_lightning.backends.texts_of_pytorch import needs_compilation
 from cg_lightning.core.errors import CaptureError, OutOfGraphMemoryError, RecompileNeededError
 
 CAPTURE_LOCK = threading.RLock()
@@ -150,8 +151,7 @@ def as_capture_error(error: Exception) -> CaptureError:
     text = f"The capture failed: {kind}{error}"
     if isinstance(error, torch.OutOfMemoryError):
         return OutOfGraphMemoryError(text)
-    # torch has no type of its own for what set_stance("fail_on_recompile") raises (2.8 to 2.13)
-    if "fail_on_recompile" in str(error):
+    if needs_compilation(error):
         return RecompileNeededError(text)
     return CaptureError(text)
 

@@ -55,12 +55,12 @@ from cg_lightning.backends.capture_scope import (
 )
 from cg_lightning.backends.followed_generators import FollowedGenerators, FollowsGenerators
 from cg_lightning.backends.host_reads import OnCall, noticed
+from cg_lightning.backends.texts_of_pytorch import SYNC_WARNING, is_of_cusolver, is_sync_warning
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.errors import CaptureError
 from cg_lightning.core.settings import BackendName
 from cg_lightning.core.tree import tensors_in
 
-_SYNC_WARNING = "called a synchronizing CUDA operation"
 _UNSEEN_CALLS = (
     (torch.cuda, "synchronize", Cause.HOST_SYNC),
     (torch.accelerator, "synchronize", Cause.HOST_SYNC),
@@ -72,11 +72,6 @@ _UNSEEN_CALLS = (
     (torch.cuda.CUDAGraph, "replay", Cause.GRAPHED_ALREADY),
 )
 """Calls that no capture can contain, and that PyTorch's sync debug mode does not show."""
-
-
-def is_sync_warning(message: object) -> bool:
-    """Return True if PyTorch's sync debug mode warns of a call that waits for the device."""
-    return _SYNC_WARNING in str(message)
 
 
 def is_available() -> bool:
@@ -176,7 +171,7 @@ class CUDABackend(FollowsGenerators):
             for owner, name, cause in _UNSEEN_CALLS:
                 function = noticed(owner, name, cause, on_call)
                 replaced.enter_context(patch.object(owner, name, function))
-            warnings.filterwarnings("always", message=f".*{_SYNC_WARNING}")
+            warnings.filterwarnings("always", message=f".*{SYNC_WARNING}")
             warnings.filterwarnings("ignore", message=".*Synchronization debug mode is a prototype")
             warnings.showwarning = notice
             try:
@@ -327,7 +322,7 @@ class CUDABackend(FollowsGenerators):
         with contextlib.suppress(Exception):
             torch.cuda.synchronize(self.device)
         # the cuSOLVER handle fails its next call after this error (torch 2.11); make that call here
-        if "cusolver" in str(error):
+        if is_of_cusolver(error):
             with contextlib.suppress(Exception):
                 torch.linalg.svd(torch.eye(2, device=self.device))
         self._anchor = None  # last: no graph can be destroyed while a stream captures

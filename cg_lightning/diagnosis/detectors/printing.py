@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
-from cg_lightning.backends.cuda import is_sync_warning
+from cg_lightning.backends.texts_of_pytorch import is_sync_warning
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.detectors.trainer_reads import noticed_reads
