@@ -13,10 +13,12 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,59 +29,62 @@ _OF_RANKS = (
     *("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
 )
 Done = subprocess.CompletedProcess[str]
-_server: subprocess.Popen[str] | None = None
+_servers: dict[str, subprocess.Popen[str]] = {}
 
 
-def run_python(*arguments: str, folder: Path, environment: Mapping[str, str] = os.environ) -> Done:
+def run_python(
+    *arguments: str,
+    folder: Path,
+    environment: Mapping[str, str] = os.environ,
+    python: str = sys.executable,
+) -> Done:
     """Run ``python`` with arguments: ``-m module ...``, ``-c code`` or ``file.py ...``."""
     from cg_lightning.backends import cuda
 
     if cuda.is_available() or not hasattr(os, "fork"):
-        command, settings = [sys.executable, *arguments], {"cwd": folder, "env": environment}
+        command, settings = [python, *arguments], {"cwd": folder, "env": environment}
         return subprocess.run(command, capture_output=True, text=True, check=False, **settings)
     with tempfile.TemporaryDirectory() as texts:
         names = {name: str(Path(texts) / name) for name in ("stdout", "stderr")}
         request = {"arguments": arguments, "folder": str(folder), "environment": dict(environment)}
-        code = _ask({**request, **names})
+        code = _ask(python, {**request, **names})
         printed = {name: Path(file).read_text() for name, file in names.items()}
     return Done(list(arguments), code, **printed)
 
 
-def run_two_ranks(module: str, *arguments: str, timeout: float = 200) -> Done:
+def run_two_ranks(module: str, *arguments: str) -> Done:
     """Run ``python -m module``, whose Trainer starts a second process for its second rank."""
     # Trainers of other tests leave these variables
     environment = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
-    command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
+    environment["PYTHONWARNINGS"] = "ignore"
     root = Path(__file__).parent.parent
-    settings: dict[str, Any] = {"cwd": root, "env": environment, "timeout": timeout}
-    return subprocess.run(command, capture_output=True, text=True, check=False, **settings)
+    return run_python("-m", module, *arguments, folder=root, environment=environment)
 
 
-def _ask(request: dict[str, Any]) -> int:
-    global _server
-    if _server is None:
-        root = Path(__file__).parent.parent
-        command = [sys.executable, "-m", __name__]
-        _server = subprocess.Popen(
-            command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        atexit.register(_stop)
-    assert _server.stdin is not None
-    assert _server.stdout is not None
+def _ask(python: str, request: dict[str, Any]) -> int:
+    server = _servers.get(python)
+    if server is None:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command, root = [python, "-m", __name__], Path(__file__).parent.parent
+        # a session of its own: what it starts can be ended with it
+        server = subprocess.Popen(command, cwd=root, start_new_session=True, **pipes)
+        _servers[python] = server
+        atexit.register(_stop, python)
+    assert server.stdin is not None
+    assert server.stdout is not None
     try:
-        print(json.dumps(request), file=_server.stdin, flush=True)
-        return int(_server.stdout.readline())
+        print(json.dumps(request), file=server.stdin, flush=True)
+        return int(server.stdout.readline())
     except BaseException:  # its answer would be taken for that of the next command
-        _stop()
+        _stop(python)
         raise
 
 
-def _stop() -> None:
-    global _server
-    if _server is not None:
-        _server.kill()
-        _server.communicate()
-        _server = None
+def _stop(python: str) -> None:
+    server = _servers.pop(python, None)
+    if server is not None:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.communicate()
 
 
 def serve() -> None:
@@ -113,14 +118,22 @@ def status_of(request: dict[str, Any]) -> int:
     return status
 
 
+def paths_of(environment: Mapping[str, str]) -> list[str]:
+    return list(filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)))
+
+
 def become(request: dict[str, Any]) -> None:
     """Be the command: its folder, files, environment and arguments, and then its code."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT), number)
     os.chdir(request["folder"])
+    before, given = (paths_of(each) for each in (os.environ, request["environment"]))
+    sys.path[1:] = [*given, *[path for path in sys.path[1:] if path not in before]]
     os.environ.clear()
     os.environ.update(request["environment"])
+    if os.environ.get("PYTHONWARNINGS") == "ignore":  # the interpreter reads it when it starts
+        warnings.simplefilter("ignore")
     first, *rest = request["arguments"]
     if first == "-m":
         sys.path[0], sys.argv = request["folder"], rest

@@ -238,7 +238,9 @@ def test_a_model_from_the_users_folder_without_predict_step(tmp_path):
         "data=custom",
         "data._target_=my.DataModule",
     )
-    printed = run(tmp_path, *arguments, command=[sys.executable, "-c", as_script])
+    done = run_python("-c", as_script, *arguments, folder=tmp_path, environment=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout
     assert printed.count("No test after fit: Model has no test_step.") == 1
     assert printed.count("No predict after fit: Model has neither predict_step nor forward.") == 1
     assert f"The same fit {IDENTICAL}: 1 metric and 0 predicted batches" in printed
@@ -409,7 +411,7 @@ def test_enums_are_written_as_on_the_command_line():
 def test_a_missing_extra_is_one_sentence(tmp_path):
     hide = "import sys; sys.modules['sklearn'] = sys.modules['sklearn.datasets'] = None; "
     script = f"{hide}from cg_lightning.app.main import main; main()"
-    done = start(tmp_path, "task=predict", command=[sys.executable, "-c", script])
+    done = run_python("-c", script, "task=predict", folder=tmp_path, environment=ENVIRONMENT)
     assert done.returncode == 1
     assert done.stderr.strip().endswith(
         "The handwritten digits are part of scikit-learn, which is not installed: "

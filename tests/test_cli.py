@@ -6,7 +6,6 @@ import dataclasses
 import os
 import runpy
 import shlex
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 
 from cg_lightning.core.settings import CUDAGraphOptions, Settings
+from tests.processes import run_python
 
 pytest.importorskip("jsonargparse", reason="LightningCLI needs jsonargparse")
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
@@ -142,19 +142,15 @@ def test_options_of_captures_on_the_command_line(capsys):
 def test_started_from_a_shell(tmp_path):
     Path("cli.py").write_text(SCRIPT)
     paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [
-            *(sys.executable, "cli.py", "predict"),
-            f"--trainer.callbacks+={NAME}",
-            "--trainer.callbacks.mode=FULL",
-            "--trainer.callbacks.backend=recorder",
-            "--trainer.accelerator=cpu",
-            "--trainer.logger=false",
-        ],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        capture_output=True,
-        text=True,
-        check=False,
+    done = run_python(
+        *("cli.py", "predict"),
+        f"--trainer.callbacks+={NAME}",
+        "--trainer.callbacks.mode=FULL",
+        "--trainer.callbacks.backend=recorder",
+        "--trainer.accelerator=cpu",
+        "--trainer.logger=false",
+        folder=tmp_path,
+        environment={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
     )
     assert "predict: " in done.stdout, done.stderr
     assert " FULL" in done.stdout

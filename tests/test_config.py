@@ -203,11 +203,7 @@ def run_project(
         (folder / name).write_text(text.replace("SEARCHPATH", search_path))
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = environment or {**os.environ, "PYTHONPATH": paths}
-    if python == sys.executable:
-        return run_python("train.py", *overrides, folder=folder, environment=environment)
-    command = [python, "train.py", *overrides]
-    settings: dict[str, Any] = {"cwd": folder, "env": environment}
-    return subprocess.run(command, capture_output=True, text=True, check=False, **settings)
+    return run_python("train.py", *overrides, folder=folder, environment=environment, python=python)
 
 
 @pytest.mark.slow

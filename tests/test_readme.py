@@ -3,8 +3,6 @@
 import ast
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from cg_lightning.core.reasons import WARM_UP, Status
 from cg_lightning.report.records import StepsRecord
 from cg_lightning.runtime.dispatcher import MOST_UNREPEATED
 from cg_lightning.runtime.ledger import CAPTURE_COST, CREDIT, FIRST_WAIT, WATCH_COST
+from tests.processes import run_python
 from tests.test_imports import PACKAGE
 
 ROOT = Path(__file__).parent.parent
@@ -113,14 +112,7 @@ def test_the_example_of_the_readme_prints_what_the_readme_shows(tmp_path):
     code = README.split("```python\n")[1].split("```")[0]
     shown = README.split("<!-- output: summary -->\n```\n")[1].split("```")[0]
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python("-c", code, folder=tmp_path, environment={**os.environ, "PYTHONPATH": paths})
     assert done.returncode == 0, done.stderr
     printed = done.stdout[done.stdout.index(shown.splitlines()[0]) :]
     assert _without_figures(printed).startswith(_without_figures(shown)), printed

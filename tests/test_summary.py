@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
 import re
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.summary import Summary, print_summary, render_summary
 from tests.harness import Harness, features, images
 from tests.models import Body, ConvNetClassifier, Predictor
+from tests.processes import run_python
 
 
 @pytest.fixture
@@ -170,7 +172,7 @@ def test_without_rich_it_is_plain_text(callback, capsys, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bar", ["RichProgressBar", "TQDMProgressBar"])
-def test_a_progress_bar_does_not_tear_it(bar, tmp_path):
+def test_a_progress_bar_does_not_tear_it(bar):
     code = f"""
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import {bar}
@@ -182,9 +184,9 @@ trainer = Trainer(callbacks=[callback, {bar}()], accelerator="cpu", logger=False
 trainer.predict(Predictor(Body()), features(40))
 print("STATS", repr(str(callback.summary())))
 """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
-    )
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    done = run_python("-c", code, folder=Path(__file__).parent.parent, environment=environment)
+    assert done.returncode == 0, done.stderr
     shown, said = done.stdout.split("STATS ")
     summary = eval(said)
     assert summary in shown, shown

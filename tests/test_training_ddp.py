@@ -28,7 +28,7 @@ EAGER = {
 
 def test_everything_is_equal_on_both_ranks(tmp_path, two_ranks):
     """Hazard 44: also if the ranks do not capture in the same step, or one cannot."""
-    done = run_two_ranks("tests.ddp_training_worker", "main", two_ranks, str(tmp_path), timeout=240)
+    done = run_two_ranks("tests.ddp_training_worker", "main", two_ranks, str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     _check_ranks(tmp_path, 2, 19)
 
@@ -39,7 +39,7 @@ def test_everything_is_equal_on_three_ranks(tmp_path, backend):
     if backend == "cuda" and torch.cuda.device_count() < 3:
         pytest.skip("needs three CUDA devices")
     arguments = ("three", backend, str(tmp_path))  # its Trainer starts the others
-    done = run_two_ranks("tests.ddp_training_worker", *arguments, timeout=400)
+    done = run_two_ranks("tests.ddp_training_worker", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     _check_ranks(tmp_path, 3, 4)
 
