@@ -551,7 +551,7 @@ def test_a_read_that_the_batch_alone_decides_is_known_before_the_step():
     lengths, foreign = torch.tensor([1, 2, 3]), torch.tensor([1, 2, 3])
     found = []
     for read in (lengths, foreign):
-        provenance = Provenance([lengths], lambda: ("line", ""))
+        provenance = Provenance([lengths], lambda: ("line", "", ""))
         with torch.no_grad(), Followed(provenance):
             read[1:].max().item()
         found.append(provenance.path())

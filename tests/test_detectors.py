@@ -441,7 +441,8 @@ def test_the_reason_of_a_finding():
     finding = Finding(Cause.HOST_SYNC, "aten::item", "net", "my.py:12", "timm/layers.py:3")
     text = "host sync: aten::item in net (my.py:12, in timm/layers.py:3)"
     assert finding.reason() == Reason(Cause.HOST_SYNC, text, "my.py:12")
-    assert finding.reason("net").text == f"net: {text}"
+    of_net = finding.reason().of_submodule("net")
+    assert (of_net.text, of_net.submodule) == (f"net: {text}", finding.module or "net")
     unseen = Finding(Cause.STATE_REBOUND, "kept", "", AT_THE_END)
     assert unseen.reason().location == ""
 

@@ -11,14 +11,17 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
+from torchmetrics.functional.text import perplexity
 from torchmetrics.text import Perplexity
 
-from cg_lightning import BatchDescriptor
+from cg_lightning import BatchDescriptor, CaptureError
+from cg_lightning.backends import resolve_backend
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.reasons import Changed, Reason, Status
 from cg_lightning.report.stats import MOST_REASONS, MOST_SHAPES, OTHER_SHAPES, CUDAGraphStats
 from cg_lightning.report.summary import render_summary
 from cg_lightning.runtime.plans import NEW_KEY
+from cg_lightning.runtime.target import reason_of
 from tests.harness import Batches, features, predict, validate
 from tests.models import Body, Predictor
 
@@ -56,11 +59,15 @@ def test_a_step_in_pieces_says_why_it_is_not_one_graph(harness):
         "shapes": "4x8",
         "cause": "host sync",
         "text": record["text"],
+        "operation": record["operation"],
+        "submodule": "",
         "location": f"{__file__}:{LINE}",
+        "library_location": "",
         "remedy": Cause.HOST_SYNC.remedy,
         "steps": 7,
     }
-    assert record["text"].startswith("host sync: aten::")
+    assert record["text"].startswith(f"host sync: {record['operation']} ")
+    assert record["operation"].startswith("aten::")
     json.dumps(callback.stats.to_dict())
     summary = callback.summary()
     shown = record["text"].replace(f"{Path.cwd()}/", "")
@@ -85,8 +92,11 @@ def test_a_submodule_that_stays_eager_is_named(harness):
     harness.compare(Waits(Inner()), predict(features()), callback)
     (record,) = [record for record in callback.stats.reasons if record.mode == "PIECEWISE"]
     assert record.reason.kind is Cause.HOST_SYNC
-    assert " in net (" in record.reason.text
-    assert record.reason.location.startswith(f"{__file__}:")
+    shown = record.to_dict()
+    assert shown["text"] == f"host sync: aten::item in net ({shown['location']})"
+    assert (shown["operation"], shown["submodule"]) == ("aten::item", "net")
+    line = Inner.forward.__code__.co_firstlineno + 1
+    assert shown["location"] == f"{__file__}:{line}"
 
 
 def test_library_code_shows_the_librarys_line_and_the_users(harness):
@@ -102,7 +112,65 @@ def test_library_code_shows_the_librarys_line_and_the_users(harness):
     harness.compare(Perplexed(), validate(features()), callback)
     (record,) = [record for record in callback.stats.reasons if record.mode == "PIECEWISE"]
     assert f"({__file__}:" in record.reason.text
-    assert ", in torchmetrics/functional/text/perplexity.py:" in record.reason.text
+    library = record.to_dict()["library_location"]
+    assert library.startswith("torchmetrics/functional/text/perplexity.py:")
+    assert f", in {library})" in record.reason.text
+
+
+@pytest.mark.parametrize(
+    ("step", "library"),
+    [
+        (lambda x: x.sum().item(), ""),
+        (lambda x: perplexity(x[None], x.argmax(1)[None]), "torchmetrics/functional/text/"),
+    ],
+)
+def test_a_failed_capture_names_the_line_that_failed(step, library):
+    x = torch.randn(4, 8)
+    with pytest.raises(CaptureError) as caught:
+        resolve_backend("recorder", x.device).capture(
+            lambda: step(x), collect_garbage=False, capture_error_mode="thread_local"
+        )
+    reason = reason_of(caught.value)
+    assert reason.location == f"{__file__}:{step.__code__.co_firstlineno}"
+    assert reason.library_location.startswith(library)
+    assert bool(reason.library_location) is bool(library)
+    assert reason.location in reason.text
+    assert reason_of(CaptureError("not a line of the user's")).location == ""
+
+
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "FULL", "PIECEWISE"])
+def test_each_mode_names_the_submodule_inside(harness, mode):
+    class CountsInside(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = torch.nn.Linear(8, 8)
+            self.second = torch.nn.Sequential(torch.nn.Linear(8, 8), OneHot())
+
+        def forward(self, x: Any) -> Any:
+            return self.second(self.first(x))
+
+    callback = harness.callback(mode=mode)
+    harness.compare(Predictor(CountsInside()), predict(features(40)), callback)
+    shown = [r for r in callback.stats.to_dict()["reasons"] if r["cause"] != "warm-up"]
+    if mode == "PIECEWISE":  # it ran in the mode that was asked for
+        assert shown == []
+        return
+    (record,) = shown
+    assert record["mode"] == ("NONE" if mode == "FULL" else "PIECEWISE")
+    line = OneHot.forward.__code__.co_firstlineno + 1
+    assert record == {
+        **record,
+        "cause": "host sync",
+        "operation": "aten::one_hot",
+        "submodule": "net.second.1",
+        "location": f"{__file__}:{line}",
+        "remedy": "give num_classes",
+    }
+
+
+class OneHot(torch.nn.Module):
+    def forward(self, x: Any) -> Any:
+        return torch.nn.functional.one_hot(x.argmax(1))
 
 
 class Scaled(Predictor):

@@ -89,6 +89,7 @@ class PassedOnValues:
             "the step reads a value of its batch that is another one in each batch "
             f"({self._read_at}); leave it out of the batch, or make it a tensor",
             self._leaf,
+            self._read_at or "",
         )
 
 

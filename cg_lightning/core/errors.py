@@ -136,11 +136,13 @@ class ValueReadError(CaptureError):
     Args:
         message: What users read.
         leaf: Which leaf of the batch it is; None if that is not known.
+        location: The user's line that reads it; empty if it is not known.
     """
 
-    def __init__(self, message: str, leaf: int | None = None) -> None:
+    def __init__(self, message: str, leaf: int | None = None, location: str = "") -> None:
         super().__init__(message)
         self.leaf = leaf
+        self.location = location
 
 
 class StateLeftError(CaptureError):

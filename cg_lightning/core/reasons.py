@@ -125,6 +125,10 @@ class Reason:
     """What prevents a capture after the warm-up, if that is known. Then its remedy is shown."""
     operation: str = dataclasses.field(default="", compare=False)
     """The operation that prevents a graph. Empty if there is none, or if it is not known."""
+    submodule: str = dataclasses.field(default="", compare=False)
+    """Dotted path of the innermost submodule that it happens in. Empty for the step itself."""
+    library_location: str = dataclasses.field(default="", compare=False)
+    """The line of a library that the user's line called. Empty if the user's own code did it."""
     leaf: int | None = dataclasses.field(default=None, compare=False)
     """The leaf of the batch whose value is read. None if none is, or if it is not known."""
 
@@ -134,6 +138,20 @@ class Reason:
         line = changed.location
         text = f"{changed} ({line})" if line else str(changed)
         return cls(kind, text, line, subject=changed.subject, behind=changed.cause)
+
+    def of_submodule(self, path: str) -> Reason:
+        """Return the same reason for the calls of a submodule.
+
+        Args:
+            path: Its dotted path; empty for the LightningModule itself.
+        """
+        name = path or "forward"
+        return dataclasses.replace(
+            self,
+            text=f"{name}: {self.text}",
+            subject=f"{name}: {self.subject}" if self.subject else "",
+            submodule=self.submodule or path,
+        )
 
     @property
     def topic(self) -> tuple[Cause | Status, str, str]:

@@ -6,8 +6,9 @@ import dataclasses
 import functools
 import sys
 import sysconfig
+import traceback
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import NamedTuple
 
 from cg_lightning.core.causes import REMEDIES_OF_OPERATIONS, Cause
@@ -60,12 +61,17 @@ class Finding:
         """The user's line, and the library's if there is one."""
         return str(Location(self.location, self.library_location))
 
-    def reason(self, path: str = "") -> Reason:
-        """Return the reason of a step or, if ``path`` is given, of that submodule."""
-        text = f"{path}: {self}" if path else str(self)
+    def reason(self) -> Reason:
+        """Return the reason of a step."""
         is_line = self.location not in (AT_THE_END, NOT_YOURS, UNKNOWN)
-        location = self.location if is_line else ""
-        return Reason(self.cause, text, location, operation=self.operation)
+        return Reason(
+            self.cause,
+            str(self),
+            self.location if is_line else "",
+            operation=self.operation,
+            submodule=self.module,
+            library_location=self.library_location,
+        )
 
     def __str__(self) -> str:
         module = f" in {self.module}" if self.module else ""
@@ -122,6 +128,30 @@ def find_line() -> str:
     """
     user, _ = _find_lines(sys._getframe(1))
     return "" if user == UNKNOWN else user
+
+
+def location_of(error: BaseException) -> Location:
+    """Return the user's innermost line that an error came through, and the library's.
+
+    Both are empty if it came through no line of the user's.
+    """
+    found = Location("", "")
+    cause: BaseException | None = error
+    while cause is not None:
+        found = _location_in(cause.__traceback__) or found
+        cause = cause.__cause__
+    return found
+
+
+def _location_in(raised: TracebackType | None) -> Location | None:
+    library = ""
+    for frame, line in reversed(list(traceback.walk_tb(raised))):
+        file = frame.f_code.co_filename
+        if is_user_file(file):
+            return Location(f"{file}:{line}", library)
+        if not library and (path := _library_path(file)) is not None:
+            library = f"{path}:{line}"
+    return None
 
 
 def _find_lines(frame: FrameType | None) -> tuple[str, str]:

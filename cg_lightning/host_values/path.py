@@ -39,6 +39,8 @@ class HostRead:
     """The user's line."""
     library_location: str = ""
     """The line of a library that it called; empty if there is none."""
+    module: str = ""
+    """Dotted path of the innermost module that was running; empty for the step itself."""
     value: Any = None
     """The number that the watched step read."""
     is_constant: bool = False
@@ -54,7 +56,8 @@ class HostRead:
 
     def __str__(self) -> str:
         library = f", in {self.library_location}" if self.library_location else ""
-        return f"{self.operation} ({self.location}{library})"
+        module = f" in {self.module}" if self.module else ""
+        return f"{self.operation}{module} ({self.location}{library})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +292,14 @@ class ReadPath:
         place = 0 if self._mismatch is None else max(self._mismatch.place, 0)
         read = self.reads[place]
         text = f"{read.cause.value}: {read}, another value in each batch"
-        return Reason(read.cause, text, read.location)
+        return Reason(
+            read.cause,
+            text,
+            read.location,
+            operation=read.operation,
+            submodule=read.module,
+            library_location=read.library_location,
+        )
 
 
 def same_value(one: Any, other: Any) -> bool:

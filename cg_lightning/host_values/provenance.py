@@ -151,14 +151,15 @@ class Provenance:
 
     Args:
         leaves: The leaves of its batch.
-        where: Returns the user's line that runs now, and that of a library which it called.
+        where: Returns the user's line that runs now, that of a library which it called, and the
+            path of the module that runs.
         members: The parameters and the buffers of each module.
     """
 
     def __init__(
         self,
         leaves: Sequence[Any],
-        where: Callable[[], tuple[str, str]],
+        where: Callable[[], tuple[str, str, str]],
         members: Iterable[dict[str, Any]] = (),
     ) -> None:
         self._where = where

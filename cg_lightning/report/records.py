@@ -152,7 +152,10 @@ class StepsRecord:
             "shapes": self.shapes,
             "cause": self.reason.kind.value,
             "text": self.reason.text,
+            "operation": self.reason.operation,
+            "submodule": self.reason.submodule,
             "location": self.reason.location,
+            "library_location": self.reason.library_location,
             "remedy": self.reason.remedy,
             "steps": self.steps,
         }

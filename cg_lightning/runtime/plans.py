@@ -25,9 +25,9 @@ NEW_KEY = Reason(
 )
 
 
-def no_gain(saving: Saving, prefix: str = "") -> Reason:
+def no_gain(saving: Saving) -> Reason:
     """Return the reason for graphs that are not used because they do not save time."""
-    what = f"{prefix}{Status.NO_GAIN.value}"
+    what = Status.NO_GAIN.value
     times = f"{saving.graph * 1e6:.0f} us from graphs, {saving.eager * 1e6:.0f} us eagerly"
     return Reason(Status.NO_GAIN, f"{what}: {times}", subject=what)
 

@@ -301,7 +301,10 @@ class Session:
         piecewise = None
         if self.settings.targets is None and not watched.largest_capturable():
             obstacle = watched.obstacle()
-            piecewise = NO_TARGET if obstacle is None else obstacle[1].reason(obstacle[0])
+            piecewise = NO_TARGET
+            if obstacle is not None:
+                path, finding = obstacle
+                piecewise = finding.reason().of_submodule(path)
         self.target.copies_from_host |= watched.copies_from_host()
         for generator in watched.generators:
             self.backend.follow(generator)
@@ -420,7 +423,7 @@ class Session:
         for runner in self._submodules.values():
             findings = watched.findings_of(runner.path)
             if findings:
-                runner.refuse(step, findings[0].reason(runner.path))
+                runner.refuse(step, findings[0].reason().of_submodule(runner.path))
             elif findings is not None:
                 module = runner.module
                 # in pieces, metrics are never in a graph

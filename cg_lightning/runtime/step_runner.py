@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -77,18 +78,22 @@ def _how(action: Action, outcome: Outcome) -> Ran:
 
 def _explained(warm_up: Reason, why: Reason) -> Reason:
     """Return the reason of a warm-up step, with the reason why no graph of the step follows."""
-    text = f"{warm_up}; {why}"
-    return Reason(Status.WARM_UP, text, why.location, behind=why.kind)
+    return dataclasses.replace(
+        why, kind=Status.WARM_UP, text=f"{warm_up}; {why}", behind=why.behind or why.kind
+    )
 
 
 def _joined(reasons: Mapping[str, Reason]) -> Reason | None:
-    """Return the reasons of all submodules as one; None if there are none."""
+    """Return the reasons of all submodules as one; None if there are none.
+
+    The text has them all; the rest is that of the first one.
+    """
     found = list(dict.fromkeys(reasons.values()))
     if len(found) < 2:
         return found[0] if found else None
     text = "; ".join(map(str, found))
     subject = "; ".join([each.subject or each.text for each in found])
-    return Reason(found[0].kind, text, found[0].location, subject)
+    return dataclasses.replace(found[0], text=text, subject=subject)
 
 
 class StepRunner:

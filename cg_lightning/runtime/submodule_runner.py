@@ -132,7 +132,7 @@ class SubmoduleRunner(ModuleHandler):
             Graphs that the caller must drop, because no step uses them any more.
         """
         self._steps[step].guards = None
-        self._steps[step].refusal = no_gain(saving, f"{self.name}: ")
+        self._steps[step].refusal = no_gain(saving).of_submodule(self.path)
         if any(state.guards is not None for state in self._steps.values()):
             return []
         self.remove()
@@ -183,7 +183,7 @@ class SubmoduleRunner(ModuleHandler):
             training = self.target.guard.flags()
             fields, leaves = describe_call(training, step.next_call(self), key, args, kwargs)
         except UnkeyableBatchError as error:
-            step.ran_eagerly(self.path, reason_of(error, f"{self.name}: "))
+            step.ran_eagerly(self.path, reason_of(error).of_submodule(self.path))
             return original(*args, **kwargs)
         state = self.target.dispatcher.known(fields) or self.target.dispatcher.state(fields)
         if mode is CUDAGraphMode.NONE:
@@ -233,7 +233,7 @@ class SubmoduleRunner(ModuleHandler):
             changed = known.changed or Changed(self.name)
             changed = known.guards[0].explain() if known.guards else changed
             step.missed(Miss(changed, list(known.guards)))
-            reason = Reason.of_change(Status.CHANGED, changed.after(f"{self.name}: "))
+            reason = Reason.of_change(Status.CHANGED, changed).of_submodule(self.path)
             return Plan(Action.EAGER, state, None, reason)
         self._drop(
             self.target.dispatcher.add_variant(state, Variant(guards, [CUDAGraphMode.PIECEWISE]))

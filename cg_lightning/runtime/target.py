@@ -24,6 +24,7 @@ from cg_lightning.core.kernel_flags import differing_flag
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import NO_CHANGE, Changed, Reason, Status
 from cg_lightning.core.tree import leaf_paths
+from cg_lightning.diagnosis.findings import location_of
 from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.effects.places import ChangedAttribute
@@ -43,7 +44,20 @@ _NEW_RUN = Changed("a new run, since graphs live as long as their run")
 _DROPPED = Changed("its graph was dropped, to make room for another one")
 
 
-def reason_of(error: Exception, prefix: str = "") -> Reason:
+def _reason_of_capture(error: CaptureError) -> Reason:
+    """Return the reason for a failed capture, with the user's line that failed."""
+    where = location_of(error)
+    if not where.user:
+        return Reason(Status.CAPTURE_FAILED, str(error))
+    return Reason(
+        Status.CAPTURE_FAILED,
+        f"{error} ({where})",
+        where.user,
+        library_location=where.library,
+    )
+
+
+def reason_of(error: Exception) -> Reason:
     """Return the reason for an error that a capture or a key has raised."""
     kind: Status | Cause = Status.CAPTURE_FAILED
     if isinstance(error, UnkeyableBatchError):
@@ -51,10 +65,12 @@ def reason_of(error: Exception, prefix: str = "") -> Reason:
     elif isinstance(error, StateLeftError):
         kind = Cause.STATE_REBOUND
     elif isinstance(error, CompiledCodeError):
-        return dataclasses.replace(error.reason, text=f"{prefix}{error}")
+        return error.reason
     elif isinstance(error, ValueReadError):
-        return Reason(Status.VALUE_READ, f"{prefix}{error}", leaf=error.leaf)
-    return Reason(kind, f"{prefix}{error}")
+        return Reason(Status.VALUE_READ, str(error), error.location, leaf=error.leaf)
+    elif isinstance(error, CaptureError):
+        return _reason_of_capture(error)
+    return Reason(kind, str(error))
 
 
 class GraphTarget:
@@ -122,24 +138,27 @@ class GraphTarget:
         assert variant is not None
         target = self.capture_target(name, plan, call)
         get_entry = functools.partial(self._get_entry, target, plan, call)
-        prefix = f"{name}: " if self.mode is CUDAGraphMode.PIECEWISE else ""
         if plan.action is Action.CAPTURE and self._settings.next_verification(0) != 0:
             try:
                 entry = get_entry()
             except (CaptureError, UnkeyableBatchError) as error:
-                self.dispatcher.refused(variant, reason_of(error, prefix))
+                self.dispatcher.refused(variant, self._reason_of(name, error))
                 return None
             output = entry.replay(call.leaves, self.cache.step, call.tree)
             entry.count()
             return Outcome(output, self.mode)
         verdict = self._verifier.check(target, call, get_entry, self.cache.step)
         if verdict.error is not None:
-            return self._refused(plan, reason_of(verdict.error, prefix), verdict.output)
+            return self._refused(plan, self._reason_of(name, verdict.error), verdict.output)
         if verdict.difference:
             return self._refused(plan, self._report(name, call, verdict), verdict.output)
         assert isinstance(variant.entry, GraphEntry)
         variant.entry.count()
         return Outcome(verdict.output, self.mode)
+
+    def _reason_of(self, name: str, error: Exception) -> Reason:
+        reason = reason_of(error)
+        return reason.of_submodule(name) if self.mode is CUDAGraphMode.PIECEWISE else reason
 
     def _changes(self, variant: Variant) -> Sequence[ChangedAttribute]:
         if self._effects is None or not isinstance(variant.watched, WatchedStep):
@@ -221,7 +240,8 @@ class GraphTarget:
                 f"result was used: {text}.",
                 stacklevel=2,
             )
-        return Reason(Status.VERIFICATION, f"verification: {text}")
+        submodule = name if self.mode is CUDAGraphMode.PIECEWISE else ""
+        return Reason(Status.VERIFICATION, f"verification: {text}", submodule=submodule)
 
     def _get_entry(self, target: CaptureTarget, plan: Plan, call: GraphCall) -> GraphEntry:
         variant = plan.variant

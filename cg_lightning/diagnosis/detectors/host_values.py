@@ -32,9 +32,13 @@ class HostValues(Detector):
             if not is_metric(module)  # graphs have states at addresses of their own
             for table in (module._parameters, module._buffers)
         ]
-        self._provenance = Provenance(flatten(watch.batch)[0], find_location, members)
+        self._provenance = Provenance(flatten(watch.batch)[0], self._where, members)
         if watch.hidden:
             self._provenance.give_up()
+
+    def _where(self) -> tuple[str, str, str]:
+        user, library = find_location()
+        return user, library, self.watch.stack[-1].path if self.watch.stack else ""
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
