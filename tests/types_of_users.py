@@ -72,7 +72,9 @@ def double(x: torch.Tensor, times: int = 2) -> torch.Tensor:
     return x * times
 
 
-with graphed(net, mode="FULL", warmup_steps=1, compile={"dynamic": False}, targets=["0"]) as run:
+with graphed(
+    net, mode="PIECEWISE", warmup_steps=1, compile={"dynamic": False}, targets=["0"]
+) as run:
     run(torch.ones(4, 3))
 doubled: torch.Tensor = graphed(double, module=net)(torch.ones(2), times=3)
 number: str = graphed(double, module=net)(torch.ones(2))  # type: ignore[assignment]

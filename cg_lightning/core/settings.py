@@ -318,6 +318,12 @@ class Settings:
                 f"capture_ahead=True captures whole steps, and mode={checked['mode'].name!r} has "
                 "none; set mode='FULL' or 'FULL_AND_PIECEWISE', or capture_ahead=False."
             )
+        if targets is not None and not checked["mode"].has_piecewise_cudagraphs():
+            raise ValueError(
+                f"targets={list(targets)!r} are submodules for PIECEWISE, and "
+                f"mode={checked['mode'].name!r} has none; set mode='PIECEWISE' or "
+                "'FULL_AND_PIECEWISE', or leave targets out."
+            )
         if self.capture_sizes is not None:
             checked["capture_sizes"] = check_sizes("capture_sizes", self.capture_sizes)
         if self.pad_dims is not None and not self.proposes_pad_dims:
@@ -339,6 +345,7 @@ class Settings:
     def _check_use_of_stages(self, mode: CUDAGraphMode, stages: tuple[str, ...]) -> None:
         """Refuse an option of evaluation that no stage would use."""
         is_given = {
+            "targets": self.targets is not None,
             "capture_sizes": self.capture_sizes is not None,
             "pad_dims": self.pad_dims is not None,
             "capture_ahead": self.capture_ahead,
