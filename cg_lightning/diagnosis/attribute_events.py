@@ -21,7 +21,7 @@ from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.tree import flatten
 from cg_lightning.diagnosis.accumulators import accumulates
 from cg_lightning.diagnosis.callers import is_exception_handled
-from cg_lightning.diagnosis.findings import find_location, is_our_file
+from cg_lightning.diagnosis.findings import find_location
 from cg_lightning.diagnosis.step_watch import StepWatch, look_into
 from cg_lightning.diagnosis.uses_of_attribute import Entry, Use, adds_to, entry_of, use_of
 from cg_lightning.effects.containers import ContainersSnapshot
@@ -35,7 +35,13 @@ from cg_lightning.modules.attributes import (
     value_in_class,
 )
 from cg_lightning.modules.interception import ModuleHandler
-from cg_lightning.modules.kinds import FRAMEWORKS, is_user_class, is_user_file, namespace_of
+from cg_lightning.modules.kinds import (
+    FRAMEWORKS,
+    is_our_file,
+    is_user_class,
+    is_user_file,
+    namespace_of,
+)
 
 _Instruction = tuple[CodeType, int]
 

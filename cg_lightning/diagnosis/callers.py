@@ -13,7 +13,7 @@ from types import CodeType, FrameType
 import torch
 import torchmetrics
 
-from cg_lightning.diagnosis.findings import is_our_file
+from cg_lightning.modules.kinds import is_our_file
 
 _WATCHER = str(Path(__file__).with_name("watcher.py"))
 _TORCH = f"{Path(torch.__file__).parent}/"

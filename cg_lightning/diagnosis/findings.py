@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from cg_lightning.core.causes import REMEDIES_OF_OPERATIONS, Cause
 from cg_lightning.core.reasons import Reason
-from cg_lightning.modules.kinds import is_user_file
+from cg_lightning.modules.kinds import is_our_file, is_user_file
 
 AT_THE_END = "between the start and end of the step"
 """The location of a change that only a comparison after the step shows."""
@@ -23,7 +23,6 @@ UNKNOWN = "unknown"
 """The location if no frame of the user's is on the stack."""
 
 _WATCHER = str(Path(__file__).with_name("watcher.py"))
-_OURS = Path(__file__).resolve().parent.parent
 _PACKAGES = [Path(path) for key in ("purelib", "platlib") if (path := sysconfig.get_path(key))]
 _FRAMEWORKS = ("torch", "functorch", "lightning", "pytorch_lightning", "lightning_fabric")
 _WRAPPERS = ("torchmetrics/metric.py", "torchmetrics/collections.py")
@@ -95,12 +94,6 @@ def _package_path(file: str) -> str | None:
         if file.startswith(f"{packages}/"):
             return Path(file).relative_to(packages).as_posix()
     return None
-
-
-@functools.lru_cache(maxsize=8192)
-def is_our_file(file: str) -> bool:
-    """Whether code in this file belongs to this package; the demo does not count."""
-    return file.startswith(f"{_OURS}/") and not file.startswith(f"{_OURS}/app/")
 
 
 @functools.lru_cache(maxsize=8192)

@@ -15,6 +15,7 @@ from torchmetrics import Metric, MetricCollection
 FRAMEWORKS = ("torch", "lightning", "pytorch_lightning", "torchmetrics")
 _LIGHTNING = ("lightning.", "pytorch_lightning.")
 _OURS = str(Path(__file__).resolve().parent.parent)
+_WRITTEN_AS_BY_USERS = (f"{_OURS}/app/", f"{_OURS}/bench/")
 
 
 def is_metric(module: nn.Module) -> bool:
@@ -88,10 +89,20 @@ def _is_library(file: str) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
+def is_our_file(file: str) -> bool:
+    """Return True for a file of this package. The demo and the benchmark do not count."""
+    return file.startswith(f"{_OURS}/") and not file.startswith(_WRITTEN_AS_BY_USERS)
+
+
+@functools.lru_cache(maxsize=4096)
 def is_user_file(file: str) -> bool:
-    """Return True if a file is not from a library or this package. The demo is a user's file."""
-    is_ours = file.startswith(_OURS) and not file.startswith(f"{_OURS}/app")
-    return not is_ours and not _is_library(file)
+    """Return True if a file is not from a library or this package.
+
+    The steps and models of the demo and of the benchmark are user's files.
+    """
+    if file.startswith(_WRITTEN_AS_BY_USERS):
+        return True
+    return not is_our_file(file) and not _is_library(file)
 
 
 def is_users_namespace(value: object) -> bool:

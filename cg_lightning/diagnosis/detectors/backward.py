@@ -20,7 +20,7 @@ from cg_lightning.core.closure import ClosureOutput, GradientsAside, UnfinishedC
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.detectors.logging import LOGGING_METHODS
-from cg_lightning.diagnosis.findings import NOT_YOURS, is_our_file
+from cg_lightning.diagnosis.findings import NOT_YOURS
 from cg_lightning.diagnosis.operands import addresses_in
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall
@@ -29,6 +29,7 @@ from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues, addresses_of
 from cg_lightning.modules.attributes import backward_hooks_of
 from cg_lightning.modules.interception import replaced_method
+from cg_lightning.modules.kinds import is_our_file
 
 _TORCH = Path(torch.__file__).parent
 _HARMLESS = {

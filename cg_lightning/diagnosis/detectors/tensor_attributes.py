@@ -18,16 +18,12 @@ from torch import Tensor, nn
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import ReplacingDetector
-from cg_lightning.diagnosis.findings import (
-    AT_THE_END,
-    is_called_by_step,
-    is_our_file,
-    is_read_by_user,
-)
+from cg_lightning.diagnosis.findings import AT_THE_END, is_called_by_step, is_read_by_user
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues
+from cg_lightning.modules.kinds import is_our_file
 
 
 class TensorAttributes(ReplacingDetector):
