@@ -33,26 +33,35 @@ PRINTED = {
 """What each notebook shows."""
 
 
+@pytest.fixture(scope="module")
+def kernel():
+    """One kernel for all notebooks, which imports the libraries once."""
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed")
+    manager = pytest.importorskip("jupyter_client").KernelManager(kernel_name="python3")
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    manager.start_kernel(env={**os.environ, "PYTHONPATH": paths})
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
 @pytest.mark.notebook
 @pytest.mark.slow
 @pytest.mark.gpu_if_there
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs(path, monkeypatch):
+def test_runs(path, kernel):
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
     nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
-    pytest.importorskip("ipykernel", reason="ipykernel is not installed")
     pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra demo)")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra bench)")
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    )
     notebook = nbformat.read(path, as_version=4)
     # each cell runs twice: whoever edits a cell runs it again
     notebook.cells = [copy.deepcopy(cell) for cell in notebook.cells for _ in range(2)]
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"run-{number}"
-    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
-    for number in range(2):
+    forget = nbformat.v4.new_code_cell("%reset -f")  # names of the notebook before
+    notebook.cells.insert(0, forget)
+    nbclient.NotebookClient(notebook, timeout=120, km=kernel).execute()
+    for number in (1, 2):
         printed = json.dumps([cell.get("outputs", []) for cell in notebook.cells[number::2]])
         for text in PRINTED[path.stem]:
             assert text in printed, (text, number)
