@@ -367,6 +367,7 @@ FULL = [
 MODES = [pytest.param("FULL", marks=pytest.mark.exhaustive), "PIECEWISE", "FULL_AND_PIECEWISE"]
 
 
+@pytest.mark.in_turn("context")
 @pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad])
 @pytest.mark.parametrize("step", FULL)
 def test_steps_that_are_whole_graphs(step, context, backend, device):

@@ -42,7 +42,10 @@ SETTINGS = {
 """Mode, and ``verify_replays``."""
 EXHAUSTIVE = {"in the step": [(PIECEWISE, 0)], "in a part": [(FULL, 2), (PIECEWISE, 2)]}
 """Those that run with ``-m exhaustive`` only, and on a GPU."""
-EVERY_SECOND = {"in the step": [(FULL, 0)], "in a part": [(PIECEWISE, 0), (FULL, 0)]}
+ALTERNATING = [
+    {"in the step": [(FULL, 2)], "in a part": []},
+    {"in the step": [(FULL, 0)], "in a part": [(PIECEWISE, 0), (FULL, 0)]},
+]
 """The same for every second pair of rows: each pair does one thing in the step, and in a part."""
 Printed = Callable[[], Any]
 
@@ -204,8 +207,7 @@ def eager(row: Row, harness: Harness, folder: Path, printed: Printed) -> dict[st
         pytest.param(
             *(row.name, *setting),
             marks=pytest.mark.exhaustive
-            if setting in EXHAUSTIVE[row.side]
-            or (index // 2 % 2 and setting in EVERY_SECOND[row.side])
+            if setting in EXHAUSTIVE[row.side] or setting in ALTERNATING[index // 2 % 2][row.side]
             else (),
         )
         for index, row in enumerate(ROWS.values())
