@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from cg_lightning.backends import CapturedGraph, GraphBackend, resolve_backend
+from cg_lightning.backends import CapturedGraph, resolve_backend
 from cg_lightning.core.errors import CaptureError
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.settings import (
@@ -22,26 +22,16 @@ from cg_lightning.core.settings import (
     Tolerance,
 )
 from cg_lightning.core.stages import STEP_METHODS, TRAIN
-from cg_lightning.effects.module_effects import ModuleEffects
-from cg_lightning.modules.kinds import lightning_class
 from cg_lightning.report.logged import numbers_to_log
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.summary import Summary, print_summary, render_summary
-from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.targets import check_targets
-from cg_lightning.trainer.batch_transfer import (
-    EVALUATION_HOOKS,
-    TRAINING_HOOKS,
-    NotedTransfer,
-    OverlappedTransfer,
-    noted_transfer,
-    overlapped_transfer,
-)
+from cg_lightning.trainer.batch_transfer import EVALUATION_HOOKS, TRAINING_HOOKS
 from cg_lightning.trainer.examples import BatchesAhead
 from cg_lightning.trainer.given_batches import GivenBatches
 from cg_lightning.trainer.installation import InertInstallation, Installation
-from cg_lightning.trainer.logged_results import LoggedResults
 from cg_lightning.trainer.loggers import log_numbers
+from cg_lightning.trainer.parts import make_session, make_transfers
 from cg_lightning.trainer.preconditions import (
     check_not_graphed_already,
     why_inert,
@@ -331,10 +321,10 @@ class CUDAGraphCallback(Callback):
             self._report_once(rank_zero_info, _NO_CUDA)
             self._installation = InertInstallation(trainer.strategy, self.stats, why)
             return
-        session = self._session(trainer, pl_module, backend)
+        session = make_session(trainer, pl_module, backend, self._settings, self.stats)
         if session.target.dispatcher.compares_times:
             session.stage_length = TrainerStageLength(trainer)
-        transfers = self._transfers(trainer, pl_module, session, EVALUATION_HOOKS)
+        transfers = make_transfers(trainer, pl_module, session, EVALUATION_HOOKS)
         self._installation = Installation(trainer.strategy, pl_module, session, transfers)
         self._arrange_captures(trainer, self._installation)
 
@@ -350,8 +340,11 @@ class CUDAGraphCallback(Callback):
             self._training = InertInstallation(trainer.strategy, self.stats, why)
         else:
             backend = self._installation.session.backend
-            session = self._session(trainer, pl_module, backend, has_backward=True)
-            transfers = self._transfers(trainer, pl_module, session, TRAINING_HOOKS)
+            settings = self._settings.for_training()
+            session = make_session(
+                trainer, pl_module, backend, settings, self.stats, has_backward=True
+            )
+            transfers = make_transfers(trainer, pl_module, session, TRAINING_HOOKS)
             self._training = TrainingInstallation(trainer, pl_module, session, transfers)
         self._resume_training()
 
@@ -422,38 +415,6 @@ class CUDAGraphCallback(Callback):
             scope = f"run {self._runs} only" if self._runs > 1 else ""
             print_summary(render_summary(run, self._settings.backend, self._stages_run, scope))
         self._stages_run = []
-
-    def _session(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        backend: GraphBackend,
-        *,
-        has_backward: bool = False,
-    ) -> Session:
-        settings = self._settings
-        if has_backward:
-            settings = settings.for_training()
-        effects = ModuleEffects(
-            module,
-            backend.device,
-            sync_free=settings.sync_free_metrics,
-            logged=LoggedResults(module),
-        )
-        profiler: Any = trainer.profiler  # type: ignore[attr-defined]
-        if lightning_class(type(profiler), "PassThroughProfiler"):
-            profiler = None
-        return Session(
-            module, backend, settings, self.stats, effects, profiler, has_backward=has_backward
-        )
-
-    def _transfers(
-        self, trainer: Trainer, module: LightningModule, session: Session, hooks: Sequence[str]
-    ) -> list[OverlappedTransfer | NotedTransfer]:
-        copies = session.backend.batch_copies() if self._settings.overlap_copies else None
-        overlapped = overlapped_transfer(trainer, module, copies, self.stats)
-        noted = noted_transfer(trainer, module, session.host_copies, hooks)
-        return [each for each in (overlapped, noted) if each is not None]
 
     def _why_no_training(self, trainer: Trainer, module: LightningModule) -> str:
         if not self._settings.runtime_policy.has_full_cudagraphs():

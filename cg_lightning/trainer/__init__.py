@@ -12,6 +12,7 @@
   passed to ``self.log``.
 - ``loggers.py``: sends numbers to the loggers of a Trainer.
 - ``node_hooks.py``: hooks that the user adds to nodes of autograd between two closures.
+- ``parts.py``: what evaluation and training install alike: a session, and transfers of batches.
 - ``preconditions.py``: conditions that are checked before the first batch.
 - ``progress.py``: a bar for captures ahead, of the same kind as the bar of the Trainer.
 - ``redirection.py``: replaces the module's step in the forward of DDP.

@@ -1,0 +1,54 @@
+"""What evaluation and training install alike: a session, and transfers of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from cg_lightning.backends import GraphBackend
+from cg_lightning.core.settings import Settings
+from cg_lightning.effects.module_effects import ModuleEffects
+from cg_lightning.modules.kinds import lightning_class
+from cg_lightning.report.stats import CUDAGraphStats
+from cg_lightning.runtime.session import Session
+from cg_lightning.trainer.batch_transfer import (
+    NotedTransfer,
+    OverlappedTransfer,
+    noted_transfer,
+    overlapped_transfer,
+)
+from cg_lightning.trainer.logged_results import LoggedResults
+
+
+def make_session(
+    trainer: Trainer,
+    module: LightningModule,
+    backend: GraphBackend,
+    settings: Settings,
+    stats: CUDAGraphStats,
+    *,
+    has_backward: bool = False,
+) -> Session:
+    """Return the runtime state of a LightningModule under a Trainer; see :class:`Session`."""
+    effects = ModuleEffects(
+        module,
+        backend.device,
+        sync_free=settings.sync_free_metrics,
+        logged=LoggedResults(module),
+    )
+    profiler: Any = trainer.profiler  # type: ignore[attr-defined]
+    if lightning_class(type(profiler), "PassThroughProfiler"):
+        profiler = None
+    return Session(module, backend, settings, stats, effects, profiler, has_backward=has_backward)
+
+
+def make_transfers(
+    trainer: Trainer, module: LightningModule, session: Session, hooks: Sequence[str]
+) -> list[OverlappedTransfer | NotedTransfer]:
+    """Return what copies and notes batches; see :func:`noted_transfer` for ``hooks``."""
+    copies = session.backend.batch_copies() if session.settings.overlap_copies else None
+    overlapped = overlapped_transfer(trainer, module, copies, session.stats)
+    noted = noted_transfer(trainer, module, session.host_copies, hooks)
+    return [each for each in (overlapped, noted) if each is not None]
