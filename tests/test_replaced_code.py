@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from cg_lightning.guards.library_code import LibraryCode
 from cg_lightning.modules.interception import Interception, ModuleHandler
-from tests.harness import assert_same, features
+from tests.harness import assert_same, features, predict
 from tests.models import Predictor
 
 NUMBERS = (1, 2, 3)
@@ -247,6 +247,33 @@ def test_a_step_that_rewrites_a_function_itself_is_no_graph(harness, verify_repl
         doubled.__code__ = codes[0]
     assert callback.stats.steps["FULL"] == 0, callback.summary()
     assert callback.stats.steps["PIECEWISE"] >= 5, callback.summary()
+
+
+CODES = (doubled.__code__, tripled.__code__)
+
+
+class Unkeyable:
+    """An object that cannot be part of a key."""
+
+
+class RewritesWithoutAKey(Predictor):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 8))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        doubled.__code__ = CODES[doubled.__code__ is CODES[0]]
+        return doubled(self.net(batch["x"])), isinstance(batch["thing"], Unkeyable)
+
+
+def test_a_step_without_a_key_that_rewrites_a_function_keeps_its_pieces(harness, monkeypatch):
+    """What the step itself has just rewritten is no change of the module by others."""
+    monkeypatch.setattr(doubled, "__code__", CODES[0])
+    batches = [{"x": torch.randn(4, 8), "thing": Unkeyable()} for _ in range(12)]
+    data = torch.utils.data.DataLoader(batches, batch_size=None)
+    callback = harness.callback(mode="PIECEWISE")
+    harness.compare(RewritesWithoutAKey(), predict(data), callback)
+    assert callback.stats.steps == {"NONE": 3, "PIECEWISE": 9, "FULL": 0}, callback.summary()
+    assert callback.stats.captures == 1
 
 
 def test_the_reason_names_what_was_replaced(harness):

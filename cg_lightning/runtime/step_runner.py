@@ -172,7 +172,9 @@ class StepRunner:
         except UnkeyableBatchError as error:
             described = self._describe_with_objects(args[0], loader, training)
             if described is None:
-                return self._run_without_key(args, kwargs, loader, training, reason_of(error))
+                outcome = self._run_without_key(args, kwargs, loader, training, reason_of(error))
+                session.target.guard.take_rewritten()
+                return outcome
             fields, leaves = described
         plan = self._dispatcher.plan(self._state(fields, args[0]), leaves)
         if plan.action is Action.REPLAY:
