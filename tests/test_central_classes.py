@@ -22,7 +22,8 @@ from torchmetrics import SumMetric
 from cg_lightning import BatchDescriptor, CaptureError, CUDAGraphMode
 from cg_lightning.backends.recorder import RecorderBackend
 from cg_lightning.capture.cache import GraphCache
-from cg_lightning.capture.capture import Capturer, GraphCall
+from cg_lightning.capture.call import GraphCall
+from cg_lightning.capture.capture import Capturer
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.capture.outputs import OutputPlan
 from cg_lightning.capture.passed_on import PassedOnValues

@@ -13,7 +13,8 @@ from cg_lightning import CaptureError, CUDAGraphMode, CUDAGraphOptions
 from cg_lightning.backends import resolve_backend
 from cg_lightning.capture import outputs
 from cg_lightning.capture.cache import GraphCache
-from cg_lightning.capture.capture import Capturer, CaptureTarget, GraphCall
+from cg_lightning.capture.call import CaptureTarget, GraphCall
+from cg_lightning.capture.capture import Capturer
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.capture.outputs import OutputPlan
 from cg_lightning.core.causes import Cause

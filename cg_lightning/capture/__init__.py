@@ -2,8 +2,10 @@
 
 - ``answered_copies.py``: answers copies from the host in a captured call.
 - ``answered_reads.py``: answers reads on the host in a captured step.
+- ``attempt.py``: one attempt to capture a call, in which everything else is answered or recorded.
 - ``cache.py``: all graphs of one session: the budget, and which graph is dropped first.
-- ``capture.py``: captures one call of a step or of a submodule.
+- ``call.py``: what is captured: a call of a step or of a submodule.
+- ``capture.py``: captures a call, with remedies if that fails.
 - ``entry.py``: a captured graph with everything that its replay needs: the fast path.
 - ``graph.py``: one capture: the switch, the counter, and weak references to outputs.
 - ``host_constants.py``: constants that a call makes of Python values, at fixed addresses.

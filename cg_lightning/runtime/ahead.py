@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from cg_lightning.capture.capture import GraphCall
+from cg_lightning.capture.call import GraphCall
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor, describe_fields
 from cg_lightning.core.errors import UnkeyableBatchError

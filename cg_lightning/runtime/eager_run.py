@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cg_lightning.capture.capture import GraphCall
+from cg_lightning.capture.call import GraphCall
 from cg_lightning.core.equality import same_leaf
 from cg_lightning.core.errors import NotIndependentError
 from cg_lightning.core.tree import tensors_in

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from cg_lightning.capture.capture import GraphCall
+from cg_lightning.capture.call import GraphCall
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor, describe_fields

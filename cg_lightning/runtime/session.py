@@ -12,7 +12,8 @@ from torch import nn
 
 from cg_lightning.backends import CapturedGraph, GraphBackend
 from cg_lightning.capture.cache import GraphCache
-from cg_lightning.capture.capture import Capturer, GraphCall
+from cg_lightning.capture.call import GraphCall
+from cg_lightning.capture.capture import Capturer
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.errors import CompiledCodeError

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cg_lightning.capture.capture import GraphCall
+from cg_lightning.capture.call import GraphCall
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import (

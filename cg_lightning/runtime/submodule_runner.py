@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cg_lightning.backends import GraphBackend
-from cg_lightning.capture.capture import GraphCall
+from cg_lightning.capture.call import GraphCall
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.core.descriptor import BatchDescriptor, describe_call
 from cg_lightning.core.errors import UnkeyableBatchError

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from cg_lightning.capture.capture import Capturer, CaptureTarget, GraphCall
+from cg_lightning.capture.call import CaptureTarget, GraphCall
+from cg_lightning.capture.capture import Capturer
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from cg_lightning.backends import GraphBackend
-from cg_lightning.capture.capture import CaptureTarget, GraphCall, WrittenTensors
+from cg_lightning.capture.call import CaptureTarget, GraphCall
+from cg_lightning.capture.capture import WrittenTensors
 from cg_lightning.core.equality import close_leaf, same_leaf
 from cg_lightning.core.errors import CaptureError, UnkeyableBatchError
 from cg_lightning.core.tree import flatten, leaf_paths

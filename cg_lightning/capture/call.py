@@ -1,0 +1,102 @@
+"""What is captured: one call of a step or of a submodule, and what is known of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from cg_lightning.core.descriptor import BatchDescriptor
+from cg_lightning.core.forward_context import ForwardContext, override_forward_context
+from cg_lightning.core.modes import CUDAGraphMode
+from cg_lightning.core.reasons import NO_CHANGE, Changed
+from cg_lightning.core.tree import rebuild
+from cg_lightning.effects.host_draws import HostDraw
+from cg_lightning.effects.module_effects import ModuleEffects
+from cg_lightning.effects.places import ChangedAttribute
+from cg_lightning.guards.guard_set import GuardSet
+from cg_lightning.host_values.path import HostRead
+from cg_lightning.metrics.units import MetricUnit
+from cg_lightning.report.records import EntryRecord
+
+
+@dataclasses.dataclass(eq=False)
+class GraphCall:
+    """One call of a step or of a submodule.
+
+    Attributes:
+        descriptor: The key of the call.
+        function: The callable: ``function(tree, *frozen_args, **frozen_kwargs)``.
+        tree: The nested containers whose tensors are the inputs of the graph.
+        leaves: The leaves of ``tree``, in order.
+        frozen_args: Further positional arguments; a graph freezes them.
+        frozen_kwargs: Further keyword arguments; a graph freezes them.
+    """
+
+    descriptor: BatchDescriptor
+    function: Callable[..., Any]
+    tree: Any
+    leaves: list[Any]
+    frozen_args: tuple[Any, ...] = ()
+    frozen_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def run(self) -> Any:
+        """Call the function with the original arguments."""
+        return self.function(self.tree, *self.frozen_args, **self.frozen_kwargs)
+
+    def run_with(self, leaves: list[Any]) -> Any:
+        """Call the function with other leaves in the same containers."""
+        return self.run_on(rebuild(self.tree, iter(leaves)))
+
+    def run_on(self, tree: Any) -> Any:
+        """Call the function with another tree."""
+        return self.function(tree, *self.frozen_args, **self.frozen_kwargs)
+
+    def run_eagerly(self) -> Any:
+        """Call the function with a forward context in mode NONE."""
+        with override_forward_context(ForwardContext(CUDAGraphMode.NONE, self.descriptor)):
+            return self.run()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CaptureTarget:
+    """The step or submodule to capture.
+
+    Attributes:
+        mode: PIECEWISE or FULL.
+        module: The module whose state a call may change.
+        effects: The side effects of whole steps. None for a submodule, because a call with side
+            effects is not captured.
+        storage_addresses: The addresses of the storages of parameters and buffers.
+        record: The row in the statistics.
+        changes: Attributes that the call changes in Python, and that a replay changes as well.
+        changed: The value that has changed since an earlier capture; empty if none has.
+        reads: Reads of the watched step on the host, which a capture cannot make.
+        late: The metrics that are updated after the step; see ``effects/late_updates.py``.
+        fills_batch: Whether the call sets or removes entries of its batch.
+        copies_from_host: Whether the call copies constants from the host, and no function that it
+            calls shows it.
+        host_draws: The random numbers of the host that the call draws and does not use.
+        batch_writes: The numbers of the leaves that the call writes to.
+        only_computes: Whether the call does nothing but compute its output, so that nothing has to
+            be put back between two runs.
+        guards: The guards of the call. They receive what compiled code reads; None: it has none.
+    """
+
+    mode: CUDAGraphMode
+    module: nn.Module
+    effects: ModuleEffects | None
+    storage_addresses: set[int]
+    record: EntryRecord
+    changes: Sequence[ChangedAttribute] = ()
+    changed: Changed = NO_CHANGE
+    reads: Sequence[HostRead] = ()
+    late: Sequence[MetricUnit] = ()
+    fills_batch: bool = False
+    copies_from_host: bool = False
+    host_draws: Sequence[HostDraw] = ()
+    batch_writes: Sequence[int] = ()
+    only_computes: bool = False
+    guards: GuardSet | None = None
