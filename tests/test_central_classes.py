@@ -43,11 +43,12 @@ from cg_lightning.diagnosis.step_watch import StepWatch, StoppedStep
 from cg_lightning.diagnosis.watched_step import WrittenTensors
 from cg_lightning.diagnosis.watcher import StepWatcher
 from cg_lightning.diagnosis.way import WayRecorder
+from cg_lightning.effects.attributes import AttributesSnapshot
 from cg_lightning.effects.late_updates import LateStep, LateUpdates
 from cg_lightning.effects.logged_values import NothingLogged
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.effects.recording import StepRecording
-from cg_lightning.effects.step_state import AttributesSnapshot, StepState
+from cg_lightning.effects.step_state import StepState
 from cg_lightning.guards.guard_set import GuardSet, Unguarded
 from cg_lightning.guards.identity import SameItems
 from cg_lightning.guards.module_guard import ModuleGuard

@@ -1,5 +1,6 @@
 """Side effects of a step in Python, and how to do them again after a replay.
 
+- ``attributes.py``: AttributesSnapshot: the attributes of modules, restored.
 - ``batch_entries.py``: entries that a step adds to its batch, replaces or removes.
 - ``batch_writes.py``: tensors of its batch that a step writes to; a replay copies them back.
 - ``containers.py``: ContainersSnapshot: containers and objects, compared and restored.

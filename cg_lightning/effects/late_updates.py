@@ -22,7 +22,7 @@ from torchmetrics import Metric
 
 from cg_lightning.core.kernel_flags import CallModes
 from cg_lightning.core.tree import flatten, leaf_paths
-from cg_lightning.effects.step_state import AttributesSnapshot
+from cg_lightning.effects.attributes import AttributesSnapshot
 from cg_lightning.metrics.units import MetricCall, MetricUnit, calls_from_outside
 from cg_lightning.modules.interception import Interception, ModuleHandler
 

@@ -29,12 +29,12 @@ from contextlib import AbstractContextManager
 from torch import nn
 
 from cg_lightning.core.errors import CaptureError
+from cg_lightning.effects.attributes import AttributesSnapshot
 from cg_lightning.effects.effect import ReadChecksLater
 from cg_lightning.effects.late_updates import LateStep
 from cg_lightning.effects.logged_numbers import numbers_as_tensors
 from cg_lightning.effects.logged_values import LoggedValues
 from cg_lightning.effects.recording import Recording, StepRecording
-from cg_lightning.effects.step_state import AttributesSnapshot
 from cg_lightning.metrics.deferred_checks import CheckedCalls, DeferredCheck, DeferredChecks
 from cg_lightning.metrics.members import metrics_of
 from cg_lightning.metrics.states import MetricState, MetricStates

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from cg_lightning.backends import GraphBackend
 from cg_lightning.core.equality import parts_of
 from cg_lightning.core.tree import flatten
+from cg_lightning.effects.attributes import AttributesSnapshot
 from cg_lightning.effects.containers import ContainersSnapshot
 from cg_lightning.effects.places import ChangedAttribute
 from cg_lightning.effects.python_changes import ChangedAttributesSnapshot
 from cg_lightning.metrics.members import states_of
 from cg_lightning.modules.attributes import (
     global_hooks,
-    has_slots,
     names_of_frameworks,
     slots_in,
 )
@@ -31,30 +31,6 @@ if TYPE_CHECKING:
 
 def _held_by(module: nn.Module) -> dict[str, Any]:
     return {**vars(module), **slots_in(module)}
-
-
-class AttributesSnapshot:
-    """Stores which objects the attributes refer to. It does *not* copy these objects.
-
-    Args:
-        modules: The modules that have the attributes.
-    """
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        modules = list(modules)
-        self._attributes = [(vars(module), dict(vars(module))) for module in modules]
-        self._slots = [(module, slots_in(module)) for module in modules if has_slots(module)]
-
-    def restore(self) -> None:
-        """Restore all attributes, and remove new ones."""
-        for attributes, before in self._attributes:
-            attributes.clear()
-            attributes.update(before)
-        for module, held in self._slots:
-            for name in slots_in(module).keys() - held.keys():
-                object.__delattr__(module, name)
-            for name, value in held.items():
-                object.__setattr__(module, name, value)
 
 
 class HeldByModules:
