@@ -934,9 +934,11 @@ OTHERS = [
 ]
 
 
-@pytest.mark.in_turn("verify")
-@pytest.mark.parametrize("mode", ["FULL", "FULL_AND_PIECEWISE"])
-@pytest.mark.parametrize("verify", [0, 2])
+@pytest.mark.in_turn("mode")
+@pytest.mark.parametrize(
+    ("mode", "verify"),
+    [("FULL", 0), ("FULL_AND_PIECEWISE", 2), ("FULL_AND_PIECEWISE", 0), ("FULL", 2)],
+)
 @pytest.mark.parametrize("kind", OTHERS, ids=lambda kind: kind.__name__)
 def test_what_is_read_is_not_frozen(harness, kind, verify, mode) -> None:
     stats = run(harness, kind(), mode=mode, verify_replays=verify)
