@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 import cg_lightning
+from tests.processes import run_python
 from tests.test_app import IDENTICAL
 from tests.test_config import assert_each_option_is_set, run_project
 
@@ -90,7 +91,8 @@ def test_sdist_and_wheel_are_well_formed(built):
 def test_the_command_and_a_hydra_application_of_an_empty_environment(installed, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     version = "import cg_lightning; print(cg_lightning.__version__, cg_lightning.__file__)"
-    printed = shell(installed, "-c", version, cwd=tmp_path, env=environment).split()
+    where = {"folder": tmp_path, "environment": environment, "python": str(installed)}
+    printed = run_python("-c", version, **where).stdout.split()
     assert printed[0] == cg_lightning.__version__
     assert Path(printed[1]).is_relative_to(installed.parent.parent)
     command = installed.parent / "cg-lightning"
