@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
-from tests.harness import features, predict
+from cg_lightning import graphed
+from cg_lightning.backends import resolve_backend
+from cg_lightning.runtime.profiling import NSYS, NVTX
+from tests.harness import assert_same, features, predict
 from tests.models import Body, Predictor
 
 
@@ -77,8 +81,24 @@ def test_the_profiler_of_the_page_shows_all_ranges(harness, stage, tmp_path):
         assert any(f"cuda_graph/{name}" in each for each in names), names
 
 
+OURS = {f"cuda_graph/{name}" for name in ("watch", "capture", "verify", "replay")}
+NOBODY_SHOWS: dict[str, str] = {}
+
+
+@pytest.fixture(autouse=True)
+def no_tool_around(monkeypatch):
+    """The tests themselves may run under nsys."""
+    for name in (NSYS, NVTX):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.mark.gpu
-def test_ranges_are_nvtx_ranges(harness, monkeypatch):
+@pytest.mark.parametrize(
+    ("settings", "environment"),
+    [({"profiler": "simple"}, {}), ({}, {NSYS: "7"}), ({}, {NVTX: "1"})],
+    ids=["a profiler", "nsys", "asked for"],
+)
+def test_ranges_are_nvtx_ranges(harness, monkeypatch, settings, environment):
     if harness.backend == "recorder":
         pytest.skip("the CPU has no NVTX ranges")
     nvtx = torch.cuda.nvtx
@@ -86,11 +106,77 @@ def test_ranges_are_nvtx_ranges(harness, monkeypatch):
     noted: list[str] = []
     monkeypatch.setattr(nvtx, "range_push", lambda name: noted.append(name) or push(name))
     monkeypatch.setattr(nvtx, "range_pop", lambda: noted.append("end") or pop())
-    trainer = harness.trainer(harness.callback(), profiler="simple")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    trainer = harness.trainer(harness.callback(), **settings)
     trainer.predict(Predictor(Body()), features(40))
-    ours = [name for name in noted if name.startswith("cuda_graph/")]
-    assert set(ours) == {f"cuda_graph/{name}" for name in ("watch", "capture", "verify", "replay")}
+    assert {name for name in noted if name.startswith("cuda_graph/")} == OURS
     assert noted.count("end") == len(noted) - noted.count("end")
+
+
+@pytest.mark.parametrize(
+    ("environment", "shown"),
+    [
+        ({NSYS: "7"}, OURS),
+        ({NVTX: "1"}, OURS),
+        ({NVTX: "0"}, set()),
+        ({NVTX: ""}, set()),
+        (NOBODY_SHOWS, set()),
+    ],
+)
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
+def test_ranges_of_the_device_without_a_profiler(
+    harness, device, monkeypatch, environment, shown, mode
+):
+    backend = type(resolve_backend(harness.backend, device))
+    marked: list[str] = []
+    original = backend.range
+    monkeypatch.setattr(
+        backend, "range", lambda self, name: marked.append(name) or original(self, name)
+    )
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    harness.compare(Predictor(Body()), predict(features(40)), harness.callback(mode=mode))
+    assert set(marked) == shown
+
+
+def test_an_environment_that_changes_counts_from_the_next_stage_on(harness, monkeypatch):
+    callback = harness.callback()
+    trainer = harness.trainer(callback)
+    ranges = []
+
+    class Look(Callback):
+        def on_predict_batch_end(self, trainer: Any, *_: Any) -> None:
+            monkeypatch.setenv(NSYS, "7")
+            ranges.append(callback._installation.session.ranges.is_on)
+
+    trainer.callbacks.append(Look())
+    for _ in range(2):
+        trainer.predict(Predictor(Body()), features(8))
+    assert ranges == [False, False, True, True]
+
+
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
+def test_the_profiler_of_pytorch_around_a_stage_shows_what_we_do(harness):
+    with torch.profiler.profile() as profile:
+        harness.compare(Predictor(Body()), predict(features(40)))
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert {name: counts.get(name) for name in OURS} == {
+        **dict.fromkeys(OURS, 1),
+        "cuda_graph/replay": 5,
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
+def test_the_profiler_of_pytorch_around_a_plain_loop_shows_what_we_do(harness, device):
+    net = Body().to(device)
+    batches = [torch.randn(4, 8, device=device) for _ in range(8)]
+    with torch.profiler.profile() as profile, torch.inference_mode():
+        with graphed(net, backend=harness.backend, min_saving=0) as run:
+            outputs = [run(batch) for batch in batches]
+        expected = [net(batch) for batch in batches]
+    assert_same(outputs, expected)
+    assert {event.key for event in profile.key_averages()} >= OURS
 
 
 def test_without_a_profiler_nothing_is_entered(harness, monkeypatch):

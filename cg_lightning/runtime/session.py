@@ -85,7 +85,7 @@ class Session:
         stats: Counts.
         effects: The side effects of the steps.
         profiler: The profiler of the Trainer, if it has one.
-        sharing: The session of a larger module, whose graphs and host copies it shares.
+        sharing: The session of a larger module, whose graphs, host copies and ranges it shares.
         has_backward: Whether the steps compute their gradients themselves.
     """
 
@@ -101,7 +101,7 @@ class Session:
         has_backward: bool = False,
         sharing: Session | None = None,
     ) -> None:
-        self.ranges = Ranges(backend, profiler)
+        self.ranges: Ranges = Ranges(backend, profiler) if sharing is None else sharing.ranges
         self.module = module
         self.backend = backend
         self.settings = settings
@@ -161,6 +161,7 @@ class Session:
         """Intercept all submodules that are known to run from graphs."""
         if not self._is_installed:
             self.begin_epoch()
+            self.ranges.begin_stage()
             if self.settings.pads:
                 self._note_weights()
         self._is_installed = True
