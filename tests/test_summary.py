@@ -18,7 +18,7 @@ from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.report.records import HostTime
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.summary import Summary, print_summary, render_summary
-from tests.harness import Harness, features, images
+from tests.harness import Harness, assert_same, features, images, predict
 from tests.models import Body, ConvNetClassifier, Predictor
 from tests.processes import run_python
 
@@ -97,6 +97,42 @@ def test_of_a_default_validation_both_times_are_shown(callback):
     for entry in entries:
         assert None not in callback.stats.times_of([entry])
     assert "(-)" not in callback.summary()
+
+
+def test_of_a_submodule_the_times_are_those_of_a_call(harness):
+    callback = harness.callback(mode="PIECEWISE")
+    harness.compare(Predictor(Body()), predict(features(40)), callback)
+    stats = callback.stats
+    (entry,) = stats.entries
+    assert entry.timed == entry.replays - 2 == 5  # without the capture and the comparison
+    assert None not in stats.times_of([entry])
+    # the call is inside the step
+    assert 0 < entry.host_seconds < stats._times["predict", "PIECEWISE", "4x8"].seconds
+    assert 0 < entry.fastest_call < stats._times["predict", "NONE", "4x8"].fastest
+    assert stats.host_times("predict").graph == stats.comparison("predict", "PIECEWISE").graph
+    assert "not timed" not in callback.summary()
+
+
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
+def test_what_was_not_timed_says_so(harness, device, mode):
+    """With one warm-up step, all steps of a shape are watched, captured or compared."""
+    net = Body().to(device)
+    run = graphed(
+        lambda x: net(x), module=net, mode=mode, warmup_steps=1, backend=harness.backend,
+        min_saving=0,
+    )  # fmt: skip
+    batches = [torch.randn(size, 8, device=device) for size in (4, 4, 4, 6, 6, 6)]
+    with torch.inference_mode(), run:
+        outputs = [run(batch) for batch in batches]
+        expected = [net(batch) for batch in batches]
+    assert_same(outputs, expected)
+    assert [(entry.replays, entry.timed) for entry in run.stats.entries] == [(2, 0), (2, 0)]
+    assert run.summary().count("not timed  ") == 2, run.summary()
+    with torch.inference_mode(), run:
+        for batch in batches[:5]:
+            run(batch)
+        run(batches[0])
+    assert "(not timed)" in run.summary()  # a replay was timed, and no eager call
 
 
 def test_graphs_that_differ_by_a_plain_value_say_so(harness, device):

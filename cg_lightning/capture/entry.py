@@ -212,7 +212,7 @@ class GraphEntry:
         self.record.replays += 1
 
     def took(self, seconds: float) -> None:
-        """Add the host time of a step that was one replay, in seconds."""
+        """Add the host time of a step or call that was one replay, in seconds."""
         record = self.record
         record.timed += 1
         record.host_seconds += seconds

@@ -55,7 +55,12 @@ class EntryRecord:
     timed: int = 0
     """Replays whose time was taken: those that were neither captures nor compared with eager."""
     host_seconds: float = 0.0
-    """Host time of these replays, for the whole step, in seconds."""
+    """Host time of these replays, in seconds: for the whole step, or for the submodule's calls."""
+    fastest_call: float | None = None
+    """Host time of the fastest eager warm-up call of a submodule, in seconds.
+
+    None for a step, whose times belong to its shapes, and if no call was timed.
+    """
     eager_seconds: float | None = None
     """Time of an eager step, or of the submodule's calls in one. None: it was not compared."""
     graph_seconds: float | None = None

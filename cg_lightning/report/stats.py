@@ -167,24 +167,26 @@ class CUDAGraphStats:
         return Comparison(mode, eager_mean, graph_mean)
 
     def times_of(self, entries: Sequence[EntryRecord]) -> Times:
-        """Return the host times of whole steps.
+        """Return the host times of steps, or of calls of submodules.
 
         Args:
-            entries: Graphs of whole steps. Those of submodules have no times.
+            entries: Graphs of whole steps, or of submodules: their times are those of a call.
         """
-        eager = [
-            (entry.timed or 1, self._times.get((entry.stage, "NONE", entry.shapes), HostTime()))
-            for entry in entries
-            if entry.mode == "FULL"
-        ]
+        eager = [(entry.timed or 1, self._fastest_eager(entry)) for entry in entries]
         return Times(
             _mean([(entry.timed, entry.host_seconds) for entry in entries]),
-            _mean([(steps, steps * time.fastest) for steps, time in eager if time.steps]),
+            _mean([(steps, steps * seconds) for steps, seconds in eager if seconds is not None]),
         )
+
+    def _fastest_eager(self, entry: EntryRecord) -> float | None:
+        if entry.mode != "FULL":
+            return entry.fastest_call
+        time = self._times.get((entry.stage, "NONE", entry.shapes))
+        return None if time is None else time.fastest
 
     def host_times(self, stage: str) -> Times:
         """Return the host times of a stage's steps: from graphs, whole or in pieces, and eager."""
-        entries = [entry for entry in self.entries if entry.stage == stage]
+        entries = [entry for entry in self.entries if (entry.stage, entry.mode) == (stage, "FULL")]
         times = {
             mode: [time for key, time in self._times.items() if key[:2] == (stage, mode)]
             for mode in ("NONE", "PIECEWISE")

@@ -38,6 +38,7 @@ _WORDS = {"NONE": "eager", "PIECEWISE": "PIECEWISE", "FULL": "FULL"}
 _HEADERS = ("mode", "target", "shapes", "captures", "replays", "us (eager)", "MiB")
 _SAVES = "saves"  # one more column, if that is known of a graph
 _NUMBERS = 3  # columns from here on are aligned to the right
+_UNTIMED = "not timed"
 _LEAST_WIDTH = 12  # of shortened targets and shapes
 
 
@@ -240,9 +241,9 @@ def _join(names: Sequence[str], what: str) -> str:
 
 
 def _microseconds(times: Times) -> str:
-    """Return the time of a step that is a replay and, in parentheses, of an eager one."""
-    graph, eager = ["-" if time is None else f"{time * 1e6:.0f}" for time in times]
-    return "-" if graph == eager == "-" else f"{graph} ({eager})"
+    """Return the time of a step or call that is a replay and, in parentheses, of an eager one."""
+    graph, eager = [_UNTIMED if time is None else f"{time * 1e6:.0f}" for time in times]
+    return _UNTIMED if graph == eager == _UNTIMED else f"{graph} ({eager})"
 
 
 def _share(entries: Sequence[EntryRecord]) -> str:
@@ -257,7 +258,8 @@ def _share(entries: Sequence[EntryRecord]) -> str:
 def _row(
     stats: CUDAGraphStats, entries: Sequence[EntryRecord], values: str = ""
 ) -> tuple[str, ...]:
-    times = stats.times_of(entries)
+    # the time of a step is none of a call
+    times = stats.times_of([entry for entry in entries if entry.mode == entries[0].mode])
     shapes = _join([entry.shapes for entry in entries], "shapes")
     return (
         entries[0].mode,
@@ -448,7 +450,8 @@ def render_summary(
 ) -> Summary:
     """Return, for each of ``stages``, its graphs, and why steps ran in a lower mode than asked.
 
-    Times are those of the host, for a step: on a GPU, work may go on after the host is done.
+    Times are those of the host, for a step or a call of a submodule: on a GPU, work may go on after
+    the host is done.
 
     Args:
         stats: The counts.

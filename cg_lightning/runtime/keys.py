@@ -156,8 +156,15 @@ class KeyState:
     """Set if a submodule asked for another watched step."""
     without_batch: Reason | None = None
     """Why the batch cannot be part of the key; None if it is part of it."""
+    fastest_call: float | None = None
+    """The shortest host time of an eager call of this submodule, in seconds; None for a step."""
     pieces: Variant | None = None
     """How steps run in pieces while the family may not spend; None: they run eagerly."""
+
+    def called_eagerly(self, seconds: float) -> None:
+        """Record the host time of an eager call of this submodule, in seconds."""
+        if self.fastest_call is None or seconds < self.fastest_call:
+            self.fastest_call = seconds
 
     def has_other_host_value(self) -> bool:
         """Whether guards hold, so that only values of the batch which the host reads are new."""

@@ -96,6 +96,13 @@ def _joined(reasons: Mapping[str, Reason]) -> Reason | None:
     return dataclasses.replace(found[0], text=text, subject=subject)
 
 
+def _slow_step() -> StepInProgress:
+    """Return the record of a watched or traced step, in which times of calls do not count."""
+    step = StepInProgress()
+    step.took_longer()
+    return step
+
+
 class StepRunner:
     """Runs each step of one stage in the mode that its batch allows.
 
@@ -338,7 +345,7 @@ class StepRunner:
                 return self._warm_up(plan, args, kwargs)
             return self._run_for_its_way(padded, plan, call)
         step = functools.partial(self._step, args[0], **kwargs)
-        context = ForwardContext(NONE, plan.state.descriptor, StepInProgress())
+        context = ForwardContext(NONE, plan.state.descriptor, _slow_step())
         with override_forward_context(context), self._session.ranges.range("watch"):
             output, watched = self._session.watcher.watch(step, args[0], args[1:])
         if watched.comparisons:
@@ -363,7 +370,7 @@ class StepRunner:
     def _run_for_its_way(self, padded: PaddedSteps, plan: Plan, call: GraphCall) -> Outcome:
         """Run a step eagerly. If it goes the way of a watched step, its key is not watched."""
         self._dispatcher.ran_eagerly(plan.state)
-        context = ForwardContext(NONE, plan.state.descriptor, StepInProgress())
+        context = ForwardContext(NONE, plan.state.descriptor, _slow_step())
         with override_forward_context(context):
             return Outcome(padded.run_for_its_way(call), NONE, plan.reason)
 

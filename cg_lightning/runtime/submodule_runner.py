@@ -187,21 +187,38 @@ class SubmoduleRunner(ModuleHandler):
             return original(*args, **kwargs)
         state = self.target.dispatcher.known(fields) or self.target.dispatcher.state(fields)
         if mode is CUDAGraphMode.NONE:
-            self.target.dispatcher.ran_eagerly(state)
-            return original(*args, **kwargs)
+            return self._warm_up(state, step, original, args, kwargs)
         plan = self._plan(state, key, step)
         if plan.action is Action.REPLAY:
             assert plan.variant is not None and isinstance(plan.variant.entry, GraphEntry)  # noqa: PT018
             given = (args, kwargs)
+            began = perf_counter()
             if self._ranges.is_on:
                 with self._ranges.range("replay"):
                     output = plan.variant.entry.replay(leaves, self.target.cache.step, given)
             else:
                 output = plan.variant.entry.replay(leaves, self.target.cache.step, given)
             plan.variant.entry.count()
+            plan.variant.entry.took(perf_counter() - began)
             step.ran_from_graph()
             return output
         return self._run(plan, original, args, kwargs, leaves, step)
+
+    def _warm_up(
+        self,
+        state: KeyState,
+        step: StepInProgress,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run one call eagerly, which counts as a warm-up."""
+        self.target.dispatcher.ran_eagerly(state)
+        began = perf_counter()
+        output = original(*args, **kwargs)
+        if step.is_warm:  # or else the step is watched
+            state.called_eagerly(perf_counter() - began)
+        return output
 
     def _timed(
         self,
@@ -267,10 +284,10 @@ class SubmoduleRunner(ModuleHandler):
             assert plan.variant is not None and plan.variant.reason is not None  # noqa: PT018
             step.ran_eagerly(self.path, plan.variant.reason)
             return original(*args, **kwargs)
-        if plan.action is Action.WARM_UP:
-            self.target.dispatcher.ran_eagerly(plan.state)
         reason = plan.reason or WARM_UP
         step.ran_eagerly(self.path, reason)
+        if plan.action is Action.WARM_UP:
+            return self._warm_up(plan.state, step, original, args, kwargs)
         if reason.kind is Status.CHANGED and is_compiled_by_callback(self.module):
             # Dynamo does not guard all values: see Compilation.compile_again
             with torch.compiler.set_stance("force_eager"):

@@ -194,6 +194,7 @@ class GraphTarget:
         assert variant is not None
         watched = variant.watched if isinstance(variant.watched, WatchedStep) else None
         record = self._stats.entry(self.mode.name, name, call.descriptor)
+        record.fastest_call = plan.state.fastest_call
         return CaptureTarget(
             mode=self.mode,
             module=self.module,
