@@ -116,8 +116,10 @@ class CUDAGraphCallback(Callback):
             lower mode raises. With the other modes, only a step without any graph raises.
         backend: ``cuda``; ``recorder`` (any device, for tests and laptops, no speed-up); or
             ``auto`` (``cuda`` if the Trainer runs on CUDA, otherwise every step is eager).
-        report: Print the summary of each run when the Trainer is done. Each call of ``fit``,
-            ``validate``, ``test`` or ``predict`` is a run, with its own warm-up and captures.
+        report: Print the summary of each run when the Trainer is done, or interrupted by Ctrl-C: a
+            part for each stage. Each call of ``fit``, ``validate``, ``test`` or ``predict`` is a
+            run, with its own warm-up and captures. ``fit`` has one table, not one for each of its
+            validations, because they run from the same graphs, and only the numbers would grow.
         capture_ahead: In the first batch of each stage, capture the step for a full and for the
             last partial batch of the dataloader, made of the first items of its dataset. The
             dataset must be map-style. For other batches, call :meth:`capture`. Later batches of
@@ -406,10 +408,15 @@ class CUDAGraphCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._close()
+        if isinstance(exception, KeyboardInterrupt):  # Lightning ends the process without teardown
+            self._report(trainer)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
+        self._report(trainer)
+
+    def _report(self, trainer: Trainer) -> None:
         if self._settings.report and self._stages_run and trainer.is_global_zero:
             run = self.stats.since(self._before_run)
             scope = f"run {self._runs} only" if self._runs > 1 else ""

@@ -671,6 +671,36 @@ def test_the_summary_is_printed_once_when_the_trainer_is_done(harness, capsys, r
     assert "validate" in callback.summary()
 
 
+@pytest.mark.parametrize("report", [True, False])
+def test_a_fit_that_is_interrupted_has_its_summary(harness, capsys, report):
+    class Interrupts(Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: LightningModule) -> None:
+            if trainer.current_epoch == 2:
+                raise KeyboardInterrupt
+
+    callback = harness.callback(stages=["train", "validate"], report=report)
+    trainer = harness.trainer(callback, Interrupts(), max_epochs=3)
+    with pytest.raises(SystemExit):
+        trainer.fit(ConvNetClassifier(4), images(), images())
+    printed = capsys.readouterr().out
+    for part in (
+        "CUDA graphs (backend:",
+        "\ntrain: 7 steps FULL, 3",
+        "\nvalidate: 7 steps FULL, 3",
+    ):
+        assert printed.count(part) == int(report), printed
+
+
+def test_an_error_has_its_traceback_and_no_summary(harness, capsys):
+    class Fails(Predictor):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            raise BoomError("boom")
+
+    with pytest.raises(BoomError):
+        harness.trainer(harness.callback(report=True)).predict(Fails(Body()), features())
+    assert capsys.readouterr().out == ""
+
+
 def test_nothing_of_ours_waits_for_the_garbage_collector(harness):
     """Hazard 34: static states, static inputs and graphs are freed when the Trainer is done."""
     from cg_lightning.capture.static_inputs import StaticInputs

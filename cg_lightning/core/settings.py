@@ -271,7 +271,7 @@ class Settings:
     backend: BackendName = "auto"
     """``cuda``, ``recorder`` or ``auto``."""
     report: bool = True
-    """Print the summary when the Trainer is done."""
+    """Print the summary when the Trainer is done, or interrupted by Ctrl-C."""
     capture_ahead: bool = False
     """Capture the shapes of each dataloader after the first batch, before later ones come."""
     log_stats: bool = False
