@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from cg_lightning.callback import CUDAGraphCallback
     from cg_lightning.capture.graph import (
         compilation_counter,
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
     from cg_lightning.offline import diagnose
     from cg_lightning.plain_loop import Graphed, graphed
     from cg_lightning.runtime.dispatcher import CUDAGraphDispatcher
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BatchDescriptor",
@@ -108,13 +107,29 @@ No module may have the name of what it defines, or importing it would hide that.
 """
 
 
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("cg-lightning")
+    except metadata.PackageNotFoundError:  # a checkout that is on the path, and not installed
+        import tomllib
+        from pathlib import Path
+
+        project = Path(__file__).parent.parent / "pyproject.toml"
+        return str(tomllib.loads(project.read_text())["project"]["version"])
+
+
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name == "__version__":
+        value: Any = _version()
+    elif name in _MODULES:
+        value = getattr(importlib.import_module(_MODULES[name]), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})

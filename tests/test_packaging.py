@@ -8,6 +8,7 @@ import sys
 import tomllib
 import venv
 from email.parser import Parser
+from importlib import metadata
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -74,11 +75,13 @@ def test_sdist_and_wheel_are_well_formed(built):
     shell(sys.executable, "-m", "twine", "check", "--strict", *built)
     with ZipFile(built[1]) as wheel:
         names = set(wheel.namelist())
-        (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
-        described = Parser().parsestr(wheel.read(metadata).decode())
+        (file,) = [name for name in names if name.endswith(".dist-info/METADATA")]
+        described = Parser().parsestr(wheel.read(file).decode())
     assert described["Version"] == cg_lightning.__version__
     assert "all" in described.get_all("Provides-Extra")
     assert "Typing :: Typed" in described.get_all("Classifier")
+    assert described["Keywords"]
+    assert len(described.get_all("Project-URL")) == len(PROJECT["urls"])
     for file in ("py.typed", "app/conf/config.yaml", "conf/cuda_graph/full_and_piecewise.yaml"):
         assert f"cg_lightning/{file}" in names
     modules = {str(file.relative_to(ROOT)) for file in (ROOT / "cg_lightning").rglob("*.py")}
@@ -115,10 +118,25 @@ def test_the_command_and_a_hydra_application_of_an_empty_environment(installed, 
 
 
 def test_one_version():
-    assert "version" in PROJECT["dynamic"]
+    """The version stands in pyproject.toml. If this fails after a release: ``pip install -e .``."""
+    assert "dynamic" not in PROJECT
+    assert cg_lightning.__version__ == PROJECT["version"]
+    assert "__version__" in dir(cg_lightning)
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == cg_lightning.__version__
     assert f"## [{cg_lightning.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["cg-lightning", "not-installed"])
+def test_the_version_is_that_of_the_metadata_or_else_of_the_checkout(monkeypatch, name):
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda _: version(name))
+    monkeypatch.delattr(cg_lightning, "__version__", raising=False)
+    try:
+        expected = version(name)
+    except metadata.PackageNotFoundError:
+        expected = PROJECT["version"]
+    assert cg_lightning.__version__ == expected
 
 
 def test_the_extra_all_has_what_users_may_install():
