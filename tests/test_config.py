@@ -79,7 +79,7 @@ def test_graph_options_reach_the_callback_as_plain_values():
         ("cuda_graph.warmup=1", ["warmup", "CUDAGraphConfig"]),
         ("cuda_graph.warmup_steps=many", ["many", "warmup_steps"]),
         ("cuda_graph.options.gc=true", ["gc", "OptionsConfig"]),
-        ("task=train", ["train", "fit, validate, test, predict"]),
+        ("task=train", ["train", "diagnose", "predict"]),
         ("seeds=1", ["seeds"]),
         ("cuda_graph=quick", ["quick", "piecewise"]),
         ("data.batch_sise=3", ["batch_sise"]),

@@ -31,7 +31,7 @@ class Task(Enum):
     bench = "bench"
     zoo = "zoo"
 
-    def __str__(self) -> str:  # what the shell completion offers
+    def __str__(self) -> str:  # as on the command line
         return self.value
 
 
@@ -156,6 +156,14 @@ def register_configs() -> None:
     store.store(
         group="cuda_graph_schema", name="base", node=CUDAGraphConfig, provider="cg_lightning"
     )
+    choices: list[tuple[str, type[Enum]]] = [("task", Task), ("stage", DiagnosedStage)]
+    for key, names in choices:
+        for (
+            name
+        ) in names.__members__:  # groups, because Hydra's completion offers only their values
+            store.store(
+                group=key, name=name, node={key: name}, package="_global_", provider="cg_lightning"
+            )
     node = {"app_name": "cg-lightning", "template": HELP}
     store.store(group="hydra/help", name="cg_lightning", node=node, provider="cg_lightning")
     Plugins.instance().register(_LibraryConfigs)

@@ -20,6 +20,10 @@ _NOISE = re.compile(
     r"\s*(?:full_key:|object_type=|reference_type=).*|, set env var HYDRA_FULL_ERROR=1.*"
 )
 
+_UNKNOWN_OPTION = re.compile(
+    r"Could not find '(.*)/([^/]*)'\s+Available options in '.*':((?:\s+\S+)*?)\s+Config search"
+)
+
 
 def sentence_of(error: Exception) -> str:
     """Return the message for a mistake on the command line; empty if the error is another one.
@@ -41,11 +45,20 @@ def sentence_of(error: Exception) -> str:
         is_ours or not isinstance(error, kinds)
     ):
         return ""
-    texts = [" ".join(_NOISE.sub("", str(each)).split()) for each in chain]
+    texts = [" ".join(_NOISE.sub("", _unknown_option(str(each))).split()) for each in chain]
     shown = [text for text in dict.fromkeys(texts) if text]
     # the cause is often part of the message of the error
     shown = [text for text in shown if not any(text in other for other in shown if other != text)]
     return ": ".join(text.rstrip(".:") for text in shown) + "."
+
+
+def _unknown_option(text: str) -> str:
+    """Say ``task=fti is unknown`` in place of Hydra's paragraph with its search path."""
+    found = _UNKNOWN_OPTION.search(text)
+    if found is None:
+        return text
+    group, option, known = found.groups()
+    return f"{group}={option} is unknown; choose from {', '.join(sorted(known.split()))}"
 
 
 def without_hydra(traceback: TracebackType | None) -> TracebackType | None:
