@@ -1,8 +1,12 @@
 """The notebooks run, each cell can be run again, and none carries outputs."""
 
 import copy
+import importlib.util
 import json
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,38 +37,76 @@ PRINTED = {
 """What each notebook shows."""
 
 
-@pytest.fixture(scope="module")
-def kernel():
-    """One kernel for all notebooks, which imports the libraries once."""
-    pytest.importorskip("ipykernel", reason="ipykernel is not installed")
-    manager = pytest.importorskip("jupyter_client").KernelManager(kernel_name="python3")
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    manager.start_kernel(env={**os.environ, "PYTHONPATH": paths})
-    yield manager
-    manager.shutdown_kernel(now=True)
+def shown_by_jupyter(path: Path) -> list[str]:
+    """Run each cell twice in a kernel. Return what the first runs show, and the second ones."""
+    import nbclient
+    import nbformat
+
+    notebook = nbformat.read(path, as_version=4)
+    # each cell runs twice: whoever edits a cell runs it again
+    notebook.cells = [copy.deepcopy(cell) for cell in notebook.cells for _ in range(2)]
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"run-{number}"
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    return [
+        json.dumps([cell.get("outputs", []) for cell in notebook.cells[number::2]])
+        for number in range(2)
+    ]
+
+
+def shown_without_jupyter(path: Path) -> list[str]:
+    """The same in a plain Python."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "notebook_cells.py", path, "2"],
+        env={**os.environ, "MPLBACKEND": "agg"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = re.split(r"^--- cell \d+, time (\d)$", done.stdout, flags=re.MULTILINE)[1:]
+    times, shown = parts[::2], parts[1::2]
+    return ["".join(shown[i] for i, each in enumerate(times) if each == time) for time in "01"]
 
 
 @pytest.mark.notebook
 @pytest.mark.slow
 @pytest.mark.gpu_if_there
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs(path, kernel):
-    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
-    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+def test_runs(path, monkeypatch):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra demo)")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra bench)")
-    notebook = nbformat.read(path, as_version=4)
-    # each cell runs twice: whoever edits a cell runs it again
-    notebook.cells = [copy.deepcopy(cell) for cell in notebook.cells for _ in range(2)]
-    for number, cell in enumerate(notebook.cells):
-        cell["id"] = f"run-{number}"
-    forget = nbformat.v4.new_code_cell("%reset -f")  # names of the notebook before
-    notebook.cells.insert(0, forget)
-    nbclient.NotebookClient(notebook, timeout=120, km=kernel).execute()
-    for number in (1, 2):
-        printed = json.dumps([cell.get("outputs", []) for cell in notebook.cells[number::2]])
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    )
+    jupyter = ("nbclient", "nbformat", "ipykernel")
+    has_jupyter = all(importlib.util.find_spec(name) for name in jupyter)
+    for printed in shown_by_jupyter(path) if has_jupyter else shown_without_jupyter(path):
         for text in PRINTED[path.stem]:
-            assert text in printed, (text, number)
+            assert text in printed, text
+
+
+def test_cells_run_without_jupyter(tmp_path):
+    """As on a machine that has only what the package needs."""
+    cells = [
+        "import inspect\nfrom matplotlib import pyplot\ndef one():\n    return 1",
+        "print('printed', inspect.getsource(one).count('\\n'))\n{'last': one()}",
+        "class Own: pass\nimport pickle\ntype(pickle.loads(pickle.dumps(Own()))) is Own",
+        "pyplot.figure()\npyplot.show()",
+        "class Html:\n    _repr_html_ = lambda self: '<b>'\nHtml()",
+        "None",
+    ]
+    path = tmp_path / "small.ipynb"
+    text = [{"cell_type": "markdown", "source": ["raise SystemExit"]}]
+    code = [{"cell_type": "code", "source": each.splitlines(keepends=True)} for each in cells]
+    path.write_text(json.dumps({"cells": text + code}))
+    for printed in shown_without_jupyter(path):
+        for part in ("printed 2\n{'last': 1}\n", "True\n", "image/png: ", "text/html: <b>\n"):
+            assert printed.count(part) == 1, (part, printed)
+        assert "None" not in printed
+    path.write_text(json.dumps({"cells": [{"cell_type": "code", "source": ["1 / 0"]}]}))
+    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+        shown_without_jupyter(path)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -10,6 +10,7 @@ import venv
 from email.parser import Parser
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 from zipfile import ZipFile
 
 import pytest
@@ -25,53 +26,82 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NO_INDEX = ("No matching distribution", "Could not find a version")
 
 
+class NoIndexError(Exception):
+    """There is no package index."""
+
+
 def shell(*command: object, **settings: object) -> str:
     """Run a command, and return what it prints."""
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, check=False, **settings
     )
     if any(sign in done.stderr + done.stdout for sign in NO_INDEX):
-        pytest.skip("there is no package index")
+        raise NoIndexError(done.stderr)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
+def environment(*first: object) -> dict[str, str]:
+    """The variables of this process, without the checkout on the path."""
+    paths = [*map(str, first), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    kept = [path for path in paths if path and Path(path).resolve() != ROOT]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(kept), "PIP_RETRIES": "1"}
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The sdist, and the wheel that is built from it."""
-    for tool in ("build", "twine"):
-        pytest.importorskip(tool, reason=f"{tool} is not installed (extra test)")
+    """The sdist, and the wheel that is built from it: in isolation, if there is an index."""
+    pytest.importorskip("build", reason="build is not installed (extra test)")
     folder = tmp_path_factory.mktemp("built")
     ignored = shutil.ignore_patterns(".git", "build", "dist", "*.egg-info", ".venv", ".*_cache")
     shutil.copytree(ROOT, folder / "source", ignore=ignored)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    shell(
-        sys.executable, "-m", "build", "--outdir", folder, folder / "source",
-        cwd=folder, env=environment,
-    )  # fmt: skip
+    build = (sys.executable, "-m", "build", "--outdir", folder, folder / "source")
+    try:
+        shell(*build, cwd=folder, env=environment())
+    except NoIndexError:
+        shell(*build, "--no-isolation", cwd=folder, env=environment())
     shutil.rmtree(folder / "source")
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
     return sdist, wheel
 
 
+class Installed(NamedTuple):
+    """Where the wheel was installed."""
+
+    folder: Path
+    python: Path
+    environment: dict[str, str]
+
+
 @pytest.fixture(scope="module")
 def installed(built, tmp_path_factory):
-    """The Python of an empty environment into which the wheel was installed by its name."""
+    """An empty environment into which the wheel was installed by its name.
+
+    If there is no index, a folder of its own beside the packages of this environment.
+    """
     wheel = built[1]
     folder = tmp_path_factory.mktemp("installed")
+    # torch has thousands of modules, and few are imported
+    install = ("-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-compile")
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    shell(
-        # torch has thousands of modules, and few are imported
-        python, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-compile",
-        "-c", ROOT / "constraints.txt", "--find-links", wheel.parent, "cg-lightning[demo]",
-        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-    )  # fmt: skip
-    return python
+    alone = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    try:
+        shell(
+            python, *install, "-c", ROOT / "constraints.txt",
+            "--find-links", wheel.parent, "cg-lightning[demo]", env=alone,
+        )  # fmt: skip
+    except NoIndexError:
+        folder = tmp_path_factory.mktemp("beside")
+        shell(sys.executable, *install, "--no-index", "--no-deps", "--target", folder, wheel)
+        return Installed(folder, Path(sys.executable), environment(folder))
+    return Installed(folder, python, alone)
 
 
 @pytest.mark.slow
+@pytest.mark.wheel
 def test_sdist_and_wheel_are_well_formed(built):
+    pytest.importorskip("twine", reason="twine is not installed (extra test)")
     shell(sys.executable, "-m", "twine", "check", "--strict", *built)
     with ZipFile(built[1]) as wheel:
         names = set(wheel.namelist())
@@ -90,20 +120,20 @@ def test_sdist_and_wheel_are_well_formed(built):
 
 
 @pytest.mark.slow
+@pytest.mark.wheel
 @pytest.mark.timeout(600)
-def test_the_command_and_a_hydra_application_of_an_empty_environment(installed, tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+def test_the_command_and_a_hydra_application_of_an_installation(installed, tmp_path):
+    around = {"cwd": tmp_path, "env": installed.environment}
     version = "import cg_lightning; print(cg_lightning.__version__, cg_lightning.__file__)"
-    where = {"folder": tmp_path, "environment": environment, "python": str(installed)}
-    printed = run_python("-c", version, **where).stdout.split()
+    printed = shell(installed.python, "-c", version, **around).split()
     assert printed[0] == cg_lightning.__version__
-    assert Path(printed[1]).is_relative_to(installed.parent.parent)
-    command = installed.parent / "cg-lightning"
-    assert IDENTICAL in shell(command, "task=predict", cwd=tmp_path, env=environment)
+    assert Path(printed[1]).is_relative_to(installed.folder)
+    command = installed.folder / "bin" / "cg-lightning"
+    assert IDENTICAL in shell(command, "task=predict", **around)
     project = {
         "search_path": "pkg://cg_lightning.conf",
-        "environment": environment,
-        "python": str(installed),
+        "environment": installed.environment,
+        "python": str(installed.python),
     }
     done = run_project(
         tmp_path / "project", "--multirun", "cuda_graph=full,piecewise",
