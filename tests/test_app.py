@@ -153,6 +153,17 @@ def test_a_multirun_shows_metrics_and_ends_with_1_if_a_job_has_failed(tmp_path, 
     assert printed.getvalue().strip("\0") == ""
 
 
+def test_sentences_end_lines_between_words_on_a_terminal(monkeypatch, capsys):
+    from cg_lightning.app.tables import print_sentence
+
+    monkeypatch.setenv("COLUMNS", "9")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    print_sentence("one two-three four")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    print_sentence("one two-three four")
+    assert capsys.readouterr().out == "one\ntwo-three\nfour\none two-three four\n"
+
+
 def test_tables_without_rich(monkeypatch, capsys):
     from cg_lightning.app.tables import print_table
 
@@ -243,7 +254,7 @@ def test_a_model_from_the_users_folder_without_predict_step(tmp_path):
     printed = done.stdout
     assert printed.count("No test after fit: Model has no test_step.") == 1
     assert printed.count("No predict after fit: Model has neither predict_step nor forward.") == 1
-    assert f"The same fit {IDENTICAL}: 1 metric and 0 predicted batches" in printed
+    assert f"The same fit {IDENTICAL}: 1 metric, compared" in printed
 
 
 def test_what_may_follow_fit():

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from cg_lightning.app.jobs import JobResult
 from cg_lightning.app.run import Results, choose_backend, report_at_the_end, run
-from cg_lightning.app.tables import print_table
+from cg_lightning.app.tables import print_sentence, print_table
 from cg_lightning.backends import resolve_backend
 from cg_lightning.core.equality import close_leaf, same_leaf
 from cg_lightning.core.tree import flatten, leaf_paths
@@ -63,10 +63,11 @@ def _print_numbers(with_graphs: Results, without: Results) -> None:
 
 def _counted(results: Results) -> str:
     metrics, batches = len(results.metrics), results.num_predictions
-    return (
-        f"{metrics} metric{'' if metrics == 1 else 's'} and {batches} predicted "
-        f"batch{'' if batches == 1 else 'es'}"
-    )
+    counts = {
+        f"metric{'' if metrics == 1 else 's'}": metrics,
+        f"predicted batch{'' if batches == 1 else 'es'}": batches,
+    }
+    return " and ".join(f"{number} {what}" for what, number in counts.items() if number) or "none"
 
 
 def run_and_compare(config: DictConfig) -> JobResult:
@@ -88,7 +89,7 @@ def run_and_compare(config: DictConfig) -> JobResult:
         if metrics:
             rows = [[name, f"{value:.8g}"] for name, value in metrics.items()]
             print_table("Metrics", ["", "without graphs"], rows)
-        print(
+        print_sentence(
             f"The {task} ran without CUDAGraphCallback, so there is nothing to compare: "
             f"{_counted(with_graphs)}."
         )
@@ -108,7 +109,7 @@ def run_and_compare(config: DictConfig) -> JobResult:
     if difference:
         failed = f"The same {task} without graphs differs: {difference}"
         return dataclasses.replace(result, failed=failed)
-    print(
+    print_sentence(
         f"The same {task} without graphs gives {'identical' if is_exact else 'close'} metrics and "
         f"predictions: {_counted(without)}, "
         f"compared {'bit for bit' if is_exact else 'within rounding'} after "
