@@ -22,6 +22,7 @@ _COLOURS = {
     Ran.CAPTURE: "#7b3294",
     Ran.COMPARED: "#80b1d3",
     Ran.REPLAY: "#1a9850",
+    Ran.PIECES_CAPTURED: "#9970ab",
     Ran.PIECEWISE: "#2166ac",
 }
 _EAGER_COLOURS = ("#b2182b", "#ef6548", "#fdae61", "#888888")
@@ -29,6 +30,7 @@ _MARKERS = {  # so that a figure without colours can be read
     Ran.WARM_UP: "s",
     Ran.CAPTURE: "^",
     Ran.COMPARED: "v",
+    Ran.PIECES_CAPTURED: "^",
     Ran.PIECEWISE: "D",
     Ran.EAGER: "x",
 }

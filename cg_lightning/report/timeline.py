@@ -20,6 +20,7 @@ class Ran(enum.Enum):
     CAPTURE = "capture"
     COMPARED = "replay, compared with eager"
     REPLAY = "replay"
+    PIECES_CAPTURED = "pieces, captured or compared with eager"
     PIECEWISE = "pieces from graphs"
     EAGER = "eager"
 

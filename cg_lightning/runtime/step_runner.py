@@ -69,8 +69,8 @@ def _how(action: Action, outcome: Outcome) -> Ran:
     """Return how a step ran, if it was not a plain replay."""
     if action in (Action.WATCH, Action.WARM_UP):
         return Ran.WARM_UP
-    if outcome.mode is PIECEWISE:
-        return Ran.PIECEWISE
+    if outcome.ran is not None:
+        return outcome.ran
     if outcome.mode is NONE:
         return Ran.EAGER
     return Ran.CAPTURE if action is Action.CAPTURE else Ran.COMPARED
@@ -426,7 +426,8 @@ class StepRunner:
                     time = plan.variant.time = self._host_time(PIECEWISE, plan.state.descriptor)
                 time.steps += 1
                 time.seconds += seconds
-            return Outcome(output, PIECEWISE, reason)
+            how = Ran.PIECEWISE if progress.is_warm else Ran.PIECES_CAPTURED
+            return Outcome(output, PIECEWISE, reason, how)
         return Outcome(output, NONE, _joined(progress.reasons) or reason or _NO_WARM_TARGET)
 
     def _run_eagerly(
