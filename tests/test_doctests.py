@@ -2,19 +2,23 @@
 
 import doctest
 import inspect
+from typing import Any
 
 import pytest
 
 import cg_lightning
 
 NAMES = cg_lightning.__all__
-WITH_EXAMPLE = [name for name in NAMES if name != "compilation_counter"]  # it is an object
+
+
+def documented(name: str) -> Any:
+    """Return what has the docstring of a public name: of an object, that is its class."""
+    public = getattr(cg_lightning, name)
+    return public if callable(public) else type(public)
 
 
 def examples(name: str) -> list[doctest.DocTest]:
-    public = getattr(cg_lightning, name)
-    if not callable(public):
-        return []
+    public = documented(name)
     finder = doctest.DocTestFinder(recurse=inspect.isclass(public), exclude_empty=True)
     return [test for test in finder.find(public, name, globs={}) if test.examples]
 
@@ -27,7 +31,7 @@ def run(test: doctest.DocTest) -> str:
     return "".join(output)
 
 
-@pytest.mark.parametrize("name", WITH_EXAMPLE)
+@pytest.mark.parametrize("name", NAMES)
 def test_examples_run(name):
     found = examples(name)
     assert found
@@ -41,8 +45,6 @@ def test_that_a_wrong_example_is_noticed():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_public_name_says_what_it_does(name):
-    public = getattr(cg_lightning, name)
-    # ``compilation_counter`` is an object: its class says what it counts
-    described = public if callable(public) else type(public)
-    assert inspect.getdoc(described)
-    assert not (inspect.getdoc(described) or "").startswith(("Gives", "Raises"))
+    text = inspect.getdoc(documented(name)) or ""
+    assert text
+    assert not text.startswith(("Gives", "Raises"))

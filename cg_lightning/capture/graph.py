@@ -28,6 +28,17 @@ class CompilationCounter:
     """Counts captures since the start of the process; it counts no compilation.
 
     The name is vLLM's (``vllm/compilation/counter.py``).
+
+    Example::
+
+        >>> import torch
+        >>> from cg_lightning import compilation_counter, graphed
+        >>> before = compilation_counter.num_cudagraph_captured
+        >>> net = torch.nn.Linear(8, 4).eval()
+        >>> with torch.inference_mode(), graphed(net, backend="recorder") as run:
+        ...     outputs = [run(torch.randn(2, 8)) for _ in range(8)]
+        >>> compilation_counter.num_cudagraph_captured - before
+        1
     """
 
     num_cudagraph_captured: int = 0
