@@ -174,7 +174,7 @@ def test_a_notebook_shows_tables(callback):
     for shown in (callback.summary()._repr_html_(), callback.stats._repr_html_()):
         assert shown.count("<table>") == shown.count("</table>") == 2
         assert "<th>us (eager)</th>" in shown
-        assert "<td>validation_step</td>" in shown
+        assert '<td style="text-align: left">validation_step</td>' in shown
         assert "remedy" not in shown  # a warm-up needs none
         assert "validate: " in shown
 

@@ -97,7 +97,7 @@ class Summary(str):
         for stage in self.stages:
             parts.append(html_paragraph(stage.title))
             if stage.rows:
-                parts.append(html_table(stage.headers, stage.rows))
+                parts.append(html_table(stage.headers, stage.rows, _NUMBERS))
             parts += map(html_paragraph, stage.notes)
             if stage.reasons:
                 has_remedy = any(reason.remedy for reason in stage.reasons)
