@@ -597,6 +597,14 @@ def test_statistics_count_what_the_user_ran(harness, given, warmup_steps):
     assert [entry.replays for entry in callback.stats.entries] == [2, 1]
 
 
+def test_both_times_of_graphs_that_were_captured_ahead_are_shown(harness, given):
+    callback = given(*batches(5, 6))
+    harness.compare(Predictor(Body()), predict(ragged(*[5, 6] * 4)), callback)
+    assert steps(callback) == {"NONE": 1, "FULL": 7}
+    assert "not timed" not in callback.summary()
+    assert "host time a step: eager " in callback.summary()
+
+
 def test_batches_of_another_module_and_forgotten_ones(harness):
     callback = harness.callback()
     trainer = harness.trainer(callback)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -165,10 +166,17 @@ class CaptureAhead:
                 self._session.watched(plan, watched)
             elif plan.action is Action.WARM_UP:
                 self._dispatcher.ran_eagerly(state)
-                self.rehearse(call, call.run)
+                self.rehearse(call, functools.partial(self._run_timed, call))
             else:
                 break
         return plan
+
+    def _run_timed(self, call: GraphCall) -> None:
+        """Run the step eagerly, for the column of eager times."""
+        began = perf_counter()
+        call.run()
+        seconds = perf_counter() - began
+        self._session.stats.host_time(self._stage, "NONE", call.descriptor.shapes()).add(seconds)
 
     def _watch(self, call: GraphCall) -> WatchedStep:
         watcher = self._session.watcher
