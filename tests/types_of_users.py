@@ -23,6 +23,7 @@ from cg_lightning import (
     IllegalOperationError,
     UnkeyableBatchError,
     VerificationError,
+    __version__,
     compilation_counter,
     diagnose,
     get_forward_context,
@@ -37,6 +38,7 @@ from cg_lightning import (
 
 callback = CUDAGraphCallback(mode="FULL", stages=("validate",), verify_every=100)
 trainer = Trainer(callbacks=[callback])
+version: str = __version__
 replays: int = callback.stats.replays
 steps: dict[str, int] = callback.stats.steps
 text: str = callback.summary()
