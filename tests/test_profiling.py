@@ -168,6 +168,24 @@ def test_the_profiler_of_pytorch_around_a_stage_shows_what_we_do(harness):
 
 
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events")
+def test_a_profiler_that_waits_at_the_start_of_the_stage_shows_ranges_if_asked(
+    harness, monkeypatch
+):
+    monkeypatch.setenv(NVTX, "1")
+    schedule = torch.profiler.schedule(wait=5, warmup=1, active=100, repeat=1)
+
+    class Steps(Callback):
+        def on_predict_batch_end(self, *_: Any) -> None:
+            profile.step()
+
+    with torch.profiler.profile(schedule=schedule) as profile:
+        trainer = harness.trainer(harness.callback(), Steps())
+        trainer.predict(Predictor(Body()), features(40))
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["cuda_graph/replay"] == 4  # the seventh step to the tenth one
+
+
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_the_profiler_of_pytorch_around_a_plain_loop_shows_what_we_do(harness, device):
     net = Body().to(device)
     batches = [torch.randn(4, 8, device=device) for _ in range(8)]

@@ -286,12 +286,22 @@ class SubmoduleRunner(ModuleHandler):
             return original(*args, **kwargs)
         reason = plan.reason or WARM_UP
         step.ran_eagerly(self.path, reason)
-        if plan.action is Action.WARM_UP:
-            return self._warm_up(plan.state, step, original, args, kwargs)
         if reason.kind is Status.CHANGED and is_compiled_by_callback(self.module):
             # Dynamo does not guard all values: see Compilation.compile_again
             with torch.compiler.set_stance("force_eager"):
-                return original(*args, **kwargs)
+                return self._run_eagerly(plan, step, original, args, kwargs)
+        return self._run_eagerly(plan, step, original, args, kwargs)
+
+    def _run_eagerly(
+        self,
+        plan: Plan,
+        step: StepInProgress,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if plan.action is Action.WARM_UP:
+            return self._warm_up(plan.state, step, original, args, kwargs)
         return original(*args, **kwargs)
 
     def _module_changed(self) -> None:
