@@ -37,6 +37,24 @@ PRINTED = {
 """What each notebook shows."""
 
 
+WITHOUT_MATPLOTLIB = """
+import importlib.metadata, importlib.util, sys
+find_spec, distribution = importlib.util.find_spec, importlib.metadata.distribution
+class Hides:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "matplotlib":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+def get_distribution(name):
+    if name == "matplotlib":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return distribution(name)
+sys.meta_path.insert(0, Hides())
+importlib.metadata.distribution = get_distribution
+importlib.util.find_spec = lambda name, *p: None if "matplotlib" in name else find_spec(name, *p)
+"""
+"""For a module that Python imports at its start. torchmetrics asks in each of these ways."""
+
+
 def shown_by_jupyter(path: Path) -> list[str]:
     """Run each cell twice in a kernel. Return what the first runs show, and the second ones."""
     import nbclient
@@ -67,6 +85,19 @@ def shown_without_jupyter(path: Path) -> list[str]:
     parts = re.split(r"^--- cell \d+, time (\d)$", done.stdout, flags=re.MULTILINE)[1:]
     times, shown = parts[::2], parts[1::2]
     return ["".join(shown[i] for i, each in enumerate(times) if each == time) for time in "01"]
+
+
+@pytest.mark.notebook
+@pytest.mark.slow
+def test_without_matplotlib_a_notebook_says_so_and_goes_on(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra demo)")
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_MATPLOTLIB)
+    paths = [str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    for printed in shown_without_jupyter(ROOT / "notebooks" / "modes_and_speed.ipynb"):
+        assert "No plot: matplotlib is not installed. pip install 'cg-lightning[bench]'" in printed
+        assert 'which is not installed: pip install "cg-lightning[plot]"' in printed
+        assert "the weights of both trainings are equal in every bit" in printed
 
 
 @pytest.mark.notebook
