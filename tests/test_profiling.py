@@ -13,8 +13,8 @@ from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, Simpl
 from cg_lightning import graphed
 from cg_lightning.backends import resolve_backend
 from cg_lightning.runtime.profiling import NSYS, NVTX
-from tests.harness import assert_same, features, predict
-from tests.models import Body, Predictor
+from tests.harness import assert_same, features, images, predict
+from tests.models import Body, ConvNetClassifier, Predictor
 
 
 @pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
@@ -138,6 +138,24 @@ def test_ranges_of_the_device_without_a_profiler(
         monkeypatch.setenv(name, value)
     harness.compare(Predictor(Body()), predict(features(40)), harness.callback(mode=mode))
     assert set(marked) == shown
+
+
+def test_ranges_of_training_and_of_pieces_that_are_padded(harness, device, monkeypatch):
+    backend = type(resolve_backend(harness.backend, device))
+    marked: list[str] = []
+    original = backend.range
+    monkeypatch.setattr(
+        backend, "range", lambda self, name: marked.append(name) or original(self, name)
+    )
+    monkeypatch.setenv(NSYS, "7")
+    callback = harness.callback(stages=["train"])
+    harness.trainer(callback, max_epochs=1).fit(ConvNetClassifier(4), images(40), images())
+    assert set(marked) == OURS
+    marked.clear()
+    callback = harness.callback(capture_sizes=[8], verify_tolerance="close")
+    harness.trainer(callback).validate(ConvNetClassifier(4), images(60, 6), verbose=False)
+    assert callback.stats.padding, callback.summary()
+    assert marked.count("cuda_graph/replay") > 0
 
 
 def test_an_environment_that_changes_counts_from_the_next_stage_on(harness, monkeypatch):
