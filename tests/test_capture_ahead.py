@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -93,6 +94,28 @@ def test_sizes_are_the_weights_of_logged_values(harness, given, verify_replays):
     assert steps(callback) == {"NONE": 2, "FULL": 6}  # of the first shape, only the first two
     order = [entry.shapes for entry in callback.stats.entries]
     assert order == ["7x8", "4x8", "2x8"]
+
+
+def test_what_the_page_says_runs(harness):
+    page = (Path(__file__).parent.parent / "docs" / "capture-ahead.md").read_text()
+    first, second = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    generator = torch.Generator().manual_seed(5)
+    items = [(torch.randn(8, generator=generator),) for _ in range(200)]
+    for example, number in ((first, 2), (second, 3)):
+        known: dict[str, Any] = {
+            "CUDAGraphCallback": harness.callback,
+            "Trainer": lambda callbacks: harness.trainer(*callbacks),
+            "collate": torch.utils.data.default_collate,
+            "items": items,
+            "model": Predictor(Body()),
+            "loader": DataLoader(items[:70], batch_size=16),
+        }
+        exec(example, known)
+        if number == 2:
+            trainer = harness.trainer(known["callback"])
+            trainer.validate(known["model"], known["loader"], verbose=False)
+        assert known["callback"].stats.captures == number, known["callback"].summary()
+        assert steps(known["callback"])["NONE"] <= 2
 
 
 def test_within_fit_over_epochs(harness):

@@ -147,6 +147,28 @@ def test_log_stats_is_true_or_false():
         CUDAGraphCallback(log_stats=["replays"])
 
 
+def test_what_the_page_says_runs(harness, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "statistics.md").read_text()
+    first, second = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    known: dict[str, Any] = {
+        "CUDAGraphCallback": harness.callback,
+        "Trainer": lambda callbacks, logger: harness.trainer(*callbacks, logger=logger),
+        "CSVLogger": CSVLogger,
+        "TensorBoardLogger": TensorBoardLogger,
+    }
+    exec(first, known)
+    known["trainer"].predict(Predictor(Body()), features(40))
+    exec(second, known)
+    assert Path("batches.png").stat().st_size > 0
+    (row,) = rows_of(tmp_path)
+    logged = {re.sub("predict", "<stage>", name) for name in row if name.startswith("cuda_graph")}
+    in_page = set(re.findall(r"^\| `(cuda_graph/<stage>/[^`]*)`", page, re.MULTILINE))
+    assert {name.replace("/warm_up", "/<cause>") for name in logged} == in_page
+
+
 # the figure
 
 
