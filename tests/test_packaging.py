@@ -1,5 +1,6 @@
 """The package as shipped: built, checked, installed into an empty environment, run elsewhere."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -77,16 +78,18 @@ class Installed(NamedTuple):
 def installed(built, tmp_path_factory):
     """An empty environment into which the wheel was installed by its name.
 
-    If there is no index, a folder of its own beside the packages of this environment.
+    If there is no index, or no pip for it, a folder beside the packages of this environment.
     """
     wheel = built[1]
     folder = tmp_path_factory.mktemp("installed")
     # torch has thousands of modules, and few are imported
     install = ("-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-compile")
-    venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     alone = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
     try:
+        if importlib.util.find_spec("ensurepip") is None:  # Debian has it in a package of its own
+            raise NoIndexError
+        venv.create(folder, with_pip=True)
         shell(
             python, *install, "-c", ROOT / "constraints.txt",
             "--find-links", wheel.parent, "cg-lightning[demo]", env=alone,
