@@ -49,6 +49,14 @@ def environment(*first: object) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(kept), "PIP_RETRIES": "1"}
 
 
+class Built(NamedTuple):
+    """What was built."""
+
+    sdist: Path
+    wheel: Path
+    has_index: bool
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """The sdist, and the wheel that is built from it: in isolation, if there is an index."""
@@ -57,13 +65,15 @@ def built(tmp_path_factory):
     ignored = shutil.ignore_patterns(".git", "build", "dist", "*.egg-info", ".venv", ".*_cache")
     shutil.copytree(ROOT, folder / "source", ignore=ignored)
     build = (sys.executable, "-m", "build", "--outdir", folder, folder / "source")
+    has_index = True
     try:
         shell(*build, cwd=folder, env=environment())
     except NoIndexError:
+        has_index = False
         shell(*build, "--no-isolation", cwd=folder, env=environment())
     shutil.rmtree(folder / "source")
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
-    return sdist, wheel
+    return Built(sdist, wheel, has_index)
 
 
 class Installed(NamedTuple):
@@ -80,24 +90,20 @@ def installed(built, tmp_path_factory):
 
     If there is no index, or no pip for it, a folder beside the packages of this environment.
     """
-    wheel = built[1]
     folder = tmp_path_factory.mktemp("installed")
     # torch has thousands of modules, and few are imported
     install = ("-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-compile")
     python = folder / "bin" / "python"
     alone = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
-    try:
-        if importlib.util.find_spec("ensurepip") is None:  # Debian has it in a package of its own
-            raise NoIndexError
-        venv.create(folder, with_pip=True)
-        shell(
-            python, *install, "-c", ROOT / "constraints.txt",
-            "--find-links", wheel.parent, "cg-lightning[demo]", env=alone,
-        )  # fmt: skip
-    except NoIndexError:
-        folder = tmp_path_factory.mktemp("beside")
-        shell(sys.executable, *install, "--no-index", "--no-deps", "--target", folder, wheel)
+    # Debian has ensurepip in a package of its own
+    if not built.has_index or importlib.util.find_spec("ensurepip") is None:
+        shell(sys.executable, *install, "--no-index", "--no-deps", "--target", folder, built.wheel)
         return Installed(folder, Path(sys.executable), environment(folder))
+    venv.create(folder, with_pip=True)
+    shell(
+        python, *install, "-c", ROOT / "constraints.txt",
+        "--find-links", built.wheel.parent, "cg-lightning[demo]", env=alone,
+    )  # fmt: skip
     return Installed(folder, python, alone)
 
 
@@ -105,8 +111,8 @@ def installed(built, tmp_path_factory):
 @pytest.mark.wheel
 def test_sdist_and_wheel_are_well_formed(built):
     pytest.importorskip("twine", reason="twine is not installed (extra test)")
-    shell(sys.executable, "-m", "twine", "check", "--strict", *built)
-    with ZipFile(built[1]) as wheel:
+    shell(sys.executable, "-m", "twine", "check", "--strict", built.sdist, built.wheel)
+    with ZipFile(built.wheel) as wheel:
         names = set(wheel.namelist())
         (file,) = [name for name in names if name.endswith(".dist-info/METADATA")]
         described = Parser().parsestr(wheel.read(file).decode())
