@@ -114,6 +114,24 @@ def test_ranges_are_nvtx_ranges(harness, monkeypatch, settings, environment):
     assert noted.count("end") == len(noted) - noted.count("end")
 
 
+@pytest.mark.gpu
+def test_under_emit_nvtx_ranges_are_on(harness):
+    """PyTorch itself makes NVTX ranges of them then, which Python does not see."""
+    if harness.backend == "recorder":
+        pytest.skip("emit_nvtx needs a CUDA device")
+    callback, seen = harness.callback(), []
+
+    class Look(Callback):
+        def on_predict_batch_end(self, *_: Any) -> None:
+            installation = callback._installation  # None in the run without the callback
+            seen.append(installation is not None and installation.session.ranges.is_on)
+
+    with torch.autograd.profiler.emit_nvtx():
+        harness.compare(Predictor(Body()), predict(features(40)), callback, lambda: [Look()])
+    assert callback.stats.steps["FULL"] == 7, callback.summary()
+    assert seen[:10] == [True] * 10
+
+
 @pytest.mark.parametrize(
     ("environment", "shown"),
     [
