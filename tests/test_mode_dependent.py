@@ -143,8 +143,9 @@ def are_same(ones: list[Tensor], others: list[Tensor]) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
 def test_all_operations_that_pytorch_has_samples_of(dtype, is_inference):
     """A watched operation gives the bits of eager."""
-    from torch.testing._internal.common_methods_invocations import op_db
-
+    with warnings.catch_warnings():  # it wants test libraries that are not needed here
+        warnings.simplefilter("ignore")
+        from torch.testing._internal.common_methods_invocations import op_db
     number, differ = 0, set()
     for operation in op_db:
         if operation.name in OTHERWISE | UNDEFINED or dtype not in operation.supported_dtypes(

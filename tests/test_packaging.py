@@ -18,7 +18,6 @@ import pytest
 import yaml
 
 import cg_lightning
-from tests.processes import run_python
 from tests.test_app import IDENTICAL
 from tests.test_config import assert_each_option_is_set, run_project
 
