@@ -201,13 +201,14 @@ def run_project(
     for name, text in PROJECT.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text.replace("SEARCHPATH", search_path))
-    if environment is None:  # or else it is that of an installation
+    if environment is None:
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "PYTHONPATH": paths}
-        return run_python("train.py", *overrides, folder=folder, environment=environment)
-    command = [python, "train.py", *overrides]
-    settings: dict[str, Any] = {"cwd": folder, "env": environment}
-    return subprocess.run(command, capture_output=True, text=True, check=False, **settings)
+    elif python == sys.executable:  # an installation beside our packages: a fork has the checkout
+        command = [python, "train.py", *overrides]
+        settings: dict[str, Any] = {"cwd": folder, "env": environment}
+        return subprocess.run(command, capture_output=True, text=True, check=False, **settings)
+    return run_python("train.py", *overrides, folder=folder, environment=environment, python=python)
 
 
 @pytest.mark.slow
