@@ -96,6 +96,37 @@ def test_plain_values_differ_by_type_and_value():
     assert describe((nan,)) == describe((float("nan"),))
 
 
+class Label(str):
+    pass
+
+
+class Code(enum.IntEnum):
+    ONE = 1
+
+
+class Compared:
+    """Equal to all others."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Compared)
+
+    def __hash__(self) -> int:
+        return 1
+
+
+def test_keys_of_mappings_differ_by_type_and_value():
+    keys = [
+        *(True, 1, 1.0, Code.ONE, 0.0, -0.0, "a", Label("a"), (1, "a"), (True, "a"), (1.0, "a")),
+        *(frozenset({1}), frozenset({True}), Compared(), Compared(), float("nan")),
+    ]
+    described = [describe([{key: torch.zeros(1)}]) for key in keys]
+    for (a, one), (b, other) in itertools.combinations(zip(keys, described, strict=True), 2):
+        assert one != other, (a, b)
+    for key in keys:
+        assert describe([{key: torch.zeros(1)}]) == describe([{key: torch.zeros(1)}])
+    assert describe({(1, float("nan")): 1}) == describe({(1, float("inf") - float("inf")): 1})
+
+
 def test_nan_that_is_not_the_same_object():
     assert describe({"t": float("inf") - float("inf")}) == describe({"t": float("nan")})
 

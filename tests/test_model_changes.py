@@ -96,6 +96,28 @@ def swaps_tensors(module: Net) -> None:
     torch.utils.swap_tensors(module.first.weight, nn.Parameter(torch.eye(8, device=module.device)))
 
 
+def adds_one(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output + 1
+
+
+def doubles_output(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output * 2
+
+
+def replaces(path: str, name: str, **values: Any) -> Callable[[Net], None]:
+    """Put another dictionary in place of one of a submodule, and set values in it."""
+
+    def change(module: Net) -> None:
+        attributes = vars(module.get_submodule(path))
+        moved = {
+            key: value.to(module.device) if isinstance(value, Tensor) else value
+            for key, value in values.items()
+        }
+        attributes[name] = type(attributes[name])({**attributes[name], **moved})
+
+    return change
+
+
 CHANGES: dict[str, dict[int, Callable[[Any], Any]]] = {
     "expanded": {4: expands},
     "lazily negated": {4: negates},
@@ -135,6 +157,23 @@ CHANGES: dict[str, dict[int, Callable[[Any], Any]]] = {
     "a forward of its own": {4: patches},
     "another class": {4: becomes},
     "swap_tensors": {4: swaps_tensors},
+    "other submodules in a dictionary": {4: replaces("", "_modules", last=nn.Identity())},
+    "other parameters in a dictionary": {4: replaces("first", "_parameters", bias=None)},
+    "other buffers in a dictionary": {
+        4: replaces("norm", "_buffers", running_var=torch.full((8,), 4.0)),
+        6: replaces("norm", "_buffers", running_var=torch.full((8,), 9.0)),
+    },
+    "other hooks in a dictionary": {4: replaces("last", "_forward_hooks", one=adds_one)},
+    "another order of hooks": {
+        2: lambda module: module.last.register_forward_hook(adds_one),
+        3: lambda module: module.last.register_forward_hook(doubles_output),
+        6: lambda module: module.last._forward_hooks.move_to_end(
+            next(iter(module.last._forward_hooks))
+        ),
+    },
+    "the state of a pickle": {
+        4: lambda module: module.last.__setstate__(copy.deepcopy(module.first.__getstate__()))
+    },
 }
 
 

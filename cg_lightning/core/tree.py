@@ -91,8 +91,41 @@ def is_container(node: Any) -> bool:
     return _container(node) is not None
 
 
+class _Keys(tuple[Any, ...]):
+    """The keys of a mapping that are not all texts. ``True``, ``1`` and ``1.0`` are different."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: Any) -> bool:
+        return type(other) is _Keys and len(self) == len(other) and all(map(_is_same, self, other))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = tuple.__hash__
+
+
+def _is_same(before: Any, now: Any) -> bool:
+    if before is now:
+        return True
+    cls: type = type(before)
+    if cls is not type(now):
+        return False
+    if cls is tuple:
+        return len(before) == len(now) and all(map(_is_same, before, now))
+    if cls.__dictoffset__:  # equal objects may have other attributes
+        return False
+    is_equal = before == now or (before != before and now != now)
+    return bool(is_equal) and repr(before) == repr(now)  # 0.0 and -0.0 are equal
+
+
+_TEXTS = {str}
+
+
 def _collect(node: Any, container: _Container, leaves: list[Any]) -> Hashable:
     keys, values = container.children(node)
+    if container is _MAPPING and not _TEXTS.issuperset(map(type, keys)):
+        keys = _Keys(keys)
     children: list[Hashable] = []
     for value in values:
         inner = _container(value)
@@ -107,8 +140,9 @@ def _collect(node: Any, container: _Container, leaves: list[Any]) -> Hashable:
 def flatten(tree: Any) -> tuple[list[Any], Hashable]:
     """Return the leaves of ``tree`` in order, and its structure.
 
-    Two structures are equal if all containers have the same types and keys. Containers are tuples,
-    lists, named tuples, writable mappings and dataclasses. Everything else is a leaf.
+    Two structures are equal if all containers have the same types and keys, and the keys have the
+    same types. Containers are tuples, lists, named tuples, writable mappings and dataclasses.
+    Everything else is a leaf.
     """
     container = _container(tree)
     if container is None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, compress, count
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from cg_lightning.modules.attributes import (
     same_attributes,
     scripted_attributes,
 )
+from cg_lightning.modules.kinds import is_lightning_module, is_metric
 
 # private, and in CUDA builds only: compares 300 addresses in about 20 us
 _native_compare = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
@@ -124,6 +125,9 @@ class GuardFailure(NamedTuple):
     """The kind of change and its subject, for messages."""
 
 
+_TABLES = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+"""The attributes of a module that have its members and hooks."""
+_BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
 _training = operator.itemgetter("training")
 _requires_grad = operator.attrgetter("requires_grad")
 
@@ -209,13 +213,25 @@ class ModuleGuard:
         self._flags = Flags(self.modules)
         self._scripted = self._flags.scripted
         every = self._every_table = self._current_tables()
-        self._tables = [table for table in every if isinstance(table, dict) and table]
-        self._views = [table.values() for table in self._tables]  # they follow their dictionaries
+        tables = [table for table in every if isinstance(table, dict) and table]
+        self._views = [table.values() for table in tables]  # they follow their dictionaries
         self._empty_tables = [table for table in every if not table]
         self._tables_of_scripted = [
             table for table in every if not isinstance(table, dict) and table
         ]
         self._members = self._current_members()
+        # of an OrderedDict, moved items do not change the version
+        self._ordered = [table.values() for table in tables if type(table) is not dict]
+        self._ordered_members = list(chain.from_iterable(self._ordered))
+        self._read_tables = operator.itemgetter(*_TABLES, *_BACKWARD * self._backward_hooks)
+        holders = [each for each in self.modules if vars(each).keys() >= {*_TABLES, *_BACKWARD}]
+        # they set attributes in each step
+        self._restless = [vars(each) for each in holders if _is_restless(each)]
+        self._tables_of_restless = list(self._tables_in(self._restless))
+        quiet = [vars(each) for each in holders if not _is_restless(each)]
+        self._tables_of_quiet = list(map(self._read_tables, quiet))
+        self._dictionaries = [*quiet, *tables]
+        self._versions = list(map(version_of, self._dictionaries))
         members = [member for member in self._members if isinstance(member, Tensor)]
         # lazy parameters have no address before their first step
         self._lazy = [member for member in members if is_lazy(member)]
@@ -236,6 +252,12 @@ class ModuleGuard:
             tables += map(backward_hooks_of, self.modules)
         return [*chain.from_iterable(tables), *global_hooks()]
 
+    def _has_same_tables(self) -> bool:
+        return all(map(operator.is_, self._current_tables(), self._every_table))
+
+    def _tables_in(self, attributes: Iterable[dict[str, Any]]) -> Iterator[Any]:
+        return chain.from_iterable(map(self._read_tables, attributes))
+
     def _current_members(self) -> list[Any]:
         members = list(chain.from_iterable(self._views))
         if self._tables_of_scripted:
@@ -243,12 +265,39 @@ class ModuleGuard:
         return members
 
     def _members_hold(self) -> bool:
-        members = self._current_members()
-        if len(members) != len(self._members) or any(self._empty_tables):
+        if any(self._empty_tables):
             return False
         if self._lazy and not all(map(is_lazy, self._lazy)):
             return False
-        return all(map(operator.is_, members, self._members))
+        versions = list(map(version_of, self._dictionaries))
+        if versions != self._versions:
+            if not self._contents_hold(map(operator.ne, versions, self._versions)):
+                return False
+            self._versions = versions
+        if self._tables_of_scripted and not self._has_same_members():
+            return False
+        return all(
+            map(operator.is_, self._tables_in(self._restless), self._tables_of_restless)
+        ) and all(map(operator.is_, chain.from_iterable(self._ordered), self._ordered_members))
+
+    def _has_same_members(self) -> bool:
+        members = self._current_members()
+        return len(members) == len(self._members) and all(map(operator.is_, members, self._members))
+
+    def _contents_hold(self, has_changed: Iterable[bool]) -> bool:
+        """Return True if dictionaries that have changed have the tables and members that they had.
+
+        Args:
+            has_changed: For each dictionary, whether its version has changed.
+        """
+        before = self._tables_of_quiet
+        for index in compress(count(), has_changed):
+            if index >= len(before):
+                return self._has_same_members()
+            tables = self._read_tables(self._dictionaries[index])
+            if not all(map(operator.is_, tables, before[index])):
+                return False
+        return True
 
     def _parts_hold(self) -> bool:
         """Return True if sparse members have the same parts, each in the same place."""
@@ -290,6 +339,8 @@ class ModuleGuard:
                 if not is_same_value(before.get(name), value):
                     text = describe_change(name, value, before.get(name))
                     return self._failure(Change.SETTINGS, text)
+        if not self._has_same_tables():
+            return self._failure(Change.STRUCTURE, "another dictionary")
         members = self._current_members()
         if len(members) == len(self._members) and not any(self._empty_tables):
             pairs = list(zip(self._members, members, strict=True))
@@ -321,8 +372,8 @@ class ModuleGuard:
         """Compare settings with those of the latest :meth:`check_epoch`."""
         if self._settings is None:
             return None
-        if not all(map(operator.is_, self._current_tables(), self._every_table)):
-            return self._failure(Change.STRUCTURE, Changed("another dictionary"))
+        if not self._has_same_tables():  # the attributes of a module may be in another dictionary
+            return self._failure(Change.STRUCTURE, "another dictionary")
         before, now = self._settings, self._current_settings()
         for key in self._differing(now):
             text = describe_change(self._path(*key), now.get(key), before.get(key))
@@ -441,6 +492,11 @@ class ModuleGuard:
             if isinstance(member, Tensor)
             else ""
         )
+
+
+def _is_restless(module: nn.Module) -> bool:
+    """Return True if attributes of a module are set in each step, by Lightning or a metric."""
+    return is_lightning_module(module) or is_metric(module)
 
 
 def _is_another_address(before: Any, now: Any) -> bool:
