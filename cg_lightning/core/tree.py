@@ -111,10 +111,10 @@ def _is_same(before: Any, now: Any) -> bool:
     cls: type = type(before)
     if cls is not type(now):
         return False
-    if cls is tuple:
-        return len(before) == len(now) and all(map(_is_same, before, now))
     if cls.__dictoffset__:  # equal objects may have other attributes
         return False
+    if isinstance(before, tuple) and isinstance(now, tuple):
+        return len(before) == len(now) and all(map(_is_same, before, now))
     is_equal = before == now or (before != before and now != now)
     return bool(is_equal) and repr(before) == repr(now)  # 0.0 and -0.0 are equal
 
