@@ -215,6 +215,18 @@ def _sdp(name):
     return change
 
 
+def _math_sdp_reduction():
+    allow = torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp
+    allow(True)
+    return lambda: allow(False)
+
+
+def _sdp_order():
+    before = torch._C._get_sdp_priority_order()
+    torch._C._set_sdp_priority_order(before[::-1])
+    return lambda: torch._C._set_sdp_priority_order(before)
+
+
 MATMUL, CUDNN = torch.backends.cuda.matmul, torch.backends.cudnn
 SWITCHES = [
     ("torch.get_default_dtype()", _default_dtype),
@@ -238,6 +250,8 @@ SWITCHES = [
     ("memory-efficient SDPA", _sdp("mem_efficient")),
     ("math SDPA", _sdp("math")),
     ("cuDNN SDPA", _sdp("cudnn")),
+    ("reduced precision in math SDPA", _math_sdp_reduction),
+    ("order of SDPA", _sdp_order),
     ("grad mode", _entered(torch.no_grad())),
     ("inference mode", _entered(torch.inference_mode())),
     ("function modes", _entered(torch.device("meta"))),

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -124,3 +130,147 @@ def test_the_fast_path_of_attention(harness, values, mode, verify_replays):
     sets = lambda: [Sets(torch.backends.mha.set_fastpath_enabled, *values)]
     data = loader(torch.randn(40, 5, 8, generator=torch.Generator().manual_seed(3)))
     harness.compare(Calls(layer), predict(data), callback, sets)
+
+
+class Asks(nn.Module):
+    """Scales by what code outside of the module tells."""
+
+    def __init__(self, ask: Callable[[], float]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.ask = ask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.ask()
+
+
+def divides() -> float:
+    try:
+        return float(np.isinf(np.float64(1) / np.float64(0)))
+    except FloatingPointError:
+        return 3.0
+
+
+def warns() -> float:
+    try:
+        warnings.warn("this is shown", DeprecationWarning, stacklevel=1)
+    except DeprecationWarning:
+        return 2.0
+    return 1.0
+
+
+def casts() -> float:
+    with torch.autocast("cpu"):
+        return 1.0 + (torch.get_autocast_dtype("cpu") is torch.bfloat16)
+
+
+def starts(is_wanted: bool) -> None:
+    """Start a thread, or end it."""
+    if is_wanted:
+        THREADS.append(threading.Timer(1000, print))
+        THREADS[0].daemon = True
+        THREADS[0].start()
+    elif THREADS:
+        thread = THREADS.pop()
+        thread.cancel()
+        thread.join()
+
+
+THREADS: list[threading.Timer] = []
+NAMES = {True: "first", False: "another thread"}
+MKLDNN = torch.backends.mkldnn
+KEPT_OUT_OF_SIGHT: dict[str, tuple[Callable[[], Any], Callable[[bool], Any]]] = {
+    "numpy.geterr": (
+        lambda: 1.0 + (np.geterr()["over"] == "warn"),
+        lambda value: np.seterr(over="warn" if value else "ignore"),
+    ),
+    "numpy.seterr": (divides, lambda value: np.seterr(divide="raise" if value else "ignore")),
+    "numpy.set_printoptions": (
+        lambda: float(len(str(np.ones(1) / 3))),
+        lambda value: np.set_printoptions(precision=4 if value else 8),
+    ),
+    "warnings": (
+        warns,
+        lambda value: warnings.simplefilter("error" if value else "ignore", DeprecationWarning),
+    ),
+    "umask": (lambda: float(os.umask(0o22)), lambda value: os.umask(0o22 if value else 0o77)),
+    "threads": (lambda: float(threading.active_count()), starts),
+    "name of the thread": (
+        lambda: float(len(threading.current_thread().name)),
+        lambda value: setattr(threading.current_thread(), "name", NAMES[value]),
+    ),
+    "digits": (
+        lambda: float(sys.get_int_max_str_digits()),
+        lambda value: sys.set_int_max_str_digits(4300 if value else 5000),
+    ),
+    "resource": (
+        lambda: float(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
+        lambda value: resource.setrlimit(
+            resource.RLIMIT_NOFILE,
+            (FILES[0] - value, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
+        ),
+    ),
+    "torch.backends.mkldnn": (
+        lambda: 1.0 + MKLDNN.enabled,
+        lambda value: setattr(MKLDNN, "enabled", value),
+    ),
+    "cache of autocast": (
+        lambda: 1.0 + torch.is_autocast_cache_enabled(),
+        torch.set_autocast_cache_enabled,
+    ),
+    "type of autocast": (
+        casts,
+        lambda value: torch.set_autocast_dtype("cpu", torch.bfloat16 if value else torch.float16),
+    ),
+    "sharing of tensors": (
+        lambda: float(len(torch.multiprocessing.get_sharing_strategy())),
+        lambda value: torch.multiprocessing.set_sharing_strategy(
+            "file_system" if value else "file_descriptor"
+        ),
+    ),
+}
+FILES = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
+@pytest.fixture
+def kept_settings() -> Iterator[None]:
+    name = threading.current_thread().name
+    digits, strategy = sys.get_int_max_str_digits(), torch.multiprocessing.get_sharing_strategy()
+    umask = os.umask(0o22)
+    with np.errstate(), np.printoptions(), warnings.catch_warnings():
+        yield
+    starts(False)
+    os.umask(umask)
+    threading.current_thread().name = name
+    sys.set_int_max_str_digits(digits)
+    torch.multiprocessing.set_sharing_strategy(strategy)
+    resource.setrlimit(resource.RLIMIT_NOFILE, FILES)
+    MKLDNN.enabled = True
+    torch.set_autocast_cache_enabled(True)
+    torch.set_autocast_dtype("cpu", torch.bfloat16)
+
+
+@pytest.mark.in_turn("mode")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("values", [(True, False), (False, True)])
+@pytest.mark.parametrize("name", KEPT_OUT_OF_SIGHT)
+def test_what_no_name_in_python_refers_to(harness, kept_settings, name, values, mode):
+    ask, set_value = KEPT_OUT_OF_SIGHT[name]
+    results = []
+    for value in values:
+        set_value(value)
+        results.append(ask())
+    assert results[0] != results[1], "a difference would not be seen"
+    callback = harness.callback(mode=mode, verify_replays=0)
+    harness.compare(
+        Calls(Asks(ask)), predict(features(40)), callback, lambda: [Sets(set_value, *values)]
+    )
+
+
+@pytest.mark.parametrize("use", [divides, warns, casts], ids=lambda use: use.__name__)
+def test_without_a_change_these_guards_cost_no_graph(harness, kept_settings, use):
+    np.seterr(divide="ignore")
+    warnings.simplefilter("ignore", DeprecationWarning)
+    callback = harness.callback()
+    harness.compare(Calls(Asks(use)), predict(features(32)), callback)
+    assert callback.stats.steps["FULL"] == 5, callback.summary()

@@ -46,6 +46,11 @@ _mem_efficient_sdp = _native(
 )
 _math_sdp = _native("_get_math_sdp_enabled", torch.backends.cuda.math_sdp_enabled)
 _cudnn_sdp = _native("_get_cudnn_sdp_enabled", torch.backends.cuda.cudnn_sdp_enabled)
+_math_sdp_reduction = _native(
+    "_get_math_sdp_allow_fp16_bf16_reduction",
+    torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed,
+)
+_sdp_order: Callable[[], list[int]] = getattr(torch._C, "_get_sdp_priority_order", list)
 _native_precision: Any = getattr(torch._C, "_get_fp32_precision_getter", None)
 
 
@@ -132,6 +137,8 @@ def kernel_flags() -> tuple[Any, ...]:
         _mem_efficient_sdp(),
         _math_sdp(),
         _cudnn_sdp(),
+        _math_sdp_reduction(),
+        tuple(_sdp_order()),
         _float32_precision(),
     )
     if _any_autocast():
@@ -155,6 +162,8 @@ NAMES = (
     "memory-efficient SDPA",
     "math SDPA",
     "cuDNN SDPA",
+    "reduced precision in math SDPA",
+    "order of SDPA",
     "precision of float32",
     "autocast on cuda",
     "autocast on cpu",

@@ -1,4 +1,6 @@
-"""Settings that functions of PyTorch read in Python. They are in no key, so they are guarded.
+"""Settings of PyTorch and NumPy that are in no key, so they are guarded.
+
+PyTorch reads some of them in Python. Others are kept in C, and only functions tell them.
 
 What is hard here: the first call of compiled code turns the checks of distributions off, for the
 whole process. Eager steps after that raise no error, and steps from graphs must not either.
@@ -6,27 +8,113 @@ whole process. Eager steps after that raise no error, and steps from graphs must
 
 from __future__ import annotations
 
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterable
 from types import CodeType
+from typing import Any
 
 import torch
+from torch.amp import autocast_mode
 from torch.distributions import Distribution
 
-from cg_lightning.guards.sources import Source
+from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.guards.sources import DerivedNamespace, Source
 
 _FAST_PATH_FILE = torch.backends.mha.__file__
+
+
+class _Told(DerivedNamespace):
+    """Settings by the names of the functions that tell them."""
+
+    def __init__(self, functions: dict[str, Callable[[], Any]]) -> None:
+        self.functions = functions
+
+    def get(self, name: str, default: Any) -> Any:
+        """Return what a function tells now."""
+        value = self.functions[name]()
+        return value if is_plain_value(value) else repr(value)
+
+
+def _autocast_types() -> str:
+    return " ".join([str(torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")])
+
+
+_IN_C = (
+    *("_get_mkldnn_enabled", "_get_mkldnn_deterministic", "_get_nnpack_enabled", "_get_warnAlways"),
+    *("_get_deterministic_algorithms_warn_only", "_get_deterministic_fill_uninitialized_memory"),
+    *("_get_qengine", "_get_linalg_preferred_backend", "_get_blas_preferred_backend"),
+    *("_get_overrideable_sdp_enabled", "is_autocast_cache_enabled"),
+)
+"""Functions of ``torch._C``, private and public, that take no argument. Keys have the others."""
+_OF_TORCH = {name: getattr(torch._C, name) for name in _IN_C if hasattr(torch._C, name)}
+_TORCH = _Told({**_OF_TORCH, "get_autocast_dtype": _autocast_types})
 _SETTINGS = (
     Source(Distribution, "_validate_args", "Distribution._validate_args"),
     Source(
         vars(torch.backends.mha), "_is_fastpath_enabled", "torch.backends.mha._is_fastpath_enabled"
     ),
+    Source(_TORCH, "get_autocast_dtype", "torch.get_autocast_dtype()"),
+    Source(_TORCH, "is_autocast_cache_enabled", "torch.is_autocast_cache_enabled()"),
 )
+_FILES = (_FAST_PATH_FILE, autocast_mode.__file__)
 
 
 def has_settings(file: str) -> bool:
     """Return whether a file of others may have functions that read one of the settings."""
-    return file == _FAST_PATH_FILE or "/distributions/" in file.replace("\\", "/")
+    return file in _FILES or "/distributions/" in file.replace("\\", "/")
 
 
 def settings_read_by(code: CodeType) -> list[Source]:
     """Return the settings that a function names."""
     return [setting for setting in _SETTINGS if setting.name in code.co_names]
+
+
+WARN = frozenset({"warn", "warn_explicit"})
+"""The functions of C whose warnings are shown, raised or dropped, as filters say."""
+FILTERS = Source(vars(warnings), "filters", "warnings.filters")
+
+
+def setting_told_by(function: Any) -> Source | None:
+    """Return the setting of PyTorch that a function tells, or that a property of it is.
+
+    Args:
+        function: A function, or what ``torch.backends`` has for a setting.
+    """
+    if type(function).__module__ == torch.backends.__name__:
+        function = vars(function).get("getter")
+    if not isinstance(function, types.BuiltinFunctionType):
+        return None
+    name = function.__name__
+    if name not in _TORCH.functions or function is not getattr(torch._C, name, None):
+        return None
+    return Source(_TORCH, name, f"torch.{name}()")
+
+
+def settings_of_numpy(values: Iterable[Any], writes_text: bool) -> list[Source]:
+    """Return settings of NumPy that code may depend on.
+
+    They decide if a division by zero raises an error, and how numbers are written.
+
+    Args:
+        values: What the code names.
+        writes_text: Whether it writes numbers as text.
+    """
+    numpy = sys.modules.get("numpy")
+    if numpy is None or not any(map(_is_of_numpy, values)):
+        return []
+    _NUMPY.functions = {name: getattr(numpy, name) for name in _NAMES_OF_NUMPY}
+    names = _NAMES_OF_NUMPY if writes_text else _NAMES_OF_NUMPY[:1]
+    return [Source(_NUMPY, name, f"numpy.{name}()") for name in names]
+
+
+_NAMES_OF_NUMPY = ("geterr", "get_printoptions")
+_NUMPY = _Told({})
+
+
+def _is_of_numpy(value: Any) -> bool:
+    name = value.__name__ if isinstance(value, types.ModuleType) else type(value).__module__
+    if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
+        name = value.__module__
+    return str(name).split(".")[0] == "numpy"

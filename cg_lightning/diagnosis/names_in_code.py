@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 _CALLS = ("CALL", "PRECALL")
 _LOOKS_UP = frozenset({"getattr", "hasattr"})
+_WRITES_TEXT = frozenset({"str", "repr", "format", "array2string", "array_repr", "array_str"})
 _CHANGES = frozenset({"setattr", "delattr", "vars"})
 _GLOBALS_OF_FRAMES = frozenset({"f_globals", "f_builtins", "__globals__"})
 """How a function gets a namespace of globals from a frame or a function."""
@@ -84,6 +85,11 @@ class NamesInCode:
             return is_set, set()
         return is_set, {each for each in self.names if each.isidentifier()} - {*self.code.co_names}
 
+    def writes_text(self) -> bool:
+        """Return whether the function may write a value as text."""
+        is_formatted = any(name.startswith("FORMAT_") for name in self.opnames)
+        return is_formatted or not _WRITES_TEXT.isdisjoint(self.code.co_names)
+
     def sets_globals(self) -> set[str]:
         """Return the globals that the function sets."""
         return {step.argval for step in self._steps if step.opname == "STORE_GLOBAL"}
@@ -146,6 +152,25 @@ class NamesInCode:
                 break
             value, after = inner, after + 1
         return value, after
+
+    def loaded(self, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """Yield names and values that are loaded from modules and classes: ``os.getcwd``.
+
+        Args:
+            arguments: As for :meth:`computed`.
+        """
+        for index, step in enumerate(self._steps):
+            value = self._value_of(step, arguments) if step.opname.startswith("LOAD_") else None
+            if isinstance(value, (types.ModuleType, type)):
+                yield str(step.argval), value
+                value, after = self._follow(index, value)
+                kind: type = type(value)
+                if after < len(self._steps) and self._steps[after].opname in _ATTRIBUTES:
+                    name = self._steps[after].argval
+                    found = vars(value).get(name, vars(kind).get(name))
+                    yield f"{value.__name__}.{name}", found
+            elif value is not None:
+                yield str(step.argval), value
 
     def looked_up(self) -> Iterator[tuple[Any, str]]:
         """Yield global namespaces, and names that are looked up there: ``hasattr(torch, "a")``."""

@@ -1,18 +1,21 @@
 """Functions whose result no guard can compare: clocks, seeds, counts of memory, facts about files.
 
 They change and keep nothing in Python, but they return another value in each step. The context of
-``decimal`` belongs to the thread, and nothing in Python refers to it.
+``decimal`` belongs to the thread, and nothing in Python refers to it. A function of a library that
+takes no argument (``threading.active_count``) tells what the library keeps.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
 
+from cg_lightning.diagnosis.findings import is_our_file
 from cg_lightning.modules.kinds import is_user_file
 
 _IN_C = {
@@ -28,6 +31,8 @@ _IN_C = {
             *("times", "getloadavg", "urandom", "getrandom", "getcwd", "getcwdb"),
             *("stat", "lstat", "access", "readlink", "statvfs"),
             *("read", "readv", "pread", "preadv", "lseek", "fstat", "fstatvfs", "isatty"),
+            *("umask", "nice", "getpriority", "sched_getaffinity", "getppid", "uname"),
+            *("get_blocking", "get_inheritable", "get_terminal_size", "getxattr", "listxattr"),
         }
     ),
     "torch": frozenset(
@@ -36,15 +41,27 @@ _IN_C = {
             *("is_anomaly_enabled", "is_anomaly_check_nan_enabled"),
         }
     ),
-    "resource": frozenset({"getrusage"}),
-    "gc": frozenset({"get_count", "get_stats", "get_objects", "isenabled", "get_threshold"}),
-    "sys": frozenset(
-        {"getallocatedblocks", "getrefcount", "getrecursionlimit", "getswitchinterval"}
+    "resource": frozenset({"getrusage", "getrlimit", "prlimit"}),
+    "gc": frozenset(
+        {
+            *("get_count", "get_stats", "get_objects", "isenabled", "get_threshold"),
+            *("get_debug", "get_freeze_count", "get_referrers"),
+        }
     ),
-    "_thread": frozenset({"_count"}),
-    "_signal": frozenset({"getsignal"}),
-    "_locale": frozenset({"localeconv", "setlocale"}),
-    "_tracemalloc": frozenset({"get_traced_memory", "is_tracing"}),
+    "sys": frozenset(
+        {
+            *("getallocatedblocks", "getrefcount", "getrecursionlimit", "getswitchinterval"),
+            *("get_int_max_str_digits", "set_int_max_str_digits", "_current_frames"),
+        }
+    ),
+    "_thread": frozenset({"_count", "stack_size"}),
+    "_signal": frozenset({"getsignal", "getitimer", "sigpending", "pthread_sigmask"}),
+    "_socket": frozenset({"getdefaulttimeout", "gethostname"}),
+    "faulthandler": frozenset({"is_enabled"}),
+    "_locale": frozenset({"localeconv", "setlocale", "nl_langinfo", "strcoll", "strxfrm"}),
+    "_tracemalloc": frozenset(
+        {"get_traced_memory", "is_tracing", "get_traceback_limit", "get_tracemalloc_memory"}
+    ),
     "datetime": frozenset({"now", "utcnow", "today"}),
     "": frozenset({"is_inference", "__subclasses__"}),  # methods of tensors and of classes
     "decimal": frozenset({"getcontext", "setcontext", "localcontext"}),  # of the thread
@@ -59,6 +76,26 @@ _OF_MEMORY = frozenset(
         *("get_memory_info", "device_memory_used"),
     }
 )
+_ARE_KNOWN = (
+    *("contextlib", "functools", "platform", "site", "sysconfig", "typing", "inspect", "copy"),
+    *("lightning", "pytorch_lightning", "lightning_utilities", "torchmetrics"),
+    *("torch.cuda", "torch.distributed", "torch.compiler", "torch.jit", "torch._jit_internal"),
+    *("torch.accelerator", "torch.mps", "torch.xpu", "torch.mtia", "torch.cpu", "torch.random"),
+    *("torch._dynamo", "torch.overrides", "torch.utils._device"),
+)
+"""Modules whose functions without arguments tell what keys or detectors have, or what stays."""
+_PREFIXES = tuple(f"{name}." for name in _ARE_KNOWN)
+_TAKES_MORE = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
+_IN_KEYS = frozenset(
+    {
+        *("are_deterministic_algorithms_enabled", "get_float32_matmul_precision"),
+        *("get_default_device", "is_available", "get_fastpath_enabled"),
+        *("geterr", "get_printoptions"),
+        *("flash_sdp_enabled", "mem_efficient_sdp_enabled", "math_sdp_enabled"),
+        "cudnn_sdp_enabled",
+    }
+)
+"""Functions of PyTorch and NumPy without arguments of which keys or guards know the result."""
 _DECIMAL = frozenset({"decimal", "Decimal"})
 _GET_VARIABLE = type(os.environ).__getitem__.__code__
 _ALL_VARIABLES = {getattr(type(os.environ), name).__code__ for name in ("__iter__", "__len__")}
@@ -108,6 +145,18 @@ def seeds_itself(function: Any, caller: FrameType) -> str:
     # Python itself makes some, for names of temporary files
     is_users = maker is not None and is_user_file(maker.f_code.co_filename)
     return "random.Random()" if is_users else ""
+
+
+def tells_of_library(function: Any) -> bool:
+    """Return whether a function is a library's that takes nothing: it tells what is kept there."""
+    if not isinstance(function, FunctionType) or is_user_file(function.__code__.co_filename):
+        return False
+    code, module = function.__code__, f"{function.__module__}."
+    if code.co_argcount or code.co_kwonlyargcount or code.co_flags & _TAKES_MORE:
+        return False
+    if function.__name__ in _IN_KEYS and module.startswith(("torch.", "numpy.")):
+        return False
+    return not is_our_file(code.co_filename) and not module.startswith(_PREFIXES)
 
 
 def volatile_in_python(code: CodeType) -> str:

@@ -32,7 +32,14 @@ from cg_lightning.diagnosis.functions import (
     users_functions,
 )
 from cg_lightning.diagnosis.hidden_modules import hidden_modules, opaque_in, sources_in
-from cg_lightning.diagnosis.library_settings import has_settings, settings_read_by
+from cg_lightning.diagnosis.library_settings import (
+    FILTERS,
+    WARN,
+    has_settings,
+    setting_told_by,
+    settings_of_numpy,
+    settings_read_by,
+)
 from cg_lightning.diagnosis.log_levels import asks_for_level, level_asked_for
 from cg_lightning.diagnosis.module_state import ModuleState
 from cg_lightning.diagnosis.names_in_code import NamesInCode
@@ -56,6 +63,7 @@ from cg_lightning.diagnosis.volatile_functions import (
     method_of_generator,
     reads_environment,
     seeds_itself,
+    tells_of_library,
     volatile_in_c,
     volatile_in_python,
 )
@@ -96,7 +104,7 @@ class GlobalReads(Detector):
 
     causes = (Cause.STATE_REBOUND, Cause.OPAQUE, Cause.PRINTED)
     sees_compiled_code = True
-    names_in_c = NAMES_OF_VOLATILE | NAMES_OF_WRITES | _BY_TEXT
+    names_in_c = NAMES_OF_VOLATILE | NAMES_OF_WRITES | _BY_TEXT | WARN
 
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
@@ -193,6 +201,9 @@ class GlobalReads(Detector):
             self._report_volatile(name, frame)
         elif name := write_in_c(function, frame):
             self.watch.report_once_a_line(Cause.PRINTED, name)
+        elif function.__name__ in WARN and function.__module__ == "_warnings":
+            if not self.watch.is_paused:  # now they may be others: ``with catch_warnings():``
+                self.watch.read(FILTERS)
         elif _reads_by_text(function) and is_users_code(frame):
             self.watch.report_once_a_line(Cause.OPAQUE, function.__name__)
 
@@ -256,11 +267,15 @@ class GlobalReads(Detector):
         if names.imports_unknown:  # the next step finds it, and what it holds
             self.watch.notes.did_one_time_work = True
         computed = list(names.computed(frame.f_locals, is_users_namespace))
+        loaded = list(names.loaded(frame.f_locals))
+        values = [value for _, value in loaded]
         sources = [
             *sources_of(frame, names),
             *map(source_of_cache, found.caches),
             *found.places,
             *settings,
+            *filter(None, map(setting_told_by, values)),
+            *settings_of_numpy(values, names.writes_text()),
         ]
         for each in computed:
             if each.only_reads_one:
@@ -270,6 +285,7 @@ class GlobalReads(Detector):
             for each in computed
             if not each.only_reads_one
         ]
+        opaque += [(name, location) for name, value in loaded if tells_of_library(value)]
         if reads_modules_unseen(frame):
             opaque.append(("__getattribute__ of a module", location))
         if asks_for_registrations(frame, names):
