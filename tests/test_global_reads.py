@@ -6,6 +6,7 @@ import functools
 import gc
 import logging
 import sys
+import types
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -145,6 +146,22 @@ def test_globals_that_change_between_two_batches(harness: Harness, name):
     # the step is watched once, and once more after the change
     assert callback.stats.steps["FULL"] == 6, callback.summary()
     assert callback.stats.captures == 2
+
+
+ANSWERS = types.ModuleType("answers")
+"""A module that has every name: a function of its own answers."""
+vars(ANSWERS)["__getattr__"] = lambda name: FACTOR
+
+
+class Asks(Predictor):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.net(batch[0]) * ANSWERS.anything
+
+
+def test_a_module_that_answers_with_a_global(harness: Harness):
+    callback = harness.callback(warmup_steps=1, verify_replays=0)
+    harness.compare(Asks(Body()), predict(features(32)), callback, lambda: [Changes("global")])
+    assert callback.stats.steps["FULL"] == 6, callback.summary()
 
 
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])

@@ -239,10 +239,20 @@ def test_changes_in_place_are_none():
 
 def test_settings_are_compared_once_an_epoch():
     module = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
-    guard = ModuleGuard(module)
-    assert guard.check_epoch() is None
-    module[1].p = 0.25
+    told = []
+    guard = ModuleGuard(module, on_setting=lambda *setting: told.append(setting))
+    strict = ModuleGuard(module)
+    assert guard.check_epoch() is strict.check_epoch() is None
+    module[1].seen = module[0].training = True
+    del module[1].seen
     assert guard.check()
+    assert strict.check()
+    assert not told
+    vars(module[1])["p"] = 0.25
+    assert guard.check()
+    assert told == [(module[1], "p", 0.5)]
+    assert not strict.check()
+    assert strict.failure().text.endswith("self.1.p: now 0.25, before 0.5")
     failure = guard.check_epoch()
     assert failure.change is Change.SETTINGS
     assert failure.text.endswith("self.1.p: now 0.25, before 0.5")

@@ -24,6 +24,7 @@ from cg_lightning.modules.attributes import (
     layer_settings,
     same_attributes,
     scripted_attributes,
+    stored_settings,
 )
 from cg_lightning.modules.kinds import is_lightning_module, is_metric
 
@@ -190,14 +191,23 @@ class ModuleGuard:
         root: The module.
         has_code: Whether functions of libraries are compared as well.
         backward_hooks: Whether backward hooks are compared, too.
+        on_setting: Is told of a setting that was written, and of its value before. None: a guard
+            with such a setting does not hold.
     """
 
     def __init__(
-        self, root: nn.Module, has_code: bool = False, backward_hooks: bool = False
+        self,
+        root: nn.Module,
+        has_code: bool = False,
+        backward_hooks: bool = False,
+        on_setting: Callable[[nn.Module, str, Any], None] | None = None,
     ) -> None:
         self._root = root
         self._has_code = has_code
         self._backward_hooks = backward_hooks
+        self._on_setting = on_setting
+        self._stored_settings: list[dict[str, Any]] = []
+        """Those of the quiet modules at the latest :meth:`check_epoch`."""
         self._settings: dict[tuple[int, str], Any] | None = None
         self._held_settings: list[tuple[dict[str, Any], str, Any]] | None = None
         self._held_keys: list[tuple[int, str]] = []
@@ -228,9 +238,11 @@ class ModuleGuard:
         # they set attributes in each step
         self._restless = [vars(each) for each in holders if _is_restless(each)]
         self._tables_of_restless = list(self._tables_in(self._restless))
-        quiet = [vars(each) for each in holders if not _is_restless(each)]
-        self._tables_of_quiet = list(map(self._read_tables, quiet))
-        self._dictionaries = [*quiet, *tables]
+        self._quiet = [each for each in holders if not _is_restless(each)]
+        attributes = list(map(vars, self._quiet))
+        self._tables_of_quiet = list(map(self._read_tables, attributes))
+        self._stored_settings = []
+        self._dictionaries = [*attributes, *tables]
         self._versions = list(map(version_of, self._dictionaries))
         members = [member for member in self._members if isinstance(member, Tensor)]
         # lazy parameters have no address before their first step
@@ -294,9 +306,26 @@ class ModuleGuard:
         for index in compress(count(), has_changed):
             if index >= len(before):
                 return self._has_same_members()
-            tables = self._read_tables(self._dictionaries[index])
-            if not all(map(operator.is_, tables, before[index])):
+            attributes = vars(self._quiet[index])
+            tables = self._read_tables(attributes)
+            if attributes is not self._dictionaries[index] or not all(
+                map(operator.is_, tables, before[index])
+            ):
                 return False
+            if self._stored_settings and not self._settings_hold(index):
+                return False
+        return True
+
+    def _settings_hold(self, index: int) -> bool:
+        """Return False if a module has another setting, and nobody is told of it."""
+        module, before = self._quiet[index], self._stored_settings[index]
+        now = stored_settings(module)
+        for name in {**before, **now}:
+            value = before.get(name, MISSING)
+            if not is_same_value(value, now.get(name, MISSING)):
+                if self._on_setting is None:
+                    return False
+                self._on_setting(module, name, value)
         return True
 
     def _parts_hold(self) -> bool:
@@ -353,7 +382,7 @@ class ModuleGuard:
                 return self._failure(Change.MOVED, self._name_of(self.tensors[moved[0]]))
             if replaced:
                 return self._failure(Change.STRUCTURE, self._name_of(replaced[0]))
-        return self._failure(Change.STRUCTURE, "")
+        return self.epoch_failure() or self._failure(Change.STRUCTURE, "")
 
     def check_epoch(self) -> GuardFailure | None:
         """Compare settings with those of the last call.
@@ -365,6 +394,7 @@ class ModuleGuard:
         """
         failure = self.epoch_failure()
         self._settings = self._current_settings()
+        self._stored_settings = list(map(stored_settings, self._quiet))
         self._held_settings = None
         return failure
 

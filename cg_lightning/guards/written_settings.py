@@ -2,7 +2,8 @@
 
 A network has hundreds of settings, so all of them are compared only once a stage. During a stage,
 writes to attributes are intercepted, and the few settings that were written are compared before
-each replay. A write to ``vars(layer)`` cannot be intercepted, so it counts at the next stage.
+each replay. A write to ``vars(layer)`` cannot be intercepted: the guard of the module sees that the
+dictionary has changed, and tells of the setting.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from cg_lightning.core.reasons import NO_CHANGE, Changed
 from cg_lightning.guards.sources import DerivedNamespace, Source, describe_change
 from cg_lightning.modules.attributes import is_same_value, names_of_frameworks, value_in_class
 from cg_lightning.modules.interception import Interception, ModuleHandler, can_intercept
-from cg_lightning.modules.kinds import is_lightning_module, is_metric, is_user_module
+from cg_lightning.modules.kinds import (
+    is_lightning_module,
+    is_metric,
+    is_user_module,
+    namespace_of,
+)
 
 
 class _Written(NamedTuple):
@@ -85,6 +91,13 @@ class WrittenSettings:
         self._modules.clear()
         self.written = {}
 
+    def note(self, module: nn.Module, name: str, before: Any) -> None:
+        """Note a setting that was written, as if the write had been intercepted."""
+        if (id(module), name) not in self.written and id(module) in self._modules:
+            path = self._modules[id(module)][0]
+            source = Source(module, name, ".".join(filter(None, ["self", path, name])))
+            self.written[id(module), name] = _Written(source, before)
+
     def contains(self, modules: Iterable[tuple[str, nn.Module]]) -> bool:
         """Return whether it intercepts all of these modules that can be intercepted."""
         return all(id(module) in self._modules for _, module in modules if _can_be_seen(module))
@@ -142,6 +155,10 @@ class _Handler(ModuleHandler):
 
     def on_write(self, name: str, value: Any) -> None:
         """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
+        if name == "__dict__":  # changes the version of the old one, so that guards look
+            attributes = namespace_of(self._module)
+            attributes[name] = None
+            del attributes[name]
         if (id(self._module), name) in self._written:
             return
         holder = _Class(self._module) if name == "__class__" else self._module

@@ -376,6 +376,21 @@ def _methods_of_classes(cls: type) -> dict[str, Any]:
     }
 
 
+def stored_settings(module: nn.Module) -> dict[str, Any]:
+    """Return those of :func:`layer_settings` that the module itself stores."""
+    attributes, known = vars(module), names_of_frameworks(module)
+    if is_metric(module):
+        return {
+            name: value
+            for name, value in attributes.items()
+            if is_plain_value(value) and not name.startswith("_")
+        }
+    if not is_user_module(module):
+        return {name: value for name, value in attributes.items() if name not in known}
+    cls: type = type(module)
+    return {name: v for name, v in attributes.items() if callable(value_in_class(cls, name))}
+
+
 def layer_settings(module: nn.Module) -> dict[str, Any]:
     """Return settings that influence a graph although no attribute read was observed.
 
@@ -383,23 +398,9 @@ def layer_settings(module: nn.Module) -> dict[str, Any]:
     plain attributes (``threshold``). For any other module they are its class, its class values,
     replaced methods (``module.forward = ...``) and the methods of its classes.
     """
-    cls, attributes = type(module), vars(module)
-    if is_metric(module):
-        found = {
-            name: value
-            for name, value in attributes.items()
-            if is_plain_value(value) and not name.startswith("_")
-        }
-    elif is_user_module(module):
-        found = {
-            name: value for name, value in attributes.items() if callable(value_in_class(cls, name))
-        }
-    else:
-        found = {
-            name: value
-            for name, value in attributes.items()
-            if name not in names_of_frameworks(module)
-        }
+    cls: type = type(module)
+    found = stored_settings(module)
+    if not (is_metric(module) or is_user_module(module)):
         found["forward of its class"] = value_in_class(cls, "forward")
     found.update(class_values(module))
     found.update(_methods_of_classes(cls))

@@ -111,5 +111,6 @@ def is_users_namespace(value: object) -> bool:
         value = sys.modules.get(value.__module__)
     if not isinstance(value, types.ModuleType):
         return False
-    file = getattr(value, "__file__", None)
-    return value.__name__ == "__main__" if file is None else is_user_file(file)
+    found = vars(value)  # a function ``__getattr__`` of the module must not run
+    file = found.get("__file__")
+    return is_user_file(file) if isinstance(file, str) else found.get("__name__") == "__main__"

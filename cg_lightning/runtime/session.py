@@ -151,7 +151,7 @@ class Session:
         min_saving: float = 0.0,
     ) -> GraphTarget:
         parts = (self._capturer, self._verifier, self.stats, effects)
-        return GraphTarget(module, mode, *parts, min_saving)
+        return GraphTarget(module, mode, *parts, min_saving, self._written_settings.note)
 
     def set_batch_index(self, batch_idx: Any) -> None:
         """Tell the guards which ``batch_idx`` the current step has."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -89,6 +90,7 @@ class GraphTarget:
         stats: Counts.
         effects: The side effects of whole steps; None for a submodule.
         min_saving: The share of a step's time that graphs must save; 0: times are not compared.
+        on_setting: See :class:`~cg_lightning.guards.module_guard.ModuleGuard`.
     """
 
     def __init__(
@@ -100,12 +102,13 @@ class GraphTarget:
         stats: CUDAGraphStats,
         effects: ModuleEffects | None,
         min_saving: float = 0.0,
+        on_setting: Callable[[nn.Module, str, Any], None] | None = None,
     ) -> None:
         settings = capturer.settings
         self.module = module
         self.mode = mode
         self.cache = capturer.cache
-        self.guard = ModuleGuard(module, has_code=mode is CUDAGraphMode.FULL)
+        self.guard = ModuleGuard(module, has_code=mode is CUDAGraphMode.FULL, on_setting=on_setting)
         self.copies_from_host = False
         """Whether a watched call copied constants from the host by itself."""
         self.dispatcher = CUDAGraphDispatcher(
