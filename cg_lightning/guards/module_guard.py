@@ -288,9 +288,13 @@ class ModuleGuard:
             self._versions = versions
         if self._tables_of_scripted and not self._has_same_members():
             return False
-        return all(
+        if self._ordered and not all(
+            map(operator.is_, chain.from_iterable(self._ordered), self._ordered_members)
+        ):
+            return False
+        return not self._restless or all(
             map(operator.is_, self._tables_in(self._restless), self._tables_of_restless)
-        ) and all(map(operator.is_, chain.from_iterable(self._ordered), self._ordered_members))
+        )
 
     def _has_same_members(self) -> bool:
         members = self._current_members()
