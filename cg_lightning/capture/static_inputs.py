@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cg_lightning.core.descriptor import ALIGNMENT
 from cg_lightning.core.errors import UnkeyableBatchError
@@ -45,6 +45,16 @@ def _empty_like(tensor: Tensor, address: int, device: torch.device) -> Tensor:
     reach = 1 + sum((size - 1) * stride for size, stride in pairs) if tensor.numel() else 0
     whole = torch.empty(offset + reach, dtype=dtype, device=device)
     return whole.as_strided(shape, strides, offset)
+
+
+def _seen_as(leaf: Tensor, static: Tensor) -> Tensor:
+    """Return a static tensor as a step sees it: with the class and ``requires_grad`` of the leaf.
+
+    Copies go to the static tensor itself, since autograd forbids to write to such a leaf.
+    """
+    if type(leaf) is nn.Parameter:
+        return nn.Parameter(static, requires_grad=leaf.requires_grad)
+    return static.detach().requires_grad_() if leaf.requires_grad else static
 
 
 class StaticInputs:
@@ -88,11 +98,10 @@ class StaticInputs:
                 raise UnkeyableBatchError(leaf_paths(batch)[index], "overlaps itself in memory")
             with torch.inference_mode(False):
                 static = _empty_like(stored, leaf.data_ptr(), device)
+                whole = static.expand(leaf.shape) if stored is not leaf else static
+                made[id(leaf)] = self.leaves[index] = _seen_as(leaf, whole)
             group = self._groups.setdefault(static.dtype, [])
             group.append((index, static, static.data_ptr(), stored is not leaf))
-            made[id(leaf)] = self.leaves[index] = (
-                static.expand(leaf.shape) if stored is not leaf else static
-            )
 
     @property
     def num_bytes(self) -> int:

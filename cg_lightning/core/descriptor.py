@@ -41,7 +41,8 @@ class BatchDescriptor:
     structure: Hashable = None
     """Types and keys of the containers."""
     leaves: tuple[Hashable, ...] = ()
-    """Tensors: shape, dtype, strides, device, requires_grad, alignment; others: type and value."""
+    """Tensors: shape, dtype, strides, device, requires_grad, alignment, class. Others: type and
+    value."""
     stage: str | None = None
     """``validate``, ``test`` or ``predict``."""
     dataloader_idx: int = 0
@@ -148,7 +149,7 @@ def _difference(path: str, now: Hashable, before: Hashable) -> Changed:
     return Changed(path, f"{path}: now {_described(now)}, before {_described(before)}")
 
 
-_OF_TENSOR = ("shape", "dtype", "stride", "device", "requires_grad", "alignment")
+_OF_TENSOR = ("shape", "dtype", "stride", "device", "requires_grad", "alignment", "class")
 
 
 def _text(value: Any) -> str:
@@ -268,6 +269,7 @@ def _tensor_key(tensor: Tensor, index: int, tree: Any) -> Hashable:
         tensor.device,
         tensor.requires_grad,
         tensor.data_ptr() & (ALIGNMENT - 1),
+        type(tensor),
     )
 
 

@@ -206,14 +206,19 @@ def rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
     return container.build(tree, keys, parts)
 
 
-def containers_in(tree: Any) -> Iterator[Any]:
-    """Yield the containers of ``tree``, the outermost first, except tuples: those never change."""
+def containers_in(tree: Any, has_tuples: bool = False) -> Iterator[Any]:
+    """Yield the containers of ``tree``, the outermost first.
+
+    Args:
+        tree: The tree.
+        has_tuples: Whether tuples are among them, which never change.
+    """
     container = _container(tree)
     if container is not None:
-        if not isinstance(tree, tuple):
+        if has_tuples or not isinstance(tree, tuple):
             yield tree
         for value in container.children(tree)[1]:
-            yield from containers_in(value)
+            yield from containers_in(value, has_tuples)
 
 
 def with_leaves_for(tree: Any, leaves: dict[int, Any]) -> Any:

@@ -18,6 +18,10 @@ import torch
 from cg_lightning.diagnosis.findings import is_our_file
 from cg_lightning.modules.kinds import is_user_file
 
+_OF_PLACES = frozenset(
+    {"storage_offset", "untyped_storage", "data_ptr", "is_pinned", "_is_view", "is_set_to"}
+)
+"""Methods of tensors that tell where they are in memory."""
 _IN_C = {
     "time": frozenset(
         {
@@ -63,7 +67,7 @@ _IN_C = {
         {"get_traced_memory", "is_tracing", "get_traceback_limit", "get_tracemalloc_memory"}
     ),
     "datetime": frozenset({"now", "utcnow", "today"}),
-    "": frozenset({"is_inference", "__subclasses__"}),  # methods of tensors and of classes
+    "": frozenset({"is_inference", "__subclasses__", *_OF_PLACES}),  # of tensors and of classes
     "decimal": frozenset({"getcontext", "setcontext", "localcontext"}),  # of the thread
 }
 """Names of functions by module."""
@@ -101,8 +105,10 @@ _GET_VARIABLE = type(os.environ).__getitem__.__code__
 _ALL_VARIABLES = {getattr(type(os.environ), name).__code__ for name in ("__iter__", "__len__")}
 _SEED = random.Random.seed.__code__
 _RANDOM_FILE = "torch/random.py"
+_TENSOR_FILE = "torch/_tensor.py"
+_TELL_PLACES = frozenset({"storage", "_typed_storage", "is_shared"})
 _MEMORY_FILES = ("torch/cuda/memory.py", "torch/accelerator/memory.py")
-_FILES_OF_TORCH = (*_MEMORY_FILES, _RANDOM_FILE)
+_FILES_OF_TORCH = (*_MEMORY_FILES, _RANDOM_FILE, _TENSOR_FILE)
 
 
 def volatile_in_c(function: Any) -> str:
@@ -119,6 +125,13 @@ def volatile_in_c(function: Any) -> str:
     if module is None or name not in _IN_C.get(module, ()):
         return ""
     return f"{module}.{name}" if module else name
+
+
+def tells_place_of(function: Any) -> Any:
+    """Return the tensor of which a method of C tells where it is in memory; otherwise None."""
+    owner = getattr(function, "__self__", None)
+    is_place = getattr(function, "__name__", "") in _OF_PLACES
+    return owner if is_place and isinstance(owner, torch.Tensor) else None
 
 
 def method_of_generator(function: Any, caller: FrameType) -> str:
@@ -160,9 +173,11 @@ def tells_of_library(function: Any) -> bool:
 
 
 def volatile_in_python(code: CodeType) -> str:
-    """Return the name of a function of PyTorch that counts memory, or tells the seed; or empty."""
+    """Return the name of a function of PyTorch that tells of memory, or the seed; or empty."""
     if code.co_name == "initial_seed" and code.co_filename.endswith(_RANDOM_FILE):
         return "torch.initial_seed"
+    if code.co_name in _TELL_PLACES and code.co_filename.endswith(_TENSOR_FILE):
+        return f"torch.Tensor.{code.co_name}"
     if code.co_name in _OF_MEMORY and code.co_filename.endswith(_MEMORY_FILES):
         return f"torch.cuda.{code.co_name}"
     return ""

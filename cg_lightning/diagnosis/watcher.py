@@ -14,6 +14,7 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.detectors.attribute_reads import AttributeReads
 from cg_lightning.diagnosis.detectors.backward import Backward, report_what_is_older
+from cg_lightning.diagnosis.detectors.batch_attributes import BatchAttributes
 from cg_lightning.diagnosis.detectors.batch_index import BatchIndex
 from cg_lightning.diagnosis.detectors.compiled import CompiledModules
 from cg_lightning.diagnosis.detectors.copied_constants import CopiedConstants
@@ -50,6 +51,7 @@ DETECTORS: tuple[type[Detector], ...] = (
     ReboundState,  # before the next two: its comparisons then meet none of their interceptions
     AttributeReads,
     TensorAttributes,
+    BatchAttributes,
     TrainerReads,
     LateUpdates,  # before the next one, which reports at its end
     MetricUpdates,

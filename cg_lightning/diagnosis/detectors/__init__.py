@@ -2,6 +2,7 @@
 
 - ``attribute_reads.py``: attributes of modules that a step reads: a graph freezes their values.
 - ``backward.py``: the backward of a training step, and the gradients that the step reads.
+- ``batch_attributes.py``: attributes of containers of the batch that are no items.
 - ``batch_index.py``: whether a step does anything with the number of its batch, other than
   comparing it.
 - ``compiled.py``: modules that ``torch.compile`` runs: they are watched from outside.
@@ -32,8 +33,8 @@
 - ``random_numbers.py``: random numbers drawn on the host, which a graph cannot follow.
 - ``rebound_state.py``: state that a step keeps in Python: attributes that it sets, containers that
   it fills.
-- ``tensor_attributes.py``: attributes of parameters and buffers that a step reads: ``.grad``,
-  ``weight.scale``.
+- ``tensor_attributes.py``: attributes of parameters, buffers and inputs that a step reads:
+  ``.grad``, ``weight.scale``.
 - ``trainer_reads.py``: values of the Trainer that a step reads: a graph would freeze them.
 - ``world.py``: files, processes and sockets that a step uses: a graph would use them once, when it
   is captured.

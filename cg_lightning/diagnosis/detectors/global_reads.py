@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
@@ -64,6 +65,7 @@ from cg_lightning.diagnosis.volatile_functions import (
     reads_environment,
     seeds_itself,
     tells_of_library,
+    tells_place_of,
     volatile_in_c,
     volatile_in_python,
 )
@@ -130,6 +132,8 @@ class GlobalReads(Detector):
         """What some code may read of such a class."""
         self._of_arguments: dict[tuple[int, int], list[Source]] = {}
         """What the functions with some code read of a class or module that they are given."""
+        self._weights = {id(each) for each in chain(watch.root.parameters(), watch.root.buffers())}
+        """The ids of parameters and buffers, whose places in memory are guarded."""
         self._unguarded: dict[tuple[int, str], list[ModuleCall]] = {}
         """Which calls read what only the step itself is expected to change."""
 
@@ -198,7 +202,8 @@ class GlobalReads(Detector):
         """See :class:`~cg_lightning.diagnosis.call_events.CallListener`."""
         name = volatile_in_c(function) or method_of_generator(function, frame)
         if name := name or seeds_itself(function, frame):
-            self._report_volatile(name, frame)
+            if id(tells_place_of(function)) not in self._weights:
+                self._report_volatile(name, frame)
         elif name := write_in_c(function, frame):
             self.watch.report_once_a_line(Cause.PRINTED, name)
         elif function.__name__ in WARN and function.__module__ == "_warnings":

@@ -1,4 +1,4 @@
-"""Attributes of parameters and buffers that a step reads: ``.grad``, ``weight.scale``.
+"""Attributes of parameters, buffers and inputs that a step reads: ``.grad``, ``weight.scale``.
 
 Such attributes are in the dictionary of a tensor, whose class is written in C. While a step is
 watched, the class has properties with their names, so each read is observed. Names that no tensor
@@ -79,8 +79,11 @@ class TensorAttributes(ReplacingDetector):
                 and code is not nn.Module._apply.__code__
                 and not is_our_file(code.co_filename)
             )
-            if id(tensor) in self._tensors and is_read and not self.watch.is_paused:
-                self.watch.report(Cause.OPAQUE, f"{self._tensors[id(tensor)][0]}.grad")
+            if is_read and not self.watch.is_paused:
+                if id(tensor) in self._tensors:
+                    self.watch.report(Cause.OPAQUE, f"{self._tensors[id(tensor)][0]}.grad")
+                elif id(tensor) in self._inputs and is_called_by_step(__file__):
+                    self.watch.report(Cause.OPAQUE, _of_batch("grad"))
             return inherited.__get__(tensor)  # type: ignore[no-any-return]
 
         counter: Any = Tensor._version
@@ -90,7 +93,17 @@ class TensorAttributes(ReplacingDetector):
                 self.watch.report(Cause.OPAQUE, "_version, how often a tensor was written to")
             return counter.__get__(tensor)  # type: ignore[no-any-return]
 
+        base: Any = Tensor._base
+
+        def whole(tensor: Tensor) -> Tensor | None:
+            if is_read_by_user():
+                self.watch.report(Cause.OPAQUE, "_base, of which a tensor is a view")
+            return base.__get__(tensor)  # type: ignore[no-any-return]
+
         def missing(tensor: Tensor, name: str) -> Any:
+            is_asked = id(tensor) in self._inputs and not name.startswith("__")
+            if is_asked and is_called_by_step(__file__):
+                self.watch.report(Cause.OPAQUE, _of_batch(name))
             self._read(tensor, name)
             raise AttributeError(f"{type(tensor).__name__!r} object has no attribute {name!r}")
 
@@ -102,6 +115,7 @@ class TensorAttributes(ReplacingDetector):
         if not self.watch.has_backward:
             members["grad"] = property(gradient, inherited.__set__, inherited.__delete__)
         members["_version"] = property(version)
+        members["_base"] = property(whole)
         if not hasattr(Tensor, "__getattr__"):
             members["__getattr__"] = missing
         for name, value in members.items():
@@ -114,7 +128,7 @@ class TensorAttributes(ReplacingDetector):
                 raise AttributeError(f"{type(tensor).__name__!r} object has no attribute {name!r}")
             if id(tensor) in self._inputs and is_called_by_step(__file__):
                 # no key has it
-                self.watch.report(Cause.OPAQUE, f"{name}, an attribute of a tensor of the batch")
+                self.watch.report(Cause.OPAQUE, _of_batch(name))
             self._read(tensor, name)
             return attributes[name]
 
@@ -150,6 +164,10 @@ class TensorAttributes(ReplacingDetector):
         for words in self._read_values[source.key][1].opaque():
             self.watch.report(Cause.OPAQUE, words)
         self.watch.read(source)
+
+
+def _of_batch(name: str) -> str:
+    return f"{name}, an attribute of a tensor of the batch"
 
 
 def _names_in(tensor: Tensor) -> set[str]:
