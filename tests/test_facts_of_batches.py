@@ -130,7 +130,9 @@ def batches(harness: Harness) -> Callable[[Callable[[int], Any]], DataLoader]:
         pytest.skip("these batches are on the host")
     # made before: in inference mode, no tensor is a view
     return lambda make: DataLoader(
-        Batches([make(i) for i in range(12)].__getitem__, 12), batch_size=None, collate_fn=None
+        Batches([make(i) for i in range(12)].__getitem__, 12),
+        batch_size=None,
+        collate_fn=lambda batch: batch,
     )
 
 
