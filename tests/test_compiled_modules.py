@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 from typing import Any
 
 import pytest
@@ -549,3 +550,58 @@ def test_layers_have_no_more_attributes_of_users_once_dynamo_has_run():
     torch.compile(nn.Linear(2, 2), backend="eager")(torch.ones(1, 2))
     attributes._names_in_methods.cache_clear()
     assert not attributes.has_attributes_of_users(nn.Linear(2, 2))
+
+
+TOTAL = 0
+SEEN: list[int] = []
+TICKS = [itertools.count()]
+
+
+class CountsInClass(nn.Module):
+    calls = 0
+
+
+class CountsOutside(Layer):
+    """Counts its calls in a global, a list, a class and an iterator."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def forward(self, x):
+        global TOTAL
+        if self.where == "global":
+            TOTAL += 1
+        if self.where == "list":
+            SEEN.append(1)
+        if self.where == "class":
+            CountsInClass.calls += 1
+        y = self.linear(x)
+        if self.where == "iterator":
+            torch._dynamo.graph_break()
+            y = y * float(next(TICKS[0]))
+        return y
+
+
+class Reports(Predictor):
+    """Returns what was counted so far."""
+
+    def predict_step(self, batch: Any) -> Any:
+        return self.net(batch[0]), TOTAL, len(SEEN), CountsInClass.calls
+
+
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "PIECEWISE"])
+@pytest.mark.parametrize("where", ["global", "list", "class", "iterator"])
+def test_what_compiled_code_counts_outside_of_modules(harness: Harness, where: str, mode: str):
+    """It is run once more, as it is written, to see what it reads."""
+    global TOTAL
+    results = []
+    net = CountsOutside(where)
+    for extra in ([harness.callback(mode=mode)], []):
+        TOTAL, CountsInClass.calls, TICKS[0] = 0, 0, itertools.count()
+        SEEN.clear()
+        torch.compiler.reset()
+        model = Reports(copy.deepcopy(net))
+        model.net.compile(backend="eager")
+        results.append(predict(features(32))(harness.trainer(*extra), model))
+    assert_same(*results)

@@ -20,7 +20,7 @@ from cg_lightning.core.errors import CompiledCodeError
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Changed, Reason, Status
 from cg_lightning.core.settings import Settings
-from cg_lightning.diagnosis.detectors.global_reads import GlobalReads
+from cg_lightning.diagnosis.detectors.undone_reads import AbandonedRun, UndoneReads
 from cg_lightning.diagnosis.report import Diagnosis
 from cg_lightning.diagnosis.watched_step import WatchedStep, WrittenTensors
 from cg_lightning.diagnosis.watcher import StepWatcher
@@ -386,8 +386,11 @@ class Session:
         Raises:
             CompiledCodeError: Its code does what a graph would freeze.
         """
-        watcher = StepWatcher(module, self.backend, effects=None, detectors=(GlobalReads,))
-        _, watched = watcher.watch(run, batch)
+        watcher = StepWatcher(module, self.backend, effects=None, detectors=(UndoneReads,))
+        try:
+            _, watched = watcher.watch(run, batch)
+        except AbandonedRun as abandoned:
+            raise CompiledCodeError(abandoned.reason) from None
         if watched.findings:
             raise CompiledCodeError(watched.findings[0].reason())
         guards = GuardSet(watched.sources(), self.target.guard.modules)
