@@ -105,10 +105,8 @@ _GET_VARIABLE = type(os.environ).__getitem__.__code__
 _ALL_VARIABLES = {getattr(type(os.environ), name).__code__ for name in ("__iter__", "__len__")}
 _SEED = random.Random.seed.__code__
 _RANDOM_FILE = "torch/random.py"
-_TENSOR_FILE = "torch/_tensor.py"
-_TELL_PLACES = frozenset({"storage", "_typed_storage", "is_shared"})
 _MEMORY_FILES = ("torch/cuda/memory.py", "torch/accelerator/memory.py")
-_FILES_OF_TORCH = (*_MEMORY_FILES, _RANDOM_FILE, _TENSOR_FILE)
+_FILES_OF_TORCH = (*_MEMORY_FILES, _RANDOM_FILE)
 
 
 def volatile_in_c(function: Any) -> str:
@@ -173,11 +171,9 @@ def tells_of_library(function: Any) -> bool:
 
 
 def volatile_in_python(code: CodeType) -> str:
-    """Return the name of a function of PyTorch that tells of memory, or the seed; or empty."""
+    """Return the name of a function of PyTorch that counts memory, or tells the seed; or empty."""
     if code.co_name == "initial_seed" and code.co_filename.endswith(_RANDOM_FILE):
         return "torch.initial_seed"
-    if code.co_name in _TELL_PLACES and code.co_filename.endswith(_TENSOR_FILE):
-        return f"torch.Tensor.{code.co_name}"
     if code.co_name in _OF_MEMORY and code.co_filename.endswith(_MEMORY_FILES):
         return f"torch.cuda.{code.co_name}"
     return ""

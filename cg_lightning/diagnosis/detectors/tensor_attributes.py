@@ -100,6 +100,14 @@ class TensorAttributes(ReplacingDetector):
                 self.watch.report(Cause.OPAQUE, "_base, of which a tensor is a view")
             return base.__get__(tensor)  # type: ignore[no-any-return]
 
+        def telling(name: str, method: Any) -> Any:
+            def tell(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+                if is_read_by_user() and id(tensor) not in self._tensors:
+                    self.watch.report(Cause.OPAQUE, f"torch.Tensor.{name}")
+                return method(tensor, *args, **kwargs)
+
+            return tell
+
         def missing(tensor: Tensor, name: str) -> Any:
             is_asked = id(tensor) in self._inputs and not name.startswith("__")
             if is_asked and is_called_by_step(__file__):
@@ -116,6 +124,8 @@ class TensorAttributes(ReplacingDetector):
             members["grad"] = property(gradient, inherited.__set__, inherited.__delete__)
         members["_version"] = property(version)
         members["_base"] = property(whole)
+        for name in ("storage", "_typed_storage", "is_shared"):  # written in Python
+            members[name] = telling(name, getattr(Tensor, name))
         if not hasattr(Tensor, "__getattr__"):
             members["__getattr__"] = missing
         for name, value in members.items():
