@@ -15,7 +15,7 @@ from unittest.mock import patch
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.tree import containers_in
 from cg_lightning.diagnosis.detector import ReplacingDetector
-from cg_lightning.diagnosis.findings import is_called_by_step
+from cg_lightning.diagnosis.findings import is_called_by_step, is_read_by_user
 from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.guards.sources import MISSING
 from cg_lightning.modules.attributes import attributes_beside_items
@@ -46,7 +46,7 @@ class BatchAttributes(ReplacingDetector):
         """See :class:`~cg_lightning.diagnosis.detector.ReplacingDetector`."""
 
         def missing(container: Any, name: str) -> Any:
-            if not name.startswith("__") and is_called_by_step(__file__):
+            if is_read_by_user() and not name.startswith("__"):
                 self._report(name)
             raise AttributeError(f"{type(container).__name__!r} object has no attribute {name!r}")
 

@@ -109,8 +109,8 @@ class TensorAttributes(ReplacingDetector):
             return tell
 
         def missing(tensor: Tensor, name: str) -> Any:
-            is_asked = id(tensor) in self._inputs and not name.startswith("__")
-            if is_asked and is_called_by_step(__file__):
+            # libraries ask for many names, to find out what kind of object it is
+            if id(tensor) in self._inputs and is_read_by_user() and not name.startswith("__"):
                 self.watch.report(Cause.OPAQUE, _of_batch(name))
             self._read(tensor, name)
             raise AttributeError(f"{type(tensor).__name__!r} object has no attribute {name!r}")
