@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from cg_lightning.diagnosis.findings import is_our_file
-from cg_lightning.modules.kinds import is_user_file
+from cg_lightning.modules.kinds import is_our_file, is_user_file
 
 _OF_PLACES = frozenset(
     {"storage_offset", "untyped_storage", "data_ptr", "is_pinned", "_is_view", "is_set_to"}
