@@ -47,6 +47,7 @@ from cg_lightning.diagnosis.detectors.printing import Printing
 from cg_lightning.diagnosis.detectors.random_numbers import RandomNumbers
 from cg_lightning.diagnosis.detectors.rebound_state import ReboundState
 from cg_lightning.diagnosis.detectors.trainer_reads import TrainerReads
+from cg_lightning.diagnosis.detectors.undone_reads import UndoneReads
 from cg_lightning.diagnosis.findings import AT_THE_END, NOT_YOURS, Finding
 from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.diagnosis.watcher import DETECTORS, StepWatcher
@@ -369,7 +370,7 @@ def test_each_file_has_one_detector_that_states_its_causes():
         reports = kinds[0] is not HostValues  # it only says what others may leave out
         assert bool(kinds[0].causes) is reports, module.__name__
         found += kinds
-    assert set(found) == set(DETECTORS)
+    assert set(found) == {*DETECTORS, UndoneReads}  # of runs that the user did not ask for
     of_padding = {  # replays show them, or the memory
         *(Cause.ROWS_NOT_INDEPENDENT, Cause.POSITIONS_NOT_INDEPENDENT, Cause.PADDING_TOO_LARGE)
     }
