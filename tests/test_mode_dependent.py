@@ -51,6 +51,7 @@ class Computes(Predictor):
         return output, self.function(output)
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("inference_mode", [True, False])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("name", CONJUGATES)
@@ -78,6 +79,7 @@ SPECTRA: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("inference_mode", [True, False])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("name", SPECTRA)

@@ -561,6 +561,7 @@ class Differentiates(Step):
         return GRADIENTS_OF[self.name](self.output(x))
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("name", GRADIENTS_OF)
 def test_gradients_that_pytorch_computes_otherwise_while_it_is_watched(fit, name, settings):
