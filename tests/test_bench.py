@@ -158,13 +158,14 @@ def test_a_compiled_network_trains():
 
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own, which would be the peer's error
 @pytest.mark.parametrize("name", ["mlp", "resnet18"])  # one with statistics of batch norm
 def test_peers_with_graphs_train_near_eager(name):
     peers = ["make_graphed_callables", "reduce_overhead"]
     few = Settings(batches=4, warmup=6, rounds=2)
     _, *records = measure([name], ["eager", *peers], ["train"], few, "cuda")
     assert [record["contestant"] for record in records] == peers
-    assert all(record["difference"] < 0.5 for record in records), records
+    assert all(record.get("difference", 1) < 0.5 for record in records), records
 
 
 def test_contestants_that_cannot_train_are_named():

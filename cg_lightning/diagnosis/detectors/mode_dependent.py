@@ -46,8 +46,9 @@ def _uses_spectrum(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return given is None or given in _SPECTRAL
     if name == "norm":
         dim = args[2] if len(args) > 2 else kwargs.get("dim")
-        is_matrix = args[0].dim() == 2 if dim is None else not isinstance(dim, int)
-        if not is_matrix:
+        if dim is None:
+            dim = range(args[0].dim())
+        if isinstance(dim, int) or len(dim) != 2:
             return False
     return given in _SPECTRAL
 
