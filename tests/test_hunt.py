@@ -43,7 +43,7 @@ SETTINGS = {
 EXHAUSTIVE = {"in the step": [(PIECEWISE, 0)], "in a part": [(FULL, 2), (PIECEWISE, 2)]}
 """Those that run with ``-m exhaustive`` only, and on a GPU."""
 ALTERNATING = [
-    {"in the step": [(FULL, 2)], "in a part": []},
+    {"in the step": [(FULL, 2)], "in a part": [(FULL, 0)]},
     {"in the step": [(FULL, 0)], "in a part": [(PIECEWISE, 0), (FULL, 0)]},
 ]
 """The same for every second pair of rows: each pair does one thing in the step, and in a part."""
