@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from cg_lightning.guards import module_guard
+from cg_lightning.guards import library_code, module_guard
 from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import Change, ModuleGuard
 from cg_lightning.guards.sources import MISSING, Source, shorten
@@ -416,3 +417,41 @@ def test_flags_are_those_of_a_watched_call():
     module[2].weight.requires_grad_(False)
     assert module_guard.Flags(list(module.modules())).now() == ModuleGuard(module).flags()
     assert bytes([1, 1, 0, 1, 0, 0, 0]) in ModuleGuard(module).flags()
+
+
+IN_MODULES: dict[str, Callable[[nn.Sequential], object]] = {
+    "a submodule": lambda net: net._modules.update({"0": nn.Linear(2, 2)}),
+    "a table": lambda net: vars(net).update({"_modules": dict(net._modules)}),
+    "a parameter": lambda net: net[0]._parameters.update(
+        {"weight": nn.Parameter(torch.ones(2, 2))}
+    ),
+    "a hook": lambda net: net[0].register_forward_hook(lambda *_: None),
+    "an order": lambda net: net._modules.update({"0": net._modules.pop("0")}),
+    "a setting": lambda net: vars(net[1]).update({"inplace": True}),
+}
+
+
+@pytest.mark.parametrize("has_versions", [True, False])
+@pytest.mark.parametrize("name", IN_MODULES)
+def test_changes_are_seen_without_versions_of_dictionaries(monkeypatch, name, has_versions):
+    """PyTorch's function for them is private. Without it, contents are compared each time."""
+    assert library_code.version_of is not library_code.always_new, "the private function is gone"
+    if not has_versions:
+        for module in (library_code, module_guard):
+            monkeypatch.setattr(module, "version_of", library_code.always_new)
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    guard = ModuleGuard(net, has_code=True)
+    guard.check_epoch()
+    assert guard.check()
+    assert guard.check()
+    IN_MODULES[name](net)
+    assert not guard.check()
+
+
+def test_replaced_functions_are_seen_without_versions_of_dictionaries(monkeypatch):
+    for module in (library_code, module_guard):
+        monkeypatch.setattr(module, "version_of", library_code.always_new)
+    guard = ModuleGuard(nn.Linear(2, 2), has_code=True)
+    assert guard.check()
+    monkeypatch.setattr(torch, "relu", lambda x: x)
+    assert not guard.check()

@@ -23,9 +23,15 @@ from cg_lightning.guards import audit_events
 from cg_lightning.modules.interception import without_interceptions
 from cg_lightning.modules.kinds import is_users_namespace
 
+
+def always_new(_: dict[str, Any]) -> object:
+    """Return a version that no dictionary has had, so that its contents are compared each time."""
+    return object()
+
+
 # private, the guards of Dynamo: the version of a dictionary, which changes with each change of it
-version_of: Callable[[dict[str, Any]], int] = getattr(
-    getattr(torch._C._dynamo, "guards", None), "dict_version", lambda _: 0
+version_of: Callable[[dict[str, Any]], object] = getattr(
+    getattr(torch._C._dynamo, "guards", None), "dict_version", always_new
 )
 _COMPARED = (builtins, torch, functional, Tensor)
 """Namespaces that all steps use."""
