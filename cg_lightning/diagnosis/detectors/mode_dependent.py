@@ -9,6 +9,7 @@ without a mode (``torch.testing._internal``, 2.11 and 2.13).
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -37,8 +38,12 @@ _SPECTRAL = (2, -2, "nuc")
 """Norms that are made of singular values."""
 
 
-def _uses_spectrum(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return True if a function of ``torch.linalg`` computes singular values or eigenvalues."""
+def _uses_spectrum(name: str, *args: Any, **kwargs: Any) -> bool:
+    """Return True if a function of ``torch.linalg`` computes singular values or eigenvalues, and in
+    a way that depends on modes.
+    """
+    if torch.is_inference_mode_enabled() or not args:
+        return False
     if name in ("svdvals", "eigvalsh", "matrix_rank"):
         return True
     given = args[1] if len(args) > 1 else kwargs.get("p" if name == "cond" else "ord")
@@ -53,6 +58,13 @@ def _uses_spectrum(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return given in _SPECTRAL
 
 
+def _is_nuclear(*args: Any, **kwargs: Any) -> bool:
+    """Return True if ``torch.norm`` computes a nuclear norm in a way that depends on modes."""
+    kind = args[1] if len(args) > 1 else kwargs.get("p")
+    return bool(kind == "nuc") and not torch.is_inference_mode_enabled()
+
+
+_HOST_CHECKED = Cause.HOST_CHECKED_LINEAR_ALGEBRA
 _LINALG = ("svdvals", "eigvalsh", "matrix_rank", "cond", "norm", "matrix_norm")
 
 
@@ -84,12 +96,17 @@ class ModeDependent(ReplacingDetector):
         """See :class:`~cg_lightning.diagnosis.detector.ReplacingDetector`."""
         if (engine := getattr(torch.autograd, _ENGINE, None)) is not None:
             replaced.enter_context(patch.object(torch.autograd, _ENGINE, self._engine(engine)))
-        functions = {"ctc_loss": (torch.ctc_loss, self._ctc_loss(torch.ctc_loss))}
+        leave = self._leaving_mode
+        ctc_loss = leave(torch.ctc_loss, Cause.HOST_SYNC, "aten::ctc_loss", _differentiates)
+        functions = {"ctc_loss": (torch.ctc_loss, ctc_loss)}
         for name in _LINALG:
             original = getattr(torch.linalg, name)
-            functions[name] = (original, self._linalg(name, original))
+            depends = functools.partial(_uses_spectrum, name)
+            function = leave(original, _HOST_CHECKED, f"aten::linalg_{name}", depends)
+            functions[name] = (original, function)
         replaced.enter_context(replaced_where_imported(functions))
-        replaced.enter_context(patch.object(torch, "norm", self._norm(torch.norm)))
+        norm = leave(torch.norm, _HOST_CHECKED, "aten::linalg_norm", _is_nuclear)
+        replaced.enter_context(patch.object(torch, "norm", norm))
 
     def before_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -109,45 +126,27 @@ class ModeDependent(ReplacingDetector):
 
         return run
 
-    def _ctc_loss(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def ctc_loss(log_probs: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not _has_gradient([log_probs]):
-                return original(log_probs, *args, **kwargs)
-            self.watch.report(Cause.HOST_SYNC, "aten::ctc_loss")
-            with self.watch.mode_left():
-                return original(log_probs, *args, **kwargs)
+    def _leaving_mode(
+        self,
+        original: Callable[..., Any],
+        cause: Cause,
+        operation: str,
+        depends: Callable[..., bool],
+    ) -> Callable[..., Any]:
+        """Return a function that reports, and leaves our mode, if the result depends on modes."""
 
-        return ctc_loss
-
-    def _linalg(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def function(*args: Any, **kwargs: Any) -> Any:
-            if torch.is_inference_mode_enabled() or not (
-                args and _uses_spectrum(name, args, kwargs)
-            ):
+            if not depends(*args, **kwargs):
                 return original(*args, **kwargs)
-            return self._without_mode(name, original, args, kwargs)
+            self.watch.report(cause, operation)
+            with self.watch.mode_left():
+                return original(*args, **kwargs)
 
         return function
 
-    def _norm(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def norm(*args: Any, **kwargs: Any) -> Any:
-            kind = args[1] if len(args) > 1 else kwargs.get("p")
-            if torch.is_inference_mode_enabled() or kind != "nuc":
-                return original(*args, **kwargs)
-            return self._without_mode("norm", original, args, kwargs)
 
-        return norm
-
-    def _without_mode(
-        self,
-        name: str,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        self.watch.report(Cause.HOST_CHECKED_LINEAR_ALGEBRA, f"aten::linalg_{name}")
-        with self.watch.mode_left():
-            return original(*args, **kwargs)
+def _differentiates(log_probs: Tensor, *_: Any, **__: Any) -> bool:
+    return _has_gradient([log_probs])
 
 
 def _has_gradient(arguments: Any) -> bool:
