@@ -520,9 +520,10 @@ def test_pieces_that_cost_time_are_left_alone_first():
     assert settled.left_alone == ["one", "two"]
 
 
-def test_pieces_of_a_step_that_pays_stay():
-    _, variant, settled = settle(PIECEWISE, Decided(0.1, {"one": 0.5, "two": -0.5}))
-    assert (settled.reason, settled.left_alone) == (None, ())
+def test_pieces_of_a_step_that_pays_stay_unless_they_cost_time():
+    pieces = {"one": 0.5, "two": -0.5, "three": 0.01}
+    _, variant, settled = settle(PIECEWISE, Decided(0.1, pieces))
+    assert (settled.reason, settled.left_alone, variant.trial) == (None, ["two"], None)
     assert variant.mode is PIECEWISE
 
 

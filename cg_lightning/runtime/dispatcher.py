@@ -523,8 +523,8 @@ class CUDAGraphDispatcher(KeyTable):
     def settle(self, state: KeyState, variant: Variant) -> Settled | None:
         """Decide if the graphs of a variant pay. Call it after a step whose time was taken.
 
-        If a step that runs in pieces does not pay, the pieces that cost time are left alone, and
-        times are compared once more.
+        Pieces that cost time are left alone. If their step did not pay with them, times are compared
+        once more.
 
         Returns:
             What was decided; None if nothing was.
@@ -536,7 +536,8 @@ class CUDAGraphDispatcher(KeyTable):
         least, pieces = trial.min_saving, trial.savings_of_pieces()
         if saving.share >= least:
             variant.trial = None
-            return Settled(saving, pieces)
+            costly = [piece for piece, each in pieces.items() if each.share < 0]
+            return Settled(saving, pieces, left_alone=costly)
         costly = [piece for piece, each in pieces.items() if each.share < least]
         if variant.mode is PIECEWISE and not trial.compares_again and costly != list(pieces):
             trial.compare()
