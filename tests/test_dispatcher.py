@@ -422,6 +422,9 @@ def test_a_reason_that_is_in_many_branches_is_one_of_all_branches():
     assert runner.dispatcher.is_of_one_branch(state, SYNC), "the last branch is the one of now"
     runner.world["value"] = MOST_BRANCHES
     assert not runner.dispatcher.is_of_one_branch(state, SYNC)
+    assert not runner.dispatcher.is_of_one_branch(state, dataclasses.replace(SYNC, text="another"))
+    elsewhere = dataclasses.replace(SYNC, location="step.py:3")
+    assert runner.dispatcher.is_of_one_branch(state, elsewhere)
     assert runner.dispatcher.is_of_one_branch(state, Reason(Cause.PRINTED, "print"))
 
 

@@ -159,6 +159,11 @@ class Reason:
         return (self.kind, self.subject or self.text, self.location)
 
     @property
+    def place(self) -> tuple[Cause | Status, str, str, str]:
+        """Equal for reasons of one kind that one operation at one place in the code has."""
+        return (self.kind, self.operation, self.submodule, self.location)
+
+    @property
     def remedy(self) -> str:
         """What the user can do about it. Empty if there is nothing to do."""
         by_operation = REMEDIES_OF_OPERATIONS.get(self.operation)

@@ -91,21 +91,22 @@ def has_memory(tensor: Tensor) -> bool:
     return True
 
 
-_OF_OBJECT = "an attribute of an object"
+_OF_OBJECT = object()
+"""The detail of a path to an attribute of an object."""
 
 
 def _is_in_object(path: Path) -> bool:
     while path[0] is not None:
-        if path[2] == _OF_OBJECT:
+        if path[2] is _OF_OBJECT:
             return True
         path = path[0]
     return False
 
 
-def _path_in_function(path: Path, function: Any, name: str) -> Path:
+def _path_in_function(path: Path, function: Any, name: str, value: Any) -> Path:
     if isinstance(function, types.CellType):
         return (path, None, None)
-    if name.startswith("closure "):
+    if isinstance(value, types.CellType) and isinstance(function, types.FunctionType):
         return (None, f"{name} of {function.__name__}", name.removeprefix("closure "))
     return (path, name, None)
 
@@ -344,7 +345,7 @@ class FrozenValues:
                 self._same_items.add_attribute(value, name, each)
         if has_room_for_attributes(cls) or members_of(cls):
             held |= self._store_attributes(value, attributes_of, path)
-        return [(each, _path_in_function(path, value, name)) for name, each in held.items()]
+        return [(each, _path_in_function(path, value, name, each)) for name, each in held.items()]
 
     def _store_object(self, value: Any, path: Path, seen: set[int]) -> list[tuple[Any, Path]]:
         """Store an object with its class; return the values inside it, which are stored next."""

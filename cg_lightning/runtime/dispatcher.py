@@ -325,8 +325,8 @@ class CUDAGraphDispatcher(KeyTable):
     def is_of_one_branch(self, state: KeyState, full: Reason) -> bool:
         """Return True if another branch of a step may be one graph, although this one cannot.
 
-        If a reason came up in several branches, it counts as one of all branches. So a step that
-        is never one graph is not watched again and again.
+        If several branches have a reason at the same place, it counts as one of all branches. So a
+        step that is never one graph is not watched again and again.
 
         Args:
             state: The key of the step.
@@ -334,7 +334,7 @@ class CUDAGraphDispatcher(KeyTable):
         """
         if not (self._policy.has_full_cudagraphs() and isinstance(full.kind, Cause)):
             return False
-        alike = [variant for variant in state.variants if variant.reason == full]
+        alike = [each for each in state.variants if each.reason and each.reason.place == full.place]
         return sum(not variant.guards.check() for variant in alike) < MOST_BRANCHES
 
     def varying(self, state: KeyState) -> Reason | None:
