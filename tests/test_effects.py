@@ -15,18 +15,17 @@ from torchmetrics.functional import accuracy
 from cg_lightning import CaptureError
 from cg_lightning.backends import resolve_backend
 from cg_lightning.core.equality import same_leaf
-from cg_lightning.effects.effect import (
+from cg_lightning.effects.effect import Effect, methods
+from cg_lightning.effects.kinds import (
     AddToCounters,
     Appended,
     AppendToLists,
     Counter,
-    Effect,
     ExpectAttributes,
     MoveMetricStates,
     ReadChecksLater,
     RepeatLogCalls,
     SetAttributes,
-    methods,
 )
 from cg_lightning.effects.logged_values import Calls
 from cg_lightning.effects.module_effects import ModuleEffects

@@ -37,7 +37,8 @@ from cg_lightning.capture.outputs import (
     is_cloned_with_strides,
 )
 from cg_lightning.capture.static_inputs import StaticInputs
-from cg_lightning.effects.effect import Effect, ReadChecksLater, Taker, methods
+from cg_lightning.effects.effect import Effect, Taker, methods
+from cg_lightning.effects.kinds import ReadChecksLater
 from cg_lightning.report.records import EntryRecord
 
 _MANY = 8

@@ -4,8 +4,9 @@
 - ``batch_entries.py``: entries that a step adds to its batch, replaces or removes.
 - ``batch_writes.py``: tensors of its batch that a step writes to; a replay copies them back.
 - ``containers.py``: ContainersSnapshot: containers and objects, compared and restored.
-- ``effect.py``: Effect and its kinds: one side effect of a captured step.
+- ``effect.py``: Effect: one side effect of a captured step, and what uses values of a graph.
 - ``host_draws.py``: unused random numbers of the host, drawn again with each replay.
+- ``kinds.py``: the kinds of effects: of metrics, and of ``self.log``.
 - ``late_updates.py``: updates of metrics that no graph can hold: they run eagerly after each
   replay.
 - ``logged_numbers.py``: ``self.log`` of Python numbers: a graph makes the tensor on the device.

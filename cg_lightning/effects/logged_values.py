@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from cg_lightning.effects.effect import Effect
+from cg_lightning.effects.effect import Effect
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 """Positional and keyword arguments of calls of ``self.log``."""

@@ -30,7 +30,7 @@ from torch import nn
 
 from cg_lightning.core.errors import CaptureError
 from cg_lightning.effects.attributes import AttributesSnapshot
-from cg_lightning.effects.effect import ReadChecksLater
+from cg_lightning.effects.kinds import ReadChecksLater
 from cg_lightning.effects.late_updates import LateStep
 from cg_lightning.effects.logged_numbers import numbers_as_tensors
 from cg_lightning.effects.logged_values import LoggedValues

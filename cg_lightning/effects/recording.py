@@ -19,20 +19,19 @@ from torchmetrics import Metric
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.errors import CaptureError
 from cg_lightning.core.tree import flatten, rebuild, tensors_in
-from cg_lightning.effects.effect import (
+from cg_lightning.effects.effect import Effect, Taker
+from cg_lightning.effects.kinds import (
     AddToCounters,
     Appended,
     AppendToLists,
     ComputedAttribute,
     Counter,
-    Effect,
     ExpectAttributes,
     ExpectedAttribute,
     MoveMetricStates,
     ReadChecksLater,
     RepeatLogCalls,
     SetAttributes,
-    Taker,
 )
 from cg_lightning.effects.late_updates import (
     CollectedCalls,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from cg_lightning.core.equality import parts_of
 from cg_lightning.core.tree import flatten
 from cg_lightning.effects.attributes import AttributesSnapshot
 from cg_lightning.effects.containers import ContainersSnapshot
+from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.effects.places import ChangedAttribute
 from cg_lightning.effects.python_changes import ChangedAttributesSnapshot
 from cg_lightning.metrics.members import states_of
@@ -24,9 +25,6 @@ from cg_lightning.modules.attributes import (
     slots_in,
 )
 from cg_lightning.modules.kinds import is_metric
-
-if TYPE_CHECKING:
-    from cg_lightning.effects.module_effects import ModuleEffects
 
 
 def _held_by(module: nn.Module) -> dict[str, Any]:

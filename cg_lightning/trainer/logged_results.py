@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 from torchmetrics import Metric
 
-from cg_lightning.effects.effect import Effect, RestoreLogResults
+from cg_lightning.effects.effect import Effect
+from cg_lightning.effects.kinds import RestoreLogResults
 from cg_lightning.trainer.log_calls import HeldLogCalls
 
 
