@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ from cg_lightning.core.forward_context import (
 )
 from cg_lightning.core.reasons import Reason, Status
 from cg_lightning.core.settings import Settings
+from cg_lightning.diagnosis.operation_mode import OperationMode
+from cg_lightning.diagnosis.step_run import Observer, StepRun
 from cg_lightning.diagnosis.step_watch import StepWatch, StoppedStep
 from cg_lightning.diagnosis.watched_step import WrittenTensors
 from cg_lightning.diagnosis.watcher import StepWatcher
@@ -430,6 +433,42 @@ def test_a_watched_step_is_stopped_before_it_does_what_it_may_not():
     watch.report(Cause.HOST_SYNC, "item")
     with pytest.raises(StoppedStep, match="print"):
         watch.report(Cause.PRINTED, "print")
+
+
+class _Names(Observer):
+    """Keeps the names of the operations that it is told of."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.suspensions = 0
+
+    def before_operation(self, function: Any, args: Any, kwargs: Any) -> None:
+        self.names.append(function._schema.name)
+
+    def before_read(self, tensor: Tensor) -> None:
+        self.names.append("read")
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        self.suspensions += 1
+        yield
+
+
+def test_observers_are_told_of_a_step_except_where_its_mode_is_left():
+    run, observer, x = StepRun(), _Names(), torch.ones(2)
+    mode = OperationMode(StepWatch(Body(), RecorderBackend(CPU), ()), [observer])
+    x.sin()
+    with run.running(mode, [observer]):
+        x.cos()
+        run.before_read(x)
+        with run.mode_left():
+            x.sin()
+        with run.suspended_for_compiled_code(as_written=False):
+            x.sin()
+        x.exp()
+    x.sin()
+    assert observer.names == ["aten::cos", "read", "aten::exp"]
+    assert observer.suspensions == 1
 
 
 def test_a_watched_step_computes_what_eager_computes_and_shows_which_submodules_are_clean():

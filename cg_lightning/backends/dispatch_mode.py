@@ -63,6 +63,11 @@ class EagerDispatchMode(TorchDispatchMode):
         self._thread = threading.get_ident()
         self._autocast = torch.is_autocast_enabled(device_type)
 
+    @property
+    def is_autocast_enabled(self) -> bool:
+        """Whether autocast is on; it cannot be asked inside a dispatched operation."""
+        return self._autocast
+
     def __torch_dispatch__(
         self,
         func: OpOverload | HigherOrderOperator,

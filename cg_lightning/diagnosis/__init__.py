@@ -24,6 +24,7 @@
 - ``profilers.py``: other profilers of the thread, which pause before Python 3.12.
 - ``report.py``: all findings, as an object and as a table.
 - ``sources_of_code.py``: what some code may read: globals that it names, and what is inside.
+- ``step_run.py``: how a watched step runs, and who is told of what it does.
 - ``step_watch.py``: the step that is watched: the stack of calls under way, and what detectors
   report.
 - ``uses_of_argument.py``: where a step uses one of its arguments, read from byte code and source.

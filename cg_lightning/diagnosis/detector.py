@@ -5,19 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, ClassVar
-
-from torch import Tensor
-from torch._ops import OpOverload
+from typing import Any, ClassVar
 
 from cg_lightning.core.causes import Cause
+from cg_lightning.diagnosis.step_run import Observer
+from cg_lightning.diagnosis.step_watch import StepWatch
+from cg_lightning.diagnosis.watched_step import ModuleCall
 
-if TYPE_CHECKING:
-    from cg_lightning.diagnosis.step_watch import StepWatch
-    from cg_lightning.diagnosis.watched_step import ModuleCall
 
-
-class Detector:
+class Detector(Observer):
     """Finds one kind of thing that a graph cannot hold, or that it would freeze.
 
     A detector is made for one watched step. It overrides the methods that it needs, and reports
@@ -29,8 +25,6 @@ class Detector:
 
     causes: ClassVar[tuple[Cause, ...]] = ()
     """The causes that this detector may report."""
-    sees_compiled_code: ClassVar[bool] = False
-    """Whether it goes on while a network that the callback compiles runs as it is written."""
 
     def __init__(self, watch: StepWatch) -> None:
         self.watch = watch
@@ -51,29 +45,8 @@ class Detector:
         """Is entered before a call of a module and left after it; ``call`` is on the stack."""
         return contextlib.nullcontext()
 
-    def around_update(self) -> AbstractContextManager[None]:
-        """Is entered before a call of a metric that may follow the step, and left after it."""
-        return contextlib.nullcontext()
-
     def returned(self, call: ModuleCall, output: Any) -> None:
         """Is called with what a call (or the step), the last on the stack, has returned."""
-
-    def before_read(self, tensor: Tensor) -> None:
-        """Is called before the step reads a tensor of the host, if no operation shows that."""
-
-    def before_operation(
-        self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Is called before each dispatched operation."""
-
-    def after_operation(
-        self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        """Is called after each dispatched operation."""
-
-    def suspended(self) -> AbstractContextManager[None]:
-        """Is entered while code runs that ``torch.compile`` made; it must meet nothing of ours."""
-        return contextlib.nullcontext()
 
 
 class ReplacingDetector(Detector):

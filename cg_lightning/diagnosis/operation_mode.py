@@ -3,48 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch._ops import HigherOrderOperator
 
 from cg_lightning.backends.dispatch_mode import EagerDispatchMode
 from cg_lightning.core.causes import Cause
-from cg_lightning.diagnosis.detector import Detector
-
-if TYPE_CHECKING:
-    from cg_lightning.diagnosis.step_watch import StepWatch
+from cg_lightning.diagnosis.step_run import Observer
+from cg_lightning.diagnosis.step_watch import StepWatch
 
 
 class OperationMode(EagerDispatchMode):
-    """Tells detectors of each dispatched operation.
+    """Tells observers of each dispatched operation: those that override the methods for it.
 
     It does not watch the functions inside operators such as ``torch.cond``.
+
+    Args:
+        watch: The step that is watched.
+        observers: The observers.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, watch: StepWatch) -> None:
+    def __init__(self, watch: StepWatch, observers: Sequence[Observer]) -> None:
         super().__init__(watch.device_type)
         self._watch = watch
-        self._before: list[Callable[..., None]] = []
-        self._after: list[Callable[..., None]] = []
-
-    @property
-    def is_autocast_enabled(self) -> bool:
-        """Whether autocast is on; it cannot be asked inside a dispatched operation."""
-        return self._autocast
-
-    def tell(self, detectors: Sequence[Detector]) -> None:
-        """Set the detectors: those that override the methods are told."""
         self._before = [
-            detector.before_operation
-            for detector in detectors
-            if type(detector).before_operation is not Detector.before_operation
+            observer.before_operation
+            for observer in observers
+            if type(observer).before_operation is not Observer.before_operation
         ]
         self._after = [
-            detector.after_operation
-            for detector in detectors
-            if type(detector).after_operation is not Detector.after_operation
+            observer.after_operation
+            for observer in observers
+            if type(observer).after_operation is not Observer.after_operation
         ]
 
     def dispatch(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from cg_lightning.backends import GraphBackend
 from cg_lightning.backends.followed_generators import key_of
@@ -22,11 +21,10 @@ from cg_lightning.core.errors import UnkeyableBatchError
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.tree import flatten, tensors_in
 from cg_lightning.diagnosis.call_events import CallEvents
-from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import Finding, Location, find_line, find_location
 from cg_lightning.diagnosis.late_unit import LateUnit
 from cg_lightning.diagnosis.lines_of_changes import line_that_changes
-from cg_lightning.diagnosis.operation_mode import OperationMode
+from cg_lightning.diagnosis.step_run import StepRun
 from cg_lightning.diagnosis.watched_step import ModuleCall, StepNotes, WatchedStep
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.effects.places import ChangedAttribute
@@ -142,9 +140,8 @@ class StepWatch:
         """Those among them that the step draws from."""
         self.call_events: CallEvents | None = None
         """What tells a detector of each call; it pauses while detectors look at operations."""
-        self._detectors: Sequence[Detector] = ()
-        self._mode = OperationMode(self)
-        self._stance: Any = None
+        self.run = StepRun()
+        """How the step runs."""
 
     # what detectors report
 
@@ -252,8 +249,7 @@ class StepWatch:
     def note_unseen_read(self, tensor: Tensor) -> None:
         """Note that the step reads a tensor of the host, which no operation shows."""
         if not (self._is_paused or self._is_in_framework):
-            for detector in self._detectors:
-                detector.before_read(tensor)
+            self.run.before_read(tensor)
 
     def note_operation(
         self, *, reads_host_value: bool | None = None, copies_constant: bool | None = None
@@ -375,11 +371,6 @@ class StepWatch:
         """Whether Lightning itself runs, in ``self.log``: what it reads is not read by the step."""
         return self._is_in_framework
 
-    @property
-    def is_autocast_enabled(self) -> bool:
-        """Whether autocast is on in the code that runs now."""
-        return self._mode.is_autocast_enabled
-
     # how long something holds
 
     @contextlib.contextmanager
@@ -418,15 +409,6 @@ class StepWatch:
         """While something runs that a graph of the whole step can hold, but none of a submodule."""
         return self._with(_first=1)
 
-    @contextlib.contextmanager
-    def updating(self, findings: list[Finding]) -> Iterator[None]:
-        """While a call runs that may follow the step: ``findings`` receives those of the step."""
-        with contextlib.ExitStack() as stack:
-            for detector in self._detectors:
-                stack.enter_context(detector.around_update())
-            stack.enter_context(self.setting_aside(findings))
-            yield
-
     def setting_aside(self, findings: list[Finding]) -> AbstractContextManager[None]:
         """While ``findings`` receives what is found about the step."""
         return self._with(_set_aside=findings)
@@ -446,55 +428,6 @@ class StepWatch:
             self.stack.pop()
             call.inputs.clear()
             call.given.clear()
-
-    @contextlib.contextmanager
-    def running(self, detectors: Sequence[Detector]) -> Iterator[None]:
-        """While the step runs: its operations are dispatched through the detectors.
-
-        Functions that ``torch.compile`` made run as they were written; under a dispatch mode they
-        would do so for good.
-        """
-        self._detectors = detectors
-        self._mode.tell(detectors)
-        with self._mode.watching():
-            # the stance is set when its object is made, so this comes last
-            self._stance = torch.compiler.set_stance("force_eager")
-            try:
-                yield
-            finally:
-                self._stance.__exit__(None, None, None)
-
-    @contextlib.contextmanager
-    def suspended_for_compiled_code(self, as_written: bool) -> Iterator[None]:
-        """While a compiled module runs. It runs compiled, and without our modes and functions.
-
-        Args:
-            as_written: Whether it runs as it is written instead, and its calls are told of.
-        """
-        with contextlib.ExitStack() as stack:
-            for detector in self._detectors:
-                if not (as_written and detector.sees_compiled_code):
-                    stack.enter_context(detector.suspended())
-            if not as_written:
-                self._stance.__exit__(None, None, None)
-            try:
-                with self.mode_left():
-                    yield
-            finally:
-                if not as_written:
-                    self._stance = torch.compiler.set_stance("force_eager")
-
-    @contextlib.contextmanager
-    def mode_left(self) -> Iterator[None]:
-        """Run without our dispatch mode, if it is the innermost one."""
-        is_innermost = _get_current_dispatch_mode() is self._mode
-        if is_innermost:
-            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        try:
-            yield
-        finally:
-            if is_innermost:
-                self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     # what the watcher makes and takes
 

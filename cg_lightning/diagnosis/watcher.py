@@ -38,6 +38,7 @@ from cg_lightning.diagnosis.detectors.rebound_state import ReboundState
 from cg_lightning.diagnosis.detectors.tensor_attributes import TensorAttributes
 from cg_lightning.diagnosis.detectors.trainer_reads import TrainerReads
 from cg_lightning.diagnosis.detectors.world import World
+from cg_lightning.diagnosis.operation_mode import OperationMode
 from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.effects.module_effects import ModuleEffects
@@ -139,11 +140,12 @@ class StepWatcher:
         detectors = [kind(watch) for kind in self._detectors]
         for detector in detectors:
             arguments = detector.arguments(arguments)
+        mode = OperationMode(watch, detectors)
         # detectors replace functions of modules and classes: those of two threads would not nest
         with CAPTURE_LOCK, _intercepted_calls(watch, detectors), contextlib.ExitStack() as stack:
             for detector in detectors:
                 stack.enter_context(detector.around_step())
-            with watch.running(detectors):
+            with watch.run.running(mode, detectors):
                 output = step(*arguments)
                 for detector in detectors:
                     detector.returned(watch.step, output)

@@ -33,5 +33,5 @@ class CompiledModules(Detector):
         if is_graphed_by_compiler(call.module):
             self.watch.report(Cause.GRAPHED_ALREADY, type(call.module).__name__)
         # the user's compiled code gives other bits than the same code as written
-        with self.watch.suspended_for_compiled_code(is_compiled_by_callback(call.module)):
+        with self.watch.run.suspended_for_compiled_code(is_compiled_by_callback(call.module)):
             yield

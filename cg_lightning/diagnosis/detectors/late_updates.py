@@ -118,7 +118,7 @@ class LateUpdates(Detector):
             before = HostRandomState()
         self._current = late
         try:
-            with self.watch.updating(late.findings):
+            with self.watch.run.updating(), self.watch.setting_aside(late.findings):
                 output = call.original(*call.args, **call.kwargs)
                 if self._was_drawn(before):
                     self.watch.report_unless_found(Cause.HOST_RANDOMNESS, "random state moved")

@@ -121,7 +121,7 @@ class ModeDependent(ReplacingDetector):
         def run(*args: Any, **kwargs: Any) -> Any:
             if not self._is_met:
                 return original(*args, **kwargs)
-            with self.watch.mode_left():
+            with self.watch.run.mode_left():
                 return original(*args, **kwargs)
 
         return run
@@ -139,7 +139,7 @@ class ModeDependent(ReplacingDetector):
             if not depends(*args, **kwargs):
                 return original(*args, **kwargs)
             self.watch.report(cause, operation)
-            with self.watch.mode_left():
+            with self.watch.run.mode_left():
                 return original(*args, **kwargs)
 
         return function

@@ -42,7 +42,7 @@ class Operations(Detector):
                 # the first log of a run moves what Lightning holds since the last one
                 self.watch.notes.did_one_time_work = True
         if not self.watch.has_backward and torch.is_grad_enabled() and _tracks_gradients(args):
-            casts = function._schema.name == "aten::_to_copy" and self.watch.is_autocast_enabled
+            casts = function._schema.name == "aten::_to_copy" and self.watch.run.is_autocast_enabled
             if not casts:  # autocast keeps what it casts with gradients
                 self.watch.report(Cause.GRADIENTS, function._schema.name)
 
