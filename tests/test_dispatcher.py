@@ -12,8 +12,8 @@ from cg_lightning.core.reasons import Changed, Reason, Status
 from cg_lightning.core.settings import Settings
 from cg_lightning.guards.guard_set import Unguarded
 from cg_lightning.report.records import Saving
-from cg_lightning.runtime.dispatcher import MOST_BRANCHES, MOST_UNREPEATED, NEXT_KEY_COST
-from cg_lightning.runtime.keys import MOST_KEYS, MOST_VARIANTS, KeyState, Variant
+from cg_lightning.runtime.dispatcher import MOST_UNREPEATED, NEXT_KEY_COST
+from cg_lightning.runtime.keys import MOST_BRANCHES, MOST_KEYS, MOST_VARIANTS, KeyState, Variant
 from cg_lightning.runtime.ledger import CAPTURE_COST, CREDIT, FIRST_WAIT, CaptureLedger
 from cg_lightning.runtime.plans import TIMED, Action, GuardScope, Plan
 from cg_lightning.runtime.trial import Trial

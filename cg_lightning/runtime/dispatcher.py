@@ -26,7 +26,6 @@ from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import NO_CHANGE, WARM_UP, Changed, Reason, Status
 from cg_lightning.guards.guard_set import Unguarded
 from cg_lightning.runtime.keys import (
-    MOST_VARIANTS,
     Entry,
     KeyState,
     KeyTable,
@@ -63,12 +62,10 @@ MOST_UNREPEATED = 4
 
 Beyond it, a new key is watched when it is seen for the second time.
 """
-MOST_BRANCHES = 4
-"""If this number of branches have the same reason, it counts as a reason of all branches."""
 
 
-def _changed(what: Changed) -> Reason:
-    return Reason.of_change(Status.CHANGED, what.after("changed: "))
+def _watched_again(changed: Changed) -> Reason:
+    return Reason.of_change(Status.CHANGED, changed.after("changed: "))
 
 
 class CUDAGraphDispatcher(KeyTable):
@@ -230,15 +227,14 @@ class CUDAGraphDispatcher(KeyTable):
         if not self._watches:
             reason = Reason.of_change(Status.CHANGED, changed) if changed else WARM_UP
             return Plan(Action.WARM_UP, state, None, reason)
-        reason = _changed(changed) if changed else WARM_UP
-        return Plan(Action.WATCH, state, None, reason)
+        return Plan(Action.WATCH, state, None, _watched_again(changed) if changed else WARM_UP)
 
     def _plan_another_look(self, state: KeyState, variant: Variant, miss: Miss) -> Plan:
         state.ledger.note(Status.UNPROFITABLE, miss.changed)
         if not state.ledger.may_spend():
             return self._plan_warm(state, variant)
         state.miss = None
-        return Plan(Action.WATCH, state, None, _changed(miss.changed))
+        return Plan(Action.WATCH, state, None, _watched_again(miss.changed))
 
     def _unprofitable(self, state: KeyState, variant: Variant | None) -> Plan:
         """Plan a step whose family may not spend. It runs in pieces if these pay for themselves."""
@@ -334,20 +330,7 @@ class CUDAGraphDispatcher(KeyTable):
         """
         if not (self._policy.has_full_cudagraphs() and isinstance(full.kind, Cause)):
             return False
-        alike = [each for each in state.variants if each.reason and each.reason.place == full.place]
-        return sum(not variant.guards.check() for variant in alike) < MOST_BRANCHES
-
-    def varying(self, state: KeyState) -> Reason | None:
-        """Return why a watched step is not captured: its key has too many host values.
-
-        None if the key has few host values so far.
-        """
-        paths = [
-            variant.path
-            for variant in state.variants
-            if variant.path is not None and variant.guards.check()
-        ]
-        return paths[0].varying() if len(paths) >= MOST_VARIANTS else None
+        return not state.is_in_many_branches(full)
 
     def watched(
         self, state: KeyState, variant: Variant, replacing: Variant | None = None
@@ -399,7 +382,7 @@ class CUDAGraphDispatcher(KeyTable):
             state.pieces = Variant(Unguarded(), [PIECEWISE], trial=trial, ledger=ledger)
         state.pieces.watched = watched
         whole = state.ledger.reason("not captured as a whole")
-        state.pieces.reason = self.varying(state) or whole
+        state.pieces.reason = state.varying() or whole
         return state.pieces
 
     def ran_in_pieces(self, variant: Variant, has_graphs: bool) -> None:
@@ -416,14 +399,6 @@ class CUDAGraphDispatcher(KeyTable):
         elif variant.ledger.balance > 0:
             variant.ledger.spend(1)
 
-    def ran_eagerly(self, state: KeyState) -> None:
-        """Record that a step ran eagerly as a warm-up."""
-        state.warmup_runs += 1
-
-    def ran_before(self, state: KeyState, runs: int) -> None:
-        """Record ``runs`` eager calls with this key that were made before it was known."""
-        state.warmup_runs = max(state.warmup_runs, runs)
-
     def captured(self, state: KeyState, variant: Variant, entry: Entry) -> None:
         """Record that a graph was captured."""
         state.ledger.spend(CAPTURE_COST - 1)  # the step itself ran from it
@@ -438,29 +413,7 @@ class CUDAGraphDispatcher(KeyTable):
 
     def compare_padded_again(self) -> None:
         """Let the next replay of each padded graph be compared with eager."""
-        self._unproven = {id(entry.record) for _, _, entry in self._padded()}
-
-    def none_padded(self, padded: KeyState) -> None:
-        """Record that no batch is padded to this key any more."""
-        records = [variant.entry.record for variant in padded.variants if variant.entry is not None]
-        for state, variant, entry in self._padded():
-            if any(entry.record is record for record in records):
-                self.not_padded(state, variant)
-
-    def _padded(self) -> list[tuple[KeyState, Variant, Entry]]:
-        return [
-            (state, variant, variant.entry)
-            for state in self._states.values()
-            for variant in state.variants
-            if variant.padding is not None and variant.entry is not None
-        ]
-
-    def not_padded(self, state: KeyState, variant: Variant) -> None:
-        """Record that batches of this key are not padded: they may have a graph of their own."""
-        variant.entry = variant.padding = None
-        variant.path = None if variant.path is None else variant.path.of_batch()
-        if variant.is_taken_over:
-            state.variants.remove(variant)
+        self._unproven = {id(entry.record) for _, _, entry in self.padded()}
 
     def captured_ahead(self, variant: Variant) -> None:
         """Record that the captured graph has not run any step yet."""
@@ -498,7 +451,7 @@ class CUDAGraphDispatcher(KeyTable):
         if plan.action is Action.TRIAL:
             assert plan.variant is not None and plan.variant.trial is not None  # noqa: PT018
             trial = plan.variant.trial
-            return self._without_trial(plan) if steps_left < trial.least_steps() else plan
+            return plan.without_trial() if steps_left < trial.least_steps() else plan
         if plan.action not in (Action.WATCH, Action.WARM_UP, Action.CAPTURE):
             return plan
         needed = self._least_steps
@@ -512,13 +465,6 @@ class CUDAGraphDispatcher(KeyTable):
         if plan.variant is not None and plan.variant.watch_at:
             return plan._replace(action=Action.PIECEWISE)
         return Plan(Action.EAGER, plan.state, plan.variant, TOO_SHORT)
-
-    def _without_trial(self, plan: Plan) -> Plan:
-        """Return the plan of a step that runs from its graphs instead of eagerly."""
-        variant = plan.variant
-        assert variant is not None
-        action = Action.PIECEWISE if variant.entry is None else Action.REPLAY
-        return plan._replace(action=action, reason=variant.reason)
 
     def settle(self, state: KeyState, variant: Variant) -> Settled | None:
         """Decide if the graphs of a variant pay. Call it after a step whose time was taken.

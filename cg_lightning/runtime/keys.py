@@ -21,6 +21,8 @@ from cg_lightning.runtime.trial import StepTimes, Trial
 
 MOST_VARIANTS = 8
 """Maximum number of variants of one key. The oldest one is dropped first."""
+MOST_BRANCHES = 4
+"""If this number of branches have the same reason, it counts as a reason of all branches."""
 MOST_KEYS = 2048
 """Maximum number of stored keys. Beyond it, the oldest keys without a graph are dropped."""
 
@@ -170,6 +172,27 @@ class KeyState:
         """Whether guards hold, so that only values of the batch which the host reads are new."""
         return any(each.path is not None and each.guards.check() for each in self.variants)
 
+    def varying(self) -> Reason | None:
+        """Return why a watched step is not captured: the key has too many host values.
+
+        None if it has few so far.
+        """
+        paths = [
+            each.path for each in self.variants if each.path is not None and each.guards.check()
+        ]
+        return paths[0].varying() if len(paths) >= MOST_VARIANTS else None
+
+    def is_in_many_branches(self, reason: Reason) -> bool:
+        """Return True if several other variants have a reason at the same place in the code."""
+        others = [
+            each
+            for each in self.variants
+            if each.reason is not None
+            and each.reason.place == reason.place
+            and not each.guards.check()
+        ]
+        return len(others) >= MOST_BRANCHES
+
     def forget_values(self) -> None:
         """Forget values that did not come again, because each step would compare them."""
         self.variants = [
@@ -262,6 +285,37 @@ class KeyTable:
         states = [self._states.get(descriptor.fields) for descriptor in descriptors]
         variants = [variant for state in states if state is not None for variant in state.variants]
         return [variant.entry for variant in variants if variant.entry is not None]
+
+    def ran_eagerly(self, state: KeyState) -> None:
+        """Record that a step ran eagerly as a warm-up."""
+        state.warmup_runs += 1
+
+    def ran_before(self, state: KeyState, runs: int) -> None:
+        """Record ``runs`` eager calls with this key that were made before it was known."""
+        state.warmup_runs = max(state.warmup_runs, runs)
+
+    def padded(self) -> list[tuple[KeyState, Variant, Entry]]:
+        """Return the graphs of padded batches, with the keys that use them."""
+        return [
+            (state, variant, variant.entry)
+            for state in self._states.values()
+            for variant in state.variants
+            if variant.padding is not None and variant.entry is not None
+        ]
+
+    def none_padded(self, padded: KeyState) -> None:
+        """Record that no batch is padded to this key any more."""
+        records = [variant.entry.record for variant in padded.variants if variant.entry is not None]
+        for state, variant, entry in self.padded():
+            if any(entry.record is record for record in records):
+                self.not_padded(state, variant)
+
+    def not_padded(self, state: KeyState, variant: Variant) -> None:
+        """Record that batches of this key are not padded: they may have a graph of their own."""
+        variant.entry = variant.padding = None
+        variant.path = None if variant.path is None else variant.path.of_batch()
+        if variant.is_taken_over:
+            state.variants.remove(variant)
 
     def begin_epoch(self) -> list[Entry]:
         """Forget variants whose large containers have changed.

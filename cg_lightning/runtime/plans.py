@@ -100,3 +100,9 @@ class Plan(NamedTuple):
     state: KeyState
     variant: Variant | None
     reason: Reason | None
+
+    def without_trial(self) -> Plan:
+        """Return the plan of a step that runs from its graphs instead of eagerly."""
+        assert self.variant is not None
+        action = Action.PIECEWISE if self.variant.entry is None else Action.REPLAY
+        return self._replace(action=action, reason=self.variant.reason)

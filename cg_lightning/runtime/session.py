@@ -405,7 +405,7 @@ class Session:
             return watched.findings[0].reason()
         if watched.unseen_use and self.changing_values.has_passed_on(state.descriptor):
             return Reason(Status.VALUE_READ, _MAY_READ, watched.unseen_use)
-        varying = None if watched.path is None else self.target.dispatcher.varying(state)
+        varying = None if watched.path is None else state.varying()
         return varying or self.changing_values.reason(state.descriptor)
 
     def find_submodules(self, step: BatchDescriptor, variant: Variant, runs: int) -> None:
