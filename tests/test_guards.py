@@ -40,22 +40,22 @@ def test_settings_that_are_taken():
     module = nn.Sequential(nn.Dropout(0.1), nn.BatchNorm1d(2))
     guard = ModuleGuard(module)
     guard.check_epoch()
-    assert guard.settings_hold()
+    assert guard.settings.hold()
     module[0].p = 0.2
     vars(module[1])["eps"] = 0.3
-    assert not guard.settings_hold()
-    assert guard.changed_settings() == [(id(module[0]), "p"), (id(module[1]), "eps")]
-    guard.take_settings()
-    assert guard.settings_hold()
-    assert guard.changed_settings() == []
+    assert not guard.settings.hold()
+    assert guard.settings.changed() == [(id(module[0]), "p"), (id(module[1]), "eps")]
+    guard.settings.take_held()
+    assert guard.settings.hold()
+    assert guard.settings.changed() == []
     assert guard.check_epoch() is None
-    assert guard.settings_hold()
+    assert guard.settings.hold()
     del module[0].inplace
-    assert not guard.settings_hold()
-    guard.take_settings()
-    assert guard.settings_hold()
+    assert not guard.settings.hold()
+    guard.settings.take_held()
+    assert guard.settings.hold()
     assert guard.check_epoch() is None
-    assert guard.settings_hold()
+    assert guard.settings.hold()
     module[0].p = 0.4
     assert guard.check_epoch() is not None  # nobody has taken it
 
@@ -64,12 +64,12 @@ def test_settings_of_a_replaced_module():
     module = nn.Sequential(nn.Dropout(0.1))
     guard = ModuleGuard(module)
     guard.check_epoch()
-    assert guard.settings_hold()
+    assert guard.settings.hold()
     module[0] = nn.Dropout(0.3)
     assert not guard.check()
     guard.refresh()
     vars(module[0])["p"] = 0.5
-    assert not guard.settings_hold()
+    assert not guard.settings.hold()
 
 
 def set_value(kept: Any, value: Any) -> None:

@@ -8,6 +8,7 @@
 - ``guard_set.py``: the guards of one graph: the values that its step read in Python.
 - ``host_tensors.py``: tensors of the host that a step on a device reads.
 - ``identity.py``: comparisons by identity, in a few native calls.
+- ``layer_settings.py``: the settings of all layers and metrics of a module.
 - ``library_code.py``: functions of libraries that are replaced in mid-stage.
 - ``module_guard.py``: the guard of a module itself: members, their placement, hooks, settings.
 - ``sources.py``: sources: where a value comes from that a step reads in Python.

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from cg_lightning.core.equality import parts_of
 from cg_lightning.core.reasons import NO_CHANGE, Changed
+from cg_lightning.guards.layer_settings import LayerSettings, path_of
 from cg_lightning.guards.library_code import LibraryCode, version_of
 from cg_lightning.guards.sources import MISSING, describe_change
 from cg_lightning.modules.attributes import (
@@ -21,7 +22,6 @@ from cg_lightning.modules.attributes import (
     global_hooks,
     hooks_of,
     is_same_value,
-    layer_settings,
     same_attributes,
     scripted_attributes,
     stored_settings,
@@ -208,9 +208,8 @@ class ModuleGuard:
         self._on_setting = on_setting
         self._stored_settings: list[dict[str, Any]] = []
         """Those of the quiet modules at the latest :meth:`check_epoch`."""
-        self._settings: dict[tuple[int, str], Any] | None = None
-        self._held_settings: list[tuple[dict[str, Any], str, Any]] | None = None
-        self._held_keys: list[tuple[int, str]] = []
+        self.settings = LayerSettings(root)
+        """All settings, as they were at the latest :meth:`check_epoch`."""
         self.modules: list[nn.Module] = []
         self.refresh()
 
@@ -218,8 +217,8 @@ class ModuleGuard:
         """Store the current state as the reference for later checks."""
         modules = [module for _, module in self._root.named_modules()]
         has_others, self.modules = modules != self.modules, modules
-        if has_others and self._held_settings is not None:
-            self._hold_settings()
+        if has_others:
+            self.settings.renew()
         self._flags = Flags(self.modules)
         self._scripted = self._flags.scripted
         every = self._every_table = self._current_tables()
@@ -397,75 +396,18 @@ class ModuleGuard:
             The change. None if there is none, and at the first call.
         """
         failure = self.epoch_failure()
-        self._settings = self._current_settings()
+        self.settings.take()
         self._stored_settings = list(map(stored_settings, self._quiet))
-        self._held_settings = None
         return failure
 
     def epoch_failure(self) -> GuardFailure | None:
         """Compare settings with those of the latest :meth:`check_epoch`."""
-        if self._settings is None:
+        if not self.settings.are_taken:
             return None
         if not self._has_same_tables():  # the attributes of a module may be in another dictionary
             return self._failure(Change.STRUCTURE, "another dictionary")
-        before, now = self._settings, self._current_settings()
-        for key in self._differing(now):
-            text = describe_change(self._path(*key), now.get(key), before.get(key))
-            return self._failure(Change.SETTINGS, text)
-        return None
-
-    def settings_hold(self) -> bool:
-        """Return True if modules hold the same settings as at the latest :meth:`check_epoch`.
-
-        It is fast, and compares objects: an equal setting that was set again does not hold.
-        """
-        if self._held_settings is None:
-            self._hold_settings()
-        for attributes, name, value in self._held_settings or ():  # faster than all()
-            if attributes.get(name, MISSING) is not value:
-                return False
-        return True
-
-    def _hold_settings(self) -> None:
-        held = [
-            (module, name)
-            for module in self.modules
-            for name in layer_settings(module)
-            if name in vars(module) and name != "training"
-        ]
-        self._held_settings = [(vars(each), name, vars(each)[name]) for each, name in held]
-        self._held_keys = [(id(each), name) for each, name in held]
-
-    def changed_settings(self) -> list[tuple[int, str]]:
-        """Return ids of modules and names of the settings that :meth:`settings_hold` missed."""
-        before = self._settings or {}
-        return [
-            key
-            for key, (attributes, name, value) in zip(
-                self._held_keys, self._held_settings or (), strict=False
-            )
-            if not is_same_value(before.get(key, value), attributes.get(name, MISSING))
-        ]
-
-    def take_settings(self) -> None:
-        """Let :meth:`settings_hold` and :meth:`check_epoch` expect what modules hold now.
-
-        Call it only after :meth:`settings_hold`.
-        """
-        settings = {} if self._settings is None else self._settings
-        for index, (attributes, name, value) in enumerate(self._held_settings or ()):
-            if (now := attributes.get(name, MISSING)) is not value:
-                assert self._held_settings is not None
-                self._held_settings[index] = (attributes, name, now)
-                settings[self._held_keys[index]] = now
-                if now is MISSING:
-                    del settings[self._held_keys[index]]
-
-    def _differing(self, now: dict[tuple[int, str], Any]) -> Iterator[tuple[int, str]]:
-        before = self._settings or {}
-        for key in [*before, *now]:
-            if key not in before or key not in now or not is_same_value(before[key], now[key]):
-                yield key
+        changed = self.settings.explain()
+        return self._failure(Change.SETTINGS, changed) if changed else None
 
     def flags(self) -> tuple[bool | bytes, ...]:
         """Return the ``training`` flags of submodules, and ``requires_grad`` of their tensors."""
@@ -486,7 +428,7 @@ class ModuleGuard:
         ):
             if value != was:
                 if isinstance(holder, nn.Module):
-                    return describe_change(self._path(id(holder), name), value, was)
+                    return describe_change(path_of(self._root, id(holder), name), value, was)
                 return describe_change(f"self.{self._name_of(holder)}.{name}", value, was)
         return NO_CHANGE
 
@@ -494,22 +436,11 @@ class ModuleGuard:
         """Return the addresses of the storages of parameters and buffers."""
         return {tensor.untyped_storage().data_ptr() for tensor in self.tensors}
 
-    def _current_settings(self) -> dict[tuple[int, str], Any]:
-        return {
-            (id(module), name): value
-            for module in self._root.modules()
-            for name, value in layer_settings(module).items()
-        }
-
     def _failure(self, change: Change, what: str | Changed) -> GuardFailure:
         if not what:
             return GuardFailure(change, Changed(change.value))
         changed = what if isinstance(what, Changed) else Changed(what)
         return GuardFailure(change, changed.after(f"{change.value}: "))
-
-    def _path(self, module_id: int, name: str) -> str:
-        paths = {id(module): path for path, module in self._root.named_modules()}
-        return ".".join(["self", *filter(None, [paths.get(module_id, "?"), name])])
 
     def _name_of(self, member: Any) -> str:
         """Return the path of a member, or its type if it was removed."""

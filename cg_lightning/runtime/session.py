@@ -250,9 +250,9 @@ class Session:
             False if a graph may have frozen a setting whose change was not recorded.
         """
         guard, written = self.target.guard, self._written_settings.written
-        if self.cache.entries() and not all(key in written for key in guard.changed_settings()):
+        if self.cache.entries() and not all(key in written for key in guard.settings.changed()):
             return False
-        guard.take_settings()
+        guard.settings.take_held()
         return True
 
     def _module_changed(self, change: Change, text: Changed) -> None:

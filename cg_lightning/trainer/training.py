@@ -169,7 +169,7 @@ class TrainingInstallation:
         return self._step.finish(closure, output)
 
     def _run_step(self, closure: _InterceptedClosure, batch: Any, *args: Any) -> Any:
-        if not self.session.target.guard.settings_hold() and not self.session.take_settings():
+        if not self.session.target.guard.settings.hold() and not self.session.take_settings():
             self.begin_epoch()
         given = ClosureInput(
             batch,
