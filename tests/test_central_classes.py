@@ -31,7 +31,7 @@ from cg_lightning.capture.passed_on import PassedOnValues
 from cg_lightning.capture.static_inputs import StaticInputs
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.closure import ClosureInput, ClosureOutput, UnfinishedClosure
-from cg_lightning.core.descriptor import Fixed, passed_on
+from cg_lightning.core.descriptor import Fixed, describe_fields, passed_on
 from cg_lightning.core.errors import ValueReadError
 from cg_lightning.core.forward_context import (
     ForwardContext,
@@ -74,6 +74,7 @@ from cg_lightning.runtime.alike_steps import AlikeSteps
 from cg_lightning.runtime.dispatcher import CUDAGraphDispatcher
 from cg_lightning.runtime.keys import Variant
 from cg_lightning.runtime.padded_pieces import PaddedPiece, PaddedPieces
+from cg_lightning.runtime.padded_shapes import PaddedShapes
 from cg_lightning.runtime.padded_steps import PaddedSteps
 from cg_lightning.runtime.plans import Action
 from cg_lightning.runtime.profiling import Ranges
@@ -257,6 +258,24 @@ def test_batches_of_several_sizes_run_padded_from_one_graph():
     assert session.stats.steps["FULL"] >= 6
     assert len(session.graphs("FULL")) == 1
     session.close()
+
+
+def test_a_padded_size_that_was_refused_is_not_used_again():
+    stats, dispatcher = CUDAGraphStats(), CUDAGraphDispatcher()
+    shapes = PaddedShapes(Padder((8,), GivenRules({})), stats, "step")
+    small, exact = batches(3, 8)
+    states = [
+        dispatcher.state(describe_fields(batch, stage="predict", training=())[0])
+        for batch in (small, exact)
+    ]
+    padding, fields = shapes.find(states[0], small)
+    assert [tuple(leaf.shape) for leaf in padding.pad(list(small))] == [(8, 8)]
+    assert fields == states[1].descriptor.fields
+    assert shapes.find(states[1], exact) is None
+    reason = Reason(Cause.ROWS_NOT_INDEPENDENT, "rows")
+    shapes.refuse(states[1].descriptor, reason)
+    assert shapes.find(states[0], small) is None
+    assert shapes.refusal(states[1].descriptor) is stats.padding[0].reason is reason
 
 
 def test_a_step_that_reduces_over_rows_is_not_padded():

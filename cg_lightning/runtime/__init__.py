@@ -10,6 +10,7 @@
 - ``ledger.py``: the account of a family of keys: a capture must pay for itself.
 - ``outcome.py``: the result of a step or a call, with its mode and its reason.
 - ``padded_pieces.py``: submodules that are padded, in steps that are not.
+- ``padded_shapes.py``: which batches of a step are padded, and how.
 - ``padded_steps.py``: steps whose batches are padded up to a size that is captured.
 - ``plans.py``: the decisions of the dispatcher, as records.
 - ``profiling.py``: ranges that profilers and traces show.

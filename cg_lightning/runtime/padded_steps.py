@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -13,7 +12,7 @@ import torch
 from cg_lightning.capture.call import GraphCall
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.core.causes import Cause
-from cg_lightning.core.descriptor import BatchDescriptor, describe_fields
+from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.equality import same_leaf
 from cg_lightning.core.errors import CaptureError, NotIndependentError, UnkeyableBatchError
 from cg_lightning.core.modes import CUDAGraphMode
@@ -32,6 +31,7 @@ from cg_lightning.runtime.alike_steps import AlikeSteps, take_over
 from cg_lightning.runtime.eager_run import EagerRun
 from cg_lightning.runtime.keys import KeyState, Variant
 from cg_lightning.runtime.outcome import Outcome
+from cg_lightning.runtime.padded_shapes import PaddedShapes, describe_like
 from cg_lightning.runtime.plans import Plan
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.target import reason_of
@@ -97,19 +97,17 @@ class PaddedSteps:
     ) -> None:
         self._session = session
         self._name = name
-        self._padder = padder
+        self._shapes = PaddedShapes(padder, session.stats, name)
         self._is_whole = is_whole and session.settings.runtime_policy.has_full_cudagraphs()
         self._pieces = pieces
+        self._pads = self._is_whole or pieces is not None
         self._ahead = CaptureAhead(session, stage, name, step)
         self._dispatcher = session.target.dispatcher
-        self._refused: dict[tuple[Any, ...], Reason] = {}
-        self._too_large: set[tuple[Any, ...]] = set()
-        """Padded shapes that memory cannot hold."""
         self._alike = AlikeSteps(self._dispatcher)
         self._ways = WayRecorder()
         self._asked_for: set[tuple[Any, ...]] = set()
         """The keys of padded batches that a shape has asked for."""
-        self._shapes: deque[KeyState] = deque(maxlen=_LATEST)
+        self._latest: deque[KeyState] = deque(maxlen=_LATEST)
         """The latest keys whose batches are padded, and that no step was watched for."""
 
     def padding_of(self, state: KeyState, batch: Any) -> PaddedLeaves | None:
@@ -122,51 +120,8 @@ class PaddedSteps:
         Raises:
             ValueError: A setting does not fit the batch.
         """
-        found = self._padding_and_key(state, batch)
+        found = self._shapes.find(state, batch) if self._pads else None
         return None if found is None else found[0]
-
-    def _padding_and_key(
-        self, state: KeyState, batch: Any
-    ) -> tuple[PaddedLeaves, tuple[Any, ...]] | None:
-        """Return how a batch is padded, and the fields of the key of the padded batch."""
-        if not self._may_be_padded(state, batch):
-            return None
-        leaves = flatten(batch)[0]
-        padding = self._padder.pad(leaves, self._padder.rules_of(batch, leaves))
-        if padding is None or padding.shapes in self._too_large:
-            return None
-        try:
-            like = rebuild(batch, iter(padding.empty(leaves)))
-        except RuntimeError as error:  # PyTorch has no class for sizes that are too large
-            self._note_too_large(state.descriptor, batch, padding, error)
-            return None
-        fields = self._describe(like, state.descriptor)[0]
-        return None if fields in self._refused else (padding, fields)
-
-    def _note_too_large(
-        self, key: BatchDescriptor, batch: Any, padding: PaddedLeaves, error: RuntimeError
-    ) -> None:
-        cause = Cause.PADDING_TOO_LARGE
-        reason = Reason(cause, f"{cause.value}: {str(error).splitlines()[0]}")
-        like = rebuild(batch, iter(padding.empty(flatten(batch)[0], torch.device("meta"))))
-        padded = BatchDescriptor(*self._describe(like, key)[0])
-        self._session.stats.padded(self._name, padded).reason = reason
-        if not self._too_large:
-            warnings.warn(
-                f"CUDAGraphCallback: batches of shapes {key.shapes()} are not padded: {reason}. "
-                "Further sizes that are too large are in callback.stats.padding.",
-                stacklevel=2,
-            )
-        self._too_large.add(padding.shapes)
-
-    def _may_be_padded(self, state: KeyState, batch: Any) -> bool:
-        if state.without_batch is not None or (not self._is_whole and self._pieces is None):
-            return False
-        try:
-            own = self._describe(batch, state.descriptor)[0]
-        except UnkeyableBatchError:
-            return False
-        return own == state.descriptor.fields  # a value that is passed on is no part of the key
 
     def begin(self, state: KeyState, batch: Any) -> None:
         """Prepare a new key. It need not be watched, if other steps have shown what it would show.
@@ -176,8 +131,8 @@ class PaddedSteps:
             batch: A batch with this key.
         """
         if state.without_batch is None:
-            self._padder.note(batch)
-        found = self._padding_and_key(state, batch)
+            self._shapes.note(batch)
+        found = self._shapes.find(state, batch) if self._pads else None
         if found is None:
             self._begin_in_pieces(state, batch)
             return
@@ -202,9 +157,9 @@ class PaddedSteps:
         It does not if there is no graph yet, and no other key has asked for it; nor if as many keys
         have come once as have come again: a comparison takes some three eager steps.
         """
-        again = sum(each.sights > 1 for each in self._shapes)
-        once = len(self._shapes) - again
-        self._shapes.append(state)
+        again = sum(each.sights > 1 for each in self._latest)
+        once = len(self._latest) - again
+        self._latest.append(state)
         if not variant.only_computes:
             return 2
         owner = self._dispatcher.known(fields)
@@ -221,7 +176,7 @@ class PaddedSteps:
         """
         if self._is_whole or self._pieces is None or not self._pieces.are_known():
             return
-        if state.variants or not self._may_be_padded(state, batch):
+        if state.variants or not self._shapes.may_be_padded(state, batch):
             return
         modes, reason = self._dispatcher.judge(_SELDOM, None)
         no_padding = PaddedLeaves({}, 0)
@@ -314,7 +269,7 @@ class PaddedSteps:
         try:
             leaves = padding.pad(call.leaves)
         except RuntimeError as error:  # there is less memory now
-            self._note_too_large(call.descriptor, call.tree, padding, error)
+            self._shapes.note_too_large(call.descriptor, call.tree, padding, error)
             self._dispatcher.not_padded(plan.state, variant)
             return None
         padded = self._padded_call(call, leaves)
@@ -322,8 +277,8 @@ class PaddedSteps:
 
         def get_entry() -> PaddedEntry:
             nonlocal real
-            if padded.descriptor.fields in self._refused:
-                raise _NotPaddedError(self._refused[padded.descriptor.fields])
+            if (refusal := self._shapes.refusal(padded.descriptor)) is not None:
+                raise _NotPaddedError(refusal)
             eager.check()
             if not variant.is_taken_over:
                 self._alike.note(call.descriptor, variant, real, eager.way)
@@ -364,8 +319,7 @@ class PaddedSteps:
             self._alike.note_unlike(call.descriptor, eager.way)
             self._dispatcher.not_padded(plan.state, variant)
         elif reason.kind not in (Status.UNPROFITABLE, Status.WARM_UP):
-            self._refused[padded.descriptor.fields] = reason
-            self._session.stats.padded(self._name, padded.descriptor).reason = reason
+            self._shapes.refuse(padded.descriptor, reason)
             self._dispatcher.not_padded(plan.state, variant)
             if (owner := self._dispatcher.known(padded.descriptor.fields)) is not None:
                 self._dispatcher.none_padded(owner)
@@ -395,17 +349,9 @@ class PaddedSteps:
         take_over(variant, *found)
         return found[1]
 
-    def _describe(self, batch: Any, like: BatchDescriptor) -> tuple[tuple[Any, ...], list[Any]]:
-        return describe_fields(
-            batch,
-            stage=like.stage,
-            dataloader_idx=like.dataloader_idx,
-            training=like.training,
-        )
-
     def _padded_call(self, call: GraphCall, padded: list[Any]) -> GraphCall:
         tree = rebuild(call.tree, iter(padded))
-        fields, leaves = self._describe(tree, call.descriptor)
+        fields, leaves = describe_like(tree, call.descriptor)
         return dataclasses.replace(
             call, descriptor=BatchDescriptor(*fields), tree=tree, leaves=leaves
         )
