@@ -81,7 +81,8 @@ from cg_lightning.runtime.profiling import Ranges
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner
 from cg_lightning.runtime.submodule_runner import SubmoduleRunner
-from cg_lightning.runtime.target import GraphTarget
+from cg_lightning.runtime.submodules import Submodules
+from cg_lightning.runtime.target import GraphTarget, TargetParts
 from cg_lightning.runtime.verifier import Verifier
 from cg_lightning.trainer.examples import BatchesAhead
 from cg_lightning.trainer.installation import Installation
@@ -168,12 +169,16 @@ def test_each_class_with_an_owner_is_made_in_a_test():
 
 
 def target_of(module: nn.Module, **settings: Any) -> GraphTarget:
+    return GraphTarget(module, PIECEWISE, parts_of_targets(**settings))
+
+
+def parts_of_targets(**settings: Any) -> TargetParts:
     backend, written = RecorderBackend(CPU), WrittenTensors()
     cache = GraphCache(64, backend.synchronize)
     options = Settings(**{"warmup_steps": 0, "verify_replays": 1, **settings})
     capturer = Capturer(backend, options, cache, written)
     verifier = Verifier(backend, "exact", written)
-    return GraphTarget(module, PIECEWISE, capturer, verifier, CUDAGraphStats(), None)
+    return TargetParts(capturer, verifier, CUDAGraphStats())
 
 
 @torch.no_grad()
@@ -236,6 +241,35 @@ def test_a_submodule_runs_from_graphs_only_in_steps_that_allow_it():
     assert (step.graphs, step.reasons["net"].kind) == (0, Status.CHANGED)
     runner.remove()
     target.cache.drop_all()
+
+
+def test_submodules_are_intercepted_from_install_to_remove():
+    net, key = Scaled(), BatchDescriptor(batch_size=4)
+    reference, (x,) = copy.deepcopy(net), batches(4)[0]
+    backend, parts = RecorderBackend(CPU), parts_of_targets(verify_replays=0)
+    submodules = Submodules(parts, backend, Ranges(backend, None))
+
+    def graphs_in_step() -> int:
+        step = StepInProgress()
+        with override_forward_context(ForwardContext(PIECEWISE, key, step)), torch.no_grad():
+            assert_same(net(x), reference(x))
+        return step.graphs
+
+    submodules.install()
+    submodules.add({"net": net})
+    (runner,) = submodules.runners()
+    guards = GuardSet([Source(net, "factor", "self.net.factor")])
+    runner.allow(key, guards, (), runs=1)
+    assert [graphs_in_step() for _ in range(3)] == [0, 1, 1]
+    submodules.remove()
+    assert graphs_in_step() == 0
+    submodules.add({"again": net})
+    assert submodules.runners() == [runner]
+    submodules.install()
+    assert graphs_in_step() == 1
+    submodules.clear()
+    assert (graphs_in_step(), submodules.runners()) == (0, [])
+    parts.capturer.cache.drop_all()
 
 
 def padded_runner(session: Session, step: Any) -> StepRunner:

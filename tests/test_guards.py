@@ -17,6 +17,7 @@ from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import Change, ModuleGuard
 from cg_lightning.guards.sources import MISSING, Source, shorten
 from cg_lightning.guards.values import FrozenValues
+from cg_lightning.guards.written_settings import WrittenSettings
 from tests.models import Body
 
 SCALE = 1.0
@@ -240,18 +241,20 @@ def test_changes_in_place_are_none():
 
 def test_settings_are_compared_once_an_epoch():
     module = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
-    told = []
-    guard = ModuleGuard(module, on_setting=lambda *setting: told.append(setting))
+    settings = WrittenSettings()
+    settings.add(module.named_children())
+    guard = ModuleGuard(module, written=settings)
     strict = ModuleGuard(module)
     assert guard.check_epoch() is strict.check_epoch() is None
     module[1].seen = module[0].training = True
     del module[1].seen
     assert guard.check()
     assert strict.check()
-    assert not told
+    assert not settings.written
     vars(module[1])["p"] = 0.25
     assert guard.check()
-    assert told == [(module[1], "p", 0.5)]
+    written = {key: each.before for key, each in settings.written.items()}
+    assert written == {(id(module[1]), "p"): 0.5}
     assert not strict.check()
     assert strict.failure().text.endswith("self.1.p: now 0.25, before 0.5")
     failure = guard.check_epoch()

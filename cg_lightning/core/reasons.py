@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Iterable
 
 from cg_lightning.core.causes import REMEDIES_OF_OPERATIONS, Cause
 
@@ -153,6 +154,11 @@ class Reason:
             submodule=self.submodule or path,
         )
 
+    def because_of(self, why: Reason) -> Reason:
+        """Return the reason of a warm-up step, with the reason why no graph of the step follows."""
+        text, behind = f"{self}; {why}", why.behind or why.kind
+        return dataclasses.replace(why, kind=self.kind, text=text, behind=behind)
+
     @property
     def topic(self) -> tuple[Cause | Status, str, str]:
         """Equal for reasons that differ only in values. Such reasons are counted together."""
@@ -171,6 +177,19 @@ class Reason:
 
     def __str__(self) -> str:
         return self.text
+
+
+def joined(reasons: Iterable[Reason]) -> Reason | None:
+    """Return reasons as one; None if there are none.
+
+    The text has them all; the rest is that of the first one.
+    """
+    found = list(dict.fromkeys(reasons))
+    if len(found) < 2:
+        return found[0] if found else None
+    text = "; ".join(map(str, found))
+    subject = "; ".join([each.subject or each.text for each in found])
+    return dataclasses.replace(found[0], text=text, subject=subject)
 
 
 WARM_UP = Reason(Status.WARM_UP, Status.WARM_UP.value)

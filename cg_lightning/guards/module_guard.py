@@ -17,6 +17,7 @@ from cg_lightning.core.reasons import NO_CHANGE, Changed
 from cg_lightning.guards.layer_settings import LayerSettings, path_of
 from cg_lightning.guards.library_code import LibraryCode, version_of
 from cg_lightning.guards.sources import MISSING, describe_change
+from cg_lightning.guards.written_settings import WrittenSettings
 from cg_lightning.modules.attributes import (
     backward_hooks_of,
     global_hooks,
@@ -191,8 +192,8 @@ class ModuleGuard:
         root: The module.
         has_code: Whether functions of libraries are compared as well.
         backward_hooks: Whether backward hooks are compared, too.
-        on_setting: Is told of a setting that was written, and of its value before. None: a guard
-            with such a setting does not hold.
+        written: Takes note of settings that were written. None: a guard with such a setting does
+            not hold.
     """
 
     def __init__(
@@ -200,12 +201,12 @@ class ModuleGuard:
         root: nn.Module,
         has_code: bool = False,
         backward_hooks: bool = False,
-        on_setting: Callable[[nn.Module, str, Any], None] | None = None,
+        written: WrittenSettings | None = None,
     ) -> None:
         self._root = root
         self._has_code = has_code
         self._backward_hooks = backward_hooks
-        self._on_setting = on_setting
+        self._written = written
         self._stored_settings: list[dict[str, Any]] = []
         """Those of the quiet modules at the latest :meth:`check_epoch`."""
         self.settings = LayerSettings(root)
@@ -326,9 +327,9 @@ class ModuleGuard:
         for name in {**before, **now}:
             value = before.get(name, MISSING)
             if not is_same_value(value, now.get(name, MISSING)):
-                if self._on_setting is None:
+                if self._written is None:
                     return False
-                self._on_setting(module, name, value)
+                self._written.note(module, name, value)
         return True
 
     def _parts_hold(self) -> bool:

@@ -19,6 +19,7 @@
 - ``stage_length.py``: the number of batches of a stage, as the runtime sees it.
 - ``step_runner.py``: replaces one step method of a module.
 - ``submodule_runner.py``: replaces the calls of one submodule in steps that run PIECEWISE.
+- ``submodules.py``: all submodules of a module that run from graphs.
 - ``target.py``: a step or a submodule that may run from graphs.
 - ``targets.py``: the submodules that the user named.
 - ``trial.py``: finds out if graphs save time.

@@ -41,8 +41,8 @@ from cg_lightning.runtime.keys import Guards, KeyState, Variant
 from cg_lightning.runtime.plans import GuardScope, Plan
 from cg_lightning.runtime.profiling import Profiler, Ranges
 from cg_lightning.runtime.stage_length import StageLength
-from cg_lightning.runtime.submodule_runner import SubmoduleRunner
-from cg_lightning.runtime.target import GraphTarget
+from cg_lightning.runtime.submodules import Submodules
+from cg_lightning.runtime.target import GraphTarget, TargetParts
 from cg_lightning.runtime.targets import match_targets
 from cg_lightning.runtime.verifier import Replayed, Verdict, Verifier
 
@@ -118,16 +118,16 @@ class Session:
         self.host_copies: HostCopies = HostCopies() if sharing is None else sharing.host_copies
         self.written = WrittenTensors()
         """Tensors, other than buffers, that steps were seen to write to."""
-        self._capturer = Capturer(backend, settings, self.cache, self.written, self._watch_compiled)
+        capturer = Capturer(backend, settings, self.cache, self.written, self._watch_compiled)
         self._compilation = Compilation(settings.compile_arguments, stats.compiled)
         is_compiled = settings.compile_arguments is not None
         tolerance = "close" if is_compiled else settings.verify_tolerance
         self._verifier = Verifier(backend, tolerance, self.written, self._compilation.suspended)
         may_drop = not settings.strict and backend.stopwatch(0.0) is not None
-        self.target = self._make_target(
-            module, CUDAGraphMode.FULL, effects, settings.min_saving if may_drop else 0.0
-        )
-        self._submodules: dict[int, SubmoduleRunner] = {}
+        parts = TargetParts(capturer, self._verifier, stats, self._written_settings)
+        min_saving = settings.min_saving if may_drop else 0.0
+        self.target = GraphTarget(module, CUDAGraphMode.FULL, parts, effects, min_saving)
+        self._submodules = Submodules(parts, backend, self.ranges)
         self.pieces: dict[tuple[str, int], Piece] = {}
         """Submodules that are padded, by stage and ``id`` of the module."""
         self.stage_length: StageLength | None = None
@@ -142,16 +142,6 @@ class Session:
         """Batches to capture ahead; None: none."""
         self.is_first_step = True
         """True until the first step after :meth:`install` or :meth:`begin_epoch`."""
-
-    def _make_target(
-        self,
-        module: nn.Module,
-        mode: CUDAGraphMode,
-        effects: ModuleEffects | None = None,
-        min_saving: float = 0.0,
-    ) -> GraphTarget:
-        parts = (self._capturer, self._verifier, self.stats, effects)
-        return GraphTarget(module, mode, *parts, min_saving, self._written_settings.note)
 
     def set_batch_index(self, batch_idx: Any) -> None:
         """Tell the guards which ``batch_idx`` the current step has."""
@@ -168,9 +158,8 @@ class Session:
         self._compilation.install(self.module)
         targets = self.settings.targets
         if self.settings.runtime_policy.has_piecewise_cudagraphs() and targets is not None:
-            self._add_submodules(match_targets(self.module, tuple(targets))[0])
-        for runner in self._submodules.values():
-            runner.install()
+            self._submodules.add(match_targets(self.module, tuple(targets))[0])
+        self._submodules.install()
         self._written_settings.install()
         for piece in self.pieces.values():
             piece.install()
@@ -204,8 +193,7 @@ class Session:
                 exception is handled.
         """
         self._is_installed = False
-        for runner in self._submodules.values():
-            runner.remove()
+        self._submodules.remove()
         for piece in self.pieces.values():
             piece.remove(check)
         self._compilation.remove()
@@ -240,8 +228,7 @@ class Session:
             if epoch_failure is not None:
                 self._module_changed(epoch_failure.change, epoch_failure.text)
             self._drop(self.target.dispatcher.begin_epoch())
-            for runner in self._submodules.values():
-                runner.begin_epoch()
+            self._submodules.begin_epoch()
 
     def take_settings(self) -> bool:
         """Accept the current settings of submodules, if no graph depends on what has changed.
@@ -268,8 +255,6 @@ class Session:
         self.changing_values = ChangingValues()
         self.written.clear()
         self._written_settings.clear()
-        for runner in self._submodules.values():
-            runner.remove()
         self._submodules.clear()
         for piece in self.pieces.values():
             piece.close()
@@ -421,11 +406,9 @@ class Session:
             return
         if self.settings.targets is None:
             # a submodule that reads a new value each time stays eager; its inner ones need not
-            varying = [runner.varying_sources(step) for runner in self._submodules.values()]
-            self._add_submodules(
-                watched.largest_capturable(besides=set[tuple[int, str]]().union(*varying))
-            )
-        for runner in self._submodules.values():
+            varying = self._submodules.varying_sources(step)
+            self._submodules.add(watched.largest_capturable(besides=varying))
+        for runner in self._submodules.runners():
             findings = watched.findings_of(runner.path)
             if findings:
                 runner.refuse(step, findings[0].reason().of_submodule(runner.path))
@@ -437,16 +420,6 @@ class Session:
                 runner.target.copies_from_host |= watched.copies_from_host(module)
                 guards = self._guard_set(watched.sources(module), watched.compared(module), inside)
                 runner.allow(step, guards, watched.keys_of_calls(runner.module), runs)
-
-    def _add_submodules(self, submodules: dict[str, nn.Module]) -> None:
-        for path, module in submodules.items():
-            if id(module) not in self._submodules:
-                target = self._make_target(module, CUDAGraphMode.PIECEWISE)
-                self._submodules[id(module)] = SubmoduleRunner(
-                    path, target, self.backend, self.ranges
-                )
-            if self._is_installed:
-                self._submodules[id(module)].install()
 
     def compare(
         self,

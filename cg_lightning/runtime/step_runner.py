@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -26,7 +25,7 @@ from cg_lightning.core.forward_context import (
     override_forward_context,
 )
 from cg_lightning.core.modes import CUDAGraphMode
-from cg_lightning.core.reasons import WARM_UP, Reason, Status
+from cg_lightning.core.reasons import WARM_UP, Reason, Status, joined
 from cg_lightning.padding.entry import PaddedEntry
 from cg_lightning.report.records import HostTime, StepsRecord
 from cg_lightning.report.timeline import Ran
@@ -74,26 +73,6 @@ def _how(action: Action, outcome: Outcome) -> Ran:
     if outcome.mode is NONE:
         return Ran.EAGER
     return Ran.CAPTURE if action is Action.CAPTURE else Ran.COMPARED
-
-
-def _explained(warm_up: Reason, why: Reason) -> Reason:
-    """Return the reason of a warm-up step, with the reason why no graph of the step follows."""
-    return dataclasses.replace(
-        why, kind=Status.WARM_UP, text=f"{warm_up}; {why}", behind=why.behind or why.kind
-    )
-
-
-def _joined(reasons: Mapping[str, Reason]) -> Reason | None:
-    """Return the reasons of all submodules as one; None if there are none.
-
-    The text has them all; the rest is that of the first one.
-    """
-    found = list(dict.fromkeys(reasons.values()))
-    if len(found) < 2:
-        return found[0] if found else None
-    text = "; ".join(map(str, found))
-    subject = "; ".join([each.subject or each.text for each in found])
-    return dataclasses.replace(found[0], text=text, subject=subject)
 
 
 def _slow_step() -> StepInProgress:
@@ -291,7 +270,7 @@ class StepRunner:
             outcome = self._run_in_trial(plan, args, kwargs)
         why, reason = plan.state.without_batch, outcome.reason
         if why is not None and reason is not None and reason.kind is Status.WARM_UP:
-            outcome = outcome._replace(reason=_explained(reason, why))
+            outcome = outcome._replace(reason=reason.because_of(why))
         seconds, how = perf_counter() - began, _how(plan.action, outcome)
         if plan.action is Action.WARM_UP:
             self._host_time(NONE, descriptor).add(seconds)
@@ -428,7 +407,7 @@ class StepRunner:
                 time.seconds += seconds
             how = Ran.PIECEWISE if progress.is_warm else Ran.PIECES_CAPTURED
             return Outcome(output, PIECEWISE, reason, how)
-        return Outcome(output, NONE, _joined(progress.reasons) or reason or _NO_WARM_TARGET)
+        return Outcome(output, NONE, joined(progress.reasons.values()) or reason or _NO_WARM_TARGET)
 
     def _run_eagerly(
         self,

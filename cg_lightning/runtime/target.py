@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import nn
 
@@ -33,6 +33,7 @@ from cg_lightning.effects.places import ChangedAttribute
 from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.guards.sources import describe_change
+from cg_lightning.guards.written_settings import WrittenSettings
 from cg_lightning.host_values.path import ReadPath
 from cg_lightning.report.records import EntryRecord
 from cg_lightning.report.stats import CUDAGraphStats
@@ -75,6 +76,19 @@ def reason_of(error: Exception) -> Reason:
     return Reason(kind, str(error))
 
 
+class TargetParts(NamedTuple):
+    """What all targets of one session use."""
+
+    capturer: Capturer
+    """Captures; it has the options and the cache."""
+    verifier: Verifier
+    """Compares with eager."""
+    stats: CUDAGraphStats
+    """Counts."""
+    written_settings: WrittenSettings | None = None
+    """See :class:`~cg_lightning.guards.module_guard.ModuleGuard`."""
+
+
 class GraphTarget:
     """Captures and verifies calls of one step or submodule, and reports to its dispatcher.
 
@@ -85,30 +99,26 @@ class GraphTarget:
     Args:
         module: The module whose state a call may change.
         mode: PIECEWISE or FULL.
-        capturer: Captures; it has the options and the cache.
-        verifier: Compares with eager.
-        stats: Counts.
+        parts: What all targets of a session use.
         effects: The side effects of whole steps; None for a submodule.
         min_saving: The share of a step's time that graphs must save; 0: times are not compared.
-        on_setting: See :class:`~cg_lightning.guards.module_guard.ModuleGuard`.
     """
 
     def __init__(
         self,
         module: nn.Module,
         mode: CUDAGraphMode,
-        capturer: Capturer,
-        verifier: Verifier,
-        stats: CUDAGraphStats,
-        effects: ModuleEffects | None,
+        parts: TargetParts,
+        effects: ModuleEffects | None = None,
         min_saving: float = 0.0,
-        on_setting: Callable[[nn.Module, str, Any], None] | None = None,
     ) -> None:
-        settings = capturer.settings
+        settings = parts.capturer.settings
         self.module = module
         self.mode = mode
-        self.cache = capturer.cache
-        self.guard = ModuleGuard(module, has_code=mode is CUDAGraphMode.FULL, on_setting=on_setting)
+        self.cache = parts.capturer.cache
+        self.guard = ModuleGuard(
+            module, has_code=mode is CUDAGraphMode.FULL, written=parts.written_settings
+        )
         self.copies_from_host = False
         """Whether a watched call copied constants from the host by itself."""
         self.dispatcher = CUDAGraphDispatcher(
@@ -122,9 +132,7 @@ class GraphTarget:
         self._captured: dict[BatchDescriptor, None] = {}
         """The keys that had a graph, the latest one last."""
         self._settings = settings
-        self._capturer = capturer
-        self._verifier = verifier
-        self._stats = stats
+        self._parts = parts
         self._effects = effects
 
     def run(self, name: str, plan: Plan, call: GraphCall) -> Outcome | None:
@@ -151,7 +159,7 @@ class GraphTarget:
             output = entry.replay(call.leaves, self.cache.step, call.tree)
             entry.count()
             return Outcome(output, self.mode)
-        verdict = self._verifier.check(target, call, get_entry, self.cache.step)
+        verdict = self._parts.verifier.check(target, call, get_entry, self.cache.step)
         if verdict.error is not None:
             return self._refused(plan, self._reason_of(name, verdict.error), verdict.output)
         if verdict.difference:
@@ -196,7 +204,7 @@ class GraphTarget:
         variant = plan.variant
         assert variant is not None
         watched = variant.watched if isinstance(variant.watched, WatchedStep) else None
-        record = self._stats.entry(self.mode.name, name, call.descriptor)
+        record = self._parts.stats.entry(self.mode.name, name, call.descriptor)
         record.fastest_call = plan.state.fastest_call
         return CaptureTarget(
             mode=self.mode,
@@ -259,7 +267,7 @@ class GraphTarget:
         if owner is not None:
             dispatcher, state = owner
             dispatcher.evicted(state, self.cache.why_evicted)
-        entry = self._capturer.capture(target, call)
+        entry = self._parts.capturer.capture(target, call)
         for dispatcher, state in self.cache.make_room_for(entry):
             dispatcher.evicted(state, self.cache.why_too_large)
         self.cache.add(entry, (self.dispatcher, plan.state))
