@@ -25,7 +25,7 @@ from cg_lightning.backends.recorder import RecorderBackend
 from cg_lightning.capture.cache import GraphCache
 from cg_lightning.capture.call import GraphCall
 from cg_lightning.capture.capture import Capturer
-from cg_lightning.capture.entry import GraphEntry
+from cg_lightning.capture.entry import Captured, GraphEntry
 from cg_lightning.capture.outputs import OutputPlan
 from cg_lightning.capture.passed_on import PassedOnValues
 from cg_lightning.capture.static_inputs import StaticInputs
@@ -690,7 +690,7 @@ def test_an_entry_copies_a_batch_in_and_its_outputs_out():
         graph, output = backend.capture(lambda: inputs.leaves[0] * 2, **options)
         plan, computed = OutputPlan.make(output, inputs.leaves, set())
         record = EntryRecord("predict", "FULL", "step", "4x8")
-        entry = GraphEntry(graph, inputs, plan, computed, [], [], True, record)
+        entry = GraphEntry(graph, inputs, Captured(plan, computed), record)
         first, second = entry.replay([x], 1), entry.replay([x + 1], 2)
     assert_same((first, second), (x * 2, (x + 1) * 2))
     entry.drop()
@@ -709,7 +709,7 @@ def test_a_padded_entry_pads_a_batch_and_cuts_its_output():
         graph, output = backend.capture(lambda: inputs.leaves[0] * 2, **options)
         plan, computed = OutputPlan.make(output, inputs.leaves, set())
         record = EntryRecord("predict", "FULL", "step", "4x8")
-        owner = GraphEntry(graph, inputs, plan, computed, [], [], True, record)
+        owner = GraphEntry(graph, inputs, Captured(plan, computed), record)
         padding = PaddedLeaves({0: PaddedLeaf((3, 8), (4, 8), {})}, elements=24)
         padded = PaddingRecord("predict", "step", "4x8")
         entry = PaddedEntry(owner, GuardSet(), padding, OutputCut(x * 2), padded, 0)

@@ -20,7 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from cg_lightning import CUDAGraphCallback
 from cg_lightning.backends import resolve_backend
-from cg_lightning.capture.entry import GraphEntry
+from cg_lightning.capture.entry import Captured, GraphEntry
 from cg_lightning.capture.outputs import OutputPlan
 from cg_lightning.capture.static_inputs import StaticInputs
 from cg_lightning.core.causes import Cause
@@ -395,7 +395,7 @@ def test_host_values_of_a_padded_step_are_read_at_once(backend, device):
         )
         plan, computed = OutputPlan.make(output, inputs.leaves, set())
         record = EntryRecord("predict", "FULL", "step", "4x6")
-        owner = GraphEntry(graph, inputs, plan, computed, [], [], True, record)
+        owner = GraphEntry(graph, inputs, Captured(plan, computed), record)
         counts = PaddingRecord("predict", "step", "4x6")
         entry = PaddedEntry(owner, None, padding, OutputCut(real * 2), counts, 0)
         path = PaddedPath(paths[0], paths[1], entry)

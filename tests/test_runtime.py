@@ -15,7 +15,7 @@ from cg_lightning.capture import outputs
 from cg_lightning.capture.cache import GraphCache
 from cg_lightning.capture.call import CaptureTarget, GraphCall
 from cg_lightning.capture.capture import Capturer
-from cg_lightning.capture.entry import GraphEntry
+from cg_lightning.capture.entry import Captured, GraphEntry
 from cg_lightning.capture.outputs import OutputPlan
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
@@ -279,7 +279,7 @@ def entry_of(step: int) -> GraphEntry:
     inputs = StaticInputs([], (), torch.device("cpu"))
     plan, computed = OutputPlan.make(None, [], set())
     record = EntryRecord("predict", "FULL", "step", "")
-    entry = GraphEntry(Graph(), inputs, plan, computed, [], [], True, record)
+    entry = GraphEntry(Graph(), inputs, Captured(plan, computed), record)
     entry.last_step = step
     return entry
 

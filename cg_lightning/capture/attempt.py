@@ -13,7 +13,7 @@ from torch import Tensor
 from cg_lightning.backends import CapturedGraph, GraphBackend
 from cg_lightning.capture.answered_reads import AnsweredReads
 from cg_lightning.capture.call import CaptureTarget, GraphCall
-from cg_lightning.capture.entry import GraphEntry
+from cg_lightning.capture.entry import Captured, GraphEntry
 from cg_lightning.capture.graph import capture_graph, weak_ref_tensors
 from cg_lightning.capture.host_constants import HostConstants
 from cg_lightning.capture.host_copies import answered_host_copies, leaves_on_device
@@ -26,7 +26,7 @@ from cg_lightning.core.forward_context import ForwardContext, override_forward_c
 from cg_lightning.core.settings import Settings
 from cg_lightning.core.tree import containers_in, rebuild
 from cg_lightning.effects.batch_entries import BatchEntries, SetBatchEntries
-from cg_lightning.effects.effect import Effect, Taker
+from cg_lightning.effects.effect import Taker
 from cg_lightning.effects.host_draws import DrawAgain
 from cg_lightning.effects.python_changes import recording_changes
 from cg_lightning.effects.recorder import Recorder
@@ -40,20 +40,6 @@ class _Needed(NamedTuple):
     checked: CheckedCalls
     constants: list[Tensor]
     """The values of its constants, on the host."""
-
-
-class _Captured(NamedTuple):
-    """What a captured call gives, beside its graph."""
-
-    outputs: OutputPlan
-    computed: list[Tensor]
-    """What the graph computes for the output."""
-    effects: list[Effect]
-    effect_tensors: list[Tensor]
-    """What the graph computes for the effects."""
-    takers: list[Taker]
-    needed: _Needed | None
-    """What has no memory yet, so that the call must be captured once more. None: nothing."""
 
 
 class Attempt:
@@ -103,31 +89,27 @@ class Attempt:
             recording as recorder,
             _random_state_put_back() if target.host_draws else contextlib.nullcontext(),
         ):
-            graph, captured = self._capture(recorder)
-            if (needed := captured.needed) is not None:  # only a capture shows it
+            graph, captured, needed = self._capture(recorder)
+            if needed is not None:  # only a capture shows it
                 del graph, captured
                 recorder.reserve_checks(needed.checked)
                 self._constants.make(needed.constants)
                 del needed  # it may keep memory of the first graph
-                graph, captured = self._capture(recorder)
+                graph, captured, _ = self._capture(recorder)
         self._inputs.keep(self._constants.tensors)
         self._inputs.note_written(target.batch_writes)
         return GraphEntry(
             graph,
             self._inputs,
-            captured.outputs,
-            captured.computed,
-            captured.effects,
-            captured.effect_tensors,
-            self._copies_outputs or bool(captured.takers),
+            captured,
             target.record,
-            captured.takers,
+            self._copies_outputs or bool(captured.takers),
         )
 
-    def _capture(self, recorder: Recorder) -> tuple[CapturedGraph, _Captured]:
+    def _capture(self, recorder: Recorder) -> tuple[CapturedGraph, Captured, _Needed | None]:
         target = self._target
         try:
-            return capture_graph(
+            graph, (captured, needed) = capture_graph(
                 self._backend,
                 functools.partial(self._run, recorder),
                 target.mode,
@@ -135,14 +117,19 @@ class Attempt:
                 self._settings.capture_options,
                 collect_garbage=False,
             )
+            return graph, captured, needed
         except CaptureError as error:
             cause = self._passed_on.cause_of(error)
             if cause is error:
                 raise
             raise cause from error
 
-    def _run(self, recorder: Recorder) -> _Captured:
-        """Run the call. It is called inside the capture."""
+    def _run(self, recorder: Recorder) -> tuple[Captured, _Needed | None]:
+        """Run the call. It is called inside the capture.
+
+        Returns:
+            What the call gives, and what has no memory yet, so that it must be captured once more.
+        """
         target, takers = self._target, list[Taker]()
         with recording_changes(target.changes) as changing, recorder.step() as recording:
             tree = rebuild(self._call.tree, iter(self._leaves))
@@ -175,7 +162,7 @@ class Attempt:
             tensors = weak_ref_tensors(tensors, self._backend)
         have_memory = recording.checked.have_memory() and self._constants.are_made(constants)
         needed = None if have_memory else _Needed(recording.checked, constants)
-        return _Captured(plan, computed, effects, tensors, takers, needed)
+        return Captured(plan, computed, effects, tensors, takers), needed
 
     @contextlib.contextmanager
     def _answering(self, checked: CheckedCalls) -> Iterator[list[Tensor]]:

@@ -21,7 +21,7 @@ What is hard here:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -45,6 +45,24 @@ _MANY = 8
 """From this number of tensors on, a grouped copy takes less time than copies of each."""
 
 
+class Captured(NamedTuple):
+    """What a captured call gives, besides its graph."""
+
+    outputs: OutputPlan
+    """Where each part of the output comes from."""
+    computed: list[Tensor]
+    """The tensors that the graph computes for the output."""
+    effects: Sequence[Effect] = ()
+    """The side effects to do again after a replay."""
+    effect_tensors: Sequence[Tensor] = ()
+    """The tensors that the graph computes for the effects, in their order."""
+    takers: Sequence[Taker] = ()
+    """Use values that the graph computes besides the output.
+
+    Each one turns a pair into an output; the first one gets the pair that the graph computes.
+    """
+
+
 class GraphEntry:
     """One graph of one variant of one key.
 
@@ -53,14 +71,9 @@ class GraphEntry:
     Args:
         graph: The graph.
         inputs: The tensors that the graph reads.
-        outputs: Where each part of the output comes from.
-        computed: The tensors that the graph computes for the output.
-        effects: The side effects to do again after a replay.
-        effect_tensors: The tensors that the graph computes for the effects, in their order.
-        copies_outputs: True if outputs are copied out of graph memory.
+        captured: What the call gives.
         record: The row in the statistics.
-        takers: Use values that the graph computes besides the output. Each one turns a pair into an
-            output; the first one gets the pair that the graph computes.
+        copies_outputs: True if outputs are copied out of graph memory.
     """
 
     __slots__ = (
@@ -83,14 +96,11 @@ class GraphEntry:
         self,
         graph: CapturedGraph,
         inputs: StaticInputs,
-        outputs: OutputPlan,
-        computed: list[Tensor],
-        effects: list[Effect],
-        effect_tensors: list[Tensor],
-        copies_outputs: bool,
+        captured: Captured,
         record: EntryRecord,
-        takers: Sequence[Taker] = (),
+        copies_outputs: bool = True,
     ) -> None:
+        outputs, computed, effects, effect_tensors, takers = captured
         self._graph: CapturedGraph | None = graph
         self._inputs: StaticInputs | None = inputs
         self._outputs = outputs
@@ -106,11 +116,11 @@ class GraphEntry:
             self._copy = copy_with_strides
         elif copies_outputs and len(computed) >= _MANY:
             self._grouped_copies = GroupedCopies([*effect_tensors, *computed])
-        self._effects = effects
+        self._effects = list(effects)
         self._validity_checks = methods(effects, "is_valid")
         self._before_replay = methods(effects, "before_replay")
         self._after_replay = methods(effects, "after_replay")
-        self._effect_tensors = effect_tensors
+        self._effect_tensors = list(effect_tensors)
         self._copies_outputs = copies_outputs
         self._copies_back = inputs.are_written
         self.record = record

@@ -64,6 +64,70 @@ def _is_lazy(tensor: Tensor) -> bool:
     return tensor.is_conj() or tensor.is_neg()
 
 
+class _SourceFinder:
+    """Finds where the leaves of an output come from. Its arguments are those of the plan."""
+
+    def __init__(self, output: Any, inputs: list[Any], module_storages: set[int]) -> None:
+        self._output = output
+        self._inputs = inputs
+        self._module_storages = module_storages
+        self._positions = {id(leaf): i for i, leaf in enumerate(inputs) if not is_plain_value(leaf)}
+        self._given = {
+            _storage(leaf): index
+            for index, leaf in enumerate(inputs)
+            if isinstance(leaf, Tensor) and leaf.numel()
+        }
+        self.computed: list[Tensor] = []
+        """The tensors that the graph computes, without duplicates."""
+        self._numbers: dict[int, int] = {}
+        """Their positions, by id."""
+
+    def source_of(self, index: int, leaf: Any, attributes: list[str]) -> tuple[_Source, Any]:
+        """Return where one leaf comes from.
+
+        Args:
+            index: Its position.
+            leaf: The leaf.
+            attributes: What the step has set on it.
+        """
+        if isinstance(leaf, _Given):
+            return _Source.CONTAINER, leaf.number
+        if id(leaf) in self._positions:
+            return _Source.INPUT, self._positions[id(leaf)]
+        if is_plain_value(leaf):
+            return _Source.HELD, leaf
+        if not isinstance(leaf, Tensor):
+            raise self._error(
+                index, f" is a {type(leaf).__qualname__}, which a replay cannot make."
+            )
+        if leaf.is_nested or leaf.layout is not torch.strided:
+            raise self._unmakeable(index, "nested" if leaf.is_nested else str(leaf.layout))
+        if _storage(leaf) in self._module_storages:
+            return _Source.HELD, leaf
+        if attributes:
+            raise self._error(index, f".{attributes[0]} is set, which a copy has not.")
+        if leaf.numel() and _storage(leaf) in self._given:
+            number = self._given[_storage(leaf)]
+            given = self._inputs[number]
+            _check_same_kind(leaf, given, self._output, index)
+            offset = leaf.storage_offset() - given.storage_offset()
+            return _Source.VIEW_OF_INPUT, _View(number, tuple(leaf.shape), leaf.stride(), offset)
+        if leaf.requires_grad:  # the step has asked for it: a copy is another tensor
+            raise self._error(index, " was made to require gradients.")
+        if leaf.is_quantized:
+            raise self._unmakeable(index, "quantized")
+        if id(leaf) not in self._numbers:
+            self._numbers[id(leaf)] = len(self.computed)
+            self.computed.append(leaf)
+        return _Source.COMPUTED, self._numbers[id(leaf)]
+
+    def _error(self, index: int, what: str) -> CaptureError:
+        return CaptureError(f"{leaf_paths(self._output, 'output')[index]}{what}")
+
+    def _unmakeable(self, index: int, kind: str) -> CaptureError:
+        return self._error(index, f" is a {kind} tensor, which a replay cannot make.")
+
+
 @dataclasses.dataclass(frozen=True)
 class OutputPlan:
     """Where each leaf of a captured output comes from. It does not keep computed tensors alive."""
@@ -105,53 +169,12 @@ class OutputPlan:
         leaves = leaves_on_device(leaves)
         if detaches:
             leaves = _detached(leaves)
-        positions = {
-            id(leaf): index for index, leaf in enumerate(inputs) if not is_plain_value(leaf)
-        }
-        given = {
-            _storage(leaf): index
-            for index, leaf in enumerate(inputs)
-            if isinstance(leaf, Tensor) and leaf.numel()
-        }
-        computed: dict[int, int] = {}
-        tensors: list[Tensor] = []
-        sources: list[tuple[_Source, Any]] = []
-        for index, leaf in enumerate(leaves):
-            if isinstance(leaf, _Given):
-                sources.append((_Source.CONTAINER, leaf.number))
-            elif id(leaf) in positions:
-                sources.append((_Source.INPUT, positions[id(leaf)]))
-            elif not isinstance(leaf, Tensor):
-                if not is_plain_value(leaf):
-                    path = leaf_paths(output, "output")[index]
-                    raise CaptureError(
-                        f"{path} is a {type(leaf).__qualname__}, which a replay cannot make."
-                    )
-                sources.append((_Source.HELD, leaf))
-            elif leaf.is_nested or leaf.layout is not torch.strided:
-                raise _unmakeable(output, index, "nested" if leaf.is_nested else str(leaf.layout))
-            elif leaf.untyped_storage().data_ptr() in module_storages:
-                sources.append((_Source.HELD, leaf))
-            elif attributes[index]:
-                path = leaf_paths(output, "output")[index]
-                raise CaptureError(f"{path}.{attributes[index][0]} is set, which a copy has not.")
-            elif leaf.numel() and _storage(leaf) in given:
-                number = given[_storage(leaf)]
-                _check_same_kind(leaf, inputs[number], output, index)
-                offset = leaf.storage_offset() - inputs[number].storage_offset()
-                view = _View(number, tuple(leaf.shape), leaf.stride(), offset)
-                sources.append((_Source.VIEW_OF_INPUT, view))
-            else:
-                if leaf.requires_grad:  # the step has asked for it: a copy is another tensor
-                    path = leaf_paths(output, "output")[index]
-                    raise CaptureError(f"{path} was made to require gradients.")
-                if leaf.is_quantized:
-                    raise _unmakeable(output, index, "quantized")
-                if id(leaf) not in computed:
-                    computed[id(leaf)] = len(tensors)
-                    tensors.append(leaf)
-                sources.append((_Source.COMPUTED, computed[id(leaf)]))
-        tensors = _join_shared(sources, tensors, leaves, output)
+        finder = _SourceFinder(output, inputs, module_storages)
+        sources = [
+            finder.source_of(i, *each)
+            for i, each in enumerate(zip(leaves, attributes, strict=True))
+        ]
+        tensors = _join_shared(sources, finder.computed, leaves, output)
         return cls(
             rebuild(output, iter([0] * len(leaves))),  # ``torch.Size`` takes numbers only
             structure is not None,
@@ -243,11 +266,6 @@ def _detached(leaves: list[Any]) -> list[Any]:
         if isinstance(leaf, Tensor) and leaf.grad_fn is not None
     }
     return [detached.get(id(leaf), leaf) for leaf in leaves]
-
-
-def _unmakeable(output: Any, index: int, kind: str) -> CaptureError:
-    path = leaf_paths(output, "output")[index]
-    return CaptureError(f"{path} is a {kind} tensor, which a replay cannot make.")
 
 
 def _check_same_kind(one: Tensor, other: Tensor, output: Any, index: int) -> None:
