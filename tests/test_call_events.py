@@ -61,7 +61,7 @@ def counts(listener: Listener) -> list[int]:
 def test_what_tells_nothing_is_told_once(repetition):
     """What one step turned off is told to the next."""
     listener = Listener()
-    with call_events(listener).telling() as hindrance:
+    with call_events(listener).reporting() as hindrance:
         step()
         assert hindrance == ""
     step()
@@ -72,7 +72,7 @@ def test_what_tells_nothing_is_told_once(repetition):
 def test_files_of_which_nothing_is_told():
     listener = Listener()
     listener.quiet_files.add(__file__)
-    with call_events(listener).telling():
+    with call_events(listener).reporting():
         step()
     assert counts(listener) == [0, 0, 0, 0]
 
@@ -80,7 +80,7 @@ def test_files_of_which_nothing_is_told():
 def test_other_threads_and_suspended_code_are_not_told():
     listener = Listener()
     events = call_events(listener)
-    with events.telling():
+    with events.reporting():
         with events.suspended():
             step()
         other = threading.Thread(target=step)
@@ -101,7 +101,7 @@ def test_an_error_of_the_listener_ends_the_step_and_leaves_nothing():
             return super().on_call(frame)
 
     listener = Stops()
-    with pytest.raises(KeyboardInterrupt), call_events(listener).telling():
+    with pytest.raises(KeyboardInterrupt), call_events(listener).reporting():
         step()
     step()
     assert counts(listener) == [1, 1, 0, 0]
@@ -113,11 +113,11 @@ def test_two_steps_at_once():
     outer, inner = Listener(), Listener()
 
     def other() -> None:
-        with call_events(inner).telling():
+        with call_events(inner).reporting():
             step()
             step()
 
-    with call_events(outer).telling():
+    with call_events(outer).reporting():
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
@@ -136,7 +136,7 @@ def test_an_exception_that_is_thrown_into_a_generator():
         finally:
             once()
 
-    with call_events(listener).telling():
+    with call_events(listener).reporting():
         for _ in range(2):
             with pytest.raises(RuntimeError, match="mine"), opened():
                 raise RuntimeError("mine")
@@ -148,6 +148,6 @@ def test_code_without_a_file():
     namespace: dict[str, Any] = {}
     exec(textwrap.dedent("def step():\n    return 1\n"), namespace)
     listener = Listener()
-    with call_events(listener).telling():
+    with call_events(listener).reporting():
         namespace["step"]()
     assert listener.calls["step"] == 1

@@ -108,7 +108,7 @@ no_warning_of_other_streams = _SettingOfStreams(_WARN, False)
 """Runs steps on a stream of ours without the warning that their nodes are of another one."""
 
 
-_TOLD = ("torch", "triton", "cg_lightning")
+_INFORMED = ("torch", "triton", "cg_lightning")
 """Packages that have to know: SyncBatchNorm, for instance, would wait for the device otherwise."""
 _ASKED = "_cuda_isCurrentStreamCapturing"
 """Private: what ``torch.cuda.is_current_stream_capturing`` asks (torch 2.8 to 2.13)."""
@@ -132,7 +132,7 @@ def capture_looks_eager() -> Iterator[None]:
         if caller is not None and caller.f_code is is_current_stream_capturing.__code__:
             caller = caller.f_back
         asking = "" if caller is None else caller.f_globals.get("__name__", "")
-        return asking.split(".")[0] in _TOLD and ask()
+        return asking.split(".")[0] in _INFORMED and ask()
 
     replaced: AbstractContextManager[object]
     if hasattr(graphs, _ASKED):  # it answers under whatever name the public function was imported

@@ -42,21 +42,21 @@ class CallListener(Protocol):
 class CallEvents(Protocol):
     """Reports the calls of this thread to a listener."""
 
-    def telling(self) -> AbstractContextManager[str]:
+    def reporting(self) -> AbstractContextManager[str]:
         """While this is entered, calls are reported. Yields what prevents it; empty: nothing."""
 
     def suspended(self) -> AbstractContextManager[None]:
         """While this is entered, nothing is reported."""
 
     def pause(self) -> bool:
-        """Tell nothing until :meth:`resume`, where to be told takes time.
+        """Report nothing until :meth:`resume`, where reports take time.
 
         Returns:
             Whether :meth:`resume` must follow.
         """
 
     def resume(self) -> None:
-        """Tell again."""
+        """Report again."""
 
 
 def call_events(listener: CallListener) -> CallEvents:
@@ -76,7 +76,7 @@ class _Profiler:
         self._profiler = self._on_event
 
     @contextlib.contextmanager
-    def telling(self) -> Iterator[str]:
+    def reporting(self) -> Iterator[str]:
         """See :class:`CallEvents`."""
         with paused_profiler() as left:
             if left is None:
@@ -99,10 +99,10 @@ class _Profiler:
 
     def pause(self) -> bool:
         """See :class:`CallEvents`."""
-        is_telling = sys.getprofile() is self._profiler
-        if is_telling:
+        is_reporting = sys.getprofile() is self._profiler
+        if is_reporting:
             sys.setprofile(None)
-        return is_telling
+        return is_reporting
 
     def resume(self) -> None:
         """See :class:`CallEvents`."""
@@ -154,7 +154,7 @@ if sys.version_info >= (3, 12):
             self._monitor = Monitor(starts, {_EVENTS.CALL: self._on_c_call})
 
         @contextlib.contextmanager
-        def telling(self) -> Iterator[str]:
+        def reporting(self) -> Iterator[str]:
             """See :class:`CallEvents`."""
             with self._monitor:
                 yield ""
@@ -184,7 +184,7 @@ if sys.version_info >= (3, 12):
             if id(code) not in self._seen:
                 self._seen[id(code)] = code
                 if may_call_for_step(code.co_filename):
-                    self._monitor.tell_of(code)
+                    self._monitor.report_events_of(code)
             frame = _frame_of(code)
             is_quiet = frame.f_globals.get("__file__") in self._listener.quiet_files
             if is_quiet or not self._listener.on_call(frame):

@@ -1,6 +1,6 @@
 """Settings of PyTorch and NumPy that are in no key, so they are guarded.
 
-PyTorch reads some of them in Python. Others are kept in C, and only functions tell them.
+PyTorch reads some of them in Python. Others are kept in C, and only functions return them.
 
 What is hard here: the first call of compiled code turns the checks of distributions off, for the
 whole process. Eager steps after that raise no error, and steps from graphs must not either.
@@ -25,14 +25,14 @@ from cg_lightning.guards.sources import DerivedNamespace, Source
 _FAST_PATH_FILE = torch.backends.mha.__file__
 
 
-class _Told(DerivedNamespace):
-    """Settings by the names of the functions that tell them."""
+class _SettingsOfTorch(DerivedNamespace):
+    """Settings of PyTorch by the names of the functions that return them."""
 
     def __init__(self, functions: dict[str, Callable[[], Any]]) -> None:
         self.functions = functions
 
     def get(self, name: str, default: Any) -> Any:
-        """Return what a function tells now."""
+        """Return what a function returns now."""
         value = self.functions[name]()
         return value if is_plain_value(value) else repr(value)
 
@@ -49,7 +49,7 @@ _IN_C = (
 )
 """Functions of ``torch._C``, private and public, that take no argument. Keys have the others."""
 _OF_TORCH = {name: getattr(torch._C, name) for name in _IN_C if hasattr(torch._C, name)}
-_TORCH = _Told({**_OF_TORCH, "get_autocast_dtype": _autocast_types})
+_TORCH = _SettingsOfTorch({**_OF_TORCH, "get_autocast_dtype": _autocast_types})
 _SETTINGS = (
     Source(Distribution, "_validate_args", "Distribution._validate_args"),
     Source(
@@ -76,8 +76,8 @@ WARN = frozenset({"warn", "warn_explicit"})
 FILTERS = Source(vars(warnings), "filters", "warnings.filters")
 
 
-def setting_told_by(function: Any) -> Source | None:
-    """Return the setting of PyTorch that a function tells, or that a property of it is.
+def setting_returned_by(function: Any) -> Source | None:
+    """Return the setting of PyTorch that a function or a property returns.
 
     Args:
         function: A function, or what ``torch.backends`` has for a setting.
@@ -92,6 +92,19 @@ def setting_told_by(function: Any) -> Source | None:
     return Source(_TORCH, name, f"torch.{name}()")
 
 
+class _SettingsOfNumPy(DerivedNamespace):
+    """Settings of NumPy by the names of the functions that return them."""
+
+    def get(self, name: str, default: Any) -> Any:
+        """Return what a function returns now; ``default`` if NumPy is not imported."""
+        numpy = sys.modules.get("numpy")
+        return default if numpy is None else repr(getattr(numpy, name)())
+
+
+_NUMPY = _SettingsOfNumPy()
+_NAMES_OF_NUMPY = ("geterr", "get_printoptions")
+
+
 def settings_of_numpy(values: Iterable[Any], writes_text: bool) -> list[Source]:
     """Return settings of NumPy that code may depend on.
 
@@ -101,16 +114,10 @@ def settings_of_numpy(values: Iterable[Any], writes_text: bool) -> list[Source]:
         values: What the code names.
         writes_text: Whether it writes numbers as text.
     """
-    numpy = sys.modules.get("numpy")
-    if numpy is None or not any(map(_is_of_numpy, values)):
+    if "numpy" not in sys.modules or not any(map(_is_of_numpy, values)):
         return []
-    _NUMPY.functions = {name: getattr(numpy, name) for name in _NAMES_OF_NUMPY}
     names = _NAMES_OF_NUMPY if writes_text else _NAMES_OF_NUMPY[:1]
     return [Source(_NUMPY, name, f"numpy.{name}()") for name in names]
-
-
-_NAMES_OF_NUMPY = ("geterr", "get_printoptions")
-_NUMPY = _Told({})
 
 
 def _is_of_numpy(value: Any) -> bool:

@@ -28,7 +28,7 @@ if sys.version_info >= (3, 12):
 
         Args:
             callbacks: What is called for all code that runs.
-            of_some_code: What is called for code that :meth:`tell_of` was given.
+            of_some_code: What is called for code that :meth:`report_events_of` was given.
         """
 
         def __init__(
@@ -56,7 +56,7 @@ if sys.version_info >= (3, 12):
                 self.__exit__()
                 raise
 
-        def tell_of(self, code: CodeType) -> None:
+        def report_events_of(self, code: CodeType) -> None:
             """Report the further events of some code."""
             self._codes.append(code)
             events = functools.reduce(int.__or__, self._local)

@@ -55,11 +55,11 @@ class OperationMode(EagerDispatchMode):
         self._run(self._after, function, args, kwargs, output)
         return output
 
-    def _run(self, told: list[Callable[..., None]], *operation: Any) -> None:
+    def _run(self, methods: list[Callable[..., None]], *operation: Any) -> None:
         events = self._watch.call_events
         is_paused = events is not None and events.pause()
         try:
-            for each in told:
+            for each in methods:
                 each(*operation)
         finally:
             if is_paused:

@@ -176,7 +176,7 @@ class _CallHandler(ModuleHandler):
         self._path = path
         self._module = module
         self._detectors = detectors
-        self._told = [
+        self._with_returned = [
             detector for detector in detectors if type(detector).returned is not Detector.returned
         ]
 
@@ -189,7 +189,7 @@ class _CallHandler(ModuleHandler):
             for detector in self._detectors:
                 stack.enter_context(detector.around_call(call))
             output = original(*args, **kwargs)
-            for detector in self._told:
+            for detector in self._with_returned:
                 detector.returned(call, output)
             return output
 

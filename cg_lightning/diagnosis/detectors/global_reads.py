@@ -37,7 +37,7 @@ from cg_lightning.diagnosis.library_settings import (
     FILTERS,
     WARN,
     has_settings,
-    setting_told_by,
+    setting_returned_by,
     settings_of_numpy,
     settings_read_by,
 )
@@ -140,7 +140,7 @@ class GlobalReads(Detector):
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
         """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
-        with self._events.telling() as hindrance:
+        with self._events.reporting() as hindrance:
             yield
         if hindrance:
             self.watch.report(
@@ -279,7 +279,7 @@ class GlobalReads(Detector):
             *map(source_of_cache, found.caches),
             *found.places,
             *settings,
-            *filter(None, map(setting_told_by, values)),
+            *filter(None, map(setting_returned_by, values)),
             *settings_of_numpy(values, names.writes_text()),
         ]
         for each in computed:

@@ -100,13 +100,13 @@ class TensorAttributes(ReplacingDetector):
                 self.watch.report(Cause.OPAQUE, "_base, of which a tensor is a view")
             return base.__get__(tensor)  # type: ignore[no-any-return]
 
-        def telling(name: str, method: Any) -> Any:
-            def tell(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def reporting(name: str, method: Any) -> Any:
+            def report(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
                 if is_read_by_user() and id(tensor) not in self._tensors:
                     self.watch.report(Cause.OPAQUE, f"torch.Tensor.{name}")
                 return method(tensor, *args, **kwargs)
 
-            return tell
+            return report
 
         def missing(tensor: Tensor, name: str) -> Any:
             # libraries ask for many names, to find out what kind of object it is
@@ -125,7 +125,7 @@ class TensorAttributes(ReplacingDetector):
         members["_version"] = property(version)
         members["_base"] = property(whole)
         for name in ("storage", "_typed_storage", "is_shared"):  # written in Python
-            members[name] = telling(name, getattr(Tensor, name))
+            members[name] = reporting(name, getattr(Tensor, name))
         if not hasattr(Tensor, "__getattr__"):
             members["__getattr__"] = missing
         for name, value in members.items():
