@@ -50,7 +50,7 @@ from cg_lightning.effects.attributes import AttributesSnapshot
 from cg_lightning.effects.late_updates import LateStep, LateUpdates
 from cg_lightning.effects.logged_values import NothingLogged
 from cg_lightning.effects.module_effects import ModuleEffects
-from cg_lightning.effects.recording import StepRecording
+from cg_lightning.effects.recording import RecordedParts, StepRecording
 from cg_lightning.effects.step_state import StepState
 from cg_lightning.guards.guard_set import GuardSet, Unguarded
 from cg_lightning.guards.identity import SameItems
@@ -174,7 +174,7 @@ def target_of(module: nn.Module, **settings: Any) -> GraphTarget:
 
 def parts_of_targets(**settings: Any) -> TargetParts:
     backend, written = RecorderBackend(CPU), WrittenTensors()
-    cache = GraphCache(64, backend.synchronize)
+    cache = GraphCache(backend, 64)
     options = Settings(**{"warmup_steps": 0, "verify_replays": 1, **settings})
     capturer = Capturer(backend, options, cache, written)
     verifier = Verifier(backend, "exact", written)
@@ -560,7 +560,8 @@ def test_a_recording_gives_the_effects_of_a_step_that_the_user_has_not_seen():
     late = LateStep(LateUpdates(), [])
     with torch.no_grad(), states.held_for_capture([metric]) as held:
         before = AttributesSnapshot([metric])
-        recording = StepRecording(CheckedCalls(), [metric], held, states, NothingLogged(), late, [])
+        parts = RecordedParts([metric], held, states, NothingLogged(), late)
+        recording = StepRecording(CheckedCalls(), parts)
         with recording.watching():
             metric.update(x)
             finished = recording.finish()

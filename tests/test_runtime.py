@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cg_lightning import CaptureError, CUDAGraphMode, CUDAGraphOptions
 from cg_lightning.backends import resolve_backend
+from cg_lightning.backends.recorder import RecorderBackend
 from cg_lightning.capture import outputs
 from cg_lightning.capture.cache import GraphCache
 from cg_lightning.capture.call import CaptureTarget, GraphCall
@@ -159,7 +160,7 @@ def target_of(module: nn.Module) -> CaptureTarget:
 
 def make_capturer(backend: str, **settings: Any) -> tuple[Capturer, GraphCache]:
     found = resolve_backend(backend)
-    cache = GraphCache(settings.get("max_graphs", 64), found.synchronize)
+    cache = GraphCache(found, settings.get("max_graphs", 64))
     return Capturer(found, Settings(**settings), cache, WrittenTensors()), cache
 
 
@@ -285,7 +286,7 @@ def entry_of(step: int) -> GraphEntry:
 
 
 def test_the_cache_drops_graphs_until_a_new_one_fits_into_its_bytes():
-    cache = GraphCache(64, lambda: None, max_bytes=30)
+    cache = GraphCache(RecorderBackend(torch.device("cpu")), 64, max_bytes=30)
     entries = [entry_of(step) for step in range(5)]
     for entry in entries:
         entry.graph.num_bytes = 10
@@ -306,7 +307,12 @@ def test_the_cache_drops_graphs_until_a_new_one_fits_into_its_bytes():
 
 def test_the_cache_drops_the_least_recently_used_and_names_its_owner():
     waited: list[int] = []
-    cache = GraphCache(2, lambda: waited.append(1))
+
+    class Waits(RecorderBackend):
+        def synchronize(self) -> None:
+            waited.append(1)
+
+    cache = GraphCache(Waits(torch.device("cpu")), 2)
     entries = []
     for step in range(2):
         cache.step = step

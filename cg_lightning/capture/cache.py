@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+from cg_lightning.backends import GraphBackend
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.core.errors import CaptureError
 
@@ -16,17 +16,17 @@ class GraphCache:
     on, and the owner asks before each replay. The cache does not know keys.
 
     Args:
+        backend: Waits for the device, because a graph must not be destroyed while it runs.
         max_graphs: The maximum number of graphs.
-        synchronize: Waits for the device, because a graph must not be destroyed while it runs.
         max_bytes: The maximum memory of all graphs, as measured in their captures. None: no limit.
     """
 
     def __init__(
-        self, max_graphs: int, synchronize: Callable[[], None], max_bytes: int | None = None
+        self, backend: GraphBackend, max_graphs: int, max_bytes: int | None = None
     ) -> None:
         self._max_graphs = max_graphs
         self._max_bytes = max_bytes
-        self._synchronize = synchronize
+        self._backend = backend
         self._owners: dict[GraphEntry, Any] = {}
         self.step = 0
         """The number of the current step. Each entry stores the step of its last use."""
@@ -88,7 +88,7 @@ class GraphCache:
             excess -= oldest.num_bytes
         if excess > 0:
             needed = entry.num_bytes
-            self._synchronize()
+            self._backend.synchronize()
             entry.drop()
             raise CaptureError(
                 f"A graph of {needed} bytes, with the others of its step, needs more than "
@@ -112,14 +112,14 @@ class GraphCache:
     def drop(self, entry: GraphEntry) -> None:
         """Drop one graph; idempotent."""
         if self._owners.pop(entry, None) is not None:
-            self._synchronize()
+            self._backend.synchronize()
             entry.drop()
 
     def drop_all(self) -> bool:
         """Drop every graph. Return True if there was one."""
         if not self._owners:
             return False
-        self._synchronize()
+        self._backend.synchronize()
         for entry in self._owners:
             entry.drop()
         self._owners.clear()

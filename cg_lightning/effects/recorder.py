@@ -34,10 +34,10 @@ from cg_lightning.effects.kinds import ReadChecksLater
 from cg_lightning.effects.late_updates import LateStep
 from cg_lightning.effects.logged_numbers import numbers_as_tensors
 from cg_lightning.effects.logged_values import LoggedValues
-from cg_lightning.effects.recording import Recording, StepRecording
+from cg_lightning.effects.recording import RecordedParts, Recording, StepRecording
 from cg_lightning.metrics.deferred_checks import CheckedCalls, DeferredCheck, DeferredChecks
 from cg_lightning.metrics.members import metrics_of
-from cg_lightning.metrics.states import MetricState, MetricStates
+from cg_lightning.metrics.states import MetricStates
 from cg_lightning.metrics.sync_free import sync_free
 
 
@@ -93,7 +93,8 @@ def recording_effects(
     logged_before = logged.snapshot()
     try:
         with states.held_for_capture(metrics) as tensors:
-            recorder = EffectRecorder(module, metrics, tensors, states, logged, late, sync_free)
+            parts = RecordedParts(metrics, tensors, states, logged, late)
+            recorder = EffectRecorder(module, parts, sync_free)
             yield recorder
     finally:
         logged.restore(logged_before)
@@ -105,30 +106,13 @@ class EffectRecorder(Recorder):
 
     Args:
         module: The module.
-        metrics: The metrics that the step may update, and those behind ``self.log``.
-        metric_states: Their tensor states.
-        states: The metric states of the whole run.
-        logged: The logged values.
-        late: The metrics that are updated after the step.
+        parts: What the step may change.
         sync_free: Replace functions of torchmetrics that wait for the device.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        metrics: list[nn.Module],
-        metric_states: list[MetricState],
-        states: MetricStates,
-        logged: LoggedValues,
-        late: LateStep,
-        sync_free: bool,
-    ) -> None:
+    def __init__(self, module: nn.Module, parts: RecordedParts, sync_free: bool) -> None:
         self._module = module
-        self._metrics = metrics
-        self._metric_states = metric_states
-        self._states = states
-        self._logged = logged
-        self._late = late
+        self._parts = parts
         self._sync_free = sync_free
         self._checked = CheckedCalls()
         """The calls of the last step."""
@@ -141,27 +125,20 @@ class EffectRecorder(Recorder):
 
         At the end the attributes of metrics are restored, so each capture starts from the same.
         """
+        parts = self._parts
         self._checked = CheckedCalls(self._reserved or None)
         effects = [ReadChecksLater(self._reserved)] if self._reserved else []
         with contextlib.ExitStack() as stack:
-            stack.callback(AttributesSnapshot(self._metrics).restore)
-            recording = StepRecording(
-                self._checked,
-                self._metrics,
-                self._metric_states,
-                self._states,
-                self._logged,
-                self._late,
-                effects,
-            )
-            recording.late_calls = stack.enter_context(self._late.collected())
+            stack.callback(AttributesSnapshot(parts.metrics).restore)
+            recording = StepRecording(self._checked, parts, effects)
+            recording.late_calls = stack.enter_context(parts.late.collected())
             stack.enter_context(recording.watching())
             if self._sync_free:
                 stack.enter_context(sync_free(self._checked))
-            if self._logged.is_supported():
+            if parts.logged.is_supported():
                 stack.enter_context(numbers_as_tensors(self._module))
             else:
-                recording.log_calls = stack.enter_context(self._logged.calls.collected())
+                recording.log_calls = stack.enter_context(parts.logged.calls.collected())
             yield recording
 
     def reserve_checks(self, checked: CheckedCalls) -> None:

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,6 @@ from cg_lightning.effects.kinds import (
     ExpectAttributes,
     ExpectedAttribute,
     MoveMetricStates,
-    ReadChecksLater,
     RepeatLogCalls,
     SetAttributes,
 )
@@ -214,37 +213,38 @@ class Recording:
         return FinishedStep([], [], [], [])
 
 
+class RecordedParts(NamedTuple):
+    """What a captured step of a module may change besides attributes of the user's."""
+
+    metrics: list[nn.Module]
+    """All metrics that the step may use, and those behind ``self.log``."""
+    metric_states: list[MetricState]
+    """Their tensor states."""
+    states: MetricStates
+    """The metric states of the whole run."""
+    logged: LoggedValues
+    """The logged values."""
+    late: LateStep
+    """The metrics that are updated after the step."""
+
+
 class StepRecording(Recording):
     """One captured step of a module with metrics or logged values.
 
     Args:
         checked: See :class:`Recording`.
-        metrics: All metrics that the step may use.
-        metric_states: Their tensor states.
-        states: The metric states of the whole run.
-        logged: The logged values.
-        late: The metrics that are updated after the step.
+        parts: What the step may change.
         effects: Effects that are known already.
     """
 
     def __init__(
-        self,
-        checked: CheckedCalls,
-        metrics: list[nn.Module],
-        metric_states: list[MetricState],
-        states: MetricStates,
-        logged: LoggedValues,
-        late: LateStep,
-        effects: list[ReadChecksLater],
+        self, checked: CheckedCalls, parts: RecordedParts, effects: Sequence[Effect] = ()
     ) -> None:
         super().__init__(checked)
-        self._metric_states = metric_states
-        self._states = states
-        self._logged = logged
-        self._late = late
-        self._effects: list[Effect] = [*effects]
+        metrics, self._metric_states, self._states, self._logged, self._late = parts
+        self._effects = list(effects)
         self._metrics = [
-            _RecordedMetric(metric, [state for state in metric_states if state.metric is metric])
+            _RecordedMetric(metric, [each for each in self._metric_states if each.metric is metric])
             for metric in metrics
         ]
         self.log_calls: Calls = []

@@ -108,7 +108,7 @@ class Session:
         self.stats = stats
         self.effects = effects
         self.cache: GraphCache = (
-            GraphCache(settings.max_graphs, backend.synchronize, settings.max_graph_bytes)
+            GraphCache(backend, settings.max_graphs, settings.max_graph_bytes)
             if sharing is None
             else sharing.cache
         )
@@ -122,7 +122,7 @@ class Session:
         self._compilation = Compilation(settings.compile_arguments, stats.compiled)
         is_compiled = settings.compile_arguments is not None
         tolerance = "close" if is_compiled else settings.verify_tolerance
-        self._verifier = Verifier(backend, tolerance, self.written, self._compilation.suspended)
+        self._verifier = Verifier(backend, tolerance, self.written, self._compilation)
         may_drop = not settings.strict and backend.stopwatch(0.0) is not None
         parts = TargetParts(capturer, self._verifier, stats, self._written_settings)
         min_saving = settings.min_saving if may_drop else 0.0

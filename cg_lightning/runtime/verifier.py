@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -17,6 +16,7 @@ from cg_lightning.core.errors import CaptureError, UnkeyableBatchError
 from cg_lightning.core.tree import flatten, leaf_paths
 from cg_lightning.effects.module_effects import Comparison
 from cg_lightning.effects.step_state import NoState, StepState
+from cg_lightning.modules.compilation import Compilation
 from cg_lightning.report.records import EntryRecord
 
 _LIKELY_CAUSE = (
@@ -111,7 +111,7 @@ class Verifier:
         backend: Captures and replays.
         tolerance: ``exact`` or ``close``.
         written: Tensors, other than buffers, that steps write to.
-        as_written: Makes a context in which the step runs as the user wrote it.
+        compilation: What the callback compiles, which eager steps must not run. None: nothing.
     """
 
     def __init__(
@@ -119,10 +119,10 @@ class Verifier:
         backend: GraphBackend,
         tolerance: str,
         written: WrittenTensors,
-        as_written: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        compilation: Compilation | None = None,
     ) -> None:
         self._backend = backend
-        self._as_written = as_written
+        self._compilation = compilation
         self._is_same = same_leaf if tolerance == "exact" else close_leaf
         self._written = written
 
@@ -166,7 +166,8 @@ class Verifier:
         return ""
 
     def _run_eagerly(self, call: GraphCall, comparison: Comparison | None) -> Any:
-        with self._as_written():
+        compilation = self._compilation
+        with contextlib.nullcontext() if compilation is None else compilation.suspended():
             if comparison is None:
                 return call.run_eagerly()
             return comparison.run(call.run_eagerly)
