@@ -68,6 +68,7 @@ class Attempt:
         self._settings = settings
         self._inputs = inputs
         self._target = target
+        self._does = target.side_effects
         self._call = call
         self._constants = HostConstants(backend.device, target.copies_from_host)
         self._passed_on = PassedOnValues(call.descriptor.leaves)
@@ -75,19 +76,21 @@ class Attempt:
         self._has_compiled = has_compiled
         # what metrics and the user's lists keep is never graph memory
         self._copies_outputs = settings.copy_outputs or bool(
-            target.late or target.changes or target.fills_batch
+            self._does.late or self._does.changes or self._does.fills_batch
         )
 
     def entry(self) -> GraphEntry:
         """Capture the call; see :meth:`Capturer.capture` for the errors."""
         target, effects = self._target, self._target.effects
         recording: AbstractContextManager[Recorder] = (
-            contextlib.nullcontext(Recorder()) if effects is None else effects.recorder(target.late)
+            contextlib.nullcontext(Recorder())
+            if effects is None
+            else effects.recorder(self._does.late)
         )
         with (
             override_forward_context(ForwardContext(target.mode, self._call.descriptor)),
             recording as recorder,
-            _random_state_put_back() if target.host_draws else contextlib.nullcontext(),
+            _random_state_put_back() if self._does.host_draws else contextlib.nullcontext(),
         ):
             graph, captured, needed = self._capture(recorder)
             if needed is not None:  # only a capture shows it
@@ -97,7 +100,7 @@ class Attempt:
                 del needed  # it may keep memory of the first graph
                 graph, captured, _ = self._capture(recorder)
         self._inputs.keep(self._constants.tensors)
-        self._inputs.note_written(target.batch_writes)
+        self._inputs.note_written(self._does.batch_writes)
         return GraphEntry(
             graph,
             self._inputs,
@@ -130,8 +133,8 @@ class Attempt:
         Returns:
             What the call gives, and what has no memory yet, so that it must be captured once more.
         """
-        target, takers = self._target, list[Taker]()
-        with recording_changes(target.changes) as changing, recorder.step() as recording:
+        target, does, takers = self._target, self._does, list[Taker]()
+        with recording_changes(does.changes) as changing, recorder.step() as recording:
             tree = rebuild(self._call.tree, iter(self._leaves))
             containers, entries = list(containers_in(tree)), BatchEntries(tree)
             with self._answering(recording.checked) as constants:
@@ -139,16 +142,16 @@ class Attempt:
             is_closure = isinstance(output, ClosureOutput)
             finished = recording.finish((leaves_on_device(output), self._leaves))
             effects, tensors = finished.effects, finished.tensors
-            if target.host_draws:
-                effects.append(DrawAgain(target.host_draws))
-            if target.changes:
+            if does.host_draws:
+                effects.append(DrawAgain(does.host_draws))
+            if does.changes:
                 output, changes = changing.finish(output)
                 effects.append(changes)
                 takers.append(changes)
         for taker, values in finished.takers:
             output = (output, values)
             takers.insert(0, taker)
-        if target.fills_batch:
+        if does.fills_batch:
             takers.insert(0, SetBatchEntries(entries, output, containers))
             output = (output, (entries.new(), entries.removed()))
         finished.refuse_states_in(leaves_on_device(output))

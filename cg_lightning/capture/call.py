@@ -13,12 +13,10 @@ from cg_lightning.core.forward_context import ForwardContext, override_forward_c
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import NO_CHANGE, Changed
 from cg_lightning.core.tree import rebuild
-from cg_lightning.effects.host_draws import HostDraw
 from cg_lightning.effects.module_effects import ModuleEffects
-from cg_lightning.effects.places import ChangedAttribute
+from cg_lightning.effects.side_effects import SideEffects
 from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.host_values.path import HostRead
-from cg_lightning.metrics.units import MetricUnit
 from cg_lightning.report.records import EntryRecord
 
 
@@ -71,15 +69,11 @@ class CaptureTarget:
             effects is not captured.
         storage_addresses: The addresses of the storages of parameters and buffers.
         record: The row in the statistics.
-        changes: Attributes that the call changes in Python, and that a replay changes as well.
+        side_effects: What the call does besides, as the watched step has shown.
         changed: The value that has changed since an earlier capture; empty if none has.
         reads: Reads of the watched step on the host, which a capture cannot make.
-        late: The metrics that are updated after the step; see ``effects/late_updates.py``.
-        fills_batch: Whether the call sets or removes entries of its batch.
         copies_from_host: Whether the call copies constants from the host, and no function that it
             calls shows it.
-        host_draws: The random numbers of the host that the call draws and does not use.
-        batch_writes: The numbers of the leaves that the call writes to.
         only_computes: Whether the call does nothing but compute its output, so that nothing has to
             be put back between two runs.
         guards: The guards of the call. They receive what compiled code reads; None: it has none.
@@ -90,13 +84,9 @@ class CaptureTarget:
     effects: ModuleEffects | None
     storage_addresses: set[int]
     record: EntryRecord
-    changes: Sequence[ChangedAttribute] = ()
+    side_effects: SideEffects = dataclasses.field(default_factory=SideEffects)
     changed: Changed = NO_CHANGE
     reads: Sequence[HostRead] = ()
-    late: Sequence[MetricUnit] = ()
-    fills_batch: bool = False
     copies_from_host: bool = False
-    host_draws: Sequence[HostDraw] = ()
-    batch_writes: Sequence[int] = ()
     only_computes: bool = False
     guards: GuardSet | None = None

@@ -151,14 +151,14 @@ class Capturer:
             self._backend,
             target.effects,
             self._written.now(),
-            changes=target.changes,
+            changes=target.side_effects.changes,
         )
         context = ForwardContext(CUDAGraphMode.NONE, call.descriptor)
         with autocast_cache_emptied(), override_forward_context(context):
             try:
                 if target.effects is None:
                     return run()
-                result: T = target.effects.rehearse(run, target.late)
+                result: T = target.effects.rehearse(run, target.side_effects.late)
                 return result
             finally:
                 before.restore()

@@ -12,13 +12,11 @@ from torch import Tensor, nn
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.diagnosis.findings import Finding
-from cg_lightning.effects.host_draws import HostDraw
-from cg_lightning.effects.places import ChangedAttribute
+from cg_lightning.effects.side_effects import SideEffects
 from cg_lightning.guards.comparisons import Comparison, Condition
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues, addresses_of
 from cg_lightning.host_values.path import ReadPath
-from cg_lightning.metrics.units import MetricUnit
 
 
 @dataclasses.dataclass(eq=False)
@@ -92,30 +90,20 @@ class WrittenTensors:
 
 
 @dataclasses.dataclass(eq=False)
-class StepNotes:
+class StepNotes(SideEffects):
     """What detectors note of a watched step, beside findings and reads."""
 
     written: WrittenTensors = dataclasses.field(default_factory=WrittenTensors)
     """Tensors, other than states of metrics, that the step changed in place."""
     did_one_time_work: bool = False
     """Whether the step did one-time work: metrics formed groups, a module was compiled."""
-    changes: list[ChangedAttribute] = dataclasses.field(default_factory=list)
-    """Attributes that the step changed in Python, and that a replay can change as well."""
     path: ReadPath | None = None
     """What the step reads on the host, if all of it is known before the step."""
-    late: Sequence[MetricUnit] = ()
-    """Metrics whose calls a graph of the whole step leaves out: they follow each replay."""
     unseen_use: str = ""
     """The line of code that may use a value of its batch in a way that a capture does not see: it
     catches errors, or asks for the class of an object."""
-    fills_batch: bool = False
-    """Whether the step only sets or removes entries of the containers of its batch."""
-    batch_writes: Sequence[int] = ()
-    """The numbers of the leaves of its batch that the step writes to: a replay copies them back."""
     generators: Sequence[torch.Generator] = ()
     """Random generators, other than the default one, that the step draws from."""
-    host_draws: Sequence[HostDraw] = ()
-    """Random numbers of the host that the step draws and does not use, in its order."""
 
 
 class WatchedStep(StepNotes):

@@ -16,5 +16,6 @@
 - ``python_changes.py``: values that a step appends, adds or sets in Python, done again.
 - ``recorder.py``: EffectRecorder: the order in which captures of a step are recorded.
 - ``recording.py``: StepRecording: one captured step, and its effects.
+- ``side_effects.py``: what a watched step does besides computing, for captures and replays.
 - ``step_state.py``: StepState: everything that a step may change; it can be restored.
 """

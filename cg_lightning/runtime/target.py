@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -27,9 +26,8 @@ from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import NO_CHANGE, Changed, Reason, Status
 from cg_lightning.core.tree import leaf_paths
 from cg_lightning.diagnosis.findings import location_of
-from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.effects.module_effects import ModuleEffects
-from cg_lightning.effects.places import ChangedAttribute
+from cg_lightning.effects.side_effects import SideEffects
 from cg_lightning.guards.guard_set import GuardSet
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.guards.sources import describe_change
@@ -38,7 +36,6 @@ from cg_lightning.host_values.path import ReadPath
 from cg_lightning.report.records import EntryRecord
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.dispatcher import CUDAGraphDispatcher
-from cg_lightning.runtime.keys import Variant
 from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.plans import Action, Plan
 from cg_lightning.runtime.verifier import Verdict, Verifier
@@ -172,11 +169,6 @@ class GraphTarget:
         reason = reason_of(error)
         return reason.of_submodule(name) if self.mode is CUDAGraphMode.PIECEWISE else reason
 
-    def _changes(self, variant: Variant) -> Sequence[ChangedAttribute]:
-        if self._effects is None or not isinstance(variant.watched, WatchedStep):
-            return ()
-        return variant.watched.changes
-
     def capture_ahead(self, name: str, plan: Plan, call: GraphCall) -> Reason | None:
         """Capture the call, and do not run it. The first replay is compared with eager.
 
@@ -203,7 +195,7 @@ class GraphTarget:
         """Return what a capture and a comparison need to know about the target of a call."""
         variant = plan.variant
         assert variant is not None
-        watched = variant.watched if isinstance(variant.watched, WatchedStep) else None
+        watched = variant.watched
         record = self._parts.stats.entry(self.mode.name, name, call.descriptor)
         record.fastest_call = plan.state.fastest_call
         return CaptureTarget(
@@ -212,16 +204,12 @@ class GraphTarget:
             effects=self._effects,
             storage_addresses=self.guard.storage_addresses(),
             record=record,
-            changes=self._changes(variant),
+            side_effects=SideEffects() if watched is None else watched,
             changed=self._changed(record, plan, call),
             reads=variant.path.reads if isinstance(variant.path, ReadPath) else [],
-            late=() if watched is None else watched.late,
-            fills_batch=watched is not None and watched.fills_batch,
             copies_from_host=self.copies_from_host,
-            host_draws=() if watched is None else watched.host_draws,
-            batch_writes=() if watched is None else watched.batch_writes,
             # known only for a variant that a watched step of another key has shown
-            only_computes=variant.is_taken_over and watched is not None and watched.only_computes,
+            only_computes=variant.is_taken_over and variant.only_computes,
             guards=variant.guards if isinstance(variant.guards, GuardSet) else None,
         )
 

@@ -145,7 +145,7 @@ class Verifier:
         comparing = (
             contextlib.nullcontext()
             if target.effects is None
-            else target.effects.comparing(target.late)
+            else target.effects.comparing(target.side_effects.late)
         )
         with comparing as comparison:
             return self._compare(target, call, comparison, get_entry, step)
@@ -177,14 +177,15 @@ class Verifier:
     ) -> StepState | NoState:
         if target.only_computes:
             return NoState()
+        does = target.side_effects
         given = (call.tree, call.frozen_args, call.frozen_kwargs)
         return StepState(
             target.module,
             self._backend,
             target.effects,
-            [*self._written.now(), *held_before, *[call.leaves[i] for i in target.batch_writes]],
+            [*self._written.now(), *held_before, *[call.leaves[i] for i in does.batch_writes]],
             given,
-            target.changes,
+            does.changes,
         )
 
     def _compare(
@@ -199,13 +200,13 @@ class Verifier:
         given = [
             (leaf, leaf.clone())
             for index, leaf in enumerate(call.leaves)
-            if isinstance(leaf, Tensor) and index not in target.batch_writes
+            if isinstance(leaf, Tensor) and index not in target.side_effects.batch_writes
         ]
         expected = self._run_eagerly(call, comparison)
         # a graph writes to its own copies
         if not all(same_leaf(leaf, value) for leaf, value in given):
             return Verdict(expected, "it changes a tensor that it is given")
-        if before.has_changed_containers() and not target.fills_batch:
+        if before.has_changed_containers() and not target.side_effects.fills_batch:
             return Verdict(expected, "it changes a container that it is given")
         expected_values = _values(before, comparison)
         after_eager = self._state(target, call, before.metric_tensors())
