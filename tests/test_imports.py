@@ -1,6 +1,7 @@
 """That importing stays cheap, and that the core knows neither Lightning nor Hydra."""
 
 import ast
+import graphlib
 import pickle
 import subprocess
 import sys
@@ -137,8 +138,8 @@ def imported_by(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, "relative imports hide the layer"
             names.add(node.module)
-            if node.module == "cg_lightning":  # ``from cg_lightning import runtime``
-                names.update(f"{node.module}.{alias.name}" for alias in node.names)
+            # ``from cg_lightning import runtime``
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
     return names
 
 
@@ -168,6 +169,35 @@ def test_arrows_point_downwards():
 )
 def test_that_an_arrow_that_points_upwards_is_seen(source):
     assert pointing_upwards(arrows("core", source)) == {("core", "runtime")}
+
+
+def module_of(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+IMPORTS = {
+    module_of(file): imported_by(file.read_text())
+    for file in PACKAGE.rglob("*.py")
+    if file.name != "__init__.py"
+}
+"""Which modules each of ours imports, in functions and for types as well."""
+
+
+def circle_of(imports: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other; empty if there are none."""
+    try:
+        graphlib.TopologicalSorter(
+            {name: names & set(imports) for name, names in imports.items()}
+        ).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_modules_import_each_other():
+    stats, summary = "cg_lightning.report.stats", "cg_lightning.report.summary"
+    assert set(circle_of(IMPORTS)) == {stats, summary}, "the counts show themselves as a summary"
+    assert circle_of({**IMPORTS, stats: IMPORTS[stats] - {summary}}) == []
 
 
 @pytest.mark.parametrize("name", list(MAY_IMPORT))

@@ -402,7 +402,7 @@ class Session:
             runs: Number of steps with this key so far.
         """
         watched = variant.watched
-        if CUDAGraphMode.PIECEWISE not in variant.modes or not isinstance(watched, WatchedStep):
+        if CUDAGraphMode.PIECEWISE not in variant.modes or watched is None:
             return
         if self.settings.targets is None:
             # a submodule that reads a new value each time stays eager; its inner ones need not
@@ -469,6 +469,6 @@ class Session:
 
     def diagnosis(self, variant: Variant | None) -> Diagnosis | None:
         """Return the diagnosis of a variant's watched step; None if no step was watched."""
-        if variant is None or not isinstance(variant.watched, WatchedStep):
+        if variant is None or variant.watched is None:
             return None
         return Diagnosis(list(variant.watched.findings), "", variant.watched)
