@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import Any
 
-from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.step_run import Observer
 from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.watched_step import ModuleCall
@@ -22,9 +21,6 @@ class Detector(Observer):
     Args:
         watch: The step that is watched.
     """
-
-    causes: ClassVar[tuple[Cause, ...]] = ()
-    """The causes that this detector may report."""
 
     def __init__(self, watch: StepWatch) -> None:
         self.watch = watch

@@ -1,4 +1,4 @@
-"""One detector a file; each states the causes that it finds. ``watcher.py`` has the order.
+"""One detector a file. ``watcher.py`` has the order.
 
 - ``attribute_reads.py``: attributes of modules that a step reads: a graph freezes their values.
 - ``backward.py``: the backward of a training step, and the gradients that the step reads.

@@ -46,11 +46,8 @@ class AttributeReads(Detector):
     observed, so all of these count as read. An attribute that cannot be compared is a finding.
     """
 
-    causes = (Cause.STATE_REBOUND, Cause.OPAQUE)
-
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         watch = self.watch
         self._attributes = {
             id(module): _Attributes(watch, path, module)
@@ -73,7 +70,6 @@ class AttributeReads(Detector):
             yield
 
     def around_call(self, call: ModuleCall) -> contextlib.AbstractContextManager[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         for module in call.hidden:
             self._attributes[id(module)].read_all()
         assert call.module is not None
@@ -170,7 +166,6 @@ class _ReadHandler(ModuleHandler):
         )
 
     def on_read(self, name: str) -> None:
-        """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
         if self._watch.is_in_framework or self._watch.is_paused:
             return
         if self._reads_unseen:

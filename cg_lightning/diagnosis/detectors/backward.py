@@ -52,8 +52,6 @@ class Backward(Detector):
     belongs to another hook than the step.
     """
 
-    causes = (Cause.BACKWARD,)
-
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
         self._aside: GradientsAside | None = None
@@ -64,7 +62,6 @@ class Backward(Detector):
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         if not self.watch.has_backward:
             yield
             return
@@ -76,7 +73,6 @@ class Backward(Detector):
         self._aside = None
 
     def returned(self, call: ModuleCall, output: Any) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         if call is not self.watch.step:
             return
         if isinstance(output, UnfinishedClosure):
@@ -91,7 +87,6 @@ class Backward(Detector):
     def before_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         aside = _aside()
         if aside is None or aside.are_given:
             return

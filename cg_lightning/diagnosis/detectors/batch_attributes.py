@@ -25,8 +25,6 @@ from cg_lightning.modules.kinds import is_users_namespace, is_value_of_class
 class BatchAttributes(ReplacingDetector):
     """Reports attributes of containers of the batch that a step reads or asks for."""
 
-    causes = (Cause.OPAQUE,)
-
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
         self._names: dict[type, set[str]] = {}
@@ -38,12 +36,10 @@ class BatchAttributes(ReplacingDetector):
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         with self.replacing():
             yield
 
     def replace(self, replaced: contextlib.ExitStack) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.ReplacingDetector`."""
 
         def missing(container: Any, name: str) -> Any:
             if is_read_by_user() and not name.startswith("__"):

@@ -29,8 +29,6 @@ class BatchIndex(Detector):
     it is reported in steps that may take the branch.
     """
 
-    causes = (Cause.BATCH_INDEX_USED,)
-
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
         self._notes = ComparisonNotes(self._used)
@@ -49,7 +47,6 @@ class BatchIndex(Detector):
             self._compared_at = uses.compared_at
 
     def arguments(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         if not arguments or type(arguments[0]) is not int:  # its comparisons cannot be recorded
             self._used_at = self._uses[0].line if self._uses else self._compared_at
             return arguments
@@ -68,7 +65,6 @@ class BatchIndex(Detector):
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         if self._used_at is not None:
             self._report_use(self._used_at)
         yield

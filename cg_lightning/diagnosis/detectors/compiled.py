@@ -14,18 +14,14 @@ from cg_lightning.modules.compiled import is_compiled_by_callback, is_graphed_by
 class CompiledModules(Detector):
     """Lets compiled modules run compiled, and reports those that have CUDA graphs of their own."""
 
-    causes = (Cause.GRAPHED_ALREADY,)
-
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         yield
         if self.watch.hidden and self.watch.step.findings:
             self.watch.notes.did_one_time_work = True  # the findings may come from compiling
 
     @contextlib.contextmanager
     def around_call(self, call: ModuleCall) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         if not call.hidden:
             yield
             return

@@ -58,8 +58,6 @@ class CopiedConstants(ReplacingDetector):
     capture fails, because it does not know them. If a module is compiled, nothing is spared.
     """
 
-    causes = (Cause.STATE_REBOUND,)
-
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
         self._is_elsewhere = watch.device_type != "cpu"
@@ -78,7 +76,6 @@ class CopiedConstants(ReplacingDetector):
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         try:
             with self.replacing():
                 yield
@@ -100,7 +97,6 @@ class CopiedConstants(ReplacingDetector):
             self._sources.clear()
 
     def replace(self, replaced: contextlib.ExitStack) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.ReplacingDetector`."""
         for name in _READS if self._is_elsewhere else ():
             replacement = self._noting(getattr(Tensor, name))
             replaced.enter_context(patch.object(Tensor, name, replacement))
@@ -109,13 +105,11 @@ class CopiedConstants(ReplacingDetector):
             replaced.enter_context(replaced_where_imported(readers))
 
     def before_read(self, tensor: Tensor) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         self._read(tensor)
 
     def before_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         watch = self.watch
         is_lifted = function._schema.name == "aten::lift_fresh"
         if self._is_elsewhere and not (is_lifted or watch.is_in_framework):
@@ -130,7 +124,6 @@ class CopiedConstants(ReplacingDetector):
     def after_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         self.watch.note_operation(copies_constant=False)
         if not self._is_elsewhere:
             return

@@ -36,8 +36,6 @@ class DeviceEvents(Detector):
     the capture: who asks one of them for its time, or waits for it, gets an error.
     """
 
-    causes = (Cause.OPAQUE,)
-
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
         # by id, and not by weak references: those to events of torch 2.11 are not cleared
@@ -45,7 +43,6 @@ class DeviceEvents(Detector):
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         with contextlib.ExitStack() as replaced:
             for kind in self.watch.backend.event_types:
                 replaced.enter_context(patch.object(kind, "record", self._noting(kind.record)))

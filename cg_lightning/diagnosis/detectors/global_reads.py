@@ -104,7 +104,6 @@ class GlobalReads(Detector):
     clocks. As it receives all calls, it also reports those that write or show text.
     """
 
-    causes = (Cause.STATE_REBOUND, Cause.OPAQUE, Cause.PRINTED)
     sees_compiled_code = True
     names_in_c = NAMES_OF_VOLATILE | NAMES_OF_WRITES | _BY_TEXT | WARN
 
@@ -139,7 +138,6 @@ class GlobalReads(Detector):
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         with self._events.reporting() as hindrance:
             yield
         if hindrance:
@@ -187,7 +185,6 @@ class GlobalReads(Detector):
         self.watch.report(cause, words, location=location, module="", calls=readers)
 
     def on_call(self, frame: FrameType) -> bool:
-        """See :class:`~cg_lightning.diagnosis.call_events.CallListener`."""
         code = frame.f_code
         known = self._known.get(id(code))
         if known is None:
@@ -199,7 +196,6 @@ class GlobalReads(Detector):
         return known.matters
 
     def on_c_call(self, function: Any, frame: FrameType) -> None:
-        """See :class:`~cg_lightning.diagnosis.call_events.CallListener`."""
         name = volatile_in_c(function) or method_of_generator(function, frame)
         if name := name or seeds_itself(function, frame):
             if id(tells_place_of(function)) not in self._weights:

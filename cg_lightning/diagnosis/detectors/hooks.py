@@ -32,10 +32,7 @@ class ForwardHooks(Detector):
     whose code the other detectors see is no obstacle to it. The graph of a submodule would skip it.
     """
 
-    causes = (Cause.FORWARD_HOOK, Cause.PROFILER_HOOK)
-
     def around_call(self, call: ModuleCall) -> AbstractContextManager[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         assert call.module is not None
         modules = call.hidden or (call.module,)
         tables = [*global_hooks(), *[table for module in modules for table in hooks_of(module)]]

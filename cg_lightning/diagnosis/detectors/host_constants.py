@@ -20,11 +20,8 @@ class HostConstants(Detector):
     code may have guards on the functions that a capture would replace.
     """
 
-    causes = (Cause.TENSOR_FROM_PYTHON,)
-
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         if self.watch.hidden:
             yield
             return

@@ -32,8 +32,6 @@ class HostCopies(Detector):
     capture would replace. Nor is what metrics copy for themselves.
     """
 
-    causes = (Cause.HOST_SYNC,)
-
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
         self._copies: dict[int, tuple[Tensor, Location]] = {}
@@ -41,7 +39,6 @@ class HostCopies(Detector):
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         if self.watch.hidden:
             yield
             return
@@ -71,7 +68,6 @@ class HostCopies(Detector):
     def before_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         if not self._copies or function is torch.ops.aten.detach.default:
             return
         # another detector reports what a graph cannot hold, and has more to say; but no capture
@@ -84,7 +80,6 @@ class HostCopies(Detector):
     def after_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         if function is torch.ops.aten.detach.default and id(args[0]) in self._copies:
             self._copies[id(output)] = output, self._copies[id(args[0])][1]
 

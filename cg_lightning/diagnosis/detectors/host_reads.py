@@ -13,11 +13,8 @@ from cg_lightning.diagnosis.detector import Detector
 class HostReads(Detector):
     """Asks the backend to notice what it would wait for."""
 
-    causes = (Cause.HOST_SYNC, Cause.TENSOR_FROM_PYTHON)
-
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         with self.watch.backend.noticing_host_syncs(self._notice):
             yield
 

@@ -42,7 +42,6 @@ class HostValues(Detector):
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         try:
             yield
             with self.watch.paused():
@@ -53,7 +52,6 @@ class HostValues(Detector):
     def before_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         is_about_step = self.watch.is_about_step
         with self.watch.paused():  # it may wait for the device
             is_known = self._provenance.begin(function, args, kwargs, is_about_step)
@@ -62,7 +60,6 @@ class HostValues(Detector):
     def after_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         self._provenance.end(function, args, kwargs, output)
         if function._schema.name == "aten::lift_fresh" and self._is_constant(output):
             with self.watch.paused():

@@ -56,8 +56,6 @@ class LateUpdates(Detector):
     - A replay can make the arguments.
     """
 
-    causes = (Cause.HOST_RANDOMNESS, Cause.METRIC_UPDATED)
-
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
         self._current: LateUnit | None = None
@@ -74,7 +72,6 @@ class LateUpdates(Detector):
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         units = self.watch.late_units
         if not units:
             yield
@@ -97,7 +94,6 @@ class LateUpdates(Detector):
                 findings[late.position : late.position] = map(late.explain, late.findings)
 
     def returned(self, call: Any, output: Any) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         if call is not self.watch.step:
             return
         self._check_draws()
@@ -197,7 +193,6 @@ class LateUpdates(Detector):
     def before_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         if not self._called:
             return
         late = self._current
@@ -221,7 +216,6 @@ class LateUpdates(Detector):
     def after_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         if self._current is not None:
             self._own |= addresses_in(output) - addresses_in((*args, *kwargs.values()))
 
@@ -232,11 +226,9 @@ class _AccessHandler(ModuleHandler):
         self._late = late
 
     def on_read(self, name: str) -> None:
-        """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
         self._detector.access(self._late, name, is_write=False)
 
     def on_write(self, name: str, value: Any) -> None:
-        """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
         self._detector.access(self._late, name, is_write=True)
 
 

@@ -22,11 +22,8 @@ class Logging(Detector):
     If there are effects, a graph of the whole step can hold them, and that of a submodule cannot.
     """
 
-    causes = (Cause.LOGGED,)
-
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         with contextlib.ExitStack() as stack:
             for name in LOGGING_METHODS if self.watch.is_lightning else ():
                 stack.enter_context(replaced_method(self.watch.root, name, self._replace(name)))

@@ -35,8 +35,6 @@ class MetricUpdates(Detector):
     can bring up to date. Without effects, and in submodules, every update is reported.
     """
 
-    causes = (Cause.METRIC_UPDATED,)
-
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
         self._metrics = watch.metrics
@@ -45,7 +43,6 @@ class MetricUpdates(Detector):
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         effects = self.watch.effects
         with self._noticing_counts():
             if effects is None:
@@ -59,7 +56,6 @@ class MetricUpdates(Detector):
 
     @contextlib.contextmanager
     def around_call(self, call: ModuleCall) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         before = self._counts()
         yield
         if self._counts() != before:
@@ -149,12 +145,10 @@ class _MetricHandler(ModuleHandler):
         self._lists = ListStates(metric)
 
     def on_read(self, name: str) -> None:
-        """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
         self._detector.report_once(unsupported_read(self.metric, name, self._written))
         self._detector.report_once(self._lists.unsupported_read(name, sys._getframe(2)))
 
     def on_write(self, name: str, value: Any) -> None:
-        """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
         self._written.add(name)
         self._detector.report_once(unsupported_update(self.metric, {name}))
         self._detector.report_once(unsupported_write(self.metric, name, value))

@@ -77,23 +77,15 @@ class ModeDependent(ReplacingDetector):
     reach the mode in one piece, and then nothing is to be done.
     """
 
-    causes = (
-        Cause.HOST_SYNC,
-        Cause.DATA_DEPENDENT_SHAPE,
-        Cause.HOST_CHECKED_LINEAR_ALGEBRA,
-    )
-
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
         self._is_met = False
         """Whether the step has run an operation with such a backward."""
 
     def around_step(self) -> contextlib.AbstractContextManager[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         return self.replacing()
 
     def replace(self, replaced: contextlib.ExitStack) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.ReplacingDetector`."""
         if (engine := getattr(torch.autograd, _ENGINE, None)) is not None:
             replaced.enter_context(patch.object(torch.autograd, _ENGINE, self._engine(engine)))
         leave = self._leaving_mode
@@ -111,7 +103,6 @@ class ModeDependent(ReplacingDetector):
     def before_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         name = function._schema.name
         if name in _BACKWARD and _has_gradient(args[2:] if "masked" in name else args):
             self._is_met = True

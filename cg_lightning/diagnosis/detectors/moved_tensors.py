@@ -26,8 +26,6 @@ from cg_lightning.diagnosis.watched_step import ModuleCall
 class MovedTensors(Detector):
     """Compares the memory of parameters and buffers with what it was before the step."""
 
-    causes = (Cause.STATE_REBOUND,)
-
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
         self._before: dict[int, tuple[str, Tensor, Tensor]] = {}
@@ -36,7 +34,6 @@ class MovedTensors(Detector):
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         root = self.watch.root
         self._before = {
             id(tensor): (name, tensor, tensor.detach())
@@ -52,7 +49,6 @@ class MovedTensors(Detector):
 
     @contextlib.contextmanager
     def around_call(self, call: ModuleCall) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         module = call.module
         assert module is not None
         memory = self._inside.get(id(module))

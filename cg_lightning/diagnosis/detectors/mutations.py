@@ -41,8 +41,6 @@ class Mutations(Detector):
     copies there. States of metrics do not count: they have effects of their own.
     """
 
-    causes = (Cause.INPUT_MUTATED, Cause.STATE_REBOUND)
-
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
         self._is_elsewhere = watch.device_type != "cpu"
@@ -60,7 +58,6 @@ class Mutations(Detector):
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         watch = self.watch
         hidden = [child for inside in watch.hidden.values() for _, child in inside]
         copies_inside = _TensorCopies(self._persistent.of_attributes(hidden) if hidden else [])
@@ -78,7 +75,6 @@ class Mutations(Detector):
 
     @contextlib.contextmanager
     def around_call(self, call: ModuleCall) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         given = [
             (f"argument {index}", value)
             for index, value in enumerate([*call.given, *call.inputs])
@@ -88,7 +84,6 @@ class Mutations(Detector):
             yield
 
     def returned(self, call: ModuleCall, output: Any) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         known = set(map(id, call.inputs))
         for tensor in tensors_in(output):
             is_made = id(tensor) not in known and type(tensor) is Tensor
@@ -153,14 +148,12 @@ class Mutations(Detector):
     def before_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         tensors = written_tensors(function, args, kwargs)
         self._add(tensors, function._schema.name, is_seen=True)
 
     def after_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         made = addresses_in(output)
         made -= self._made
         if made:

@@ -18,20 +18,9 @@ from cg_lightning.diagnosis.detector import Detector
 class Operations(Detector):
     """Looks each dispatched operation up in the table that the recorder backend refuses by."""
 
-    causes = (
-        Cause.HOST_SYNC,
-        Cause.CROSS_DEVICE_COPY,
-        Cause.TENSOR_FROM_PYTHON,
-        Cause.DATA_DEPENDENT_SHAPE,
-        Cause.HOST_CHECKED_LINEAR_ALGEBRA,
-        Cause.COLLECTIVE,
-        Cause.GRADIENTS,
-    )
-
     def before_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         device_type = self.watch.device_type
         if (cause := find_illegal(function, args, kwargs, device_type)) is not None:
             self.watch.report(cause, function._schema.name)

@@ -58,8 +58,6 @@ def _replaced_write(name: str, write: Callable[..., Any]) -> Iterator[None]:
 class Printing(Detector):
     """Reports what a step says: a graph would say it once, when it is captured."""
 
-    causes = (Cause.PRINTED,)
-
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
         self._is_suspended = False
@@ -75,7 +73,6 @@ class Printing(Detector):
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._noticing_python())
             stack.enter_context(self._noticing_streams())

@@ -63,8 +63,6 @@ class RandomNumbers(Detector):
     drawn again with each replay (``effects/host_draws.py``). Submodules that draw it get no graph.
     """
 
-    causes = (Cause.HOST_RANDOMNESS,)
-
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
         self._unused: list[_UnusedDraw] = []
@@ -76,7 +74,6 @@ class RandomNumbers(Detector):
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         with self._noticing_draws(), self._noticing_seeds():
             self._begin = self._state()
             yield
@@ -89,26 +86,23 @@ class RandomNumbers(Detector):
 
     @contextlib.contextmanager
     def around_update(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`: ``LateUpdates`` compares it."""
+        # LateUpdates compares what the call draws
         self._compare(self._begin, self._drawn_before)
         yield
         self._begin, self._drawn_before = self._state(), len(self._unused)
 
     @contextlib.contextmanager
     def around_call(self, call: ModuleCall) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         before, drawn_before = self._state(), len(self._unused)
         yield
         self._compare(before, drawn_before)
 
     def before_read(self, tensor: Tensor) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         self._note_used([tensor])
 
     def before_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         # PyTorch itself detaches what it has drawn, which reads nothing
         if function is not torch.ops.aten.detach.default:
             self._note_used([*args, *kwargs.values()])
@@ -127,7 +121,6 @@ class RandomNumbers(Detector):
     def after_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         if self.watch.device_type == "cpu" or not _draws(function):
             return
         tensors = tensors_in(output)

@@ -35,8 +35,6 @@ class ReboundState(Detector):
     compared around its calls too, because its step may change it outside of them.
     """
 
-    causes = (Cause.STATE_REBOUND,)
-
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
         self._events: dict[int, AttributeEvents] = {}
@@ -47,7 +45,6 @@ class ReboundState(Detector):
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         watch = self.watch
         inside = [pair for pairs in watch.hidden.values() for pair in pairs]
         before = [(path, ModuleState(module)) for path, module in [*watch.modules, *inside]]
@@ -82,7 +79,6 @@ class ReboundState(Detector):
 
     @contextlib.contextmanager
     def around_call(self, call: ModuleCall) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         switched = switches()
         if call.module is not self.watch.root:
             yield
@@ -151,7 +147,6 @@ class ReboundState(Detector):
     def before_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         if self._written_later is None:
             return
         if addresses_of(written_tensors(function, args, kwargs)) - self._written_later:
@@ -161,7 +156,6 @@ class ReboundState(Detector):
     def after_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         if self._written_later is not None:
             given = addresses_in((*args, *kwargs.values()))
             self._written_later |= addresses_in(output) - given

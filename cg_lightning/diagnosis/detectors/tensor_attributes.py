@@ -33,8 +33,6 @@ class TensorAttributes(ReplacingDetector):
     In training, ``Backward`` watches gradients.
     """
 
-    causes = (Cause.STATE_REBOUND, Cause.OPAQUE)
-
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
         self._tensors: dict[int, tuple[str, Tensor]] = {
@@ -47,7 +45,6 @@ class TensorAttributes(ReplacingDetector):
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         before = [(path, tensor, _names_in(tensor)) for path, tensor in self._tensors.values()]
         try:
             with self.replacing():
@@ -68,7 +65,6 @@ class TensorAttributes(ReplacingDetector):
         self.watch.report(Cause.STATE_REBOUND, words, location=AT_THE_END, module="", calls=calls)
 
     def replace(self, replaced: contextlib.ExitStack) -> None:
-        """See :class:`~cg_lightning.diagnosis.detector.ReplacingDetector`."""
         inherited: Any = Tensor.grad  # of a base class that is written in C
 
         def gradient(tensor: Tensor) -> Tensor | None:

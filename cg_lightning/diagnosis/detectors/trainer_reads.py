@@ -65,7 +65,6 @@ class ReadNames(ModuleHandler):
         """The last read of such a property: its name, and where in which frame."""
 
     def on_read(self, name: str) -> None:
-        """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
         if name not in self._names or self._watch.is_in_framework or self._watch.is_paused:
             return
         frame = reading_frame()
@@ -172,11 +171,8 @@ def noticed_reads(watch: StepWatch, cause: Cause, names: tuple[str, ...]) -> Ite
 class TrainerReads(Detector):
     """Reports reads of ``self.trainer`` and of what it counts, unless they can be guarded."""
 
-    causes = (Cause.TRAINER_READ,)
-
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         names = ("trainer", "_trainer", *sorted(NAMES_OF_MODULE))
         with noticed_reads(self.watch, Cause.TRAINER_READ, names):
             yield

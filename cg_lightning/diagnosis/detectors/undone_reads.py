@@ -46,7 +46,6 @@ class UndoneReads(GlobalReads):
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         try:
             with super().around_step():
                 yield
@@ -56,7 +55,6 @@ class UndoneReads(GlobalReads):
                 snapshot.restore()
 
     def on_call(self, frame: FrameType) -> bool:
-        """See :class:`~cg_lightning.diagnosis.call_events.CallListener`."""
         matters = super().on_call(frame)
         problems = [each for found in self._problems.values() for each in found]
         if problems and not self._is_abandoned:

@@ -45,11 +45,8 @@ class World(Detector):
     changes in place (``function.__code__ = ...``) are reported as well.
     """
 
-    causes = (Cause.WORLD, Cause.OPAQUE, Cause.STATE_REBOUND)
-
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """See :class:`~cg_lightning.diagnosis.detector.Detector`."""
         audit_events.listen()
         listeners = audit_events.listeners
         thread = threading.get_ident()
