@@ -65,7 +65,7 @@ def _float32_precision_native() -> tuple[Any, ...]:
 
 
 def _float32_precision_by_backend() -> tuple[Any, ...]:
-    # torch 2.9: the old names raise if the new ones were used; "none" follows the general setting
+    # the old names raise if the new ones were used; "none" follows the general setting
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
     return (
@@ -77,21 +77,9 @@ def _float32_precision_by_backend() -> tuple[Any, ...]:
     )
 
 
-def _float32_precision_by_tf32() -> tuple[Any, ...]:
-    return (
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.allow_tf32,
-        torch.get_float32_matmul_precision(),
-    )
-
-
-def _float32_precision_getter() -> Callable[[], tuple[Any, ...]]:
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        return _float32_precision_by_tf32
-    return _float32_precision_by_backend if _native_precision is None else _float32_precision_native
-
-
-_float32_precision = _float32_precision_getter()
+_float32_precision: Callable[[], tuple[Any, ...]] = (
+    _float32_precision_by_backend if _native_precision is None else _float32_precision_native
+)
 
 
 def _function_modes() -> tuple[Any, ...]:

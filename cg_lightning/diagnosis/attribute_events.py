@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.tree import flatten
 from cg_lightning.diagnosis.accumulators import accumulates
-from cg_lightning.diagnosis.callers import is_exception_handled
 from cg_lightning.diagnosis.findings import find_location
 from cg_lightning.diagnosis.step_watch import StepWatch, look_into
 from cg_lightning.diagnosis.uses_of_attribute import Entry, Use, adds_to, entry_of, use_of
@@ -28,6 +27,7 @@ from cg_lightning.effects.containers import ContainersSnapshot
 from cg_lightning.effects.places import ChangedAttribute
 from cg_lightning.guards.changed_values import MAPPINGS, is_plain_object, kind_to_change
 from cg_lightning.guards.values import addresses_of
+from cg_lightning.metrics.caught_errors import is_exception_handled
 from cg_lightning.modules.attributes import (
     is_same_value,
     names_of_frameworks,

@@ -80,20 +80,3 @@ def _instructions_after(code: CodeType) -> dict[int, dis.Instruction]:
         for step, after in itertools.pairwise(steps)
         if step.opname.startswith("CALL")
     }
-
-
-def is_exception_handled(frame: FrameType) -> bool:
-    """Return True if ``frame`` is inside ``try`` or ``with``; also if that cannot be known."""
-    entries = getattr(dis.Bytecode(frame.f_code), "exception_entries", None)
-    if entries is None:  # Python 3.10
-        return True
-    handlers = {step.offset for step in _handlers(frame.f_code)}
-    return any(
-        entry.start <= frame.f_lasti < entry.end and entry.target in handlers for entry in entries
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def _handlers(code: CodeType) -> list[dis.Instruction]:
-    """Return the first instruction of each handler. Inlined comprehensions have others."""
-    return [step for step in dis.get_instructions(code) if step.opname == "PUSH_EXC_INFO"]

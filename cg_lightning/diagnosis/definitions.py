@@ -75,7 +75,7 @@ def definition_of(code: CodeType) -> Definition | None:
 def node_at(frame: FrameType) -> tuple[ast.AST | None, Parents]:
     """Return the expression that a frame evaluates now, and the parents of all nodes around it.
 
-    None if the source is not known, and on Python 3.10, which does not tell columns.
+    None if the source is not known.
     """
     return node_of(frame.f_code, frame.f_lasti)
 
@@ -83,7 +83,7 @@ def node_at(frame: FrameType) -> tuple[ast.AST | None, Parents]:
 def node_of(code: CodeType, offset: int) -> tuple[ast.AST | None, Parents]:
     """Return the expression of the instruction at an offset, as :func:`node_at` does."""
     definition = definition_of(code)
-    if definition is None or not hasattr(code, "co_positions"):
+    if definition is None:
         return None, {}
     here = next(itertools.islice(code.co_positions(), offset // 2, None))
     found = [

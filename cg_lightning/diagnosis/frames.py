@@ -39,7 +39,7 @@ def is_generated(frame: FrameType) -> bool:
     code = frame.f_code
     if code.co_filename != _NO_FILE or not code.co_argcount:
         return False
-    if not getattr(code, "co_qualname", "__create_fn__").startswith("__create_fn__"):
+    if not code.co_qualname.startswith("__create_fn__"):
         return False
     first = frame.f_locals.get(code.co_varnames[0])
     classes = (first if isinstance(first, type) else type(first)).__mro__

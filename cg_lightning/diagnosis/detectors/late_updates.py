@@ -18,7 +18,6 @@ from cg_lightning.core.kernel_flags import lasting_flags
 from cg_lightning.core.tree import flatten
 from cg_lightning.diagnosis.callers import (
     callers,
-    is_exception_handled,
     is_reader_ours,
     is_search_for_modules,
     is_value_dropped,
@@ -30,6 +29,7 @@ from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.effects.late_updates import VALUE
 from cg_lightning.effects.step_state import HostRandomState
 from cg_lightning.guards.values import addresses_of
+from cg_lightning.metrics.caught_errors import is_exception_handled
 from cg_lightning.metrics.units import METHODS, MetricCall, calls_from_outside
 from cg_lightning.modules.interception import Interception, ModuleHandler
 
