@@ -17,7 +17,7 @@ from torchmetrics import MeanSquaredError
 
 from cg_lightning import CaptureError, CUDAGraphCallback, diagnose
 from cg_lightning.core.causes import REMEDIES_OF_OPERATIONS, Cause
-from cg_lightning.diagnosis.detectors.batch_index import find_use_of_batch_index
+from cg_lightning.diagnosis.uses_of_argument import ArgumentUses
 from cg_lightning.diagnosis.watcher import StepWatcher
 from tests.harness import Harness, assert_same, features, images
 from tests.models import Body, ConvNetClassifier, Predictor
@@ -304,6 +304,10 @@ def looks_at_it(step):
     return decorated
 
 
+def uses_batch_idx(module, step):
+    return bool(ArgumentUses(module).find(step, position=1))
+
+
 def takes_it_out(step):
     @functools.wraps(step)
     def decorated(self, *args):
@@ -330,7 +334,7 @@ def test_decorators_that_use_batch_idx(decorator, uses):
         return batch
 
     kind = type("Decorated", (Predictor,), {"predict_step": decorator(step)})
-    assert bool(find_use_of_batch_index(kind(Body()), "predict_step")) == uses
+    assert uses_batch_idx(kind(Body()), "predict_step") == uses
 
 
 @pytest.mark.parametrize(
@@ -349,7 +353,7 @@ def test_decorators_that_use_batch_idx(decorator, uses):
 def test_steps_that_take_anything(step, uses):
     """Lightning's own ``predict_step`` is one of them."""
     kind = type("TakesAnything", (Predictor,), {"predict_step": step})
-    assert bool(find_use_of_batch_index(kind(Body()), "predict_step")) == uses
+    assert uses_batch_idx(kind(Body()), "predict_step") == uses
 
 
 class Varargs(LightningModule):
@@ -418,7 +422,7 @@ class SuperVarargs(Varargs):
     ],
 )
 def test_steps_that_hand_on_all_arguments(kind, step, uses):
-    assert bool(find_use_of_batch_index(kind(), step)) == uses
+    assert uses_batch_idx(kind(), step) == uses
 
 
 def test_full_runs_lower_where_batch_idx_is_used(harness):

@@ -154,29 +154,25 @@ def flatten(tree: Any) -> tuple[list[Any], Hashable]:
 
 def leaf_paths(tree: Any, root: str = "batch") -> list[str]:
     """Return a path for each leaf, in the order of :func:`flatten`: ``batch[0]['ids'].values``."""
-    container = _container(tree)
-    if container is None:
+    return structure_paths(flatten(tree)[1], root)
+
+
+def structure_paths(structure: Any, root: str) -> list[str]:
+    """Return the paths of :func:`leaf_paths` from a stored structure."""
+    if structure is None:
         return [root]
-    keys, values = container.children(tree)
-    dotted = container is _DATACLASS
+    kind, keys, children = structure
+    dotted = _find_container(kind) is _DATACLASS
     return [
         path
-        for key, value in zip(keys, values, strict=True)
-        for path in leaf_paths(value, f"{root}.{key}" if dotted else f"{root}[{key!r}]")
+        for key, child in zip(keys, children, strict=True)
+        for path in structure_paths(child, f"{root}.{key}" if dotted else f"{root}[{key!r}]")
     ]
 
 
 def dotted_paths(tree: Any) -> list[str]:
     """Return a short path for each leaf, in the order of :func:`flatten`: ``0.ids.values``."""
-    container = _container(tree)
-    if container is None:
-        return [""]
-    keys, values = container.children(tree)
-    return [
-        f"{key}.{path}" if path else str(key)
-        for key, value in zip(keys, values, strict=True)
-        for path in dotted_paths(value)
-    ]
+    return dotted_structure_paths(flatten(tree)[1])
 
 
 def dotted_structure_paths(structure: Any) -> list[str]:
@@ -235,19 +231,6 @@ def with_leaves_for(tree: Any, leaves: dict[int, Any]) -> Any:
         return tree
     keys, values = container.children(tree)
     return container.build(tree, keys, [with_leaves_for(value, leaves) for value in values])
-
-
-def structure_paths(structure: Any, root: str) -> list[str]:
-    """Return a readable path for each leaf, like :func:`leaf_paths`, from a stored structure."""
-    if structure is None:
-        return [root]
-    kind, keys, children = structure
-    dotted = dataclasses.is_dataclass(kind)
-    return [
-        path
-        for key, child in zip(keys, children, strict=True)
-        for path in structure_paths(child, f"{root}.{key}" if dotted else f"{root}[{key!r}]")
-    ]
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

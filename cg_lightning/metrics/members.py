@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -61,28 +60,18 @@ def _held_by(value: Any) -> Iterable[Any]:
     return ()
 
 
-@functools.cache
-def bookkeeping() -> frozenset[str]:
-    """Return the names of the attributes that torchmetrics and Lightning store for each metric.
+BOOKKEEPING = frozenset(
+    {
+        *("_computed", "_dtype", "_forward_cache", "_update_count", "_to_sync", "_should_unsync"),
+        *("_is_synced", "_cache", "_enable_grad", "compute_on_cpu", "_state_is_copy", "has_reset"),
+    }
+)
+"""The names of the attributes that torchmetrics and Lightning store for each metric.
 
-    A step sets them to values that do not depend on the values before, except for
-    ``_update_count``, which it increments. ``self.log`` moves a metric to a device, which sets
-    ``_dtype`` to torch's default dtype at that time.
-    """
-    return frozenset(
-        {
-            "_computed",
-            "_dtype",
-            "_forward_cache",
-            "_update_count",
-            "_to_sync",
-            "_should_unsync",
-            "_is_synced",
-            "_cache",
-            "_enable_grad",
-        }
-        | {"compute_on_cpu", "_state_is_copy", "has_reset"}
-    )
+A step sets them to values that do not depend on the values before, except for ``_update_count``,
+which it increments. ``self.log`` moves a metric to a device, which sets ``_dtype`` to torch's
+default dtype at that time.
+"""
 
 
 class _Bare(Metric):

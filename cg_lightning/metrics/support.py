@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.metrics.members import (
     ATTRIBUTES_OF_METRICS,
+    BOOKKEEPING,
     averages_by_count,
-    bookkeeping,
     state_names,
     states_of,
 )
@@ -28,7 +28,7 @@ _COUNTS = frozenset({"update_count", "_update_count", "update_called", "_update_
 
 def unsupported_write(metric: nn.Module, name: str, value: Any) -> str:
     """Return why a replay cannot reproduce this attribute write, or an empty string."""
-    if name in state_names(metric) or name in bookkeeping():
+    if name in state_names(metric) or name in BOOKKEEPING:
         return ""
     if is_same_value(vars(metric).get(name), value):
         return ""

@@ -260,14 +260,6 @@ def class_values(module: nn.Module) -> Iterator[tuple[str, Any]]:
                     yield f"{cls.__name__}.{name}", value
 
 
-def values_of_classes(modules: list[nn.Module]) -> list[tuple[type, str]]:
-    """Return class and name of each plain value that is defined on user classes.
-
-    Reads through ``type(self)`` cannot be observed, so all of them are guarded.
-    """
-    return plain_values_of(map(type, modules))
-
-
 def plain_values_of(classes: Iterable[type]) -> list[tuple[type, str]]:
     """Return class and name of each plain value of these classes and their bases.
 
@@ -353,12 +345,9 @@ def user_attributes(module: nn.Module) -> list[str]:
     """Return all attributes that a call may read, for modules whose reads cannot be observed."""
     if not is_user_module(module):
         return []
-    attributes: dict[str, Any] = object.__getattribute__(
-        module, "__dict__"
-    )  # the module may be intercepted
     cls: type = type(module)
     names = {
-        *attributes,
+        *namespace_of(module),
         *slots_of(cls),
         *[name.split(".")[-1] for name, _ in class_values(module)],
     }

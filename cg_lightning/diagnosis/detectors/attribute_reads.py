@@ -28,7 +28,6 @@ from cg_lightning.modules.attributes import (
     slots_of,
     user_attributes,
     value_in_class,
-    values_of_classes,
 )
 from cg_lightning.modules.interception import (
     BESIDE_INTERCEPTIONS,
@@ -78,11 +77,11 @@ class AttributeReads(Detector):
 
     def _read_unseen(self, modules: list[nn.Module]) -> None:
         """Note what of these modules is read in ways that no interception shows."""
-        for source in _constants_of_classes(modules):
-            self.watch.read(source)
+        for cls, name in plain_values_of(map(type, modules)):
+            self.watch.read(Source(cls, name, f"{cls.__name__}.{name}"))
         for module in modules:
-            cls: type = type(module)
-            if not BESIDE_INTERCEPTIONS.isdisjoint(names_in_users_methods(cls)):
+            kind: type = type(module)
+            if not BESIDE_INTERCEPTIONS.isdisjoint(names_in_users_methods(kind)):
                 self._attributes[id(module)].read_all()
 
 
@@ -180,7 +179,3 @@ def _attributes_of_method(module: nn.Module, name: str) -> list[Source]:
     method = value_in_class(type(module), name)
     is_users = isinstance(method, FunctionType) and is_users_function(method)
     return [Source(method, "__dict__", f"attributes of {name}")] if is_users else []
-
-
-def _constants_of_classes(modules: list[nn.Module]) -> list[Source]:
-    return [Source(cls, name, f"{cls.__name__}.{name}") for cls, name in values_of_classes(modules)]

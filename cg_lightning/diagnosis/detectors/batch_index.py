@@ -6,8 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
-
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.stages import STEP_METHODS
@@ -81,8 +79,3 @@ class BatchIndex(Detector):
 
     def _used(self, words: str) -> None:
         self.watch.report(Cause.BATCH_INDEX_USED, f"batch_idx {words}", calls=[self.watch.step])
-
-
-def find_use_of_batch_index(module: nn.Module, step_name: str) -> str | None:
-    """Return the line of a step that does more with ``batch_idx`` than compare it, or None."""
-    return next((use.line for use in ArgumentUses(module).find(step_name, _POSITION)), None)
