@@ -77,9 +77,7 @@ def draw_all(records: list[Record], path: Path) -> list[Path]:
     for name, axes in zip(names, grid[0], strict=True):
         axes.set_title(CASES[name].title if name in CASES else name, fontsize="medium")
     grid[0, 0].invert_yaxis()  # the axis is shared
-    figure.suptitle(
-        "Microseconds a batch: shorter is faster", x=0.01, ha="left", fontsize=15, fontweight="bold"
-    )
+    _title(figure, "Microseconds a batch: shorter is faster")
     if any(limit(case) is not None for case in cases.values()):
         figure.supxlabel(f"black line: the limit ({_LIMIT})", x=0.99, ha="right", fontsize=10)
     return _save(figure, path)
@@ -104,9 +102,17 @@ def _draw_panel(axes: Any, case: dict[str, Record], shown: list[str]) -> None:
                 va="center", fontweight=weight,
             )  # fmt: skip
     axes.set_xlim(0, longest * 1.3)
+    _hide_frame(axes)
+
+
+def _hide_frame(axes: Any) -> None:
     axes.xaxis.set_visible(False)
     axes.tick_params(left=False)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def _title(figure: Any, text: str) -> None:
+    figure.suptitle(text, x=0.01, ha="left", fontsize=15, fontweight="bold")
 
 
 def _save(figure: Any, path: Path) -> list[Path]:
@@ -169,11 +175,8 @@ def draw_before_after(
     axes.set_yticks(range(len(cases)), [title for title, _ in cases])
     axes.invert_yaxis()
     axes.set_xlim(0, longest * 1.13)
-    axes.xaxis.set_visible(False)
-    axes.tick_params(left=False)
-    axes.spines[["top", "right", "bottom"]].set_visible(False)
-    title = f"Time of one batch in {_method(stage)}"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=15, fontweight="bold")
+    _hide_frame(axes)
+    _title(figure, f"Time of one batch in {_method(stage)}")
     figure.supxlabel(where, x=0.99, ha="right", fontsize=8.5, color="#505050")
     legend = {"eager, as Lightning runs it": without, "with the callback": graphed}
     if any(limit(case) is not None for _, case in cases):

@@ -71,20 +71,19 @@ class _FunctionModule(nn.Module):
 
 Contestant = tuple[LightningModule, list[Callback]]
 """The module to evaluate and the callbacks that it needs."""
+Make = Callable[[nn.Module, Tensor, BackendName], Contestant]
 
 
-def _graphs(mode: ModeName) -> Callable[[nn.Module, Tensor, BackendName], Contestant]:
+def _graphs(mode: ModeName) -> Make:
     def make(net: nn.Module, _: Tensor, backend: BackendName) -> Contestant:
         return BenchmarkStep(net), [CUDAGraphCallback(mode=mode, backend=backend, report=False)]
 
     return make
 
 
-def _compiled(mode: str | None) -> Callable[[nn.Module, Tensor, BackendName], Contestant]:
-    def make(net: nn.Module, _: Tensor, backend: BackendName) -> Contestant:
-        return BenchmarkStep(torch.compile(net, mode=mode)), []  # type: ignore[arg-type]
-
-    return make
+def compiled(kind: type[Classifier], mode: str | None = None) -> Make:
+    """Return what makes a contestant whose network ``torch.compile`` compiles."""
+    return lambda net, *_: (kind(torch.compile(net, mode=mode)), [])  # type: ignore[arg-type]
 
 
 def _compiled_in_a_graph(net: nn.Module, sample: Tensor, backend: BackendName) -> Contestant:
@@ -119,14 +118,14 @@ def _graphed_callable(net: nn.Module, sample: Tensor, backend: BackendName) -> C
     return BenchmarkStep(net), [_MakeGraphedCallables(sample)]
 
 
-CONTESTANTS: dict[str, Callable[[nn.Module, Tensor, BackendName], Contestant]] = {
+CONTESTANTS: dict[str, Make] = {
     "loop": lambda net, _, backend: (EmptyStep(nn.Identity()), []),
     "eager": lambda net, _, backend: (BenchmarkStep(net), []),
     "piecewise": _graphs("PIECEWISE"),
     "full": _graphs("FULL"),
     "full_and_piecewise": _graphs("FULL_AND_PIECEWISE"),
-    "compile": _compiled(None),
-    "reduce_overhead": _compiled("reduce-overhead"),
+    "compile": compiled(BenchmarkStep),
+    "reduce_overhead": compiled(BenchmarkStep, "reduce-overhead"),
     "make_graphed_callables": _graphed_callable,
     "compiled_full": _compiled_in_a_graph,
 }

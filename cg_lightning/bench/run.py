@@ -100,82 +100,52 @@ def measure_case(
         settings, batches=min(settings.batches, case.max_batches or settings.batches)
     )
     data = loader(case, settings, backend.device)
-    made: dict[str, Any] = {}
+    evaluated: dict[str, Any] = {}
     for stage in stages:
+        names, made = contestants, evaluated
         if stage == TRAIN:
-            yield stage, _measure_training(net, data, contestants, settings, backend)
-            continue
-        yield stage, _measure_stage(stage, net, data, made, contestants, settings, backend)
+            names, made = [name for name in contestants if name in TRAINERS], {}
+        yield stage, _measure_stage(stage, net, data, made, names, settings, backend)
 
 
 def _measure_stage(
     stage: str, net: nn.Module, data: DataLoader[Any], made: dict[str, Any],
     contestants: Sequence[str], settings: Settings, backend: GraphBackend,
 ) -> dict[str, Measurement | str]:  # fmt: skip
+    """Run all rounds. In training, each begins with the same weights."""
     sample = data.dataset[0][0].to(backend.device)
+    trains = stage == TRAIN
     results: dict[str, Measurement | str] = {}
+    first_weights: list[Tensor] = []
     for _ in range(settings.rounds):
         for contestant in contestants:
-            if isinstance(results.get(contestant), str):
-                continue
-            try:
-                if contestant not in made:
-                    made[contestant] = make(contestant, net, sample, backend.name)
-                measurement = results.setdefault(contestant, Measurement([], [], {}))
-                assert isinstance(measurement, Measurement)
-                module, callbacks = made[contestant]
-                run_once(stage, module, callbacks, data, settings, backend, measurement)
-            except Exception as error:
-                if contestant not in OTHER_ORDER:
-                    raise
-                results[contestant] = _in_short(error)
-    eager = results.get("eager")
-    for contestant, result in results.items():
-        if (
-            isinstance(result, Measurement)
-            and isinstance(eager, Measurement)
-            and contestant not in ("loop", "eager")
-        ):
-            _check(contestant, result, eager)
-    return results
-
-
-def _measure_training(
-    net: nn.Module, data: DataLoader[Any], contestants: Sequence[str], settings: Settings,
-    backend: GraphBackend,
-) -> dict[str, Measurement | str]:  # fmt: skip
-    """Train from the same weights in each round."""
-    sample = data.dataset[0][0].to(backend.device)
-    made: dict[str, Any] = {}
-    results: dict[str, Measurement | str] = {}
-    expected: list[Tensor] = []
-    for _ in range(settings.rounds):
-        for contestant in filter(TRAINERS.__contains__, contestants):
             measurement = results.setdefault(contestant, Measurement([], [], {}))
             if isinstance(measurement, str):
                 continue
             try:
                 if contestant not in made:
-                    made[contestant] = make_trained(contestant, net, sample, backend.name)
+                    make_one = make_trained if trains else make
+                    made[contestant] = make_one(contestant, net, sample, backend.name)
                 module, callbacks = made[contestant]
-                begin_again(module, net)
-                run_once(TRAIN, module, callbacks, data, settings, backend, measurement)
+                if trains:
+                    begin_again(module, net)
+                run_once(stage, module, callbacks, data, settings, backend, measurement)
             except Exception as error:
                 if contestant not in OTHER_ORDER:
                     raise
-                results[contestant] = _in_short(error)
-            if contestant == "eager" and not expected:
-                expected = measurement.weights
+                words = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+                results[contestant] = words
+            if contestant == "eager" and not first_weights:
+                first_weights = measurement.weights
+    eager = results.get("eager")
     for contestant, result in results.items():
-        if not isinstance(result, Measurement) or not expected or contestant == "loop":
+        if isinstance(result, str) or not isinstance(eager, Measurement) or contestant == "loop":
             continue
-        if result.weights is not expected:  # one round of eager is not compared with itself
-            result.against_eager = compared_weights(result.weights, expected)
+        if not trains:
+            _check(contestant, result, eager)
+        elif result.weights is not first_weights:  # one round of eager is not compared with itself
+            result.against_eager = compared_weights(result.weights, first_weights)
     return results
-
-
-def _in_short(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
 
 
 def measure(

@@ -10,18 +10,17 @@ import argparse
 import copy
 import logging
 import warnings
-from collections.abc import Callable
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
-from cg_lightning.backends import resolve_backend
+from cg_lightning.backends import GraphBackend, resolve_backend
 from cg_lightning.bench.cases import CASES, CLASSES, Logits
+from cg_lightning.bench.measure import bare_trainer, batches_in_turn
 from cg_lightning.callback import CUDAGraphCallback
 from cg_lightning.core.shape_proposal import SeenShape, ShapeProposal
 
@@ -75,26 +74,28 @@ class _LastQuarter(Callback):
 
     Args:
         first: The number of the first batch of the quarter.
-        synchronize: Waits for the device.
+        backend: Knows the device.
     """
 
-    def __init__(self, first: int, synchronize: Callable[[], None]) -> None:
+    def __init__(self, first: int, backend: GraphBackend) -> None:
         self._first = first
-        self._synchronize = synchronize
+        self._backend = backend
         self.began = 0.0
 
-    def _begin(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
-        if index == self._first:
-            self._synchronize()
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take the time."""
+        if batch_idx == self._first:
+            self._backend.synchronize()
             self.began = perf_counter()
 
-    def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        """See ``Callback``."""
-        self._begin(*args[:4])
-
-    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        """See ``Callback``."""
-        self._begin(*args[:4])
+    on_predict_batch_start = on_validation_batch_start
 
 
 def texts(number: int, device: torch.device) -> list[dict[str, Tensor]]:
@@ -121,7 +122,7 @@ def run(
     batches: list[Any],
     stage: str,
     callback: CUDAGraphCallback | None,
-    synchronize: Callable[[], None],
+    backend: GraphBackend,
 ) -> Result:
     """Run one stage once.
 
@@ -130,20 +131,12 @@ def run(
         batches: The batches.
         stage: ``predict`` or ``validate``.
         callback: The callback; None: eager, or compiled.
-        synchronize: Waits for the device.
+        backend: Knows the device.
     """
-    clock = _LastQuarter(3 * len(batches) // 4, synchronize)
-    trainer = Trainer(
-        accelerator=model.device.type if model.device.type == "cpu" else "gpu",
-        devices=1,
-        callbacks=[clock] if callback is None else [clock, callback],
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
-    loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
-    synchronize()
+    clock = _LastQuarter(3 * len(batches) // 4, backend)
+    trainer = bare_trainer(backend, [clock] if callback is None else [clock, callback])
+    loader = batches_in_turn(batches, len(batches))
+    backend.synchronize()
     began = perf_counter()
     if stage == "predict":
         predictions: Any = trainer.predict(model, loader)
@@ -151,7 +144,7 @@ def run(
     else:
         (metrics,) = trainer.validate(model, loader, verbose=False)
         values = [torch.tensor(value) for value in metrics.values()]
-    synchronize()
+    backend.synchronize()
     ended = perf_counter()
     steady = (ended - clock.began) / (len(batches) - 3 * len(batches) // 4)
     return Result(ended - began, steady, len(batches), values)
@@ -206,21 +199,19 @@ def main() -> None:
         settings["pad_dims"] = "auto"
     print(f"{given.batches} batches, float32 matmul {given.matmul!r}, {settings}")
     for stage in ("predict", "validate"):
-        run(model, batches[:20], stage, None, backend.synchronize)
+        run(model, batches[:20], stage, None, backend)
         model.to(backend.device)
-        eager = run(model, batches, stage, None, backend.synchronize)
+        eager = run(model, batches, stage, None, backend)
         contestants: dict[str, Result] = {"eager": eager}
         if not given.no_compile:
             compiled = copy.deepcopy(model).to(backend.device)
             compiled.net = torch.compile(compiled.net, dynamic=True)  # type: ignore[assignment]
-            run(compiled, batches[:200], stage, None, backend.synchronize)
+            run(compiled, batches[:200], stage, None, backend)
             compiled.to(backend.device)
-            contestants["compile(dynamic)"] = run(
-                compiled, batches, stage, None, backend.synchronize
-            )
+            contestants["compile(dynamic)"] = run(compiled, batches, stage, None, backend)
         callback = CUDAGraphCallback(backend=given.backend, report=False, **settings)
         model.to(backend.device)
-        contestants["padded graphs"] = run(model, batches, stage, callback, backend.synchronize)
+        contestants["padded graphs"] = run(model, batches, stage, callback, backend)
         for name, result in contestants.items():
             difference = max(
                 float((one.cpu() - other.cpu()).abs().max())

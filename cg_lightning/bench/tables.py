@@ -41,26 +41,15 @@ _SHORT = ("eager", "reduce_overhead", "make_graphed_callables", OURS)
 def table(records: list[Record]) -> str:
     """Return microseconds per batch as a Markdown table, with the spread of rounds in brackets."""
     contestants = contestants_of(records)
-    lines = [
-        " | ".join(["stage, case", "limit", "replay", *contestants]),
-        "|".join(["---"] * (len(contestants) + 3)),
-    ]
+    rows = []
     for (stage, name), case in by_case(records).items():
-        cells = [
-            f"{stage}, {name}",
-            f"{limit(case) or float('nan'):.0f}",
-            f"{gpu_time(case) or float('nan'):.0f}",
-        ]
+        row = [f"{stage}, {name}", _cell(limit(case)), _cell(gpu_time(case))]
         for contestant in contestants:
             record = case.get(contestant, {})
-            times = (
-                f"{record['microseconds']:.0f} ({record['spread']:.0f})"
-                if "microseconds" in record
-                else "-"
-            )
-            cells.append("fails" if "error" in record else times)
-        lines.append(" | ".join(cells))
-    return "\n".join(f"| {line} |" for line in lines)
+            time = _cell(record.get("microseconds"), f" ({record.get('spread', 0):.0f})")
+            row.append("fails" if "error" in record else time)
+        rows.append(row)
+    return _markdown(["stage, case", "limit", "replay", *contestants], rows).rstrip()
 
 
 def _rows(records: list[Record], stage: str) -> list[tuple[str, dict[str, Record]]]:

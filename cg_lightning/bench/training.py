@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from cg_lightning.backends.cuda import make_graphed_callable
-from cg_lightning.bench.contestants import Classifier, Contestant
+from cg_lightning.bench.contestants import Classifier, Contestant, Make, compiled
 from cg_lightning.bench.records import OURS
 from cg_lightning.callback import CUDAGraphCallback
 from cg_lightning.core.equality import same_leaf
@@ -53,16 +53,6 @@ class OptimizerAlone(TrainedStep):
         """Keep the gradients, because no backward makes new ones."""
 
 
-Make = Callable[[nn.Module, Tensor, BackendName], Contestant]
-
-
-def _compiled(mode: str | None) -> Make:
-    def make(net: nn.Module, *_: Any) -> Contestant:
-        return TrainedStep(torch.compile(net, mode=mode)), []  # type: ignore[arg-type]
-
-    return make
-
-
 def _graphs(net: nn.Module, _: Tensor, backend: BackendName) -> Contestant:
     return TrainedStep(net), [CUDAGraphCallback(stages=["train"], backend=backend, report=False)]
 
@@ -96,8 +86,8 @@ TRAINERS: dict[str, Make] = {
     "loop": lambda net, *_: (OptimizerAlone(net), []),
     "eager": lambda net, *_: (TrainedStep(net), []),
     OURS: _graphs,
-    "compile": _compiled(None),
-    "reduce_overhead": _compiled("reduce-overhead"),
+    "compile": compiled(TrainedStep),
+    "reduce_overhead": compiled(TrainedStep, "reduce-overhead"),
     "make_graphed_callables": _graphed_callable,
 }
 """The contestants that train. The others only evaluate."""
