@@ -9,96 +9,45 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from cg_lightning.backends.copies_from_host import (
-    CASTS,
-    COPIES,
-    reads_a_mask,
-    target_of_cast,
-)
+from cg_lightning.backends.copies_from_host import CASTS, COPIES, reads_a_mask, target_of_cast
 from cg_lightning.core.causes import Cause
 
 
-def _table(cause: Cause, *names: str) -> dict[str, Cause]:
-    return {f"aten::{name}": cause for name in names}
+def _table(cause: Cause, names: str) -> dict[str, Cause]:
+    return {f"aten::{name}": cause for name in names.split()}
 
 
 # in inference mode, composite operations arrive in one piece (item, linalg_inv); under no_grad, in
 # parts (_local_scalar_dense)
-_ILLEGAL: dict[str, Cause] = {
+_ILLEGAL = {
     **_table(
         Cause.HOST_SYNC,
-        "item",
-        "_local_scalar_dense",
-        "is_nonzero",
-        "equal",
-        "allclose",
-        "ctc_loss",
-        "_nested_tensor_from_mask_left_aligned",
-        "_choose_qparams_per_tensor",
+        """
+        item _local_scalar_dense is_nonzero equal allclose ctc_loss
+        _nested_tensor_from_mask_left_aligned _choose_qparams_per_tensor
+        """,
     ),
     **_table(
         Cause.DATA_DEPENDENT_SHAPE,
-        *(
-            "nonzero",
-            "nonzero_numpy",
-            "argwhere",
-            "masked_select",
-            "bincount",
-            "_pack_padded_sequence",
-            "_nested_tensor_from_mask",
-            "_nested_tensor_from_tensor_list",
-            "_nested_from_padded",
-        ),
-        *(
-            f"{prefix}to_sparse{layout}"
-            for prefix in ("", "_")
-            for layout in ("", "_csr", "_csc", "_bsr", "_bsc")
-        ),
-        *(
-            "_unique",
-            "_unique2",
-            "unique_dim",
-            "unique_consecutive",
-            "unique_dim_consecutive",
-            "combinations",
-        ),
+        """
+        nonzero nonzero_numpy argwhere masked_select bincount combinations _pack_padded_sequence
+        _nested_tensor_from_mask _nested_tensor_from_tensor_list _nested_from_padded
+        to_sparse to_sparse_csr to_sparse_csc to_sparse_bsr to_sparse_bsc
+        _to_sparse _to_sparse_csr _to_sparse_csc _to_sparse_bsr _to_sparse_bsc
+        _unique _unique2 unique_dim unique_consecutive unique_dim_consecutive
+        """,
     ),
     **_table(
         Cause.HOST_CHECKED_LINEAR_ALGEBRA,
-        *(
-            "_linalg_check_errors",
-            "linalg_solve",
-            "linalg_inv",
-            "inverse",
-            "linalg_cholesky",
-            "cholesky",
-        ),
-        *(
-            "linalg_lu_factor",
-            "linalg_ldl_factor",
-            "linalg_eig",
-            "linalg_eigvals",
-            "linalg_eigh",
-            "linalg_eigvalsh",
-        ),
-        *(
-            "linalg_svd",
-            "linalg_svdvals",
-            "svd",
-            "linalg_lstsq",
-            "linalg_pinv",
-            "pinverse",
-            "linalg_matrix_rank",
-        ),
-        *(
-            "linalg_cond",
-            "linalg_tensorinv",
-            "linalg_tensorsolve",
-            "cholesky_inverse",
-            "linalg_matrix_power",
-        ),
+        """
+        _linalg_check_errors linalg_solve linalg_inv inverse linalg_cholesky cholesky
+        linalg_lu_factor linalg_ldl_factor linalg_eig linalg_eigvals linalg_eigh linalg_eigvalsh
+        linalg_svd linalg_svdvals svd linalg_lstsq linalg_pinv pinverse linalg_matrix_rank
+        linalg_cond linalg_tensorinv linalg_tensorsolve cholesky_inverse linalg_matrix_power
+        """,
     ),
 }
+_INDEX_PUTS = ("aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 _COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
 
 
@@ -151,18 +100,13 @@ def find_illegal(
         return Cause.TENSOR_FROM_PYTHON if _made_from_python(args[0], device_type) else None
     if name == "aten::repeat_interleave":
         by_tensor = function._overloadname in ("Tensor", "self_Tensor")
-        return (
-            Cause.DATA_DEPENDENT_SHAPE if by_tensor and kwargs.get("output_size") is None else None
-        )
+        is_open = by_tensor and kwargs.get("output_size") is None
+        return Cause.DATA_DEPENDENT_SHAPE if is_open else None
     if name == "aten::where" and len(args) == 1:
         return Cause.DATA_DEPENDENT_SHAPE
     if name == "aten::index" and reads_a_mask(args[1]):
         return Cause.DATA_DEPENDENT_SHAPE
-    if name in (
-        "aten::index_put",
-        "aten::index_put_",
-        "aten::_index_put_impl_",
-    ) and _illegal_index_put(args):
+    if name in _INDEX_PUTS and _illegal_index_put(args):
         return Cause.DATA_DEPENDENT_SHAPE
     if name == "aten::one_hot" and (len(args) < 2 or args[1] == -1):
         return Cause.HOST_SYNC

@@ -17,58 +17,43 @@ import torch
 
 from cg_lightning.modules.kinds import is_our_file, is_user_file
 
-_OF_PLACES = frozenset(
-    {"storage_offset", "untyped_storage", "data_ptr", "is_pinned", "_is_view", "is_set_to"}
-)
+_OF_PLACES = "storage_offset untyped_storage data_ptr is_pinned _is_view is_set_to"
 """Methods of tensors that tell where they are in memory."""
-_IN_C = {
-    "time": frozenset(
-        {
-            *("time", "monotonic", "perf_counter", "process_time", "thread_time"),
-            *("time_ns", "monotonic_ns", "perf_counter_ns", "process_time_ns", "thread_time_ns"),
-            *("clock_gettime", "clock_gettime_ns", "localtime", "gmtime", "ctime", "strftime"),
-        }
-    ),
-    "posix": frozenset(
-        {
-            *("times", "getloadavg", "urandom", "getrandom", "getcwd", "getcwdb"),
-            *("stat", "lstat", "access", "readlink", "statvfs"),
-            *("read", "readv", "pread", "preadv", "lseek", "fstat", "fstatvfs", "isatty"),
-            *("umask", "nice", "getpriority", "sched_getaffinity", "getppid", "uname"),
-            *("get_blocking", "get_inheritable", "get_terminal_size", "getxattr", "listxattr"),
-        }
-    ),
-    "torch": frozenset(
-        {
-            *("get_num_threads", "get_num_interop_threads", "is_inference"),
-            *("is_anomaly_enabled", "is_anomaly_check_nan_enabled"),
-        }
-    ),
-    "resource": frozenset({"getrusage", "getrlimit", "prlimit"}),
-    "gc": frozenset(
-        {
-            *("get_count", "get_stats", "get_objects", "isenabled", "get_threshold"),
-            *("get_debug", "get_freeze_count", "get_referrers"),
-        }
-    ),
-    "sys": frozenset(
-        {
-            *("getallocatedblocks", "getrefcount", "getrecursionlimit", "getswitchinterval"),
-            *("get_int_max_str_digits", "set_int_max_str_digits", "_current_frames"),
-        }
-    ),
-    "_thread": frozenset({"_count", "stack_size"}),
-    "_signal": frozenset({"getsignal", "getitimer", "sigpending", "pthread_sigmask"}),
-    "_socket": frozenset({"getdefaulttimeout", "gethostname"}),
-    "faulthandler": frozenset({"is_enabled"}),
-    "_locale": frozenset({"localeconv", "setlocale", "nl_langinfo", "strcoll", "strxfrm"}),
-    "_tracemalloc": frozenset(
-        {"get_traced_memory", "is_tracing", "get_traceback_limit", "get_tracemalloc_memory"}
-    ),
-    "datetime": frozenset({"now", "utcnow", "today"}),
-    "": frozenset({"is_inference", "__subclasses__", *_OF_PLACES}),  # of tensors and of classes
-    "decimal": frozenset({"getcontext", "setcontext", "localcontext"}),  # of the thread
+_NAMES_IN_C = {
+    "time": """
+        time monotonic perf_counter process_time thread_time
+        time_ns monotonic_ns perf_counter_ns process_time_ns thread_time_ns
+        clock_gettime clock_gettime_ns localtime gmtime ctime strftime
+    """,
+    "posix": """
+        times getloadavg urandom getrandom getcwd getcwdb stat lstat access readlink statvfs
+        read readv pread preadv lseek fstat fstatvfs isatty umask nice getpriority sched_getaffinity
+        getppid uname get_blocking get_inheritable get_terminal_size getxattr listxattr
+    """,
+    "torch": """
+        get_num_threads get_num_interop_threads is_inference
+        is_anomaly_enabled is_anomaly_check_nan_enabled
+    """,
+    "resource": "getrusage getrlimit prlimit",
+    "gc": """
+        get_count get_stats get_objects isenabled get_threshold
+        get_debug get_freeze_count get_referrers
+    """,
+    "sys": """
+        getallocatedblocks getrefcount getrecursionlimit getswitchinterval
+        get_int_max_str_digits set_int_max_str_digits _current_frames
+    """,
+    "_thread": "_count stack_size",
+    "_signal": "getsignal getitimer sigpending pthread_sigmask",
+    "_socket": "getdefaulttimeout gethostname",
+    "faulthandler": "is_enabled",
+    "_locale": "localeconv setlocale nl_langinfo strcoll strxfrm",
+    "_tracemalloc": "get_traced_memory is_tracing get_traceback_limit get_tracemalloc_memory",
+    "datetime": "now utcnow today",
+    "": f"is_inference __subclasses__ {_OF_PLACES}",  # of tensors and of classes
+    "decimal": "getcontext setcontext localcontext",  # of the thread
 }
+_IN_C = {module: frozenset(names.split()) for module, names in _NAMES_IN_C.items()}
 """Names of functions by module."""
 _OF_GENERATORS = frozenset(name for name in vars(torch.Generator) if name[0] != "_")
 NAMES_OF_VOLATILE = _OF_GENERATORS.union(*_IN_C.values())
@@ -127,7 +112,7 @@ def volatile_in_c(function: Any) -> str:
 def tells_place_of(function: Any) -> Any:
     """Return the tensor of which a method of C tells where it is in memory; otherwise None."""
     owner = getattr(function, "__self__", None)
-    is_place = getattr(function, "__name__", "") in _OF_PLACES
+    is_place = getattr(function, "__name__", "") in _OF_PLACES.split()
     return owner if is_place and isinstance(owner, torch.Tensor) else None
 
 

@@ -13,80 +13,55 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
-SCALAR_READS = frozenset(
-    {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"}
-)
+
+def _aten(names: str) -> frozenset[str]:
+    return frozenset(f"aten::{name}" for name in names.split())
+
+
+SCALAR_READS = _aten("item _local_scalar_dense is_nonzero equal")
 """Operations that return a number of Python, and that a graph cannot contain."""
-NUMBER_READS = frozenset({"aten::item", "aten::_local_scalar_dense"})
+NUMBER_READS = _aten("item _local_scalar_dense")
 """Those that return the number itself, whose bits the step may use."""
-COUNTING = frozenset(
-    {"aten::nonzero", "aten::nonzero_numpy", "aten::argwhere", "aten::where", "aten::masked_select"}
-)
+COUNTING = _aten("nonzero nonzero_numpy argwhere where masked_select")
 """Operations whose output has as many rows as a mask has elements that are not zero."""
-_INDEXING = frozenset(
-    {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
-)
-_UP_TO_SIGN = frozenset(
-    f"aten::{name}"
-    for name in (
-        *("max", "min", "amax", "amin", "maximum", "minimum", "clamp", "clamp_min", "clamp_max"),
-    )
-)
+_INDEXING = _aten("index index_put index_put_ _index_put_impl_")
+_UP_TO_SIGN = _aten("max min amax amin maximum minimum clamp clamp_min clamp_max")
 """Operations that may return 0.0 or -0.0 if they are given both, but are exact otherwise."""
-_ARITHMETIC = _INDEXING - {"aten::index"} | frozenset(
-    f"aten::{name}" for name in ("add", "sub", "rsub", "mul", "div", "neg")
-)
+_ARITHMETIC = _aten("add sub rsub mul div neg index_put index_put_ _index_put_impl_")
 """Arithmetic element by element: the same bits each time, but not on every device.
 
 One value that is set by indices may be added to what is there.
 """
-_OF_FLOATS = frozenset(
-    f"aten::{name}"
-    for name in (
-        *("_to_copy", "to", "clone", "copy_", "detach", "alias", "lift_fresh", "type_as"),
-        *("contiguous", "view", "reshape", "expand", "expand_as", "slice", "select", "unsqueeze"),
-        *("squeeze", "transpose", "permute", "t", "unbind", "split", "chunk", "flatten", "flip"),
-        *("index", "index_select", "gather", "cat", "stack", "where", "masked_fill", "repeat"),
-        *("fill_", "masked_fill_", "zero_", "ones", "zeros", "full", "ones_like", "zeros_like"),
-        *("full_like", "new_ones", "new_zeros", "new_full", "upsample_nearest2d", "pad"),
-        *("constant_pad_nd", "eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite"),
-        *("abs", "equal", "logical_not", "logical_and", "logical_or", "logical_xor", "all", "any"),
-        *("item", "_local_scalar_dense", "is_nonzero", "nonzero", "count_nonzero"),
-    )
-).union(_UP_TO_SIGN, _ARITHMETIC)
+_MOVING_OR_COMPARING = _aten(
+    """
+    _to_copy to clone copy_ detach alias lift_fresh type_as contiguous view reshape expand expand_as
+    slice select unsqueeze squeeze transpose permute t unbind split chunk flatten flip cat stack
+    where masked_fill masked_fill_ fill_ zero_ ones zeros full ones_like zeros_like full_like
+    new_ones new_zeros new_full eq ne lt le gt ge isnan isinf isfinite abs all any count_nonzero
+    logical_not logical_and logical_or logical_xor
+    """
+)
+_OF_FLOATS = _aten(
+    "index index_select gather repeat upsample_nearest2d pad constant_pad_nd nonzero"
+).union(_MOVING_OR_COMPARING, _UP_TO_SIGN, _ARITHMETIC, SCALAR_READS)
 """Operations that are exact for floating point numbers."""
-_RACING = frozenset(
-    f"aten::{name}"
-    for name in (
-        *("scatter", "scatter_", "index_put", "index_put_", "_index_put_impl_", "put", "put_"),
-        *("index_copy", "index_copy_", "masked_scatter", "masked_scatter_"),
-    )
+_RACING = _aten(
+    """
+    scatter scatter_ index_put index_put_ _index_put_impl_ put put_ index_copy index_copy_
+    masked_scatter masked_scatter_
+    """
 )
 """Operations that may write twice to one element; which write comes last is not defined."""
-_OF_ONE_DEVICE = frozenset(
-    f"aten::{name}"
-    for name in (
-        *("sort", "argsort", "msort", "topk", "kthvalue", "median", "nanmedian", "mode"),
-        *("argmax", "argmin", "max", "min", "aminmax", "cummax", "cummin", "upsample_nearest2d"),
-        *("bitwise_left_shift", "bitwise_right_shift", "__lshift__", "__rshift__"),
-    )
+_OF_ONE_DEVICE = _aten(
+    """
+    sort argsort msort topk kthvalue median nanmedian mode argmax argmin max min aminmax cummax
+    cummin upsample_nearest2d bitwise_left_shift bitwise_right_shift __lshift__ __rshift__
+    """
 )
 """Operations that devices do differently: they order equal elements, for instance."""
-_WHATEVER_THE_VALUES = frozenset(
-    f"aten::{name}"
-    for name in (
-        *("_to_copy", "to", "clone", "copy_", "detach", "alias", "lift_fresh", "type_as"),
-        *("contiguous", "view", "reshape", "expand", "expand_as", "slice", "select", "unsqueeze"),
-        *("squeeze", "transpose", "permute", "t", "unbind", "split", "chunk", "flatten", "flip"),
-        *("cat", "stack", "where", "masked_fill", "masked_fill_", "fill_", "zero_", "ones"),
-        *("zeros", "full", "arange", "ones_like", "zeros_like", "full_like", "new_ones"),
-        *("new_zeros", "new_full", "eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf"),
-        *("isfinite", "abs", "neg", "add", "sub", "rsub", "mul", "sum", "cumsum", "max", "min"),
-        *("amax", "amin", "maximum", "minimum", "clamp", "clamp_min", "clamp_max", "all", "any"),
-        *("count_nonzero", "logical_not", "logical_and", "logical_or", "logical_xor"),
-        *("bitwise_not", "bitwise_and", "bitwise_or", "bitwise_xor"),
-    )
-)
+_WHATEVER_THE_VALUES = _aten(
+    "arange add sub rsub mul neg sum cumsum bitwise_not bitwise_and bitwise_or bitwise_xor"
+).union(_MOVING_OR_COMPARING, _UP_TO_SIGN)
 """Operations that succeed or fail by shapes alone: none looks for an element by its index."""
 _sum, _max = torch.ops.aten.sum.default, torch.ops.aten.max.default
 MOST_ELEMENTS = 65536

@@ -444,21 +444,16 @@ class Provenance:
             return None
         written: set[int] = set()
         written.update(*[self._operations[position].written for position in needed])
-        roots = [
-            Root(number, known.leaf, known.storage in written)
-            for number in sorted(numbers)
-            if (known := self._known[number]).leaf is not None
-        ]
-        constants = [
-            Constant(number, known.values, known.storage in written)
-            for number in sorted(numbers)
-            if (known := self._known[number]).values is not None
-        ]
-        members = [
-            Member(number, *known.member, known.storage in written)
-            for number in sorted(numbers)
-            if (known := self._known[number]).member is not None
-        ]
+        roots, constants, members = list[Root](), list[Constant](), list[Member]()
+        for number in sorted(numbers):
+            known = self._known[number]
+            is_written = known.storage in written
+            if known.leaf is not None:
+                roots.append(Root(number, known.leaf, is_written))
+            if known.values is not None:
+                constants.append(Constant(number, known.values, is_written))
+            if known.member is not None:
+                members.append(Member(number, *known.member, is_written))
         slots = self._slots(needed)
         reads = [recorded.read for recorded in self._reads]
         slots = slots if written else without_repeats(slots)

@@ -210,8 +210,10 @@ def _knows_length(x: Tensor, minlength: int | None = None) -> bool:
 _CLASSIFICATION = "torchmetrics.functional.classification"
 _CURVE = f"{_CLASSIFICATION}.precision_recall_curve"
 _MATRIX = f"{_CLASSIFICATION}.confusion_matrix"
+_SCORES = f"{_CLASSIFICATION}.stat_scores"
 _REGRESSION = "torchmetrics.functional.regression"
 _DISTRIBUTION = "torch.distributions.distribution.Distribution"
+_TWO, _AS_MANY = SyncFree(two_values), SyncFree(as_many_values_as_classes)
 SYNC_FREE: dict[str, SyncFree] = {
     "torchmetrics.utilities.data._bincount": SyncFree(bincount, _knows_length, repeat_count),
     "torchmetrics.utilities.compute.normalize_logits_if_needed": SyncFree(
@@ -220,27 +222,17 @@ SYNC_FREE: dict[str, SyncFree] = {
     "torchmetrics.aggregation.BaseAggregator._cast_and_nan_check_input": SyncFree(
         without_nan, has_one_value
     ),
-    f"{_CLASSIFICATION}.stat_scores._binary_stat_scores_tensor_validation": SyncFree(two_values),
-    f"{_CLASSIFICATION}.stat_scores._multilabel_stat_scores_tensor_validation": SyncFree(
-        two_values
-    ),
-    f"{_CLASSIFICATION}.stat_scores._multiclass_stat_scores_tensor_validation": SyncFree(
-        as_many_values_as_classes
-    ),
-    f"{_CLASSIFICATION}.confusion_matrix._binary_confusion_matrix_tensor_validation": SyncFree(
-        two_values
-    ),
-    f"{_CLASSIFICATION}.confusion_matrix._multilabel_confusion_matrix_tensor_validation": SyncFree(
-        two_values
-    ),
-    f"{_CLASSIFICATION}.confusion_matrix._multiclass_confusion_matrix_tensor_validation": SyncFree(
-        as_many_values_as_classes
-    ),
-    f"{_CURVE}._binary_precision_recall_curve_tensor_validation": SyncFree(two_values),
+    f"{_SCORES}._binary_stat_scores_tensor_validation": _TWO,
+    f"{_SCORES}._multilabel_stat_scores_tensor_validation": _TWO,
+    f"{_SCORES}._multiclass_stat_scores_tensor_validation": _AS_MANY,
+    f"{_MATRIX}._binary_confusion_matrix_tensor_validation": _TWO,
+    f"{_MATRIX}._multilabel_confusion_matrix_tensor_validation": _TWO,
+    f"{_MATRIX}._multiclass_confusion_matrix_tensor_validation": _AS_MANY,
+    f"{_CURVE}._binary_precision_recall_curve_tensor_validation": _TWO,
     f"{_CURVE}._multiclass_precision_recall_curve_tensor_validation": SyncFree(
         as_many_targets_as_classes
     ),
-    f"{_CLASSIFICATION}.stat_scores._multiclass_stat_scores_update": SyncFree(
+    f"{_SCORES}._multiclass_stat_scores_update": SyncFree(
         fixed_shapes.count_multiclass, fixed_shapes.ignores_one_label
     ),
     f"{_MATRIX}._multiclass_confusion_matrix_format": SyncFree(
