@@ -9,11 +9,7 @@ from cg_lightning.metrics.units import MetricUnit
 
 
 class LateUnit:
-    """A unit of metrics in one watched step.
-
-    Args:
-        unit: The metrics.
-    """
+    """A unit of metrics in one watched step."""
 
     def __init__(self, unit: MetricUnit) -> None:
         self.unit = unit

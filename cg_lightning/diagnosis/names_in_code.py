@@ -45,11 +45,7 @@ def names_of(code: CodeType) -> tuple[str, ...]:
 
 
 class NamesInCode:
-    """The names that the code of a frame mentions.
-
-    Args:
-        frame: A frame at its start.
-    """
+    """The names that the code of a frame mentions."""
 
     def __init__(self, frame: FrameType) -> None:
         self.code: CodeType = frame.f_code

@@ -34,11 +34,7 @@ def addresses_in(values: Any) -> set[int]:
 
 
 class HeldOperand:
-    """A tensor that is held until the step ends, so that its address is not used again.
-
-    Args:
-        tensor: The tensor.
-    """
+    """A tensor that is held until the step ends, so that its address is not used again."""
 
     def __init__(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

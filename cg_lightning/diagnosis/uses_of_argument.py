@@ -206,11 +206,7 @@ def _is_in_other_frame(node: ast.AST, definition: Definition, parents: Parents) 
 
 
 class ArgumentUses:
-    """Searches the steps of one module for uses of an argument.
-
-    Args:
-        module: The module.
-    """
+    """Searches the steps of one module for uses of an argument."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module

@@ -41,11 +41,7 @@ OnCall = Callable[[MetricCall], Any]
 
 
 class MetricUnit:
-    """Metrics of one module that change each other: a wrapper or collection, and those inside.
-
-    Args:
-        metrics: All of them.
-    """
+    """Metrics of one module that change each other: a wrapper or collection, and those inside."""
 
     def __init__(self, metrics: list[nn.Module]) -> None:
         self.metrics = metrics
