@@ -10,6 +10,7 @@ import logging
 import pkgutil
 import random
 import re
+import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -354,6 +355,26 @@ def test_dropout_of_a_recurrent_network_has_a_state_of_its_own(
 def modules() -> list[Any]:
     names = [info.name for info in pkgutil.iter_modules(package.__path__)]
     return [importlib.import_module(f"{package.__name__}.{name}") for name in names]
+
+
+class Slotted:
+    """A stream whose attributes cannot be set."""
+
+    __slots__ = ("lines",)
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def write(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_text_to_a_stream_whose_write_cannot_be_replaced(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", stream := Slotted())
+    (finding,) = watch((Printing,), Runs(lambda m, x: sys.stdout.write("said"))).findings
+    assert (finding.cause, finding.operation) == (Cause.PRINTED, "sys.stdout.write")
+    assert sys.stdout is stream
+    assert stream.lines == ["said"]
 
 
 def test_each_file_has_one_detector():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import CatMetric
 
+from cg_lightning.diagnosis.accumulators import accumulates
 from tests.harness import Harness, assert_same, images
 
 
@@ -50,6 +51,54 @@ class AverageMeter:
         self.sum += val * n
         self.count += n
         self.avg = self.sum / self.count
+
+
+class MoreOrLess:
+    """Methods that only accumulate, and methods that may do more."""
+
+    def adds(self, value: Any, n: int = 1) -> Any:
+        if isinstance(value, (float, torch.Tensor)):
+            value = -value if n else value / 2
+        elif isinstance(value, int):
+            pass
+        self.sums["all"] = [value, (n, None)]
+        self.sums.append(self.count(value))
+        self.total += value * n
+        return self.total
+
+    def count(self, value: Any) -> Any:
+        return value.detach().sum()
+
+    def calls_a_global(self, value: Any) -> None:
+        self.total += plain(value)
+
+    def calls_a_method_in_place(self, value: Any) -> None:
+        value.add_(1)
+
+    def gives_a_keyword(self, value: Any) -> None:
+        self.total += value.sum(dim=0)
+
+    def takes_all(self, *values: Any) -> None:
+        self.total += values[0]
+
+    def deletes(self, value: Any) -> None:
+        del self.total
+
+    def reads_a_global(self, value: Any) -> None:
+        self.total += __name__
+
+    def sets_what_is_added_to(self, value: Any) -> None:
+        self.total = value
+        self.total += 1
+
+    def sets_another_object(self, value: Any) -> None:
+        value.total = 1
+
+
+def test_which_methods_only_accumulate():
+    methods = [name for name in vars(MoreOrLess) if name[0] != "_"]
+    found = [name for name in methods if accumulates(MoreOrLess, name)]
+    assert found == ["adds", "count"]
 
 
 class OtherMeters(AverageMeter):

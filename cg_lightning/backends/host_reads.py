@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import dlpack
 
-from cg_lightning.backends.imported_functions import replaced_where_imported
+from cg_lightning.backends.imported_functions import replaced_where_imported, with_notice
 from cg_lightning.core.causes import Cause
 
 OnCall = Callable[[Cause, str], None]
@@ -37,16 +36,12 @@ def noticed(
         on_call: Is called by calls of the current thread.
         unless: Returns True for arguments that do not matter. None: all matter.
     """
-    original = getattr(owner, name)
-    thread = threading.get_ident()
 
-    def function(*args: Any, **kwargs: Any) -> Any:
-        is_of_thread = threading.get_ident() == thread
-        if is_of_thread and not (unless is not None and unless(*args, **kwargs)):
+    def notice(*args: Any, **kwargs: Any) -> None:
+        if unless is None or not unless(*args, **kwargs):
             on_call(cause, f"{owner.__name__}.{name}")
-        return original(*args, **kwargs)
 
-    return function
+    return with_notice(getattr(owner, name), notice)
 
 
 def _is_on_a_device(tensor: Tensor, *_: Any, **__: Any) -> bool:

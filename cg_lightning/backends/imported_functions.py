@@ -1,13 +1,29 @@
-"""Functions of PyTorch, replaced in each module that has imported them."""
+"""Functions of others, replaced: in one place, or in each module that has imported them."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 Function = Callable[..., Any]
+
+
+def with_notice(original: Function, notice: Callable[..., None]) -> Function:
+    """Return a function that calls ``notice`` with its arguments, and then ``original``.
+
+    Calls of other threads are not noticed.
+    """
+    thread = threading.get_ident()
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread:
+            notice(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    return function
 
 
 class _Places:

@@ -271,7 +271,6 @@ class RecorderBackend(FollowsGenerators):
 
         ``capture_error_mode`` is ignored, because there are no streams.
         """
-        del capture_error_mode
         recorder = _Recorder(self.device)
         random_state = self.get_random_state()
         with (

@@ -26,12 +26,7 @@ _MOST_CALLS = 3
 
 
 def accumulates(cls: type, name: str) -> bool:
-    """Return whether a method only accumulates.
-
-    Args:
-        cls: The class of the object.
-        name: The method.
-    """
+    """Return whether a method only accumulates."""
     found = _Method(cls)
     return found.is_allowed(name, 0) and not found.added_to & found.set
 
@@ -52,14 +47,12 @@ class _Method:
             return False
         code = function.__code__
         definition = definition_of(code)
-        is_plain = (
-            isinstance(definition, ast.FunctionDef)
-            and not definition.decorator_list
-            and not code.co_freevars
-            and not code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
-            and code.co_varnames[:1] == ("self",)
+        if not isinstance(definition, ast.FunctionDef) or definition.decorator_list:
+            return False
+        has_others = code.co_freevars or code.co_flags & (
+            inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
         )
-        if not is_plain or not isinstance(definition, ast.FunctionDef):
+        if has_others or code.co_varnames[:1] != ("self",):
             return False
         reader = _Reader(self, function, depth)
         return all(map(reader.allows, definition.body))
@@ -104,13 +97,10 @@ class _Reader:
 
     def _own(self, node: ast.expr) -> str | None:
         """Return the name of an attribute of the object."""
-        is_own = (
-            isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name)
-            and node.value.id == "self"
-            and is_plain_value(inspect.getattr_static(self._method.cls, node.attr, None))
-        )
-        return node.attr if is_own and isinstance(node, ast.Attribute) else None
+        if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
+            return None
+        in_class = inspect.getattr_static(self._method.cls, node.attr, None)
+        return node.attr if node.value.id == "self" and is_plain_value(in_class) else None
 
     def _is_value(self, node: ast.expr) -> bool:
         """Return whether an expression is allowed."""

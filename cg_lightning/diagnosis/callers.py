@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dis
-import functools
-import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import CodeType, FrameType
+from types import FrameType
 
 import torch
 import torchmetrics
 
+from cg_lightning.metrics.support import following_instructions
 from cg_lightning.modules.kinds import is_our_file
 
 _WATCHER = str(Path(__file__).with_name("watcher.py"))
@@ -55,7 +54,7 @@ def is_value_dropped(frame: FrameType) -> bool:
 
     It is dropped at once, or stored in a local variable that the function never reads.
     """
-    after = _instructions_after(frame.f_code).get(frame.f_lasti)
+    after = following_instructions(frame.f_code).get(frame.f_lasti)
     if after is None:
         return False
     if after.opname == "POP_TOP":
@@ -69,14 +68,3 @@ def is_value_dropped(frame: FrameType) -> bool:
         for step in dis.get_instructions(frame.f_code)
         if step.opname not in ("STORE_FAST", "DELETE_FAST")
     )
-
-
-@functools.lru_cache(maxsize=256)
-def _instructions_after(code: CodeType) -> dict[int, dis.Instruction]:
-    """Return the instruction after each call, by the offset of the call."""
-    steps = list(dis.get_instructions(code))
-    return {
-        step.offset: after
-        for step, after in itertools.pairwise(steps)
-        if step.opname.startswith("CALL")
-    }

@@ -23,11 +23,7 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 
 
 class ModuleState:
-    """The values of the attributes of a module and of its classes, and the contents of the user's.
-
-    Args:
-        module: The module.
-    """
+    """The attributes of a module and of its classes, and what is inside those of the user's."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -36,7 +32,7 @@ class ModuleState:
             name: contents
             for name in self._values
             if name not in names_of_frameworks(module) or set_by_users(module, name)
-            if (contents := _contents(self._values[name])) is not None
+            if (contents := readable_contents(self._values[name])) is not None
         }
 
     def modules_inside(self) -> list[nn.Module]:
@@ -96,7 +92,7 @@ def _values(module: nn.Module) -> dict[str, Any]:
     return {**values_of(type(module)), **attributes, **members, "__class__": type(module)}
 
 
-def _contents(value: Any) -> FrozenValues | None:
+def readable_contents(value: Any) -> FrozenValues | None:
     """Return the contents of a value; None if it has none, or if they cannot be read."""
     if holds_nothing(value):
         return None

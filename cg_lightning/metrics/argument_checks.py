@@ -41,7 +41,6 @@ def cholesky(
     checked: CheckedCalls, original: Any, matrices: Tensor, *, upper: bool = False
 ) -> Tensor:
     """Decompose matrices of shape ``(..., n, n)``; refuse those that are not positive-definite."""
-    del original
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrices, upper=upper)
     checked.refuse_if(info.any())
@@ -64,7 +63,6 @@ def gaussian_nll_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """Compute the loss, and refuse negative variances."""
-    del original
     checked.refuse_if((var < 0).any())
     if var.size() != input.size() and input.size()[:-1] == var.size():
         var = var.unsqueeze(-1)
@@ -123,7 +121,6 @@ def repeat_init(original: Any, distribution: Any, *_: Any, **__: Any) -> Repeate
 
 def valid_sample(checked: CheckedCalls, original: Any, distribution: Any, value: Tensor) -> None:
     """Refuse a value outside the support. Shapes are part of the key."""
-    del original
     checked.refuse_if(~distribution.support.check(value).all())
 
 

@@ -39,7 +39,6 @@ def count_multiclass(
     ignore_index: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Count true and false positives and negatives of labels other than ``ignore_index``."""
-    del checked, original, top_k, multidim_average
     assert ignore_index is not None
     preds, target = preds.flatten(), target.flatten()
     kept = torch.ne(target, ignore_index)
@@ -78,7 +77,6 @@ def format_multiclass(
     convert_to_labels: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return labels, with :data:`LEFT_OUT` instead of the targets to ignore."""
-    del checked
     assert ignore_index is not None
     preds, target = original(preds, target, None, convert_to_labels)
     kept = torch.ne(target, ignore_index)
@@ -108,7 +106,6 @@ def format_binary(
 
     Whether predictions are logits depends on those that are not left out. 0 decides nothing.
     """
-    del checked
     assert ignore_index is not None
     preds, target = preds.flatten(), target.flatten()
     kept = torch.ne(target, ignore_index)
@@ -132,7 +129,6 @@ def count_multilabel(
     checked: CheckedCalls, original: Any, preds: Tensor, target: Tensor, num_labels: int
 ) -> Tensor:
     """Count pairs of labels. Those to ignore are negative."""
-    del checked, original
     pairs = ((2 * target + preds) + 4 * torch.arange(num_labels, device=preds.device)).flatten()
     pairs = torch.where(pairs >= 0, pairs, LEFT_OUT)
     return data._bincount(pairs, minlength=4 * num_labels).reshape(num_labels, 2, 2)
@@ -168,7 +164,6 @@ def r2_score(
     multioutput: str = "uniform_average",
 ) -> Tensor:
     """Compute R2, and refuse fewer than two observations."""
-    del original, adjusted
     checked.refuse_if(num_obs < 2)
     tss = sum_squared_obs - sum_obs * (sum_obs / num_obs)
     has_error = ~torch.isclose(rss, torch.zeros_like(rss), atol=1e-4)
@@ -207,7 +202,6 @@ def explained_variance(
     multioutput: str = "uniform_average",
 ) -> Tensor:
     """Compute the explained variance."""
-    del checked, original
     mean_error, mean_target = sum_error / num_obs, sum_target / num_obs
     numerator = sum_squared_error / num_obs - (mean_error * mean_error)
     denominator = sum_squared_target / num_obs - (mean_target * mean_target)
@@ -238,7 +232,6 @@ def pearson(
     nb: Tensor,
 ) -> Tensor:
     """Compute the correlation: NaN, and a warning, where a variance is close to zero."""
-    del original
     var_x, var_y, corr_xy = var_x / (nb - 1), var_y / (nb - 1), corr_xy / (nb - 1)
     var_x = var_x * torch.pow(max_abs_dev_x, -2)
     var_y = var_y * torch.pow(max_abs_dev_y, -2)
@@ -268,7 +261,6 @@ def has_float_variances(
 
 def matthews(checked: CheckedCalls, original: Any, confmat: Tensor) -> Tensor:
     """Compute the coefficient of more than two classes; 0 where it is not defined."""
-    del checked, original
     confmat = confmat.float()
     tk, pk = confmat.sum(dim=-1), confmat.sum(dim=-2)
     correct, total = torch.trace(confmat), confmat.sum()

@@ -89,9 +89,6 @@ class ListStates:
 
     A capture begins with empty lists, and a replay appends what the step has appended. So the step
     must not see what is in a list, unless ``forward`` has emptied it for the value of the batch.
-
-    Args:
-        metric: The metric.
     """
 
     def __init__(self, metric: nn.Module) -> None:
@@ -102,12 +99,7 @@ class ListStates:
         self._emptied: set[str] = set()
 
     def unsupported_read(self, name: str, reader: FrameType) -> str:
-        """Return why a replay cannot reproduce a step that reads this attribute, or nothing.
-
-        Args:
-            name: The attribute.
-            reader: The frame that reads it.
-        """
+        """Return why a replay cannot reproduce a step that reads this attribute, or nothing."""
         if name not in self._names or _is_ours(reader):
             return ""
         module, function = reader.f_globals.get("__name__"), reader.f_code.co_name
@@ -157,7 +149,7 @@ def _is_in_forward(reset: FrameType) -> bool:
 
 def _appends(code: CodeType, offset: int) -> bool:
     """Return True if the line appends to the list that this instruction reads."""
-    following = _following(code).get(offset)
+    following = following_instructions(code).get(offset)
     return (
         following is not None
         and following.opname in ("LOAD_METHOD", "LOAD_ATTR")
@@ -166,7 +158,7 @@ def _appends(code: CodeType, offset: int) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _following(code: CodeType) -> dict[int, dis.Instruction]:
+def following_instructions(code: CodeType) -> dict[int, dis.Instruction]:
     """Return the instruction after each instruction, by the offset of the earlier one."""
     pairs = itertools.pairwise(dis.get_instructions(code))
     return {instruction.offset: following for instruction, following in pairs}

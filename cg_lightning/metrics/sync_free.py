@@ -101,7 +101,6 @@ def normalize_logits_if_needed(
     checked: CheckedCalls, original: Any, tensor: Tensor, normalization: str | None
 ) -> Tensor:
     """Apply sigmoid or softmax, unless all values are between 0 and 1."""
-    del checked
     if not normalization or tensor.device.type != "cpu":
         chosen: Tensor = original(tensor, normalization)
         return chosen
@@ -174,7 +173,6 @@ def without_nan(
 
     With ``warn``, eager's warning is given when the state is read.
     """
-    del original
     nans = torch.isnan(x) if weight is None else torch.isnan(x) | torch.isnan(weight)
     weight = torch.ones_like(x) if weight is None else weight
     if metric.nan_strategy == "error":

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType
 from typing import Any
 from unittest.mock import patch
 
@@ -20,7 +20,7 @@ from cg_lightning.core.closure import ClosureOutput, GradientsAside, UnfinishedC
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.detectors.logging import LOGGING_METHODS
-from cg_lightning.diagnosis.findings import NOT_YOURS
+from cg_lightning.diagnosis.findings import NOT_YOURS, reading_frame
 from cg_lightning.diagnosis.operands import addresses_in
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall
@@ -209,7 +209,5 @@ def _is_harmless(code: CodeType) -> bool:
 
 def _is_in_python() -> bool:
     """Return True if code in Python makes an operation of the backward, and no node in C++."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and is_our_file(frame.f_code.co_filename):
-        frame = frame.f_back
+    frame = reading_frame(sys._getframe(2))
     return frame is None or _RUN_ENGINE is None or frame.f_code is not _RUN_ENGINE.__code__

@@ -8,7 +8,6 @@ guarded by what is in it. What the step itself makes of these, and of Python val
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -20,7 +19,7 @@ from torch._ops import OpOverload
 from cg_lightning.backends.copies_from_host import copied_from_host
 from cg_lightning.backends.host_indices import place_of_indexing
 from cg_lightning.backends.host_reads import TO_DLPACK, UNSEEN_READS
-from cg_lightning.backends.imported_functions import replaced_where_imported
+from cg_lightning.backends.imported_functions import replaced_where_imported, with_notice
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.detector import ReplacingDetector
@@ -98,10 +97,10 @@ class CopiedConstants(ReplacingDetector):
 
     def replace(self, replaced: contextlib.ExitStack) -> None:
         for name in _READS if self._is_elsewhere else ():
-            replacement = self._noting(getattr(Tensor, name))
+            replacement = with_notice(getattr(Tensor, name), self._note_read)
             replaced.enter_context(patch.object(Tensor, name, replacement))
         if self._is_elsewhere:
-            readers = {"to_dlpack": (TO_DLPACK, self._noting(TO_DLPACK))}
+            readers = {"to_dlpack": (TO_DLPACK, with_notice(TO_DLPACK, self._note_read))}
             replaced.enter_context(replaced_where_imported(readers))
 
     def before_read(self, tensor: Tensor) -> None:
@@ -196,15 +195,9 @@ class CopiedConstants(ReplacingDetector):
                 self._sources[id(tensor)] = (source, source.value())
         self.watch.read(self._sources[id(tensor)][0])
 
-    def _noting(self, original: Any) -> Any:
-        thread = threading.get_ident()
-
-        def read(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if tensor.is_cpu and threading.get_ident() == thread:
-                self.watch.note_unseen_read(tensor)
-            return original(tensor, *args, **kwargs)
-
-        return read
+    def _note_read(self, tensor: Tensor, *_: Any, **__: Any) -> None:
+        if tensor.is_cpu:
+            self.watch.note_unseen_read(tensor)
 
 
 def _writes(operation: str) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+from cg_lightning.backends.imported_functions import with_notice
 from cg_lightning.core.causes import Cause
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import Location, find_location
@@ -45,7 +45,8 @@ class DeviceEvents(Detector):
     def around_step(self) -> Iterator[None]:
         with contextlib.ExitStack() as replaced:
             for kind in self.watch.backend.event_types:
-                replaced.enter_context(patch.object(kind, "record", self._noting(kind.record)))
+                record = with_notice(kind.record, self._note)
+                replaced.enter_context(patch.object(kind, "record", record))
             yield
         for recorded in self._recorded.values():
             if sys.getrefcount(recorded.event) > _OWN_REFERENCES:
@@ -58,13 +59,7 @@ class DeviceEvents(Detector):
                 )
         self._recorded.clear()
 
-    def _noting(self, record: Callable[..., None]) -> Callable[..., None]:
-        thread = threading.get_ident()
-
-        def noted(event: Any, *args: Any, **kwargs: Any) -> None:
-            if threading.get_ident() == thread and not self.watch.is_paused:
-                recorded = _Recorded(event, find_location(), list(self.watch.stack))
-                self._recorded.setdefault(id(event), recorded)
-            record(event, *args, **kwargs)
-
-        return noted
+    def _note(self, event: Any, *_: Any, **__: Any) -> None:
+        if not self.watch.is_paused:
+            recorded = _Recorded(event, find_location(), list(self.watch.stack))
+            self._recorded.setdefault(id(event), recorded)

@@ -87,9 +87,7 @@ from cg_lightning.guards.sources import (
 )
 from cg_lightning.guards.values import FrozenValues
 from cg_lightning.modules.attributes import is_same_value
-from cg_lightning.modules.kinds import (
-    is_users_namespace,
-)
+from cg_lightning.modules.kinds import is_users_namespace
 
 _BY_TEXT = frozenset({"globals", "eval", "exec"})
 """Functions of C by which code reads globals that it does not name."""
@@ -127,10 +125,8 @@ class GlobalReads(Detector):
         self._problems: dict[tuple[int, str], list[tuple[Cause, str, str]]] = {}
         self._named: dict[int, Any] = {}
         """The user's classes that code of the step names."""
-        self._of_named: dict[tuple[int, int], list[Source]] = {}
-        """What some code may read of such a class."""
-        self._of_arguments: dict[tuple[int, int], list[Source]] = {}
-        """What the functions with some code read of a class or module that they are given."""
+        self._of_namespaces: dict[tuple[int, int, bool], list[Source]] = {}
+        """What some code may read of such a class, or of a class or module that it is given."""
         self._weights = {id(each) for each in chain(watch.root.parameters(), watch.root.buffers())}
         """The ids of parameters and buffers, whose places in memory are guarded."""
         self._unguarded: dict[tuple[int, str], list[ModuleCall]] = {}
@@ -225,11 +221,9 @@ class GlobalReads(Detector):
             self._note(source, "")
         if known.names is not None:
             for namespace in namespaces_given(frame):
-                for source in self._sources_of_argument(namespace, known):
-                    self._read(source)
+                self._read_namespace(namespace, known, is_given=True)
             for namespace in self._named.values():
-                for source in self._sources_of_named(namespace, known):
-                    self._read(source)
+                self._read_namespace(namespace, known)
         for function, sources in known.functions:
             if is_running(function, frame):
                 for source in sources:
@@ -313,19 +307,28 @@ class GlobalReads(Detector):
             if id(namespace) not in self._named:
                 self._named[id(namespace)] = namespace
                 for known in list(self._known.values()):
-                    for source in self._sources_of_named(namespace, known):
-                        self._read(source)
+                    self._read_namespace(namespace, known)
 
-    def _sources_of_named(self, namespace: Any, known: _Code) -> list[Source]:
-        key = (id(known.code), id(namespace))
-        if key not in self._of_named:
+    def _read_namespace(self, namespace: Any, known: _Code, is_given: bool = False) -> None:
+        """Note what some code reads of a class that any code names.
+
+        Args:
+            namespace: The class. It may be a module if it is given.
+            known: The code.
+            is_given: Whether the code gets it as an argument: ``cls``, ``type(self)``.
+        """
+        key = (id(known.code), id(namespace), is_given)
+        if key not in self._of_namespaces:
             found: list[Source] = []
-            if known.names is not None:
+            if known.names is not None and not is_given:
                 found = values_by_names(namespace, known.names)
-            self._of_named[key] = found
+            elif known.names is not None and is_users_namespace(namespace):
+                found = sources_in_namespace(namespace, namespace.__name__, known.names)
+            self._of_namespaces[key] = found
             for source in found:
                 self._remember(source, known.location)
-        return self._of_named[key]
+        for source in self._of_namespaces[key]:
+            self._read(source)
 
     def _import(self, name: str, caller: FrameType) -> None:
         """Note that a function of the user's imports a module by a name that it computes."""
@@ -375,18 +378,6 @@ class GlobalReads(Detector):
         self._made_here.update(map(id, inside))
         if self._from_before is None and not all(map(is_only_called_here, inside)):
             self._from_before = users_functions()
-
-    def _sources_of_argument(self, namespace: Any, known: _Code) -> list[Source]:
-        """What a function reads of a class or module that it is given: ``cls``, ``type(self)``."""
-        key = (id(known.code), id(namespace))
-        if key not in self._of_arguments:
-            found = []
-            if is_users_namespace(namespace) and known.names is not None:
-                found = sources_in_namespace(namespace, namespace.__name__, known.names)
-            self._of_arguments[key] = found
-            for source in found:
-                self._remember(source, known.location)
-        return self._of_arguments[key]
 
     def _note(self, source: Source, location: str) -> None:
         self._remember(source, location)

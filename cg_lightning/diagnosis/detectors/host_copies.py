@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +14,7 @@ from torch._ops import OpOverload
 from cg_lightning.backends.copies_to_host import answered_copies_to_host
 from cg_lightning.backends.host_reads import UNSEEN_READS
 from cg_lightning.backends.illegal_operations import find_illegal
+from cg_lightning.backends.imported_functions import with_notice
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.detector import Detector
@@ -44,8 +44,8 @@ class HostCopies(Detector):
             return
         with contextlib.ExitStack() as stack:
             for name in _READS:
-                noticed = self._noticed(getattr(Tensor, name))
-                stack.enter_context(patch.object(Tensor, name, noticed))
+                replacement = with_notice(getattr(Tensor, name), self._note_read)
+                stack.enter_context(patch.object(Tensor, name, replacement))
             stack.enter_context(answered_copies_to_host(self.watch.backend.device, self._answer))
             try:
                 yield
@@ -83,17 +83,7 @@ class HostCopies(Detector):
         if function is torch.ops.aten.detach.default and id(args[0]) in self._copies:
             self._copies[id(output)] = output, self._copies[id(args[0])][1]
 
-    def _noticed(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        thread = threading.get_ident()
-
-        def read(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == thread:
-                self._note_read(tensor)
-            return original(tensor, *args, **kwargs)
-
-        return read
-
-    def _note_read(self, tensor: Tensor) -> None:
+    def _note_read(self, tensor: Tensor, *_: Any, **__: Any) -> None:
         if id(tensor) in self._copies:
             location = self._copies[id(tensor)][1].user
             calls = [self.watch.step]

@@ -17,13 +17,14 @@ from cg_lightning.core.equality import same_leaf
 from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import AT_THE_END
+from cg_lightning.diagnosis.module_state import readable_contents
 from cg_lightning.diagnosis.operands import addresses_in, written_tensors
-from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
+from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.watched_step import ModuleCall, WrittenTensors
 from cg_lightning.effects.batch_entries import BatchEntries
 from cg_lightning.effects.batch_writes import BatchWrites
 from cg_lightning.effects.containers import ContainersSnapshot
-from cg_lightning.guards.values import FrozenValues, addresses_of
+from cg_lightning.guards.values import addresses_of
 from cg_lightning.metrics.members import states_of
 from cg_lightning.modules.attributes import names_of_frameworks
 from cg_lightning.modules.kinds import is_metric
@@ -220,8 +221,8 @@ class _PersistentTensors:
             for module in root.modules()
             if not is_metric(module)
             for name, value in vars(module).items()
-            if name not in names_of_frameworks(module) and not is_plain_value(value)
-            if (contents := _contents(value)) is not None
+            if name not in names_of_frameworks(module)
+            if (contents := readable_contents(value)) is not None
         ]
         known = {id(module) for module in root.modules()}
         self._hidden = [
@@ -281,13 +282,6 @@ class _PersistentTensors:
                 found.add_attribute(module, name)
         found.add(tensor for address, tensor in outside.items() if address not in known)
         return found
-
-
-def _contents(value: Any) -> FrozenValues | None:
-    try:
-        return look_into(value)
-    except UnreadableError:  # AttributeReads reports whatever reads it
-        return None
 
 
 def _of(iterators: Iterable[Iterable[Tensor]]) -> list[Tensor]:

@@ -35,26 +35,6 @@ class _Stream:
         return getattr(self._stream, name)
 
 
-@contextlib.contextmanager
-def _replaced_write(name: str, write: Callable[..., Any]) -> Iterator[None]:
-    stream = getattr(sys, name)
-    attributes = getattr(stream, "__dict__", {})
-    has_own, own = "write" in attributes, attributes.get("write")
-    try:
-        stream.write = write
-    except AttributeError:
-        with patch.object(sys, name, _Stream(stream, write)):
-            yield
-        return
-    try:
-        yield
-    finally:
-        if has_own:
-            stream.write = own
-        else:
-            del stream.write
-
-
 class Printing(Detector):
     """Reports what a step says: a graph would say it once, when it is captured."""
 
@@ -117,7 +97,11 @@ class Printing(Detector):
             for name in ("stdout", "stderr"):
                 if (stream := getattr(sys, name)) is not None:
                     write = self._noticed(f"sys.{name}.write", stream.write)
-                    stack.enter_context(_replaced_write(name, write))
+                    try:
+                        stack.enter_context(patch.object(stream, "write", write))
+                    except AttributeError:
+                        stand_in = _Stream(stream, write)
+                        stack.enter_context(patch.object(sys, name, stand_in))
             stack.enter_context(patch.object(os, "write", self._noticed("os.write", os.write)))
             yield
 

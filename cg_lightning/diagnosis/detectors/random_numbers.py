@@ -177,19 +177,13 @@ class RandomNumbers(Detector):
 
     @contextlib.contextmanager
     def _noticing_draws(self) -> Iterator[None]:
-        replaced: list[tuple[Any, str, Any]] = []
-        thread = threading.get_ident()
-        try:
+        with contextlib.ExitStack() as stack:
             for name in ("random", "numpy.random"):
                 module = sys.modules.get(name)
                 for attribute, function in _draws_of(module):
-                    drawing = self._noticed(f"{name}.{attribute}", function, thread)
-                    replaced.append((module, attribute, function))
-                    setattr(module, attribute, drawing)
+                    stack.callback(setattr, module, attribute, function)
+                    setattr(module, attribute, self._noticed(f"{name}.{attribute}", function))
             yield
-        finally:
-            for module, attribute, function in replaced:
-                setattr(module, attribute, function)
 
     @contextlib.contextmanager
     def _noticing_seeds(self) -> Iterator[None]:
@@ -232,7 +226,9 @@ class RandomNumbers(Detector):
         else:
             self.watch.report_once_a_line(cause, f"torch.{name}")
 
-    def _noticed(self, name: str, function: Any, thread: int) -> Callable[..., Any]:
+    def _noticed(self, name: str, function: Any) -> Callable[..., Any]:
+        thread = threading.get_ident()
+
         @functools.wraps(function)
         def draw(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != thread or self.watch.is_paused:

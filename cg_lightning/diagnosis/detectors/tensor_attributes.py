@@ -82,19 +82,15 @@ class TensorAttributes(ReplacingDetector):
                     self.watch.report(Cause.OPAQUE, _of_batch("grad"))
             return inherited.__get__(tensor)  # type: ignore[no-any-return]
 
-        counter: Any = Tensor._version
+        def reported(name: str, words: str) -> property:
+            member: Any = getattr(Tensor, name)
 
-        def version(tensor: Tensor) -> int:
-            if is_read_by_user():  # a replay writes without a count
-                self.watch.report(Cause.OPAQUE, "_version, how often a tensor was written to")
-            return counter.__get__(tensor)  # type: ignore[no-any-return]
+            def get(tensor: Tensor) -> Any:
+                if is_read_by_user():
+                    self.watch.report(Cause.OPAQUE, f"{name}, {words}")
+                return member.__get__(tensor)
 
-        base: Any = Tensor._base
-
-        def whole(tensor: Tensor) -> Tensor | None:
-            if is_read_by_user():
-                self.watch.report(Cause.OPAQUE, "_base, of which a tensor is a view")
-            return base.__get__(tensor)  # type: ignore[no-any-return]
+            return property(get)
 
         def reporting(name: str, method: Any) -> Any:
             def report(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -118,8 +114,9 @@ class TensorAttributes(ReplacingDetector):
         }
         if not self.watch.has_backward:
             members["grad"] = property(gradient, inherited.__set__, inherited.__delete__)
-        members["_version"] = property(version)
-        members["_base"] = property(whole)
+        # a replay writes without a count
+        members["_version"] = reported("_version", "how often a tensor was written to")
+        members["_base"] = reported("_base", "of which a tensor is a view")
         for name in ("storage", "_typed_storage", "is_shared"):  # written in Python
             members[name] = reporting(name, getattr(Tensor, name))
         if not hasattr(Tensor, "__getattr__"):
