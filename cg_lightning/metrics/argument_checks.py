@@ -24,7 +24,7 @@ _NO_SHAPE = torch.Size()
 _ARITHMETIC = (Normal, Laplace, Cauchy, Exponential, HalfNormal)
 
 
-def _may_come_later() -> bool:
+def may_come_later(**_: Any) -> bool:
     """Return True if an error may be raised later: it is not caught, and gradients are off."""
     return not torch.is_grad_enabled() and not may_be_caught()
 
@@ -45,11 +45,6 @@ def cholesky(
     factor, info = torch.linalg.cholesky_ex(matrices, upper=upper)
     checked.refuse_if(info.any())
     return factor
-
-
-def takes_one_matrix(*args: Any, **kwargs: Any) -> bool:
-    """Return True for ``cholesky(A)`` and ``cholesky(A, upper=...)``."""
-    return len(args) == 1 and set(kwargs) <= {"upper"} and _may_come_later()
 
 
 def gaussian_nll_loss(
@@ -77,10 +72,10 @@ def gaussian_nll_loss(
     return loss.sum() if reduction == "sum" else loss
 
 
-def takes_tensors(input: Any, target: Any, var: Any, *_: Any, **__: Any) -> bool:
+def takes_tensors(input: Any, target: Any, var: Any, **_: Any) -> bool:
     """Return True if the variance is a tensor."""
     tensors = all(type(given) is Tensor for given in (input, target, var))
-    return tensors and _may_come_later()
+    return tensors and may_come_later()
 
 
 def _parameters(distribution: Any) -> dict[str, Tensor]:
@@ -105,12 +100,10 @@ def valid_parameters(
         checked.refuse_if(~valid.all())
 
 
-def checks_parameters(
-    distribution: Any, *_: Any, validate_args: bool | None = None, **__: Any
-) -> bool:
+def checks_parameters(distribution: Any, validate_args: bool | None, **_: Any) -> bool:
     """Return True if the distribution is in the list, and checks its parameters."""
     checks = distribution._validate_args if validate_args is None else validate_args
-    return bool(checks) and type(distribution) in _ARITHMETIC and _may_come_later()
+    return bool(checks) and type(distribution) in _ARITHMETIC and may_come_later()
 
 
 def repeat_init(original: Any, distribution: Any, *_: Any, **__: Any) -> RepeatedCall:
@@ -127,7 +120,7 @@ def valid_sample(checked: CheckedCalls, original: Any, distribution: Any, value:
 def checks_sample(distribution: Any, value: Any) -> bool:
     """Return True if the distribution is in the list, and the value is a tensor."""
     is_known = type(distribution) in _ARITHMETIC and type(value) is Tensor
-    return is_known and _may_come_later()
+    return is_known and may_come_later()
 
 
 def repeat_sample(original: Any, distribution: Any, value: Tensor) -> RepeatedCall:

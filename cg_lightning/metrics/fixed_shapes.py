@@ -56,13 +56,7 @@ def count_multiclass(
 
 
 def ignores_one_label(
-    preds: Tensor,
-    target: Tensor,
-    num_classes: int,
-    top_k: int = 1,
-    average: str | None = "macro",
-    multidim_average: str = "global",
-    ignore_index: int | None = None,
+    top_k: int, multidim_average: str, ignore_index: int | None, **_: Any
 ) -> bool:
     """Return True if labels are left out of one count of all values."""
     return ignore_index is not None and top_k == 1 and multidim_average == "global"
@@ -84,10 +78,7 @@ def format_multiclass(
 
 
 def are_labels_ignored(
-    preds: Tensor,
-    target: Tensor,
-    ignore_index: int | None = None,
-    convert_to_labels: bool = True,
+    target: Tensor, ignore_index: int | None, convert_to_labels: bool, **_: Any
 ) -> bool:
     """Return True if the result is labels, and some are left out."""
     return ignore_index is not None and convert_to_labels and target.dtype in _LABELS
@@ -114,17 +105,6 @@ def format_binary(
     return preds, _with_left_out(target, kept)
 
 
-def are_binary_labels_ignored(
-    preds: Tensor,
-    target: Tensor,
-    threshold: float = 0.5,
-    ignore_index: int | None = None,
-    convert_to_labels: bool = True,
-) -> bool:
-    """Return True if the result is labels, and some are left out."""
-    return are_labels_ignored(preds, target, ignore_index, convert_to_labels)
-
-
 def count_multilabel(
     checked: CheckedCalls, original: Any, preds: Tensor, target: Tensor, num_labels: int
 ) -> Tensor:
@@ -134,7 +114,7 @@ def count_multilabel(
     return data._bincount(pairs, minlength=4 * num_labels).reshape(num_labels, 2, 2)
 
 
-def are_labels(preds: Tensor, target: Tensor, num_labels: int) -> bool:
+def are_labels(preds: Tensor, target: Tensor, **_: Any) -> bool:
     """Return True if predictions and targets are labels."""
     return target.dtype in _LABELS and not preds.is_floating_point()
 
@@ -171,24 +151,18 @@ def r2_score(
     return _averaged(_explained(rss, tss, has_error, varies), tss, multioutput)
 
 
-def is_not_adjusted(
-    sum_squared_obs: Tensor,
-    sum_obs: Tensor,
-    rss: Tensor,
-    num_obs: Any,
-    adjusted: int = 0,
-    multioutput: str = "uniform_average",
-) -> bool:
+def is_not_adjusted(num_obs: Any, adjusted: int, multioutput: str, **sums: Tensor) -> bool:
     """Return True for plain R2 of sums of one dtype, whose count is on the device."""
     is_plain = type(adjusted) is int and adjusted == 0 and multioutput in _MULTIOUTPUTS
-    return is_plain and isinstance(num_obs, Tensor) and _are_alike(sum_squared_obs, sum_obs, rss)
+    return is_plain and isinstance(num_obs, Tensor) and _are_alike(**sums)
 
 
 _MULTIOUTPUTS = ("raw_values", "uniform_average", "variance_weighted")
 
 
-def _are_alike(*values: Tensor) -> bool:
-    return len({value.dtype for value in values}) == 1 and values[0].is_floating_point()
+def _are_alike(**values: Tensor) -> bool:
+    dtypes = {value.dtype for value in values.values()}
+    return len(dtypes) == 1 and dtypes.pop().is_floating_point
 
 
 def explained_variance(
@@ -209,16 +183,9 @@ def explained_variance(
     return _averaged(scores, denominator, multioutput)
 
 
-def has_sums_of_one_dtype(
-    num_obs: Any,
-    sum_error: Tensor,
-    sum_squared_error: Tensor,
-    sum_target: Tensor,
-    sum_squared_target: Tensor,
-    multioutput: str = "uniform_average",
-) -> bool:
+def has_sums_of_one_dtype(num_obs: Any, multioutput: str, **sums: Tensor) -> bool:
     """Return True if all sums have one dtype."""
-    return _are_alike(sum_error, sum_squared_error, sum_target, sum_squared_target)
+    return _are_alike(**sums)
 
 
 def pearson(
@@ -245,18 +212,10 @@ def pearson(
     return torch.where(valid, correlation, float("nan")).squeeze()
 
 
-def has_float_variances(
-    max_abs_dev_x: Tensor,
-    max_abs_dev_y: Tensor,
-    var_x: Tensor,
-    var_y: Tensor,
-    corr_xy: Tensor,
-    nb: Tensor,
-) -> bool:
+def has_float_variances(nb: Tensor, **values: Tensor) -> bool:
     """Return True if nothing is cast: half precision is, on the CPU."""
-    return var_x.dtype in (torch.float32, torch.float64) and _are_alike(
-        max_abs_dev_x, max_abs_dev_y, var_x, var_y, corr_xy
-    )
+    is_known = values["var_x"].dtype in (torch.float32, torch.float64)
+    return is_known and _are_alike(**values)
 
 
 def matthews(checked: CheckedCalls, original: Any, confmat: Tensor) -> Tensor:

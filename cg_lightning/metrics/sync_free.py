@@ -45,23 +45,34 @@ from cg_lightning.metrics.argument_checks import RepeatedCall
 from cg_lightning.metrics.deferred_checks import CheckedCalls
 
 
-def _always(*_: Any, **__: Any) -> bool:
-    return True
-
-
 @dataclasses.dataclass(frozen=True)
 class SyncFree:
     """One replacement."""
 
     run: Callable[..., Any]
     """The replacement: ``run(checked, original, *args, **kwargs)``."""
-    applies: Callable[..., bool] = _always
-    """Returns True if the replacement can be used for these arguments of the original."""
+    condition: Callable[..., bool] | None = None
+    """Returns True if the replacement can be used. It is given the arguments as ``run`` names them.
+
+    None: it can always be used.
+    """
     repeat: Callable[..., RepeatedCall] | None = None
     """Returns the call that raises eager's error: ``repeat(original, *args, **kwargs)``.
 
     None: the call itself. It must be given if the tensors are no arguments of the call.
     """
+
+    def applies(self, *args: Any, **kwargs: Any) -> bool:
+        """Return True if the replacement can be used for these arguments of the original."""
+        if self.condition is None:
+            return True
+        try:
+            given = inspect.signature(self.run).bind(None, None, *args, **kwargs)
+        except TypeError:  # arguments that only the original may know
+            return False
+        given.apply_defaults()
+        del given.arguments["checked"], given.arguments["original"]
+        return self.condition(**given.arguments)
 
 
 def _is_other_than(values: Tensor, *allowed: int | None) -> Tensor:
@@ -154,7 +165,7 @@ _NEUTRAL: dict[type, float] = {
 """The neutral value of each aggregation."""
 
 
-def has_one_value(metric: nn.Module, x: Any, weight: Any = None) -> bool:
+def has_one_value(metric: nn.Module, x: Any, weight: Any) -> bool:
     """Return True if NaN is refused, or can be skipped without a change of shape."""
     if not isinstance(x, Tensor) or not (weight is None or isinstance(weight, Tensor)):
         return False
@@ -201,7 +212,7 @@ def repeat_count(original: Any, x: Tensor, minlength: int) -> argument_checks.Re
     return argument_checks.RepeatedCall(count, (x,), {})
 
 
-def _knows_length(x: Tensor, minlength: int | None = None) -> bool:
+def _knows_length(minlength: int | None, **_: Any) -> bool:
     return minlength is not None
 
 
@@ -237,7 +248,7 @@ SYNC_FREE: dict[str, SyncFree] = {
         fixed_shapes.format_multiclass, fixed_shapes.are_labels_ignored
     ),
     f"{_MATRIX}._binary_confusion_matrix_format": SyncFree(
-        fixed_shapes.format_binary, fixed_shapes.are_binary_labels_ignored
+        fixed_shapes.format_binary, fixed_shapes.are_labels_ignored
     ),
     f"{_MATRIX}._multilabel_confusion_matrix_update": SyncFree(
         fixed_shapes.count_multilabel, fixed_shapes.are_labels
@@ -254,7 +265,7 @@ SYNC_FREE: dict[str, SyncFree] = {
     f"{_CLASSIFICATION}.matthews_corrcoef._matthews_corrcoef_reduce": SyncFree(
         fixed_shapes.matthews, fixed_shapes.has_many_classes
     ),
-    "torch.linalg.cholesky": SyncFree(argument_checks.cholesky, argument_checks.takes_one_matrix),
+    "torch.linalg.cholesky": SyncFree(argument_checks.cholesky, argument_checks.may_come_later),
     "torch.nn.functional.gaussian_nll_loss": SyncFree(
         argument_checks.gaussian_nll_loss, argument_checks.takes_tensors
     ),
@@ -277,7 +288,7 @@ def _original(path: str) -> Callable[..., Any] | None:
         found: Callable[..., Any] = pkgutil.resolve_name(path)
     except (ImportError, AttributeError):
         return None
-    return found if has_parameters_of(found, SYNC_FREE[path].applies) else None
+    return found if has_parameters_of(found, SYNC_FREE[path].run) else None
 
 
 def has_parameters_of(original: Callable[..., Any], replacement: Callable[..., Any]) -> bool:
@@ -288,7 +299,7 @@ def has_parameters_of(original: Callable[..., Any], replacement: Callable[..., A
     if not isinstance(original, types.FunctionType):  # a function of PyTorch that is written in C
         return True
     try:
-        inspect.signature(replacement).bind(*inspect.signature(original).parameters)
+        inspect.signature(replacement).bind(None, None, *inspect.signature(original).parameters)
     except TypeError:
         return False
     return True
