@@ -59,31 +59,19 @@ class BatchTimer(Callback):
         self.weights: list[Tensor] = []
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *rest: Any
-    ) -> None:
-        """Reads the time after the warm-up and after the last batch."""
-        self._read(rest[1])
-
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *rest: Any
-    ) -> None:
-        """Does the same, and stores the latest prediction."""
-        self._read(rest[1])
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
+        batch_idx: int, dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """Reads the time after the warm-up and after the last batch; stores the latest output."""
         self.latest_output = outputs
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *rest: Any
-    ) -> None:
-        """Does the same."""
-        self._read(rest[1])
-
-    def _read(self, batch_idx: int) -> None:
         if batch_idx == self._settings.warmup - 1:
             self._backend.synchronize()
             self._began = time.perf_counter()
         if batch_idx == self._settings.warmup + self._settings.batches - 1:
             self._backend.synchronize()
             self.microseconds = (time.perf_counter() - self._began) / self._settings.batches * 1e6
+
+    on_predict_batch_end = on_train_batch_end = on_validation_batch_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the graph alone. All results were returned, so more replays do no harm."""

@@ -98,14 +98,12 @@ class _Keeps(Callback):
         self.outputs: list[Any] = []
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *rest: Any
-    ) -> None:
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
+        batch_idx: int, dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
         self.outputs.append(outputs)
 
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *rest: Any
-    ) -> None:
-        self.outputs.append(outputs)
+    on_predict_batch_end = on_validation_batch_end
 
 
 def visit(names: Sequence[str], settings: Settings, backend: GraphBackend) -> Iterator[ZooResult]:

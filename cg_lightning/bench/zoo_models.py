@@ -41,9 +41,9 @@ def _random(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _pixels(size: int, name: str = "x", channels: int = 3) -> Callable[[int], Inputs]:
+def _pixels(size: int, name: str = "x") -> Callable[[int], Inputs]:
     def inputs(seed: int) -> Inputs:
-        return {name: torch.randn(_ROWS, channels, size, size, generator=_random(seed))}
+        return {name: torch.randn(_ROWS, 3, size, size, generator=_random(seed))}
 
     return inputs
 
@@ -100,34 +100,25 @@ def _torchvision(name: str, pixels: int = _PIXELS, **arguments: Any) -> ZooModel
     return ZooModel("torchvision", make, _pixels(pixels))
 
 
-def _timm(name: str, pixels: int = _PIXELS, **arguments: Any) -> ZooModel:
+def _timm(name: str, **arguments: Any) -> ZooModel:
     def make() -> nn.Module:
         model: nn.Module = importlib.import_module("timm").create_model(
             name, num_classes=CLASSES, **arguments
         )
         return model
 
-    return ZooModel("timm", make, _pixels(pixels))
+    return ZooModel("timm", make, _pixels(_PIXELS))
 
 
-_SMALL_TEXT = {
-    "vocab_size": _VOCABULARY,
+_SMALL = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "intermediate_size": 96,
     "num_labels": CLASSES,
-    "pad_token_id": 0,
 }
-_SMALL_IMAGE = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 96,
-    "image_size": 32,
-    "patch_size": 8,
-    "num_labels": CLASSES,
-}
+_SMALL_TEXT = {**_SMALL, "vocab_size": _VOCABULARY, "pad_token_id": 0}
+_SMALL_IMAGE = {**_SMALL, "image_size": 32, "patch_size": 8}
 
 
 def _transformers(
@@ -145,9 +136,10 @@ def _text(name: str, head: str = "ForSequenceClassification", **more: Any) -> Zo
     return _transformers(f"{name}Config", f"{name}{head}", _tokens, _SMALL_TEXT, **more)
 
 
-def _image(name: str, head: str = "ForImageClassification", **more: Any) -> ZooModel:
+def _image(name: str) -> ZooModel:
     inputs = _pixels(32, "pixel_values")
-    return _transformers(f"{name}Config", f"{name}{head}", inputs, _SMALL_IMAGE, **more)
+    model = f"{name}ForImageClassification"
+    return _transformers(f"{name}Config", model, inputs, _SMALL_IMAGE)
 
 
 class _Graph(nn.Module):
