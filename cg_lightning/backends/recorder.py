@@ -152,7 +152,6 @@ class _Recorder(EagerDispatchMode):
         self._overwritten: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def dispatch(self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """See :class:`~cg_lightning.backends.dispatch_mode.EagerDispatchMode`."""
         if (cause := find_illegal(function, args, kwargs, self.device_type)) is not None:
             _refuse(cause, function._schema.name)
         inputs = _tensors(args, kwargs)

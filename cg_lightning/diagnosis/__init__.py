@@ -21,7 +21,6 @@
 - ``names_in_code.py``: what the instructions of a function name: globals, imports, computed names.
 - ``operands.py``: the tensors that a dispatched operation takes, makes and writes to.
 - ``operation_mode.py``: tells detectors of each operation that PyTorch dispatches.
-- ``profilers.py``: other profilers of the thread, which pause before Python 3.12.
 - ``report.py``: all findings, as an object and as a table.
 - ``sources_of_code.py``: what some code may read: globals that it names, and what is inside.
 - ``step_run.py``: how a watched step runs, and who is told of what it does.

@@ -8,16 +8,17 @@ functions (PEP 669). Before, a profiler is called for every call.
 from __future__ import annotations
 
 import contextlib
+import cProfile
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from types import CodeType, FrameType, MethodDescriptorType
+from types import CodeType, FrameType, FunctionType, MethodDescriptorType, MethodType
 from typing import Any, Protocol
+from unittest.mock import patch
 
 from cg_lightning.diagnosis.findings import may_call_for_step
 from cg_lightning.diagnosis.monitoring import free_tool
-from cg_lightning.diagnosis.profilers import paused_profiler
 
 
 class CallListener(Protocol):
@@ -39,21 +40,20 @@ class CallListener(Protocol):
         """Is called when the code of ``frame`` calls a function of C with such a name."""
 
 
-class CallEvents(Protocol):
+class CallEvents:
     """Reports the calls of this thread to a listener."""
 
     def reporting(self) -> AbstractContextManager[str]:
         """While this is entered, calls are reported. Yields what prevents it; empty: nothing."""
+        raise NotImplementedError
 
     def suspended(self) -> AbstractContextManager[None]:
         """While this is entered, nothing is reported."""
+        raise NotImplementedError
 
     def pause(self) -> bool:
-        """Report nothing until :meth:`resume`, where reports take time.
-
-        Returns:
-            Whether :meth:`resume` must follow.
-        """
+        """Report nothing until :meth:`resume`, if reports take time; return whether they do."""
+        return False
 
     def resume(self) -> None:
         """Report again."""
@@ -66,7 +66,7 @@ def call_events(listener: CallListener) -> CallEvents:
     return _Profiler(listener)
 
 
-class _Profiler:
+class _Profiler(CallEvents):
     """Calls, as ``sys.setprofile`` reports them."""
 
     def __init__(self, listener: CallListener) -> None:
@@ -77,8 +77,7 @@ class _Profiler:
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[str]:
-        """See :class:`CallEvents`."""
-        with paused_profiler() as left:
+        with _paused_profiler() as left:
             if left is None:
                 sys.setprofile(self._profiler)
             try:
@@ -88,7 +87,6 @@ class _Profiler:
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """See :class:`CallEvents`."""
         if not self.pause():
             yield
             return
@@ -98,14 +96,12 @@ class _Profiler:
             self.resume()
 
     def pause(self) -> bool:
-        """See :class:`CallEvents`."""
         is_reporting = sys.getprofile() is self._profiler
         if is_reporting:
             sys.setprofile(None)
         return is_reporting
 
     def resume(self) -> None:
-        """See :class:`CallEvents`."""
         sys.setprofile(self._profiler)
 
     def _on_event(self, frame: FrameType, event: str, function: Any) -> None:
@@ -119,6 +115,33 @@ class _Profiler:
                 self._quiet[id(code)] = code
         elif event == "c_call" and getattr(function, "__name__", "") in listener.names_in_c:
             listener.on_c_call(function, frame)
+
+
+@contextlib.contextmanager
+def _paused_profiler() -> Iterator[str | None]:
+    """Pause the profiler of this thread, which can have only one, and let it go on afterwards.
+
+    Yields:
+        None, or the kind of a profiler that could not be paused. That of ``torch.profiler`` with
+        stacks is one: nothing in Python can start it again.
+    """
+    profiler = sys.getprofile()
+    if profiler is None:
+        yield None
+    elif isinstance(profiler, cProfile.Profile):  # before Python 3.12, which has a place for it
+        profiler.disable()
+        try:
+            yield None
+        finally:
+            profiler.enable()
+    elif isinstance(profiler, (FunctionType, MethodType)):
+        sys.setprofile(None)
+        try:
+            yield None
+        finally:
+            sys.setprofile(profiler)
+    else:
+        yield type(profiler).__name__
 
 
 def _frame_of(code: CodeType) -> FrameType:
@@ -135,7 +158,7 @@ if sys.version_info >= (3, 12):
 
     _EVENTS = sys.monitoring.events
 
-    class _Monitoring:
+    class _Monitoring(CallEvents):
         """Calls, as ``sys.monitoring`` reports them. Other profilers need not pause.
 
         Of calls of C, it asks only the code that may do them for the step.
@@ -155,25 +178,13 @@ if sys.version_info >= (3, 12):
 
         @contextlib.contextmanager
         def reporting(self) -> Iterator[str]:
-            """See :class:`CallEvents`."""
             with self._monitor:
                 yield ""
 
         @contextlib.contextmanager
         def suspended(self) -> Iterator[None]:
-            """See :class:`CallEvents`."""
-            before, self._is_suspended = self._is_suspended, True
-            try:
+            with patch.object(self, "_is_suspended", True):
                 yield
-            finally:
-                self._is_suspended = before
-
-        def pause(self) -> bool:
-            """See :class:`CallEvents`: it costs nothing to go on."""
-            return False
-
-        def resume(self) -> None:
-            """See :class:`CallEvents`."""
 
         def _on_throw(self, code: CodeType, offset: int, error: BaseException) -> None:
             self._on_start(code, offset)  # Python always reports it

@@ -72,10 +72,11 @@ class _Scope(NamedTuple):
 
     def line(self, number: int | None = None) -> str:
         """Return a line of the function; None: its first one."""
-        return _line_of(self.function.__code__, number)
+        return _line_of(self.function, number)
 
 
-def _line_of(code: CodeType | None, line: int | None = None) -> str:
+def _line_of(function: Any, line: int | None = None) -> str:
+    code: CodeType | None = getattr(function, "__code__", None)
     return UNKNOWN if code is None else f"{code.co_filename}:{line or code.co_firstlineno}"
 
 
@@ -235,7 +236,7 @@ class ArgumentUses:
         if callee is None:
             return
         if callee.offset == 0 and not self._holds_nothing_unseen(callee.function):
-            yield ArgumentUse(_line_of(getattr(inspect.unwrap(callee.function), "__code__", None)))
+            yield ArgumentUse(_line_of(inspect.unwrap(callee.function)))
             return
         yield from self._find_at(callee, callee.offset + position, 0)
 
@@ -277,7 +278,7 @@ class ArgumentUses:
             return
         code = getattr(function, "__code__", None)
         if isinstance(function, staticmethod):
-            yield ArgumentUse(_line_of(getattr(function.__func__, "__code__", None)))
+            yield ArgumentUse(_line_of(function.__func__))
             return
         while (wrapped := getattr(function, "__wrapped__", None)) is not None:
             name = _name_of(function, wrapped)
@@ -287,12 +288,12 @@ class ArgumentUses:
                 or _reads_all_locals(code)
                 or _uses_in_varargs(code, position, functools.partial(_calls_name, name))
             ):
-                yield ArgumentUse(_line_of(code))
+                yield ArgumentUse(_line_of(function))
                 return
             function = wrapped
             code = getattr(function, "__code__", None)
         if code is None or not isinstance(function, FunctionType):
-            yield ArgumentUse(_line_of(code))
+            yield ArgumentUse(_line_of(function))
         elif position >= code.co_argcount:
             yield from self._find_in_varargs(_Scope(function, owner, depth), position)
         else:

@@ -183,7 +183,6 @@ class _CallHandler(ModuleHandler):
     def on_call(
         self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
         call = self._watch.new_call(self._path, self._module, args, kwargs)
         with self._watch.calling(call), contextlib.ExitStack() as stack:
             for detector in self._detectors:

@@ -469,8 +469,8 @@ class CUDAGraphDispatcher(KeyTable):
     def settle(self, state: KeyState, variant: Variant) -> Settled | None:
         """Decide if the graphs of a variant pay. Call it after a step whose time was taken.
 
-        Pieces that cost time are left alone. If their step did not pay with them, times are compared
-        once more.
+        Pieces that cost time are left alone. If their step did not pay with them, times are
+        compared once more.
 
         Returns:
             What was decided; None if nothing was.

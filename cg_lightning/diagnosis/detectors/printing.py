@@ -45,11 +45,8 @@ class Printing(Detector):
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
         """What the compiler warns of while it compiles is said once, by itself."""
-        before, self._is_suspended = self._is_suspended, True
-        try:
+        with patch.object(self, "_is_suspended", True):
             yield
-        finally:
-            self._is_suspended = before
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
