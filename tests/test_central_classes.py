@@ -638,7 +638,7 @@ class Followed(TorchDispatchMode):
         kwargs = kwargs or {}
         self.provenance.begin(func, args, kwargs, True)
         output = func(*args, **kwargs)
-        self.provenance.end(func, args, kwargs, output)
+        self.provenance.end(output)
         return output
 
 

@@ -53,7 +53,7 @@ class FollowedGenerators:
         """Set the states. A generator that was added since they were taken is left as it is.
 
         So is a generator that has its state already: cuDNN keeps a state of its own for the dropout
-        of recurrent networks, and PyTorch seeds it anew after each call that sets a generator.
+        of recurrent networks, and PyTorch seeds it again after each call that sets a generator.
         """
         parts = state.split(self._get_default().numel())
         generators = [
@@ -66,11 +66,7 @@ class FollowedGenerators:
 
 
 class FollowsGenerators:
-    """The part of a backend that follows random generators.
-
-    Args:
-        generators: The generators of its device.
-    """
+    """The part of a backend that follows the random generators of its device."""
 
     def __init__(self, generators: FollowedGenerators) -> None:
         self._generators = generators

@@ -82,14 +82,7 @@ def _made_from_python(tensor: Tensor, device_type: str) -> bool:
 def find_illegal(
     function: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], device_type: str
 ) -> Cause | None:
-    """Return why a CUDA graph cannot contain this call, or None if it can.
-
-    Args:
-        function: The operation.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        device_type: Type of the device on which graphs run.
-    """
+    """Return why a CUDA graph on such a device cannot contain this call, or None if it can."""
     name = function._schema.name
     cause = _ILLEGAL.get(name)
     if cause is not None:

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
 
 from cg_lightning.backends import GraphBackend, resolve_backend
 from cg_lightning.bench.cases import CASES, CLASSES, Logits
+from cg_lightning.bench.contestants import Classifier
 from cg_lightning.bench.measure import bare_trainer, batches_in_turn
 from cg_lightning.callback import CUDAGraphCallback
 from cg_lightning.core.shape_proposal import SeenShape, ShapeProposal
@@ -27,17 +27,11 @@ from cg_lightning.core.shape_proposal import SeenShape, ShapeProposal
 BATCH, SHORTEST, LONGEST, TOKENS = 8, 8, 128, 30522
 
 
-class TextClassifier(LightningModule):
+class TextClassifier(Classifier):
     """Classifies texts; logs the loss and the accuracy.
 
-    Args:
-        net: Maps ``input_ids`` and ``attention_mask`` to an object with ``logits``.
+    Its network maps ``input_ids`` and ``attention_mask`` to an object with ``logits``.
     """
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        self.accuracy = MulticlassAccuracy(CLASSES)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the logits."""

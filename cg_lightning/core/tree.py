@@ -203,12 +203,7 @@ def rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
 
 
 def containers_in(tree: Any, has_tuples: bool = False) -> Iterator[Any]:
-    """Yield the containers of ``tree``, the outermost first.
-
-    Args:
-        tree: The tree.
-        has_tuples: Whether tuples are among them, which never change.
-    """
+    """Yield the containers of ``tree``, the outermost first; tuples never change: only if asked."""
     container = _container(tree)
     if container is not None:
         if has_tuples or not isinstance(tree, tuple):
@@ -218,12 +213,7 @@ def containers_in(tree: Any, has_tuples: bool = False) -> Iterator[Any]:
 
 
 def with_leaves_for(tree: Any, leaves: dict[int, Any]) -> Any:
-    """Return a copy of the containers of ``tree``, in which leaves replace some of them.
-
-    Args:
-        tree: The tree.
-        leaves: The leaves, by the id of the container.
-    """
+    """Return a copy of the containers of ``tree``, in which leaves replace some, by their id."""
     if id(tree) in leaves:
         return leaves[id(tree)]
     container = _container(tree)

@@ -56,11 +56,7 @@ def _accessing_frame() -> FrameType | None:
 class AttributeEvents(ModuleHandler):
     """Notes reads and writes of the attributes of one module in a watched step.
 
-    Args:
-        watch: The step that is watched.
-        path: The path of the module.
-        module: The module.
-        on_call: Is told of an object before the step calls a method of it that may accumulate.
+    ``on_call`` is told of an object before the step calls a method of it that may accumulate.
     """
 
     def __init__(

@@ -77,25 +77,14 @@ def _shape(comparison: Comparison) -> tuple[Any, ...]:
 
 
 class ConditionsOf:
-    """Finds the conditions of one argument in one function.
-
-    Args:
-        name: The argument.
-        module: The module whose attributes are ``self``; None if ``self`` is something else.
-    """
+    """Finds the conditions of one argument in one function; its ``self`` may be ``module``."""
 
     def __init__(self, name: str, module: nn.Module | None) -> None:
         self._name = name
         self._module = module
 
     def around(self, node: ast.AST, definition: ast.AST, parents: Parents) -> list[BranchCondition]:
-        """Return what holds if a node of a function runs.
-
-        Args:
-            node: The node.
-            definition: The function.
-            parents: The parent of each node in it.
-        """
+        """Return what holds if a node of a function runs."""
         found: list[BranchCondition] = []
         while node is not definition:
             if isinstance(node, OTHER_FRAMES):

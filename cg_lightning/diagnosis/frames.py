@@ -48,22 +48,21 @@ def is_generated(frame: FrameType) -> bool:
 
 def namespaces_given(frame: FrameType) -> Iterator[Any]:
     """Yield classes and modules among the arguments; also the class that ``type(self)`` gives."""
-    code, values = frame.f_code, frame.f_locals
-    for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
-        value = values.get(name)
+    code = frame.f_code
+    is_named = code.co_argcount or code.co_kwonlyargcount
+    asks_for_class = is_named and not _CLASS_OF.isdisjoint(code.co_names)
+    for index, value in enumerate(_arguments(frame)):
         if isinstance(value, (type, types.ModuleType)):
             yield value
-        elif name == code.co_varnames[0] and not _CLASS_OF.isdisjoint(code.co_names):
+        elif asks_for_class and index == 0:
             yield type(value)
-    for value in _more_arguments(frame):
-        if isinstance(value, (type, types.ModuleType)):
-            yield value
 
 
-def _more_arguments(frame: FrameType) -> Iterator[Any]:
-    """Yield what is in ``*args`` and ``**kwargs``."""
+def _arguments(frame: FrameType) -> Iterator[Any]:
+    """Yield all arguments: those with names first, then what is in ``*args`` and ``**kwargs``."""
     code, values = frame.f_code, frame.f_locals
     at = code.co_argcount + code.co_kwonlyargcount
+    yield from map(values.get, code.co_varnames[:at])
     if code.co_flags & inspect.CO_VARARGS:
         yield from values.get(code.co_varnames[at], ())
         at += 1
@@ -80,9 +79,7 @@ def reads_modules_unseen(frame: FrameType) -> bool:
     code = frame.f_code
     if code.co_name == "__getattribute__" or BESIDE_INTERCEPTIONS.isdisjoint(code.co_names):
         return False
-    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    given = [*map(frame.f_locals.get, names), *_more_arguments(frame)]
-    kinds: list[type] = [type(each) for each in given if isinstance(each, nn.Module)]
+    kinds: list[type] = [type(each) for each in _arguments(frame) if isinstance(each, nn.Module)]
     return any(BESIDE_INTERCEPTIONS.isdisjoint(names_in_users_methods(kind)) for kind in kinds)
 
 

@@ -10,6 +10,7 @@ the garbage collector is asked who refers to the code (30 ms for 400,000 objects
 from __future__ import annotations
 
 import gc
+import inspect
 import types
 from collections.abc import Iterator, Sequence
 from types import CodeType, FrameType, FunctionType
@@ -46,7 +47,7 @@ def _inner(function: Any) -> Iterator[Any]:
 
 def _first_argument(frame: FrameType) -> Any:
     code = frame.f_code
-    if not (code.co_argcount or code.co_flags & 4):  # called without arguments
+    if not (code.co_argcount or code.co_flags & inspect.CO_VARARGS):  # called without arguments
         return None
     first = frame.f_locals.get(code.co_varnames[0])
     if isinstance(first, tuple) and first and not code.co_argcount:
@@ -78,11 +79,9 @@ class FoundFunctions(NamedTuple):
 def find_functions(
     frame: FrameType, from_before: Sequence[FunctionType] | None = None
 ) -> FoundFunctions:
-    """Return the functions that have the code of a frame.
+    """Return the functions that have the code of a frame at its start.
 
-    Args:
-        frame: A frame at its start.
-        from_before: If the step itself makes functions with this code: those that are older.
+    If the step itself makes functions with this code, ``from_before`` has those that are older.
     """
     code = frame.f_code
     caches: list[Any] = []

@@ -31,12 +31,7 @@ _FUNCTIONS = frozenset({"next", "heappush", "heappop", "insort", "shuffle"})
 
 
 def line_that_changes(codes: Iterable[CodeType], places: Sequence[ChangedPlace]) -> str:
-    """Return the only line that changes one of some places, as ``file:line``; empty if none is.
-
-    Args:
-        codes: The code that has run.
-        places: What has changed.
-    """
+    """Return the only line of some code that changes one of some places; empty if none is."""
     found = {
         f"{code.co_filename}:{line}": None
         for code in codes

@@ -50,7 +50,8 @@ def sources_of(frame: FrameType, names: NamesInCode) -> list[Source]:
             found.append(Source(frame.f_builtins, name, name))
     for module, name in names.imported:
         if sys.modules.get(module.__name__) is module:
-            found.append(_in_sys_modules(module.__name__))
+            path = f"sys.modules[{module.__name__!r}]"
+            found.append(LibrarySource(sys.modules, module.__name__, path))
         if name:
             found += _sources_of_name(vars(module), name, f"{module.__name__}.{name}", names)
         elif is_users_namespace(module):
@@ -61,11 +62,6 @@ def sources_of(frame: FrameType, names: NamesInCode) -> list[Source]:
         if name not in dir(space):
             found.append(Source(space, name, f"{space.__name__}.{name}"))
     return [*found, *_sources_on_tensors(names)]
-
-
-def _in_sys_modules(name: str) -> LibrarySource:
-    """What an import finds."""
-    return LibrarySource(sys.modules, name, f"sys.modules[{name!r}]")
 
 
 def _sources_of_name(

@@ -166,10 +166,7 @@ def _uses_in_varargs(
 ) -> bool:
     """Whether a function may use an argument that is one of its ``*args``.
 
-    Args:
-        code: The code of the function.
-        position: The position of the argument.
-        is_followed: Whether a call may be given all of them.
+    A call for which ``is_followed`` is True may be given all of them.
     """
     if not code.co_flags & inspect.CO_VARARGS:
         return False
@@ -217,11 +214,8 @@ class ArgumentUses:
     def find(self, step_name: str, position: int) -> list[ArgumentUse]:
         """Return the lines that use an argument for more than comparisons.
 
-        If there is one that may run in any step, it is the last one: nothing else counts.
-
-        Args:
-            step_name: The method.
-            position: The position of the argument in a call of the method, from 0.
+        If there is one that may run in any step, it is the last one: nothing else counts. The
+        position of the argument is that in a call of the method, from 0.
         """
         found: list[ArgumentUse] = []
         for use in self._find(step_name, position):

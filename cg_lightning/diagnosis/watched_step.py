@@ -91,7 +91,7 @@ class WrittenTensors:
 
 @dataclasses.dataclass(eq=False)
 class StepNotes(SideEffects):
-    """What detectors note of a watched step, beside findings and reads."""
+    """What detectors note of a watched step, other than findings and reads."""
 
     written: WrittenTensors = dataclasses.field(default_factory=WrittenTensors)
     """Tensors, other than states of metrics, that the step changed in place."""
@@ -230,5 +230,5 @@ class WatchedStep(StepNotes):
 
     def keys_of_calls(self, module: nn.Module) -> list[BatchDescriptor]:
         """Return the keys that ``module`` was called with."""
-        calls = [call for call in self._calls if call.module is module]
+        calls = self._calls_of(module)
         return [call.descriptor for call in calls if call.descriptor is not None]

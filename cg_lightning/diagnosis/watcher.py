@@ -156,12 +156,7 @@ class StepWatcher:
         return output, result
 
     def host_values(self, step: Callable[[], Any], batch: Any) -> ReadPath | None:
-        """Run ``step`` once under one detector; return its reads on the host.
-
-        Args:
-            step: The step of which all else is known.
-            batch: The batch that it runs on.
-        """
+        """Run ``step``, of which all else is known, under one detector; return its host reads."""
         watcher = StepWatcher(self._root, self._backend, effects=None, detectors=(HostValues,))
         return watcher.watch(step, batch)[1].path
 

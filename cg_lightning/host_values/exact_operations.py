@@ -109,12 +109,7 @@ def has_sign_of_zero(function: OpOverload) -> bool:
 
 
 def is_same_on_host(function: OpOverload, outputs: Iterable[Tensor] = ()) -> bool:
-    """Return True if an exact operation gives the same bits on the host as on the device.
-
-    Args:
-        function: The operation.
-        outputs: What it has returned.
-    """
+    """Return True if an exact operation gives the same bits on the host as on the device."""
     name = function._schema.name
     if name in _ARITHMETIC and any(map(_is_inexact, outputs)):
         return False

@@ -28,12 +28,7 @@ class HostCopies:
         self._copies: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
 
     def note(self, on_host: Sequence[Any], on_device: Sequence[Any]) -> None:
-        """Forget the last batch, and store a new one.
-
-        Args:
-            on_host: The leaves that were copied.
-            on_device: The leaves that came out, in the same order.
-        """
+        """Forget the last batch, and store a new one: its leaves before and after the copy."""
         self._copies = {
             id(copied): (weakref.ref(copied), source)
             for source, copied in zip(on_host, on_device, strict=True)

@@ -12,7 +12,7 @@ What is hard here:
 - A tensor that another operation writes is foreign from then on, and so are the arguments of an
   operation that raised. Custom operations may write to arguments that they do not declare.
 - Tensors that existed before the step are foreign, because they may change. The exceptions are the
-  batch, and parameters and buffers, which a program reads anew before each step. Tensors made from
+  batch, and parameters and buffers, which a program reads again before each step. Tensors made from
   Python values are foreign, unless a detector has found them to be constant: ``torch.tensor`` takes
   tensors as well, and does not dispatch that.
 - The greatest of 0.0 and -0.0 may be either. Such a number may be compared, but not read.
@@ -110,6 +110,9 @@ class _RecordedRead:
 class _Started:
     """An operation that is under way."""
 
+    function: OpOverload
+    args: Any
+    kwargs: dict[str, Any]
     tensors: list[Tensor]
     numbers: list[int | None]
     storages: list[int]
@@ -194,16 +197,9 @@ class Provenance:
     def begin(
         self, function: OpOverload, args: Any, kwargs: dict[str, Any], is_of_step: bool
     ) -> bool:
-        """An operation is about to run.
+        """Note that an operation begins; return True if it reads a value known before the step.
 
-        Args:
-            function: The operation.
-            args: Its positional arguments.
-            kwargs: Its keyword arguments.
-            is_of_step: False if a capture of the whole step runs something else in its place.
-
-        Returns:
-            True if it reads a value that is known before the step.
+        ``is_of_step`` is False if a capture of the whole step runs something else in its place.
         """
         if self._is_given_up:
             return False
@@ -215,13 +211,12 @@ class Provenance:
         tensors = _tensors((args, kwargs))
         storages = list(map(_storage, tensors))
         numbers = list(map(self._number_at, tensors, storages))
-        started = _Started(tensors, numbers, storages)
+        started = _Started(function, args, kwargs, tensors, numbers, storages)
         self._started = started
-        return is_of_step and self._read(function, args, kwargs, started)
+        return is_of_step and self._read(started)
 
-    def _read(
-        self, function: OpOverload, args: Any, kwargs: dict[str, Any], started: _Started
-    ) -> bool:
+    def _read(self, started: _Started) -> bool:
+        function, args, kwargs = started.function, started.args, started.kwargs
         name = function._schema.name
         if is_unique(function, args, kwargs) and None not in started.numbers:
             started.is_read = True
@@ -270,8 +265,8 @@ class Provenance:
     def _read_whether_negative(self, read: HostRead, tensor: Tensor, number: int) -> None:
         negative = tensor < 0
         read.value = bool(negative.any())
-        started = _Started([tensor], [number], [_storage(tensor)])
-        self._note(_less, (tensor, 0), {}, started, negative, [negative])
+        started = _Started(_less, (tensor, 0), {}, [tensor], [number], [_storage(tensor)])
+        self._note(started, negative, [negative])
         inputs = [self._numbers[id(negative)]]
         position = len(self._operations)
         self._reads.append(_RecordedRead(read, position, inputs, _any, (Ref(inputs[0]),)))
@@ -287,8 +282,8 @@ class Provenance:
         position = len(self._operations)
         self._reads.append(_RecordedRead(read, position, [number], _size, args))
 
-    def end(self, function: OpOverload, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        """The operation has returned."""
+    def end(self, output: Any) -> None:
+        """Note that the operation has returned."""
         started, self._started = self._started, None
         if self._is_given_up or started is None:
             return
@@ -300,10 +295,10 @@ class Provenance:
             started.read.value = output
             return
         outputs = _tensors(output)
-        if None in started.numbers or not is_exact(function, started.tensors, outputs):
-            self._note_foreign(function, args, kwargs, started, outputs)
+        if None in started.numbers or not is_exact(started.function, started.tensors, outputs):
+            self._note_foreign(started, outputs)
         else:
-            self._note(function, args, kwargs, started, output, outputs)
+            self._note(started, output, outputs)
         if started.unique is not None:
             self._note_unique(started.unique, outputs[0])
 
@@ -314,17 +309,9 @@ class Provenance:
             self._writes[_storage(tensor)] = []
             self._add(tensor, values=tensor.clone())
 
-    def _note(
-        self,
-        function: OpOverload,
-        args: Any,
-        kwargs: dict[str, Any],
-        started: _Started,
-        output: Any,
-        outputs: list[Tensor],
-    ) -> None:
-        position = len(self._operations)
-        args, kwargs = self._with_refs(args), self._with_refs(kwargs)
+    def _note(self, started: _Started, output: Any, outputs: list[Tensor]) -> None:
+        position, function = len(self._operations), started.function
+        args, kwargs = self._with_refs(started.args), self._with_refs(started.kwargs)
         given = {id(tensor) for tensor in started.tensors}
         numbers: list[int | None] = []
         written = self._written(function, args, kwargs)
@@ -365,19 +352,13 @@ class Provenance:
             if isinstance(leaf, Ref)
         }
 
-    def _note_foreign(
-        self,
-        function: OpOverload,
-        args: Any,
-        kwargs: dict[str, Any],
-        started: _Started,
-        outputs: list[Tensor],
-    ) -> None:
+    def _note_foreign(self, started: _Started, outputs: list[Tensor]) -> None:
         self._foreign.update(set(map(_storage, outputs)) - set(started.storages))
-        if may_write_undeclared(function):
-            self._spoil(started.tensors)
-        else:
-            self._spoil(_tensors(written_arguments(function, args, kwargs)))
+        written = started.tensors
+        if not may_write_undeclared(started.function):
+            found = written_arguments(started.function, started.args, started.kwargs)
+            written = _tensors(found)
+        self._spoil(written)
 
     def _spoil(self, tensors: list[Tensor]) -> None:
         self._foreign.update(map(_storage, tensors))

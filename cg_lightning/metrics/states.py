@@ -76,7 +76,7 @@ class WrittenState(NamedTuple):
     tensor: Tensor
     """The static tensor in which it is stored after the step."""
     is_inference: bool | None
-    """Whether eager sets it to an inference tensor; None: eager writes to the tensor that it is."""
+    """Whether eager sets it to an inference tensor; None: eager writes to its tensor in place."""
 
 
 Locations = list[tuple[MetricState, Tensor | None, bool]]

@@ -38,10 +38,7 @@ def unsupported_write(metric: nn.Module, name: str, value: Any) -> str:
 def unsupported_read(metric: nn.Module, name: str, written: set[str]) -> str:
     """Return why a replay cannot reproduce a step that reads this attribute, or an empty string.
 
-    Args:
-        metric: The metric.
-        name: The attribute that is read.
-        written: Attributes of the metric that the step has set before.
+    The step has set the attributes ``written`` before.
     """
     if name in _COUNTS and not _is_read_by_a_framework():
         return f"{type(metric).__name__}.{name} is read"
@@ -73,12 +70,7 @@ def _is_kept_by_user(metric: nn.Module, name: str) -> bool:
 
 
 def unsupported_update(metric: nn.Module, written: set[str]) -> str:
-    """Return why a replay cannot reproduce what the whole step did to a metric, or an empty string.
-
-    Args:
-        metric: The metric.
-        written: Attributes of the metric that the step has set.
-    """
+    """Return why a replay cannot reproduce that a step has set these attributes, or nothing."""
     if "_forward_cache" in written and averages_by_count(metric):
         return f"{type(metric).__name__}.forward averages by a Python count"
     return ""

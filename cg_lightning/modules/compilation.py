@@ -49,7 +49,7 @@ class Compilation:
         self._clock.start()
 
     def compile_again(self) -> None:
-        """Compile all submodules anew at their next call, because a value has changed.
+        """Compile all submodules again at their next call, because a value has changed.
 
         Dynamo does not guard all that it reads: with torch 2.11, constants of classes are missing.
         """

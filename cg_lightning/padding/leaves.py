@@ -154,11 +154,9 @@ class PaddedLeaves:
         return tuple([leaf.padded for leaf in self._leaves.values()])
 
     def empty(self, leaves: Sequence[Any], device: torch.device | None = None) -> list[Any]:
-        """Return leaves like those of the padded batch. What is padded has any values.
+        """Return leaves like those of the padded batch, on ``device``, or else where the batch is.
 
-        Args:
-            leaves: The leaves of the batch.
-            device: Where they are; None: where the batch is.
+        What is padded has any values.
         """
         like = list(leaves)
         for index, leaf in self._leaves.items():

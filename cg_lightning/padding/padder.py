@@ -41,12 +41,7 @@ class Padder:
     def pad(
         self, leaves: Sequence[Any], rules: dict[int, dict[int, PadRule]]
     ) -> PaddedLeaves | None:
-        """Return how a batch is padded; None if it has a captured size, or none is large enough.
-
-        Args:
-            leaves: The leaves of the batch.
-            rules: The rules for other dimensions than 0, by the place of the leaf.
-        """
+        """Return how a batch is padded; None if it has a captured size, or none is large enough."""
         tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         rows = next((tensor.shape[0] for tensor in tensors.values() if tensor.dim()), 0)
         padded_rows = rows if self._rows is None or not rows else self._rows.size_for(rows)

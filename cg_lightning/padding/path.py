@@ -33,7 +33,7 @@ class PaddedPath:
         batch while the host pads it, and the host waits for all values at once.
         """
         copied = self._padded.copies_of(leaves)
-        if copied is not None or self._entry.is_dropped:  # then the padded batch is found anew
+        if copied is not None or self._entry.is_dropped:  # then it is looked up again
             if self._real is not None and not self._real.holds(leaves):
                 return False
             if copied is None:

@@ -8,8 +8,8 @@
 - ``compiled.py``: modules that ``torch.compile`` runs: they are watched from outside.
 - ``copied_constants.py``: constants of the host that a step copies to the device: indices, and
   tensors of the CPU.
-- ``device_events.py``: events of the device that a step records and somebody keeps: no replay would
-  record them.
+- ``device_events.py``: events of the device that a step records and that live longer: no replay
+  records them.
 - ``global_reads.py``: globals that a step reads, and the state of its functions: a graph freezes
   both.
 - ``hooks.py``: forward hooks: arbitrary code around the call of a module.

@@ -113,7 +113,7 @@ class _Attributes:
             self.read(name)
 
     def read_names(self) -> None:
-        """Note that it is read which attributes there are, and all of them."""
+        """Note a read of the names of all attributes, and of all their values."""
         path = self._prefix.removesuffix(".")
         self._watch.read(Source(self._module, ALL_NAMES, f"the attributes of {path}"))
         self.read_all()

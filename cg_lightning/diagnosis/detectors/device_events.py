@@ -1,4 +1,4 @@
-"""Events of the device that a step records and somebody keeps: no replay would record them."""
+"""Events of the device that a step records and that live longer: no replay records them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class DeviceEvents(Detector):
     """Reports events that exist before or after the step.
 
     A graph orders its streams by the events that its step records. Outside of it, they belong to
-    the capture: who asks one of them for its time, or waits for it, gets an error.
+    the capture: to ask one of them for its time, or to wait for it, raises an error.
     """
 
     def __init__(self, watch: StepWatch) -> None:

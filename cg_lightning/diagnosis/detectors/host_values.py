@@ -60,7 +60,7 @@ class HostValues(Detector):
     def after_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        self._provenance.end(function, args, kwargs, output)
+        self._provenance.end(output)
         if function._schema.name == "aten::lift_fresh" and self._is_constant(output):
             with self.watch.paused():
                 self._provenance.note_constant(output)

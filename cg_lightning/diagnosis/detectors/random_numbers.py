@@ -209,11 +209,9 @@ class RandomNumbers(Detector):
             yield
 
     def _note_state(self, name: str, caller: str) -> None:
-        """Note that a function reads or sets the state of a generator.
+        """Note that a module calls a function that reads or sets the state of a generator.
 
-        Args:
-            name: The name of the function.
-            caller: The module that calls it. PyTorch and we read states to set them again.
+        PyTorch and we read states to set them again.
         """
         cause = Cause.HOST_RANDOMNESS
         is_checkpoint = caller == _CHECKPOINT

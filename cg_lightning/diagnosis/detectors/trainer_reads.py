@@ -37,14 +37,7 @@ from cg_lightning.modules.kinds import is_lightning_module, is_user_file, lightn
 
 
 class ReadNames(ModuleHandler):
-    """Reports reads of some attributes, unless Lightning itself reads them in ``self.log``.
-
-    Args:
-        watch: The step that is watched.
-        module: The LightningModule.
-        cause: What is reported.
-        names: The attributes.
-    """
+    """Reports reads of some attributes, unless Lightning itself reads them in ``self.log``."""
 
     def __init__(
         self, watch: StepWatch, module: nn.Module, cause: Cause, names: tuple[str, ...]
