@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from cg_lightning import diagnose
 from cg_lightning.core.causes import Cause
+from cg_lightning.diagnosis.uses_of_argument import ArgumentUses
 from tests.harness import features, predict
 from tests.models import Body, Predictor
 
@@ -814,3 +816,32 @@ def test_all_numbers_come_out_as_eagerly():
             assert made is eval(text, {"n": number, "other": other})
         for comparison, outcome in notes.outcomes.items():
             assert comparison.outcome(number) is outcome
+
+
+LEAVES = [
+    *("batch_idx in (0, 2)", "batch_idx == -1", "1 < batch_idx <= 3", "2 > batch_idx"),
+    *("batch_idx - 3", "not batch_idx", "batch_idx % 2 != 0 or batch_idx // 2 == 1"),
+    *("batch_idx * 2 + 1 in [1, 5]", "batch_idx < 2.5", "batch_idx >= self.every"),
+]
+
+
+@pytest.mark.parametrize(
+    "form", ["if {}:\n  return\n use", "if not ({}):\n  use", "1 if {} else use"]
+)
+@pytest.mark.parametrize("test", LEAVES)
+def test_a_line_runs_only_where_its_conditions_hold(tmp_path, test, form):
+    """If they did not hold, a graph would keep the number that the line has used."""
+    file = tmp_path / "step.py"
+    body = form.format(test).replace("use", "self.used.append(str(batch_idx))")
+    file.write_text(f"def predict_step(self, batch, batch_idx):\n {body}\n")
+    exec(compile(file.read_text(), file, "exec", dont_inherit=True), namespace := {})
+    module = type("Step", (nn.Module,), {**namespace, "every": 4})()
+    (use,) = ArgumentUses(module).find("predict_step", 1)
+    left_out = 0
+    for number in range(-2, 9):
+        module.used = []
+        module.predict_step(None, number)
+        holds = all(condition.holds(number) for condition in use.conditions)
+        assert holds or not module.used, number
+        left_out += not holds
+    assert 0 < left_out < 11
