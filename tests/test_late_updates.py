@@ -672,7 +672,29 @@ class UsesAnother(Step):
         return scores
 
 
+class Kind:
+    """A plain object."""
+
+
+KIND = Kind()
+
+
+class GivenObject(Step):
+    def measure(self, x, label, scores):
+        self.metric.update(scores, KIND)
+        return scores
+
+
+class LoggedBefore(Step):
+    def measure(self, x, label, scores):
+        self.log("metric", self.metric)
+        self.metric(scores.flatten())
+        return scores
+
+
 LOWER = {
+    "given an object": (lambda: GivenObject(Keeps()), "that is given a Kind"),
+    "logged, then updated": (LoggedBefore, "that is logged before it is updated"),
     "value used": (Used, "whose value is used"),
     "value returned": (UsedLater, "whose value is used"),
     "value logged": (LoggedValue, "whose value is used"),
