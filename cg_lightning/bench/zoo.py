@@ -159,11 +159,7 @@ def _visit(
 
 
 def _outputs(
-    stage: str,
-    step: ZooStep,
-    distinct: list[Any],
-    callback: Callback | None,
-    backend: GraphBackend,
+    stage: str, step: ZooStep, distinct: list[Any], callback: Callback | None, backend: GraphBackend
 ) -> list[Any]:
     """Return all outputs and logged values of a run."""
     keeps = _Keeps()

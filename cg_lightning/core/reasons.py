@@ -78,11 +78,7 @@ class Changed(str):
     cause: Cause | None
 
     def __new__(  # noqa: D102
-        cls,
-        subject: str,
-        text: str | None = None,
-        location: str = "",
-        cause: Cause | None = None,
+        cls, subject: str, text: str | None = None, location: str = "", cause: Cause | None = None
     ) -> Changed:
         self = super().__new__(cls, subject if text is None else text)
         self.subject = subject

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import ast
 
-from cg_lightning.diagnosis.conditions import (
-    ARITHMETIC,
-    COMPARISONS,
-    MIRRORED,
-    constant,
-)
+from cg_lightning.diagnosis.conditions import ARITHMETIC, COMPARISONS, MIRRORED, constant
 from cg_lightning.diagnosis.definitions import Parents
 from cg_lightning.guards.comparisons import Comparison
 

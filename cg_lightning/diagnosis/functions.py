@@ -17,11 +17,7 @@ from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
 from cg_lightning.guards.sources import MISSING, CacheWrapper, Source
-from cg_lightning.modules.kinds import (
-    is_lightning_module,
-    is_our_file,
-    is_user_file,
-)
+from cg_lightning.modules.kinds import is_lightning_module, is_our_file, is_user_file
 
 _MOST_WRAPPERS = 10
 _IGNORED = "__class__"

@@ -27,11 +27,7 @@ from torch import nn
 
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.diagnosis.compared_expressions import is_only_compared
-from cg_lightning.diagnosis.conditions import (
-    OTHER_FRAMES,
-    BranchCondition,
-    ConditionsOf,
-)
+from cg_lightning.diagnosis.conditions import OTHER_FRAMES, BranchCondition, ConditionsOf
 from cg_lightning.diagnosis.definitions import Definition, Parents, definition_of, parents_in
 from cg_lightning.diagnosis.findings import UNKNOWN
 

@@ -32,10 +32,7 @@ from typing import Any
 from torch import nn
 
 from cg_lightning.diagnosis.monitoring import free_tool
-from cg_lightning.modules.kinds import (
-    is_our_file,
-    is_user_file,
-)
+from cg_lightning.modules.kinds import is_our_file, is_user_file
 
 Way = bytes
 """A digest of everything that ran."""

@@ -275,9 +275,7 @@ SYNC_FREE: dict[str, SyncFree] = {
         argument_checks.repeat_init,
     ),
     f"{_DISTRIBUTION}._validate_sample": SyncFree(
-        argument_checks.valid_sample,
-        argument_checks.checks_sample,
-        argument_checks.repeat_sample,
+        argument_checks.valid_sample, argument_checks.checks_sample, argument_checks.repeat_sample
     ),
 }
 

@@ -104,10 +104,7 @@ class Mutations(Detector):
 
     @contextlib.contextmanager
     def _comparing_containers(
-        self,
-        call: ModuleCall,
-        given: list[tuple[str, Any]],
-        entries: BatchEntries | None = None,
+        self, call: ModuleCall, given: list[tuple[str, Any]], entries: BatchEntries | None = None
     ) -> Iterator[None]:
         if not given:
             yield
