@@ -7,8 +7,9 @@ import functools
 import sys
 import sysconfig
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import NamedTuple
 
 from cg_lightning.core.causes import REMEDIES_OF_OPERATIONS, Cause
@@ -111,7 +112,7 @@ def find_location() -> Location:
     torch, Lightning, the wrappers of torchmetrics, the standard library and this package are no
     such libraries. What PyTorch does by itself, as in the backward, has no line of the user's.
     """
-    return Location(*_find_lines(sys._getframe(1)))
+    return Location(*_find_lines(traceback.walk_stack(sys._getframe(1))))
 
 
 def find_line() -> str:
@@ -119,7 +120,7 @@ def find_line() -> str:
 
     It makes no named tuple, whose code would count as code that a watched step runs.
     """
-    user, _ = _find_lines(sys._getframe(1))
+    user, _ = _find_lines(traceback.walk_stack(sys._getframe(1)))
     return "" if user == UNKNOWN else user
 
 
@@ -131,33 +132,23 @@ def location_of(error: BaseException) -> Location:
     found = Location("", "")
     cause: BaseException | None = error
     while cause is not None:
-        found = _location_in(cause.__traceback__) or found
+        lines = _find_lines(reversed(list(traceback.walk_tb(cause.__traceback__))))
+        found = found if lines[0] == UNKNOWN else Location(*lines)
         cause = cause.__cause__
     return found
 
 
-def _location_in(raised: TracebackType | None) -> Location | None:
+def _find_lines(frames: Iterable[tuple[FrameType, int]]) -> tuple[str, str]:
+    """Return the user's line and the library's, from frames and their lines, innermost first."""
     library = ""
-    for frame, line in reversed(list(traceback.walk_tb(raised))):
-        file = frame.f_code.co_filename
-        if is_user_file(file):
-            return Location(f"{file}:{line}", library)
-        if not library and (path := _library_path(file)) is not None:
-            library = f"{path}:{line}"
-    return None
-
-
-def _find_lines(frame: FrameType | None) -> tuple[str, str]:
-    library = ""
-    while frame is not None:
+    for frame, line in frames:
         file = frame.f_code.co_filename
         if not library and file == _WATCHER and frame.f_code.co_name == "watch":
             break  # what follows has started the step
         if is_user_file(file):
-            return f"{file}:{frame.f_lineno}", library
+            return f"{file}:{line}", library
         if not library and (path := _library_path(file)) is not None:
-            library = f"{path}:{frame.f_lineno}"
-        frame = frame.f_back
+            library = f"{path}:{line}"
     return UNKNOWN, library
 
 

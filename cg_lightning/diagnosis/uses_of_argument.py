@@ -346,41 +346,34 @@ class ArgumentUses:
         elif is_only_compared(node, parents):
             self.compared_at = self.compared_at or here.line
         else:
-            yield from self._find_passed_on(node, parents, scope)
+            inside = self._find_passed_on(node, parents, scope)
+            yield from [here] if inside is None else inside
 
     def _find_passed_on(
         self, node: ast.Name, parents: Parents, scope: _Scope
-    ) -> Iterator[ArgumentUse]:
-        """Yield the lines where a called function uses the argument, or else the line itself."""
-        here = ArgumentUse(scope.line(node.lineno))
+    ) -> Iterator[ArgumentUse] | None:
+        """Return the uses by the function that is given the argument; None if it is not known."""
         outer = parents[node]
         keyword = outer if isinstance(outer, ast.keyword) else None
         call = parents[outer] if keyword is not None else outer
         if not isinstance(call, ast.Call) or call.func is node:
-            yield here
-            return
+            return None
         callee = self._callee(call, scope)
         if callee is None:
-            yield here
-            return
+            return None
         if keyword is None:
             index = call.args.index(node)
             if any(isinstance(argument, ast.Starred) for argument in call.args[:index]):
-                yield here
-            else:
-                yield from self._find_at(callee, callee.offset + index, scope.depth + 1)
-            return
+                return None
+            return self._find_at(callee, callee.offset + index, scope.depth + 1)
         inner = callee.function
-        code = getattr(inner, "__code__", None)
-        if not isinstance(inner, FunctionType) or hasattr(inner, "__wrapped__") or code is None:
-            yield here
-            return
+        if not isinstance(inner, FunctionType) or hasattr(inner, "__wrapped__"):
+            return None
+        code = inner.__code__
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         if keyword.arg is None or keyword.arg not in names:
-            yield here
-        else:
-            inside = _Scope(inner, callee.owner, scope.depth + 1)
-            yield from self._find_named(inside, keyword.arg)
+            return None
+        return self._find_named(_Scope(inner, callee.owner, scope.depth + 1), keyword.arg)
 
     def _callee(self, call: ast.Call, scope: _Scope) -> _Callee | None:
         """Return what ``self.name()``, ``super().name()`` or ``name()`` calls, if it is known."""

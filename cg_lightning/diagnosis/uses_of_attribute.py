@@ -139,4 +139,4 @@ def _is_statement(method: ast.Attribute, parents: Parents) -> bool:
     """Whether ``method`` is called in a statement of its own."""
     call = parents.get(method)
     is_called = isinstance(call, ast.Call) and call.func is method
-    return is_called and call is not None and isinstance(parents.get(call), ast.Expr)
+    return is_called and isinstance(parents.get(call), ast.Expr)  # type: ignore[arg-type]
