@@ -471,6 +471,9 @@ def test_help_is_ours(tmp_path):
         assert re.search(rf"^  {task.value} ", printed, re.MULTILINE)
     examples = printed[printed.index("Examples\n") : printed.index("Groups")]
     assert examples.count("\n  cg-lightning") == 5
+    groups = re.findall(r"^(\w+): ", printed[printed.index("Groups") :], re.MULTILINE)
+    files = [*ROOT.glob("cg_lightning/app/conf/*/*.yaml"), *ROOT.glob("conf/*/*.yaml")]
+    assert groups == sorted({"stage", "task", *(file.parent.name for file in files)})
     assert "cuda_graph: debug, full, full_and_piecewise, off, piecewise" in printed
     assert len(printed.splitlines()) <= 50
     assert max(map(len, printed.splitlines())) <= 79
@@ -514,16 +517,18 @@ def test_completion_in_bash(tmp_path):
         complete_line "cg-lightning task=va"
         complete_line "cg-lightning --multirun seed=1 task=b"
         complete_line "cg-lightning task=shapes stage="
+        complete_line "cg-lightning cuda_gr"
     """
     done = start(tmp_path, command=["bash", "-c", script])
     lines = done.stdout.splitlines()
-    assert len(lines) == 8, done.stdout + done.stderr
+    assert len(lines) == 9, done.stdout + done.stderr
     assert "full_and_piecewise" in lines[0]
     assert "verify_replays=" in lines[1]
     assert "accelerator=" in lines[2]
     assert lines[3].split() == [f"task={name}" for name in sorted(Task.__members__)]
     assert lines[4:7] == ["task=", "task=validate", "task=bench"]
     assert lines[7].split() == ["stage=predict", "stage=test", "stage=validate"]
+    assert set(lines[8].split()) == {"cuda_graph=", "cuda_graph."}
 
 
 def test_no_report(tmp_path):

@@ -153,9 +153,9 @@ def register_configs() -> None:
     """Register the schemas with Hydra. It may be called several times."""
     store = ConfigStore.instance()
     store.store(name="base_config", node=AppConfig, provider="cg_lightning")
-    store.store(
-        group="cuda_graph_schema", name="base", node=CUDAGraphConfig, provider="cg_lightning"
-    )
+    # Hydra's help and completion leave out what is in hydra/
+    group = "hydra/cuda_graph_schema"
+    store.store(group=group, name="base", node=CUDAGraphConfig, provider="cg_lightning")
     choices: list[tuple[str, type[Enum]]] = [("task", Task), ("stage", DiagnosedStage)]
     for key, names in choices:
         for (
