@@ -142,12 +142,17 @@ def diagnose(
         The findings, as a :class:`~cg_lightning.Diagnosis`.
 
     Raises:
-        ValueError: ``stage`` or ``backend`` is unknown, or the LightningModule has no step of its
-            own for ``stage``. An exception of the module itself is raised
-            unchanged, with one exception: a step that reads ``self.trainer`` without a Trainer
-            stops there, and :attr:`Diagnosis.stopped <cg_lightning.Diagnosis>` says so.
+        ValueError: ``module`` is no module, ``stage`` or ``backend`` is unknown, or the
+            LightningModule has no step of its own for ``stage``. An exception of the module itself
+            is raised unchanged, with one exception: a step that reads ``self.trainer`` without a
+            Trainer stops there, and :attr:`Diagnosis.stopped <cg_lightning.Diagnosis>` says so.
     """
     check_backend(backend)
+    if not isinstance(module, nn.Module):
+        raise ValueError(
+            f"diagnose(module, batch): expected an nn.Module, not a {type(module).__name__}; "
+            "call it in the forward of a module."
+        )
     if stage not in EVALUATING:
         raise ValueError(f"stage={stage!r} is unknown; choose one of {', '.join(EVALUATING)}.")
     if is_lightning_module(module):

@@ -452,6 +452,8 @@ def test_bad_input():
         diagnose(Body(), torch.randn(2, 8), stage="fit")
     with pytest.raises(ValueError, match="auto, cuda, recorder"):
         diagnose(Body(), torch.randn(2, 8), backend="rocm")
+    with pytest.raises(ValueError, match=r"an nn\.Module, not a builtin_function"):
+        diagnose(torch.sin, torch.randn(2, 8))
     with pytest.raises(ValueError, match="No submodule '9' was called; these were: 0, 1, 2"):
         diagnose(Body(), torch.randn(2, 8)).capturable("9")
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import run_python
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 PRINTED = {
@@ -102,6 +104,51 @@ def test_without_matplotlib_a_notebook_says_so_and_goes_on(tmp_path, monkeypatch
         assert "No plot: matplotlib is not installed. pip install 'cg-lightning[bench]'" in printed
         assert 'which is not installed: pip install "cg-lightning[plot]"' in printed
         assert "the weights of both trainings are equal in every bit" in printed
+
+
+CELLS = [
+    """import torch
+from lightning.pytorch import LightningModule
+from cg_lightning import diagnose
+class Model(LightningModule):
+    def predict_step(self, batch, batch_idx):
+        total = batch.sum().item()
+        return clipped(batch, f"{batch_idx}")
+""",
+    """def clipped(batch, name):
+    return batch[batch > 0]
+""",
+    "print([finding.location for finding in diagnose(Model(), torch.ones(2)).findings])",
+]
+
+
+def test_lines_of_cells_are_named_as_in_tracebacks(tmp_path):
+    """As IPython names them, which makes the files of its cells itself."""
+    pytest.importorskip("IPython", reason="IPython is not installed (extra test)")
+    script = f"""
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+for cell in {CELLS!r}:
+    shell.run_cell(cell, store_history=True).raise_error()
+shell.run_cell("1 / 0")
+"""
+    environment = {**os.environ, "IPYTHONDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = run_python("-c", script, folder=tmp_path, environment=environment)
+    assert done.returncode == 0, done.stderr
+    printed = re.sub(r"\x1b\[[\d;]*m", "", done.stdout)
+    assert "['Cell In[1]:7', 'Cell In[1]:6', 'Cell In[2]:2']\n" in printed
+    assert "Cell In[4], line 1" in printed, "IPython has another name for its cells"
+
+
+def test_lines_of_files_are_named_by_their_file(tmp_path):
+    """Beside an IPython that does not tell, as before version 8."""
+    old = "import sys, types\nsys.modules['IPython'] = types.ModuleType('IPython')\n"
+    (tmp_path / "cells.py").write_text(old + "".join(CELLS))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = run_python("cells.py", folder=tmp_path, environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert "cells.py:11'" in done.stdout
+    assert "Cell" not in done.stdout
 
 
 @pytest.mark.notebook

@@ -19,6 +19,7 @@ from typing import Any
 
 from cg_lightning.core.descriptor import is_passed_on
 from cg_lightning.core.errors import CaptureError, ValueReadError
+from cg_lightning.core.lines import file_and_line
 from cg_lightning.modules.kinds import is_user_file
 
 
@@ -97,7 +98,7 @@ def _users_line() -> str:
     frame = sys._getframe(1)
     while frame.f_back is not None and not is_user_file(frame.f_code.co_filename):
         frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return file_and_line(frame.f_code.co_filename, frame.f_lineno)
 
 
 def _note_use(stand_in: _StandIn) -> None:

@@ -10,6 +10,7 @@ It imports torch, and nothing of this package outside ``core``.
 - ``forward_context.py``: the current step: its runtime mode and its key. Wrappers read it and
   trust it.
 - ``kernel_flags.py``: switches of the process that select kernels. They are part of every key.
+- ``lines.py``: lines of the user's as users read them, also in a notebook.
 - ``modes.py``: the modes a step can run in.
 - ``pad_rules.py``: the syntax of sizes of padded batches, and its checks.
 - ``settings.py``: all options, with their checks.

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.core.lines import file_and_line
 from cg_lightning.core.tree import flatten
 from cg_lightning.diagnosis.accumulators import accumulates
 from cg_lightning.diagnosis.findings import find_location
@@ -240,7 +241,8 @@ def _is_handled_around(frame: FrameType | None) -> bool:
 def _line_of(instruction: _Instruction) -> str:
     code, offset = instruction
     lines = [line for start, end, line in code.co_lines() if start <= offset < end]
-    return f"{code.co_filename}:{lines[0] if lines and lines[0] else code.co_firstlineno}"
+    line = lines[0] if lines and lines[0] else code.co_firstlineno
+    return file_and_line(code.co_filename, line)
 
 
 class LastingValues:

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from cg_lightning.core.causes import REMEDIES_OF_OPERATIONS, Cause
+from cg_lightning.core.lines import file_and_line
 from cg_lightning.core.reasons import Reason
 from cg_lightning.modules.kinds import is_our_file, is_user_file
 
@@ -146,7 +147,7 @@ def _find_lines(frames: Iterable[tuple[FrameType, int]]) -> tuple[str, str]:
         if not library and file == _WATCHER and frame.f_code.co_name == "watch":
             break  # what follows has started the step
         if is_user_file(file):
-            return f"{file}:{line}", library
+            return file_and_line(file, line), library
         if not library and (path := _library_path(file)) is not None:
             library = f"{path}:{line}"
     return UNKNOWN, library

@@ -11,6 +11,7 @@ from torch import nn
 from cg_lightning.backends import GraphBackend
 from cg_lightning.backends.capture_scope import CAPTURE_LOCK
 from cg_lightning.core.causes import Cause
+from cg_lightning.core.lines import learn_cells
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.detectors.attribute_reads import AttributeReads
 from cg_lightning.diagnosis.detectors.backward import Backward, report_what_is_older
@@ -128,6 +129,7 @@ class StepWatcher:
         Raises:
             StoppedStep: The step was about to do something with a cause in ``stops_at``.
         """
+        learn_cells()
         watch = StepWatch(
             self._root,
             self._backend,

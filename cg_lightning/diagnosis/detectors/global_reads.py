@@ -13,6 +13,7 @@ from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
 from cg_lightning.core.causes import Cause
+from cg_lightning.core.lines import file_and_line
 from cg_lightning.diagnosis.call_events import call_events
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import AT_THE_END, NOT_YOURS, is_step_calling
@@ -249,7 +250,7 @@ class GlobalReads(Detector):
             self._remember(source, AT_THE_END)
         if not is_users_code(frame):
             return self._look_at_library(frame, settings)
-        location = f"{code.co_filename}:{code.co_firstlineno}"
+        location = file_and_line(code.co_filename, code.co_firstlineno)
         self.watch.note_code(code)
         names = NamesInCode(frame)
         found = self._find_functions(frame)
@@ -339,7 +340,7 @@ class GlobalReads(Detector):
             self.watch.notes.did_one_time_work = True
         elif is_users_namespace(module):
             for source in all_sources_in(module):
-                self._note(source, f"{caller.f_code.co_filename}:{caller.f_lineno}")
+                self._note(source, file_and_line(caller.f_code.co_filename, caller.f_lineno))
 
     def _look_at_library(self, frame: FrameType, settings: Sequence[Source]) -> _Code:
         code = frame.f_code
