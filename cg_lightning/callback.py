@@ -120,10 +120,11 @@ class CUDAGraphCallback(Callback):
             part for each stage. Each call of ``fit``, ``validate``, ``test`` or ``predict`` is a
             run, with its own warm-up and captures. ``fit`` has one table, not one for each of its
             validations, because they run from the same graphs, and only the numbers would grow.
-        capture_ahead: In the first batch of each stage, capture the step for a full and for the
-            last partial batch of the dataloader, made of the first items of its dataset. The
-            dataset must be map-style. For other batches, call :meth:`capture`. Later batches of
-            these shapes run from graphs at once. Modes FULL and FULL_AND_PIECEWISE only.
+        capture_ahead: In the first batch of each dataloader, once it has run, capture the step for
+            a full and for the last partial batch, made of the first items of the dataset. Not
+            before: what a step does that was never watched could not be undone. The dataset must be
+            map-style. For other batches, call :meth:`capture`. Later batches of these shapes run
+            from graphs at once. Modes FULL and FULL_AND_PIECEWISE only.
         log_stats: At the end of each stage, send the statistics of the run so far to every logger
             of the Trainer, in steps, microseconds and MiB:
             ``cuda_graph/<stage>/replays``, ``.../eager/<cause>``, ``.../us_per_replay``,
@@ -247,11 +248,12 @@ class CUDAGraphCallback(Callback):
         *,
         stage: StageName | None = None,
     ) -> None:
-        """Capture the step for batches like these ahead, in the first batch of each coming stage.
+        """Capture the step for batches like these ahead, in the first batch of each dataloader.
 
-        Call it before ``trainer.validate(model)`` and the like, or in a hook. In the first batch,
-        which runs and is watched as always, the step runs ``warmup_steps`` times on each given
-        batch and is captured, the largest one first. All state is put back after each run: of
+        Call it before ``trainer.validate(model)`` and the like, or in a hook. The first batch runs
+        and is watched as always: what a step does that was never watched could not be undone. Then
+        the step runs ``warmup_steps`` times on each given batch and is captured, the largest one
+        first, before the second batch comes. All state is put back after each run: of
         metrics, logged values, modules and random generators. Later batches of these shapes run
         from graphs at once. A batch that cannot be captured ahead is named in a warning.
 

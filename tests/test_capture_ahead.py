@@ -22,12 +22,21 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from cg_lightning import CUDAGraphCallback
+from cg_lightning.core.causes import Cause
+from cg_lightning.core.reasons import Status
+from cg_lightning.report.timeline import Ran
 from tests.harness import features, images, loader, predict, validate
 from tests.models import Body, ConvNetClassifier, Predictor
 
 
 def steps(callback: CUDAGraphCallback) -> dict[str, int]:
     return {mode: number for mode, number in callback.stats.steps.items() if number}
+
+
+def eager_batches(callback: CUDAGraphCallback) -> list[int]:
+    """Return the numbers of the batches that ran no graph, in the order of all batches."""
+    ran = [batch.how for batch in callback.stats.timeline.batches]
+    return [number for number, how in enumerate(ran) if how in (Ran.WARM_UP, Ran.EAGER)]
 
 
 def batches(*sizes: int, seed: int = 3) -> list[list[Tensor]]:
@@ -124,6 +133,7 @@ def test_within_fit_over_epochs(harness):
         ConvNetClassifier(4), lambda t, m: t.fit(m, images(), images(19)), callback, max_epochs=3
     )
     assert steps(callback) == {"NONE": 1, "FULL": 14}
+    assert eager_batches(callback) == [0]
 
 
 def test_three_stages_and_two_runs(harness):
@@ -135,6 +145,7 @@ def test_three_stages_and_two_runs(harness):
     callback = harness.callback(capture_ahead=True)
     harness.compare(ConvNetClassifier(4), job, callback)
     assert steps(callback) == {"NONE": 3, "FULL": 10}
+    assert eager_batches(callback) == [0, 5, 8]
 
 
 def test_each_dataloader_has_its_own(harness):
@@ -145,7 +156,8 @@ def test_each_dataloader_has_its_own(harness):
     callback = harness.callback(capture_ahead=True, verify_replays=0)
     data = [features(18), features(27, 5), features(8)]
     harness.compare(Two(), validate(data), callback)
-    assert steps(callback)["NONE"] == 3, callback.summary()
+    first = itertools.accumulate([len(each) for each in data[:2]], initial=0)
+    assert eager_batches(callback) == list(first), callback.summary()
 
 
 @pytest.mark.parametrize("inference_mode", [True, False])
@@ -468,6 +480,9 @@ def test_steps_that_compare_batch_idx(harness, given):
         warnings.simplefilter("ignore")  # that such a batch is not captured ahead is tested below
         callback = given(*batches(5), warmup_steps=1, verify_replays=0)
         harness.compare(Compares(Body()), predict(ragged(4, 5, 5, 4, 5, 4, 5, 5)), callback)
+    changed = [r.reason for r in callback.stats.reasons if r.reason.kind is Status.CHANGED]
+    assert "changed: batch_idx < 2: now False, before True" in map(str, changed)
+    assert {reason.remedy for reason in changed} == {Cause.BATCH_INDEX_USED.remedy}
     with pytest.warns(UserWarning, match="5x8 was not captured ahead: it compares batch_idx"):
         harness.trainer(given(*batches(5))).predict(Compares(Body()), ragged(4))
 

@@ -65,7 +65,7 @@ _REMEDIES = {
         "append to it, add to it or set it, and read it in a hook; write buffers in place"
     ),
     Cause.OPAQUE: "use it in a hook, and give the step the value: in an attribute or in the batch",
-    Cause.BATCH_INDEX_USED: "put what depends on the batch's number into the batch",
+    Cause.BATCH_INDEX_USED: "put what depends on the batch's number into the batch, or into a hook",
     Cause.TRAINER_READ: (
         "in a hook, log it, or write what the step needs into a buffer in place, and read that"
     ),

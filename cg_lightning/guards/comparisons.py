@@ -21,6 +21,7 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
+from cg_lightning.core.causes import Cause
 from cg_lightning.core.reasons import NO_CHANGE, Changed
 from cg_lightning.guards.sources import Source
 
@@ -163,10 +164,14 @@ class ComparedSource:
     Args:
         source: Where the number is now.
         outcomes: The outcomes in the watched step.
+        cause: Has the remedy for steps whose comparisons have other outcomes.
     """
 
-    def __init__(self, source: Source, outcomes: dict[Comparison, bool]) -> None:
+    def __init__(
+        self, source: Source, outcomes: dict[Comparison, bool], cause: Cause | None = None
+    ) -> None:
         self._source = source
+        self._cause = cause
         self._outcomes = list(outcomes.items())
         self.key = (*source.key, *outcomes)
         """What tells it from others."""
@@ -192,5 +197,5 @@ class ComparedSource:
             if comparison.outcome(number) is not outcome:
                 text = comparison.describe(self._source.path)
                 words = f"{text}: now {not outcome}, before {outcome}"
-                return Changed(text, words, self._source.line)
+                return Changed(text, words, self._source.line, self._cause)
         return NO_CHANGE

@@ -15,6 +15,7 @@ from cg_lightning.capture.cache import GraphCache
 from cg_lightning.capture.call import GraphCall
 from cg_lightning.capture.capture import Capturer
 from cg_lightning.capture.entry import GraphEntry
+from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.errors import CompiledCodeError
 from cg_lightning.core.modes import CUDAGraphMode
@@ -333,7 +334,7 @@ class Session:
         compared, sources = watched.compared(), watched.sources()
         if watched.comparisons:
             source = Source(self._arguments, _BATCH_INDEX, _BATCH_INDEX)
-            compared.append(ComparedSource(source, watched.comparisons))
+            compared.append(ComparedSource(source, watched.comparisons, Cause.BATCH_INDEX_USED))
         if of_trainer_only:
             sources = [each for each in sources if each.belongs_to_trainer]
         late = {id(metric): metric for unit in watched.late for metric in unit.metrics}
