@@ -153,6 +153,41 @@ def test_a_multirun_shows_metrics_and_ends_with_1_if_a_job_has_failed(tmp_path, 
     assert printed.getvalue().strip("\0") == ""
 
 
+def test_a_multirun_goes_on_after_jobs_that_raise(tmp_path):
+    """A mistake, and an error of the user's code."""
+    text = MINE.replace("self.net = ", "assert width < 9, 'mine'; self.net = ", 1)
+    (tmp_path / "my.py").write_text(text)
+    mine = ("model._target_=my.Model", "data=custom", "data._target_=my.DataModule")
+    done = start(
+        tmp_path,
+        *("--multirun", "task=validate", *mine, "compare=false"),
+        "+model.width=9,8",
+        "cuda_graph.mode=FULL,FUL",
+    )
+    assert done.returncode == 1
+    assert "All jobs " in done.stdout
+    records = [json.loads(file.read_text()) for file in tmp_path.rglob("cg_lightning.json")]
+    failed = {record["job"]: record["failed"] for record in records}
+    refused = "mode='FUL' is not a CUDAGraphMode; choose one of "
+    assert [failed[0], failed[2]] == ["AssertionError: mine", ""]
+    assert failed[1].startswith(refused)
+    assert failed[3].startswith(refused)
+    assert done.stderr.count("assert width < 9, 'mine'") == 1  # with a traceback
+    assert "3 of 4 jobs failed." in done.stderr
+
+
+def test_strict_names_the_line_without_a_traceback(tmp_path):
+    step = "predict_step = lambda self, batch: batch.sum().item()\n\n    def configure"
+    text = MINE.replace("def configure", step)
+    (tmp_path / "my.py").write_text(text)
+    mine = ("model._target_=my.Model", "data=custom", "data._target_=my.DataModule")
+    strict = ("cuda_graph=debug", "cuda_graph.mode=FULL", "task=predict")
+    printed = run(tmp_path, *mine, *strict, fails=True)
+    assert "Traceback" not in printed
+    assert "Error executing job" not in printed
+    assert re.search(r"mode=FULL asks for: host sync: aten::item \(\S*my.py:\d+\)\.", printed)
+
+
 def test_sentences_end_lines_between_words_on_a_terminal(monkeypatch, capsys):
     from cg_lightning.app.tables import print_sentence
 
@@ -340,7 +375,8 @@ def test_mistakes_without_a_traceback(tmp_path, arguments, sentence):
     printed = run(tmp_path, *arguments, fails=True)
     assert sentence in printed
     assert "Traceback" not in printed
-    for noise in ("full_key", "object_type", "HYDRA_FULL_ERROR", "search path"):
+    noises = ("full_key", "object_type", "HYDRA_FULL_ERROR", "search path", "Error executing job")
+    for noise in noises:
         assert noise not in printed
 
 
@@ -545,9 +581,13 @@ def test_the_reports_of_a_fit_are_one(tmp_path):
 
 
 def test_a_misspelt_key_is_named(tmp_path):
-    assert "Key 'warmup' not in 'CUDAGraphConfig'" in run(
-        tmp_path, "cuda_graph.warmup=1", fails=True
+    printed = run(tmp_path, "cuda_graph.warmup=1", fails=True)
+    assert printed == "cuda_graph.warmup is unknown; did you mean cuda_graph.warmup_steps?\n"
+    printed = run(tmp_path, "cuda_graph.options.nothing=1", fails=True)
+    assert printed.startswith(
+        "cuda_graph.options.nothing is unknown; choose from debug_log_enable, gc_disable, "
     )
+    assert "Key 'nothing' is not in struct" in run(tmp_path, "trainer.nothing=1", fails=True)
 
 
 def test_a_difference_fails_the_run():

@@ -32,13 +32,18 @@ class JobResult:
     """Steps by the mode in which they ran."""
 
 
+def is_one_of_several() -> bool:
+    """Whether the job is one of a multirun."""
+    return HydraConfig.get().mode is RunMode.MULTIRUN
+
+
 def finish_job(result: JobResult) -> None:
     """Store the result for the table of a multirun; outside of one, a failed job ends the process.
 
     Raises:
         SystemExit: The job failed, and there are no further jobs to run.
     """
-    if HydraConfig.get().mode is not RunMode.MULTIRUN:
+    if not is_one_of_several():
         if result.failed:
             raise SystemExit(result.failed)
         return

@@ -6,7 +6,9 @@ import itertools
 import logging
 import os
 import sys
+import traceback
 import warnings
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.utils import get_original_cwd
@@ -15,8 +17,12 @@ from omegaconf import DictConfig
 from cg_lightning.app.config import Task, config_dir, register_configs
 from cg_lightning.app.mistakes import sentence_of, without_hydra
 
+if TYPE_CHECKING:
+    from cg_lightning.app.jobs import JobResult
+
 register_configs()
 _FULL_ERROR = "HYDRA_FULL_ERROR"
+_WANTS_TRACEBACKS = os.environ.get(_FULL_ERROR) == "1"
 
 
 def main() -> None:
@@ -28,7 +34,7 @@ def main() -> None:
     for before, word in itertools.pairwise(sys.argv):
         if word in Task.__members__ and not before.startswith("-"):
             raise SystemExit(f"{word} is a task: write task={word}.")
-    if os.environ.get(_FULL_ERROR) == "1":
+    if _WANTS_TRACEBACKS:
         _main()
         return
     os.environ[_FULL_ERROR] = "1"  # so that Hydra raises errors instead of printing them
@@ -60,7 +66,34 @@ def _main(config: DictConfig) -> None:
 
         zoo(config)
         return
-    from cg_lightning.app.jobs import finish_job
+    from cg_lightning.app.jobs import JobResult, finish_job, is_one_of_several
+
+    try:
+        result = _run_job(config)
+    except SystemExit as error:
+        if not isinstance(error.code, str):
+            raise
+        result = JobResult(error.code)
+    except Exception as error:
+        sentence = sentence_of(error)
+        if _WANTS_TRACEBACKS or not (sentence or is_one_of_several()):
+            raise
+        if not sentence:  # of the user's code, in one of several jobs: the others run
+            traceback.print_exception(error)
+            first = error
+            while isinstance(first.__cause__, Exception):  # behind what Hydra raised
+                first = first.__cause__
+            sentence = f"{type(first).__name__}: {first}"
+        result = JobResult(sentence)
+    finish_job(result)
+
+
+def _run_job(config: DictConfig) -> JobResult:
+    """Run a task for a model and its data.
+
+    Raises:
+        SystemExit: The command line has a mistake.
+    """
     from cg_lightning.app.run import (
         require_checkpoint,
         require_device,
@@ -79,20 +112,18 @@ def _main(config: DictConfig) -> None:
         if config.task is Task.diagnose:
             from cg_lightning.app.diagnose import diagnose_step
 
-            result = diagnose_step(config)
-        elif config.task is Task.shapes:
+            return diagnose_step(config)
+        if config.task is Task.shapes:
             from cg_lightning.app.shapes import show_shapes
 
-            result = show_shapes(config)
-        else:
-            from cg_lightning.app.compare import run_and_compare
+            return show_shapes(config)
+        from cg_lightning.app.compare import run_and_compare
 
-            result = run_and_compare(config)
+        return run_and_compare(config)
     except ModuleNotFoundError as error:
         if error.name != "sklearn":
             raise
         raise SystemExit(str(error)) from error
-    finish_job(result)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import re
 import sys
 from collections.abc import Iterator
@@ -9,6 +11,8 @@ from types import FrameType, TracebackType
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
+
+from cg_lightning.app import config
 
 _OURS = "cg_lightning"
 _NOT_THE_USERS = {
@@ -22,6 +26,12 @@ _NOISE = re.compile(
 
 _UNKNOWN_OPTION = re.compile(
     r"Could not find '(.*)/([^/]*)'\s+Available options in '.*':((?:\s+\S+)*?)\s+Config search"
+)
+_UNKNOWN_KEY = re.compile(
+    r"Could not override '((?:.*\.)?)([^.']+)'\..*: Key '.*' not in '(\w+Config)'"
+)
+_OF_OUR_CONSTRUCTORS = re.compile(
+    r"Error in call to target 'cg_lightning\..*': ValueError\(([\"'])(.*)\1\)"
 )
 
 
@@ -39,17 +49,18 @@ def sentence_of(error: Exception) -> str:
         return ""
     lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
     kinds = (TypeError, FileNotFoundError, getattr(lightning, "MisconfigurationException", ()))
+    ours = sys.modules.get("cg_lightning.core.errors")  # that of strict=True names the user's line
+    named = (*_OF_A_CONFIG, ValueError, getattr(ours, "CaptureError", ()))
     is_ours = bool(frames) and _package(list(_frames(error.__traceback__))[-1]) == _OURS
     # a ValueError is how this package names a mistake; other errors in its code are its own
-    if not isinstance(error, (*_OF_A_CONFIG, ValueError)) and (
-        is_ours or not isinstance(error, kinds)
-    ):
+    if not isinstance(error, named) and (is_ours or not isinstance(error, kinds)):
         return ""
     texts = [" ".join(_NOISE.sub("", _unknown_option(str(each))).split()) for each in chain]
     shown = [text for text in dict.fromkeys(texts) if text]
     # the cause is often part of the message of the error
     shown = [text for text in shown if not any(text in other for other in shown if other != text)]
-    return ": ".join(text.rstrip(".:") for text in shown) + "."
+    sentence = ": ".join(text.rstrip(".:") for text in shown)
+    return f"{_of_constructor(_unknown_key(sentence))}.".replace("?.", "?")
 
 
 def _unknown_option(text: str) -> str:
@@ -59,6 +70,24 @@ def _unknown_option(text: str) -> str:
         return text
     group, option, known = found.groups()
     return f"{group}={option} is unknown; choose from {', '.join(sorted(known.split()))}"
+
+
+def _unknown_key(text: str) -> str:
+    """Say what is near, where Hydra proposes to add a key that there cannot be."""
+    found = _UNKNOWN_KEY.search(text)
+    if found is None:
+        return text
+    path, key, schema = found.groups()
+    fields = dataclasses.fields(getattr(config, schema))
+    known = [field.name for field in fields if not field.name.startswith("_")]
+    near = difflib.get_close_matches(key, known, n=1)
+    choice = f"did you mean {path}{near[0]}?" if near else f"choose from {', '.join(known)}"
+    return f"{path}{key} is unknown; {choice}"
+
+
+def _of_constructor(text: str) -> str:
+    """Leave out what Hydra says around the sentence of an argument of ours."""
+    return _OF_OUR_CONSTRUCTORS.sub(lambda found: found[2].rstrip("."), text)
 
 
 def without_hydra(traceback: TracebackType | None) -> TracebackType | None:

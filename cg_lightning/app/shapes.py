@@ -34,7 +34,7 @@ def show_shapes(config: DictConfig) -> JobResult:
         return JobResult(f"The batches of {type(data).__name__}.{name} have no tensors.")
     proposal = ShapeProposal(seen)
     batches = sum(each.batches for each in seen)
-    print(f"{batches} batches of {len(seen)} shapes")
+    print(f"{batches} batches of {len(seen)} shape{'' if len(seen) == 1 else 's'}")
     if not proposal.arguments:
         print("No dimension varies: nothing is to be padded.")
         return JobResult()
