@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig
 
 from cg_lightning.app.config import Task
+from cg_lightning.app.tables import print_sentence
 from cg_lightning.app.timing import BatchClock
 from cg_lightning.backends import resolve_backend
 from cg_lightning.callback import CUDAGraphCallback
@@ -130,7 +131,7 @@ def choose_backend(config: DictConfig) -> None:
     on_cpu = config.trainer.get("accelerator") == "cpu" or resolve_backend("auto") is None
     if on_cpu:
         graphs.backend = "recorder"
-        print(
+        print_sentence(
             "No CUDA device: graphs run on the recorder backend. It shows that results are equal; "
             "it is no speed-up."
         )
