@@ -462,6 +462,19 @@ def test_enums_are_written_as_on_the_command_line():
     ]
 
 
+def test_the_benchmark_without_matplotlib(tmp_path):
+    hide = "import sys; sys.modules['matplotlib'] = None; "
+    script = f"{hide}from cg_lightning.app.main import main; main()"
+    few = ("bench.contestants=[loop,eager]", "bench.stages=[validate]", "bench.costs=false")
+    once = ("bench.batches=2", "bench.warmup=1", "bench.rounds=1", "bench.cases=[mlp]")
+    arguments = ("task=bench", "bench.backend=recorder", *few, *once)
+    done = run_python("-c", script, *arguments, folder=tmp_path, environment=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last == "No chart: matplotlib is not installed. pip install 'cg-lightning[bench]'"
+    assert (tmp_path / "bench.jsonl").exists()
+
+
 def test_a_missing_extra_is_one_sentence(tmp_path):
     hide = "import sys; sys.modules['sklearn'] = sys.modules['sklearn.datasets'] = None; "
     script = f"{hide}from cg_lightning.app.main import main; main()"

@@ -58,7 +58,9 @@ def bench(config: DictConfig) -> None:
             before_after = output.with_name(f"{output.stem}_before_after")
             draw_before_after(records, before_after, where=describe_environment(environment()))
         except ModuleNotFoundError as error:
-            print(f"No chart: {error}.")
+            if error.name != "matplotlib":
+                raise
+            print("No chart: matplotlib is not installed. pip install 'cg-lightning[bench]'")
 
 
 def folder() -> Path:
