@@ -238,6 +238,23 @@ def test_diagnosis_and_callback_decide_alike(harness, stage):
     assert str(found.findings[0]) in str(caught.value)
 
 
+@pytest.mark.parametrize("job", ["validate", "fit"])
+def test_an_operation_has_one_name_with_and_without_inference_mode(harness, job):
+    class Waits(ConvNetClassifier):
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            super().validation_step(batch, batch_idx)
+            return float(self.net(batch[0]).sum().item())
+
+    callback = harness.callback()
+    trainer, module = harness.trainer(callback, max_epochs=1), Waits(4)
+    if job == "fit":
+        trainer.fit(module, images(8), images(43))
+    else:
+        trainer.validate(module, images(43), verbose=False)
+    causes = [each.reason for each in callback.stats.reasons if each.reason.kind is Cause.HOST_SYNC]
+    assert [reason.operation for reason in causes] == ["aten::item"]
+
+
 def test_a_module_of_the_package_pytorch_lightning():
     """Both packages define LightningModule; the callback and diagnose() take either."""
     pl = pytest.importorskip("pytorch_lightning", reason="pytorch_lightning is not installed")

@@ -14,6 +14,9 @@ from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.tree import flatten
 from cg_lightning.diagnosis.detector import Detector
 
+_AS_WRITTEN = {"aten::_local_scalar_dense": "aten::item"}
+"""Names for users: without inference mode, as in the validation of ``fit``, a part is reported."""
+
 
 class Operations(Detector):
     """Looks each dispatched operation up in the table that the recorder backend refuses by."""
@@ -23,7 +26,8 @@ class Operations(Detector):
     ) -> None:
         device_type = self.watch.device_type
         if (cause := find_illegal(function, args, kwargs, device_type)) is not None:
-            self.watch.report(cause, function._schema.name)
+            name = function._schema.name
+            self.watch.report(cause, _AS_WRITTEN.get(name, name))
             context = current_forward_context()
             if cause is Cause.COLLECTIVE and context is not None and context.step is not None:
                 context.step.ran_collective()
