@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import sysconfig
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +83,16 @@ def tensor_of(batch: Any) -> Tensor:
     )
 
 
+def of_a_library(code: str) -> Any:
+    """Return the function ``ask``, as if a library had defined it."""
+    found: dict[str, Any] = {"__name__": "asks"}
+    exec(compile(code, f"{sysconfig.get_path('purelib')}/asks.py", "exec"), found)
+    return found["ask"]
+
+
+asks_in_library = of_a_library("def ask(batch): return getattr(batch, 'scale', 1.0)")
+
+
 FACTS: dict[str, tuple[Callable[[int], Any], Callable[[Any], float]]] = {
     "of a dictionary": (lambda i: given(Scaled(x=X[i]), i), lambda batch: batch.scale),
     "of a class as well": (
@@ -93,6 +104,26 @@ FACTS: dict[str, tuple[Callable[[int], Any], Callable[[Any], float]]] = {
     "of a dataclass": (lambda i: given(Record(X[i]), i), lambda batch: batch.scale),
     "sometimes": (lambda i: given(Scaled(x=X[i]), i, always=False), asks),
     "sometimes of a tensor": (lambda i: given(X[i].clone(), i, always=False), asks),
+    "sometimes, a library asks": (
+        lambda i: given(Scaled(x=X[i]), i, always=False),
+        asks_in_library,
+    ),
+    "sometimes of a tensor, a library asks": (
+        lambda i: given(X[i].clone(), i, always=False),
+        asks_in_library,
+    ),
+    "sometimes by vars": (
+        lambda i: given(Scaled(x=X[i]), i, always=False),
+        lambda batch: vars(batch).get("scale", 1.0),
+    ),
+    "by vars of a tensor": (
+        lambda i: given(X[i].clone(), i),
+        lambda batch: vars(batch)["scale"],
+    ),
+    "sometimes by the dictionary of a tensor": (
+        lambda i: given(X[i].clone(), i, always=False),
+        lambda batch: batch.__dict__.get("scale", 1.0),
+    ),
     "of a tensor": (lambda i: given(X[i].clone(), i), lambda batch: batch.scale),
     "gradient": (with_gradient, lambda batch: 1.0 + (batch.grad is not None)),
     "offset": (inside, lambda batch: 1.0 + batch.storage_offset()),

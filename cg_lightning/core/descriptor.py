@@ -41,8 +41,8 @@ class BatchDescriptor:
     structure: Hashable = None
     """Types and keys of the containers."""
     leaves: tuple[Hashable, ...] = ()
-    """Tensors: shape, dtype, strides, device, requires_grad, alignment, class. Others: type and
-    value."""
+    """Tensors: shape, dtype, strides, device, requires_grad, alignment, class, names of attributes.
+    Others: type and value."""
     stage: str | None = None
     """``validate``, ``test`` or ``predict``."""
     dataloader_idx: int = 0
@@ -149,7 +149,7 @@ def _difference(path: str, now: Hashable, before: Hashable) -> Changed:
     return Changed(path, f"{path}: now {_described(now)}, before {_described(before)}")
 
 
-_OF_TENSOR = ("shape", "dtype", "stride", "device", "requires_grad", "alignment", "class")
+_OF_TENSOR = ("shape", "dtype", "stride", "device", "requires_grad", "alignment", "class", "names")
 
 
 def _text(value: Any) -> str:
@@ -270,7 +270,13 @@ def _tensor_key(tensor: Tensor, index: int, tree: Any) -> Hashable:
         tensor.requires_grad,
         tensor.data_ptr() & (ALIGNMENT - 1),
         type(tensor),
+        names_on(tensor) if tensor.__dict__ else (),
     )
+
+
+def names_on(tensor: Tensor) -> tuple[str, ...]:
+    """Return the names of a tensor's attributes, without the marks of the compiler."""
+    return tuple(sorted(name for name in vars(tensor) if not name.startswith("_dynamo_")))
 
 
 def _value_leaf_key(leaf: Any, index: int, tree: Any) -> Hashable:

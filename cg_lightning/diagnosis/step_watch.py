@@ -42,6 +42,10 @@ _READS = (Cause.HOST_SYNC, Cause.DATA_DEPENDENT_SHAPE)
 """The causes reported for an operation that reads a value on the host."""
 _COPYING = (Cause.HOST_SYNC, Cause.CROSS_DEVICE_COPY)
 """The causes reported for a copy to the host."""
+_READS_UNSEEN = frozenset(
+    {"vars", "__dict__", "dir", "getmembers", "__reduce_ex__", "__reduce__", "__getstate__"}
+)
+"""By which code reads attributes of any object, and no property sees it."""
 _MAKING = (Cause.TENSOR_FROM_PYTHON, Cause.CROSS_DEVICE_COPY, Cause.HOST_SYNC)
 """The causes reported for tensors of the host that are copied to the device."""
 
@@ -327,6 +331,10 @@ class StepWatch:
             self.notes.written.add_attribute(changed.module, changed.name)
 
     # what detectors ask
+
+    def may_read_unseen(self) -> bool:
+        """Return whether code of the step so far names what reads attributes unseen."""
+        return any(not _READS_UNSEEN.isdisjoint(code.co_names) for code in self.codes)
 
     def calls(self) -> list[ModuleCall]:
         """Return the step and all its calls so far."""

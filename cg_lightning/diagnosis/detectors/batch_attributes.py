@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
@@ -15,11 +17,11 @@ from unittest.mock import patch
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.tree import containers_in
 from cg_lightning.diagnosis.detector import ReplacingDetector
-from cg_lightning.diagnosis.findings import is_called_by_step, is_read_by_user
+from cg_lightning.diagnosis.findings import AT_THE_END, is_called_by_step, reading_frame
 from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.guards.sources import MISSING
 from cg_lightning.modules.attributes import attributes_beside_items
-from cg_lightning.modules.kinds import is_users_namespace, is_value_of_class
+from cg_lightning.modules.kinds import FRAMEWORKS, is_users_namespace, is_value_of_class
 
 
 class BatchAttributes(ReplacingDetector):
@@ -38,11 +40,17 @@ class BatchAttributes(ReplacingDetector):
     def around_step(self) -> Iterator[None]:
         with self.replacing():
             yield
+        # a dataclass has all that it usually has in fields, which are part of the key
+        found = [
+            cls for cls, names in self._names.items() if names or not dataclasses.is_dataclass(cls)
+        ]
+        if found and self.watch.may_read_unseen():
+            self._report("vars()", location=AT_THE_END, module="", calls=self.watch.calls())
 
     def replace(self, replaced: contextlib.ExitStack) -> None:
 
         def missing(container: Any, name: str) -> Any:
-            if is_read_by_user() and not name.startswith("__"):
+            if not (name.startswith("__") or _is_asked_by_framework()):
                 self._report(name)
             raise AttributeError(f"{type(container).__name__!r} object has no attribute {name!r}")
 
@@ -58,8 +66,9 @@ class BatchAttributes(ReplacingDetector):
             for name, value in members.items():
                 replaced.enter_context(patch.object(cls, name, value, create=True))
 
-    def _report(self, name: str) -> None:
-        self.watch.report(Cause.OPAQUE, f"{name}, an attribute of a container of the batch")
+    def _report(self, name: str, **where: Any) -> None:
+        words = f"{name}, an attribute of a container of the batch"
+        self.watch.report(Cause.OPAQUE, words, **where)
 
     def _property(self, name: str, default: Any) -> property:
         """Return a property for an attribute, with the value that the class has for it."""
@@ -94,6 +103,13 @@ def _values_of(cls: type) -> dict[str, Any]:
         if name[0] != "_" and name not in fields and is_value_of_class(value)
         if not (isinstance(value, type) or hasattr(type(value), "__get__"))
     }
+
+
+def _is_asked_by_framework() -> bool:
+    """Return whether a framework, or Python itself, asks what kind of object it is."""
+    frame = reading_frame()
+    root = "" if frame is None else str(frame.f_globals.get("__name__", "")).split(".")[0]
+    return root in FRAMEWORKS or root in sys.stdlib_module_names
 
 
 def _names_in(container: Any) -> set[str]:

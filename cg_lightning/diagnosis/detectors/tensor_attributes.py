@@ -17,6 +17,7 @@ from unittest.mock import patch
 from torch import Tensor, nn
 
 from cg_lightning.core.causes import Cause
+from cg_lightning.core.descriptor import names_on
 from cg_lightning.diagnosis.detector import ReplacingDetector
 from cg_lightning.diagnosis.findings import AT_THE_END, is_called_by_step, is_read_by_user
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
@@ -45,14 +46,16 @@ class TensorAttributes(ReplacingDetector):
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        before = [(path, tensor, _names_in(tensor)) for path, tensor in self._tensors.values()]
+        before = [(path, tensor, names_on(tensor)) for path, tensor in self._tensors.values()]
         try:
             with self.replacing():
                 yield
+            if self.watch.may_read_unseen() and any(map(names_on, self._inputs.values())):
+                self._report_unseen()
         finally:
             self._inputs.clear()  # detectors and their watch are garbage that is not yet collected
         for path, tensor, names in before:
-            if _names_in(tensor) != names:
+            if names_on(tensor) != names:
                 self._report_change(f"attributes of {path}", self.watch.calls())
         for source, contents in self._read_values.values():
             with self.watch.paused():
@@ -60,6 +63,11 @@ class TensorAttributes(ReplacingDetector):
             if not is_same:
                 readers = [call for call in self.watch.calls() if source.key in call.sources]
                 self._report_change(source.path, readers)
+
+    def _report_unseen(self) -> None:
+        calls = self.watch.calls()
+        words = _of_batch("vars()")
+        self.watch.report(Cause.OPAQUE, words, location=AT_THE_END, module="", calls=calls)
 
     def _report_change(self, words: str, calls: list[ModuleCall]) -> None:
         self.watch.report(Cause.STATE_REBOUND, words, location=AT_THE_END, module="", calls=calls)
@@ -108,7 +116,7 @@ class TensorAttributes(ReplacingDetector):
             raise AttributeError(f"{type(tensor).__name__!r} object has no attribute {name!r}")
 
         tensors = [*[tensor for _, tensor in self._tensors.values()], *self._inputs.values()]
-        names = {name for tensor in tensors for name in _names_in(tensor)}
+        names = {name for tensor in tensors for name in names_on(tensor)}
         members: dict[str, Any] = {
             name: self._property(name) for name in names if not hasattr(Tensor, name)
         }
@@ -171,8 +179,3 @@ class TensorAttributes(ReplacingDetector):
 
 def _of_batch(name: str) -> str:
     return f"{name}, an attribute of a tensor of the batch"
-
-
-def _names_in(tensor: Tensor) -> set[str]:
-    """Return the names of a tensor's attributes, without the marks of the compiler."""
-    return {name for name in vars(tensor) if not name.startswith("_dynamo_")}
