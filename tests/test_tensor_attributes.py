@@ -100,6 +100,10 @@ GUARDED: dict[str, tuple[Any, Any]] = {
         sets_where_there_was_none,
         lambda self, y: y * getattr(self.first.weight, "scale", 1.0),
     ),
+    "what a tensor in an attribute has not at first": (
+        lambda module, value: value > 1 and setattr(module.held, "scale", float(value)),
+        lambda self, y: y * getattr(self.held, "scale", 1.0),
+    ),
     "os.environ": (sets_variable, lambda self, y: y * float(os.environ["CG_LIGHTNING_SCALE"])),
     "os.getenv": (sets_variable, lambda self, y: y * float(os.getenv("CG_LIGHTNING_SCALE", "1"))),
     "in os.environ": (

@@ -198,9 +198,8 @@ def _is_harmless_class(cls: type) -> bool:
         return True
     is_called = "__call__" in dir(cls)
     if is_called and not is_user_class(cls):
-        # an operator of PyTorch, with caches of its own, or one that sets a mode while it is used
-        is_private = cls.__module__.startswith("torch._")
-        return has_hidden_state(cls) or is_private or hasattr(cls, "__enter__")
+        # an operator of PyTorch, with caches of its own
+        return has_hidden_state(cls) or cls.__module__.startswith("torch._")
     if not has_hidden_state(cls):
         return False
     if hasattr(cls, "__next__"):

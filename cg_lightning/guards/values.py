@@ -167,7 +167,7 @@ class FrozenValues:
             FrozenAttributes(vars(function), itself, {}, (None, name, None))
             for name, function in (without_attributes or {}).items()
         ]
-        """Functions that have no attributes."""
+        """Functions and tensors that have no attributes."""
         self._opaque: list[tuple[Path, str]] = []
         self._known_subclasses: set[int] = set()
         """The ids of containers whose attributes are stored."""
@@ -194,7 +194,7 @@ class FrozenValues:
             self._look_into_large(members, [format_path(path)] * len(members), seen)
         self._placement = Placement(self.tensors, layout_and_gradient_of)
         self.without_attributes = list({id(each.value): each.value for each in self._bare}.values())
-        """The dictionaries of functions that have no attributes. They must stay empty."""
+        """The dictionaries of functions and tensors without attributes. They must stay empty."""
         self._typed = [each.value for each in self._classes]
         self._expected_types = [each.cls for each in self._classes]
         self.has_more = any((self.tensors, self._items, self._classes, self._contents))
@@ -221,10 +221,13 @@ class FrozenValues:
             if type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided:
                 self.tensors.append(value)
                 self._tensor_paths.append(path)
-            if held := vars(value):  # attributes that the user has set
-                self._store_space(held, dict(held), path)
-                return [(item, (path, name, None)) for name, item in held.items()]
-        elif kind is ValueKind.GENERATOR:
+            held = vars(value)  # attributes that the user has set
+            if not held:
+                self._bare.append(FrozenAttributes(held, itself, {}, path))
+                return []
+            self._store_space(held, dict(held), path)
+            return [(item, (path, name, None)) for name, item in held.items()]
+        if kind is ValueKind.GENERATOR:
             self.generators[format_path(path)] = value
         elif kind is ValueKind.MODULE:
             self.modules.append(value)
@@ -308,7 +311,8 @@ class FrozenValues:
         held = read(value)
         space = getattr(value, "__dict__", None)
         members = members_of(cls)
-        if space is not None and len(held) == len(space) and not members:
+        has_all = not (members or names_of_library(cls))
+        if space is not None and has_all and len(held) == len(space):
             self._store_space(space, held, path)
             return held
         if space is None and not members:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import dis
 import enum
 import functools
 import logging
@@ -104,6 +105,9 @@ def names_of_library(cls: type) -> frozenset[str]:
         return frozenset(vars(logging.Logger("any"))) - {"level", "disabled"}
     if issubclass(cls, enum.Enum):
         return frozenset(("_name_", "__objclass__", "_sort_order_", "_inverted_", "_hash_"))
+    enter = None if is_user_class(cls) else getattr(cls, "__enter__", None)
+    if isinstance(enter, types.FunctionType):  # it stores what the exit puts back
+        return frozenset(s.argval for s in dis.get_instructions(enter) if s.opname == "STORE_ATTR")
     return frozenset()
 
 
