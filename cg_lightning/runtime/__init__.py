@@ -1,6 +1,7 @@
 """Who runs a step, and how that is decided.
 
 - ``ahead.py``: captures graphs of batches that have not come yet.
+- ``alike_runs.py``: runs of steps that may go the way of a watched one.
 - ``alike_steps.py``: padded steps of other shapes that go the same way: not each is watched.
 - ``changing_values.py``: plain values that differ in every batch, such as file names.
 - ``dispatcher.py``: the only place that decides in which mode a step or a call runs.

@@ -7,13 +7,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
-
 from cg_lightning.capture.call import GraphCall
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
-from cg_lightning.core.equality import same_leaf
 from cg_lightning.core.errors import CaptureError, NotIndependentError, UnkeyableBatchError
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import Reason, Status
@@ -27,6 +24,7 @@ from cg_lightning.padding.leaves import Fill, PaddedLeaves
 from cg_lightning.padding.padder import Padder
 from cg_lightning.padding.path import PaddedPath
 from cg_lightning.runtime.ahead import CaptureAhead
+from cg_lightning.runtime.alike_runs import AlikeRuns
 from cg_lightning.runtime.alike_steps import AlikeSteps, take_over
 from cg_lightning.runtime.eager_run import EagerRun
 from cg_lightning.runtime.keys import KeyState, Variant
@@ -105,6 +103,7 @@ class PaddedSteps:
         self._dispatcher = session.target.dispatcher
         self._alike = AlikeSteps(self._dispatcher)
         self._ways = WayRecorder()
+        self._alike_runs = AlikeRuns(session, self._ahead, self._alike, self._ways)
         self._asked_for: set[tuple[Any, ...]] = set()
         """The keys of padded batches that a shape has asked for."""
         self._latest: deque[KeyState] = deque(maxlen=_LATEST)
@@ -209,18 +208,7 @@ class PaddedSteps:
         Returns:
             Its output.
         """
-        output, way = self._traced(call)
-        if not self._adopt(call, way):
-            self._alike.note_unlike(call.descriptor, way)
-        return output
-
-    def _traced(self, call: GraphCall) -> tuple[Any, Way | None]:
-        """Run a step. It has no way if it changes anything: a function of C shows no code."""
-        eager = EagerRun(call, self._session, self._ways)
-        given = [(leaf, leaf.clone()) for leaf in call.leaves if isinstance(leaf, torch.Tensor)]
-        output = eager.call.run()
-        is_same = not eager.effect and all(same_leaf(leaf, value) for leaf, value in given)
-        return output, eager.way if is_same else None
+        return self._alike_runs.run(call)
 
     def watched(
         self, plan: Plan, call: GraphCall, watched: WatchedStep, padding: PaddedLeaves | None
@@ -241,7 +229,7 @@ class PaddedSteps:
         elif padding is None or is_whole:
             session.watched(plan, watched, padding)
             if padding is not None and watched.only_computes:
-                self._note_way(plan.state, call)
+                self._alike_runs.note_watched(plan.state, call)
         elif self._pieces is not None and self._pieces.add(watched):
             session.watched(plan, watched, padding, IN_PIECES)
         else:
@@ -366,7 +354,7 @@ class PaddedSteps:
         if variant is None:
             state = self._dispatcher.known(padded.descriptor.fields)
             if state is None or not state.variants:
-                self._prepare(padded)
+                self._alike_runs.prepare(padded)
             reason = self._ahead.capture_padded(padded)
             variant = self._known_owner(padded)
             if variant is None:
@@ -376,58 +364,6 @@ class PaddedSteps:
         if does := variant.entry.does_besides:
             raise NotIndependentError(f"the step {does}")
         return variant
-
-    def _note_way(self, state: KeyState, call: GraphCall) -> None:
-        """Note the way of a step that was just watched: what comes next may go it as well."""
-        variant = state.variants[0]
-        assert variant.path is None or isinstance(variant.path, ReadPath)
-        try:
-            _, way = self._ahead.rehearse(call, lambda: self._ways.run(call.run))
-        except Exception:  # of a step that cannot run twice: others are watched as well
-            return
-        if variant.guards.check():
-            self._alike.note(call.descriptor, variant, variant.path, way)
-
-    def _prepare(self, padded: GraphCall) -> None:
-        """Find out if the step with the padded batch goes the way of a watched one.
-
-        Then it need not be watched. It runs once for its way, and once for its host values.
-        """
-        if not self._alike.knows(padded.descriptor):
-            return
-        try:
-            _, way = self._ahead.rehearse(padded, lambda: self._traced(padded))
-        except Exception:  # the watched step will fail for the same reason, and report it
-            return
-        if self._adopt(padded, way):
-            self._dispatcher.ran_before(self._dispatcher.state(padded.descriptor.fields), runs=2)
-
-    def _adopt(self, call: GraphCall, way: Way | None) -> bool:
-        """Give the key of a step what a watched step has shown that went the same way.
-
-        The step runs once more, for its host values. It does nothing else, as the watched one.
-
-        Args:
-            call: The step, which has run.
-            way: Its way.
-
-        Returns:
-            Whether there is such a step.
-        """
-        if way is None or not self._alike.has_gone(call.descriptor, way):
-            return False
-        watcher = self._session.watcher
-        path = self._ahead.rehearse(call, lambda: watcher.host_values(call.run, call.tree))
-        found = self._alike.find(call.descriptor, call.leaves, way, path)
-        if found is None or (found[1] is None) != (path is None):
-            return False
-        if path is not None:
-            path.use(self._session.host_copies)
-        known = found[0]
-        variant = Variant(known.guards, list(known.modes), watched=known.watched, path=path)
-        state = self._dispatcher.state(call.descriptor.fields, call.descriptor)
-        self._dispatcher.add_variant(state, variant)
-        return True
 
     def _known_owner(self, padded: GraphCall) -> Variant | None:
         state = self._dispatcher.known(padded.descriptor.fields)
