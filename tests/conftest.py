@@ -36,6 +36,7 @@ callback_connector._load_external_callbacks = functools.cache(
     callback_connector._load_external_callbacks
 )
 
+
 def pytest_report_header() -> list[str]:
     left_out = "no CUDA device: tests run on the recorder only, and those of CUDA are left out"
     return [] if cuda.is_available() else [left_out]
