@@ -17,7 +17,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from cg_lightning import graphed
 from cg_lightning.backends.recorder import RecordedGraph, RecorderBackend
 from cg_lightning.core.reasons import Status
+from cg_lightning.runtime.plans import TOO_SELDOM
 from cg_lightning.runtime.trial import BLOCK, BLOCKS, FIRST_LOOK, StepTimes, Trial
+from cg_lightning.trainer.stage_length import TrainerStageLength
 from tests.harness import features, images, predict, validate
 from tests.models import Body, ConvNetClassifier, Predictor
 from tests.test_padding import watched_steps
@@ -419,6 +421,105 @@ def test_many_shapes_in_few_batches_cost_one_watched_step(harness, timed, monkey
     assert len(watched) == 1
     assert callback.stats.captures == 0
     assert callback.stats.eager == 20
+
+
+class OwnSizes(nn.Module):
+    """Takes long in Python, and its rows are independent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow = Slow(SHORT)
+
+    def forward(self, x):
+        return self.slow(x).tanh()
+
+
+class LossAfterIt(Predictor):
+    """Reduces over its batch, so only its submodule is padded."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss", self.net(batch[0]).square().mean(), batch_size=len(batch[0]))
+
+
+@pytest.mark.parametrize(("rare", "left_out"), [([2, 3], 0), ([30, 33], 1)], ids=["early", "late"])
+@pytest.mark.parametrize("stage", ["predict", "validate"])
+def test_a_shape_is_compared_if_enough_batches_of_it_are_expected(
+    harness, timed, stage, rare, left_out
+):
+    """It has come twice in the first 4 of 40 batches, or in the first 34."""
+    generator = torch.Generator().manual_seed(5)
+    sizes = [7 if number in rare else 9 for number in range(40)]
+    data = [(torch.randn(size, 8, generator=generator),) for size in sizes]
+    settings = {"capture_sizes": [10], "verify_tolerance": "close", "verify_replays": 0}
+    callback = harness.callback(min_saving=0.03, **settings)
+    run = {"predict": predict, "validate": validate}[stage]
+    harness.compare(LossAfterIt(OwnSizes()), run(DataLoader(data, batch_size=None)), callback)
+    assert sum(padding.steps for padding in callback.stats.padding) > 30
+    seldom = [record.steps for record in callback.stats.reasons if record.reason == TOO_SELDOM]
+    assert sum(seldom) == left_out
+
+
+class StepsLeft(Callback):
+    """Notes what the length of a stage says before each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int, float]] = []
+
+    def note(self, trainer: Any, stage: str, loader: int) -> None:
+        left = TrainerStageLength(trainer).steps_left(stage, loader)
+        self.seen.append((stage, loader, left))
+
+    def on_validation_batch_start(self, trainer, _module, _batch, _index, dataloader_idx=0):
+        self.note(trainer, "validate", dataloader_idx)
+
+    def on_test_batch_start(self, trainer, _module, _batch, _index, dataloader_idx=0):
+        self.note(trainer, "test", dataloader_idx)
+
+    def on_predict_batch_start(self, trainer, _module, _batch, _index, dataloader_idx=0):
+        self.note(trainer, "predict", dataloader_idx)
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_the_steps_that_are_left_in_each_dataloader(harness, stage):
+    class Step(Predictor):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+            pass
+
+        test_step = validation_step
+
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
+            return batch
+
+    noted = StepsLeft()
+    loaders = [features(4 * 3), features(4 * 2)]
+    for _ in range(2):
+        getattr(harness.trainer(noted), stage)(Step(nn.Linear(8, 8)), loaders)
+    once = [(stage, 0, 3.0), (stage, 0, 2.0), (stage, 0, 1.0), (stage, 1, 2.0), (stage, 1, 1.0)]
+    assert noted.seen == once * 2
+
+
+def test_the_steps_that_are_left_of_all_validations_of_fit(harness):
+    class Trains(WithMetric):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self(batch[0]).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+    noted = StepsLeft()
+    trainer = harness.trainer(noted, max_epochs=3, num_sanity_val_steps=0)
+    trainer.fit(Trains(), images(8), images(8))
+    assert [left for _, _, left in noted.seen] == [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+
+
+def test_a_step_without_batch_idx_may_be_too_short_as_well(harness, timed):
+    class Step(Predictor):
+        def predict_step(self, batch: Any) -> Any:
+            return self.net(batch[0])
+
+    callback = harness.callback(min_saving=0.03)
+    harness.compare(Step(Slow(SHORT)), predict(features(4 * 7)), callback)
+    assert callback.stats.eager_reasons == {str(reason): 7 for reason in [too_short(callback)]}
 
 
 def test_a_last_partial_batch_is_not_watched(harness, timed):

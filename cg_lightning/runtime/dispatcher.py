@@ -37,6 +37,7 @@ from cg_lightning.runtime.ledger import CAPTURE_COST, CREDIT, WATCH_COST, Captur
 from cg_lightning.runtime.plans import (
     NEW_KEY,
     TIMED,
+    TOO_SELDOM,
     TOO_SHORT,
     UNKNOWN_KEY,
     Action,
@@ -117,6 +118,7 @@ class CUDAGraphDispatcher(KeyTable):
         self._min_saving = min_saving
         self._graph_mode = FULL if watches else PIECEWISE
         self._has_watched = False
+        self._steps = 0
         self._unproven: set[int] = set()
         """The ids of the records of padded graphs that are compared at their next replay."""
 
@@ -172,6 +174,7 @@ class CUDAGraphDispatcher(KeyTable):
             state: The state of its key.
             leaves: The leaves of its batch.
         """
+        self._steps += 1
         state.sights += 1
         if state.sights == 2:
             self._unrepeated.discard(state.descriptor.fields)
@@ -454,6 +457,12 @@ class CUDAGraphDispatcher(KeyTable):
             return plan.without_trial() if steps_left < trial.least_steps() else plan
         if plan.action not in (Action.WATCH, Action.WARM_UP, Action.CAPTURE):
             return plan
+        variant = plan.variant
+        if plan.action is Action.CAPTURE and variant is not None and variant.padding is not None:
+            # each shape that is padded is compared, and will come as often as until now
+            expected = steps_left * plan.state.sights / self._steps
+            seldom = Plan(Action.EAGER, plan.state, variant, TOO_SELDOM)
+            return plan if expected >= self._least_steps else seldom
         needed = self._least_steps
         if plan.action is not Action.CAPTURE:
             needed += max(self._warmup_steps - plan.state.warmup_runs, 1)
@@ -462,9 +471,9 @@ class CUDAGraphDispatcher(KeyTable):
             needed += (NEXT_KEY_COST if is_next_key else WATCH_COST) - 1
         if steps_left >= needed:
             return plan
-        if plan.variant is not None and plan.variant.watch_at:
+        if variant is not None and variant.watch_at:
             return plan._replace(action=Action.PIECEWISE)
-        return Plan(Action.EAGER, plan.state, plan.variant, TOO_SHORT)
+        return Plan(Action.EAGER, plan.state, variant, TOO_SHORT)
 
     def settle(self, state: KeyState, variant: Variant) -> Settled | None:
         """Decide if the graphs of a variant pay. Call it after a step whose time was taken.

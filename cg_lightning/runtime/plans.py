@@ -19,6 +19,10 @@ TOO_SHORT = Reason(
     Status.TOO_SHORT,
     "stage too short: too few batches are left to win back what a capture costs",
 )
+TOO_SELDOM = Reason(
+    Status.TOO_SHORT,
+    "stage too short: too few batches of this shape are expected to win back a comparison",
+)
 NEW_KEY = Reason(
     Status.WARM_UP,
     "warm-up: shapes so far did not come again, so a new one is watched only if it does",

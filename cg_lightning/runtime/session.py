@@ -86,7 +86,8 @@ class Session:
         stats: Counts.
         effects: The side effects of the steps.
         profiler: The profiler of the Trainer, if it has one.
-        sharing: The session of a larger module, whose graphs, host copies and ranges it shares.
+        sharing: The session of a larger module, whose graphs, host copies, ranges and stages it
+            shares.
         has_backward: Whether the steps compute their gradients themselves.
     """
 
@@ -131,7 +132,7 @@ class Session:
         self._submodules = Submodules(parts, backend, self.ranges)
         self.pieces: dict[tuple[str, int], Piece] = {}
         """Submodules that are padded, by stage and ``id`` of the module."""
-        self.stage_length: StageLength | None = None
+        self.stage_length: StageLength | None = None if sharing is None else sharing.stage_length
         """Tells how many batches of a stage are left; None: captures need not pay within it."""
         self._is_installed = False
         self._weights: list[int] = []

@@ -8,7 +8,7 @@ from typing import Protocol
 class StageLength(Protocol):
     """The number of batches of each dataloader."""
 
-    def steps_left(self, stage: str, dataloader_idx: int, batch_idx: int) -> float:
+    def steps_left(self, stage: str, dataloader_idx: int) -> float:
         """Return the number of batches that are left, the current one included.
 
         ``inf`` if the number is unknown, or if the stage may run again before its graphs are
@@ -16,6 +16,5 @@ class StageLength(Protocol):
 
         Args:
             stage: The stage.
-            dataloader_idx: The number of the dataloader.
-            batch_idx: The number of the current batch.
+            dataloader_idx: The number of the dataloader of the current batch.
         """

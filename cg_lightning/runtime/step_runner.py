@@ -249,9 +249,8 @@ class StepRunner:
     ) -> Outcome:
         began = perf_counter()
         length = self._session.stage_length
-        if length is not None and self._session.examples is None and len(args) > 1:
-            loader = plan.state.descriptor.dataloader_idx
-            left = length.steps_left(self._stage, loader, args[1])
+        if length is not None and self._session.examples is None:
+            left = length.steps_left(self._stage, plan.state.descriptor.dataloader_idx)
             plan = self._dispatcher.within(plan, left)
             if plan.action is Action.REPLAY:
                 return self._replay(plan, leaves, args[0], began)

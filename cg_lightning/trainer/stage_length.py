@@ -7,11 +7,12 @@ import math
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-_NUMBERS = {
-    "validate": (TrainerFn.VALIDATING, "num_val_batches"),
-    "test": (TrainerFn.TESTING, "num_test_batches"),
-    "predict": (TrainerFn.PREDICTING, "num_predict_batches"),
+_STAGES = {
+    "validate": (TrainerFn.VALIDATING, "num_val_batches", "validate_loop"),
+    "test": (TrainerFn.TESTING, "num_test_batches", "test_loop"),
+    "predict": (TrainerFn.PREDICTING, "num_predict_batches", "predict_loop"),
 }
+"""The function of the Trainer, and its attributes with the numbers of batches and the loop."""
 
 
 class TrainerStageLength:
@@ -27,16 +28,19 @@ class TrainerStageLength:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
 
-    def steps_left(self, stage: str, dataloader_idx: int, batch_idx: int) -> float:
+    def steps_left(self, stage: str, dataloader_idx: int) -> float:
         """See :class:`~cg_lightning.runtime.stage_length.StageLength`."""
-        function, name = _NUMBERS[stage]
-        is_inside_fit = self._trainer.state.fn is TrainerFn.FITTING
-        if self._trainer.state.fn is not function and not is_inside_fit:
+        trainer = self._trainer
+        function, name, loop = _STAGES[stage]
+        is_inside_fit = trainer.state.fn is TrainerFn.FITTING
+        if trainer.state.fn is not function and not is_inside_fit:
             return math.inf
-        numbers = getattr(self._trainer, name)
+        numbers = getattr(trainer, name)
         if dataloader_idx >= len(numbers):  # dataloaders that give their batches together
             return math.inf
-        left = float(numbers[dataloader_idx] - batch_idx)
+        runs = trainer.fit_loop.epoch_loop.val_loop if is_inside_fit else getattr(trainer, loop)
+        done = runs.batch_progress.current.ready - 1  # of all dataloaders
+        left = float(sum(numbers[: dataloader_idx + 1]) - done)
         if is_inside_fit:
             left += numbers[dataloader_idx] * self._validations_left()
         return left
