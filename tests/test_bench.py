@@ -11,7 +11,14 @@ from cg_lightning.bench import charts, report
 from cg_lightning.bench.cases import CASES, CLASSES
 from cg_lightning.bench.costs import measure_costs
 from cg_lightning.bench.measure import Settings
-from cg_lightning.bench.records import environment, limit, read_lines, write_lines
+from cg_lightning.bench.records import (
+    environment,
+    gpu_time,
+    limit,
+    optimizer_time,
+    read_lines,
+    write_lines,
+)
 from cg_lightning.bench.run import check, measure, measure_case
 from cg_lightning.bench.tables import details, facts, fill_page, results, table, training_facts
 
@@ -112,7 +119,10 @@ def test_training_ends_with_the_weights_of_eager(tmp_path, backend):
     assert by_name["eager"]["equal"]
     ours = by_name["full_and_piecewise"]
     assert (ours["mode"], ours["equal"], ours["difference"]) == ("FULL", True, 0.0)
-    assert ours["replay"]
+    assert gpu_time(by_name) == ours["replay"] > 0
+    assert optimizer_time(by_name) == by_name["loop"]["replay"] > 0
+    on_gpu = ours["replay"] + by_name["loop"]["replay"]
+    assert limit(by_name) == max(by_name["loop"]["microseconds"], on_gpu)
     write_lines(records, tmp_path / "bench.jsonl")
     page = (
         "<!-- bench: train -->\n<!-- /bench --> <!-- bench: speed -->as before<!-- /bench -->"

@@ -7,13 +7,13 @@ import itertools
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cg_lightning.backends import GraphBackend
+from cg_lightning.backends import CapturedGraph, GraphBackend
 from cg_lightning.callback import CUDAGraphCallback
 from cg_lightning.core.settings import check_name
 from cg_lightning.core.stages import TRAIN
@@ -41,15 +41,21 @@ class Settings:
         check_name("bench.batches_on", self.batches_on, PLACES)
 
 
+@runtime_checkable
+class HasGraphs(Protocol):
+    """A callback with graphs, whose time on the device is measured."""
+
+    def graphs(self, mode: str) -> list[CapturedGraph]:
+        """Return the graphs of one mode."""
+
+
 class BatchTimer(Callback):
     """Measures microseconds per batch after the warm-up.
 
-    If the step was one graph, it also measures the replay of that graph alone.
+    If there is one graph, it also measures the replay of that graph alone.
     """
 
-    def __init__(
-        self, settings: Settings, backend: GraphBackend, graphs: CUDAGraphCallback | None
-    ) -> None:
+    def __init__(self, settings: Settings, backend: GraphBackend, graphs: HasGraphs | None) -> None:
         self._settings = settings
         self._backend = backend
         self._graphs = graphs
@@ -162,9 +168,7 @@ def run_once(
         backend: The backend, which knows the device.
         measurement: The earlier rounds of the same contestant.
     """
-    graphs = next(
-        (callback for callback in callbacks if isinstance(callback, CUDAGraphCallback)), None
-    )
+    graphs = next((callback for callback in callbacks if isinstance(callback, HasGraphs)), None)
     timer = BatchTimer(settings, backend, graphs)
     of_training = {"max_epochs": 1, "gradient_clip_val": 1.0} if stage == TRAIN else {}
     trainer = bare_trainer(backend, [timer, *callbacks], **of_training)
@@ -181,7 +185,7 @@ def run_once(
     measurement.times.append(timer.microseconds)
     if timer.replay is not None:
         measurement.replays.append(timer.replay)
-    if graphs is not None:
+    if isinstance(graphs, CUDAGraphCallback):
         steps = graphs.stats.steps_of(stage)
         measurement.mode = max(("NONE", *steps), key=lambda mode: steps.get(mode, 0))
         captures = max(1, graphs.stats.captures)

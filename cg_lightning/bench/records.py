@@ -59,24 +59,31 @@ def contestants_of(records: list[Record]) -> list[str]:
 def limit(case: dict[str, Record]) -> float | None:
     """Return the least time that a batch can take, or None if it was not measured.
 
-    It is the time of Lightning's loop without a step, or the GPU's own time for the graph of the
-    step, whichever is more.
+    It is the time of Lightning's loop without a step, or the GPU's own time, whichever is more. The
+    loop of training contains the optimizer, and the GPU's time is that of the closure and the
+    optimizer.
     """
     loop, replay = case.get("loop", {}).get("microseconds"), gpu_time(case)
-    return max(loop, replay) if loop and replay else None
+    return max(loop, replay + (optimizer_time(case) or 0.0)) if loop and replay else None
 
 
 def gpu_time(case: dict[str, Record]) -> float | None:
-    """Return the time of one replay, in microseconds.
+    """Return the time of one replay of the step or closure, in microseconds.
 
     Compiled networks do not count, because they compute something else.
     """
     replays = [
         record["replay"]
         for name, record in case.items()
-        if record.get("replay") and name not in OTHER_ORDER
+        if record.get("replay") and name not in (*OTHER_ORDER, "loop")
     ]
     return min(replays, default=None)
+
+
+def optimizer_time(case: dict[str, Record]) -> float | None:
+    """Return the GPU's time for clipping and the optimizer, in microseconds; None: no training."""
+    time: float | None = case.get("loop", {}).get("replay")
+    return time
 
 
 def write_lines(records: list[Record], path: Path) -> None:

@@ -17,6 +17,7 @@ from cg_lightning.bench.records import (
     describe_environment,
     gpu_time,
     limit,
+    optimizer_time,
     read_environment,
     read_lines,
 )
@@ -118,10 +119,12 @@ def training(records: list[Record]) -> str:
     for title, case in _rows(records, TRAIN):
         row = [_cell(_microseconds(case, name), bold=name == OURS) for name in TRAINERS]
         factor = _faster(case, ["eager"])
-        times.append([title, _cell(gpu_time(case)), *row, f"{factor:.1f}x" if factor else "-"])
+        on_gpu = (_cell(gpu_time(case)), _cell(optimizer_time(case)))
+        times.append([title, *on_gpu, *row, f"{factor:.1f}x" if factor else "-"])
         weights.append([title, *(_weights(case, name) for name in TRAINERS if name != "loop")])
     names = [_HEADERS[name] for name in TRAINERS if name != "loop"]
-    header = ["`fit`", "closure on the GPU", "empty loop, optimizer", *names, "faster than eager"]
+    on_gpu = ("closure on the GPU", "optimizer on it")
+    header = ["`fit`", *on_gpu, "empty loop, optimizer", *names, "faster than eager"]
     of_weights = ["weights", "eager again", *names[1:]]
     return f"{_markdown(header, times)}\n{_markdown(of_weights, weights)}"
 
@@ -146,7 +149,7 @@ def training_facts(records: list[Record]) -> str:
     if of_limit:
         lines.append(
             f"It takes {_range(of_limit)} times the longer one of two: the empty loop with the "
-            "optimizer, and the closure on the GPU."
+            "optimizer, and closure and optimizer on the GPU."
         )
     return "".join(f"- {line}\n" for line in lines)
 

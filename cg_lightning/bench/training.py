@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from cg_lightning.backends import CapturedGraph, resolve_backend
 from cg_lightning.backends.cuda import make_graphed_callable
 from cg_lightning.bench.contestants import Classifier, Contestant, Make, compiled
 from cg_lightning.bench.records import OURS
@@ -53,6 +54,39 @@ class OptimizerAlone(TrainedStep):
         """Keep the gradients, because no backward makes new ones."""
 
 
+class OptimizerGraph(Callback):
+    """Captures clipping and the optimizer's step, so that the device's time for them is known.
+
+    Args:
+        name: The name of the backend.
+    """
+
+    def __init__(self, name: BackendName) -> None:
+        self._name = name
+        self._graphs: list[CapturedGraph] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Capture them, after the iterations that count."""
+        backend = resolve_backend(self._name)
+        (optimizer,) = trainer.optimizers
+        assert backend is not None and trainer.gradient_clip_val is not None  # noqa: PT018
+        most = trainer.gradient_clip_val
+
+        def clip_and_step() -> None:
+            nn.utils.clip_grad_norm_(pl_module.parameters(), most)
+            optimizer.step()
+
+        with backend.capture_stream():
+            graph, _ = backend.capture(
+                clip_and_step, collect_garbage=False, capture_error_mode="thread_local"
+            )
+        self._graphs = [graph]
+
+    def graphs(self, mode: str) -> list[CapturedGraph]:
+        """Return the graph, whatever the mode."""
+        return self._graphs
+
+
 def _graphs(net: nn.Module, _: Tensor, backend: BackendName) -> Contestant:
     return TrainedStep(net), [CUDAGraphCallback(stages=["train"], backend=backend, report=False)]
 
@@ -83,7 +117,7 @@ def _graphed_callable(net: nn.Module, sample: Tensor, _: BackendName) -> Contest
 
 
 TRAINERS: dict[str, Make] = {
-    "loop": lambda net, *_: (OptimizerAlone(net), []),
+    "loop": lambda net, _, backend: (OptimizerAlone(net), [OptimizerGraph(backend)]),
     "eager": lambda net, *_: (TrainedStep(net), []),
     OURS: _graphs,
     "compile": compiled(TrainedStep),
