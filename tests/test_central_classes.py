@@ -58,7 +58,7 @@ from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.written_settings import WrittenSettings
 from cg_lightning.host_values.provenance import Provenance
-from cg_lightning.metrics.deferred_checks import CheckedCalls
+from cg_lightning.metrics.deferred_checks import CheckedCalls, DeferredChecks
 from cg_lightning.metrics.states import MetricStates, WrittenState
 from cg_lightning.metrics.units import units_of
 from cg_lightning.modules.compilation import Compilation
@@ -556,7 +556,7 @@ def test_a_watcher_tells_the_host_values_of_a_batch():
 
 def test_a_recording_gives_the_effects_of_a_step_that_the_user_has_not_seen():
     metric, x = SumMetric(), torch.tensor(3.0)
-    states = MetricStates(CPU, lambda: None)
+    states = MetricStates(CPU, DeferredChecks())
     late = LateStep(LateUpdates(), [])
     with torch.no_grad(), states.held_for_capture([metric]) as held:
         before = AttributesSnapshot([metric])
@@ -609,7 +609,12 @@ def test_all_that_a_step_changes_is_put_back_in_place():
 
 def test_a_state_that_a_user_has_read_stays_what_it_was():
     asked: list[int] = []
-    metric, states = SumMetric(), MetricStates(CPU, lambda: asked.append(1))
+
+    class Asked(DeferredChecks):
+        def raise_if_met(self) -> None:
+            asked.append(1)
+
+    metric, states = SumMetric(), MetricStates(CPU, Asked())
     (state,) = states.of([metric])
     states.intercept([metric])
     for value in (5.0, 7.0):
@@ -780,7 +785,12 @@ def test_submodules_run_compiled_only_while_that_is_installed():
     net, (x,) = Net(), batches(4)[0]
     reference = copy.deepcopy(net)
     times: list[float] = []
-    compilation = Compilation({"backend": compiler}, times.append)
+
+    class Counts(CUDAGraphStats):
+        def compiled(self, seconds: float) -> None:
+            times.append(seconds)
+
+    compilation = Compilation({"backend": compiler}, Counts())
     with torch.no_grad():
         for _ in range(2):
             compilation.install(net)

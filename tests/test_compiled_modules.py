@@ -18,6 +18,7 @@ from cg_lightning.modules import attributes
 from cg_lightning.modules.compilation import Compilation
 from cg_lightning.modules.compiled import is_graphed_by_compiler
 from cg_lightning.modules.interception import Interception, ModuleHandler
+from cg_lightning.report.stats import CUDAGraphStats
 from tests.conftest import modules_with_a_trace
 from tests.harness import Harness, assert_same, features, predict
 from tests.models import Body, Predictor
@@ -262,7 +263,7 @@ def test_compiling_again_takes_the_values_of_now(first_scales):
         return graph.forward
 
     module, batch = Residual(ReadsClass(), "option"), [torch.ones(2, 8)]
-    compilation = Compilation({"backend": compiler}, lambda seconds: None)
+    compilation = Compilation({"backend": compiler}, CUDAGraphStats())
     compilation.install(module)
     for number in (2, 4):  # the two layers
         for _ in range(3):

@@ -100,7 +100,7 @@ class ModuleEffects:
         self.sync_free = sync_free
         self.logged: LoggedValues = NothingLogged() if logged is None else logged
         self.checks = DeferredChecks()
-        self.states = MetricStates(device, self.checks.raise_if_met)
+        self.states = MetricStates(device, self.checks)
         self._late = LateUpdates()
         self._module = module
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cg_lightning.core.errors import CaptureError
+from cg_lightning.metrics.deferred_checks import DeferredChecks
 from cg_lightning.metrics.members import states_of
 from cg_lightning.modules.interception import Interception, ModuleHandler
 
@@ -107,12 +108,12 @@ class MetricStates:
 
     Args:
         device: The device of the graphs.
-        before_read: A function that is called before a state is read.
+        checks: Deferred checks, which raise before a state is read.
     """
 
-    def __init__(self, device: torch.device, before_read: Callable[[], None]) -> None:
+    def __init__(self, device: torch.device, checks: DeferredChecks) -> None:
         self._device = device
-        self._before_read = before_read
+        self._checks = checks
         self._states: dict[tuple[int, str], MetricState] = {}
         self._interceptions: dict[int, Interception] = {}
         self.stage_number = 0
@@ -165,7 +166,7 @@ class MetricStates:
         state = self._states.get((id(metric), name))
         if state is None or state.location is None:
             raise AttributeError(name)
-        self._before_read()
+        self._checks.raise_if_met()
         if state.location is not None:  # the check itself may have read it
             self.materialize(state.location)
         return state.value()
@@ -288,12 +289,12 @@ class MetricStates:
         """Leave no trace in any metric.
 
         Args:
-            check: Call ``before_read``. If it raises, the metrics are restored before the exception
-                leaves this method.
+            check: Read the deferred checks. If one raises, the metrics are restored before its
+                exception leaves this method.
         """
         try:
             if check:
-                self._before_read()
+                self._checks.raise_if_met()
         finally:
             for state in self._states.values():
                 if state.location is not None:

@@ -15,6 +15,7 @@ from torch import nn
 from cg_lightning.backends.capture_scope import autocast_cache_emptied
 from cg_lightning.modules.compiled import BY_CALLBACK, COMPILED_IN_PLACE, is_compiled
 from cg_lightning.modules.kinds import is_metric
+from cg_lightning.report.stats import CUDAGraphStats
 
 
 class Compilation:
@@ -26,14 +27,12 @@ class Compilation:
 
     Args:
         arguments: Arguments of ``torch.compile``. None: nothing is compiled.
-        compiled: Receives the seconds that each compilation has taken.
+        stats: Counts the time of each compilation.
     """
 
-    def __init__(
-        self, arguments: Mapping[str, Any] | None, compiled: Callable[[float], None]
-    ) -> None:
+    def __init__(self, arguments: Mapping[str, Any] | None, stats: CUDAGraphStats) -> None:
         self._arguments = arguments
-        self._clock = _CompileClock(compiled)
+        self._clock = _CompileClock(stats)
         self._calls: dict[nn.Module, Any] = {}
         self._installed: list[nn.Module] = []
 
@@ -84,8 +83,8 @@ class Compilation:
 class _CompileClock:
     """Takes the time of compilations, by private callbacks of the compiler, if it has them."""
 
-    def __init__(self, compiled: Callable[[float], None]) -> None:
-        self._compiled = compiled
+    def __init__(self, stats: CUDAGraphStats) -> None:
+        self._stats = stats
         self._began: float | None = None
         self._remove: contextlib.ExitStack | None = None
 
@@ -112,7 +111,7 @@ class _CompileClock:
 
     def _end(self, *_: Any) -> None:
         if self._began is not None:
-            self._compiled(perf_counter() - self._began)
+            self._stats.compiled(perf_counter() - self._began)
             self._began = None
 
 

@@ -121,7 +121,7 @@ class Session:
         self.written = WrittenTensors()
         """Tensors, other than buffers, that steps were seen to write to."""
         capturer = Capturer(backend, settings, self.cache, self.written, self._watch_compiled)
-        self._compilation = Compilation(settings.compile_arguments, stats.compiled)
+        self._compilation = Compilation(settings.compile_arguments, stats)
         is_compiled = settings.compile_arguments is not None
         tolerance = "close" if is_compiled else settings.verify_tolerance
         self._verifier = Verifier(backend, tolerance, self.written, self._compilation)
