@@ -1462,7 +1462,7 @@ def test_the_sanity_check_refuses_settings_before_training(harness):
 
 @pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 70000.0), (torch.float32, 10**400)])
 def test_a_value_beyond_the_floats_of_a_leaf_is_refused(dtype, value):
-    rules = GivenRules(check_pad_dims("pad_dims", {"x": {1: {"sizes": "pow2", "value": value}}}))
+    rules = GivenRules(check_pad_dims({"x": {1: {"sizes": "pow2", "value": value}}}))
     batch = {"x": torch.zeros(2, 3, dtype=dtype)}
     with pytest.raises(ValueError, match=f"does not fit {dtype}; set a number from -"):
         rules.of(batch, [batch["x"]])

@@ -138,11 +138,7 @@ def _weights(case: dict[str, Record], name: str) -> str:
 
 def training_facts(records: list[Record]) -> str:
     """Return the conclusions from the table of training, one fact a line."""
-    rows = [case for _, case in _rows(records, TRAIN)]
-    eager = [factor for case in rows if (factor := _faster(case, ["eager"]))]
-    peers = [factor for case in rows if (factor := _faster(case, PEERS))]
-    pairs = [(_microseconds(case, OURS), limit(case)) for case in rows]
-    of_limit = [ours / least for ours, least in pairs if ours and least]
+    eager, peers, of_limit = _factors(records, TRAIN)
     lines = [f"It is {_mean(eager)} times faster than eager (geometric mean)."] if eager else []
     if peers:
         lines.append(f"It is {_mean(peers)} times faster than the best peer (geometric mean).")
@@ -152,6 +148,18 @@ def training_facts(records: list[Record]) -> str:
             "optimizer, and closure and optimizer on the GPU."
         )
     return "".join(f"- {line}\n" for line in lines)
+
+
+def _factors(records: list[Record], stage: str) -> tuple[list[float], list[float], list[float]]:
+    """Return how many times faster the callback is than eager and than the best peer.
+
+    And by how many times it takes longer than the limit; one number for each case that has them.
+    """
+    rows = [case for _, case in _rows(records, stage)]
+    eager = [factor for case in rows if (factor := _faster(case, ["eager"]))]
+    peers = [factor for case in rows if (factor := _faster(case, PEERS))]
+    pairs = [(_microseconds(case, OURS), limit(case)) for case in rows]
+    return eager, peers, [ours / least for ours, least in pairs if ours and least]
 
 
 def _mean(factors: Sequence[float]) -> str:
@@ -164,16 +172,12 @@ def _range(factors: Sequence[float]) -> str:
 
 def speed(records: list[Record]) -> str:
     """Return between which factors the callback is faster than eager in ``validate``."""
-    rows = [case for _, case in _rows(records, "validate")]
-    return f"{_range([f for case in rows if (f := _faster(case, ['eager']))])} times faster"
+    return f"{_range(_factors(records, 'validate')[0])} times faster"
 
 
 def facts(records: list[Record]) -> str:
     """Return the conclusions from the table of ``validate``, one fact a line."""
-    rows = [case for _, case in _rows(records, "validate")]
-    peers = [factor for case in rows if (factor := _faster(case, PEERS))]
-    pairs = [(_microseconds(case, OURS), limit(case)) for case in rows]
-    of_limit = [ours / least for ours, least in pairs if ours and least]
+    _, peers, of_limit = _factors(records, "validate")
     near = [factor for factor in of_limit if factor < 1.1]
     lines = [f"It is {speed(records)} than eager."]
     if peers:

@@ -55,7 +55,7 @@ def check_sizes(argument: str, sizes: Any) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def check_pad_dims(argument: str, given: Any) -> PadDims:
+def check_pad_dims(given: Any) -> PadDims:
     """Return the rules by path of the leaf and dimension.
 
     Raises:
@@ -63,14 +63,14 @@ def check_pad_dims(argument: str, given: Any) -> PadDims:
     """
     if not isinstance(given, Mapping) or not given:
         raise ValueError(
-            f"{argument}={given!r} must be {PROPOSED!r}, or map leaves of the batch to dimensions, "
+            f"pad_dims={given!r} must be {PROPOSED!r}, or map leaves of the batch to dimensions, "
             f"for example {_EXAMPLE}."
         )
-    return {str(path): _check_dims(argument, path, dims) for path, dims in given.items()}
+    return {str(path): _check_dims(path, dims) for path, dims in given.items()}
 
 
-def _check_dims(argument: str, path: Any, dims: Any) -> dict[int, PadRule]:
-    where = f"{argument}[{path!r}]"
+def _check_dims(path: Any, dims: Any) -> dict[int, PadRule]:
+    where = f"pad_dims[{path!r}]"
     if not isinstance(path, (str, int)) or not isinstance(dims, Mapping) or not dims:
         raise ValueError(
             f"{where}={dims!r} must map dimensions to sizes and a value, for example {_EXAMPLE}."

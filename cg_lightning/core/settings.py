@@ -327,7 +327,7 @@ class Settings:
         if self.capture_sizes is not None:
             checked["capture_sizes"] = check_sizes("capture_sizes", self.capture_sizes)
         if self.pad_dims is not None and not self.proposes_pad_dims:
-            check_pad_dims("pad_dims", self.pad_dims)
+            check_pad_dims(self.pad_dims)
         self._check_tolerance_of_padding()
         self._check_use_of_stages(checked["mode"], checked["stages"])
         for name, value in checked.items():
@@ -386,7 +386,7 @@ class Settings:
         """:attr:`pad_dims` as rules; empty for None and for ``auto``."""
         if self.pad_dims is None or self.proposes_pad_dims:
             return {}
-        return check_pad_dims("pad_dims", self.pad_dims)
+        return check_pad_dims(self.pad_dims)
 
     @property
     def runtime_policy(self) -> CUDAGraphMode:

@@ -159,7 +159,7 @@ class _Kind:
             if len(self._larger) < LARGER_BATCHES:
                 return False
             self._add_sizes()
-        self.rules = check_pad_dims("pad_dims", self.pad_dims) if self.pad_dims else {}
+        self.rules = check_pad_dims(self.pad_dims) if self.pad_dims else {}
         return bool(self.rules)
 
     def _sizes(self, shape: SeenShape) -> list[tuple[list[int], int]]:
