@@ -1566,3 +1566,14 @@ def test_kinds_of_batches_without_end_are_not_kept():
         rules.note(batch)
         assert rules.of(batch, list(batch.values())) == {}
     assert len(rules._kinds) == MOST_KINDS
+
+
+def test_some_leaves_are_padded_as_the_whole_batch():
+    """The host pads what it has of a batch, to compute what the padded batch reads."""
+    padding = PaddedLeaves({0: PaddedLeaf((2, 3), (4, 5), {1: 7.0})}, 12)
+    leaves = [torch.randn(2, 3), "text", torch.randn(6)]
+    found = padding.pad_some({0: leaves[0], 2: leaves[2]})
+    whole = padding.pad(leaves)
+    assert list(found) == [0, 2]
+    assert all(leaf.equal(whole[place]) for place, leaf in found.items())
+    assert found[0].tolist()[3] == [*leaves[0].tolist()[1], 7.0, 7.0]
