@@ -20,14 +20,11 @@ class CompiledModules(Detector):
         if self.watch.hidden and self.watch.step.findings:
             self.watch.notes.did_one_time_work = True  # the findings may come from compiling
 
-    @contextlib.contextmanager
-    def around_call(self, call: ModuleCall) -> Iterator[None]:
+    def around_call(self, call: ModuleCall) -> contextlib.AbstractContextManager[None]:
         if not call.hidden:
-            yield
-            return
+            return contextlib.nullcontext()
         assert call.module is not None
         if is_graphed_by_compiler(call.module):
             self.watch.report(Cause.GRAPHED_ALREADY, type(call.module).__name__)
         # the user's compiled code gives other bits than the same code as written
-        with self.watch.run.suspended_for_compiled_code(is_compiled_by_callback(call.module)):
-            yield
+        return self.watch.run.suspended_for_compiled_code(is_compiled_by_callback(call.module))

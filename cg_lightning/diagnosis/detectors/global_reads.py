@@ -170,11 +170,8 @@ class GlobalReads(Detector):
                 return self.watch.line_that_changes(contents.changed_places(source.name))
             return self.watch.line_that_changes([ChangedPlace(source.name, is_set=True)])
 
-    @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
-        """While many functions of the compiler run, and none of the user's."""
-        with self._events.suspended():
-            yield
+    def suspended(self) -> contextlib.AbstractContextManager[None]:
+        return self._events.suspended()  # many functions of the compiler run, none of the user's
 
     def _report(self, key: tuple[int, str], cause: Cause, words: str, location: str) -> None:
         readers = [call for call in self.watch.calls() if key in call.sources]

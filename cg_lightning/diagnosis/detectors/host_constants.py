@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 from torch import Tensor
 
@@ -20,13 +19,8 @@ class HostConstants(Detector):
     code may have guards on the functions that a capture would replace.
     """
 
-    @contextlib.contextmanager
-    def around_step(self) -> Iterator[None]:
-        if self.watch.hidden:
-            yield
-            return
-        with answered_makers(self._answer):
-            yield
+    def around_step(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.watch.hidden else answered_makers(self._answer)
 
     def _answer(self, call: MakerCall) -> Tensor:
         device = self.watch.backend.device

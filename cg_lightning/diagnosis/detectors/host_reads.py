@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 from cg_lightning.backends.host_indices import place_of_indexing
 from cg_lightning.core.causes import Cause
@@ -13,10 +12,8 @@ from cg_lightning.diagnosis.detector import Detector
 class HostReads(Detector):
     """Asks the backend to notice what it would wait for."""
 
-    @contextlib.contextmanager
-    def around_step(self) -> Iterator[None]:
-        with self.watch.backend.noticing_host_syncs(self._notice):
-            yield
+    def around_step(self) -> AbstractContextManager[None]:
+        return self.watch.backend.noticing_host_syncs(self._notice)
 
     def _notice(self, cause: Cause, operation: str) -> None:
         if not self.watch.takes_index(place_of_indexing()):

@@ -137,7 +137,7 @@ class ModeDependent(ReplacingDetector):
 
 
 def _differentiates(log_probs: Tensor, *_: Any, **__: Any) -> bool:
-    return _has_gradient([log_probs])
+    return _has_gradient(log_probs)
 
 
 def _has_gradient(arguments: Any) -> bool:

@@ -164,8 +164,6 @@ def noticed_reads(watch: StepWatch, cause: Cause, names: tuple[str, ...]) -> Ite
 class TrainerReads(Detector):
     """Reports reads of ``self.trainer`` and of what it counts, unless they can be guarded."""
 
-    @contextlib.contextmanager
-    def around_step(self) -> Iterator[None]:
+    def around_step(self) -> contextlib.AbstractContextManager[None]:
         names = ("trainer", "_trainer", *sorted(NAMES_OF_MODULE))
-        with noticed_reads(self.watch, Cause.TRAINER_READ, names):
-            yield
+        return noticed_reads(self.watch, Cause.TRAINER_READ, names)
