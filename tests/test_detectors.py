@@ -154,7 +154,7 @@ def enables_gradients(m: Runs, x: torch.Tensor) -> torch.Tensor:
 Case = tuple[type[Detector], Any, Cause, str, str | None]
 """The detector, the step or what makes the module, the cause, the operation, another location."""
 CASES: dict[str, Case] = {
-    "item": (Operations, lambda m, x: x.sum().item(), Cause.HOST_SYNC, "_scalar_dense", None),
+    "item": (Operations, lambda m, x: x.sum().item(), Cause.HOST_SYNC, "aten::item", None),
     "mask": (Operations, lambda m, x: x[x > 0], Cause.DATA_DEPENDENT_SHAPE, "aten::index", None),
     "gradients": (Operations, enables_gradients, Cause.GRADIENTS, "aten::mul", None),
     "tolist": (HostReads, lambda m, x: x.tolist(), Cause.HOST_SYNC, "Tensor.tolist", None),
