@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import pickle
+import re
 import weakref
 from typing import Any
 
@@ -664,11 +665,15 @@ def test_the_summary_is_printed_once_when_the_trainer_is_done(harness, capsys, r
     harness.trainer(callback).fit(ConvNetClassifier(4), images(), images())
     printed = capsys.readouterr().out
     assert printed.count("CUDA graphs (backend:") == int(report)
-    harness.trainer(callback).predict(ConvNetClassifier(4), images())
-    printed = capsys.readouterr().out
-    assert ("predict" in printed) is report
-    assert "validate" not in printed
-    assert "validate" in callback.summary()
+    for stage in ("validate", "test", "predict"):
+        getattr(harness.trainer(callback), stage)(ConvNetClassifier(4), images())
+        printed = capsys.readouterr().out
+        assert printed.count("CUDA graphs (backend:") == int(report)
+        shown = re.findall(r"^(\w+): \d+ steps", printed, re.MULTILINE)
+        assert shown == [stage] * report, printed
+    assert re.findall(r"^(\w+): ", callback.summary(), re.MULTILINE) == [
+        *("validate", "test", "predict")
+    ]
 
 
 @pytest.mark.parametrize("report", [True, False])

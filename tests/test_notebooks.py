@@ -141,7 +141,7 @@ shell.run_cell("1 / 0")
 
 
 def test_lines_of_files_are_named_by_their_file(tmp_path):
-    """Beside an IPython that does not tell, as before version 8."""
+    """Beside an IPython that does not tell, as 8.0 and older ones."""
     old = "import sys, types\nsys.modules['IPython'] = types.ModuleType('IPython')\n"
     (tmp_path / "cells.py").write_text(old + "".join(CELLS))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -16,7 +16,7 @@ def learn_cells() -> None:
     """
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     name_of = getattr(getattr(shell, "compile", None), "format_code_name", None)
-    if name_of is None:  # no notebook, or an IPython before version 8
+    if name_of is None:  # no IPython, or an old one
         return
     for file in list(linecache.cache):
         if (words := name_of(file)) is not None:
