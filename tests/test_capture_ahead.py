@@ -727,6 +727,19 @@ def test_without_the_last_batch(harness):
     assert callback.stats.captures == 1
 
 
+def test_a_last_batch_that_does_not_run_is_not_captured(harness):
+    class Two(Validates):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            return super().validation_step(batch, batch_idx)
+
+    callback = harness.callback(capture_ahead=True)
+    data = [features(18), features(10)]
+    trainer = harness.trainer(callback, limit_val_batches=3)
+    trainer.validate(Two(), data, verbose=False)
+    shapes = [entry.shapes for entry in callback.stats.entries]
+    assert shapes == ["4x8", "4x8", "2x8"]  # all three batches of the second dataloader run
+
+
 # bars
 
 

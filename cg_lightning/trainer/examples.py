@@ -15,11 +15,8 @@ from cg_lightning.core.tree import tensors_in
 from cg_lightning.runtime.examples import Example
 from cg_lightning.trainer.progress import progress_of
 
-_LOADERS = {
-    "validate": "val_dataloaders",
-    "test": "test_dataloaders",
-    "predict": "predict_dataloaders",
-}
+_LIGHTNINGS_NAMES = {"validate": "val", "test": "test", "predict": "predict"}
+"""How the attributes of the Trainer call a stage."""
 _BY_HAND = "give batches like its own to callback.capture(trainer, model, batches)"
 
 
@@ -109,8 +106,10 @@ class BatchesAhead:
 
     def _first_items(self, stage: str, dataloader_idx: int) -> list[Any]:
         """Return batches of the first items of a dataloader; none if it cannot be read."""
-        loaders = CombinedLoader(getattr(self._trainer, _LOADERS[stage])).flattened
+        name = _LIGHTNINGS_NAMES[stage]
+        loaders = CombinedLoader(getattr(self._trainer, f"{name}_dataloaders")).flattened
         loader = loaders[dataloader_idx]
+        number = getattr(self._trainer, f"num_{name}_batches")[dataloader_idx]
         if why := _why_unreadable(loader):
             self._warn(
                 f"CUDAGraphCallback: capture_ahead=True makes no batch of dataloader "
@@ -118,7 +117,7 @@ class BatchesAhead:
             )
             return []
         try:
-            return _first_batches(loader)
+            return _first_batches(loader, number)
         except Exception as error:
             self._warn(
                 f"CUDAGraphCallback: capture_ahead=True could not make a batch of dataloader "
@@ -128,14 +127,19 @@ class BatchesAhead:
             return []
 
 
-def _first_batches(loader: DataLoader[Any]) -> list[Any]:
-    """Return a batch of each size that a loader makes, of the first items of its dataset."""
+def _first_batches(loader: DataLoader[Any], batches: float) -> list[Any]:
+    """Return a batch of each size that comes, of the first items of the dataset.
+
+    Args:
+        loader: The loader.
+        batches: The number of its batches that run.
+    """
     sampler: Any = loader.batch_sampler
     if sampler is None:
         return [loader.collate_fn(loader.dataset[0])]
     number, batch_size = len(sampler.sampler), sampler.batch_size
     sizes = {min(batch_size, number)}
-    if not sampler.drop_last:
+    if not sampler.drop_last and batches >= len(loader):
         sizes.add(number % batch_size)
     return [
         loader.collate_fn([loader.dataset[index] for index in range(size)]) for size in sizes - {0}
