@@ -601,6 +601,8 @@ def test_a_misspelt_key_is_named(tmp_path):
         "cuda_graph.options.nothing is unknown; choose from debug_log_enable, gc_disable, "
     )
     assert "Key 'nothing' is not in struct" in run(tmp_path, "trainer.nothing=1", fails=True)
+    printed = run(tmp_path, "task=validate", "cuda_graph.mode=FAST", fails=True)
+    assert printed.startswith("mode='FAST' is not a CUDAGraphMode; choose one of NONE, ")
 
 
 def test_a_difference_fails_the_run():
