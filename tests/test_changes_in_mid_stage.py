@@ -9,8 +9,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from tests.harness import Harness, features, predict
+from tests.harness import Batches, Harness, features, predict
 
 
 class Part(nn.Module):
@@ -49,12 +50,126 @@ def attribute(name: str) -> Callable[[Any, bool], None]:
     return lambda part, is_on: setattr(part.held, name, 3.0 if is_on else 1.0)
 
 
+class Doubles:
+    scale = 1.0
+
+    def method(self, x: Tensor) -> Tensor:
+        return x * 2
+
+    @property
+    def factor(self) -> float:
+        return 2.0
+
+    @staticmethod
+    def static(x: Tensor) -> Tensor:
+        return x * 2
+
+    @classmethod
+    def of_class(cls, x: Tensor) -> Tensor:
+        return x * 2
+
+
+class Inherits(Doubles):
+    pass
+
+
+class PartOfModel(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.method(x)
+
+    @staticmethod
+    def method(x: Tensor) -> Tensor:
+        return x * 2
+
+
+def times_five(*args: Any) -> Tensor:
+    return args[-1] * 5
+
+
+def on_class(cls: type, name: str, value: Any) -> Callable[[Any, bool], None]:
+    """Return a change of a class: another value, or the first one of its name."""
+    before = vars(cls).get(name)
+
+    def change(_: Any, is_on: bool) -> None:
+        if is_on or before is not None:
+            setattr(cls, name, value if is_on else before)
+        else:
+            delattr(cls, name)
+
+    return change
+
+
+def another_dictionary(part: Part, is_on: bool) -> None:
+    part.held.__dict__ = {"scale": 3.0 if is_on else 1.0}
+
+
 def inside_context(part: Part, x: Tensor) -> Tensor:
     with part.held:
         return part.linear(x).float()
 
 
 CHANGES: dict[str, tuple[Any, Any, Any]] = {
+    "a method of an object": (
+        Doubles,
+        lambda part, x: part.held.method(x),
+        on_class(Doubles, "method", times_five),
+    ),
+    "a property of an object": (
+        Doubles,
+        lambda part, x: x * part.held.factor,
+        on_class(Doubles, "factor", property(lambda _: 5.0)),
+    ),
+    "a static method of an object": (
+        Doubles,
+        lambda part, x: part.held.static(x),
+        on_class(Doubles, "static", staticmethod(times_five)),
+    ),
+    "a static method of a class that is named": (
+        lambda: None,
+        lambda part, x: Doubles.static(x),
+        on_class(Doubles, "static", staticmethod(times_five)),
+    ),
+    "a class method": (
+        lambda: None,
+        lambda part, x: Doubles.of_class(x),
+        on_class(Doubles, "of_class", classmethod(times_five)),
+    ),
+    "a first override": (
+        Inherits,
+        lambda part, x: part.held.method(x),
+        on_class(Inherits, "method", times_five),
+    ),
+    "a first override of what the step makes": (
+        lambda: None,
+        lambda part, x: Inherits().method(x),
+        on_class(Inherits, "method", times_five),
+    ),
+    "a first __bool__": (
+        Inherits,
+        lambda part, x: x if part.held else -x,
+        on_class(Inherits, "__bool__", lambda _: False),
+    ),
+    "a first __getattr__": (
+        Inherits,
+        lambda part, x: x * getattr(part.held, "other", 1.0),
+        on_class(Inherits, "__getattr__", lambda *_: 5.0),
+    ),
+    "a static method of a module": (
+        PartOfModel,
+        lambda part, x: part.held(x),
+        on_class(PartOfModel, "method", staticmethod(times_five)),
+    ),
+    "a first __call__ of a module": (
+        PartOfModel,
+        lambda part, x: part.held(x),
+        on_class(PartOfModel, "__call__", times_five),
+    ),
+    "a first value of the class of a module": (
+        PartOfModel,
+        lambda part, x: part.held(x) * getattr(part.held, "other", 1.0),
+        on_class(PartOfModel, "other", 5.0),
+    ),
+    "another dictionary": (Doubles, lambda part, x: x * part.held.scale, another_dictionary),
     "autocast, its type": (
         lambda: torch.autocast("cpu", dtype=torch.bfloat16),
         inside_context,
@@ -94,3 +209,33 @@ def test_a_context_that_is_entered_again_costs_no_graph(harness: Harness, name: 
     callback = harness.callback(warmup_steps=1)
     harness.compare(Runs(Part(CONTEXTS[name], inside_context)), predict(features(48)), callback)
     assert callback.stats.steps["FULL"] >= 10, callback.summary()
+
+
+ONE, OTHER = object(), object()
+
+
+def looks_at_text(module: Any, batch: Any) -> float:
+    return float(len(repr(batch["number"])))
+
+
+def compares_by_identity(module: Any, batch: Any) -> float:
+    return 2.0 if batch["thing"] is ONE else 1.0
+
+
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "PIECEWISE"])
+@pytest.mark.parametrize("read", [looks_at_text, compares_by_identity])
+def test_reads_that_nothing_intercepts(harness: Harness, read: Any, mode: str) -> None:
+    class Reads(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.linear(batch["x"]) * read(self, batch)
+
+    def batch(index: int) -> Any:
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(index))
+        return {"x": x, "number": torch.tensor(10**index), "thing": ONE if index > 7 else OTHER}
+
+    data = DataLoader(Batches(batch, 12), batch_size=None)  # type: ignore[arg-type]
+    harness.compare(Reads(), predict(data), harness.callback(mode=mode, verify_replays=0))

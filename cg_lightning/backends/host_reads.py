@@ -20,7 +20,7 @@ TO_DLPACK: Callable[..., Any] = dlpack.to_dlpack  # type: ignore[attr-defined]  
 
 UNSEEN_READS = ("tolist", "numpy", "__array__")
 """Methods that read a tensor of the host, and that no operation shows."""
-_READS = (*UNSEEN_READS, "cpu")
+_READS = (*UNSEEN_READS, "cpu", "__repr__")
 _MAKERS = ("tensor", "as_tensor", "asarray")
 
 
@@ -56,8 +56,8 @@ def _stays_on_the_host(*_: Any, device: Any = None, **__: Any) -> bool:
 def invisible_calls(on_call: OnCall) -> Iterator[None]:
     """Call ``on_call`` before each such call of this thread. ``on_call`` may raise.
 
-    ``tolist``, ``numpy`` and ``cpu`` of a CPU tensor do not reach the dispatcher, nor does what
-    others read of it by DLPack, such as ``numpy.from_dlpack``. A tensor made
+    ``tolist``, ``numpy``, ``cpu`` and ``repr`` of a CPU tensor do not reach the dispatcher, nor
+    does what others read of it by DLPack, such as ``numpy.from_dlpack``. A tensor made
     from Python values for a device (``torch.tensor(..., device=...)``) looks to the dispatcher
     like a tensor that stays on the host.
     """

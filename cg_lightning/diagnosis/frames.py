@@ -58,6 +58,11 @@ def namespaces_given(frame: FrameType) -> Iterator[Any]:
             yield type(value)
 
 
+def classes_given(frame: FrameType) -> list[type]:
+    """Return the classes among the arguments, and those of the other arguments."""
+    return [each if isinstance(each, type) else type(each) for each in _arguments(frame)]
+
+
 def _arguments(frame: FrameType) -> Iterator[Any]:
     """Yield all arguments: those with names first, then what is in ``*args`` and ``**kwargs``."""
     code, values = frame.f_code, frame.f_locals
@@ -86,5 +91,7 @@ def reads_modules_unseen(frame: FrameType) -> bool:
 def may_use_unseen(names: NamesInCode) -> bool:
     """Return whether a function may handle an error, or may look at any object."""
     if not _LOOK_AT_ANYTHING.isdisjoint(names.code.co_names):
+        return True
+    if names.compares_identity():
         return True
     return names.opnames.count("PUSH_EXC_INFO") > names.opnames.count("WITH_EXCEPT_START")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import enum
 import importlib.util
 import itertools
 import sys
@@ -80,6 +81,20 @@ class NamesInCode:
         if _LOOKS_UP.isdisjoint(self.code.co_names):
             return is_set, set()
         return is_set, {each for each in self.names if each.isidentifier()} - {*self.code.co_names}
+
+    def compares_identity(self) -> bool:
+        """Return whether it asks ``is`` of anything but constants and members of enums."""
+        return any(
+            step.opname == "IS_OP" and not self._is_constant_before(index)
+            for index, step in enumerate(self._steps)
+        )
+
+    def _is_constant_before(self, index: int) -> bool:
+        before = self._steps[index - 1]
+        if before.opname == "LOAD_CONST" or index < 2:
+            return before.opname == "LOAD_CONST"
+        holder = self._value_of(self._steps[index - 2], {})
+        return before.opname == "LOAD_ATTR" and isinstance(holder, enum.EnumMeta)
 
     def writes_text(self) -> bool:
         """Return whether the function may write a value as text."""

@@ -138,7 +138,7 @@ def _sources_of_users(
         place = holder if isinstance(holder, type) else vars(holder)
         return [Source(place, name, where), *_attributes_of_function(value)]
     if isinstance(value, _FUNCTIONS):
-        return []
+        return [Source(holder, name, where)]
     owner = holder.__name__ if isinstance(holder, type) else path
     found = [Source(holder, name, f"{owner}.{name}")]
     if holder is not namespace:  # a class may get a value of its own

@@ -36,7 +36,7 @@ from cg_lightning.guards.values import FrozenValues
 from cg_lightning.metrics.members import metrics_of
 from cg_lightning.metrics.units import units_of
 from cg_lightning.modules.compiled import is_compiled, modules_inside, modules_that_run
-from cg_lightning.modules.kinds import is_lightning_module, is_metric
+from cg_lightning.modules.kinds import is_lightning_module, is_metric, is_users_namespace
 
 _READS = (Cause.HOST_SYNC, Cause.DATA_DEPENDENT_SHAPE)
 """The causes reported for an operation that reads a value on the host."""
@@ -273,6 +273,10 @@ class StepWatch:
         """Notes what tells a detector of each call."""
         self.call_events = events
 
+    def note_classes(self, classes: Iterable[type]) -> None:
+        """Note the user's among some classes: the step uses their functions."""
+        self.notes.classes.update(dict.fromkeys(filter(is_users_namespace, classes)))
+
     def note_code(self, code: CodeType) -> None:
         """Note code of the user's that the step runs."""
         self.codes.append(code)
@@ -302,6 +306,7 @@ class StepWatch:
 
         In compiled code, draws from a generator cannot be observed.
         """
+        self.note_classes(contents.classes())
         self._generators.update({key_of(each): each for each in contents.generators.values()})
         hidden = [f"{path}: torch.Generator" for path in contents.generators if self.hidden]
         return [*contents.opaque(), *hidden]

@@ -89,8 +89,10 @@ _GET_VARIABLE = type(os.environ).__getitem__.__code__
 _ALL_VARIABLES = {getattr(type(os.environ), name).__code__ for name in ("__iter__", "__len__")}
 _SEED = random.Random.seed.__code__
 _RANDOM_FILE = "torch/random.py"
+_TEXT_FILE = "torch/_tensor_str.py"
 _MEMORY_FILES = ("torch/cuda/memory.py", "torch/accelerator/memory.py")
-_FILES_OF_TORCH = (*_MEMORY_FILES, _RANDOM_FILE)
+_FILES_OF_TORCH = (*_MEMORY_FILES, _RANDOM_FILE, _TEXT_FILE)
+_CALL_THEM = (*_FILES_OF_TORCH, "torch/_tensor.py")
 
 
 def volatile_in_c(function: Any) -> str:
@@ -155,7 +157,12 @@ def tells_of_library(function: Any) -> bool:
 
 
 def volatile_in_python(code: CodeType) -> str:
-    """Return the name of a function of PyTorch that counts memory, or tells the seed; or empty."""
+    """Return the name of a function of PyTorch that counts memory, tells the seed or writes values.
+
+    No dispatch mode sees how a tensor is written as text. Empty for all other functions.
+    """
+    if code.co_name == "_str" and code.co_filename.endswith(_TEXT_FILE):
+        return "torch.Tensor.__repr__"
     if code.co_name == "initial_seed" and code.co_filename.endswith(_RANDOM_FILE):
         return "torch.initial_seed"
     if code.co_name in _OF_MEMORY and code.co_filename.endswith(_MEMORY_FILES):
@@ -186,8 +193,12 @@ def environment_variable(frame: FrameType) -> str:
 
 
 def caller_of(frame: FrameType) -> FrameType:
-    """Return the frame that calls a function of PyTorch, and not the file of that function."""
+    """Return the frame that calls a function of PyTorch, and not the files of that function."""
     caller = frame
-    while caller.f_back is not None and caller.f_code.co_filename.endswith(_FILES_OF_TORCH):
+    is_text = frame.f_code.co_filename.endswith(_TEXT_FILE)  # detectors replace its methods
+    while caller.f_back is not None and (
+        caller.f_code.co_filename.endswith(_CALL_THEM)
+        or (is_text and is_our_file(caller.f_code.co_filename))
+    ):
         caller = caller.f_back
     return caller

@@ -1,4 +1,4 @@
-"""Functions that steps run and that are no part of a module: replaced, a graph has the old ones.
+"""Functions that steps run: replaced, a graph has the old ones.
 
 What is hard here: a step calls thousands of functions of libraries, and any of them may be replaced
 in mid-stage (``torch.relu = mine``, ``nn.Linear.forward = mine``). To compare all of them takes a
@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from cg_lightning.core.reasons import NO_CHANGE, Changed
 from cg_lightning.guards import audit_events
+from cg_lightning.guards.sources import MISSING
 from cg_lightning.modules.interception import without_interceptions
 from cg_lightning.modules.kinds import is_users_namespace
 
@@ -50,13 +51,23 @@ def _dictionary_of(namespace: _Namespace) -> dict[str, Any]:
 
 
 def _code_in(namespace: _Namespace) -> dict[str, Any]:
-    """Return functions, classes and properties; not those that we put there."""
+    """Return functions, classes and descriptors; not those that we put there.
+
+    Of a class of the user's, all other names are among them, because it may get more of them.
+    """
+    found = without_interceptions(namespace)
+    if is_users_namespace(namespace):
+        return {name: value if _is_code(value) else None for name, value in found.items()}
+    # PyTorch sets ``Storage`` with the default data type, which keys have
     return {
         name: value
-        for name, value in without_interceptions(namespace).items()
-        # PyTorch sets it with the default data type, which keys have
+        for name, value in found.items()
         if isinstance(value, _CODE) and not (namespace is torch and name == "Storage")
     }
+
+
+def _is_code(value: Any) -> bool:
+    return isinstance(value, _CODE) or hasattr(type(value), "__get__")
 
 
 def is_code(value: Any) -> bool:
@@ -70,23 +81,24 @@ def is_compared(namespace: Any) -> bool:
 
 
 class LibraryCode:
-    """Compares the functions of libraries that steps of some modules may call.
+    """Compares the functions that steps of some modules may call.
 
-    These are Python's own, those of ``torch``, ``torch.nn.functional`` and ``torch.Tensor``, and
-    those of the modules' classes. Classes of the user's have guards of their own. It also finds
-    functions and classes anywhere that are changed in place (``function.__code__ = ...``).
+    These are Python's own, those of ``torch``, ``torch.nn.functional`` and ``torch.Tensor``, those
+    of the modules' classes, and those of the user's classes that steps use. It also finds functions
+    and classes anywhere that are changed in place (``function.__code__ = ...``).
 
     Args:
         modules: The modules.
+        used: Further classes.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], used: Iterable[type] = ()) -> None:
         audit_events.listen()
         classes = {
             cls: None
-            for kind in {type(module): None for module in modules}
+            for kind in {**{type(module): None for module in modules}, **dict.fromkeys(used)}
             for cls in kind.__mro__
-            if issubclass(cls, nn.Module) and not is_users_namespace(cls)
+            if issubclass(cls, nn.Module) or is_users_namespace(cls)
         }
         self._namespaces: list[_Namespace] = [*_COMPARED, *classes]
         self._code = list(map(_code_in, self._namespaces))
@@ -117,6 +129,6 @@ class LibraryCode:
         for namespace, before in zip(self._namespaces, self._code, strict=True):
             now = _code_in(namespace)
             for name in {**before, **now}:
-                if before.get(name) is not now.get(name):
+                if before.get(name, MISSING) is not now.get(name, MISSING):
                     return Changed(f"{namespace.__name__}.{name}")
         return NO_CHANGE

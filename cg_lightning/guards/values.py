@@ -111,6 +111,17 @@ def _path_in_function(path: Path, function: Any, name: str, value: Any) -> Path:
     return (path, name, None)
 
 
+_own = object.__getattribute__  # runs no code of the user's
+_DICT = itertools.repeat("__dict__")
+
+
+def _dictionary_of(value: Any) -> Any:
+    try:
+        return _own(value, "__dict__")
+    except (AttributeError, TypeError):  # a proxy
+        return None
+
+
 def _is_alive(reference: Any) -> bool:
     return reference() is not None
 
@@ -163,6 +174,10 @@ class FrozenValues:
         self._large: list[FrozenContainer | FrozenContents] = []
         self._large_members: list[tuple[list[Any], Path]] = []
         self._inside_large: list[FrozenValues] = []
+        self._owners: list[Any] = []
+        """Objects that may be given another dictionary (``config.__dict__ = ...``)."""
+        self._dictionaries: list[Any] = []
+        self._owner_paths: list[Path] = []
         self._bare = [
             FrozenAttributes(vars(function), itself, {}, (None, name, None))
             for name, function in (without_attributes or {}).items()
@@ -204,6 +219,10 @@ class FrozenValues:
         """Return all tensors, those in large containers included."""
         inside = [large.all_tensors() for large in self._inside_large]
         return [*self.tensors, *itertools.chain.from_iterable(inside)]
+
+    def classes(self) -> list[type]:
+        """Return the classes of all objects, those in large containers not included."""
+        return self._expected_types
 
     @property
     def is_empty(self) -> bool:
@@ -312,6 +331,10 @@ class FrozenValues:
         space = getattr(value, "__dict__", None)
         members = members_of(cls)
         has_all = not (members or names_of_library(cls))
+        if space is not None and _dictionary_of(value) is space:
+            self._owners.append(value)
+            self._dictionaries.append(space)
+            self._owner_paths.append(path)
         if space is not None and has_all and len(held) == len(space):
             self._store_space(space, held, path)
             return held
@@ -408,6 +431,7 @@ class FrozenValues:
             and (self._same_items.hold() or all(each.holds() for each in self._items))
             and all(each.holds() for each in self._other_containers)
             and all(map(operator.is_, map(type, self._typed), self._expected_types))
+            and all(map(operator.is_, map(_own, self._owners, _DICT), self._dictionaries))
             and all(read(value) == before for value, read, before, _ in self._contents)
         )
 
@@ -440,6 +464,12 @@ class FrozenValues:
         for each in [*self._items, *self._bare, *self._classes, *self._contents, *self._large]:
             if not each.holds():
                 return each.explain().at((lines or {}).get(root_of(each.path), ""))
+        for owner, before, path in zip(
+            self._owners, self._dictionaries, self._owner_paths, strict=True
+        ):
+            if _dictionary_of(owner) is not before:
+                where = format_path(path)
+                return Changed(where, f"{where}: another __dict__")
         for index in self._placement.moved():
             where = format_path(self._tensor_paths[index])
             return Changed(f"{where}: the tensor has another address")

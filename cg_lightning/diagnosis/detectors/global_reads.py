@@ -18,6 +18,7 @@ from cg_lightning.diagnosis.call_events import call_events
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import AT_THE_END, NOT_YOURS, is_step_calling
 from cg_lightning.diagnosis.frames import (
+    classes_given,
     is_generated,
     is_users_code,
     may_use_unseen,
@@ -288,7 +289,9 @@ class GlobalReads(Detector):
         lines = names.lines()
         sources = _with_lines(sources, lines)
         held = [(each, _with_lines(sources_held_by(each), lines)) for each in found.functions]
-        self._note_named(namespaces_named(frame, names))
+        named = namespaces_named(frame, names)
+        self._note_named(named)
+        self.watch.note_classes([*named, *classes_given(frame)])
         return _Code(
             code,
             volatile=arithmetic_of_thread(code),
