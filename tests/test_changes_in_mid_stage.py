@@ -239,3 +239,38 @@ def test_reads_that_nothing_intercepts(harness: Harness, read: Any, mode: str) -
 
     data = DataLoader(Batches(batch, 12), batch_size=None)  # type: ignore[arg-type]
     harness.compare(Reads(), predict(data), harness.callback(mode=mode, verify_replays=0))
+
+
+GLOBAL = torch.ones(8)
+HELD_TENSORS = {
+    "an attribute": lambda part: part.held["kept"],
+    "a view of one": lambda part: part.held["kept"][2:],
+    "a global": lambda part: GLOBAL,
+    "a parameter of a module in a dict": lambda part: part.held["layer"].weight,
+}
+
+
+class AddsToOutputs(Callback):
+    def on_predict_batch_end(self, trainer, pl_module, outputs, *_: Any) -> None:
+        with torch.no_grad():
+            outputs[1].add_(1)
+
+
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "PIECEWISE"])
+@pytest.mark.parametrize("name", HELD_TENSORS)
+def test_an_output_that_is_held_elsewhere_is_that_tensor(harness: Harness, name, mode) -> None:
+    def returns(part: Part, x: Tensor) -> Any:
+        return x, HELD_TENSORS[name](part)
+
+    def job(trainer: Any, module: Any) -> Any:
+        GLOBAL.fill_(1)
+        trainer.predict(module, features(48))
+        return GLOBAL.clone(), module.part.held["kept"], module.part.held["layer"].weight
+
+    if harness.backend == "cuda":
+        pytest.skip("these tensors are on the host")
+    torch.manual_seed(2)
+    model = Runs(Part(lambda: {"kept": torch.ones(8), "layer": nn.Linear(8, 8)}, returns))
+    callback = harness.callback(mode=mode, verify_replays=0, warmup_steps=1)
+    harness.compare(model, job, callback, lambda: [AddsToOutputs()])
+    assert callback.stats.steps[mode.split("_")[0]], callback.summary()

@@ -67,7 +67,8 @@ class CaptureTarget:
         module: The module whose state a call may change.
         effects: The side effects of whole steps. None for a submodule, because a call with side
             effects is not captured.
-        storage_addresses: The addresses of the storages of parameters and buffers.
+        storage_addresses: The addresses of the storages of parameters, buffers and tensors in
+            attributes and globals, which an output may be.
         record: The row in the statistics.
         side_effects: What the call does besides, as the watched step has shown.
         changed: The value that has changed since an earlier capture; empty if none has.

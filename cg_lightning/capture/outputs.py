@@ -21,7 +21,7 @@ from cg_lightning.core.tree import containers_in, flatten, leaf_paths, rebuild, 
 class _Source(enum.Enum):
     INPUT = "the input tensor itself, or a value of the input that is passed on"
     CONTAINER = "a container of the input itself"
-    HELD = "a parameter, a buffer, a view of one, or a plain value"
+    HELD = "a tensor that was there before, such as a parameter, a view of one, or a plain value"
     COMPUTED = "a tensor that the graph computes"
     VIEW_OF_INPUT = "a view of an input tensor"
     VIEW_OF_COMPUTED = "a view of a tensor that the graph computes, with which it shares memory"
@@ -154,7 +154,7 @@ class OutputPlan:
         Args:
             output: The output of the captured call.
             inputs: The leaves of the arguments of the captured call.
-            module_storages: The addresses of the storages of parameters and buffers.
+            module_storages: The addresses of the storages of tensors that were there before.
             containers: The containers of the inputs, as the call was given them.
             detaches: Whether tensors leave their autograd graph.
 

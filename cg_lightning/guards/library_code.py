@@ -53,11 +53,16 @@ def _dictionary_of(namespace: _Namespace) -> dict[str, Any]:
 def _code_in(namespace: _Namespace) -> dict[str, Any]:
     """Return functions, classes and descriptors; not those that we put there.
 
-    Of a class of the user's, all other names are among them, because it may get more of them.
+    Of a class of the user's, all other names are among them, because it may get more of them. Names
+    of Python's own are not: ``copy`` keeps ``__slotnames__`` there.
     """
     found = without_interceptions(namespace)
     if is_users_namespace(namespace):
-        return {name: value if _is_code(value) else None for name, value in found.items()}
+        return {
+            name: value if _is_code(value) else None
+            for name, value in found.items()
+            if not name.startswith("__") or _is_code(value)
+        }
     # PyTorch sets ``Storage`` with the default data type, which keys have
     return {
         name: value

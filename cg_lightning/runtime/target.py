@@ -196,13 +196,15 @@ class GraphTarget:
         variant = plan.variant
         assert variant is not None
         watched = variant.watched
+        guards = variant.guards if isinstance(variant.guards, GuardSet) else None
+        held = set() if guards is None else guards.storage_addresses()
         record = self._parts.stats.entry(self.mode.name, name, call.descriptor)
         record.fastest_call = plan.state.fastest_call
         return CaptureTarget(
             mode=self.mode,
             module=self.module,
             effects=self._effects,
-            storage_addresses=self.guard.storage_addresses(),
+            storage_addresses=self.guard.storage_addresses() | held,
             record=record,
             side_effects=SideEffects() if watched is None else watched,
             changed=self._changed(record, plan, call),
@@ -210,7 +212,7 @@ class GraphTarget:
             copies_from_host=self.copies_from_host,
             # known only for a variant that a watched step of another key has shown
             only_computes=variant.is_taken_over and variant.only_computes,
-            guards=variant.guards if isinstance(variant.guards, GuardSet) else None,
+            guards=guards,
         )
 
     def _changed(self, record: EntryRecord, plan: Plan, call: GraphCall) -> Changed:
