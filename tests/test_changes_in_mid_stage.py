@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -108,7 +110,28 @@ def inside_context(part: Part, x: Tensor) -> Tensor:
         return part.linear(x).float()
 
 
+def imports(part: Part, x: Tensor) -> Tensor:
+    from imported_and_exchanged import SCALE
+
+    return x * SCALE
+
+
+FIRST = types.ModuleType("imported_and_exchanged")
+FIRST.SCALE = 1.0  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
+def _module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "imported_and_exchanged", FIRST)
+
+
+def exchanges_module(part: Part, is_on: bool) -> None:
+    other: Any = types.SimpleNamespace(SCALE=3.0) if is_on else FIRST
+    sys.modules["imported_and_exchanged"] = other
+
+
 CHANGES: dict[str, tuple[Any, Any, Any]] = {
+    "what is imported, to an object and back": (lambda: None, imports, exchanges_module),
     "a method of an object": (
         Doubles,
         lambda part, x: part.held.method(x),
@@ -274,3 +297,28 @@ def test_an_output_that_is_held_elsewhere_is_that_tensor(harness: Harness, name,
     callback = harness.callback(mode=mode, verify_replays=0, warmup_steps=1)
     harness.compare(model, job, callback, lambda: [AddsToOutputs()])
     assert callback.stats.steps[mode.split("_")[0]], callback.summary()
+
+
+class ExchangesTheModule(Callback):
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_: Any) -> None:
+        if batch_idx == 6:
+            self.first = pl_module
+            torch.manual_seed(5)
+            other = Runs(Part(dict, lambda part, x: x * 2)).to(pl_module.device).eval()
+            other.trainer = trainer
+            trainer.strategy.connect(other)
+        if batch_idx == 9:
+            trainer.strategy.connect(self.first)
+
+
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "PIECEWISE"])
+def test_a_strategy_that_gets_another_module(harness: Harness, mode: str) -> None:
+    torch.manual_seed(2)
+    callback = harness.callback(mode=mode, verify_replays=0, warmup_steps=1)
+    harness.compare(
+        Runs(Part(dict, lambda part, x: x)),
+        predict(features(48)),
+        callback,
+        lambda: [ExchangesTheModule()],
+    )
+    assert callback.stats.steps[mode.split("_")[0]] >= 5, callback.summary()

@@ -210,6 +210,10 @@ KEPT_OUT_OF_SIGHT: dict[str, tuple[Callable[[], Any], Callable[[bool], Any]]] = 
             (FILES[0] - value, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
         ),
     ),
+    "a property of a module": (
+        lambda: 1.0 + torch.utils.deterministic.fill_uninitialized_memory,
+        lambda value: setattr(torch.utils.deterministic, "fill_uninitialized_memory", value),
+    ),
     "torch.backends.mkldnn": (
         lambda: 1.0 + MKLDNN.enabled,
         lambda value: setattr(MKLDNN, "enabled", value),
@@ -246,6 +250,7 @@ def kept_settings() -> Iterator[None]:
     torch.multiprocessing.set_sharing_strategy(strategy)
     resource.setrlimit(resource.RLIMIT_NOFILE, FILES)
     MKLDNN.enabled = True
+    torch.utils.deterministic.fill_uninitialized_memory = True
     torch.set_autocast_cache_enabled(True)
     torch.set_autocast_dtype("cpu", torch.bfloat16)
 

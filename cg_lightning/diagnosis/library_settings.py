@@ -46,6 +46,7 @@ _IN_C = (
     *("_get_deterministic_algorithms_warn_only", "_get_deterministic_fill_uninitialized_memory"),
     *("_get_qengine", "_get_linalg_preferred_backend", "_get_blas_preferred_backend"),
     *("_get_overrideable_sdp_enabled", "is_autocast_cache_enabled"),
+    "_cuda_get_cudnn_benchmark_limit",
 )
 """Functions of ``torch._C``, private and public, that take no argument. Keys have the others."""
 _OF_TORCH = {name: getattr(torch._C, name) for name in _IN_C if hasattr(torch._C, name)}
@@ -84,6 +85,9 @@ def setting_returned_by(function: Any) -> Source | None:
     """
     if type(function).__module__ == torch.backends.__name__:
         function = vars(function).get("getter")
+    if isinstance(function, property) and isinstance(function.fget, types.FunctionType):
+        names = function.fget.__code__.co_names  # ``return torch._C._get_...()``
+        function = getattr(torch._C, names[-1], None) if names else None
     if not isinstance(function, types.BuiltinFunctionType):
         return None
     name = function.__name__

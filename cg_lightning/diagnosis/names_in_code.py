@@ -57,6 +57,8 @@ class NamesInCode:
         self.opnames = [step.opname for step in self._steps]
         self.imports_unknown = False
         """Whether it imports a module that is not loaded yet."""
+        self.imports_objects: list[str] = []
+        """Names under which it imports what is no module: others have put it there."""
         self.imported: list[ImportedName] = []
         self._locals: dict[str, Any] = {}
         """The variables to which it assigns modules that it imports."""
@@ -224,7 +226,10 @@ class NamesInCode:
     def _note_module(self, name: str) -> types.ModuleType | None:
         """Note that the function imports a module. Return the module if it is already loaded."""
         module = sys.modules.get(name)
-        if not isinstance(module, types.ModuleType):
+        if module is not None and not isinstance(module, types.ModuleType):
+            self.imports_objects.append(name)
+            return None
+        if module is None:
             self.imports_unknown = True
             return None
         self.imported.append(ImportedName(module, ""))

@@ -144,6 +144,8 @@ class Installation:
     def _run_step(self, stage: str, *args: Any, **kwargs: Any) -> Any:
         """Do what ``Strategy.validation_step`` does."""
         name, strategy = STEP_METHODS[stage], self._strategy
+        if strategy.lightning_module is not self.module:  # a callback has exchanged it
+            return getattr(type(strategy), name)(strategy, *args, **kwargs)
         if _definition(self.module, name) is not self._definitions[stage]:
             self._prepare(stage)
             self.session.install()

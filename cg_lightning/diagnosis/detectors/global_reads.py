@@ -280,6 +280,7 @@ class GlobalReads(Detector):
             if not each.only_reads_one
         ]
         opaque += [(name, location) for name, value in loaded if tells_of_library(value)]
+        opaque += [(f"sys.modules[{name!r}]", location) for name in names.imports_objects]
         if reads_modules_unseen(frame):
             opaque.append(("__getattribute__ of a module", location))
         if asks_for_registrations(frame, names):
