@@ -12,8 +12,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
 
-from tests.harness import Batches, Harness, features, predict
+from tests.harness import Batches, Harness, features, predict, validate
 
 
 class Part(nn.Module):
@@ -322,3 +323,44 @@ def test_a_strategy_that_gets_another_module(harness: Harness, mode: str) -> Non
         lambda: [ExchangesTheModule()],
     )
     assert callback.stats.steps[mode.split("_")[0]] >= 5, callback.summary()
+
+
+class Logs(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.metric = nn.Linear(8, 8), MulticlassAccuracy(8)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        y = self.linear(batch[0])
+        self.metric.update(y, y.flip(0).argmax(dim=1))
+        self.log("metric", self.metric)
+        self.log("mean", y.mean())
+        return y
+
+
+class Hides(Callback):
+    """Gives an instance a method of its own in the middle."""
+
+    def __init__(self, find: Callable[[Any], Any], name: str) -> None:
+        self.find, self.name = find, name
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, *_: Any) -> None:
+        held = vars(self.find(pl_module))
+        if batch_idx == 6:
+            self.before = held.get(self.name)
+            held[self.name] = lambda *_, **__: None
+        if batch_idx == 9 and self.before is not None:
+            held[self.name] = self.before
+        elif batch_idx == 9:
+            del held[self.name]
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+@pytest.mark.parametrize(
+    ("find", "name"), [(lambda module: module.metric, "update"), (lambda module: module, "log")]
+)
+def test_a_method_of_one_instance(harness: Harness, find, name, verify_replays) -> None:
+    torch.manual_seed(2)
+    callback = harness.callback(verify_replays=verify_replays, warmup_steps=1)
+    harness.compare(Logs(), validate(features(48)), callback, lambda: [Hides(find, name)])
+    assert callback.stats.steps["FULL"], callback.summary()

@@ -239,6 +239,12 @@ class ModuleGuard:
         # they set attributes in each step
         self._restless = [vars(each) for each in holders if _is_restless(each)]
         self._tables_of_restless = list(self._tables_in(self._restless))
+        self._own_methods = [
+            (vars(each), name, vars(each).get(name))
+            for each in holders
+            if _is_restless(each)
+            for name in _OF_INSTANCES
+        ]
         self._quiet = [each for each in holders if not _is_restless(each)]
         attributes = list(map(vars, self._quiet))
         self._tables_of_quiet = list(map(self._read_tables, attributes))
@@ -303,6 +309,9 @@ class ModuleGuard:
             map(operator.is_, chain.from_iterable(self._ordered), self._ordered_members)
         ):
             return False
+        for attributes, name, method in self._own_methods:
+            if attributes.get(name) is not method:
+                return False
         return not self._restless or all(
             map(operator.is_, self._tables_in(self._restless), self._tables_of_restless)
         )
@@ -377,6 +386,9 @@ class ModuleGuard:
         """Return the change. Call it after :meth:`check` has failed and before :meth:`refresh`."""
         if self._code is not None and (replaced_code := self._code.explain()):
             return self._failure(Change.CODE, replaced_code)
+        for attributes, name, method in self._own_methods:
+            if attributes.get(name) is not method:
+                return self._failure(Change.CODE, f"{name} of an instance")
         now = map(scripted_attributes, self._scripted)
         for attributes, before in zip(now, self._scripted_values, strict=True):
             for name, value in attributes.items():
@@ -469,6 +481,10 @@ class ModuleGuard:
             if isinstance(member, Tensor)
             else ""
         )
+
+
+_OF_INSTANCES = ("update", "compute", "log", "log_dict")
+"""Methods that metrics have as attributes, or that an attribute may hide."""
 
 
 def _is_restless(module: nn.Module) -> bool:
