@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -364,3 +365,33 @@ def test_a_method_of_one_instance(harness: Harness, find, name, verify_replays) 
     callback = harness.callback(verify_replays=verify_replays, warmup_steps=1)
     harness.compare(Logs(), validate(features(48)), callback, lambda: [Hides(find, name)])
     assert callback.stats.steps["FULL"], callback.summary()
+
+
+class Halves(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+class CachesWeights(Callback):
+    """Lets PyTorch keep computed weights while what they are computed from changes."""
+
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_: Any) -> None:
+        if batch_idx == 6:
+            self.context = parametrize.cached()
+            self.context.__enter__()
+        if batch_idx == 7:
+            pl_module.part.held.parametrizations.weight.original.data.mul_(3)
+        if batch_idx == 9:
+            self.context.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "PIECEWISE"])
+def test_weights_that_pytorch_keeps(harness: Harness, mode: str) -> None:
+    def halved() -> nn.Module:
+        return parametrize.register_parametrization(nn.Linear(8, 8), "weight", Halves())
+
+    torch.manual_seed(2)
+    callback = harness.callback(mode=mode, verify_replays=0, warmup_steps=1)
+    model = Runs(Part(halved, lambda part, x: part.held(x)))
+    harness.compare(model, predict(features(48)), callback, lambda: [CachesWeights()])
+    assert callback.stats.steps[mode.split("_")[0]], callback.summary()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.amp import autocast_mode
 from torch.distributions import Distribution
+from torch.nn.utils import parametrize
 
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.guards.sources import DerivedNamespace, Source
@@ -56,10 +57,11 @@ _SETTINGS = (
     Source(
         vars(torch.backends.mha), "_is_fastpath_enabled", "torch.backends.mha._is_fastpath_enabled"
     ),
+    Source(vars(parametrize), "_cache_enabled", "torch.nn.utils.parametrize.cached()"),  # private
     Source(_TORCH, "get_autocast_dtype", "torch.get_autocast_dtype()"),
     Source(_TORCH, "is_autocast_cache_enabled", "torch.is_autocast_cache_enabled()"),
 )
-_FILES = (_FAST_PATH_FILE, autocast_mode.__file__)
+_FILES = (_FAST_PATH_FILE, autocast_mode.__file__, parametrize.__file__)
 
 
 def has_settings(file: str) -> bool:
