@@ -36,6 +36,10 @@ callback_connector._load_external_callbacks = functools.cache(
     callback_connector._load_external_callbacks
 )
 
+# what the libraries hold: the collector's walks through it were a quarter of the tests' time
+gc.collect()
+gc.freeze()
+
 
 def pytest_report_header() -> list[str]:
     left_out = "no CUDA device: tests run on the recorder only, and those of CUDA are left out"
@@ -53,16 +57,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if not takes_its_turn(item):
             item.add_marker(pytest.mark.exhaustive)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_collections() -> None:
-    """Take what libraries, pytest and earlier modules hold out of collections of garbage.
-
-    The collector's walks through it were a quarter of the tests' time.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(params=BACKENDS)
