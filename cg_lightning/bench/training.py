@@ -71,6 +71,8 @@ class OptimizerGraph(Callback):
         (optimizer,) = trainer.optimizers
         assert backend is not None and trainer.gradient_clip_val is not None  # noqa: PT018
         most = trainer.gradient_clip_val
+        for group in optimizer.param_groups:
+            group["capturable"] = True  # or else the optimizer refuses a capture
 
         def clip_and_step() -> None:
             nn.utils.clip_grad_norm_(pl_module.parameters(), most)
