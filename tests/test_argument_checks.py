@@ -71,6 +71,24 @@ def suppresses(x: Tensor) -> Tensor:
     return x * 3
 
 
+def catches_around_a_handler(x: Tensor) -> Tensor:
+    try:
+        try:
+            raise KeyError
+        except KeyError:
+            return Normal(x, x).log_prob(x)
+    except ValueError:
+        return x * 4
+
+
+def catches_around_a_comprehension(x: Tensor) -> Tensor:
+    try:
+        (found,) = [Normal(scale, scale).log_prob(scale) for scale in (x,)]
+    except ValueError:
+        return x * 5
+    return found
+
+
 USES: dict[str, Use] = {
     "a variational step": variational,
     "numbers": lambda x: kl_divergence(Normal(x, 2.0), Normal(x * 2, 1.0)),
@@ -141,7 +159,9 @@ def test_an_error_that_waits_when_the_step_is_replaced(harness, verify_replays):
     assert raised[0] == raised[1]
 
 
-@pytest.mark.parametrize("use", [catches, suppresses])
+@pytest.mark.parametrize(
+    "use", [catches, suppresses, catches_around_a_handler, catches_around_a_comprehension]
+)
 def test_an_error_that_the_step_catches(harness, use):
     x = torch.rand(40, 8, generator=torch.Generator().manual_seed(3))[:, None] + 0.1
     x = x.expand(-1, 8, -1).contiguous()

@@ -37,7 +37,13 @@ def is_exception_handled(frame: FrameType) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _is_handled(code: CodeType, offset: int) -> bool:
     steps = dis.Bytecode(code)
-    # all other entries clean up, and raise the error again: those of inlined comprehensions
     handlers = {step.offset for step in steps if step.opname == "PUSH_EXC_INFO"}
     entries = steps.exception_entries  # type: ignore[attr-defined]  # typeshed lacks it
-    return any(each.start <= offset < each.end and each.target in handlers for each in entries)
+    for _ in entries:
+        target = next((each.target for each in entries if each.start <= offset < each.end), None)
+        if target is None:
+            return False
+        if target in handlers:
+            return True
+        offset = target  # it cleans up, and raises the error again: what is around handles it
+    return False
