@@ -395,3 +395,35 @@ def test_weights_that_pytorch_keeps(harness: Harness, mode: str) -> None:
     model = Runs(Part(halved, lambda part, x: part.held(x)))
     harness.compare(model, predict(features(48)), callback, lambda: [CachesWeights()])
     assert callback.stats.steps[mode.split("_")[0]], callback.summary()
+class New:
+    def method(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "PIECEWISE"])
+def test_a_step_that_replaces_a_function_and_uses_a_new_class(harness: Harness, mode: str) -> None:
+    """A library may replace functions of PyTorch when it is imported, in the step of one shape."""
+    relu = torch.relu
+
+    def use_new(x: Tensor) -> Tensor:
+        torch.relu = lambda x: relu(x) + 1
+        return New().method(x)
+
+    def use(part: Part, x: Tensor) -> Tensor:
+        return use_new(x) if len(x) == 3 else torch.relu(x)
+
+    def batch(index: int) -> Tensor:
+        generator = torch.Generator().manual_seed(index)
+        return torch.randn(3 if index == 9 else 4, 8, generator=generator)[None]
+
+    def job(trainer: Any, module: Any) -> Any:
+        data = DataLoader(Batches(batch, 16), batch_size=None)  # type: ignore[arg-type]
+        try:
+            return trainer.predict(module, data)
+        finally:
+            torch.relu = relu
+
+    torch.manual_seed(2)
+    callback = harness.callback(mode=mode, verify_replays=0, warmup_steps=1)
+    harness.compare(Runs(Part(dict, use)), job, callback)
+    assert callback.stats.steps[mode.split("_")[0]] >= 5, callback.summary()

@@ -94,27 +94,36 @@ class LibraryCode:
 
     Args:
         modules: The modules.
-        used: Further classes.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], used: Iterable[type] = ()) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         audit_events.listen()
-        classes = {
-            cls: None
-            for kind in {**{type(module): None for module in modules}, **dict.fromkeys(used)}
-            for cls in kind.__mro__
-            if issubclass(cls, nn.Module) or is_users_namespace(cls)
-        }
-        self._namespaces: list[_Namespace] = [*_COMPARED, *classes]
-        self._code = list(map(_code_in, self._namespaces))
-        self.dictionaries = list(map(_dictionary_of, self._namespaces))
+        self._namespaces: list[_Namespace] = []
+        self._code: list[dict[str, Any]] = []
+        self.dictionaries: list[dict[str, Any]] = []
         """The namespaces that are compared."""
-        self.versions = list(map(version_of, self.dictionaries))
+        self.versions: list[Any] = []
         """Their versions. As long as they are these, no function was replaced."""
+        self._add(_COMPARED)
+        self.add_classes(map(type, modules))
         self.rewritten = audit_events.rewritten()
         """The functions that were changed in place."""
         self.number = len(self.rewritten)
         """How many there were at first."""
+
+    def add_classes(self, classes: Iterable[type]) -> None:
+        """Compare further classes from now on. What is compared already has to stay as it was."""
+        bases = {cls: None for each in classes for cls in each.__mro__}
+        self._add(cls for cls in bases if issubclass(cls, nn.Module) or is_users_namespace(cls))
+
+    def _add(self, namespaces: Iterable[_Namespace]) -> None:
+        known = set(map(id, self._namespaces))
+        new = [each for each in namespaces if id(each) not in known]
+        self._namespaces += new
+        self._code += map(_code_in, new)
+        dictionaries = list(map(_dictionary_of, new))
+        self.dictionaries += dictionaries
+        self.versions += map(version_of, dictionaries)
 
     def holds(self) -> bool:
         """Return whether no function was replaced, and none was changed in place."""

@@ -260,17 +260,16 @@ class ModuleGuard:
         self._sparse = [member for member in members if member.layout is not torch.strided]
         self._placement = Placement(self.tensors)
         self._scripted_values = [scripted_attributes(module) for module in self._scripted]
-        self._store_code()
-
-    def _store_code(self) -> None:
-        self._code = LibraryCode(self.modules, self._used_classes) if self._has_code else None
+        self._code = LibraryCode(self.modules) if self._has_code else None
+        if self._code is not None:
+            self._code.add_classes(self._used_classes)
 
     def add_classes(self, classes: Iterable[type]) -> None:
         """Compare the functions of further classes of the user's, which a step has just used."""
         new = dict.fromkeys(each for each in classes if each not in self._used_classes)
-        if new:
-            self._used_classes |= new
-            self._store_code()
+        self._used_classes |= new
+        if self._code is not None:
+            self._code.add_classes(new)
 
     def _current_tables(self) -> list[Any]:
         tables: list[tuple[dict[Any, Any], ...]] = [
