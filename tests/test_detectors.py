@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import io
 import logging
 import pkgutil
 import random
@@ -27,6 +28,7 @@ from lightning.pytorch.profilers.pytorch import RegisterRecordFunction
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, MetricCollection
+from tqdm.contrib import DummyTqdmFile
 
 from cg_lightning import BatchDescriptor, CUDAGraphMode, ForwardContext, diagnose
 from cg_lightning.backends import RecorderBackend, resolve_backend
@@ -375,6 +377,15 @@ def test_text_to_a_stream_whose_write_cannot_be_replaced(monkeypatch):
     assert (finding.cause, finding.operation) == (Cause.PRINTED, "sys.stdout.write")
     assert sys.stdout is stream
     assert stream.lines == ["said"]
+
+
+def test_text_to_a_stream_that_passes_on_what_is_set(monkeypatch):
+    """As streams of tqdm do, which write above a progress bar."""
+    monkeypatch.setattr(sys, "stdout", stream := DummyTqdmFile(io.StringIO()))
+    (finding,) = watch((Printing,), Runs(lambda m, x: sys.stdout.write("said"))).findings
+    assert (finding.cause, finding.operation) == (Cause.PRINTED, "sys.stdout.write")
+    assert sys.stdout is stream
+    assert "write" not in vars(stream)
 
 
 def test_each_file_has_one_detector():

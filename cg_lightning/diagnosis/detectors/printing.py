@@ -20,6 +20,7 @@ from cg_lightning.diagnosis.detectors.trainer_reads import noticed_reads
 from cg_lightning.diagnosis.findings import is_called_by_step
 from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.writes import is_said_by_user
+from cg_lightning.guards.sources import MISSING
 from cg_lightning.modules.interception import replaced_method
 from cg_lightning.modules.kinds import is_user_file
 
@@ -33,6 +34,25 @@ class _Stream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _replaced_write(name: str, stream: Any, write: Callable[..., Any]) -> Iterator[None]:
+    """Replace ``write`` of a stream, or else the stream itself."""
+    try:  # not by setattr: a stream around another one may pass it on, and delattr not
+        own: dict[str, Any] = object.__getattribute__(stream, "__dict__")
+    except AttributeError:
+        with patch.object(sys, name, _Stream(stream, write)):
+            yield
+        return
+    before = own.get("write", MISSING)
+    own["write"] = write
+    try:
+        yield
+    finally:
+        own["write"] = before
+        if before is MISSING:
+            del own["write"]
 
 
 class Printing(Detector):
@@ -94,11 +114,7 @@ class Printing(Detector):
             for name in ("stdout", "stderr"):
                 if (stream := getattr(sys, name)) is not None:
                     write = self._noticed(f"sys.{name}.write", stream.write)
-                    try:
-                        stack.enter_context(patch.object(stream, "write", write))
-                    except AttributeError:
-                        stand_in = _Stream(stream, write)
-                        stack.enter_context(patch.object(sys, name, stand_in))
+                    stack.enter_context(_replaced_write(name, stream, write))
             stack.enter_context(patch.object(os, "write", self._noticed("os.write", os.write)))
             yield
 
