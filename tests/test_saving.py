@@ -466,8 +466,10 @@ class StepsLeft(Callback):
         self.seen: list[tuple[str, int, float]] = []
 
     def note(self, trainer: Any, stage: str, loader: int) -> None:
-        left = TrainerStageLength(trainer).steps_left(stage, loader)
+        length = TrainerStageLength(trainer)
+        left = length.steps_left(stage, loader)
         self.seen.append((stage, loader, left))
+        assert length.steps_left(stage, 0) == left  # so ask padded submodules
 
     def on_validation_batch_start(self, trainer, _module, _batch, _index, dataloader_idx=0):
         self.note(trainer, "validate", dataloader_idx)

@@ -16,5 +16,5 @@ class StageLength(Protocol):
 
         Args:
             stage: The stage.
-            dataloader_idx: The number of the dataloader of the current batch.
+            dataloader_idx: The number of the dataloader of the current batch, or of an earlier one.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from lightning.pytorch import Trainer
@@ -40,7 +41,11 @@ class TrainerStageLength:
             return math.inf
         runs = trainer.fit_loop.epoch_loop.val_loop if is_inside_fit else getattr(trainer, loop)
         done = runs.batch_progress.current.ready - 1  # of all dataloaders
-        left = float(sum(numbers[: dataloader_idx + 1]) - done)
+        end, *ends = list(itertools.accumulate(numbers))[dataloader_idx:]
+        while done >= end and ends:  # submodules do not know in which dataloader they are called
+            end, *ends = ends
+            dataloader_idx += 1
+        left = float(end - done)
         if is_inside_fit:
             left += numbers[dataloader_idx] * self._validations_left()
         return left
