@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from types import CodeType
 
+from cg_lightning.core.lines import file_and_line
 from cg_lightning.guards.frozen_parts import ChangedPlace
 
 _SETS = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF")
@@ -33,7 +34,7 @@ _FUNCTIONS = frozenset({"next", "heappush", "heappop", "insort", "shuffle"})
 def line_that_changes(codes: Iterable[CodeType], places: Sequence[ChangedPlace]) -> str:
     """Return the only line of some code that changes one of some places; empty if none is."""
     found = {
-        f"{code.co_filename}:{line}": None
+        file_and_line(code.co_filename, line): None
         for code in codes
         for line, steps in _lines(code)
         if any(_changes(steps, place) for place in places)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
+from cg_lightning.core.lines import file_and_line
+
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 _CALLS = ("CALL", "PRECALL")
 _LOOKS_UP = frozenset({"getattr", "hasattr"})
@@ -73,8 +75,9 @@ class NamesInCode:
         file, found = self.code.co_filename, dict[str, str]()
         for step in self._steps:
             is_local = "FAST" in step.opname or step.opname.startswith("STORE_")
-            if step.positions is not None and isinstance(step.argval, str) and not is_local:
-                found.setdefault(step.argval, f"{file}:{step.positions.lineno}")
+            line = None if step.positions is None else step.positions.lineno
+            if line is not None and isinstance(step.argval, str) and not is_local:
+                found.setdefault(step.argval, file_and_line(file, line))
         return found
 
     def may_be_missing(self) -> tuple[set[str], set[str]]:

@@ -275,7 +275,7 @@ class GlobalReads(Detector):
             if each.only_reads_one:
                 sources += all_sources_in(each.namespace)
         opaque = [
-            (each.words, f"{code.co_filename}:{each.line}")
+            (each.words, file_and_line(code.co_filename, each.line))
             for each in computed
             if not each.only_reads_one
         ]
