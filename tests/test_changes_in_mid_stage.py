@@ -301,6 +301,31 @@ def test_an_output_that_is_held_elsewhere_is_that_tensor(harness: Harness, name,
     assert callback.stats.steps[mode.split("_")[0]], callback.summary()
 
 
+class WidensOutputs(Callback):
+    def on_predict_batch_end(self, trainer, pl_module, outputs, *_: Any) -> None:
+        outputs[1].unsqueeze_(0)
+
+
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "PIECEWISE"])
+@pytest.mark.parametrize("of", ["a parameter", "an attribute"])
+def test_a_view_of_what_is_held_elsewhere_is_a_new_one(harness: Harness, of, mode) -> None:
+    def returns(part: Part, x: Tensor) -> Any:
+        held = part.linear.weight if of == "a parameter" else part.held["kept"]
+        return x, held[2:]
+
+    if harness.backend == "cuda" and of == "an attribute":
+        pytest.skip("this tensor is on the host")
+    torch.manual_seed(2)
+    callback = harness.callback(mode=mode, verify_replays=0, warmup_steps=1)
+    harness.compare(
+        Runs(Part(lambda: {"kept": torch.ones(8)}, returns)),
+        predict(features(48)),
+        callback,
+        lambda: [WidensOutputs()],
+    )
+    assert callback.stats.steps[mode.split("_")[0]], callback.summary()
+
+
 class ExchangesTheModule(Callback):
     def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_: Any) -> None:
         if batch_idx == 6:

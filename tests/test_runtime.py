@@ -153,7 +153,7 @@ def target_of(module: nn.Module) -> CaptureTarget:
         mode=CUDAGraphMode.PIECEWISE,
         module=module,
         effects=None,
-        storage_addresses=set(),
+        held=(),
         record=record,
     )
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.forward_context import ForwardContext, override_forward_context
@@ -67,8 +67,7 @@ class CaptureTarget:
         module: The module whose state a call may change.
         effects: The side effects of whole steps. None for a submodule, because a call with side
             effects is not captured.
-        storage_addresses: The addresses of the storages of parameters, buffers and tensors in
-            attributes and globals, which an output may be.
+        held: Parameters, buffers and tensors in attributes and globals, which an output may be.
         record: The row in the statistics.
         side_effects: What the call does besides, as the watched step has shown.
         changed: The value that has changed since an earlier capture; empty if none has.
@@ -83,7 +82,7 @@ class CaptureTarget:
     mode: CUDAGraphMode
     module: nn.Module
     effects: ModuleEffects | None
-    storage_addresses: set[int]
+    held: Sequence[Tensor]
     record: EntryRecord
     side_effects: SideEffects = dataclasses.field(default_factory=SideEffects)
     changed: Changed = NO_CHANGE

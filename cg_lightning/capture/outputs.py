@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +16,14 @@ from cg_lightning.capture.static_inputs import overlaps_itself, without_repeats
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.errors import CaptureError
 from cg_lightning.core.tree import containers_in, flatten, leaf_paths, rebuild, with_leaves_for
+from cg_lightning.guards.values import addresses_of
 
 
 class _Source(enum.Enum):
     INPUT = "the input tensor itself, or a value of the input that is passed on"
     CONTAINER = "a container of the input itself"
-    HELD = "a tensor that was there before, such as a parameter, a view of one, or a plain value"
+    HELD = "a tensor that was there before, such as a parameter, or a plain value"
+    VIEW_OF_HELD = "a view of a tensor that was there before"
     COMPUTED = "a tensor that the graph computes"
     VIEW_OF_INPUT = "a view of an input tensor"
     VIEW_OF_COMPUTED = "a view of a tensor that the graph computes, with which it shares memory"
@@ -67,10 +69,11 @@ def _is_lazy(tensor: Tensor) -> bool:
 class _SourceFinder:
     """Finds where the leaves of an output come from. Its arguments are those of the plan."""
 
-    def __init__(self, output: Any, inputs: list[Any], module_storages: set[int]) -> None:
+    def __init__(self, output: Any, inputs: list[Any], held: Iterable[Tensor]) -> None:
         self._output = output
         self._inputs = inputs
-        self._module_storages = module_storages
+        self._held = {id(tensor): tensor for tensor in held}
+        self._held_storages = addresses_of(self._held.values())
         self._positions = {id(leaf): i for i, leaf in enumerate(inputs) if not is_plain_value(leaf)}
         self._given = {
             _storage(leaf): index
@@ -102,8 +105,11 @@ class _SourceFinder:
             )
         if leaf.is_nested or leaf.layout is not torch.strided:
             raise self._unmakeable(index, "nested" if leaf.is_nested else str(leaf.layout))
-        if _storage(leaf) in self._module_storages:
-            return _Source.HELD, leaf
+        if _storage(leaf) in self._held_storages:
+            if id(leaf) in self._held or type(leaf) is not Tensor or leaf.grad_fn:
+                return _Source.HELD, leaf
+            if not attributes:
+                return _Source.VIEW_OF_HELD, leaf
         if attributes:
             raise self._error(index, f".{attributes[0]} is set, which a copy has not.")
         if leaf.numel() and _storage(leaf) in self._given:
@@ -145,7 +151,7 @@ class OutputPlan:
         cls,
         output: Any,
         inputs: list[Any],
-        module_storages: set[int],
+        held: Iterable[Tensor],
         containers: Sequence[Any] = (),
         detaches: bool = False,
     ) -> tuple[OutputPlan, list[Tensor]]:
@@ -154,7 +160,7 @@ class OutputPlan:
         Args:
             output: The output of the captured call.
             inputs: The leaves of the arguments of the captured call.
-            module_storages: The addresses of the storages of tensors that were there before.
+            held: Tensors that were there before.
             containers: The containers of the inputs, as the call was given them.
             detaches: Whether tensors leave their autograd graph.
 
@@ -169,7 +175,7 @@ class OutputPlan:
         leaves = leaves_on_device(leaves)
         if detaches:
             leaves = _detached(leaves)
-        finder = _SourceFinder(output, inputs, module_storages)
+        finder = _SourceFinder(output, inputs, held)
         sources = [
             finder.source_of(i, *each)
             for i, each in enumerate(zip(leaves, attributes, strict=True))
@@ -228,6 +234,8 @@ class OutputPlan:
             if source is _Source.COMPUTED
             else given[value]
             if source is _Source.CONTAINER
+            else _another(value)
+            if source is _Source.VIEW_OF_HELD
             else value.of(inputs if source is _Source.VIEW_OF_INPUT else computed)
             for source, value in self.sources
         ]
@@ -236,6 +244,12 @@ class OutputPlan:
             for index in others:
                 leaves[index] = leaves[first]
         return rebuild(self.template, iter(leaves)) if self.is_nested else leaves[0]
+
+
+def _another(view: Tensor) -> Tensor:
+    """Return another view of the same memory: the user may change the shape of one in place."""
+    with torch.no_grad():
+        return view.view_as(view)
 
 
 def _attributes(leaf: Any) -> list[str]:

@@ -28,14 +28,14 @@ import types
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from cg_lightning.core.reasons import NO_CHANGE, Changed
 from cg_lightning.guards.comparisons import Condition
 from cg_lightning.guards.library_code import is_code, is_compared
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.guards.sources import MISSING, LibrarySource, Source, describe_change
-from cg_lightning.guards.values import FrozenValues, addresses_of
+from cg_lightning.guards.values import FrozenValues
 from cg_lightning.guards.written_settings import FrozenSettings
 from cg_lightning.modules.attributes import holding_class, is_same_value
 
@@ -155,10 +155,10 @@ class GuardSet:
         """The modules among the values that are no submodules, and all inside them."""
         return [module for guard in self._hidden for module in guard.modules]
 
-    def storage_addresses(self) -> set[int]:
-        """Return the addresses of the storages of all guarded tensors."""
-        of_modules = [guard.storage_addresses() for guard in self._hidden]
-        return addresses_of(self._contents.all_tensors()).union(*of_modules)
+    def tensors(self) -> list[Tensor]:
+        """Return all guarded tensors."""
+        of_modules = [tensor for guard in self._hidden for tensor in guard.tensors]
+        return [*self._contents.all_tensors(), *of_modules]
 
     @property
     def is_empty(self) -> bool:

@@ -455,10 +455,6 @@ class ModuleGuard:
                 return describe_change(f"self.{self._name_of(holder)}.{name}", value, was)
         return NO_CHANGE
 
-    def storage_addresses(self) -> set[int]:
-        """Return the addresses of the storages of parameters and buffers."""
-        return {tensor.untyped_storage().data_ptr() for tensor in self.tensors}
-
     def _failure(self, change: Change, what: str | Changed) -> GuardFailure:
         if not what:
             return GuardFailure(change, Changed(change.value))

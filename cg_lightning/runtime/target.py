@@ -197,14 +197,14 @@ class GraphTarget:
         assert variant is not None
         watched = variant.watched
         guards = variant.guards if isinstance(variant.guards, GuardSet) else None
-        held = set() if guards is None else guards.storage_addresses()
+        held = [] if guards is None else guards.tensors()
         record = self._parts.stats.entry(self.mode.name, name, call.descriptor)
         record.fastest_call = plan.state.fastest_call
         return CaptureTarget(
             mode=self.mode,
             module=self.module,
             effects=self._effects,
-            storage_addresses=self.guard.storage_addresses() | held,
+            held=[*self.guard.tensors, *held],
             record=record,
             side_effects=SideEffects() if watched is None else watched,
             changed=self._changed(record, plan, call),
