@@ -132,7 +132,36 @@ def exchanges_module(part: Part, is_on: bool) -> None:
     sys.modules["imported_and_exchanged"] = other
 
 
+class Calls:
+    def call(self, x: Tensor) -> Tensor:
+        return self.called(x)
+
+    def called(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+KINDS = {"first": type("First", (Calls,), {}), "second": type("Second", (Calls,), {})}
+
+
+def calls_each(part: Part, x: Tensor) -> Tensor:
+    for kind in KINDS.values():
+        x = kind().call(x)
+    return x
+
+
+def defines_in_the_second(part: Part, is_on: bool) -> None:
+    if is_on:
+        KINDS["second"].called = lambda self, x: x * 3  # type: ignore[attr-defined]
+    else:
+        del KINDS["second"].called  # type: ignore[attr-defined]
+
+
 CHANGES: dict[str, tuple[Any, Any, Any]] = {
+    "a class whose inherited code ran for another": (
+        lambda: None,
+        calls_each,
+        defines_in_the_second,
+    ),
     "what is imported, to an object and back": (lambda: None, imports, exchanges_module),
     "a method of an object": (
         Doubles,

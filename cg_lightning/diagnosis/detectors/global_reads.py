@@ -219,6 +219,7 @@ class GlobalReads(Detector):
         for source in level_asked_for(frame):
             self._note(source, "")
         if known.names is not None:
+            self.watch.note_classes(classes_given(frame))  # a later call may be given others
             for namespace in namespaces_given(frame):
                 self._read_namespace(namespace, known, is_given=True)
             for namespace in self._named.values():
@@ -292,7 +293,7 @@ class GlobalReads(Detector):
         held = [(each, _with_lines(sources_held_by(each), lines)) for each in found.functions]
         named = namespaces_named(frame, names)
         self._note_named(named)
-        self.watch.note_classes([*named, *classes_given(frame)])
+        self.watch.note_classes(named)
         return _Code(
             code,
             volatile=arithmetic_of_thread(code),
