@@ -156,7 +156,7 @@ class _RecordedMetric(ModuleHandler):
 
 
 class FinishedStep(NamedTuple):
-    """What a captured step does beside its output."""
+    """What a captured step does besides its output."""
 
     effects: list[Effect]
     tensors: list[Tensor]
@@ -200,12 +200,12 @@ class Recording:
         self.checked = checked
 
     def finish(self, known: Any = ()) -> FinishedStep:
-        """Write new states to static tensors. Return what the step does beside its output.
+        """Write new states to static tensors. Return what the step does besides its output.
 
         Call it once, inside the capture and after the step.
 
         Args:
-            known: What the user has of the step beside metrics: its output and its batch.
+            known: What the user has of the step besides metrics: its output and its batch.
 
         Raises:
             CaptureError: The step has a side effect that a replay cannot do again.

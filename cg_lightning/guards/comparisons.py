@@ -145,7 +145,7 @@ for _sign, _function in COMPARISONS.items():
 
 
 class Condition(Protocol):
-    """A condition for the use of a graph, beside the values that it has frozen."""
+    """A condition for the use of a graph, besides the values that it has frozen."""
 
     @property
     def key(self) -> Any:

@@ -52,7 +52,7 @@ class CUDAGraphStats:
         self.overlapped_copies = 0
         """Number of batches that were copied to the device during the computation."""
         self.compile_seconds = 0.0
-        """Time that ``compile`` took, in seconds: in warm-up steps, beside ``capture_seconds``."""
+        """Time that ``compile`` took, in seconds: in warm-up steps, besides ``capture_seconds``."""
         self.proposed_pad_dims: dict[str, Any] = {}
         """What ``pad_dims="auto"`` has proposed, as ``pad_dims`` takes it."""
         self._padding: dict[tuple[str, str, str], PaddingRecord] = {}

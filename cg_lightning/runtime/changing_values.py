@@ -3,7 +3,7 @@
 A graph of the whole step would freeze such a value. So the step may only pass it on, into its
 output for example: then any value may be given to the graph. The capture shows whether it does. A
 value that is read belongs to the key again, because it may have few values: ``batch["task"]``
-beside file names.
+besides file names.
 """
 
 from __future__ import annotations
