@@ -214,6 +214,11 @@ class OutputPlan:
         in_order = [(_Source.COMPUTED, index) for index in range(len(self.sources))]
         return self.sources == in_order and not self.host_copies
 
+    @functools.cached_property
+    def _views_of_held(self) -> dict[int, Tensor]:
+        """The views of tensors that were there before, by id: one may be in the output twice."""
+        return {id(view): view for source, view in self.sources if source is _Source.VIEW_OF_HELD}
+
     def build(self, inputs: list[Any], computed: list[Tensor], tree: Any) -> Any:
         """Return the output of one replay.
 
@@ -225,6 +230,7 @@ class OutputPlan:
         if self._is_computed_in_order:
             return rebuild(self.template, iter(computed)) if self.is_nested else computed[0]
         given = list(containers_in(tree)) if self.gives_containers else []
+        views = {key: _another(view) for key, view in self._views_of_held.items()}
         leaves = [
             value
             if source is _Source.HELD
@@ -234,7 +240,7 @@ class OutputPlan:
             if source is _Source.COMPUTED
             else given[value]
             if source is _Source.CONTAINER
-            else _another(value)
+            else views[id(value)]
             if source is _Source.VIEW_OF_HELD
             else value.of(inputs if source is _Source.VIEW_OF_INPUT else computed)
             for source, value in self.sources
