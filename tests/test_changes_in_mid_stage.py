@@ -450,6 +450,8 @@ def test_weights_that_pytorch_keeps(harness: Harness, mode: str) -> None:
     model = Runs(Part(halved, lambda part, x: part.held(x)))
     harness.compare(model, predict(features(48)), callback, lambda: [CachesWeights()])
     assert callback.stats.steps[mode.split("_")[0]], callback.summary()
+
+
 class New:
     def method(self, x: Tensor) -> Tensor:
         return x * 2
