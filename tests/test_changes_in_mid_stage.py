@@ -30,7 +30,7 @@ class Part(nn.Module):
 
 
 class Runs(LightningModule):
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: nn.Module) -> None:
         super().__init__()
         self.part = part
 
@@ -349,6 +349,42 @@ def test_a_view_of_what_is_held_elsewhere_is_a_new_one(harness: Harness, of, mod
     callback = harness.callback(mode=mode, verify_replays=0, warmup_steps=1)
     harness.compare(
         Runs(Part(lambda: {"kept": torch.ones(8)}, returns)),
+        predict(features(48)),
+        callback,
+        lambda: [WidensOutputs()],
+    )
+    assert callback.stats.steps[mode.split("_")[0]], callback.summary()
+
+
+class Returns(nn.Module):
+    """Returns what ``use`` makes of the batch itself."""
+
+    def __init__(self, use: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.use, self.linear = use, nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.linear(x), *self.use(x)
+
+
+def views_of_the_batch(x: Tensor) -> Any:
+    view = x[:, 2:]
+    return view, view
+
+
+def views_of_what_it_computes(x: Tensor) -> Any:
+    computed = x * 2
+    view = computed[:, 2:]
+    return view, view, computed
+
+
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "PIECEWISE"])
+@pytest.mark.parametrize("views", [views_of_the_batch, views_of_what_it_computes])
+def test_a_view_that_is_in_an_output_twice_is_one_tensor(harness: Harness, views, mode) -> None:
+    torch.manual_seed(2)
+    callback = harness.callback(mode=mode, verify_replays=0, warmup_steps=1)
+    harness.compare(
+        Runs(Returns(views)),
         predict(features(48)),
         callback,
         lambda: [WidensOutputs()],

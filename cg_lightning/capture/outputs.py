@@ -29,6 +29,9 @@ class _Source(enum.Enum):
     VIEW_OF_COMPUTED = "a view of a tensor that the graph computes, with which it shares memory"
 
 
+_VIEWS = {_Source.VIEW_OF_HELD, _Source.VIEW_OF_INPUT, _Source.VIEW_OF_COMPUTED}
+
+
 class _Given:
     """A leaf that replaces a container of the input."""
 
@@ -84,6 +87,7 @@ class _SourceFinder:
         """The tensors that the graph computes, without duplicates."""
         self._numbers: dict[int, int] = {}
         """Their positions, by id."""
+        self._sources: dict[int, tuple[_Source, Any]] = {}
 
     def source_of(self, index: int, leaf: Any, attributes: list[str]) -> tuple[_Source, Any]:
         """Return where one leaf comes from.
@@ -93,6 +97,13 @@ class _SourceFinder:
             leaf: The leaf.
             attributes: What the step has set on it.
         """
+        if attributes:  # those of a copy on the host are not those of what it copies
+            return self._find(index, leaf, attributes)
+        if id(leaf) not in self._sources:  # a tensor that is in the output twice is one object
+            self._sources[id(leaf)] = self._find(index, leaf, attributes)
+        return self._sources[id(leaf)]
+
+    def _find(self, index: int, leaf: Any, attributes: list[str]) -> tuple[_Source, Any]:
         if isinstance(leaf, _Given):
             return _Source.CONTAINER, leaf.number
         if id(leaf) in self._positions:
@@ -215,9 +226,9 @@ class OutputPlan:
         return self.sources == in_order and not self.host_copies
 
     @functools.cached_property
-    def _views_of_held(self) -> dict[int, Tensor]:
-        """The views of tensors that were there before, by id: one may be in the output twice."""
-        return {id(view): view for source, view in self.sources if source is _Source.VIEW_OF_HELD}
+    def _views(self) -> dict[int, tuple[_Source, Any]]:
+        """The sources of views, by the id of their value: one view may be in the output twice."""
+        return {id(value): (source, value) for source, value in self.sources if source in _VIEWS}
 
     def build(self, inputs: list[Any], computed: list[Tensor], tree: Any) -> Any:
         """Return the output of one replay.
@@ -230,7 +241,12 @@ class OutputPlan:
         if self._is_computed_in_order:
             return rebuild(self.template, iter(computed)) if self.is_nested else computed[0]
         given = list(containers_in(tree)) if self.gives_containers else []
-        views = {key: _another(view) for key, view in self._views_of_held.items()}
+        views = {
+            key: _another(value)
+            if source is _Source.VIEW_OF_HELD
+            else value.of(inputs if source is _Source.VIEW_OF_INPUT else computed)
+            for key, (source, value) in self._views.items()
+        }
         leaves = [
             value
             if source is _Source.HELD
@@ -241,8 +257,6 @@ class OutputPlan:
             else given[value]
             if source is _Source.CONTAINER
             else views[id(value)]
-            if source is _Source.VIEW_OF_HELD
-            else value.of(inputs if source is _Source.VIEW_OF_INPUT else computed)
             for source, value in self.sources
         ]
         for first, *others in self.host_copies:
@@ -314,6 +328,7 @@ def _join_shared(
     joined: list[Tensor] = []
     numbers: dict[int, int] = {}
     firsts: dict[int, int] = {}
+    views: dict[int, _View] = {}
     for group in groups.values():
         base = tensors[group[0]]
         numbers.update(dict.fromkeys(group, len(joined)))
@@ -332,7 +347,8 @@ def _join_shared(
             _check_same_kind(leaf, joined[number], output, place)
             offset = leaf.storage_offset() - firsts[number]
             view = _View(number, tuple(leaf.shape), leaf.stride(), offset)
-            sources[place] = (_Source.VIEW_OF_COMPUTED, view)
+            # a tensor that is in the output twice is one object
+            sources[place] = (_Source.VIEW_OF_COMPUTED, views.setdefault(id(leaf), view))
     return joined
 
 
