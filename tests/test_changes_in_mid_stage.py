@@ -392,6 +392,30 @@ def test_a_view_that_is_in_an_output_twice_is_one_tensor(harness: Harness, views
     assert callback.stats.steps[mode.split("_")[0]], callback.summary()
 
 
+class AppendsToOutputs(Callback):
+    def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, *_: Any) -> None:
+        if batch_idx == 6:
+            outputs[1].append("another")
+
+
+def exchanges_the_list(part: Part, is_on: bool) -> None:
+    if not is_on:  # for one that is equal
+        part.held["names"] = list(part.held["names"])
+
+
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "PIECEWISE"])
+def test_a_list_of_an_attribute_in_the_output_is_that_list(harness: Harness, mode) -> None:
+    torch.manual_seed(2)
+    callback = harness.callback(mode=mode, verify_replays=0, warmup_steps=1)
+    harness.compare(
+        Runs(Part(lambda: {"names": ["a", "b"]}, lambda part, x: (x, part.held["names"]))),
+        predict(features(48)),
+        callback,
+        lambda: [Changes(exchanges_the_list), AppendsToOutputs()],
+    )
+    assert callback.stats.steps[mode.split("_")[0]], callback.summary()
+
+
 class ExchangesTheModule(Callback):
     def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_: Any) -> None:
         if batch_idx == 6:

@@ -156,7 +156,12 @@ class Attempt:
             output = (output, (entries.new(), entries.removed()))
         finished.refuse_states_in(leaves_on_device(output))
         plan, computed = OutputPlan.make(
-            output, self._leaves, target.held, containers, detaches=is_closure
+            output,
+            self._leaves,
+            target.held,
+            containers,
+            target.held_containers,
+            detaches=is_closure,
         )
         # outputs that are not copied out must not share memory with those of other graphs
         is_weak = self._settings.capture_options.weak_ref_output

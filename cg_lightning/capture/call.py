@@ -68,6 +68,7 @@ class CaptureTarget:
         effects: The side effects of whole steps. None for a submodule, because a call with side
             effects is not captured.
         held: Parameters, buffers and tensors in attributes and globals, which an output may be.
+        held_containers: Containers in attributes and globals, which an output may be or hold.
         record: The row in the statistics.
         side_effects: What the call does besides, as the watched step has shown.
         changed: The value that has changed since an earlier capture; empty if none has.
@@ -84,6 +85,7 @@ class CaptureTarget:
     effects: ModuleEffects | None
     held: Sequence[Tensor]
     record: EntryRecord
+    held_containers: Sequence[Any] = ()
     side_effects: SideEffects = dataclasses.field(default_factory=SideEffects)
     changed: Changed = NO_CHANGE
     reads: Sequence[HostRead] = ()

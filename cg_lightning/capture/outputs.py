@@ -22,7 +22,7 @@ from cg_lightning.guards.values import addresses_of
 class _Source(enum.Enum):
     INPUT = "the input tensor itself, or a value of the input that is passed on"
     CONTAINER = "a container of the input itself"
-    HELD = "a tensor that was there before, such as a parameter, or a plain value"
+    HELD = "a tensor or container that was there before, such as a parameter, or a plain value"
     VIEW_OF_HELD = "a view of a tensor that was there before"
     COMPUTED = "a tensor that the graph computes"
     VIEW_OF_INPUT = "a view of an input tensor"
@@ -37,6 +37,13 @@ class _Given:
 
     def __init__(self, number: int) -> None:
         self.number = number
+
+
+class _HeldContainer:
+    """A leaf that replaces a container that was there before, such as a list in an attribute."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
 
 class _View(NamedTuple):
@@ -106,6 +113,8 @@ class _SourceFinder:
     def _find(self, index: int, leaf: Any, attributes: list[str]) -> tuple[_Source, Any]:
         if isinstance(leaf, _Given):
             return _Source.CONTAINER, leaf.number
+        if isinstance(leaf, _HeldContainer):
+            return _Source.HELD, leaf.value
         if id(leaf) in self._positions:
             return _Source.INPUT, self._positions[id(leaf)]
         if is_plain_value(leaf):
@@ -164,6 +173,7 @@ class OutputPlan:
         inputs: list[Any],
         held: Iterable[Tensor],
         containers: Sequence[Any] = (),
+        held_containers: Sequence[Any] = (),
         detaches: bool = False,
     ) -> tuple[OutputPlan, list[Tensor]]:
         """Return the plan and the computed tensors, without duplicates.
@@ -173,13 +183,14 @@ class OutputPlan:
             inputs: The leaves of the arguments of the captured call.
             held: Tensors that were there before.
             containers: The containers of the inputs, as the call was given them.
+            held_containers: Containers that were there before.
             detaches: Whether tensors leave their autograd graph.
 
         Raises:
             CaptureError: A leaf is no dense tensor and no plain value, so a replay cannot make it;
                 or it shares memory with another one under another dtype.
         """
-        output = _with_given_containers(output, containers)
+        output = _with_given_containers(output, containers, held_containers)
         leaves, structure = flatten(output)
         host_copies = places_of_copies(leaves)
         attributes = list(map(_attributes, leaves))
@@ -281,13 +292,14 @@ def _attributes(leaf: Any) -> list[str]:
     return [name for name in vars(leaf) if name not in own and "_dynamo_" not in name]
 
 
-def _with_given_containers(output: Any, containers: Sequence[Any]) -> Any:
-    """Return the output with a leaf in the place of each container that the call was given."""
-    given = {id(container): index for index, container in enumerate(containers)}
+def _with_given_containers(output: Any, containers: Sequence[Any], held: Sequence[Any]) -> Any:
+    """Return the output with leaves for containers that the call was given or that were there."""
+    known: dict[int, Any] = {id(container): _HeldContainer(container) for container in held}
+    known |= {id(container): _Given(index) for index, container in enumerate(containers)}
     found = {
-        id(container): _Given(given[id(container)])
+        id(container): known[id(container)]
         for container in containers_in(output)
-        if id(container) in given
+        if id(container) in known
     }
     return with_leaves_for(output, found) if found else output
 

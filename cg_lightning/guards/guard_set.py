@@ -160,6 +160,10 @@ class GuardSet:
         of_modules = [tensor for guard in self._hidden for tensor in guard.tensors]
         return [*self._contents.all_tensors(), *of_modules]
 
+    def containers(self) -> list[Any]:
+        """Return all guarded containers."""
+        return self._contents.all_containers()
+
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to compare."""

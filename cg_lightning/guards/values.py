@@ -220,6 +220,16 @@ class FrozenValues:
         inside = [large.all_tensors() for large in self._inside_large]
         return [*self.tensors, *itertools.chain.from_iterable(inside)]
 
+    def all_containers(self) -> list[Any]:
+        """Return all containers, those in large ones included."""
+        of_values = (
+            [each.value, *containers_in(as_tree(each.value))]
+            for each in (*self._items, *self._large)
+            if isinstance(each, FrozenContainer)
+        )
+        inside = (large.all_containers() for large in self._inside_large)
+        return list(itertools.chain(*of_values, *inside))
+
     def classes(self) -> list[type]:
         """Return the classes of all objects, those in large containers not included."""
         return self._expected_types

@@ -205,6 +205,7 @@ class GraphTarget:
             module=self.module,
             effects=self._effects,
             held=[*self.guard.tensors, *held],
+            held_containers=[] if guards is None else guards.containers(),
             record=record,
             side_effects=SideEffects() if watched is None else watched,
             changed=self._changed(record, plan, call),
