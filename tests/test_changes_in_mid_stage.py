@@ -392,6 +392,25 @@ def test_a_view_that_is_in_an_output_twice_is_one_tensor(harness: Harness, views
     assert callback.stats.steps[mode.split("_")[0]], callback.summary()
 
 
+class SetsDataOfOutputs(Callback):
+    def on_predict_batch_end(self, trainer, pl_module, outputs, *_: Any) -> None:
+        outputs[1].data = outputs[1].data + 1
+
+
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "PIECEWISE"])
+def test_a_new_parameter_in_the_output_is_not_that_of_an_earlier_step(
+    harness: Harness, mode
+) -> None:
+    torch.manual_seed(2)
+    callback = harness.callback(mode=mode, verify_replays=0, warmup_steps=1)
+    harness.compare(
+        Runs(Part(dict, lambda part, x: (x, nn.Parameter(part.linear.bias)))),
+        predict(features(48)),
+        callback,
+        lambda: [SetsDataOfOutputs()],
+    )
+
+
 class AppendsToOutputs(Callback):
     def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, *_: Any) -> None:
         if batch_idx == 6:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cg_lightning.capture.host_copies import HostCopy, leaves_on_device, places_of_copies
 from cg_lightning.capture.static_inputs import overlaps_itself, without_repeats
@@ -126,6 +126,8 @@ class _SourceFinder:
         if leaf.is_nested or leaf.layout is not torch.strided:
             raise self._unmakeable(index, "nested" if leaf.is_nested else str(leaf.layout))
         if _storage(leaf) in self._held_storages:
+            if type(leaf) is nn.Parameter and id(leaf) not in self._held:
+                raise self._error(index, " is a new Parameter, which a replay cannot make.")
             if id(leaf) in self._held or type(leaf) is not Tensor or leaf.grad_fn:
                 return _Source.HELD, leaf
             if not attributes:
