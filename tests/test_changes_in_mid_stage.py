@@ -156,7 +156,24 @@ def defines_in_the_second(part: Part, is_on: bool) -> None:
         del KINDS["second"].called  # type: ignore[attr-defined]
 
 
+class AnswersAnyName(type):
+    def __getattr__(cls, name: str) -> float:
+        if name.startswith("__") and name != "__members__":
+            raise AttributeError(name)
+        return 0.0
+
+
+class Answers(metaclass=AnswersAnyName):
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+
 CHANGES: dict[str, tuple[Any, Any, Any]] = {
+    "an attribute, where a metaclass answers": (
+        Answers,
+        lambda part, x: x * part.held.scale,
+        attribute("scale"),
+    ),
     "a class whose inherited code ran for another": (
         lambda: None,
         calls_each,
@@ -248,6 +265,52 @@ def test_a_change_is_seen(harness: Harness, name: str, mode: str) -> None:
         Runs(Part(setup, use)), predict(features(48)), callback, lambda: [Changes(change)]
     )
     assert callback.stats.steps[mode.split("_")[0]], callback.summary()  # or else nothing was tried
+
+
+class HasNoHash(type):
+    def __eq__(cls, other: object) -> bool:
+        return cls is other
+
+
+class RaisesForNames(type):
+    def __getattr__(cls, name: str) -> Any:
+        raise KeyError(name)
+
+
+class DeadProxy:
+    @property
+    def __class__(self) -> type:
+        raise RuntimeError("nothing is behind it")
+
+
+class NoHash(Doubles, metaclass=HasNoHash):
+    pass
+
+
+class OfRaising(metaclass=RaisesForNames):
+    pass
+
+
+class HoldsRaising(Doubles):
+    inner = OfRaising()
+
+
+class HoldsProxy(Doubles):
+    inner = DeadProxy()
+
+
+@pytest.mark.parametrize("kind", [NoHash, HoldsRaising, HoldsProxy])
+def test_classes_that_raise_do_not_stop_a_step(harness: Harness, kind: type) -> None:
+    def use(part: Part, x: Tensor) -> Tensor:
+        return doubled(kind(), x)
+
+    callback = harness.callback(warmup_steps=1)
+    harness.compare(Runs(Part(lambda: None, use)), predict(features(48)), callback)
+    assert callback.stats.steps["NONE"] <= 3, callback.summary()
+
+
+def doubled(thing: Any, x: Tensor) -> Tensor:
+    return thing.method(x)
 
 
 CONTEXTS = {

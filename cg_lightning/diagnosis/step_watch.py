@@ -275,7 +275,7 @@ class StepWatch:
 
     def note_classes(self, classes: Iterable[type]) -> None:
         """Note the user's among some classes: the step uses their functions."""
-        self.notes.classes.update(dict.fromkeys(filter(is_users_namespace, classes)))
+        self.notes.classes.update({id(each): each for each in filter(is_users_namespace, classes)})
 
     def note_code(self, code: CodeType) -> None:
         """Note code of the user's that the step runs."""

@@ -104,8 +104,8 @@ class StepNotes(SideEffects):
     catches errors, or asks for the class of an object."""
     generators: Sequence[torch.Generator] = ()
     """Random generators, other than the default one, that the step draws from."""
-    classes: dict[type, None] = dataclasses.field(default_factory=dict)
-    """The user's classes that the step uses."""
+    classes: dict[int, type] = dataclasses.field(default_factory=dict)
+    """The user's classes that the step uses, by id: a class may have no hash."""
 
 
 class WatchedStep(StepNotes):

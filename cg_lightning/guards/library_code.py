@@ -22,7 +22,7 @@ from cg_lightning.core.reasons import NO_CHANGE, Changed
 from cg_lightning.guards import audit_events
 from cg_lightning.guards.sources import MISSING
 from cg_lightning.modules.interception import without_interceptions
-from cg_lightning.modules.kinds import is_users_namespace
+from cg_lightning.modules.kinds import class_has, is_users_namespace
 
 
 def always_new(_: dict[str, Any]) -> object:
@@ -72,7 +72,8 @@ def _code_in(namespace: _Namespace) -> dict[str, Any]:
 
 
 def _is_code(value: Any) -> bool:
-    return isinstance(value, _CODE) or hasattr(type(value), "__get__")
+    kind: type = type(value)  # ``isinstance`` asks the value as well, which may raise
+    return issubclass(kind, _CODE) or class_has(kind, "__get__")
 
 
 def is_code(value: Any) -> bool:
@@ -113,7 +114,8 @@ class LibraryCode:
 
     def add_classes(self, classes: Iterable[type]) -> None:
         """Compare further classes from now on. What is compared already has to stay as it was."""
-        bases = {cls: None for each in classes for cls in each.__mro__}
+        # by id: a class of the user's may have no hash
+        bases = {id(cls): cls for each in classes for cls in each.__mro__}.values()
         self._add(cls for cls in bases if issubclass(cls, nn.Module) or is_users_namespace(cls))
 
     def _add(self, namespaces: Iterable[_Namespace]) -> None:
@@ -131,7 +133,7 @@ class LibraryCode:
             return False
         versions = list(map(version_of, self.dictionaries))
         for index, (now, before) in enumerate(zip(versions, self.versions, strict=True)):
-            if now != before and _code_in(self._namespaces[index]) != self._code[index]:
+            if now != before and self._replaced_in(index):
                 return False
         self.versions = versions
         return True
@@ -140,9 +142,17 @@ class LibraryCode:
         """Return what was replaced; empty if nothing was."""
         if len(self.rewritten) != self.number:
             return Changed(self.rewritten[self.number])
-        for namespace, before in zip(self._namespaces, self._code, strict=True):
-            now = _code_in(namespace)
-            for name in {**before, **now}:
-                if before.get(name, MISSING) is not now.get(name, MISSING):
-                    return Changed(f"{namespace.__name__}.{name}")
+        for index, namespace in enumerate(self._namespaces):
+            if name := self._replaced_in(index):
+                return Changed(f"{namespace.__name__}.{name}")
         return NO_CHANGE
+
+    def _replaced_in(self, index: int) -> str:
+        """Return the name of what was replaced in a namespace; empty if nothing was."""
+        now, before = _code_in(self._namespaces[index]), self._code[index]
+        changed = (
+            name
+            for name in {**before, **now}
+            if before.get(name, MISSING) is not now.get(name, MISSING)
+        )
+        return next(changed, "")

@@ -212,7 +212,7 @@ class ModuleGuard:
         self.settings = LayerSettings(root)
         """All settings, as they were at the latest :meth:`check_epoch`."""
         self.modules: list[nn.Module] = []
-        self._used_classes: dict[type, None] = {}
+        self._used_classes: list[type] = []
         self.refresh()
 
     def refresh(self) -> None:
@@ -266,8 +266,9 @@ class ModuleGuard:
 
     def add_classes(self, classes: Iterable[type]) -> None:
         """Compare the functions of further classes of the user's, which a step has just used."""
-        new = dict.fromkeys(each for each in classes if each not in self._used_classes)
-        self._used_classes |= new
+        known = set(map(id, self._used_classes))
+        new = [each for each in classes if id(each) not in known]
+        self._used_classes += new
         if self._code is not None:
             self._code.add_classes(new)
 

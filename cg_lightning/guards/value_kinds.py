@@ -41,6 +41,7 @@ from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.guards.sources import CacheWrapper
 from cg_lightning.modules.attributes import attributes_of, has_room_for_attributes, slots_of
 from cg_lightning.modules.kinds import (
+    class_has,
     is_user_class,
     is_user_file,
     is_users_namespace,
@@ -191,7 +192,7 @@ def _can_be_given_attributes(cls: type) -> bool:
 def _is_harmless_class(cls: type) -> bool:
     if lightning_class(cls, *_PARTS_OF_TRAINER) or _root(cls) == "cg_lightning":
         return True
-    if hasattr(cls, "__members__"):
+    if class_has(cls, "__members__"):
         return True
     numpy = sys.modules.get("numpy")
     if numpy is not None and issubclass(cls, (numpy.generic, numpy.dtype, numpy.ufunc)):
@@ -202,7 +203,7 @@ def _is_harmless_class(cls: type) -> bool:
         return has_hidden_state(cls) or cls.__module__.startswith("torch._")
     if not has_hidden_state(cls):
         return False
-    if hasattr(cls, "__next__"):
+    if class_has(cls, "__next__"):
         return False
     return _root(cls) == "torch"  # streams, dtypes, scripted objects
 

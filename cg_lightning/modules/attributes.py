@@ -22,6 +22,7 @@ from torch.nn.modules import module as _torch_module
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.modules.compiled import is_compiled_in_place
 from cg_lightning.modules.kinds import (
+    class_has,
     is_metric,
     is_user_class,
     is_user_module,
@@ -365,7 +366,7 @@ def _methods_of_classes(cls: type) -> dict[str, Any]:
         for base in cls.__mro__
         if is_user_class(base)
         for name, value in vars(base).items()
-        if not name.startswith("__") and (callable(value) or hasattr(type(value), "__get__"))
+        if not name.startswith("__") and (callable(value) or class_has(type(value), "__get__"))
     }
 
 

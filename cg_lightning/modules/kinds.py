@@ -28,13 +28,23 @@ def is_user_class(cls: type) -> bool:
     return cls.__module__.split(".")[0] not in ("builtins", "functools", *FRAMEWORKS)
 
 
+def class_has(cls: type, name: str) -> bool:
+    """Return whether a class or its metaclass defines a name.
+
+    ``hasattr`` would ask a ``__getattr__`` of the metaclass, which may have an answer for each name
+    or raise any error.
+    """
+    metaclass: type = type(cls)
+    return any(name in vars(each) for each in (*cls.__mro__, *metaclass.__mro__))
+
+
 def is_value_of_class(value: object) -> bool:
     """Return False for methods, and for descriptors that keep no state of the user's.
 
     An object of the user's own class is a value, also if it is called or is a descriptor.
     """
     cls = type(value)
-    return is_user_class(cls) or not (callable(value) or hasattr(cls, "__get__"))
+    return is_user_class(cls) or not (callable(value) or class_has(cls, "__get__"))
 
 
 def is_user_module(module: nn.Module) -> bool:

@@ -295,7 +295,7 @@ class Session:
                 path, finding = obstacle
                 piecewise = finding.reason().of_submodule(path)
         self.target.copies_from_host |= watched.copies_from_host()
-        self.target.guard.add_classes(watched.classes)
+        self.target.guard.add_classes(watched.classes.values())
         for generator in watched.generators:
             self.backend.follow(generator)
         dispatcher = self.target.dispatcher
