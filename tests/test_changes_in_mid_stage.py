@@ -358,6 +358,43 @@ def test_reads_that_nothing_intercepts(harness: Harness, read: Any, mode: str) -
     harness.compare(Reads(), predict(data), harness.callback(mode=mode, verify_replays=0))
 
 
+def asks_for_sentinel(value: Any, mask: Any = ONE) -> float:
+    return 1.0 if mask is ONE else 2.0
+
+
+def asks_for_class(value: Any) -> float:
+    return 1.0 if value.__class__ is nn.Linear else 2.0
+
+
+def asks_for_dtype(value: Any) -> float:
+    return 1.0 if value.weight.dtype is torch.float32 else 2.0
+
+
+def asks_for_constant(value: Any) -> float:
+    return 1.0 if value is None else 2.0
+
+
+@pytest.mark.parametrize(
+    "ask", [asks_for_sentinel, asks_for_class, asks_for_dtype, asks_for_constant]
+)
+def test_identity_with_objects_of_other_classes_reads_no_value(harness: Harness, ask: Any) -> None:
+    class PassesOn(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.linear(batch["x"]) * ask(self.linear), batch["name"]
+
+    def batch(index: int) -> Any:
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(index))
+        return {"x": x, "name": f"image {index}"}
+
+    data = DataLoader(Batches(batch, 16), batch_size=None)  # type: ignore[arg-type]
+    callback = harness.compare(PassesOn(), predict(data), harness.callback(warmup_steps=1))
+    assert callback.stats.steps["FULL"] >= 5, callback.summary()
+
+
 GLOBAL = torch.ones(8)
 HELD_TENSORS = {
     "an attribute": lambda part: part.held["kept"],

@@ -92,6 +92,6 @@ def may_use_unseen(names: NamesInCode) -> bool:
     """Return whether a function may handle an error, or may look at any object."""
     if not _LOOK_AT_ANYTHING.isdisjoint(names.code.co_names):
         return True
-    if names.compares_identity():
+    if names.kinds_compared() is None:
         return True
     return names.opnames.count("PUSH_EXC_INFO") > names.opnames.count("WITH_EXCEPT_START")

@@ -87,12 +87,19 @@ class NamesInCode:
             return is_set, set()
         return is_set, {each for each in self.names if each.isidentifier()} - {*self.code.co_names}
 
-    def compares_identity(self) -> bool:
-        """Return whether it asks ``is`` of anything but constants and members of enums."""
-        return any(
-            step.opname == "IS_OP" and not self._is_constant_before(index)
-            for index, step in enumerate(self._steps)
-        )
+    def kinds_compared(self) -> list[type] | None:
+        """Return the classes of what it compares by ``is``; None if one of them is not known.
+
+        Constants and members of enums are left out.
+        """
+        found: list[type] = []
+        for index, step in enumerate(self._steps):
+            if step.opname == "IS_OP" and not self._is_constant_before(index):
+                value = self._loaded_before(index)
+                if value is None:
+                    return None
+                found.append(type(value))
+        return found
 
     def _is_constant_before(self, index: int) -> bool:
         before = self._steps[index - 1]
@@ -100,6 +107,14 @@ class NamesInCode:
             return before.opname == "LOAD_CONST"
         holder = self._value_of(self._steps[index - 2], {})
         return before.opname == "LOAD_ATTR" and isinstance(holder, enum.EnumMeta)
+
+    def _loaded_before(self, index: int) -> Any:
+        """Return a global, or what a module has: ``torch.float32``. None if it is neither."""
+        step = self._steps[index - 1]
+        if step.opname == "LOAD_ATTR" and index > 1:
+            holder = self._loaded_before(index - 1)
+            return vars(holder).get(step.argval) if isinstance(holder, types.ModuleType) else None
+        return self._value_of(step, {})
 
     def writes_text(self) -> bool:
         """Return whether the function may write a value as text."""

@@ -102,6 +102,8 @@ class StepNotes(SideEffects):
     unseen_use: str = ""
     """The line of code that may use a value of its batch in a way that a capture does not see: it
     catches errors, or asks for the class of an object."""
+    kinds_compared: dict[int, tuple[type, str]] = dataclasses.field(default_factory=dict)
+    """Classes, by id, of whose objects it asks ``is``, with a line that does."""
     generators: Sequence[torch.Generator] = ()
     """Random generators, other than the default one, that the step draws from."""
     classes: dict[int, type] = dataclasses.field(default_factory=dict)

@@ -111,9 +111,9 @@ class ChangingValues:
     def _family(self, key: BatchDescriptor) -> KeyFamily:
         return self._families.setdefault(key.family, KeyFamily(key.leaves))
 
-    def has_passed_on(self, key: BatchDescriptor) -> bool:
-        """Return True if ``key`` leaves out values that its step may only pass on."""
-        return any(map(is_passed_on, key.leaves))
+    def kinds_passed_on(self, key: BatchDescriptor) -> list[Any]:
+        """Return the classes of the values that ``key`` leaves out, which are only passed on."""
+        return [leaf[1] for leaf in key.leaves if isinstance(leaf, tuple) and is_passed_on(leaf)]
 
     def are_read(self, key: BatchDescriptor) -> bool:
         """Return True if a step is known to read values that its key leaves out."""

@@ -391,8 +391,10 @@ class Session:
             return state.without_batch
         if watched.findings:
             return watched.findings[0].reason()
-        if watched.unseen_use and self.changing_values.has_passed_on(state.descriptor):
-            return Reason(Status.VALUE_READ, _MAY_READ, watched.unseen_use)
+        for kind in self.changing_values.kinds_passed_on(state.descriptor):
+            _, line = watched.kinds_compared.get(id(kind), (kind, ""))
+            if where := watched.unseen_use or line:
+                return Reason(Status.VALUE_READ, _MAY_READ, where)
         varying = None if watched.path is None else state.varying()
         return varying or self.changing_values.reason(state.descriptor)
 

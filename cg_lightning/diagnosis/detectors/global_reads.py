@@ -259,6 +259,8 @@ class GlobalReads(Detector):
         self._note_makes(code)
         if may_use_unseen(names):
             self.watch.notes.unseen_use = self.watch.notes.unseen_use or location
+        for kind in names.kinds_compared() or ():
+            self.watch.notes.kinds_compared.setdefault(id(kind), (kind, location))
         if names.imports_unknown:  # the next step finds it, and what it holds
             self.watch.notes.did_one_time_work = True
         computed = list(names.computed(frame.f_locals, is_users_namespace))
