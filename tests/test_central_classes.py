@@ -894,7 +894,7 @@ def training_step_of(module: Predictor) -> TrainingStep:
         lightning_module=module,
     )
     module._trainer = trainer
-    return TrainingStep(trainer, module, ModuleGuard(module), is_reduced=False)
+    return TrainingStep(trainer, module, ModuleGuard(module), False, RecorderBackend(CPU))
 
 
 def closure_input(batch: Any) -> ClosureInput:

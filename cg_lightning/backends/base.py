@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -113,6 +113,9 @@ class GraphBackend(Protocol):
         Returns:
             A stopwatch. None: times of this backend do not tell if graphs pay.
         """
+
+    def current_stream(self) -> Hashable:
+        """Return what tells the current stream from others."""
 
     def capture_stream(self) -> AbstractContextManager[None]:
         """Run eager work inside where captures run, ordered with what runs before and after."""

@@ -35,7 +35,7 @@ import contextlib
 import dataclasses
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -312,6 +312,10 @@ class RecorderBackend(FollowsGenerators):
 
     def stopwatch(self, began: float) -> None:
         """Return None, because a replay is slower than eager by nature."""
+
+    def current_stream(self) -> Hashable:
+        """Return a constant: there are no streams."""
+        return 0
 
     def capture_stream(self) -> AbstractContextManager[None]:
         """Do nothing, because the recorder knows no streams."""

@@ -20,7 +20,7 @@ from cg_lightning.capture.host_copies import answered_host_copies, leaves_on_dev
 from cg_lightning.capture.outputs import OutputPlan
 from cg_lightning.capture.passed_on import PassedOnValues
 from cg_lightning.capture.static_inputs import StaticInputs
-from cg_lightning.core.closure import ClosureOutput
+from cg_lightning.core.closure import ClosureOutput, ReplayedOutput
 from cg_lightning.core.errors import CaptureError
 from cg_lightning.core.forward_context import ForwardContext, override_forward_context
 from cg_lightning.core.settings import Settings
@@ -139,7 +139,10 @@ class Attempt:
             containers, entries = list(containers_in(tree)), BatchEntries(tree)
             with self._answering(recording.checked) as constants:
                 output = self._call.run_on(tree)
-            is_closure = isinstance(output, ClosureOutput)
+            lent = set[int]()
+            if is_closure := isinstance(output, ClosureOutput):
+                output = ReplayedOutput(*output)
+                lent = set(map(id, (output.gradients or {}).values()))
             finished = recording.finish((leaves_on_device(output), self._leaves))
             effects, tensors = finished.effects, finished.tensors
             if does.host_draws:
@@ -163,6 +166,7 @@ class Attempt:
             target.held_containers,
             detaches=is_closure,
         )
+        lent_places = [index for index, tensor in enumerate(computed) if id(tensor) in lent]
         # outputs that are not copied out must not share memory with those of other graphs
         is_weak = self._settings.capture_options.weak_ref_output
         if is_weak and (self._copies_outputs or takers):
@@ -170,7 +174,7 @@ class Attempt:
             tensors = weak_ref_tensors(tensors, self._backend)
         have_memory = recording.checked.have_memory() and self._constants.are_made(constants)
         needed = None if have_memory else _Needed(recording.checked, constants)
-        return Captured(plan, computed, effects, tensors, takers), needed
+        return Captured(plan, computed, effects, tensors, takers, lent_places), needed
 
     @contextlib.contextmanager
     def _answering(self, checked: CheckedCalls) -> Iterator[list[Tensor]]:

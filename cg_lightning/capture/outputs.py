@@ -416,6 +416,11 @@ class GroupedCopies:
                 copies[index] = copy
         return copies
 
+    def write_to(self, copies: list[Tensor]) -> None:
+        """Write what the tensors have now to earlier copies, given in their order."""
+        for places, group in self._groups.values():
+            torch._foreach_copy_([copies[index] for index in places], group)
+
 
 def _clones_of_older_torch(tensors: list[Tensor]) -> list[Tensor]:
     copies = [torch.empty_like(tensor) for tensor in tensors]

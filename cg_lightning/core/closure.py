@@ -40,6 +40,21 @@ class ClosureOutput(NamedTuple):
     """
 
 
+class ReplayedOutput(ClosureOutput):
+    """The results of a closure that ran from a graph: the next replay overwrites the gradients."""
+
+    __slots__ = ()
+
+
+def outliving_graph(output: Any) -> Any:
+    """Return an output that stays as it is if its graph is dropped."""
+    if not isinstance(output, ReplayedOutput):
+        return output
+    gradients = output.gradients or {}
+    copies = {name: None if each is None else each.clone() for name, each in gradients.items()}
+    return ClosureOutput(output.loss, output.extra, None if output.gradients is None else copies)
+
+
 class GradientsAside:
     """Sets the gradients of earlier backwards aside, while a backward computes new ones.
 

@@ -107,7 +107,7 @@ class ModuleHandler:
 
 
 class _Entry(NamedTuple):
-    module: nn.Module  # keeps the module alive, and with it its id
+    module: Any  # keeps the module, or whoever listens, alive, and with it its id
     thread: int
     handler: Any
 
@@ -228,6 +228,16 @@ def _method_function(original: _Function, table: _Table) -> _Function:
     return method
 
 
+def _heard_function(original: _Function, table: _Table) -> _Function:
+    def method(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        for entries in tuple(table.values()):
+            for entry in entries:
+                entry.handler(self)
+        return original(self, *args, **kwargs)
+
+    return method
+
+
 _MAKERS: dict[str, Callable[[_Function, _Table], _Function]] = {
     "__call__": _call_function,
     "__getattribute__": _read_function,
@@ -237,6 +247,7 @@ _MAKERS: dict[str, Callable[[_Function, _Table], _Function]] = {
     "__getstate__": _copy_function,
     "__deepcopy__": _copy_function,
     "__copy__": _copy_function,
+    "record_stream": _heard_function,
 }
 _SPECIAL_METHODS = {
     "on_call": ("__call__",),
@@ -321,8 +332,8 @@ class _Patch:
             return before
         if before is _ABSENT:
 
-            def inherited(self: nn.Module, /, *args: Any) -> Any:
-                return getattr(super(cls, self), name)(*args)
+            def inherited(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+                return getattr(super(cls, self), name)(*args, **kwargs)
 
             return inherited
 
@@ -455,6 +466,23 @@ def replaced_method(
         yield
     finally:
         patch.discard(entry)
+
+
+class RecordedStreams:
+    """Calls a function before ``record_stream`` of any tensor, in any thread, from now on.
+
+    Args:
+        listener: Called with the tensor.
+    """
+
+    def __init__(self, listener: Callable[[Any], None]) -> None:
+        self._entry = _Entry(self, _get_thread(), listener)
+        self._patch = _patch(torch.Tensor, "record_stream")
+        self._patch.add(self._entry)
+
+    def remove(self) -> None:
+        """Leave no trace; idempotent."""
+        self._patch.discard(self._entry)
 
 
 @contextlib.contextmanager

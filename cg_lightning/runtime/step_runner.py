@@ -13,6 +13,7 @@ import torch
 from cg_lightning.capture.call import GraphCall
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.core.causes import Cause
+from cg_lightning.core.closure import outliving_graph
 from cg_lightning.core.descriptor import (
     BatchDescriptor,
     describe_fields,
@@ -187,6 +188,7 @@ class StepRunner:
         entry.took(seconds)
         self._times.append((self._stage, Ran.REPLAY, seconds, None))
         if times is not None:
+            output = outliving_graph(output)
             self._timed(plan, times, is_eager=False)
         return Outcome(output, FULL, None, Ran.REPLAY)
 
@@ -304,7 +306,7 @@ class StepRunner:
         if variant.mode is not FULL:
             session.find_submodules(descriptor, variant, plan.state.warmup_runs)
         if outcome is not None:
-            return outcome
+            return outcome._replace(output=outliving_graph(outcome.output))
         if variant.mode is PIECEWISE:
             return self._run_piecewise(plan, args, kwargs)
         return self._run_eagerly(descriptor, args, kwargs, variant.reason)

@@ -5,6 +5,8 @@
 - ``ddp.py``: runs the steps of closures in the forward of DDP, which reduces their gradients.
 - ``examples.py``: batches of a run that are captured ahead.
 - ``given_batches.py``: batches that the user gives to ``CUDAGraphCallback.capture``.
+- ``gradient_copies.py``: copies gradients of a graph, into the memory of earlier copies if it is
+  free.
 - ``installation.py``: intercepts the steps of a stage at the strategy, and restores them.
 - ``log_calls.py``: repeats ``self.log`` after a replay, for a Lightning version that stores logged
   values in an unknown way.

@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from cg_lightning.core.closure import ClosureOutput, UnfinishedClosure
+from cg_lightning.core.closure import ClosureOutput, ReplayedOutput, UnfinishedClosure
 from cg_lightning.core.stages import STEP_METHODS, TRAIN
 from cg_lightning.trainer.redirection import run_in_wrapper
+from cg_lightning.trainer.training_step import TrainingStep
 
 _NO_LOSS = (
     "Skipping the `training_step` by returning None in distributed training is not supported."
@@ -46,21 +47,16 @@ class StepInDDP:
     Args:
         trainer: The Trainer. Its strategy wraps the module in DDP.
         module: The LightningModule in it.
-        parameters: Gives the parameters of the module by name.
+        step: Knows its parameters, and copies gradients.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        parameters: Callable[[], dict[str, nn.Parameter]],
-    ) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule, step: TrainingStep) -> None:
         wrapper = trainer.strategy.model
         assert isinstance(wrapper, DistributedDataParallel)
         self._trainer = trainer
         self._wrapper = wrapper
         self._module = module
-        self._parameters = parameters
+        self._step = step
         self._has_reduced = False
 
     @property
@@ -100,10 +96,13 @@ class StepInDDP:
 
     def _with_gradients(self, output: ClosureOutput) -> Tensor:
         """Return the loss with a backward that gives the parameters the gradients of a graph."""
-        parameters = self._parameters()
+        parameters = self._step.parameters()
         assert output.gradients is not None, "no backward here adds gradients"
         names = list(output.gradients)
         gradients = [output.gradients.pop(name) for name in names]
+        if isinstance(output, ReplayedOutput):
+            copies = iter(self._step.copies.make([each for each in gradients if each is not None]))
+            gradients = [None if each is None else next(copies) for each in gradients]
         chosen = [parameters[name] for name in names]
         return _given_gradients(output.loss, gradients, *chosen)
 

@@ -92,10 +92,11 @@ class TrainingInstallation:
         self._transfers = transfers
         self._loop = trainer.fit_loop.epoch_loop.automatic_optimization
         is_reduced = trainer.strategy.model is not module
-        self._step = TrainingStep(trainer, module, session.target.guard, is_reduced)
+        guard, backend = session.target.guard, session.backend
+        self._step = TrainingStep(trainer, module, guard, is_reduced, backend)
         self._ddp: StepInDDP | None = None
         if is_reduced:
-            self._ddp = StepInDDP(trainer, module, self._step.parameters)
+            self._ddp = StepInDDP(trainer, module, self._step)
         self._runner = StepRunner(session, TRAIN, _NAME, self._described_step(), self._as_it_is)
         self._node_hooks = NodeHooks()
         self._is_installed = False
@@ -109,6 +110,8 @@ class TrainingInstallation:
         vars(self._loop)[_MAKE_CLOSURE] = self._make_closure
         # DDP's own backward runs these nodes with their hooks, and holds them
         self._node_hooks.install(() if self._ddp else self._step.parameters().values())
+        if self._ddp is None:  # the reducer may use them as it likes
+            self._step.copies.install()
         for transfer in self._transfers:
             transfer.install()
 
@@ -123,6 +126,7 @@ class TrainingInstallation:
         self._is_installed = False
         vars(self._loop).pop(_MAKE_CLOSURE, None)
         self._node_hooks.remove()
+        self._step.copies.remove()
         for transfer in reversed(self._transfers):
             transfer.remove()
         self.session.remove(check)
@@ -184,6 +188,7 @@ class TrainingInstallation:
     def _as_it_is(
         self, given: ClosureInput, *args: Any, closure: _InterceptedClosure
     ) -> FinishedClosure | UnfinishedClosure:
+        self._step.copies.forget()  # the memory may be needed for eager gradients
         with self.session.backend.capture_stream():
             if self._ddp is not None:  # this runs in its forward
                 return UnfinishedClosure(self._step.run(given, *args), "")

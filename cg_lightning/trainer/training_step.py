@@ -31,16 +31,19 @@ from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResul
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
+from cg_lightning.backends import GraphBackend
 from cg_lightning.core.closure import (
     ClosureInput,
     ClosureOutput,
     GradientsAside,
+    ReplayedOutput,
     UnfinishedClosure,
     add_gradient,
 )
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.tree import flatten, rebuild
 from cg_lightning.guards.module_guard import ModuleGuard
+from cg_lightning.trainer.gradient_copies import GradientCopies
 from cg_lightning.trainer.node_hooks import hooks_noted
 
 _COLLECTIVES = frozenset(
@@ -65,15 +68,23 @@ class TrainingStep:
         module: The LightningModule.
         guard: Knows when parameters have been replaced.
         is_reduced: Whether DDP reduces the gradients, whose hooks a backward here must not run.
+        backend: The backend of the graphs.
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, guard: ModuleGuard, is_reduced: bool
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        guard: ModuleGuard,
+        is_reduced: bool,
+        backend: GraphBackend,
     ) -> None:
         self._trainer = trainer
         self._module = module
         self._guard = guard
         self._is_reduced = is_reduced
+        self.copies = GradientCopies(backend)
+        """The gradients of replays that parameters have."""
         self._named: dict[str, nn.Parameter] = {}
         self._known: list[nn.Module] | None = None
 
@@ -164,7 +175,7 @@ class TrainingStep:
                 if closure._zero_grad_fn is not None:
                     closure._zero_grad_fn()
                 with torch.no_grad():
-                    self._add(output.gradients)
+                    self._add(output.gradients, isinstance(output, ReplayedOutput))
             # it calls on_after_backward
             self._trainer.precision_plugin.post_backward(output.loss, self._module)
         # if it is given the loss, it copies it; but this one is a quotient, which nobody else has
@@ -184,22 +195,33 @@ class TrainingStep:
                 closure._backward_fn(result.closure_loss)
         return result
 
-    def _add(self, gradients: dict[str, Tensor | None]) -> None:
-        """Do what PyTorch does at the end of a backward."""
+    def _add(self, gradients: dict[str, Tensor | None], are_copied: bool) -> None:
+        """Do what PyTorch does at the end of a backward.
+
+        Args:
+            gradients: The new gradients by the names of their parameters.
+            are_copied: Whether parameters get copies of them.
+        """
         parameters = self.parameters()
+        without: list[nn.Parameter] = []
+        new: list[Tensor] = []
         targets: list[Tensor] = []
         added: list[Tensor] = []
         for name, gradient in gradients.items():
             assert gradient is not None, "only DDP has to know of such parameters"
             parameter = parameters[name]
             existing = parameter.grad
-            if existing is None:  # mostly; a call for each would take longer
-                parameter.grad = gradient
+            if existing is None:
+                without.append(parameter)
+                new.append(gradient)
             elif existing.layout is gradient.layout is torch.strided:
                 targets.append(existing)
                 added.append(gradient)
             else:
                 add_gradient(parameter, gradient)
+        given = self.copies.make(new) if are_copied and new else new
+        for parameter, gradient in zip(without, given, strict=True):
+            parameter.grad = gradient
         if _overlap(targets):  # a grouped sum would lose one of two
             for existing, gradient in zip(targets, added, strict=True):
                 existing.add_(gradient)

@@ -1,0 +1,241 @@
+"""Gradients of graphs: their memory is written again only if nobody can see it."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+
+from cg_lightning.backends.recorder import RecorderBackend
+from cg_lightning.capture.outputs import GroupedCopies
+from cg_lightning.trainer import gradient_copies
+from cg_lightning.trainer.gradient_copies import GradientCopies
+from tests.harness import assert_same
+from tests.test_training import Classifier, points, replayed
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning", "ignore:.*deterministic"
+)
+
+
+class Looks(Callback):
+    """Looks at the gradients of each iteration, in one way."""
+
+    def __init__(self, look=lambda *_: None):
+        self.look = look
+        self.kept = []
+        self.sums = []
+        self.weights = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        gradients = [p.grad for p in pl_module.parameters()]
+        self.sums.append([gradient.double().sum() for gradient in gradients])
+        self.kept.append([self.look(gradient) for gradient in gradients])
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.weights.append([t.detach().clone() for t in pl_module.state_dict().values()])
+
+
+def train(harness, module, looks, callbacks=(), **settings):
+    torch.manual_seed(1)
+    trainer = harness.trainer(*callbacks, looks, max_epochs=2, **settings)
+    trainer.fit(module, points())
+    return looks.kept, looks.sums, looks.weights, [p.grad for p in module.parameters()]
+
+
+def compare(harness, make_look, module=None, **settings):
+    """Train with and without the callback."""
+    module = module or Classifier()
+    callback = harness.callback(stages=["train"])
+    reference = train(harness, copy.deepcopy(module), Looks(make_look()), **settings)
+    ours = train(harness, module, Looks(make_look()), [callback], **settings)
+    assert_same(ours, reference)
+    assert replayed(callback) > 8, callback.stats
+
+
+@pytest.fixture
+def reused(monkeypatch):
+    """One item for each iteration that has written to the gradients of an earlier one."""
+    calls, write_to = [], GroupedCopies.write_to
+
+    def counted(self, copies):
+        calls.append(len(copies))
+        write_to(self, copies)
+
+    monkeypatch.setattr(GroupedCopies, "write_to", counted)
+    return calls
+
+
+def nothing():
+    return lambda gradient: None
+
+
+def itself():
+    return lambda gradient: gradient
+
+
+def in_views():
+    return lambda gradient: gradient.view(-1)[:1]
+
+
+def detached():
+    return lambda gradient: gradient.detach()
+
+
+def storages():
+    kept = []
+
+    def look(gradient):
+        kept.append((gradient.untyped_storage(), gradient.clone()))
+        for storage, value in kept:  # in eager, the memory of an earlier iteration stays
+            now = torch.empty(0, device=value.device).set_(storage, 0, value.shape, value.stride())
+            assert torch.equal(now, value)
+
+    return look
+
+
+def saved_for_backward():
+    weight = torch.ones((), requires_grad=True)
+
+    def look(gradient):
+        with torch.enable_grad():
+            return (weight.to(gradient.device) * gradient).sum()
+
+    return look
+
+
+def weakly():
+    kept = []
+
+    def look(gradient):
+        alive = [each() is not None for each in kept[-4:]]
+        kept.append(weakref.ref(gradient))
+        return alive and len(alive)
+
+    return look
+
+
+def with_attribute():
+    def look(gradient):
+        is_marked = hasattr(gradient, "mark")
+        gradient.mark = True
+        return is_marked
+
+    return look
+
+
+def transposed():
+    def look(gradient):
+        shape = tuple(gradient.shape)
+        if gradient.dim() == 2 and shape[0] == shape[1]:
+            gradient.t_()
+        return shape, gradient.stride()
+
+    return look
+
+
+def asked_for_gradients():
+    def look(gradient):
+        before = gradient.requires_grad
+        gradient.requires_grad_()
+        return before
+
+    return look
+
+
+def elsewhere():
+    def look(gradient):
+        gradient.data = gradient.data.clone()
+
+    return look
+
+
+HELD = [itself, in_views, detached, storages, saved_for_backward]
+CHANGED = [weakly, with_attribute, transposed, asked_for_gradients, elsewhere]
+
+
+@pytest.mark.parametrize("look", HELD)
+def test_gradients_that_somebody_holds_keep_their_values(harness, look, reused):
+    """Hazard 1: all of them are compared at the end, when later replays have run."""
+    compare(harness, look)
+    assert not reused
+
+
+@pytest.mark.parametrize("look", CHANGED)
+def test_gradients_are_as_new_ones_in_each_iteration(harness, look):
+    compare(harness, look, nn_square())
+
+
+def nn_square():
+    return Classifier(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)))
+
+
+def test_gradients_that_nobody_holds_have_the_memory_of_earlier_ones(harness, reused):
+    compare(harness, nothing)
+    assert len(reused) > 8
+
+
+def test_without_counts_of_references_each_gradient_is_new(harness, monkeypatch, reused):
+    monkeypatch.setattr(gradient_copies, "_of_tensor", None)
+    compare(harness, nothing)
+    assert not reused
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_accumulated_gradients(harness, number):
+    compare(harness, nothing, accumulate_grad_batches=number)
+
+
+class KeepsZeroes(Classifier):
+    """Gradients stay between two iterations, and are zero."""
+
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        optimizer.zero_grad(set_to_none=False)
+
+
+def test_gradients_that_are_set_to_zero_are_added_to(harness):
+    compare(harness, itself, KeepsZeroes())
+
+
+def test_after_training_no_class_of_torch_has_a_function_of_ours(harness):
+    before = dict(vars(torch.Tensor))
+    compare(harness, nothing)
+    assert dict(vars(torch.Tensor)) == before
+
+
+def test_a_recorded_stream_ends_the_use_of_the_memory():
+    copies = GradientCopies(RecorderBackend(torch.device("cpu")))
+    copies.install()
+    try:
+        gradients = [torch.ones(2, 3), torch.ones(3)]
+        first = [id(each) for each in copies.make(gradients)]
+        assert [id(each) for each in copies.make(gradients)] == first
+        part = copies.make(gradients)[0].view(-1)
+        with pytest.raises(RuntimeError):  # tensors of the host have no streams
+            part.record_stream(None)
+        del part
+        assert not copies._copies
+    finally:
+        copies.remove()
+
+
+@pytest.mark.gpu
+def test_a_stream_that_reads_gradients_later(harness):
+    """Hazard 13: in eager, ``record_stream`` keeps the memory until it was read."""
+    side = torch.cuda.Stream()
+
+    def later():
+        def look(gradient):
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                torch.cuda._sleep(4_000_000)
+                found = gradient.double().sum()
+            gradient.record_stream(side)
+            return found
+
+        return look
+
+    compare(harness, later)
+    torch.cuda.synchronize()
