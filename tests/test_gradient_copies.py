@@ -110,9 +110,8 @@ def weakly():
     kept = []
 
     def look(gradient):
-        alive = [each() is not None for each in kept[-4:]]
         kept.append(weakref.ref(gradient))
-        return alive and len(alive)
+        return sum(each() is not None for each in kept)
 
     return look
 
@@ -197,6 +196,43 @@ class KeepsZeroes(Classifier):
 
 def test_gradients_that_are_set_to_zero_are_added_to(harness):
     compare(harness, itself, KeepsZeroes())
+
+
+class _GivesViews(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, first, second):
+        return first + second.view(4)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        return gradient.view(4), gradient.view(2, 2)
+
+
+class GradientsShareMemory(Classifier):
+    """The gradients of two weights have the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(2, 2))
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss + (_GivesViews.apply(self.first, self.second) ** 2).sum() * loss.detach()
+
+    def share(self):
+        return self.first.grad.data_ptr() == self.second.grad.data_ptr()
+
+
+def test_gradients_that_share_memory_still_do(harness):
+    """Clipping writes to each of them."""
+    module, callback = GradientsShareMemory(), harness.callback(stages=["train"])
+    settings = {"gradient_clip_val": 0.01}
+    eager = copy.deepcopy(module)
+    reference = train(harness, eager, Looks(nothing()), **settings)
+    assert eager.share()
+    assert_same(train(harness, module, Looks(nothing()), [callback], **settings), reference)
+    assert replayed(callback) > 8, callback.stats
 
 
 def test_after_training_no_class_of_torch_has_a_function_of_ours(harness):

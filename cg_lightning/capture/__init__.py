@@ -10,6 +10,7 @@
 - ``graph.py``: one capture: the switch, the counter, and weak references to outputs.
 - ``host_constants.py``: constants that a call makes of Python values, at fixed addresses.
 - ``host_copies.py``: copies to the host in a captured step: each replay makes them after the graph.
+- ``lent_gradients.py``: gradients that a graph gives out as they are.
 - ``outputs.py``: where each part of an output comes from.
 - ``passed_on.py``: values of a batch that a step only passes on.
 - ``static_inputs.py``: input tensors at fixed addresses.

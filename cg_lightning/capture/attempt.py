@@ -17,10 +17,11 @@ from cg_lightning.capture.entry import Captured, GraphEntry
 from cg_lightning.capture.graph import capture_graph, weak_ref_tensors
 from cg_lightning.capture.host_constants import HostConstants
 from cg_lightning.capture.host_copies import answered_host_copies, leaves_on_device
+from cg_lightning.capture.lent_gradients import LentGradients
 from cg_lightning.capture.outputs import OutputPlan
 from cg_lightning.capture.passed_on import PassedOnValues
 from cg_lightning.capture.static_inputs import StaticInputs
-from cg_lightning.core.closure import ClosureOutput, ReplayedOutput
+from cg_lightning.core.closure import ClosureOutput
 from cg_lightning.core.errors import CaptureError
 from cg_lightning.core.forward_context import ForwardContext, override_forward_context
 from cg_lightning.core.settings import Settings
@@ -139,10 +140,7 @@ class Attempt:
             containers, entries = list(containers_in(tree)), BatchEntries(tree)
             with self._answering(recording.checked) as constants:
                 output = self._call.run_on(tree)
-            lent = set[int]()
-            if is_closure := isinstance(output, ClosureOutput):
-                output = ReplayedOutput(*output)
-                lent = set(map(id, (output.gradients or {}).values()))
+            is_closure = isinstance(output, ClosureOutput)
             finished = recording.finish((leaves_on_device(output), self._leaves))
             effects, tensors = finished.effects, finished.tensors
             if does.host_draws:
@@ -158,6 +156,11 @@ class Attempt:
             takers.insert(0, SetBatchEntries(entries, output, containers))
             output = (output, (entries.new(), entries.removed()))
         finished.refuse_states_in(leaves_on_device(output))
+        others = [*tensors, *self._leaves, *target.held]
+        gradients = LentGradients.of(output, others) if is_closure else None
+        if gradients is not None:
+            output = gradients.left_out_of(output)
+            takers.append(gradients)
         plan, computed = OutputPlan.make(
             output,
             self._leaves,
@@ -166,15 +169,16 @@ class Attempt:
             target.held_containers,
             detaches=is_closure,
         )
-        lent_places = [index for index, tensor in enumerate(computed) if id(tensor) in lent]
         # outputs that are not copied out must not share memory with those of other graphs
         is_weak = self._settings.capture_options.weak_ref_output
         if is_weak and (self._copies_outputs or takers):
             computed = weak_ref_tensors(computed, self._backend)
             tensors = weak_ref_tensors(tensors, self._backend)
+            if gradients is not None:
+                gradients.hold_weakly(self._backend)
         have_memory = recording.checked.have_memory() and self._constants.are_made(constants)
         needed = None if have_memory else _Needed(recording.checked, constants)
-        return Captured(plan, computed, effects, tensors, takers, lent_places), needed
+        return Captured(plan, computed, effects, tensors, takers), needed
 
     @contextlib.contextmanager
     def _answering(self, checked: CheckedCalls) -> Iterator[list[Tensor]]:

@@ -62,11 +62,6 @@ class Captured(NamedTuple):
 
     Each one turns a pair into an output; the first one gets the pair that the graph computes.
     """
-    lent: Sequence[int] = ()
-    """The numbers of the computed tensors that are given out as they are.
-
-    Whoever gets them copies them before anything else runs.
-    """
 
 
 class GraphEntry:
@@ -87,8 +82,6 @@ class GraphEntry:
         *(
             "_computed",
             "_copies_back",
-            "_copied",
-            "_copied_places",
             "_copies_outputs",
             "_copy",
             "_effect_tensors",
@@ -108,25 +101,22 @@ class GraphEntry:
         record: EntryRecord,
         copies_outputs: bool = True,
     ) -> None:
-        outputs, computed, effects, effect_tensors, takers, lent = captured
+        outputs, computed, effects, effect_tensors, takers = captured
         self._graph: CapturedGraph | None = graph
         self._inputs: StaticInputs | None = inputs
         self._outputs = outputs
         self._is_built = not (outputs.is_one_tensor or outputs.is_one_value)
         self._value = outputs.value if outputs.is_one_value else None
         self._computed = computed
-        places = [index for index in range(len(computed)) if index not in lent]
-        self._copied = copied = [computed[index] for index in places]
-        self._copied_places = places if lent else []
         self._copy: Callable[[Tensor], Tensor] = Tensor.clone
         self._grouped_copies: GroupedCopies | None = None
         is_inference = torch.is_inference_mode_enabled()
-        if any(tensor.is_inference() != is_inference for tensor in copied):
+        if any(tensor.is_inference() != is_inference for tensor in computed):
             self._copy = copy_of_own_kind
-        elif not all(map(is_cloned_with_strides, copied)):
+        elif not all(map(is_cloned_with_strides, computed)):
             self._copy = copy_with_strides
-        elif copies_outputs and len(copied) >= _MANY:
-            self._grouped_copies = GroupedCopies([*effect_tensors, *copied])
+        elif copies_outputs and len(computed) >= _MANY:
+            self._grouped_copies = GroupedCopies([*effect_tensors, *computed])
         self._effects = list(effects)
         self._validity_checks = methods(effects, "is_valid")
         self._before_replay = methods(effects, "before_replay")
@@ -208,10 +198,10 @@ class GraphEntry:
         self._graph.replay()
         if self._copies_back:
             self._inputs.copy_back(leaves)
-        copied, grouped = self._copied, self._grouped_copies
+        computed, grouped = self._computed, self._grouped_copies
         if grouped is not None:
             copies = grouped.make()
-            copied = copies[len(self._effect_tensors) :]
+            computed = copies[len(self._effect_tensors) :]
         if self._after_replay:
             given = iter(
                 [tensor.clone() for tensor in self._effect_tensors] if grouped is None else copies
@@ -220,21 +210,13 @@ class GraphEntry:
                 finish(given)
         if grouped is None and self._copies_outputs:
             copy = self._copy
-            copied = [copy(tensor) for tensor in copied]
+            computed = [copy(tensor) for tensor in computed]
         if self._is_built:
-            output = self._outputs.build(leaves, self._with_lent(copied), tree)
+            output = self._outputs.build(leaves, computed, tree)
             for taker in self._takers:
                 output = taker.take(output)
             return output
-        return copied[0] if copied else self._value
-
-    def _with_lent(self, copied: list[Tensor]) -> list[Tensor]:
-        if not self._copied_places:
-            return copied
-        computed = list(self._computed)
-        for index, copy in zip(self._copied_places, copied, strict=True):
-            computed[index] = copy
-        return computed
+        return computed[0] if computed else self._value
 
     def count(self) -> None:
         """Count a replay whose result is returned to the user."""
@@ -253,7 +235,7 @@ class GraphEntry:
             effect.drop()
         self._graph = self._inputs = None
         self.parts.clear()
-        self._computed, self._copied = [], []
-        self._effects, self._effect_tensors = [], []
+        self._computed, self._effects, self._effect_tensors = [], [], []
         self._grouped_copies = None
         self._before_replay, self._after_replay, self._validity_checks = [], [], []
+        self._takers = ()

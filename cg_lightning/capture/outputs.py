@@ -419,7 +419,8 @@ class GroupedCopies:
     def write_to(self, copies: list[Tensor]) -> None:
         """Write what the tensors have now to earlier copies, given in their order."""
         for places, group in self._groups.values():
-            torch._foreach_copy_([copies[index] for index in places], group)
+            chosen = copies if len(places) == len(copies) else [copies[index] for index in places]
+            torch._foreach_copy_(chosen, group)
 
 
 def _clones_of_older_torch(tensors: list[Tensor]) -> list[Tensor]:

@@ -293,6 +293,10 @@ def _value_leaf_key(leaf: Any, index: int, tree: Any) -> Hashable:
     )
 
 
+def _may_share_storage(tensors: list[Tensor]) -> bool:
+    return len({tensor.untyped_storage().data_ptr() for tensor in tensors}) < len(tensors)
+
+
 def _find_shared_storage(leaves: list[Any], tree: Any, repeats: bool) -> dict[int, int]:
     """Return the leaves that are the same object as an earlier leaf, with the index of that leaf.
 
@@ -351,7 +355,7 @@ def describe_fields(
             keys.append((_PASSED_ON, type(leaf)))
         else:
             keys.append(_value_leaf_key(leaf, index, batch))
-    if len(tensors) > 1:
+    if len(tensors) > 1 and _may_share_storage(tensors):
         for index, first in _find_shared_storage(leaves, batch, repeats).items():
             keys[index] = ("repeats leaf", first)
     shape = tensors[0].shape if tensors else ()

@@ -56,8 +56,8 @@ _native_precision: Any = getattr(torch._C, "_get_fp32_precision_getter", None)
 
 def _float32_precision_native() -> tuple[Any, ...]:
     return (
+        # that of "cuda" shows in the next three
         _native_precision("generic", "all"),
-        _native_precision("cuda", "all"),
         _native_precision("cuda", "matmul"),
         _native_precision("cuda", "conv"),
         _native_precision("cuda", "rnn"),
@@ -70,7 +70,6 @@ def _float32_precision_by_backend() -> tuple[Any, ...]:
     cudnn: Any = torch.backends.cudnn
     return (
         torch.backends.fp32_precision,  # type: ignore[attr-defined]
-        cudnn.fp32_precision,
         matmul.fp32_precision,
         cudnn.conv.fp32_precision,
         cudnn.rnn.fp32_precision,

@@ -99,10 +99,12 @@ class StepInDDP:
         parameters = self._step.parameters()
         assert output.gradients is not None, "no backward here adds gradients"
         names = list(output.gradients)
-        gradients = [output.gradients.pop(name) for name in names]
         if isinstance(output, ReplayedOutput):
-            copies = iter(self._step.copies.make([each for each in gradients if each is not None]))
-            gradients = [None if each is None else next(copies) for each in gradients]
+            lent = list(output.gradients.values())
+            copies = iter(self._step.copies.make([each for each in lent if each is not None]))
+            gradients = [None if each is None else next(copies) for each in lent]
+        else:
+            gradients = [output.gradients.pop(name) for name in names]
         chosen = [parameters[name] for name in names]
         return _given_gradients(output.loss, gradients, *chosen)
 

@@ -89,7 +89,7 @@ class GradientCopies:
 
     def forget(self) -> None:
         """Let the user have the latest copies for good."""
-        self._copies = []
+        self._copies, self._placement = [], Placement([])
 
     def make(self, gradients: list[Tensor]) -> list[Tensor]:
         """Return copies of gradients that nothing overwrites as long as somebody can see them.

@@ -188,7 +188,7 @@ class TrainingInstallation:
     def _as_it_is(
         self, given: ClosureInput, *args: Any, closure: _InterceptedClosure
     ) -> FinishedClosure | UnfinishedClosure:
-        self._step.copies.forget()  # the memory may be needed for eager gradients
+        self._step.copies.forget()
         with self.session.backend.capture_stream():
             if self._ddp is not None:  # this runs in its forward
                 return UnfinishedClosure(self._step.run(given, *args), "")

@@ -101,6 +101,7 @@ class TrainingStep:
         Returns:
             The loss and the gradients. If a graph cannot hold the backward, it has not run yet.
         """
+        self.copies.forget()  # gradients of an eager backward need memory, too
         parameters = self.parameters()
         with torch.enable_grad():
             before = [
@@ -203,29 +204,30 @@ class TrainingStep:
             are_copied: Whether parameters get copies of them.
         """
         parameters = self.parameters()
-        without: list[nn.Parameter] = []
-        new: list[Tensor] = []
+        new: dict[str, Tensor] = {}
         targets: list[Tensor] = []
         added: list[Tensor] = []
         for name, gradient in gradients.items():
             assert gradient is not None, "only DDP has to know of such parameters"
-            parameter = parameters[name]
-            existing = parameter.grad
-            if existing is None:
-                without.append(parameter)
-                new.append(gradient)
+            existing = parameters[name].grad
+            if existing is None:  # mostly
+                new[name] = gradient
             elif existing.layout is gradient.layout is torch.strided:
                 targets.append(existing)
                 added.append(gradient)
             else:
-                add_gradient(parameter, gradient)
-        given = self.copies.make(new) if are_copied and new else new
-        for parameter, gradient in zip(without, given, strict=True):
-            parameter.grad = gradient
+                add_gradient(parameters[name], gradient)
+        given = list(new.values())
+        if given and are_copied:
+            given = self.copies.make(given)
+        for name, gradient in zip(new, given, strict=True):
+            parameters[name].grad = gradient
+        if not targets:
+            return
         if _overlap(targets):  # a grouped sum would lose one of two
             for existing, gradient in zip(targets, added, strict=True):
                 existing.add_(gradient)
-        elif targets:
+        else:
             torch._foreach_add_(targets, added)
 
     def share_gradients(self) -> bool:
