@@ -294,7 +294,8 @@ def _value_leaf_key(leaf: Any, index: int, tree: Any) -> Hashable:
 
 
 def _may_share_storage(tensors: list[Tensor]) -> bool:
-    return len({tensor.untyped_storage().data_ptr() for tensor in tensors}) < len(tensors)
+    storages = map(Tensor.untyped_storage, tensors)
+    return len(set(map(torch.UntypedStorage.data_ptr, storages))) < len(tensors)
 
 
 def _find_shared_storage(leaves: list[Any], tree: Any, repeats: bool) -> dict[int, int]:

@@ -81,11 +81,12 @@ _float32_precision: Callable[[], tuple[Any, ...]] = (
 )
 
 
+_number_of_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+
+
 def _function_modes() -> tuple[Any, ...]:
     """Return the modes that change what functions of torch do, the outermost first."""
-    number = torch._C._len_torch_function_stack()
-    if not number:
-        return ()
+    number = _number_of_function_modes()
     modes = [torch._C._get_function_stack_at(index) for index in range(number)]
     return tuple([mode.device if type(mode) is DeviceContext else mode for mode in modes])
 
@@ -112,7 +113,7 @@ def kernel_flags() -> tuple[Any, ...]:
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.get_default_dtype(),
-        _function_modes(),
+        _function_modes() if _number_of_function_modes() else (),
         _deterministic(),
         _cudnn_enabled(),
         _cudnn_benchmark(),
