@@ -34,6 +34,7 @@ from cg_lightning import BatchDescriptor, CUDAGraphMode, ForwardContext, diagnos
 from cg_lightning.backends import RecorderBackend, resolve_backend
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.forward_context import StepInProgress, override_forward_context
+from cg_lightning.core.lines import Elsewhere
 from cg_lightning.core.reasons import Reason
 from cg_lightning.diagnosis import detectors as package
 from cg_lightning.diagnosis.detector import Detector
@@ -52,7 +53,7 @@ from cg_lightning.diagnosis.detectors.random_numbers import RandomNumbers
 from cg_lightning.diagnosis.detectors.rebound_state import ReboundState
 from cg_lightning.diagnosis.detectors.trainer_reads import TrainerReads
 from cg_lightning.diagnosis.detectors.undone_reads import UndoneReads
-from cg_lightning.diagnosis.findings import AT_THE_END, NOT_YOURS, Finding
+from cg_lightning.diagnosis.findings import Finding
 from cg_lightning.diagnosis.watched_step import WatchedStep
 from cg_lightning.diagnosis.watcher import DETECTORS, StepWatcher
 from cg_lightning.effects.module_effects import ModuleEffects
@@ -174,7 +175,13 @@ CASES: dict[str, Case] = {
         "aten::_foreach_add_",
         None,
     ),
-    "shape": (Mutations, lambda m, x: x.t_(), Cause.INPUT_MUTATED, "memory of batch", AT_THE_END),
+    "shape": (
+        Mutations,
+        lambda m, x: x.t_(),
+        Cause.INPUT_MUTATED,
+        "memory of batch",
+        Elsewhere.AT_THE_END,
+    ),
     "random": (
         RandomNumbers,
         lambda m, x: x * random.random(),
@@ -197,14 +204,20 @@ CASES: dict[str, Case] = {
         None,
     ),
     "hook": (ForwardHooks, hooked, Cause.FORWARD_HOOK, "Inner", None),
-    "profiler": (ForwardHooks, profiled, Cause.PROFILER_HOOK, "PyTorchProfiler", NOT_YOURS),
+    "profiler": (
+        ForwardHooks,
+        profiled,
+        Cause.PROFILER_HOOK,
+        "PyTorchProfiler",
+        Elsewhere.NOT_YOURS,
+    ),
     "attribute": (ReboundState, rebinds, Cause.STATE_REBOUND, "cache", None),
     "container": (
         ReboundState,
         lambda m, x: m.__dict__.setdefault("kept", []).append(x),
         Cause.STATE_REBOUND,
         "kept",
-        AT_THE_END,
+        Elsewhere.AT_THE_END,
     ),
     "metric": (
         MetricUpdates,
@@ -476,8 +489,14 @@ def test_the_reason_of_a_finding():
     assert finding.reason() == Reason(Cause.HOST_SYNC, text, "my.py:12")
     of_net = finding.reason().of_submodule("net")
     assert (of_net.text, of_net.submodule) == (f"net: {text}", finding.module or "net")
-    unseen = Finding(Cause.STATE_REBOUND, "kept", "", AT_THE_END)
-    assert unseen.reason().location == ""
+    for place in Elsewhere:
+        unseen = Finding(Cause.STATE_REBOUND, "kept", "", place)
+        assert (str(unseen), unseen.reason().location) == (
+            f"module state rebound: kept ({place})",
+            "",
+        )
+    as_text = Finding(Cause.STATE_REBOUND, "kept", "", str(Elsewhere.UNKNOWN.value))
+    assert as_text.reason().location == "unknown"  # the type decides, and not the text
 
 
 # diagnose() agrees with the callback

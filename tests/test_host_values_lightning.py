@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
 from cg_lightning.backends.recorder import RecorderBackend
+from cg_lightning.core.lines import Elsewhere
 from cg_lightning.diagnosis.watcher import StepWatcher
 from cg_lightning.host_values.host_copies import HostCopies
 from cg_lightning.host_values.path import HostRead, Operation, Read, ReadPath, Ref, Root
@@ -223,8 +224,18 @@ def all_of_leaf() -> ReadPath:
     operation = Operation(torch.ops.aten.all.default, (Ref(0),), {}, (1,), True)
     read = Read(0, torch.ops.aten.is_nonzero.default, (Ref(1),))
     return ReadPath(
-        [HostRead("aten::is_nonzero", "", value=True)], [Root(0, 1, False)], [operation, read]
+        [HostRead("aten::is_nonzero", "my.py:3", value=True)],
+        [Root(0, 1, False)],
+        [operation, read],
     )
+
+
+def test_a_read_at_no_line_of_the_users_has_no_location():
+    path = all_of_leaf()
+    assert path.varying().location == "my.py:3"
+    path.reads[0].location = Elsewhere.UNKNOWN
+    reason = path.varying()
+    assert (reason.location, "(unknown)" in str(reason)) == ("", True)
 
 
 def test_the_host_answers_for_the_very_tensors_that_were_copied():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cg_lightning import diagnose
 from cg_lightning.core.causes import Cause
-from cg_lightning.diagnosis.findings import AT_THE_END
+from cg_lightning.core.lines import Elsewhere
 from tests.harness import features, predict
 from tests.models import Body, Predictor
 
@@ -240,7 +240,7 @@ def test_one_of_two_lines_that_set_a_field_is_not_guessed():
         batch.label = 2
 
     found = diagnose(OfFields(change), [Fields(torch.ones(2, 3))])
-    assert AT_THE_END in {each.location for each in found.findings}
+    assert Elsewhere.AT_THE_END in {each.location for each in found.findings}
 
 
 def test_only_code_that_has_run_counts():

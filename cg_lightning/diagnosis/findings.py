@@ -13,16 +13,9 @@ from types import FrameType
 from typing import NamedTuple
 
 from cg_lightning.core.causes import REMEDIES_OF_OPERATIONS, Cause
-from cg_lightning.core.lines import file_and_line
+from cg_lightning.core.lines import Elsewhere, file_and_line, line_of
 from cg_lightning.core.reasons import Reason
 from cg_lightning.modules.kinds import is_our_file, is_user_file
-
-AT_THE_END = "between the start and end of the step"
-"""The location of a change that only a comparison after the step shows."""
-NOT_YOURS = "not in your code"
-"""The location of work that a tool does around the user's code."""
-UNKNOWN = "unknown"
-"""The location if no frame of the user's is on the stack."""
 
 _WATCHER = str(Path(__file__).with_name("watcher.py"))
 _PACKAGES = [Path(path) for key in ("purelib", "platlib") if (path := sysconfig.get_path(key))]
@@ -41,7 +34,7 @@ class Finding:
     module: str
     """Dotted path of the innermost module that was running; empty for the step itself."""
     location: str
-    """The user's own line, as ``file:line``."""
+    """The user's own line, as ``file:line``; or a member of :class:`Elsewhere`."""
     library_location: str = ""
     """The line of a library that the user's line called, such as ``transformers/utils.py:12``.
 
@@ -64,11 +57,10 @@ class Finding:
 
     def reason(self) -> Reason:
         """Return the reason of a step."""
-        is_line = self.location not in (AT_THE_END, NOT_YOURS, UNKNOWN)
         return Reason(
             self.cause,
             str(self),
-            self.location if is_line else "",
+            line_of(self.location),
             operation=self.operation,
             submodule=self.module,
             library_location=self.library_location,
@@ -80,10 +72,16 @@ class Finding:
 
 
 class Location(NamedTuple):
-    """The user's line, and the line of the library that it called; either may be empty."""
+    """Where something happens in the user's code."""
 
     user: str
+    """The user's line, or a member of :class:`Elsewhere`."""
     library: str
+    """The line of the library that the user's line called; empty if there is none."""
+
+    def is_in_library(self, name: str) -> bool:
+        """Whether a library of this name does it."""
+        return self.library.split("/")[0] == name
 
     def __str__(self) -> str:
         return f"{self.user}, in {self.library}" if self.library else self.user
@@ -122,19 +120,20 @@ def find_line() -> str:
     It makes no named tuple, whose code would count as code that a watched step runs.
     """
     user, _ = _find_lines(traceback.walk_stack(sys._getframe(1)))
-    return "" if user == UNKNOWN else user
+    return line_of(user)
 
 
-def location_of(error: BaseException) -> Location:
+def location_of(error: BaseException) -> Location | None:
     """Return the user's innermost line that an error came through, and the library's.
 
-    Both are empty if it came through no line of the user's.
+    None if it came through no line of the user's.
     """
-    found = Location("", "")
+    found = None
     cause: BaseException | None = error
     while cause is not None:
         lines = _find_lines(reversed(list(traceback.walk_tb(cause.__traceback__))))
-        found = found if lines[0] == UNKNOWN else Location(*lines)
+        if line_of(lines[0]):
+            found = Location(*lines)
         cause = cause.__cause__
     return found
 
@@ -150,7 +149,7 @@ def _find_lines(frames: Iterable[tuple[FrameType, int]]) -> tuple[str, str]:
             return file_and_line(file, line), library
         if not library and (path := _library_path(file)) is not None:
             library = f"{path}:{line}"
-    return UNKNOWN, library
+    return Elsewhere.UNKNOWN, library
 
 
 _AT_WORK = ("torch/serialization.py", "torch/hub.py", "torch/utils/tensorboard/")

@@ -26,11 +26,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from cg_lightning.core.descriptor import is_plain_value
-from cg_lightning.core.lines import file_and_line
+from cg_lightning.core.lines import Elsewhere, file_and_line
 from cg_lightning.diagnosis.compared_expressions import is_only_compared
 from cg_lightning.diagnosis.conditions import OTHER_FRAMES, BranchCondition, ConditionsOf
 from cg_lightning.diagnosis.definitions import Definition, Parents, definition_of, parents_in
-from cg_lightning.diagnosis.findings import UNKNOWN
 
 _MOST_CALLS = 5
 """How deep an argument is followed into the functions to which it is passed on."""
@@ -74,7 +73,11 @@ class _Scope(NamedTuple):
 
 def _line_of(function: Any, line: int | None = None) -> str:
     code: CodeType | None = getattr(function, "__code__", None)
-    return UNKNOWN if code is None else file_and_line(code.co_filename, line or code.co_firstlineno)
+    return (
+        Elsewhere.UNKNOWN
+        if code is None
+        else file_and_line(code.co_filename, line or code.co_firstlineno)
+    )
 
 
 def _names(code: CodeType, name: str, *kinds: str) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cg_lightning.core.causes import Cause
+from cg_lightning.core.lines import line_of
 from cg_lightning.core.reasons import NO_CHANGE, Changed, Reason
 from cg_lightning.core.tree import tensors_in
 from cg_lightning.host_values.exact_operations import (
@@ -36,7 +37,7 @@ class HostRead:
     operation: str
     """``aten::item``; or ``aten::nonzero``, whose value is the number of rows of its output."""
     location: str
-    """The user's line."""
+    """The user's line, or a member of :class:`Elsewhere`."""
     library_location: str = ""
     """The line of a library that it called; empty if there is none."""
     module: str = ""
@@ -295,7 +296,7 @@ class ReadPath:
         return Reason(
             read.cause,
             text,
-            read.location,
+            line_of(read.location),
             operation=read.operation,
             submodule=read.module,
             library_location=read.library_location,

@@ -146,6 +146,8 @@ class StepsRecord:
     shapes: str
     reason: Reason | None
     """Why they ran in a lower mode than asked; None if they did not."""
+    is_of_other_shapes: bool = False
+    """True for the record that counts all shapes after the first ones."""
     steps: int = 0
 
     def to_dict(self) -> dict[str, Any]:

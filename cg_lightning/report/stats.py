@@ -102,11 +102,12 @@ class CUDAGraphStats:
                     reason = Reason(reason.kind, f"{reason.kind.value}, for one of many reasons")
                     topic = reason.topic
                     key = (stage, mode, shapes, topic)
-            if key not in self._records and self._num_shapes[stage, mode, topic] >= MOST_SHAPES:
+            is_other = self._num_shapes[stage, mode, topic] >= MOST_SHAPES
+            if key not in self._records and is_other:
                 key = (stage, mode, OTHER_SHAPES, topic)
             if key not in self._records:
                 self._num_shapes[stage, mode, topic] += 1
-                self._records[key] = StepsRecord(*key[:3], reason)
+                self._records[key] = StepsRecord(*key[:3], reason, is_other)
         record = self._records[key]
         record.reason = reason
         record.steps += 1

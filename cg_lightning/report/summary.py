@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from cg_lightning.core.reasons import Status
 from cg_lightning.report.html import html_paragraph, html_table
 from cg_lightning.report.records import EntryRecord, StepsRecord, Times
-from cg_lightning.report.stats import OTHER_SHAPES, CUDAGraphStats
+from cg_lightning.report.stats import CUDAGraphStats
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -242,8 +242,10 @@ def _join(names: Sequence[str], what: str) -> str:
 
 def _microseconds(times: Times) -> str:
     """Return the time of a step or call that is a replay and, in parentheses, of an eager one."""
+    if times.graph is None and times.eager is None:
+        return _UNTIMED
     graph, eager = [_UNTIMED if time is None else f"{time * 1e6:.0f}" for time in times]
-    return _UNTIMED if graph == eager == _UNTIMED else f"{graph} ({eager})"
+    return f"{graph} ({eager})"
 
 
 def _share(entries: Sequence[EntryRecord]) -> str:
@@ -396,7 +398,8 @@ def _hint_notes(stats: CUDAGraphStats, stage: str) -> list[str]:
     shapes = {each.shapes for each in warmups}
     if len(shapes) < _FEW_SHAPES or 2 * steps <= every:
         return []
-    number = f"more than {len(shapes) - 1}" if OTHER_SHAPES in shapes else str(len(shapes))
+    has_others = any(each.is_of_other_shapes for each in warmups)
+    number = f"more than {len(shapes) - 1}" if has_others else str(len(shapes))
     return [
         f"{number} shapes in {every} batches, so most steps are warm-ups: pad batches to fewer "
         "shapes, or set warmup_steps=1"

@@ -47,7 +47,7 @@ _DROPPED = Changed("its graph was dropped, to make room for another one")
 def _reason_of_capture(error: CaptureError) -> Reason:
     """Return the reason for a failed capture, with the user's line that failed."""
     where = location_of(error)
-    if not where.user:
+    if where is None:
         return Reason(Status.CAPTURE_FAILED, str(error))
     return Reason(
         Status.CAPTURE_FAILED,

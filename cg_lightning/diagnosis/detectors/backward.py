@@ -18,9 +18,10 @@ from torch._ops import OpOverload
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.closure import ClosureOutput, GradientsAside, UnfinishedClosure
 from cg_lightning.core.forward_context import current_forward_context
+from cg_lightning.core.lines import Elsewhere
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.detectors.logging import LOGGING_METHODS
-from cg_lightning.diagnosis.findings import NOT_YOURS, reading_frame
+from cg_lightning.diagnosis.findings import reading_frame
 from cg_lightning.diagnosis.operands import addresses_in
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall
@@ -76,13 +77,13 @@ class Backward(Detector):
         if call is not self.watch.step:
             return
         if isinstance(output, UnfinishedClosure):
-            self.watch.report(Cause.BACKWARD, output.problem, location=NOT_YOURS)
+            self.watch.report(Cause.BACKWARD, output.problem, location=Elsewhere.NOT_YOURS)
         elif isinstance(output, ClosureOutput):
             self._keep_gradients_away()
             for name, gradient in (output.gradients or {}).items():
                 if gradient is not None and gradient.layout is not torch.strided:
                     words = f"the gradient of {name} is sparse"
-                    self.watch.report(Cause.BACKWARD, words, location=NOT_YOURS)
+                    self.watch.report(Cause.BACKWARD, words, location=Elsewhere.NOT_YOURS)
 
     def before_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -170,7 +171,7 @@ def report_what_is_older(watch: StepWatch) -> None:
     def look_at(path: str, tensors: Iterable[Tensor], line: str = "") -> None:
         if any(tensor.requires_grad and not tensor.is_leaf for tensor in tensors):
             words = f"{path} brings an autograd graph from before the step"
-            watch.report(Cause.BACKWARD, words, location=line or NOT_YOURS)
+            watch.report(Cause.BACKWARD, words, location=line or Elsewhere.NOT_YOURS)
 
     look_at("the batch", watch.step.inputs)
     for name, buffer in watch.root.named_buffers():
@@ -183,7 +184,7 @@ def report_what_is_older(watch: StepWatch) -> None:
             look_at(source.path, module.buffers(), source.line)
             if any(backward_hooks_of(module)):
                 words = f"a backward hook of {type(module).__name__}"
-                watch.report(Cause.BACKWARD, words, location=source.line or NOT_YOURS)
+                watch.report(Cause.BACKWARD, words, location=source.line or Elsewhere.NOT_YOURS)
 
 
 def _what_is_read(watch: StepWatch) -> list[tuple[Source, FrozenValues]]:

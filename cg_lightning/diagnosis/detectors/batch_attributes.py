@@ -15,9 +15,10 @@ from typing import Any
 from unittest.mock import patch
 
 from cg_lightning.core.causes import Cause
+from cg_lightning.core.lines import Elsewhere
 from cg_lightning.core.tree import containers_in
 from cg_lightning.diagnosis.detector import ReplacingDetector
-from cg_lightning.diagnosis.findings import AT_THE_END, is_called_by_step, reading_frame
+from cg_lightning.diagnosis.findings import is_called_by_step, reading_frame
 from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.guards.sources import MISSING
 from cg_lightning.modules.attributes import attributes_beside_items
@@ -45,7 +46,9 @@ class BatchAttributes(ReplacingDetector):
             cls for cls, names in self._names.items() if names or not dataclasses.is_dataclass(cls)
         ]
         if found and self.watch.may_read_unseen():
-            self._report("vars()", location=AT_THE_END, module="", calls=self.watch.calls())
+            self._report(
+                "vars()", location=Elsewhere.AT_THE_END, module="", calls=self.watch.calls()
+            )
 
     def replace(self, replaced: contextlib.ExitStack) -> None:
 

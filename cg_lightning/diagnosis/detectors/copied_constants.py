@@ -21,9 +21,10 @@ from cg_lightning.backends.host_indices import place_of_indexing
 from cg_lightning.backends.host_reads import TO_DLPACK, UNSEEN_READS
 from cg_lightning.backends.imported_functions import replaced_where_imported, with_notice
 from cg_lightning.core.causes import Cause
+from cg_lightning.core.lines import Elsewhere
 from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.detector import ReplacingDetector
-from cg_lightning.diagnosis.findings import AT_THE_END, find_location
+from cg_lightning.diagnosis.findings import find_location
 from cg_lightning.diagnosis.operands import HeldOperand, written_tensors
 from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.watched_step import ModuleCall
@@ -85,7 +86,9 @@ class CopiedConstants(ReplacingDetector):
             for source in changed:
                 readers = [call for call in self.watch.calls() if source.key in call.sources]
                 words = f"{source.path} changes"
-                self.watch.report(Cause.STATE_REBOUND, words, location=AT_THE_END, calls=readers)
+                self.watch.report(
+                    Cause.STATE_REBOUND, words, location=Elsewhere.AT_THE_END, calls=readers
+                )
             for held, location, calls in self._filled:
                 if held.is_held_by_others():
                     words = _writes("aten::fill_")

@@ -13,10 +13,10 @@ from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
 from cg_lightning.core.causes import Cause
-from cg_lightning.core.lines import file_and_line
+from cg_lightning.core.lines import Elsewhere, file_and_line
 from cg_lightning.diagnosis.call_events import call_events
 from cg_lightning.diagnosis.detector import Detector
-from cg_lightning.diagnosis.findings import AT_THE_END, NOT_YOURS, is_step_calling
+from cg_lightning.diagnosis.findings import is_step_calling
 from cg_lightning.diagnosis.frames import (
     classes_given,
     is_generated,
@@ -142,7 +142,7 @@ class GlobalReads(Detector):
             self.watch.report(
                 Cause.OPAQUE,
                 f"a profiler that cannot be paused ({hindrance}) hides what functions hold",
-                location=NOT_YOURS,
+                location=Elsewhere.NOT_YOURS,
                 module="",
                 calls=self.watch.calls(),
             )
@@ -154,7 +154,7 @@ class GlobalReads(Detector):
                 now = source.value()
             if not (is_same_value(value, now) and contents.all_hold()):
                 line = self._line(source, value, contents)
-                self._report(key, Cause.STATE_REBOUND, _words(source), line or AT_THE_END)
+                self._report(key, Cause.STATE_REBOUND, _words(source), line or Elsewhere.AT_THE_END)
             for state in self._modules.get(key, ()):
                 with self.watch.paused():
                     changed = state.changed()
@@ -162,7 +162,7 @@ class GlobalReads(Detector):
                     words = f"{_words(source)}: {type(state.module).__name__}.{changed[0]}"
                     with self.watch.paused():
                         line = self.watch.line_that_changes(state.changed_places(changed[0]))
-                    self._report(key, Cause.STATE_REBOUND, words, line or AT_THE_END)
+                    self._report(key, Cause.STATE_REBOUND, words, line or Elsewhere.AT_THE_END)
 
     def _line(self, source: Source, before: Any, contents: FrozenValues) -> str:
         """Return the line that has changed a source; empty if none is known."""
@@ -246,7 +246,7 @@ class GlobalReads(Detector):
         code = frame.f_code
         settings = settings_read_by(code)
         for source in settings:
-            self._remember(source, AT_THE_END)
+            self._remember(source, Elsewhere.AT_THE_END)
         if not is_users_code(frame):
             return self._look_at_library(frame, settings)
         location = file_and_line(code.co_filename, code.co_firstlineno)
@@ -411,7 +411,7 @@ class GlobalReads(Detector):
             opaque = [*self.watch.look_at(contents), *opaque_in(self.watch, inside)]
         except UnreadableError as error:
             words = f"{_words(source)} {error}"
-            self._problems[key] = [(Cause.STATE_REBOUND, words, AT_THE_END)]
+            self._problems[key] = [(Cause.STATE_REBOUND, words, Elsewhere.AT_THE_END)]
             return
         if modules:
             self._inside[key] = inside

@@ -12,8 +12,8 @@ from torch import nn
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.core.lines import Elsewhere
 from cg_lightning.diagnosis.detector import Detector
-from cg_lightning.diagnosis.findings import NOT_YOURS
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.sources import Source
 from cg_lightning.modules.attributes import global_hooks, hooks_of, profiler_of
@@ -39,7 +39,7 @@ class ForwardHooks(Detector):
         if any(tables):
             profilers = {profiler_of(hook) for table in tables for hook in table.values()}
             for name in sorted(profilers - {""}):
-                self.watch.report(Cause.PROFILER_HOOK, name, location=NOT_YOURS)
+                self.watch.report(Cause.PROFILER_HOOK, name, location=Elsewhere.NOT_YOURS)
             if "" in profilers:
                 self._report(call, tables)
         return contextlib.nullcontext()

@@ -56,7 +56,7 @@ class HostCopies(Detector):
         watch, where = self.watch, find_location()
         is_plain = type(tensor) is Tensor and not tensor.requires_grad
         is_of_step = watch.is_about_step and not (watch.is_paused or watch.is_in_framework)
-        if not (is_plain and is_of_step) or where.library.startswith("torchmetrics/"):
+        if not (is_plain and is_of_step) or where.is_in_library("torchmetrics"):
             return copy()
         watch.report(Cause.HOST_SYNC, "Tensor.cpu", calls=watch.stack[1:])
         with watch.copying_to_host():

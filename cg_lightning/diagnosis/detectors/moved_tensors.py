@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from cg_lightning.core.causes import Cause
+from cg_lightning.core.lines import Elsewhere
 from cg_lightning.diagnosis.detector import Detector
-from cg_lightning.diagnosis.findings import AT_THE_END
 from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.watched_step import ModuleCall
 
@@ -66,7 +66,9 @@ class MovedTensors(Detector):
     def _compare(self, call: ModuleCall, memory: _Memory) -> None:
         if moved := memory.first_moved():
             words = f"{moved} is given other memory"
-            self.watch.report(Cause.STATE_REBOUND, words, location=AT_THE_END, calls=[call])
+            self.watch.report(
+                Cause.STATE_REBOUND, words, location=Elsewhere.AT_THE_END, calls=[call]
+            )
 
 
 class _Memory:

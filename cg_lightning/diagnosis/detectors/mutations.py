@@ -14,9 +14,9 @@ from torch.nn.parameter import is_lazy
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.equality import same_leaf
+from cg_lightning.core.lines import Elsewhere
 from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.detector import Detector
-from cg_lightning.diagnosis.findings import AT_THE_END
 from cg_lightning.diagnosis.module_state import readable_contents
 from cg_lightning.diagnosis.operands import addresses_in, written_tensors
 from cg_lightning.diagnosis.step_watch import StepWatch
@@ -70,7 +70,7 @@ class Mutations(Detector):
         self._add(copies_inside.changed(), "compiled code")
         if not any(finding.cause is Cause.INPUT_MUTATED for finding in watch.step.findings):
             unseen = [tensor for tensor in copies.changed() if not self._batch.has(tensor)]
-            self._add(unseen, "the batch", location=AT_THE_END)
+            self._add(unseen, "the batch", location=Elsewhere.AT_THE_END)
         watch.notes.batch_writes = self._batch.indices()
         watch.notes.written.update(self._persistent.written(self._written))
 
@@ -126,7 +126,7 @@ class Mutations(Detector):
                 if not changed:
                     self.watch.notes.fills_batch = True
         if changed:
-            where = line or AT_THE_END
+            where = line or Elsewhere.AT_THE_END
             self.watch.report(
                 Cause.INPUT_MUTATED, changed, location=where, module=call.path, calls=[call]
             )

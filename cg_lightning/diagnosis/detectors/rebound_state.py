@@ -10,10 +10,10 @@ from torch._ops import OpOverload
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.kernel_flags import switches
+from cg_lightning.core.lines import Elsewhere
 from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.attribute_events import AttributeEvents, LastingValues
 from cg_lightning.diagnosis.detector import Detector
-from cg_lightning.diagnosis.findings import AT_THE_END
 from cg_lightning.diagnosis.module_state import ModuleState
 from cg_lightning.diagnosis.operands import addresses_in, written_tensors
 from cg_lightning.diagnosis.step_watch import StepWatch
@@ -94,7 +94,10 @@ class ReboundState(Detector):
     def _report_switches(self, before: tuple[Any, ...], calls: list[ModuleCall]) -> None:
         if switches() != before:
             self.watch.report(
-                Cause.STATE_REBOUND, "a switch of PyTorch", location=AT_THE_END, calls=calls
+                Cause.STATE_REBOUND,
+                "a switch of PyTorch",
+                location=Elsewhere.AT_THE_END,
+                calls=calls,
             )
 
     def _changed(self, state: ModuleState) -> list[str]:
@@ -115,7 +118,7 @@ class ReboundState(Detector):
                     location = self.watch.line_that_changes(state.changed_places(name))
             if not location and events is not None:
                 location = events.line_that_reads(attribute)
-            found.setdefault(location or AT_THE_END, []).append(name)
+            found.setdefault(location or Elsewhere.AT_THE_END, []).append(name)
         for location, together in found.items():
             self.watch.report(
                 Cause.STATE_REBOUND,

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import names_on
+from cg_lightning.core.lines import Elsewhere
 from cg_lightning.diagnosis.detector import ReplacingDetector
-from cg_lightning.diagnosis.findings import AT_THE_END, is_called_by_step, is_read_by_user
+from cg_lightning.diagnosis.findings import is_called_by_step, is_read_by_user
 from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.sources import Source
@@ -67,10 +68,14 @@ class TensorAttributes(ReplacingDetector):
     def _report_unseen(self) -> None:
         calls = self.watch.calls()
         words = _of_batch("vars()")
-        self.watch.report(Cause.OPAQUE, words, location=AT_THE_END, module="", calls=calls)
+        self.watch.report(
+            Cause.OPAQUE, words, location=Elsewhere.AT_THE_END, module="", calls=calls
+        )
 
     def _report_change(self, words: str, calls: list[ModuleCall]) -> None:
-        self.watch.report(Cause.STATE_REBOUND, words, location=AT_THE_END, module="", calls=calls)
+        self.watch.report(
+            Cause.STATE_REBOUND, words, location=Elsewhere.AT_THE_END, module="", calls=calls
+        )
 
     def replace(self, replaced: contextlib.ExitStack) -> None:
         inherited: Any = Tensor.grad  # of a base class that is written in C

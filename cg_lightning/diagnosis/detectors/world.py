@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from unittest.mock import patch
 
 from cg_lightning.core.causes import Cause
+from cg_lightning.core.lines import Elsewhere
 from cg_lightning.diagnosis.detector import Detector
-from cg_lightning.diagnosis.findings import AT_THE_END, is_called_by_step
+from cg_lightning.diagnosis.findings import is_called_by_step
 from cg_lightning.guards import audit_events
 
 _EVENTS = frozenset(
@@ -69,7 +70,7 @@ class World(Detector):
                 listeners[thread] = before
 
         for name in audit_events.rewritten()[rewritten:]:
-            self.watch.report_unless_found(Cause.STATE_REBOUND, name, location=AT_THE_END)
+            self.watch.report_unless_found(Cause.STATE_REBOUND, name, location=Elsewhere.AT_THE_END)
 
     def _on_event(self, event: str) -> None:
         if event in _EVENTS or event in _MEMORY:
