@@ -92,9 +92,8 @@ class _SourceFinder:
         }
         self.computed: list[Tensor] = []
         """The tensors that the graph computes, without duplicates."""
-        self._numbers: dict[int, int] = {}
-        """Their positions, by id."""
         self._sources: dict[int, tuple[_Source, Any]] = {}
+        """The source of each leaf, by its id: a tensor that is there twice is computed once."""
 
     def source_of(self, index: int, leaf: Any, attributes: list[str]) -> tuple[_Source, Any]:
         """Return where one leaf comes from.
@@ -144,10 +143,8 @@ class _SourceFinder:
             raise self._error(index, " was made to require gradients.")
         if leaf.is_quantized:
             raise self._unmakeable(index, "quantized")
-        if id(leaf) not in self._numbers:
-            self._numbers[id(leaf)] = len(self.computed)
-            self.computed.append(leaf)
-        return _Source.COMPUTED, self._numbers[id(leaf)]
+        self.computed.append(leaf)
+        return _Source.COMPUTED, len(self.computed) - 1
 
     def _error(self, index: int, what: str) -> CaptureError:
         return CaptureError(f"{leaf_paths(self._output, 'output')[index]}{what}")
