@@ -18,7 +18,7 @@
 - ``preconditions.py``: conditions that are checked before the first batch.
 - ``progress.py``: a bar for captures ahead, of the same kind as the bar of the Trainer.
 - ``redirection.py``: replaces the module's step in the forward of DDP.
-- ``stage_length.py``: the number of batches that a Trainer runs in a stage.
+- ``stage_length.py``: the dataloaders of a stage, and the number of batches that run of each.
 - ``training.py``: intercepts the closures of training, and restores them.
 - ``training_step.py``: the part of a closure that a graph holds, and the part that follows it.
 """

@@ -14,9 +14,8 @@ from cg_lightning.core.reasons import Reason
 from cg_lightning.core.tree import tensors_in
 from cg_lightning.runtime.examples import Example
 from cg_lightning.trainer.progress import progress_of
+from cg_lightning.trainer.stage_length import dataloaders, numbers_of_batches
 
-_LIGHTNINGS_NAMES = {"validate": "val", "test": "test", "predict": "predict"}
-"""How the attributes of the Trainer call a stage."""
 _BY_HAND = "give batches like its own to callback.capture(trainer, model, batches)"
 
 
@@ -106,10 +105,8 @@ class BatchesAhead:
 
     def _first_items(self, stage: str, dataloader_idx: int) -> list[Any]:
         """Return batches of the first items of a dataloader; none if it cannot be read."""
-        name = _LIGHTNINGS_NAMES[stage]
-        loaders = CombinedLoader(getattr(self._trainer, f"{name}_dataloaders")).flattened
-        loader = loaders[dataloader_idx]
-        number = getattr(self._trainer, f"num_{name}_batches")[dataloader_idx]
+        loader = CombinedLoader(dataloaders(self._trainer, stage)).flattened[dataloader_idx]
+        number = numbers_of_batches(self._trainer, stage)[dataloader_idx]
         if why := _why_unreadable(loader):
             self._warn(
                 f"CUDAGraphCallback: capture_ahead=True makes no batch of dataloader "

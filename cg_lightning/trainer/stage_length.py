@@ -1,19 +1,31 @@
-"""The number of batches that a Trainer runs in a stage."""
+"""The dataloaders of a stage, and the number of batches that a Trainer runs of each."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 _STAGES = {
-    "validate": (TrainerFn.VALIDATING, "num_val_batches", "validate_loop"),
-    "test": (TrainerFn.TESTING, "num_test_batches", "test_loop"),
-    "predict": (TrainerFn.PREDICTING, "num_predict_batches", "predict_loop"),
+    "validate": (TrainerFn.VALIDATING, "val"),
+    "test": (TrainerFn.TESTING, "test"),
+    "predict": (TrainerFn.PREDICTING, "predict"),
 }
-"""The function of the Trainer, and its attributes with the numbers of batches and the loop."""
+"""The function of the Trainer that runs a stage, and the name of the stage in its attributes."""
+
+
+def dataloaders(trainer: Trainer, stage: str) -> Any:
+    """Return what the user gave for a stage: a dataloader, or several ones."""
+    return getattr(trainer, f"{_STAGES[stage][1]}_dataloaders")
+
+
+def numbers_of_batches(trainer: Trainer, stage: str) -> list[float]:
+    """Return how many batches of each dataloader run in a stage."""
+    numbers: list[float] = getattr(trainer, f"num_{_STAGES[stage][1]}_batches")
+    return numbers
 
 
 class TrainerStageLength:
@@ -32,15 +44,15 @@ class TrainerStageLength:
     def steps_left(self, stage: str, dataloader_idx: int) -> float:
         """See :class:`~cg_lightning.runtime.stage_length.StageLength`."""
         trainer = self._trainer
-        function, name, loop = _STAGES[stage]
         is_inside_fit = trainer.state.fn is TrainerFn.FITTING
-        if trainer.state.fn is not function and not is_inside_fit:
+        if trainer.state.fn is not _STAGES[stage][0] and not is_inside_fit:
             return math.inf
-        numbers = getattr(trainer, name)
+        numbers = numbers_of_batches(trainer, stage)
         if dataloader_idx >= len(numbers):  # dataloaders that give their batches together
             return math.inf
-        runs = trainer.fit_loop.epoch_loop.val_loop if is_inside_fit else getattr(trainer, loop)
-        done = runs.batch_progress.current.ready - 1  # of all dataloaders
+        in_fit = trainer.fit_loop.epoch_loop.val_loop
+        loop = in_fit if is_inside_fit else getattr(trainer, f"{stage}_loop")
+        done = loop.batch_progress.current.ready - 1  # of all dataloaders
         end, *ends = list(itertools.accumulate(numbers))[dataloader_idx:]
         while done >= end and ends:  # submodules do not know in which dataloader they are called
             end, *ends = ends
