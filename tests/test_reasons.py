@@ -18,7 +18,8 @@ from cg_lightning import BatchDescriptor, CaptureError
 from cg_lightning.backends import resolve_backend
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.reasons import Changed, Reason, Status
-from cg_lightning.report.stats import MOST_REASONS, MOST_SHAPES, OTHER_SHAPES, CUDAGraphStats
+from cg_lightning.report.counts import MOST_REASONS, MOST_SHAPES, OTHER_SHAPES
+from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.summary import render_summary
 from cg_lightning.runtime.plans import NEW_KEY
 from cg_lightning.runtime.target import reason_of

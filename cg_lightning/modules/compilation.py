@@ -15,7 +15,7 @@ from torch import nn
 from cg_lightning.backends.capture_scope import autocast_cache_emptied
 from cg_lightning.modules.compiled import BY_CALLBACK, COMPILED_IN_PLACE, is_compiled
 from cg_lightning.modules.kinds import is_metric
-from cg_lightning.report.stats import CUDAGraphStats
+from cg_lightning.report.counts import Counts
 
 
 class Compilation:
@@ -30,7 +30,7 @@ class Compilation:
         stats: Counts the time of each compilation.
     """
 
-    def __init__(self, arguments: Mapping[str, Any] | None, stats: CUDAGraphStats) -> None:
+    def __init__(self, arguments: Mapping[str, Any] | None, stats: Counts) -> None:
         self._arguments = arguments
         self._clock = _CompileClock(stats)
         self._calls: dict[nn.Module, Any] = {}
@@ -83,7 +83,7 @@ class Compilation:
 class _CompileClock:
     """Takes the time of compilations, by private callbacks of the compiler, if it has them."""
 
-    def __init__(self, stats: CUDAGraphStats) -> None:
+    def __init__(self, stats: Counts) -> None:
         self._stats = stats
         self._began: float | None = None
         self._remove: contextlib.ExitStack | None = None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from cg_lightning.report.stats import CUDAGraphStats
+from cg_lightning.report.counts import Counts
 
 
-def numbers_to_log(stats: CUDAGraphStats, stage: str) -> dict[str, float]:
+def numbers_to_log(stats: Counts, stage: str) -> dict[str, float]:
     """Return what ``log_stats=True`` sends to the loggers at the end of a stage.
 
     Args:

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cg_lightning.core.reasons import Status
+from cg_lightning.report.counts import Counts
 from cg_lightning.report.html import html_paragraph, html_table
 from cg_lightning.report.records import EntryRecord, StepsRecord, Times
-from cg_lightning.report.stats import CUDAGraphStats
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -257,9 +257,7 @@ def _share(entries: Sequence[EntryRecord]) -> str:
     return f"{sum(seconds * saving for seconds, saving in known) / eager:.0%}" if eager else "-"
 
 
-def _row(
-    stats: CUDAGraphStats, entries: Sequence[EntryRecord], values: str = ""
-) -> tuple[str, ...]:
+def _row(stats: Counts, entries: Sequence[EntryRecord], values: str = "") -> tuple[str, ...]:
     # the time of a step is none of a call
     times = stats.times_of([entry for entry in entries if entry.mode == entries[0].mode])
     shapes = _join([entry.shapes for entry in entries], "shapes")
@@ -289,7 +287,7 @@ def _values(entry: EntryRecord, entries: Sequence[EntryRecord]) -> str:
     )
 
 
-def _graph_rows(stats: CUDAGraphStats, entries: Sequence[EntryRecord]) -> list[tuple[str, ...]]:
+def _graph_rows(stats: Counts, entries: Sequence[EntryRecord]) -> list[tuple[str, ...]]:
     """Return a row for each graph; if too many, for each target; if too many, one for the rest."""
     if len(entries) <= MOST_GRAPHS:
         return [_row(stats, [entry], _values(entry, entries)) for entry in entries]
@@ -347,7 +345,7 @@ def _reasons(records: Sequence[StepsRecord], room: int) -> tuple[list[ReasonLine
     return shown, f"{_steps(steps)} for {left_out} other reasons: see stats.reasons"
 
 
-def _time_notes(stats: CUDAGraphStats, backend: str, stage: str) -> list[str]:
+def _time_notes(stats: Counts, backend: str, stage: str) -> list[str]:
     """Return the host time of a step, from graphs and eagerly."""
     notes = []
     for mode in ("FULL", "PIECEWISE"):
@@ -361,7 +359,7 @@ def _time_notes(stats: CUDAGraphStats, backend: str, stage: str) -> list[str]:
     return notes
 
 
-def _padding_notes(stats: CUDAGraphStats, stage: str) -> list[str]:
+def _padding_notes(stats: Counts, stage: str) -> list[str]:
     """Return how much padding adds, and each reason for batches that are not padded."""
     records = [record for record in stats.padding if record.stage == stage]
     notes = []
@@ -380,7 +378,7 @@ def _padding_notes(stats: CUDAGraphStats, stage: str) -> list[str]:
     return notes
 
 
-def _hint_notes(stats: CUDAGraphStats, stage: str) -> list[str]:
+def _hint_notes(stats: Counts, stage: str) -> list[str]:
     """Return a hint if most steps were warm-ups: many shapes, with few batches of each.
 
     Users who pad already get none.
@@ -423,9 +421,7 @@ def _lines_without_reasons(stage: StageSummary, width: int) -> list[str]:
     return lines
 
 
-def _summarize(
-    stats: CUDAGraphStats, backend: str, stage: str, counts: dict[str, int]
-) -> StageSummary:
+def _summarize(stats: Counts, backend: str, stage: str, counts: dict[str, int]) -> StageSummary:
     steps = ", ".join(f"{_steps(number)} {_WORDS[mode]}" for mode, number in counts.items())
     entries = [
         entry
@@ -448,9 +444,7 @@ def _summarize(
     return dataclasses.replace(shown, reasons=reasons, rest=rest)
 
 
-def render_summary(
-    stats: CUDAGraphStats, backend: str, stages: Sequence[str], scope: str = ""
-) -> Summary:
+def render_summary(stats: Counts, backend: str, stages: Sequence[str], scope: str = "") -> Summary:
     """Return, for each of ``stages``, its graphs, and why steps ran in a lower mode than asked.
 
     Times are those of the host, for a step or a call of a submodule: on a GPU, work may go on after

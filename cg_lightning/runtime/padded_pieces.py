@@ -18,8 +18,8 @@ from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.modules.interception import Interception, ModuleHandler
 from cg_lightning.padding.padder import PadderOfCalls
 from cg_lightning.padding.rules import PadRules
+from cg_lightning.report.counts import Counts
 from cg_lightning.report.records import EntryRecord, PaddingRecord
-from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.timeline import Ran
 from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.padded_steps import PaddedSteps
@@ -166,7 +166,7 @@ def _is_of(descriptor: BatchDescriptor | None, stage: str) -> bool:
     return descriptor is not None and descriptor.stage == stage
 
 
-class _CountsOfPiece(CUDAGraphStats):
+class _CountsOfPiece(Counts):
     """Counts the calls of one submodule: graphs in the statistics of the module, eager calls here.
 
     Args:
@@ -174,16 +174,16 @@ class _CountsOfPiece(CUDAGraphStats):
         path: The dotted path of the submodule.
     """
 
-    def __init__(self, counts: CUDAGraphStats, path: str) -> None:
+    def __init__(self, counts: Counts, path: str) -> None:
         super().__init__()
         self._of_module = counts
         self._path = path
 
     def entry(self, mode: str, target: str, descriptor: BatchDescriptor) -> EntryRecord:
-        """See :meth:`CUDAGraphStats.entry`."""
+        """See :meth:`Counts.entry`."""
         path = self._path if mode == "FULL" else f"{self._path}.{target}"
         return self._of_module.entry("PIECEWISE", path, descriptor)
 
     def padded(self, target: str, descriptor: BatchDescriptor) -> PaddingRecord:
-        """See :meth:`CUDAGraphStats.padded`."""
+        """See :meth:`Counts.padded`."""
         return self._of_module.padded(self._path, descriptor)

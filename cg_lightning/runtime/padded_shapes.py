@@ -14,7 +14,7 @@ from cg_lightning.core.reasons import Reason
 from cg_lightning.core.tree import flatten, rebuild
 from cg_lightning.padding.leaves import PaddedLeaves
 from cg_lightning.padding.padder import Padder
-from cg_lightning.report.stats import CUDAGraphStats
+from cg_lightning.report.counts import Counts
 from cg_lightning.runtime.keys import KeyState
 
 Fields = tuple[Any, ...]
@@ -40,7 +40,7 @@ class PaddedShapes:
         name: The name of the step in the statistics.
     """
 
-    def __init__(self, padder: Padder, stats: CUDAGraphStats, name: str) -> None:
+    def __init__(self, padder: Padder, stats: Counts, name: str) -> None:
         self._padder = padder
         self._stats = stats
         self._name = name

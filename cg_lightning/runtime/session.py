@@ -35,7 +35,7 @@ from cg_lightning.host_values.host_copies import HostCopies
 from cg_lightning.modules.compilation import Compilation
 from cg_lightning.modules.kinds import is_metric
 from cg_lightning.padding.leaves import PaddedLeaves
-from cg_lightning.report.stats import CUDAGraphStats
+from cg_lightning.report.counts import Counts
 from cg_lightning.runtime.changing_values import ChangingValues
 from cg_lightning.runtime.examples import Examples
 from cg_lightning.runtime.keys import Guards, KeyState, Variant
@@ -96,7 +96,7 @@ class Session:
         module: nn.Module,
         backend: GraphBackend,
         settings: Settings,
-        stats: CUDAGraphStats,
+        stats: Counts,
         effects: ModuleEffects,
         profiler: Profiler | None = None,
         *,

@@ -33,8 +33,8 @@ from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.guards.sources import describe_change
 from cg_lightning.guards.written_settings import WrittenSettings
 from cg_lightning.host_values.path import ReadPath
+from cg_lightning.report.counts import Counts
 from cg_lightning.report.records import EntryRecord
-from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.runtime.dispatcher import CUDAGraphDispatcher
 from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.plans import Action, Plan
@@ -80,7 +80,7 @@ class TargetParts(NamedTuple):
     """Captures; it has the options and the cache."""
     verifier: Verifier
     """Compares with eager."""
-    stats: CUDAGraphStats
+    stats: Counts
     """Counts."""
     written_settings: WrittenSettings | None = None
     """See :class:`~cg_lightning.guards.module_guard.ModuleGuard`."""

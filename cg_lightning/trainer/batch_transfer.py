@@ -16,7 +16,7 @@ from cg_lightning.backends.base import BatchCopies
 from cg_lightning.core.tree import flatten
 from cg_lightning.host_values.host_copies import HostCopies
 from cg_lightning.modules.kinds import is_lightnings_own
-from cg_lightning.report.stats import CUDAGraphStats
+from cg_lightning.report.counts import Counts
 
 _LEAST_BYTES = 1024 * 1024
 """Copies of fewer bytes take less time than the host needs to overlap them (about 100 us)."""
@@ -28,7 +28,7 @@ _PLAIN = (int, float, bool, str, bytes, type(None))
 
 
 def overlapped_transfer(
-    trainer: Trainer, module: nn.Module, copies: BatchCopies | None, stats: CUDAGraphStats
+    trainer: Trainer, module: nn.Module, copies: BatchCopies | None, stats: Counts
 ) -> OverlappedTransfer | None:
     """Return an object that transfers batches instead of Lightning; None if Lightning does.
 
@@ -57,7 +57,7 @@ class OverlappedTransfer:
         stats: Counts the batches.
     """
 
-    def __init__(self, strategy: Strategy, copies: BatchCopies, stats: CUDAGraphStats) -> None:
+    def __init__(self, strategy: Strategy, copies: BatchCopies, stats: Counts) -> None:
         self._strategy = strategy
         self._copies = copies
         self._stats = stats

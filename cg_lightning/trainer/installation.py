@@ -17,7 +17,7 @@ from cg_lightning.core.stages import STEP_METHODS
 from cg_lightning.core.tree import flatten
 from cg_lightning.padding.padder import Padder
 from cg_lightning.padding.rules import GivenRules, PadRules, ProposedRules
-from cg_lightning.report.stats import CUDAGraphStats
+from cg_lightning.report.counts import Counts
 from cg_lightning.report.timeline import Ran
 from cg_lightning.runtime.padded_pieces import PaddedPieces
 from cg_lightning.runtime.padded_steps import PaddedSteps
@@ -168,7 +168,7 @@ class InertInstallation:
         why: Why nothing can run from graphs.
     """
 
-    def __init__(self, strategy: Strategy, stats: CUDAGraphStats, why: str) -> None:
+    def __init__(self, strategy: Strategy, stats: Counts, why: str) -> None:
         self._strategy = strategy
         self._stats = stats
         self.why = why

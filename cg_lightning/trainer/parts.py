@@ -11,7 +11,7 @@ from cg_lightning.backends import GraphBackend
 from cg_lightning.core.settings import Settings
 from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.modules.kinds import lightning_class
-from cg_lightning.report.stats import CUDAGraphStats
+from cg_lightning.report.counts import Counts
 from cg_lightning.runtime.session import Session
 from cg_lightning.trainer.batch_transfer import (
     NotedTransfer,
@@ -27,7 +27,7 @@ def make_session(
     module: LightningModule,
     backend: GraphBackend,
     settings: Settings,
-    stats: CUDAGraphStats,
+    stats: Counts,
     *,
     has_backward: bool = False,
 ) -> Session:
