@@ -253,7 +253,7 @@ class CUDAGraphCallback(Callback):
         Call it before ``trainer.validate(model)`` and the like, or in a hook. The first batch runs
         and is watched as always: what a step does that was never watched could not be undone. Then
         the step runs ``warmup_steps`` times on each given batch and is captured, the largest one
-        first, before the second batch comes. All state is put back after each run: of
+        first, before the second batch comes. All state is restored after each run: of
         metrics, logged values, modules and random generators. Later batches of these shapes run
         from graphs at once. A batch that cannot be captured ahead is named in a warning.
 

@@ -37,6 +37,15 @@ def test_one_line_per_module(package):
     assert named == {file.name for file in package.glob("*.py")} - {"__init__.py"}
 
 
+HARD = ["capture/entry", "backends/recorder", "guards/guard_set", "modules/interception"]
+
+
+@pytest.mark.parametrize("file", [*HARD, "backends/cuda"])
+def test_five_files_begin_with_what_is_hard_in_them(file):
+    opening = ast.get_docstring(ast.parse((PACKAGE / f"{file}.py").read_text()))
+    assert 10 <= len(opening.splitlines()) <= 30
+
+
 def test_the_map_names_each_folder():
     named = set(re.findall(r"`([\w/]+)/`", ARCHITECTURE.split("\n## ")[0]))
     assert named == {str(folder.relative_to(PACKAGE)) for folder in PACKAGES}

@@ -10,8 +10,8 @@
 - ``host_indices.py``: lists and arrays of the host that index a tensor.
 - ``host_reads.py``: calls that wait for a GPU and that the dispatcher does not show.
 - ``illegal_operations.py``: the table of operations that a CUDA graph cannot contain.
-- ``imported_functions.py``: functions of others, replaced: in one place, or in each module that
-  has imported them.
+- ``imported_functions.py``: replaces functions of libraries: in one place, or in each module
+  that has imported them.
 - ``operation_writes.py``: the arguments that a dispatched operation writes to.
 - ``recorder.py``: a graph API for devices without one: records operations and replays them.
 - ``tensor_makers.py``: functions that make a tensor of Python values: ``torch.tensor`` and the

@@ -24,7 +24,7 @@ class CapturedGraph(Protocol):
 
 
 class BatchCopies(Protocol):
-    """Copies batches to the device while it computes."""
+    """Copies batches to the device while the device computes."""
 
     def run(self, copy: Callable[[], Any]) -> Any:
         """Run ``copy`` concurrently with the work that is queued on the current stream.
@@ -33,7 +33,7 @@ class BatchCopies(Protocol):
             copy: Called once. It copies a batch to the device, and it does nothing else there.
 
         Returns:
-            What ``copy`` returned. Work that the current stream is given from now on may use it.
+            What ``copy`` returned. Later work on the current stream may use it.
         """
 
 
@@ -44,7 +44,7 @@ class Stopwatch(Protocol):
         """End the step. Call it once."""
 
     def seconds(self) -> float | None:
-        """Return the time of the step, in seconds. None: the device is not done with it."""
+        """Return the time of the step, in seconds. None: the device has not finished it."""
 
 
 class GraphBackend(Protocol):
@@ -87,7 +87,7 @@ class GraphBackend(Protocol):
         """
 
     def ignoring_host_syncs(self) -> AbstractContextManager[None]:
-        """Notice no host sync of what runs inside, not even later."""
+        """Ignore host syncs of the work inside, also those that are reported later."""
 
     def can_follow(self, generator: torch.Generator) -> bool:
         """Return True if captures can draw from a generator that is not the default one."""
@@ -111,17 +111,17 @@ class GraphBackend(Protocol):
             began: The value of ``time.perf_counter()`` when the host began the step.
 
         Returns:
-            A stopwatch. None: times of this backend do not tell if graphs pay.
+            A stopwatch. None: times of this backend do not show if graphs pay.
         """
 
     def current_stream(self) -> Hashable:
         """Return what tells the current stream from others."""
 
     def capture_stream(self) -> AbstractContextManager[None]:
-        """Run eager work inside where captures run, ordered with what runs before and after."""
+        """Run the eager work inside on the stream of captures, in order with the work around it."""
 
     def range(self, name: str) -> AbstractContextManager[None]:
-        """Mark what runs inside, for traces of the device."""
+        """Mark the work inside, for traces of the device."""
 
     def synchronize(self) -> None:
         """Wait for all work on the device; needed before a graph that may run is dropped."""

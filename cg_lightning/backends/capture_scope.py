@@ -62,9 +62,9 @@ _OVERRIDE, _WARN = STREAMS_OF_NODES
 
 
 class _SettingOfStreams:
-    """Holds one of these settings while a thread is inside, if this version of PyTorch has it.
+    """Changes one of these settings while a thread is inside, if this version of PyTorch has it.
 
-    It belongs to the process, so the last thread that leaves puts back what it was.
+    It belongs to the process, so the last thread that leaves restores it.
 
     Args:
         name: The public function that sets it.
@@ -109,7 +109,7 @@ no_warning_of_other_streams = _SettingOfStreams(_WARN, False)
 
 
 _INFORMED = ("torch", "triton", "cg_lightning")
-"""Packages that have to know: SyncBatchNorm, for instance, would wait for the device otherwise."""
+"""Packages that get the true answer. Otherwise SyncBatchNorm, for one, waits for the device."""
 _ASKED = "_cuda_isCurrentStreamCapturing"
 """Private: what ``torch.cuda.is_current_stream_capturing`` asks (torch 2.8 to 2.13)."""
 
@@ -135,7 +135,7 @@ def capture_looks_eager() -> Iterator[None]:
         return asking.split(".")[0] in _INFORMED and ask()
 
     replaced: AbstractContextManager[object]
-    if hasattr(graphs, _ASKED):  # it answers under whatever name the public function was imported
+    if hasattr(graphs, _ASKED):  # however the public function was imported
         replaced = patch.object(graphs, _ASKED, answer)
     else:
         replaced = replaced_where_imported(

@@ -66,7 +66,7 @@ def type_of_cast(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.dtype:
 
 
 def _of_cast(args: Sequence[Any], kwargs: dict[str, Any], name: str, kind: type) -> Any:
-    """Return the value that a cast names, otherwise that of the tensor that it is given."""
+    """Return the value that a cast names. If it names none, return that of its tensor."""
     for given in (kwargs.get(name), *args[1:], kwargs.get("other")):
         if isinstance(given, kind):
             return given

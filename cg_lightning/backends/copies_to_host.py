@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Answer = Callable[[Tensor, Callable[[], Tensor]], Tensor]
-"""Given the tensor and what makes the copy, returns the copy."""
+"""Returns the copy. Its arguments are the tensor and a function that makes the copy."""
 
 
 @contextlib.contextmanager

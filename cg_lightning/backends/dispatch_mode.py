@@ -36,7 +36,7 @@ def _has_kernel(function: OpOverload, key: str) -> bool:
     """
     try:
         return torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), key)
-    except RuntimeError:  # nothing else tells, for all versions of PyTorch
+    except RuntimeError:  # the only way in all versions of PyTorch
         return True
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def key_of(generator: torch.Generator) -> int:
-    """Return what tells a generator from others. An operation shows another object for it.
+    """Return the identity of a generator. An operation shows another object for it.
 
     ``_cdata`` is private; without it, no generator that an operation shows is known.
     """

@@ -1,4 +1,4 @@
-"""Functions of others, replaced: in one place, or in each module that has imported them."""
+"""Replace functions of libraries: in one place, or in each module that has imported them."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def put_back_in_others(imported: list[str], functions: Iterable[tuple[Function, 
     """Put originals back in modules that were imported while these functions were replaced.
 
     Args:
-        imported: The names of the modules that were there before.
+        imported: The names of the modules that were imported before.
         functions: Pairs of an original and its replacement.
     """
     if list(sys.modules) == imported:  # the usual case, in native code

@@ -16,7 +16,7 @@ argument; and identity, since attention of a sequence to itself takes another ke
 to an equal copy. An early version gave each argument a tensor of its own and differed in the last
 bits on some processors.
 
-**Writes.** Schemas do not tell the truth: batch norm updates its statistics without declaring it.
+**Writes.** Schemas are not complete: batch norm updates its statistics without declaring it.
 ``_may_write`` therefore trusts only the schemas of ``aten`` operations that are not norms. An
 operation that only makes a view is not recorded: later operations have the memory of the view
 among their arguments.

@@ -36,7 +36,7 @@ from cg_lightning.metrics.deferred_checks import CheckedCalls
 
 
 class _Needed(NamedTuple):
-    """What a call needs memory for, from outside its capture."""
+    """Objects of a call that need memory from outside its capture."""
 
     checked: CheckedCalls
     constants: list[Tensor]
@@ -91,7 +91,7 @@ class Attempt:
         with (
             override_forward_context(ForwardContext(target.mode, self._call.descriptor)),
             recording as recorder,
-            _random_state_put_back() if self._does.host_draws else contextlib.nullcontext(),
+            _random_state_restored() if self._does.host_draws else contextlib.nullcontext(),
         ):
             graph, captured, needed = self._capture(recorder)
             if needed is not None:  # only a capture shows it
@@ -182,7 +182,7 @@ class Attempt:
 
     @contextlib.contextmanager
     def _answering(self, checked: CheckedCalls) -> Iterator[list[Tensor]]:
-        """While this is entered, the call gets answers for what no capture can do.
+        """While this is entered, operations of the call that no capture can do are answered.
 
         The context gives the constants that the call asks for; see :class:`HostConstants`.
         """
@@ -201,8 +201,8 @@ class Attempt:
 
 
 @contextlib.contextmanager
-def _random_state_put_back() -> Iterator[None]:
-    """At the end, put back the states of the random generators of the host."""
+def _random_state_restored() -> Iterator[None]:
+    """At the end, restore the states of the random generators of the host."""
     before = HostRandomState()
     try:
         yield

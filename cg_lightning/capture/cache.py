@@ -12,7 +12,7 @@ from cg_lightning.core.errors import CaptureError
 class GraphCache:
     """Stores the order of use of all graphs, and drops graphs. Nothing else may drop one.
 
-    The owner of a dropped entry is not told. :meth:`GraphEntry.is_valid` returns False from then
+    The owner of a dropped entry gets no call. :meth:`GraphEntry.is_valid` returns False from then
     on, and the owner asks before each replay. The cache does not know keys.
 
     Args:

@@ -22,8 +22,8 @@ from cg_lightning.guards.values import addresses_of
 class _Source(enum.Enum):
     INPUT = "the input tensor itself, or a value of the input that is passed on"
     CONTAINER = "a container of the input itself"
-    HELD = "a tensor or container that was there before, such as a parameter, or a plain value"
-    VIEW_OF_HELD = "a view of a tensor that was there before"
+    HELD = "a tensor or container that existed before, such as a parameter, or a plain value"
+    VIEW_OF_HELD = "a view of a tensor that existed before"
     COMPUTED = "a tensor that the graph computes"
     VIEW_OF_INPUT = "a view of an input tensor"
     VIEW_OF_COMPUTED = "a view of a tensor that the graph computes, with which it shares memory"
@@ -40,7 +40,7 @@ class _Given:
 
 
 class _HeldContainer:
-    """A leaf that replaces a container that was there before, such as a list in an attribute."""
+    """A leaf that replaces a container that existed before, such as a list in an attribute."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -180,9 +180,9 @@ class OutputPlan:
         Args:
             output: The output of the captured call.
             inputs: The leaves of the arguments of the captured call.
-            held: Tensors that were there before.
+            held: Tensors that existed before the call.
             containers: The containers of the inputs, as the call was given them.
-            held_containers: Containers that were there before.
+            held_containers: Containers that existed before the call.
             detaches: Whether tensors leave their autograd graph.
 
         Raises:

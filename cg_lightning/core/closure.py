@@ -69,7 +69,7 @@ class GradientsAside:
         self._held = [(parameter, parameter.grad) for parameter in parameters]
         self._zero_grad = zero_grad
         self.are_given = False
-        """Whether the gradients were put back, so that nothing is left to add."""
+        """Whether the gradients were restored, so that nothing is left to add."""
         for parameter, _ in self._held:
             parameter.grad = None
 
@@ -80,7 +80,7 @@ class GradientsAside:
 
     @torch.no_grad()
     def give(self) -> None:
-        """Put back all gradients, because one is about to be read, and add what was computed.
+        """Restore all gradients, because one is about to be read, and add what was computed.
 
         From now on the backward adds to them, as it does without us.
         """
@@ -96,7 +96,7 @@ class GradientsAside:
                 add_gradient(parameter, gradient)
 
     def put_back(self) -> None:
-        """Put back all gradients; idempotent."""
+        """Restore all gradients; idempotent."""
         if not self.are_given:
             for parameter, gradient in self._held:
                 parameter.grad = gradient

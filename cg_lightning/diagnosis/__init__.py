@@ -9,7 +9,7 @@
 - ``definitions.py``: the source of a function as a tree, if it is the source of the code that runs.
 - ``detector.py``: the base class of all detectors.
 - ``findings.py``: findings, and where in the user's code something happened.
-- ``frames.py``: what the frame of a call tells: whose code runs, and with which arguments.
+- ``frames.py``: facts about the frame of a call: whose code runs, and with which arguments.
 - ``functions.py``: the function objects of frames.
 - ``hidden_modules.py``: modules that are no submodules, and their attributes.
 - ``library_settings.py``: settings that functions of PyTorch read in Python.
@@ -17,13 +17,13 @@
 - ``module_state.py``: a snapshot of the attributes of a module, which is compared later.
 - ``late_unit.py``: one unit of metrics in a watched step: whether its updates may follow the step.
 - ``lines_of_changes.py``: the line of a step that changes an object, a global or a closure.
-- ``monitoring.py``: the tool of ``sys.monitoring`` that tells what runs, from Python 3.12 on.
+- ``monitoring.py``: a tool of ``sys.monitoring``, which reports what runs, from Python 3.12 on.
 - ``names_in_code.py``: what the instructions of a function name: globals, imports, computed names.
 - ``operands.py``: the tensors that a dispatched operation takes, makes and writes to.
-- ``operation_mode.py``: tells detectors of each operation that PyTorch dispatches.
+- ``operation_mode.py``: reports to detectors each operation that PyTorch dispatches.
 - ``report.py``: all findings, as an object and as a table.
 - ``sources_of_code.py``: what some code may read: globals that it names, and what is inside.
-- ``step_run.py``: how a watched step runs, and who is told of what it does.
+- ``step_run.py``: how a watched step runs, and which observers receive what it does.
 - ``step_watch.py``: the step that is watched: the stack of calls under way, and what detectors
   report.
 - ``uses_of_argument.py``: where a step uses one of its arguments, read from byte code and source.

@@ -57,7 +57,7 @@ def _accessing_frame() -> FrameType | None:
 class AttributeEvents(ModuleHandler):
     """Notes reads and writes of the attributes of one module in a watched step.
 
-    ``on_call`` is told of an object before the step calls a method of it that may accumulate.
+    ``on_call`` receives an object before the step calls a method of it that may accumulate.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ def _only_fills(call: tuple[type, str]) -> bool:
 
 
 def _holder(value: Any, steps: tuple[tuple[bool, Any], ...]) -> Any:
-    """Return what has the last one of some steps; None if an entry is not what it seems to be."""
+    """Return the object that the last step is looked up in; None if a step before finds nothing."""
     for is_key, key in steps[:-1]:
         if is_key is not (type(value) in MAPPINGS) or not (is_key or is_plain_object(value)):
             return None

@@ -1,4 +1,4 @@
-"""Every call that a watched step makes, as Python itself tells of it.
+"""Every call that a watched step makes, as Python itself reports it.
 
 What is hard here: a step makes a million calls. Nearly all of them are inside torch and this
 package, and are of no interest. From Python 3.12 on, ``sys.monitoring`` stops reporting such

@@ -84,7 +84,7 @@ class ConditionsOf:
         self._module = module
 
     def around(self, node: ast.AST, definition: ast.AST, parents: Parents) -> list[BranchCondition]:
-        """Return what holds if a node of a function runs."""
+        """Return the conditions that hold if a node of a function runs."""
         found: list[BranchCondition] = []
         while node is not definition:
             if isinstance(node, OTHER_FRAMES):
@@ -98,7 +98,7 @@ class ConditionsOf:
         return found
 
     def _by_branch(self, outer: ast.AST, node: ast.AST) -> Iterator[BranchCondition]:
-        """Yield what holds because ``outer`` has taken the branch of ``node``."""
+        """Yield the conditions that hold because ``outer`` has taken the branch of ``node``."""
         if isinstance(outer, (ast.If, ast.While, ast.IfExp)) and node is not outer.test:
             body = [outer.body] if isinstance(outer, ast.IfExp) else outer.body
             yield from self._of(outer.test, node in body)
@@ -107,13 +107,13 @@ class ConditionsOf:
                 yield from self._of(value, isinstance(outer.op, ast.And))
 
     def _by_leaving(self, before: Sequence[ast.stmt]) -> Iterator[BranchCondition]:
-        """Yield what holds because the statements before have not left the block."""
+        """Yield the conditions that hold because the statements before have not left the block."""
         for each in before:
             if isinstance(each, ast.If) and not each.orelse and isinstance(each.body[-1], _LEAVE):
                 yield from self._of(each.test, False)
 
     def _of(self, test: ast.expr, truth: bool) -> Iterator[BranchCondition]:
-        """Yield what holds if an expression is true, or not."""
+        """Yield the conditions that hold if an expression is true, or not."""
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
             yield from self._of(test.operand, not truth)
         elif isinstance(test, ast.BoolOp):

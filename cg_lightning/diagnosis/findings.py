@@ -98,7 +98,7 @@ def _package_path(file: str) -> str | None:
 
 @functools.lru_cache(maxsize=8192)
 def _library_path(file: str) -> str | None:
-    """Return the short path of a library's file; None if it tells users nothing."""
+    """Return the short path of a library's file; None if it does not help users."""
     path = None if is_our_file(file) else _package_path(file)
     if path is None or path.split("/")[0] in _FRAMEWORKS or path in _WRAPPERS:
         return None

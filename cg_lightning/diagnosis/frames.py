@@ -1,4 +1,4 @@
-"""What the frame of a call tells: whose code runs, and what it was given."""
+"""Facts about the frame of a call: whose code runs, and with which arguments."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _arguments(frame: FrameType) -> Iterator[Any]:
 
 
 def reads_modules_unseen(frame: FrameType) -> bool:
-    """Return whether a function may read a module it is given so that no interception sees it.
+    """Return whether a function may read a module in its arguments without any interception.
 
     If a method of that module does so, all its attributes count as read. They also do if its class
     has a look-up of its own.

@@ -9,14 +9,14 @@ import logging
 from collections.abc import Iterator
 from types import CodeType, FrameType
 
-from cg_lightning.diagnosis.writes import is_said_by_user
+from cg_lightning.diagnosis.writes import is_called_by_user
 from cg_lightning.guards.sources import Source
 
 _ASKS = {
     id(method.__code__)
     for method in (logging.Logger.isEnabledFor, logging.Logger.getEffectiveLevel)
 }
-"""By identity: while Python tells of calls, the code has other instructions in it."""
+"""By identity: while Python reports calls, the code has other instructions in it."""
 
 
 def asks_for_level(code: CodeType) -> bool:
@@ -26,7 +26,7 @@ def asks_for_level(code: CodeType) -> bool:
 
 def level_asked_for(frame: FrameType) -> Iterator[Source]:
     """Yield the sources of the level that the user's code asks for; nothing for other functions."""
-    if not (asks_for_level(frame.f_code) and is_said_by_user(frame.f_back)):
+    if not (asks_for_level(frame.f_code) and is_called_by_user(frame.f_back)):
         return
     logger: logging.Logger | None = frame.f_locals["self"]
     assert logger is not None

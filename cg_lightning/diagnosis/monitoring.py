@@ -1,4 +1,4 @@
-"""A tool of ``sys.monitoring``, which Python tells what runs, from Python 3.12 on."""
+"""A tool of ``sys.monitoring``, to which Python 3.12 and later reports what runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if sys.version_info >= (3, 12):
     class Monitor:
         """While it is entered, Python calls some functions, by event. A tool must be free.
 
-        It is no generator: Python would tell of the library's functions around it.
+        It is no generator: Python would report the library's functions around it.
 
         Args:
             callbacks: What is called for all code that runs.

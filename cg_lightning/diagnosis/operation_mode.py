@@ -1,4 +1,4 @@
-"""Tells detectors of each operation that PyTorch dispatches in a watched step."""
+"""Reports to detectors each operation that PyTorch dispatches in a watched step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cg_lightning.diagnosis.step_watch import StepWatch
 
 
 class OperationMode(EagerDispatchMode):
-    """Tells observers of each dispatched operation: those that override the methods for it.
+    """Reports each dispatched operation to those observers that override the methods for it.
 
     It does not watch the functions inside operators such as ``torch.cond``.
 

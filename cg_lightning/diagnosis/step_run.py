@@ -1,4 +1,4 @@
-"""How a watched step runs: under our dispatch mode, as it is written, and who is told of it."""
+"""How a watched step runs: under our dispatch mode, as it is written, with its observers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cg_lightning.backends.dispatch_mode import EagerDispatchMode
 
 
 class Observer:
-    """Is told of what a watched step does. It overrides the methods that it needs."""
+    """Receives what a watched step does. It overrides the methods that it needs."""
 
     sees_compiled_code: ClassVar[bool] = False
     """Whether it goes on while a network that the callback compiles runs as it is written."""
@@ -66,7 +66,7 @@ class StepRun:
 
         Args:
             mode: Dispatches the operations of the step.
-            observers: Are told of all else.
+            observers: Receive everything else.
         """
         self._mode, self._observers = mode, observers
         with mode.watching():
@@ -82,7 +82,7 @@ class StepRun:
         """While a compiled module runs. It runs compiled, and without our modes and functions.
 
         Args:
-            as_written: Whether it runs as it is written instead, and its calls are told of.
+            as_written: Whether it runs as it is written instead, and its calls are reported.
         """
         with contextlib.ExitStack() as stack:
             for observer in self._observers:
@@ -119,6 +119,6 @@ class StepRun:
             yield
 
     def before_read(self, tensor: Tensor) -> None:
-        """Tell of a tensor of the host that the step reads, which no operation shows."""
+        """Report a tensor of the host that the step reads, which no operation shows."""
         for observer in self._observers:
             observer.before_read(tensor)

@@ -143,7 +143,7 @@ class StepWatch:
         self._drawn: dict[int, torch.Generator] = {}
         """Those among them that the step draws from."""
         self.call_events: CallEvents | None = None
-        """What tells a detector of each call; it pauses while detectors look at operations."""
+        """Reports each call to a detector; it pauses while detectors look at operations."""
         self.run = StepRun()
         """How the step runs."""
 
@@ -168,7 +168,7 @@ class StepWatch:
             calls: The calls that get the finding; None: all that are under way.
         """
         calls = self.stack[self._first :] if calls is None else list(calls)
-        if self._is_paused or not calls or self._spares(cause):
+        if self._is_paused or not calls or self._is_allowed(cause):
             return
         where = _where(location)
         module = self.stack[-1].path if module is None else module
@@ -188,7 +188,7 @@ class StepWatch:
             if call is self.step and not is_aside and cause in self._stops_at:
                 raise StoppedStep(finding)
 
-    def _spares(self, cause: Cause) -> bool:
+    def _is_allowed(self, cause: Cause) -> bool:
         if self.copies_to_host and cause in _COPYING:
             return True
         return (self.makes_constant or self.copies_constant) and cause in _MAKING
@@ -211,7 +211,7 @@ class StepWatch:
     def report_once_a_line(
         self, cause: Cause, operation: str, *, location: str | None = None
     ) -> None:
-        """Adds a finding to the calls under way that have none of this cause at the same line."""
+        """Add a finding to the calls under way that have none of this cause at the same line."""
         where = _where(location)
         self.report(
             cause,
@@ -270,7 +270,7 @@ class StepWatch:
             self.copies_constant = copies_constant
 
     def note_call_events(self, events: CallEvents) -> None:
-        """Notes what tells a detector of each call."""
+        """Note what reports each call to a detector."""
         self.call_events = events
 
     def note_classes(self, classes: Iterable[type]) -> None:
@@ -314,7 +314,7 @@ class StepWatch:
     def draws_from(self, generator: torch.Generator) -> bool:
         """Note that the step draws; return whether a capture can draw from this generator too.
 
-        It must have been there before the step, so that it goes on from step to step.
+        It must have existed before the step, so that it goes on from step to step.
         """
         key = key_of(generator)
         can_follow = key in self._generators and self.backend.can_follow(generator)

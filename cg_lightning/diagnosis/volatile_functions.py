@@ -2,7 +2,7 @@
 
 They change and keep nothing in Python, but they return another value in each step. The context of
 ``decimal`` belongs to the thread, and nothing in Python refers to it. A function of a library that
-takes no argument (``threading.active_count``) tells what the library keeps.
+takes no argument (``threading.active_count``) returns state of the library.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from cg_lightning.modules.kinds import is_our_file, is_user_file
 
 _OF_PLACES = "storage_offset untyped_storage data_ptr is_pinned _is_view is_set_to"
-"""Methods of tensors that tell where they are in memory."""
+"""Methods of tensors that return where they are in memory."""
 _NAMES_IN_C = {
     "time": """
         time monotonic perf_counter process_time thread_time
@@ -71,7 +71,7 @@ _ARE_KNOWN = (
     *("torch.accelerator", "torch.mps", "torch.xpu", "torch.mtia", "torch.cpu", "torch.random"),
     *("torch._dynamo", "torch.overrides", "torch.utils._device"),
 )
-"""Modules whose functions without arguments tell what keys or detectors have, or what stays."""
+"""Modules whose functions without arguments return what keys or guards have, or constants."""
 _PREFIXES = tuple(f"{name}." for name in _ARE_KNOWN)
 _TAKES_MORE = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 _IN_KEYS = frozenset(
@@ -111,8 +111,8 @@ def volatile_in_c(function: Any) -> str:
     return f"{module}.{name}" if module else name
 
 
-def tells_place_of(function: Any) -> Any:
-    """Return the tensor of which a method of C tells where it is in memory; otherwise None."""
+def tensor_of_address(function: Any) -> Any:
+    """Return the tensor whose place in memory a method of C returns; otherwise None."""
     owner = getattr(function, "__self__", None)
     is_place = getattr(function, "__name__", "") in _OF_PLACES.split()
     return owner if is_place and isinstance(owner, torch.Tensor) else None
@@ -144,8 +144,8 @@ def seeds_itself(function: Any, caller: FrameType) -> str:
     return "random.Random()" if is_users else ""
 
 
-def tells_of_library(function: Any) -> bool:
-    """Return whether a function is a library's that takes nothing: it tells what is kept there."""
+def returns_library_state(function: Any) -> bool:
+    """Return whether a function of a library takes no argument: it returns state of the library."""
     if not isinstance(function, FunctionType) or is_user_file(function.__code__.co_filename):
         return False
     code, module = function.__code__, f"{function.__module__}."
@@ -157,7 +157,7 @@ def tells_of_library(function: Any) -> bool:
 
 
 def volatile_in_python(code: CodeType) -> str:
-    """Return the name of a function of PyTorch that counts memory, tells the seed or writes values.
+    """Return the name of a function of PyTorch that counts memory, has the seed or writes values.
 
     No dispatch mode sees how a tensor is written as text. Empty for all other functions.
     """

@@ -170,7 +170,7 @@ class WatchedStep(StepNotes):
         """Return the fewest, largest submodules with parameters and without findings, by path.
 
         A call without a key (one argument is an object, for example a cache) cannot be captured. It
-        is returned only if no call inside it can be, so that its reason is told.
+        is returned only if no call inside it can be, so that its reason is shown.
 
         Args:
             knows_reads: Whether values that the batch alone decides may be read on the host.

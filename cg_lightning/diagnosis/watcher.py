@@ -14,7 +14,7 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.core.lines import learn_cells
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.detectors.attribute_reads import AttributeReads
-from cg_lightning.diagnosis.detectors.backward import Backward, report_what_is_older
+from cg_lightning.diagnosis.detectors.backward import Backward, report_older_graphs
 from cg_lightning.diagnosis.detectors.batch_attributes import BatchAttributes
 from cg_lightning.diagnosis.detectors.batch_index import BatchIndex
 from cg_lightning.diagnosis.detectors.compiled import CompiledModules
@@ -152,7 +152,7 @@ class StepWatcher:
                 for detector in detectors:
                     detector.returned(watch.step, output)
         if self._has_backward:
-            report_what_is_older(watch)
+            report_older_graphs(watch)
         result = watch.result()
         watch.release()
         return output, result

@@ -7,11 +7,11 @@ some eager steps; to watch it takes dozens.
 
 What is hard here:
 
-- From Python 3.12 on, ``sys.monitoring`` tells of calls, branches and exceptions. All instructions
-  follow from these, and to be told of them takes a third of the time.
+- From Python 3.12 on, ``sys.monitoring`` reports calls, branches and exceptions. All instructions
+  follow from these, and to receive them takes a third of the time.
 - Before, a thread has one place for a tracer. If a debugger or a tool for coverage traces, there is
   no way, in any version: their code may run anywhere.
-- Two modules of one class run the same code, so a call of a module tells the module as well.
+- Two modules of one class run the same code, so the way has the module of each call as well.
 - It cannot be observed which branch compiled code takes, nor which attribute ``getattr`` reads if
   its name is computed. A step with such code has no way.
 - Our own code is around that of the user. It is no part of the way.
@@ -46,7 +46,7 @@ _OURS, _TRACED, _MODULE, _UNSEEN = range(4)
 class WayRecorder:
     """Traces steps of one module.
 
-    It keeps the code that it has seen alive, because code is told apart by its address.
+    It keeps the code that it has seen alive, because code is known by its address.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class WayRecorder:
 
 @functools.cache
 def _tells_first_calls() -> bool:
-    """Return False in Python 3.13, which tells no instructions of the first call of a function."""
+    """Return False in Python 3.13: it reports no instructions of the first call of a function."""
     function = FunctionType(compile("None", "<new>", "eval"), {})  # code of ours is not traced
     trace = _Trace({})
     sys._getframe().f_trace_opcodes = True
@@ -144,7 +144,7 @@ class _Trace:
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a function. Return its output."""
-        sys._getframe().f_trace_opcodes = True  # or else Python 3.12 tells no instructions
+        sys._getframe().f_trace_opcodes = True  # or else Python 3.12 reports no instructions
         sys.settrace(self.on_call)
         try:
             return function(*args, **kwargs)

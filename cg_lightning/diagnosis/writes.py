@@ -62,7 +62,7 @@ _IN_PYTHON = _methods_of_logging() | {
 }
 _FILES_OF_WRITES = frozenset(code.co_filename for code in _IN_PYTHON)
 _BY_ID = {id(code): name for code, name in _IN_PYTHON.items()}
-"""By identity: while Python tells of calls, the code has other instructions in it."""
+"""By identity: while Python reports calls, the code has other instructions in it."""
 
 
 def write_in_c(function: Any, caller: FrameType) -> str:
@@ -90,11 +90,11 @@ def has_writes(file: str) -> bool:
     return file in _FILES_OF_WRITES
 
 
-def is_said_by_user(frame: FrameType | None) -> bool:
-    """Return whether the user's code, and no library, has called what says something here."""
+def is_called_by_user(frame: FrameType | None) -> bool:
+    """Return whether the user's code, and no library, has called what prints or logs here."""
     while frame is not None:
         file = frame.f_code.co_filename
-        if file == _WARNINGS:  # Python shows a warning: ``Printing`` is told of each
+        if file == _WARNINGS:  # Python shows a warning: ``Printing`` receives each
             return False
         if not (has_writes(file) or file in _STAND_INS):
             return is_user_file(file)

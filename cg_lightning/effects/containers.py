@@ -177,7 +177,7 @@ class ContainersSnapshot:
         return False
 
     def restore(self) -> None:
-        """Put back what has changed."""
+        """Restore what has changed."""
         for value, kind, before, _ in self._nodes:
             if kind is ValueKind.OBJECT:
                 _restore_attributes(value, dict(before))

@@ -233,7 +233,7 @@ class ChangeRecording:
                 attributes[attribute.name] = put
 
     def restore(self) -> None:
-        """Put the values back; idempotent."""
+        """Restore the values; idempotent."""
         for attribute, before in zip(self._attributes, self._before, strict=False):
             if before is MISSING:
                 attribute.attributes.pop(attribute.name, None)
@@ -244,7 +244,7 @@ class ChangeRecording:
     def finish(self, output: Any) -> tuple[Any, RepeatChanges]:
         """Return the output together with the values of the changes, and the changes.
 
-        Call it after the step. All values are put back.
+        Call it after the step. All values are restored.
 
         Raises:
             CaptureError: A replay could not make the changes.

@@ -57,7 +57,7 @@ class HeldByModules:
         )
 
     def left(self) -> str:
-        """Return where a tensor is that was not there before; empty if nowhere."""
+        """Return where a new tensor is; empty if there is none."""
         for (path, child), before in zip(self._modules, self._before, strict=True):
             for name, value in _held_by(child).items():
                 if value is not before.get(name) and any(

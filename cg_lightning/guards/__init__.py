@@ -4,7 +4,7 @@
 - ``changed_values.py``: kinds of values that a step changes and never reads.
 - ``comparisons.py``: the comparisons of a number that a step makes, and their outcomes.
 - ``frozen_parts.py``: records of frozen values, which compare them and explain changes.
-- ``gradient_memory.py``: memory that code in a backward reads, and where no gradient may lie.
+- ``gradient_memory.py``: memory that code in a backward reads, and where no gradient may be.
 - ``guard_set.py``: the guards of one graph: the values that its step read in Python.
 - ``host_tensors.py``: tensors of the host that a step on a device reads.
 - ``identity.py``: comparisons by identity, in a few native calls.

@@ -11,17 +11,17 @@ from typing import Any
 from cg_lightning.modules.kinds import lightning_class
 
 listeners: dict[int, Callable[[str], None]] = {}
-"""What a thread tells of its events, by thread; empty if no step is watched."""
+"""The function that receives the events of a thread; empty if no step is watched."""
 _SETS = "object.__setattr__"
 _PARTS = ("__code__", "__defaults__", "__kwdefaults__", "__bases__")
-"""What decides what a function or a class does."""
+"""The attributes that decide what a function or a class does."""
 _rewritten: list[str] = []
 """The functions and classes that were rewritten, in their order."""
 
 
 def _is_rewritten(holder: Any, name: str) -> bool:
     """Return whether something gets other code that steps may have used before."""
-    if name == "__class__":  # of other modules, writes of settings tell
+    if name == "__class__":  # of other modules, written settings are recorded
         return lightning_class(type(holder), "LightningModule") is not None
     if name not in _PARTS:
         return False

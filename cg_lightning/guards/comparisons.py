@@ -149,7 +149,7 @@ class Condition(Protocol):
 
     @property
     def key(self) -> Any:
-        """What tells it from others."""
+        """The identity of the condition."""
 
     def holds(self) -> bool:
         """Return whether it holds."""
@@ -174,7 +174,7 @@ class ComparedSource:
         self._cause = cause
         self._outcomes = list(outcomes.items())
         self.key = (*source.key, *outcomes)
-        """What tells it from others."""
+        """The identity of the condition."""
 
     @classmethod
     def now(cls, source: Source, comparisons: Iterable[Comparison]) -> ComparedSource:

@@ -1,8 +1,8 @@
-"""Memory that code in a backward reads, and where no gradient may lie.
+"""Memory that code in a backward reads, and where no gradient may be.
 
 A graph computes all gradients before the first one is added to ``parameter.grad``. So code in the
 backward (a hook of a tensor, a function of the user's) would not see what it sees in eager, if it
-reads memory in which a gradient lies: ``parameter.grad = flat_buffer[:n].view_as(parameter)``.
+reads memory in which a gradient is: ``parameter.grad = flat_buffer[:n].view_as(parameter)``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cg_lightning.guards.values import addresses_of
 
 
 class GradientsElsewhere:
-    """Tells whether no gradient is in memory that a watched backward has read.
+    """The condition that no gradient is in memory that a watched backward has read.
 
     Args:
         parameters: All parameters of the module.
@@ -27,7 +27,7 @@ class GradientsElsewhere:
         self._parameters = list(parameters)
         self._addresses = frozenset(addresses)
         self.key = ("gradients", self._addresses)
-        """What tells it from others."""
+        """The identity of the condition."""
 
     def holds(self) -> bool:
         """Return True if all gradients are elsewhere."""
@@ -38,4 +38,4 @@ class GradientsElsewhere:
         """Return the change; empty if there is none."""
         if self.holds():
             return NO_CHANGE
-        return Changed("a gradient lies in memory that the backward reads")
+        return Changed("a gradient is in memory that the backward reads")

@@ -206,7 +206,7 @@ class GuardSet:
         )
 
     def changed_sources(self) -> set[tuple[int, str]]:
-        """Return the keys of the sources that have another value now. It takes its time."""
+        """Return the keys of the sources that have another value now. It is slow."""
         return {
             guard.source.key
             for guard in self.guards

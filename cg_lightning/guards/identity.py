@@ -86,7 +86,7 @@ class SameItems:
 
     def hold(self) -> bool:
         """Return True if all containers and names have the same items in the same order."""
-        # lengths tell when an item has moved to the next container
+        # lengths show when an item has moved to the next container
         if list(map(len, self._sized)) != self._lengths:
             return False
         if not all(map(operator.is_, chain.from_iterable(self._views), self._items)):

@@ -1,4 +1,4 @@
-"""Functions that steps run: replaced, a graph has the old ones.
+"""Functions that steps run. If one is replaced, a graph still runs the old one.
 
 What is hard here: a step calls thousands of functions of libraries, and any of them may be replaced
 in mid-stage (``torch.relu = mine``, ``nn.Linear.forward = mine``). To compare all of them takes a

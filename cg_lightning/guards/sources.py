@@ -66,7 +66,7 @@ _VIEWS: dict[type, Callable[[Any], Any]] = {
 
 
 ALL_NAMES = "__dict__"
-"""As the name of a source of a module: which attributes the user has set, and no values."""
+"""The name of a source that has the names of all attributes that the user has set."""
 
 
 class _Slots:

@@ -456,7 +456,7 @@ class FrozenValues:
         return self.hold() and self.large_ones_hold()
 
     def changed_places(self, name: str) -> list[ChangedPlace]:
-        """Return all that has changed, by the names that code has for it. It takes its time.
+        """Return all that has changed, by the names that code has for it. It is slow.
 
         Args:
             name: The name of the value itself.
@@ -466,7 +466,7 @@ class FrozenValues:
         return list(dict.fromkeys(places))
 
     def explain(self, lines: Mapping[str, str] | None = None) -> Changed:
-        """Return what has changed, with both values; empty if nothing has. It takes its time.
+        """Return what has changed, with both values; empty if nothing has. It is slow.
 
         Args:
             lines: The user's lines that read the values, by the names of these.

@@ -3,7 +3,7 @@
 A network has hundreds of settings, so all of them are compared only once a stage. During a stage,
 writes to attributes are intercepted, and the few settings that were written are compared before
 each replay. A write to ``vars(layer)`` cannot be intercepted: the guard of the module sees that the
-dictionary has changed, and tells of the setting.
+dictionary has changed, and reports the setting.
 """
 
 from __future__ import annotations

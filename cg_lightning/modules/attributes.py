@@ -58,7 +58,7 @@ def same_attributes(attributes: dict[str, Any], before: dict[str, Any]) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def slots_of(cls: type) -> tuple[str, ...]:
-    """Give the attributes that instances of ``cls`` keep in slots, as ``getattr`` wants them."""
+    """Return the names of the slots of instances of ``cls``, as ``getattr`` takes them."""
     found: dict[str, None] = {}
     for base in cls.__mro__:
         slots = vars(base).get("__slots__", ())
@@ -107,7 +107,7 @@ def names_of_library(cls: type) -> frozenset[str]:
     if issubclass(cls, enum.Enum):
         return frozenset(("_name_", "__objclass__", "_sort_order_", "_inverted_", "_hash_"))
     enter = None if is_user_class(cls) else getattr(cls, "__enter__", None)
-    if isinstance(enter, types.FunctionType):  # it stores what the exit puts back
+    if isinstance(enter, types.FunctionType):  # it stores what the exit restores
         return frozenset(s.argval for s in dis.get_instructions(enter) if s.opname == "STORE_ATTR")
     return frozenset()
 
@@ -288,13 +288,13 @@ def _names_mentioned_by(values: Iterable[Any]) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=4096)
 def _names_in_methods(cls: type) -> frozenset[str]:
-    """Give the names that the methods of a class mention."""
+    """Return the names that the methods of a class mention."""
     return _names_mentioned_by(value for base in cls.__mro__ for value in vars(base).values())
 
 
 @functools.lru_cache(maxsize=4096)
 def names_in_users_methods(cls: type) -> frozenset[str]:
-    """Give the names that methods and properties of the user's classes mention."""
+    """Return the names that methods and properties of the user's classes mention."""
     values = [v for base in cls.__mro__ if is_user_class(base) for v in vars(base).values()]
     return _names_mentioned_by(
         getattr(each, "fget", None) or getattr(each, "__func__", each) for each in values

@@ -3,26 +3,22 @@
 What is hard here: Python looks up special methods (``__call__``, ``__getattribute__``, ...) in
 the class of an object, so an attribute of the object itself cannot intercept them.
 
-What was tried: an intercepted module got another class, a new subclass. Then
-``type(net) is nn.Linear`` is False, and registries and strict metaclasses see an unknown class.
-Classes with ``__slots__``, or with ``ABC`` or ``Generic`` as first base, raise an error
-(``object layout differs``). Dynamo guards on classes, so it compiles again.
+What was tried: another class for an intercepted module. Then ``type(net) is nn.Linear`` is False,
+registries and strict metaclasses see an unknown class, and Dynamo compiles again. Classes with
+``__slots__``, or with ``ABC`` or ``Generic`` as first base, raise an error.
 
 What is done instead: while any module is intercepted, the class that *defines* the method (for
 example ``nn.Module`` for ``__call__``) has a function of ours in its place. The function looks up
-``id(self)`` in a table, and calls the original for every other module. When the last interception
-is removed, the original is restored. Each class has its own table, because a method may call that
-of its base class (``super().__call__``), which must not find the same module again.
+``id(self)`` in a table, and calls the original for every other module. The last interception that
+is removed restores the original. Each class has its own table, because a method may call that of
+its base class (``super().__call__``), which must not find the same module again.
 
 What must not be changed:
-
 - ``torch._dynamo`` must be imported before the first function is placed. At its import it stores
   ``nn.Module.__call__`` and ``__getattr__``, and later compares the current functions with them.
-- The functions must call ``is_compiling()`` before they read a table. Dynamo knows the answer while
-  it traces, so it never guards on a table. ``__getattr__`` is an exception, because it must return
-  state even then.
-- There is one function for each class and method, which is reused, because code that Dynamo has
-  compiled may guard on it.
+- The functions must call ``is_compiling()`` before they read a table, so that Dynamo never guards
+  on a table. ``__getattr__`` is an exception: it must return state even then.
+- The one function for a class and method is reused: compiled code may guard on it.
 - After a graph break, Dynamo compiles each called frame. It is told to skip ours (``skip_code``),
   because a compiled ``__getattribute__`` calls itself without end. If Dynamo would compile the
   callee, our function calls the original, so that no handler is compiled.
@@ -30,8 +26,8 @@ What must not be changed:
 - ``__call__`` is placed in the class that defines it, because Dynamo compares ``type(m).__call__``
   with ``nn.Module.__call__``. All other methods are placed in the most derived class of torch,
   Lightning or torchmetrics, where they slow down the fewest modules.
-- On Python 3.13, the interpreter no longer caches a class after about 1000 changes. So functions
-  are placed once for each stage and once for each watched step, not once for each call.
+- Functions are placed once for each stage and watched step, not for each call: Python 3.13 does
+  not cache a class after about 1000 changes.
 """
 
 from __future__ import annotations
@@ -307,7 +303,7 @@ class _Patch:
                 type.__setattr__(self._cls, self._name, self._before)
 
     def take_out(self, found: dict[str, Any]) -> None:
-        """Put back what was there before in a copy of the namespace of the class."""
+        """Restore the earlier function in a copy of the namespace of the class."""
         if self._function is not None and found.get(self._name) is self._function:
             if self._before is _ABSENT:
                 del found[self._name]

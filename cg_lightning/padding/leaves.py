@@ -16,10 +16,10 @@ class Fill(enum.Enum):
 
     GIVEN = "rows: the last row again; other dimensions: the value of the settings"
     OTHER = "mirrored values of the last row and of the first position; no other positions of masks"
-    """For the check that nothing depends on it. Floats lie above all real values."""
-    BELOW = "the same, but floats lie below all real values"
+    """For the check that nothing depends on it. Floats are larger than all real values."""
+    BELOW = "the same, but floats are smaller than all real values"
     NAN = "rows of floats: NaN; all else as in OTHER"
-    """It spreads to whatever is computed of it."""
+    """NaN spreads to all results that are computed from it."""
 
 
 class Parts(NamedTuple):
@@ -108,7 +108,7 @@ _HIDES = -1e4
 
 
 def _mirrored(tensor: Tensor, is_below: bool) -> Tensor:
-    """Return values that the tensor may have, in other places. Those of floats lie outside it."""
+    """Return values that the tensor may have, in other places; floats are outside its range."""
     if tensor.is_complex():
         return -2 * tensor
     if tensor.dtype is torch.bool:

@@ -66,7 +66,7 @@ class PaddedPath:
         return self._real
 
     def is_ruled_out_by(self, failed: object) -> bool:
-        """Return False: only the batch tells."""
+        """Return False: only the batch decides it."""
         return False
 
     def explain(self) -> Changed:

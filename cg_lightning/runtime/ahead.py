@@ -50,7 +50,7 @@ class CaptureAhead:
     """Captures the whole step for given batches, after a first real batch was watched.
 
     The step runs on each batch as often as in a warm-up, then it is captured. After each run all
-    state is put back: of metrics, logged values, modules and random generators. The first real
+    state is restored: of metrics, logged values, modules and random generators. The first real
     batch must have shown that the step is one graph, so that it does nothing else in Python. If a
     batch takes another path that prints or writes to a file, its run is stopped before that. The
     first replays are compared with eager later, on real batches.
@@ -201,7 +201,7 @@ class CaptureAhead:
         return None
 
     def rehearse(self, call: GraphCall, function: Callable[[], T]) -> T:
-        """Call a function that runs a call eagerly, and put all state back."""
+        """Call a function that runs a call eagerly, and restore all state."""
 
         def run() -> T:
             context = ForwardContext(CUDAGraphMode.NONE, call.descriptor, StepInProgress())
@@ -212,7 +212,7 @@ class CaptureAhead:
         return self.undone(run, call.tree)
 
     def undone(self, function: Callable[[], T], batch: Any = None) -> T:
-        """Call ``function``, and put all state back.
+        """Call ``function``, and restore all state.
 
         Args:
             function: The function.

@@ -59,7 +59,7 @@ class AlikeRuns:
         return output, eager.way if is_same else None
 
     def note_watched(self, state: KeyState, call: GraphCall) -> None:
-        """Note the way of a step that was just watched: what comes next may go it as well."""
+        """Note the way of a step that was just watched: later steps may go the same way."""
         variant = state.variants[0]
         assert variant.path is None or isinstance(variant.path, ReadPath)
         try:

@@ -33,7 +33,7 @@ class AlikeSteps:
     """Knows the watched steps of one stage, and their ways.
 
     Args:
-        dispatcher: Has the watched steps. What it has forgotten counts no more.
+        dispatcher: Has the watched steps. Steps that it has dropped do not count.
     """
 
     def __init__(self, dispatcher: CUDAGraphDispatcher) -> None:

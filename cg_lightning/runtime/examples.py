@@ -29,4 +29,4 @@ class Examples(Protocol):
         """Yield the batches, and show how many are done."""
 
     def not_captured(self, example: Example, reason: Reason) -> None:
-        """Tell the user why a batch was not captured."""
+        """Report to the user why a batch was not captured."""

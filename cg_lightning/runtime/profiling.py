@@ -26,7 +26,7 @@ class Profiler(Protocol):
 
 
 class Ranges:
-    """Marks ranges for whoever shows them; without such a tool, nothing.
+    """Marks ranges for tools that show them. Without such a tool it does nothing.
 
     They are marked for the profiler of the Trainer, for PyTorch's profilers (``torch.profiler``,
     ``emit_nvtx``) and as NVTX ranges under ``nsys``.

@@ -133,7 +133,7 @@ class Session:
         self.pieces: dict[tuple[str, int], Piece] = {}
         """Submodules that are padded, by stage and ``id`` of the module."""
         self.stage_length: StageLength | None = None if sharing is None else sharing.stage_length
-        """Tells how many batches of a stage are left; None: captures need not pay within it."""
+        """Knows how many batches of a stage are left; None: captures need not pay within it."""
         self._is_installed = False
         self._weights: list[int] = []
         """The versions of parameters and buffers when the latest stage began, if batches are
@@ -146,7 +146,7 @@ class Session:
         """True until the first step after :meth:`install` or :meth:`begin_epoch`."""
 
     def set_batch_index(self, batch_idx: Any) -> None:
-        """Tell the guards which ``batch_idx`` the current step has."""
+        """Store the ``batch_idx`` of the current step for the guards."""
         self._arguments[_BATCH_INDEX] = batch_idx
 
     def install(self) -> None:

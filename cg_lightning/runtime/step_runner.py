@@ -125,7 +125,7 @@ class StepRunner:
         return self.run_with_outcome(args, kwargs).output
 
     def run_with_outcome(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
-        """Run one step, and tell how it ran.
+        """Run one step, and return how it ran.
 
         Args:
             args: The positional arguments: the batch, then ``batch_idx`` and ``dataloader_idx`` if
@@ -280,7 +280,7 @@ class StepRunner:
         return outcome._replace(ran=how)
 
     def _run_for_reason(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
-        """Run eagerly a step that has no graph and gets none. What it does costs each such step."""
+        """Run a step eagerly that never has a graph. Each such step pays for the work here."""
         began = perf_counter()
         # without a key, submodules do not describe their calls
         outcome = self._run_eagerly(None, args, kwargs, plan.reason)

@@ -49,7 +49,7 @@ class StepTimes:
     def begin(self, began: float) -> Stopwatch:
         """Begin to take the time of a call. The arguments are those of the class."""
         stopwatch = self._make(began)
-        assert stopwatch is not None, "times are taken only if those of the backend tell something"
+        assert stopwatch is not None, "times are taken only if those of the backend mean something"
         return stopwatch
 
     def stop(self) -> None:

@@ -38,7 +38,7 @@ _saved_tensors_hooks = getattr(
 
 
 def can_notice_packing() -> bool:
-    """Return True if this version of PyTorch tells whether ``saved_tensors_hooks`` is entered."""
+    """Return True if this version of PyTorch shows whether ``saved_tensors_hooks`` is entered."""
     return _saved_tensors_hooks is not None
 
 

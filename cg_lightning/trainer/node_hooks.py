@@ -1,6 +1,6 @@
 """Hooks that the user adds to nodes of autograd, such as ``AccumulateGrad``, between two closures.
 
-A node is an object of C++: it does not tell its hooks, and its class cannot be changed. But PyTorch
+A node is an object of C++: it does not show its hooks, and its class cannot be changed. But PyTorch
 adds each hook by a function of Python, which gives the dictionary of all hooks of the node. The
 dictionary lives as long as the node.
 """

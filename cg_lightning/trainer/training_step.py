@@ -179,7 +179,7 @@ class TrainingStep:
                     self._add(output.gradients, isinstance(output, ReplayedOutput))
             # it calls on_after_backward
             self._trainer.precision_plugin.post_backward(output.loss, self._module)
-        # if it is given the loss, it copies it; but this one is a quotient, which nobody else has
+        # Lightning's method copies the loss; this quotient is a new tensor, so it needs no copy
         result = ClosureResult(None, extra=output.extra)
         result.closure_loss = result.loss = output.loss
         return result

@@ -36,7 +36,7 @@
 - ``tensor_attributes.py``: attributes of parameters, buffers and inputs that a step reads:
   ``.grad``, ``weight.scale``.
 - ``trainer_reads.py``: values of the Trainer that a step reads: a graph would freeze them.
-- ``undone_reads.py``: globals that a run of compiled code changes, put back afterwards.
+- ``undone_reads.py``: globals that a run of compiled code changes, restored afterwards.
 - ``world.py``: files, processes and sockets that a step uses: a graph would use them once, when it
   is captured.
 """

@@ -57,9 +57,9 @@ class Backward(Detector):
         super().__init__(watch)
         self._aside: GradientsAside | None = None
         self._addresses: set[int] = set()
-        """Where the gradients begin that lie aside."""
+        """The addresses of the gradients that are set aside."""
         self._read: set[int] = set()
-        """Where the tensors begin that code in the backward reads."""
+        """The addresses of the tensors that code in the backward reads."""
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
@@ -103,7 +103,7 @@ class Backward(Detector):
             self._read |= read
 
     def _keep_gradients_away(self) -> None:
-        """Note that no gradient may lie later in memory that code in the backward has read."""
+        """Note that no later gradient may be in memory that code in the backward has read."""
         if not self._read:
             return
         lasting = addresses_of(self.watch.root.buffers())
@@ -121,7 +121,7 @@ class Backward(Detector):
         return log
 
     def _note(self, words: str) -> None:
-        """Report what the step does with gradients, and let it find those of eager."""
+        """Report what the step does with gradients, and give it those of eager."""
         self.watch.report(Cause.BACKWARD, words)
         aside = _aside()
         if aside is not None:
@@ -160,10 +160,10 @@ class Backward(Detector):
             yield
 
 
-def report_what_is_older(watch: StepWatch) -> None:
-    """Report autograd graphs and backward hooks that were there before the step.
+def report_older_graphs(watch: StepWatch) -> None:
+    """Report autograd graphs and backward hooks that existed before the step.
 
-    A graph holds no part of such an autograd graph, and nothing tells of a hook that is added to
+    A graph holds no part of such an autograd graph, and nothing reports a hook that is added to
     its tensors. Call it after all detectors: by then, containers to which the step adds its own
     tensors count no longer as read.
     """
@@ -192,13 +192,13 @@ def _what_is_read(watch: StepWatch) -> list[tuple[Source, FrozenValues]]:
     found = []
     with watch.paused():
         for source in list(watch.step.sources.values()):
-            with contextlib.suppress(UnreadableError):  # told by who has noted the source
+            with contextlib.suppress(UnreadableError):  # reported where the source was noted
                 found.append((source, look_into(source.value())))
     return found
 
 
 def _aside() -> GradientsAside | None:
-    """Return the gradients that lie aside while the backward of the step runs; None before it."""
+    """Return the gradients that are set aside during the backward of the step; None before it."""
     context = current_forward_context()
     return None if context is None or context.step is None else context.step.aside
 

@@ -51,11 +51,11 @@ class _Filled(NamedTuple):
 
 
 class CopiedConstants(ReplacingDetector):
-    """Spares ``x[:, [-1, 0]]`` and ``self.table.to(x.device)``: a capture copies before the graph.
+    """Allows ``x[:, [-1, 0]]`` and ``self.table.to(x.device)``: a capture copies before the graph.
 
     What a list holds is Python's, as for
     :class:`~cg_lightning.diagnosis.detectors.host_constants.HostConstants`. If it holds tensors, a
-    capture fails, because it does not know them. If a module is compiled, nothing is spared.
+    capture fails, because it does not know them. If a module is compiled, nothing is allowed.
     """
 
     def __init__(self, watch: StepWatch) -> None:

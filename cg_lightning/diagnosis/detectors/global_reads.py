@@ -65,9 +65,9 @@ from cg_lightning.diagnosis.volatile_functions import (
     has_volatile,
     method_of_generator,
     reads_environment,
+    returns_library_state,
     seeds_itself,
-    tells_of_library,
-    tells_place_of,
+    tensor_of_address,
     volatile_in_c,
     volatile_in_python,
 )
@@ -75,7 +75,7 @@ from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.diagnosis.writes import (
     NAMES_OF_WRITES,
     has_writes,
-    is_said_by_user,
+    is_called_by_user,
     write_in_c,
     write_in_python,
 )
@@ -118,7 +118,7 @@ class GlobalReads(Detector):
         self._made_here: set[int] = set()
         """The code of functions that functions of the step make, by id."""
         self._from_before: dict[int, list[FunctionType]] | None = None
-        """The functions that were there before the step made any, by the ids of their code."""
+        """The functions that existed before the step made any, by the ids of their code."""
         self._before: dict[tuple[int, str], tuple[Source, Any, FrozenValues]] = {}
         self._modules: dict[tuple[int, str], list[ModuleState]] = {}
         """The modules that a source holds."""
@@ -193,7 +193,7 @@ class GlobalReads(Detector):
     def on_c_call(self, function: Any, frame: FrameType) -> None:
         name = volatile_in_c(function) or method_of_generator(function, frame)
         if name := name or seeds_itself(function, frame):
-            if id(tells_place_of(function)) not in self._weights:
+            if id(tensor_of_address(function)) not in self._weights:
                 self._report_volatile(name, frame)
         elif name := write_in_c(function, frame):
             self.watch.report_once_a_line(Cause.PRINTED, name)
@@ -206,7 +206,7 @@ class GlobalReads(Detector):
     def _on_call(self, known: _Code, frame: FrameType) -> None:
         if known.volatile:
             self._report_volatile(known.volatile, caller_of(frame))
-        if known.write and is_said_by_user(frame.f_back):
+        if known.write and is_called_by_user(frame.f_back):
             self.watch.report_once_a_line(Cause.PRINTED, known.write)
         if known.code is _IMPORT and frame.f_back and is_users_code(frame.f_back):
             self._import(frame.f_locals["name"], frame.f_back)
@@ -282,7 +282,7 @@ class GlobalReads(Detector):
             for each in computed
             if not each.only_reads_one
         ]
-        opaque += [(name, location) for name, value in loaded if tells_of_library(value)]
+        opaque += [(name, location) for name, value in loaded if returns_library_state(value)]
         opaque += [(f"sys.modules[{name!r}]", location) for name in names.imports_objects]
         if reads_modules_unseen(frame):
             opaque.append(("__getattribute__ of a module", location))

@@ -12,10 +12,10 @@ from cg_lightning.diagnosis.detector import Detector
 
 
 class HostConstants(Detector):
-    """Spares calls such as ``torch.tensor([1.0, 2.0], device=...)``.
+    """Allows calls such as ``torch.tensor([1.0, 2.0], device=...)``.
 
     The values are Python's, so they are as constant as a number in the code: what changes is
-    guarded or found by the other detectors. If a module is compiled, nothing is spared: compiled
+    guarded or found by the other detectors. If a module is compiled, nothing is allowed: compiled
     code may have guards on the functions that a capture would replace.
     """
 

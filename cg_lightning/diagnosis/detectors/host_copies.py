@@ -26,10 +26,10 @@ _READS = (*UNSEEN_READS, "__reduce_ex__", "__dlpack__", "data_ptr", "__format__"
 
 
 class HostCopies(Detector):
-    """Spares ``x.cpu()`` until the step reads the copy. Submodules that copy get no graph.
+    """Allows ``x.cpu()`` until the step reads the copy. Submodules that copy get no graph.
 
-    If a module is compiled, nothing is spared: compiled code may have guards on the methods that a
-    capture would replace. Nor is what metrics copy for themselves.
+    If a module is compiled, nothing is allowed: compiled code may have guards on the methods that a
+    capture would replace. Copies that metrics make for themselves are not allowed either.
     """
 
     def __init__(self, watch: StepWatch) -> None:

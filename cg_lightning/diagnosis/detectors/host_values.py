@@ -19,7 +19,7 @@ from cg_lightning.modules.kinds import is_metric
 
 
 class HostValues(Detector):
-    """Tells the watch which reads a capture of the whole step can answer.
+    """Reports to the watch which reads a capture of the whole step can answer.
 
     If a module is compiled, there are none, because its operations cannot be observed.
     """

@@ -1,6 +1,6 @@
 """Operations that PyTorch computes in another way while a dispatch mode is on.
 
-What is hard here: such functions ask for modes and tensor subclasses before any mode is told of
+What is hard here: such functions ask for modes and tensor subclasses before any mode receives
 them, and what they choose then differs in the last bit. So a watched step would give another number
 than an eager one. They were found by running PyTorch's own samples of all its operations with and
 without a mode (``torch.testing._internal``, 2.11 and 2.13).

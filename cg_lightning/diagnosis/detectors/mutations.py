@@ -192,7 +192,7 @@ class Mutations(Detector):
 
 
 class _TensorCopies:
-    """Copies of tensors, to see which were changed where no operation tells."""
+    """Copies of tensors, to find those that were changed by no visible operation."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._pairs = [
@@ -264,7 +264,7 @@ class _PersistentTensors:
         modules = [self._root, *self._hidden]
         parameters = _of(module.parameters() for module in modules)
         found = WrittenTensors()
-        # not every operation says that it writes to buffers, so these are always put back
+        # not every operation says that it writes to buffers, so these are always restored
         found.add(_of(module.buffers() for module in self._hidden))
         if not outside:
             return found

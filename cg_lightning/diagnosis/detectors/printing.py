@@ -19,7 +19,7 @@ from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.detectors.trainer_reads import noticed_reads
 from cg_lightning.diagnosis.findings import is_called_by_step
 from cg_lightning.diagnosis.step_watch import StepWatch
-from cg_lightning.diagnosis.writes import is_said_by_user
+from cg_lightning.diagnosis.writes import is_called_by_user
 from cg_lightning.guards.sources import MISSING
 from cg_lightning.modules.interception import replaced_method
 from cg_lightning.modules.kinds import is_user_file
@@ -97,7 +97,7 @@ class Printing(Detector):
 
         def noticed_record(logger: logging.Logger, record: logging.LogRecord) -> None:
             # with ``stacklevel``, the record may name any file
-            is_users = is_user_file(record.pathname) or is_said_by_user(sys._getframe(1))
+            is_users = is_user_file(record.pathname) or is_called_by_user(sys._getframe(1))
             if threading.get_ident() == thread and is_users:
                 self.watch.report(Cause.PRINTED, "logging")
             handle(logger, record)

@@ -106,7 +106,7 @@ class RandomNumbers(Detector):
         # PyTorch itself detaches what it has drawn, which reads nothing
         if function is not torch.ops.aten.detach.default:
             self._note_used([*args, *kwargs.values()])
-        if self.watch.device_type != "cpu" and _drops_out_by_itself(function, args, kwargs):
+        if self.watch.device_type != "cpu" and _has_cudnn_dropout(function, args, kwargs):
             words = f"{function._schema.name} with dropout, whose state cannot be restored"
             self.watch.report_once_a_line(Cause.HOST_RANDOMNESS, words)
         if function.namespace == "aten" and not _draws(function):
@@ -195,7 +195,7 @@ class RandomNumbers(Detector):
                 caller = sys._getframe(1).f_globals.get("__name__", "")
                 # the compiler sets generators, and sets them back
                 is_of_step = threading.get_ident() == thread and not caller.startswith(_COMPILER)
-                if is_of_step and not _forks_nothing(function, args, kwargs):
+                if is_of_step and not _is_fork_disabled(function, args, kwargs):
                     self._note_state(function.__name__, caller)
                 return function(*args, **kwargs)
 
@@ -269,7 +269,7 @@ def _can_be_repeated(
     return is_plain and type(output) is Tensor and "dtype" in names and function.namespace == "aten"
 
 
-def _forks_nothing(
+def _is_fork_disabled(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> bool:
     """Whether it is ``fork_rng(enabled=False)``, as checkpoints call it that keep no state."""
@@ -283,9 +283,7 @@ def _draws(function: OpOverload) -> bool:
     return torch.Tag.nondeterministic_seeded in function.tags
 
 
-def _drops_out_by_itself(
-    function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> bool:
+def _has_cudnn_dropout(function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether it is a recurrent network with dropout: cuDNN draws from a state of its own.
 
     PyTorch seeds that state once in a process, and each run of the step changes it.

@@ -1,7 +1,7 @@
-"""Globals that a run changes which the user did not ask for: they are put back afterwards.
+"""Globals that are changed by a run for which the user did not ask: they are restored.
 
 Compiled code is run once as it is written, to see what it reads in Python. What it changes there
-must not count twice. What cannot be put back, such as an iterator, ends the run before it is used.
+must not count twice. What cannot be restored, such as an iterator, ends the run before it is used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cg_lightning.guards.sources import MISSING, DerivedNamespace, Source
 
 
 class AbandonedRun(BaseException):
-    """The run was ended before it used something that cannot be put back.
+    """The run was ended before it used something that cannot be restored.
 
     Args:
         reason: What it would have used.
@@ -34,9 +34,9 @@ class AbandonedRun(BaseException):
 
 
 class UndoneReads(GlobalReads):
-    """Notes and reports what :class:`GlobalReads` does, and puts back what has changed.
+    """Notes and reports what :class:`GlobalReads` does, and restores what has changed.
 
-    It raises :class:`AbandonedRun` in a function that names what cannot be put back.
+    It raises :class:`AbandonedRun` in a function that names what cannot be restored.
     """
 
     def __init__(self, watch: StepWatch) -> None:

@@ -27,7 +27,7 @@ _EVENTS = frozenset(
         *("os.system", "os.truncate", "os.unsetenv", "os.utime", "os.chdir", "os.fchdir"),
     }
 )
-"""Audit events of Python that are seen by others than this process, or tell what others did."""
+"""Audit events of Python for actions that other processes see, or that show what they did."""
 _MEMORY = frozenset(
     {
         *("ctypes.string_at", "ctypes.wstring_at", "ctypes.cdata", "ctypes.cdata/buffer"),
