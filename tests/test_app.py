@@ -380,6 +380,13 @@ def test_mistakes_without_a_traceback(tmp_path, arguments, sentence):
         assert noise not in printed
 
 
+def test_a_question_in_a_value_stays_as_it_is():
+    from cg_lightning.app.mistakes import sentence_of
+
+    assert sentence_of(ValueError("name='a?.b' is unknown")) == "name='a?.b' is unknown."
+    assert sentence_of(ValueError("task=tets is unknown; did you mean test?")).endswith("test?")
+
+
 def test_a_mistake_has_its_traceback_if_hydra_is_told_so(tmp_path, monkeypatch):
     monkeypatch.setitem(ENVIRONMENT, "HYDRA_FULL_ERROR", "1")
     printed = run(tmp_path, "task=nope", fails=True)

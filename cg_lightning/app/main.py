@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 register_configs()
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-_WANTS_TRACEBACKS = os.environ.get(_FULL_ERROR) == "1"
 
 
 def main() -> None:
@@ -34,12 +33,18 @@ def main() -> None:
     for before, word in itertools.pairwise(sys.argv):
         if word in Task.__members__ and not before.startswith("-"):
             raise SystemExit(f"{word} is a task: write task={word}.")
-    if _WANTS_TRACEBACKS:
-        _main()
+    wants_tracebacks = os.environ.get(_FULL_ERROR) == "1"
+
+    @hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")
+    def run(config: DictConfig) -> None:
+        _run(config, wants_tracebacks)
+
+    if wants_tracebacks:
+        run()
         return
     os.environ[_FULL_ERROR] = "1"  # so that Hydra raises errors instead of printing them
     try:
-        _main()
+        run()
     except Exception as error:
         sentence = sentence_of(error)
         if sentence:
@@ -50,8 +55,7 @@ def main() -> None:
         del os.environ[_FULL_ERROR]
 
 
-@hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")
-def _main(config: DictConfig) -> None:
+def _run(config: DictConfig, wants_tracebacks: bool) -> None:
     folder = get_original_cwd()
     if folder not in sys.path:  # a script's path has the script's folder instead
         sys.path.insert(0, folder)
@@ -76,7 +80,7 @@ def _main(config: DictConfig) -> None:
         result = JobResult(error.code)
     except Exception as error:
         sentence = sentence_of(error)
-        if _WANTS_TRACEBACKS or not (sentence or is_one_of_several()):
+        if wants_tracebacks or not (sentence or is_one_of_several()):
             raise
         if not sentence:  # of the user's code, in one of several jobs: the others run
             traceback.print_exception(error)

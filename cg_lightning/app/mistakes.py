@@ -59,8 +59,8 @@ def sentence_of(error: Exception) -> str:
     shown = [text for text in dict.fromkeys(texts) if text]
     # the cause is often part of the message of the error
     shown = [text for text in shown if not any(text in other for other in shown if other != text)]
-    sentence = ": ".join(text.rstrip(".:") for text in shown)
-    return f"{_of_constructor(_unknown_key(sentence))}.".replace("?.", "?")
+    sentence = _of_constructor(_unknown_key(": ".join(text.rstrip(".:") for text in shown)))
+    return sentence if sentence.endswith("?") else f"{sentence}."
 
 
 def _unknown_option(text: str) -> str:
