@@ -6,6 +6,7 @@
 - ``callers.py``: how the functions that run use the result of a call.
 - ``compared_expressions.py``: what the source of a step only compares, and with what.
 - ``conditions.py``: under which comparisons of an argument a line runs, read from its source.
+- ``contents.py``: the contents of values that a step reads or changes.
 - ``definitions.py``: the source of a function as a tree, if it is the source of the code that runs.
 - ``detector.py``: the base class of all detectors.
 - ``findings.py``: findings, and where in the user's code something happened.

@@ -21,8 +21,9 @@ from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.lines import file_and_line
 from cg_lightning.core.tree import flatten
 from cg_lightning.diagnosis.accumulators import accumulates
+from cg_lightning.diagnosis.contents import look_into
 from cg_lightning.diagnosis.findings import find_location
-from cg_lightning.diagnosis.step_watch import StepWatch, look_into
+from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.uses_of_attribute import Entry, Use, adds_to, entry_of, use_of
 from cg_lightning.effects.containers import ContainersSnapshot
 from cg_lightning.effects.places import ChangedAttribute

@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
-from cg_lightning.diagnosis.step_watch import StepWatch, look_into
+from cg_lightning.diagnosis.contents import look_into
+from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.guards.sources import MISSING, Source
 from cg_lightning.guards.value_kinds import holds_nothing
 from cg_lightning.metrics.members import ATTRIBUTES_OF_METRICS, state_names

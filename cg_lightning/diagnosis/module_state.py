@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cg_lightning.diagnosis.step_watch import UnreadableError, look_into
+from cg_lightning.diagnosis.contents import UnreadableError, look_into
 from cg_lightning.guards.frozen_parts import ChangedPlace
 from cg_lightning.guards.value_kinds import holds_nothing, values_of
 from cg_lightning.guards.values import FrozenValues

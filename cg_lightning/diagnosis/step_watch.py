@@ -489,24 +489,7 @@ class StepWatch:
         return WatchedStep(self.step, self.notes)
 
 
-class UnreadableError(Exception):
-    """The contents of a value cannot be read; the message says why."""
-
-
 def _where(location: str | Location | None) -> Location:
     if location is None:
         return find_location()
     return Location(location, "") if isinstance(location, str) else location
-
-
-def look_into(value: Any, path: str = "") -> FrozenValues:
-    """Store the contents of a value, whose name is ``path``.
-
-    Raises:
-        UnreadableError: Reading the value raised an error, as for a closed file.
-    """
-    try:
-        return FrozenValues([value], [path])
-    except Exception as error:
-        words = f"cannot be looked into: {type(error).__name__}: {error}"
-        raise UnreadableError(words) from error

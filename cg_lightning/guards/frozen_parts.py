@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import gc
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,6 +17,11 @@ from cg_lightning.modules.attributes import is_same_value, same_attributes
 Path = tuple[Any, ...]
 """The path of the parent, the step from there, and a detail. It is formatted after a change."""
 Reader = Callable[[Any], dict[str, Any]]
+LARGE = 256
+"""Containers and arrays with more items, such as a vocabulary, are compared once an epoch.
+
+For a function with a larger cache, only the counts of its results are compared.
+"""
 
 
 def as_tree(value: Any) -> Any:
@@ -180,3 +186,32 @@ class FrozenClass(NamedTuple):
         """Return the change."""
         where, now, before = format_path(self.path), type(self.value).__name__, self.cls.__name__
         return Changed(where, f"{where}: now a {now}, before a {before}")
+
+
+class FrozenResults:
+    """The results in the cache of a function. Counts alone may be equal for different results.
+
+    Args:
+        cache: The function.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        # nothing else gives them; the other dictionary has the attributes of the function
+        held = [each for each in gc.get_referents(cache) if type(each) is dict]
+        self._stored = next((each for each in held if each is not vars(cache)), {})
+        self._kept = list(self._stored.values())
+        """Kept alive, so that no later result can have one of their ids."""
+
+    def kept(self, cache: Any) -> list[Any]:
+        """Return the results and the arguments that they are for."""
+        aside = (self._stored, vars(cache))
+        held = [each for each in gc.get_referents(cache) if all(each is not one for one in aside)]
+        is_bounded = cache.cache_parameters()["maxsize"] is not None  # then there are links around
+        return held if is_bounded else [*held, *self._stored, *self._stored.values()]
+
+    def now(self, cache: Any) -> tuple[int, ...]:
+        """Return how often the function was computed, how much is stored, and the ids of it."""
+        info = cache.cache_info()
+        if info.currsize > LARGE:
+            return info.misses, info.currsize
+        return (info.misses, info.currsize, *map(id, self._stored.values()))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import gc
 import itertools
 import operator
 import types
@@ -20,11 +19,13 @@ from torch import Tensor, nn
 from cg_lightning.core.reasons import NO_CHANGE, Changed
 from cg_lightning.core.tree import containers_in, structure_paths
 from cg_lightning.guards.frozen_parts import (
+    LARGE,
     ChangedPlace,
     FrozenAttributes,
     FrozenClass,
     FrozenContainer,
     FrozenContents,
+    FrozenResults,
     Path,
     Reader,
     as_tree,
@@ -61,11 +62,6 @@ from cg_lightning.modules.attributes import (
     names_of_library,
 )
 
-LARGE = 256
-"""Containers and arrays with more items, such as a vocabulary, are compared once an epoch.
-
-For a function with a larger cache, only the counts of its results are compared.
-"""
 MOST_VALUES = 50_000
 """A value that contains more values is opaque."""
 
@@ -263,7 +259,7 @@ class FrozenValues:
         elif kind is ValueKind.CONTAINER:
             return self._store_container(value, path, seen)
         elif kind is ValueKind.CACHE:
-            results = _Results(value)
+            results = FrozenResults(value)
             self._contents.append(FrozenContents(value, results.now, results.now(value), path))
             return self._inside(results.kept(value), path, "results")
         elif kind is ValueKind.FUNCTION:
@@ -488,32 +484,3 @@ class FrozenValues:
             what = "another shape, other strides, data type or requires_grad"
             return Changed(f"{where}: the tensor has {what}")
         return next(filter(None, [values.explain() for values in self._inside_large]), NO_CHANGE)
-
-
-class _Results:
-    """The results in the cache of a function. Counts alone may be equal for different results.
-
-    Args:
-        cache: The function.
-    """
-
-    def __init__(self, cache: Any) -> None:
-        # nothing else gives them; the other dictionary has the attributes of the function
-        held = [each for each in gc.get_referents(cache) if type(each) is dict]
-        self._stored = next((each for each in held if each is not vars(cache)), {})
-        self._kept = list(self._stored.values())
-        """Kept alive, so that no later result can have one of their ids."""
-
-    def kept(self, cache: Any) -> list[Any]:
-        """Return the results and the arguments that they are for."""
-        aside = (self._stored, vars(cache))
-        held = [each for each in gc.get_referents(cache) if all(each is not one for one in aside)]
-        is_bounded = cache.cache_parameters()["maxsize"] is not None  # then there are links around
-        return held if is_bounded else [*held, *self._stored, *self._stored.values()]
-
-    def now(self, cache: Any) -> tuple[int, ...]:
-        """Return how often the function was computed, how much is stored, and the ids of it."""
-        info = cache.cache_info()
-        if info.currsize > LARGE:
-            return info.misses, info.currsize
-        return (info.misses, info.currsize, *map(id, self._stored.values()))

@@ -10,10 +10,11 @@ from typing import Any
 from torch import nn
 
 from cg_lightning.core.causes import Cause
+from cg_lightning.diagnosis.contents import UnreadableError, look_into
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import is_read_by_user
 from cg_lightning.diagnosis.hidden_modules import hidden_modules, opaque_in, sources_in
-from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
+from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.sources import ALL_NAMES, Source
 from cg_lightning.guards.value_kinds import holds_nothing, is_users_function

@@ -19,11 +19,12 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.core.closure import ClosureOutput, GradientsAside, UnfinishedClosure
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.lines import Elsewhere
+from cg_lightning.diagnosis.contents import UnreadableError, look_into
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.detectors.logging import LOGGING_METHODS
 from cg_lightning.diagnosis.findings import reading_frame
 from cg_lightning.diagnosis.operands import addresses_in
-from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
+from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.gradient_memory import GradientsElsewhere
 from cg_lightning.guards.sources import Source

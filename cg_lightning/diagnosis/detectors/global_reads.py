@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.lines import Elsewhere, file_and_line
 from cg_lightning.diagnosis.call_events import call_events
+from cg_lightning.diagnosis.contents import UnreadableError, look_into
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.findings import is_step_calling
 from cg_lightning.diagnosis.frames import (
@@ -56,7 +57,7 @@ from cg_lightning.diagnosis.sources_of_code import (
     sources_of,
     values_by_names,
 )
-from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
+from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.volatile_functions import (
     NAMES_OF_VOLATILE,
     arithmetic_of_thread,

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import names_on
 from cg_lightning.core.lines import Elsewhere
+from cg_lightning.diagnosis.contents import UnreadableError, look_into
 from cg_lightning.diagnosis.detector import ReplacingDetector
 from cg_lightning.diagnosis.findings import is_called_by_step, is_read_by_user
-from cg_lightning.diagnosis.step_watch import StepWatch, UnreadableError, look_into
+from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues
