@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from cg_lightning import BatchDescriptor, CUDAGraphCallback, graphed
-from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.core.causes import Cause
+from cg_lightning.core.reasons import Changed, Reason, Status
 from cg_lightning.report.records import HostTime
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.summary import Summary, print_summary, render_summary
@@ -77,6 +78,35 @@ def test_long_targets_cost_no_number_and_stay_apart(target, width, by_rich):
     cut = lambda row: row.split("98765")[0].split("98766")[0]
     assert cut(first) != cut(second), shown
     assert len(lines) <= 20 or width < 80
+
+
+@pytest.mark.parametrize("targets", [1, 6, 9, 200])
+@pytest.mark.parametrize("target", ["net.{}", LAYER, "{}" + "x" * 90, "y" * 500 + "{}"])
+@pytest.mark.parametrize("tensors", [1, 40])
+@pytest.mark.parametrize("text", ["short", "long " * 90, "x" * 400])
+def test_a_stage_never_has_more_than_20_lines(targets, target, tensors, text):
+    stats = CUDAGraphStats()
+    key = BatchDescriptor.from_batch([torch.ones(16, 128) for _ in range(tensors)], stage="predict")
+    for number in range(targets):
+        entry = stats.entry("PIECEWISE", target.format(number), key)
+        subject = f"self.{text}.{number}"
+        entry.captured(0.1, 123_456, Changed(subject, f"{subject}: now 2.0, before 1.0"))
+        entry.replays, entry.timed, entry.host_seconds = 10 + number, 9, 0.0123456
+        entry.within_spread = True
+        record = stats.padded(target.format(number), key)
+        record.ran(100, 200)
+        record.reason = Reason(Status.NO_KEY, f"{text} {number}")
+    for number in range(9):
+        reason = Reason(Cause.HOST_SYNC, f"{text} {number}", f"my.py:{number}")
+        stats.ran("predict", "NONE", key.shapes(), reason)
+    summary = render_summary(stats, "cuda", ["predict"])
+    _, blank, *lines = summary.splitlines()
+    assert blank == ""
+    assert 3 < len(lines) <= 20, summary
+    (stage,) = summary.stages
+    assert sum(int(row[4]) for row in stage.rows) == sum(range(10, 10 + targets))
+    steps = [int(words.split()[0]) for words in (*[r.text for r in stage.reasons], stage.rest)]
+    assert sum(steps) == 9
 
 
 @pytest.mark.parametrize("steps", [1, 3])

@@ -1,6 +1,6 @@
 """The counts as a table: as plain text, by rich, and as HTML.
 
-A stage has at most 20 lines, or a few more if the names of its graphs are too long for a table.
+A stage has at most 20 lines of 80 columns. What has no room is counted.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import shutil
 import sys
 import textwrap
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cg_lightning.core.reasons import Status
@@ -31,7 +31,7 @@ MOST_AGAIN = 2
 WIDTH = 80
 """Width in columns. A longer word, such as a path, is not broken."""
 _MOST_LINES = 20  # of one stage
-_MOST_LINES_OF_A_REASON = 4
+_MOST_LINES_OF_A_SENTENCE = 4
 _MOST_SHAPES = 3
 _FEW_SHAPES = 5  # fewer shapes than this are not too many
 _WORDS = {"NONE": "eager", "PIECEWISE": "PIECEWISE", "FULL": "FULL"}
@@ -63,7 +63,7 @@ class StageSummary:
     headers: tuple[str, ...]
     """The columns of these rows."""
     notes: list[str]
-    """Sentences about these graphs."""
+    """Sentences about these graphs, as many as there is room for."""
     reasons: list[ReasonLine]
     """The most frequent reasons, as many as there is room for."""
     rest: str
@@ -82,7 +82,7 @@ class Summary(str):
     stages: list[StageSummary]
 
     def __new__(cls, heading: str, stages: list[StageSummary]) -> Summary:  # noqa: D102
-        self = super().__new__(cls, "\n".join(_lines(heading, stages, WIDTH)))
+        self = super().__new__(cls, _as_text(heading, stages, WIDTH))
         self.heading, self.stages = heading, stages
         return self
 
@@ -113,7 +113,7 @@ class Summary(str):
 
     def as_text(self, width: int) -> str:
         """Return the text for a terminal of ``width`` columns. No number is cut."""
-        return "\n".join(_lines(self.heading, self.stages, width))
+        return _as_text(self.heading, self.stages, width)
 
 
 class _ForRich:
@@ -201,14 +201,15 @@ def _table(
 
 def _row_in_lines(headers: Sequence[str], row: Sequence[str], width: int) -> list[str]:
     """Return mode and target, then shapes and numbers with their names."""
-    mode, target, shapes = row[:_NUMBERS]
+    mode, *names = row[:_NUMBERS]
+    target, shapes = [_shortened(name, 2 * width) for name in names]
     parts = [shapes, *map(" ".join, zip(headers[_NUMBERS:], row[_NUMBERS:], strict=True))]
     whole = ", ".join(part.replace(" ", "\0") for part in parts)  # lines end between the parts
     numbers = textwrap.wrap(
         whole, width, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
     )
-    names = textwrap.wrap(f"{mode}  {target}", width, initial_indent="  ", subsequent_indent="    ")
-    return [*names, *(line.replace("\0", " ") for line in numbers)]
+    lines = textwrap.wrap(f"{mode}  {target}", width, initial_indent="  ", subsequent_indent="    ")
+    return [*lines, *(line.replace("\0", " ") for line in numbers)]
 
 
 def _relative(text: str) -> str:
@@ -287,17 +288,17 @@ def _values(entry: EntryRecord, entries: Sequence[EntryRecord]) -> str:
     )
 
 
-def _graph_rows(stats: Counts, entries: Sequence[EntryRecord]) -> list[tuple[str, ...]]:
+def _graph_rows(stats: Counts, entries: Sequence[EntryRecord], most: int) -> list[tuple[str, ...]]:
     """Return a row for each graph; if too many, for each target; if too many, one for the rest."""
-    if len(entries) <= MOST_GRAPHS:
+    if len(entries) <= most:
         return [_row(stats, [entry], _values(entry, entries)) for entry in entries]
     groups: dict[tuple[str, str], list[EntryRecord]] = defaultdict(list)
     for entry in entries:
         groups[entry.mode, entry.target].append(entry)
     targets = sorted(groups.values(), key=lambda group: -sum(entry.replays for entry in group))
-    if len(targets) > MOST_GRAPHS:
-        rest = [entry for group in targets[MOST_GRAPHS - 1 :] for entry in group]
-        targets = [*targets[: MOST_GRAPHS - 1], rest]
+    if len(targets) > most:
+        rest = [entry for group in targets[most - 1 :] for entry in group]
+        targets = [*targets[: most - 1], rest]
     return [_row(stats, group) for group in targets]
 
 
@@ -315,7 +316,7 @@ def _again_notes(entries: Sequence[EntryRecord]) -> list[str]:
 
 
 def _reason_lines(reason: ReasonLine, width: int) -> list[str]:
-    lines = _wrapped(reason.text, width, most_lines=_MOST_LINES_OF_A_REASON)
+    lines = _wrapped(reason.text, width, most_lines=_MOST_LINES_OF_A_SENTENCE)
     return lines + (_wrapped(f"remedy: {reason.remedy}", width, 4) if reason.remedy else [])
 
 
@@ -404,20 +405,22 @@ def _hint_notes(stats: Counts, stage: str) -> list[str]:
     ]
 
 
-def _lines(heading: str, stages: Sequence[StageSummary], width: int) -> list[str]:
-    lines = [heading]
-    for stage in stages:
-        lines += ["", *_lines_without_reasons(stage, width)]
-        for reason in stage.reasons:
-            lines += _reason_lines(reason, width)
-        lines += _wrapped(stage.rest, width)
-    return lines
+def _as_text(heading: str, stages: Sequence[StageSummary], width: int) -> str:
+    lines = [line for stage in stages for line in ("", *_lines(stage, width))]
+    return "\n".join([heading, *lines])
+
+
+def _lines(stage: StageSummary, width: int) -> list[str]:
+    lines = _lines_without_reasons(stage, width)
+    for reason in stage.reasons:
+        lines += _reason_lines(reason, width)
+    return lines + _wrapped(stage.rest, width)
 
 
 def _lines_without_reasons(stage: StageSummary, width: int) -> list[str]:
     lines = [stage.title, *(line for line, _ in _table(stage.headers, stage.rows, width))]
     for note in stage.notes:
-        lines += _wrapped(note, width)
+        lines += _wrapped(note, width, most_lines=_MOST_LINES_OF_A_SENTENCE)
     return lines
 
 
@@ -433,14 +436,33 @@ def _summarize(stats: Counts, backend: str, stage: str, counts: dict[str, int]) 
         notes.append("replays match eager within the difference between eager runs")
     notes += _padding_notes(stats, stage)
     notes += _hint_notes(stats, stage)
-    rows = _graph_rows(stats, entries) if entries else []
-    headers: tuple[str, ...] = (*_HEADERS, _SAVES)
-    if all(entry.saving is None for entry in entries):
-        headers, rows = _HEADERS, [row[:-1] for row in rows]
-    shown = StageSummary(f"{stage}: {steps}", rows, headers, notes, [], "")
-    room = _MOST_LINES - len(_lines_without_reasons(shown, WIDTH))
+    is_saving_known = any(entry.saving is not None for entry in entries)
+    headers = (*_HEADERS, _SAVES) if is_saving_known else _HEADERS
     records = [record for record in stats.reasons if record.stage == stage]
-    reasons, rest = _reasons(records, room)
+    shown = StageSummary(f"{stage}: {steps}", [], headers, notes, *_reasons(records, 0))
+    choices = (_graph_rows(stats, entries, most) for most in range(MOST_GRAPHS, 0, -1))
+    return _filled(shown, records, choices)
+
+
+def _filled(
+    least: StageSummary, records: Sequence[StepsRecord], choices: Iterable[list[tuple[str, ...]]]
+) -> StageSummary:
+    """Return a summary with the rows, notes and reasons for which there is room.
+
+    Args:
+        least: The summary without rows, with all notes and the most frequent reason.
+        records: The records of all reasons.
+        choices: Rows to choose from, the most rows first.
+    """
+    columns = len(least.headers)
+    for rows in choices:
+        shown = dataclasses.replace(least, rows=[row[:columns] for row in rows])
+        if (excess := len(_lines(shown, WIDTH)) - _MOST_LINES) <= 0:
+            break
+    while excess > 0 and shown.notes:
+        shown = dataclasses.replace(shown, notes=shown.notes[:-1])
+        excess = len(_lines(shown, WIDTH)) - _MOST_LINES
+    reasons, rest = _reasons(records, _MOST_LINES - len(_lines_without_reasons(shown, WIDTH)))
     return dataclasses.replace(shown, reasons=reasons, rest=rest)
 
 
