@@ -7,6 +7,7 @@ the user's may both have ``append``, with different effects.
 from __future__ import annotations
 
 import collections
+import enum
 from typing import Any
 
 from torch import Tensor
@@ -14,8 +15,16 @@ from torch import Tensor
 from cg_lightning.guards.sources import DerivedNamespace
 from cg_lightning.guards.value_kinds import ValueKind, kind_of
 
-NUMBER = "a number or a tensor"
-"""A total may begin as 0 and become a tensor. Python adds to both."""
+
+class _Kind(enum.Enum):
+    NUMBER = "a number or a tensor"
+
+    def __repr__(self) -> str:  # as users read it
+        return repr(self.value)
+
+
+NUMBER = _Kind.NUMBER
+"""The kind of a total, which may begin as 0 and become a tensor. Python adds to both."""
 LISTS = (list, collections.deque)
 MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict)
 _NUMBERS = (bool, int, float, complex, Tensor)

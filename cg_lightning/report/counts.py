@@ -141,7 +141,8 @@ class Counts:
         """
         graphs: dict[str, HostTime] = {}
         for entry in self.entries:
-            if (entry.stage, entry.mode, mode) == (stage, "FULL", "FULL") and entry.timed:
+            is_asked_for = (entry.stage, entry.mode) == (stage, mode) and entry.is_of_step
+            if is_asked_for and entry.timed:
                 time = graphs.setdefault(entry.shapes, HostTime())
                 time.steps += entry.timed
                 time.seconds += entry.host_seconds
@@ -172,14 +173,14 @@ class Counts:
         )
 
     def _fastest_eager(self, entry: EntryRecord) -> float | None:
-        if entry.mode != "FULL":
+        if not entry.is_of_step:
             return entry.fastest_call
         time = self._times.get((entry.stage, "NONE", entry.shapes))
         return None if time is None else time.fastest
 
     def host_times(self, stage: str) -> Times:
         """Return the host times of a stage's steps: from graphs, whole or in pieces, and eager."""
-        entries = [entry for entry in self.entries if (entry.stage, entry.mode) == (stage, "FULL")]
+        entries = [entry for entry in self.entries if entry.stage == stage and entry.is_of_step]
         times = {
             mode: [time for key, time in self._times.items() if key[:2] == (stage, mode)]
             for mode in ("NONE", "PIECEWISE")
@@ -247,7 +248,7 @@ class Counts:
         return {
             "NONE": self.eager,
             "PIECEWISE": self._count("PIECEWISE"),
-            "FULL": sum(entry.replays for entry in self.entries if entry.mode == "FULL"),
+            "FULL": sum(entry.replays for entry in self.entries if entry.is_of_step),
         }
 
     @property
@@ -289,7 +290,7 @@ class Counts:
         check_name("stage", stage, (*STEP_METHODS, CALL))
         entries = [entry for entry in self.entries if entry.stage == stage]
         counts = {
-            "FULL": sum(entry.replays for entry in entries if entry.mode == "FULL"),
+            "FULL": sum(entry.replays for entry in entries if entry.is_of_step),
             "PIECEWISE": self._count("PIECEWISE", stage),
             "NONE": self._count("NONE", stage),
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import NO_CHANGE, Changed, Reason
 
 
@@ -34,6 +35,7 @@ class EntryRecord:
 
     stage: str
     mode: str
+    """``FULL`` for graphs of whole steps, ``PIECEWISE`` for those of submodules."""
     target: str
     """Dotted path of the submodule, or the name of the step.
 
@@ -71,6 +73,11 @@ class EntryRecord:
     """Whether a verified replay differed from eager, but not by more than eager runs differ."""
     values: tuple[str, ...] = ()
     """The plain values of the key, such as ``2.0``, in the order of the batch."""
+
+    @property
+    def is_of_step(self) -> bool:
+        """Whether a replay makes a whole step, and not a call of a submodule."""
+        return self.mode == CUDAGraphMode.FULL.name
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain values."""
