@@ -35,7 +35,7 @@ from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues
 from cg_lightning.metrics.members import metrics_of
 from cg_lightning.metrics.units import units_of
-from cg_lightning.modules.compiled import is_compiled, modules_inside, modules_that_run
+from cg_lightning.modules.compiled import is_compiled, modules_inside, watchable_modules
 from cg_lightning.modules.kinds import is_lightning_module, is_metric, is_users_namespace
 
 _READS = (Cause.HOST_SYNC, Cause.DATA_DEPENDENT_SHAPE)
@@ -96,7 +96,7 @@ class StepWatch:
         """Whether ``root`` is a LightningModule."""
         self.inside_root = frozenset(id(module) for module in root.modules())
         """The ids of ``root`` and of all modules inside it, as it was before the step."""
-        self.modules = list(modules_that_run(root))
+        self.modules = list(watchable_modules(root))
         """Paths and modules whose calls are seen: not metrics, and not modules in compiled code."""
         self.metrics = metrics_of(root)
         """All metrics in ``root``."""

@@ -16,14 +16,14 @@ from cg_lightning.guards.sources import DerivedNamespace
 from cg_lightning.guards.value_kinds import ValueKind, kind_of
 
 
-class _Kind(enum.Enum):
+class _KindOfTotal(enum.Enum):
     NUMBER = "a number or a tensor"
 
     def __repr__(self) -> str:  # as users read it
         return repr(self.value)
 
 
-NUMBER = _Kind.NUMBER
+NUMBER = _KindOfTotal.NUMBER
 """The kind of a total, which may begin as 0 and become a tensor. Python adds to both."""
 LISTS = (list, collections.deque)
 MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict)

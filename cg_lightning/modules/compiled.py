@@ -60,7 +60,7 @@ def modules_inside(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Modul
             yield name, child
 
 
-def modules_that_run(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def watchable_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield paths and modules as ``named_modules()`` does, but skip metrics and compiled code.
 
     A compiled module itself is included, the modules inside it are not.

@@ -103,7 +103,7 @@ class ProposedRules:
 
     def __init__(self, proposed: dict[str, Any]) -> None:
         self._proposed = proposed
-        self._kinds: dict[tuple[Any, ...], _Kind] = {}
+        self._kinds: dict[tuple[Any, ...], _BatchKind] = {}
 
     def note(self, batch: Any) -> None:
         """See :class:`PadRules`."""
@@ -119,7 +119,7 @@ class ProposedRules:
 
     def _look_at(
         self, batch: Any, leaves: Sequence[Any]
-    ) -> tuple[_Kind, SeenShape, dict[str, int]]:
+    ) -> tuple[_BatchKind, SeenShape, dict[str, int]]:
         named = enumerate(zip(dotted_paths(batch), leaves, strict=True))
         places = {
             path: index
@@ -128,13 +128,13 @@ class ProposedRules:
         }
         shapes = tuple(tuple(leaves[index].shape) for index in places.values())
         key = (tuple(places), tuple(map(len, shapes)))
-        kind = self._kinds.get(key) or _Kind()
+        kind = self._kinds.get(key) or _BatchKind()
         if len(self._kinds) < MOST_KINDS:
             self._kinds[key] = kind
         return kind, SeenShape(tuple(places), shapes), places
 
 
-class _Kind:
+class _BatchKind:
     """What is known of batches with the same tensors, but for their sizes."""
 
     def __init__(self) -> None:

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from cg_lightning.modules.compiled import modules_that_run
+from cg_lightning.modules.compiled import watchable_modules
 from cg_lightning.modules.interception import can_intercept
 
 
@@ -20,7 +20,7 @@ def match_targets(
         patterns: Patterns of :mod:`fnmatch`.
     """
     paths = {
-        path: child for path, child in modules_that_run(module) if path and can_intercept(child)
+        path: child for path, child in watchable_modules(module) if path and can_intercept(child)
     }
     matched = {
         path: child for path, child in paths.items() if any(fnmatchcase(path, p) for p in patterns)
@@ -38,7 +38,7 @@ def check_targets(module: nn.Module, patterns: tuple[str, ...]) -> None:
     """
     _, unmatched = match_targets(module, patterns)
     if unmatched:
-        some = ", ".join([path for path, _ in modules_that_run(module) if path][:10]) or "none"
+        some = ", ".join([path for path, _ in watchable_modules(module) if path][:10]) or "none"
         raise ValueError(
             f"targets={list(patterns)!r}: {unmatched[0]!r} matches no submodule of "
             f"{type(module).__name__}. Patterns are matched against named_modules(); its first "
