@@ -86,7 +86,8 @@ class AlikeRuns:
     def _adopt(self, call: GraphCall, way: Way | None) -> bool:
         """Give the key of a step what a watched step has shown that went the same way.
 
-        The step runs once more, for its host values. It does nothing else, as the watched one.
+        If only one shape of this way has shown its host values, the step runs once more for them.
+        It does nothing else, as the watched one.
 
         Args:
             call: The step, which has run.
@@ -97,15 +98,26 @@ class AlikeRuns:
         """
         if way is None or not self._alike.has_gone(call.descriptor, way):
             return False
-        watcher = self._session.watcher
-        path = self._ahead.rehearse(call, lambda: watcher.host_values(call.run, call.tree))
-        found = self._alike.find(call.descriptor, call.leaves, way, path)
-        if found is None or (found[1] is None) != (path is None):
+        found = self._alike.find_of_all_shapes(call.descriptor, call.leaves, way)
+        if found is None:
+            found = self._found_by_host_values(call, way)
+        if found is None:
             return False
-        if path is not None:
-            path.use(self._session.host_copies)
-        known = found[0]
+        known, path = found
         variant = Variant(known.guards, list(known.modes), watched=known.watched, path=path)
         state = self._dispatcher.state(call.descriptor.fields, call.descriptor)
         self._dispatcher.add_variant(state, variant)
         return True
+
+    def _found_by_host_values(
+        self, call: GraphCall, way: Way
+    ) -> tuple[Variant, ReadPath | None] | None:
+        """Return a watched step that went the same way, and what the call reads on the host."""
+        watcher = self._session.watcher
+        path = self._ahead.rehearse(call, lambda: watcher.host_values(call.run, call.tree))
+        found = self._alike.find(call.descriptor, call.leaves, way, path)
+        if found is None or (found[1] is None) != (path is None):
+            return None
+        if path is not None:
+            path.use(self._session.host_copies)
+        return found[0], path

@@ -27,6 +27,8 @@ class _Known:
     path: ReadPath | None
     """What it reads on the host."""
     way: Way
+    has_path_of_all_shapes: bool = False
+    """Whether a second shape that went this way was seen to read the same on the host."""
 
 
 class AlikeSteps:
@@ -115,6 +117,24 @@ class AlikeSteps:
         for each in self._known_like(key):
             is_of_all_shapes = each.path is None or each.path.is_of_all_shapes(padded)
             if each.way == way and is_of_all_shapes and _holds(each, leaves):
+                each.has_path_of_all_shapes |= (each.path is None) == (padded is None)
+                return each.variant, each.path
+        return None
+
+    def find_of_all_shapes(
+        self, key: BatchDescriptor, leaves: Sequence[Any], way: Way
+    ) -> tuple[Variant, ReadPath | None] | None:
+        """Return a watched step that went the same way, and what all shapes of this way read.
+
+        None if no two shapes of this way are known to read the same.
+
+        Args:
+            key: The key of a step that has just run.
+            leaves: The leaves of its batch.
+            way: Its way.
+        """
+        for each in self._known_like(key):
+            if each.has_path_of_all_shapes and each.way == way and _holds(each, leaves):
                 return each.variant, each.path
         return None
 
