@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
+from torchmetrics import SumMetric
 
 from cg_lightning.guards import library_code, module_guard
 from cg_lightning.guards.guard_set import GuardSet
+from cg_lightning.guards.library_code import always_new
 from cg_lightning.guards.module_guard import Change, ModuleGuard
 from cg_lightning.guards.sources import MISSING, Source, shorten
 from cg_lightning.guards.values import FrozenValues
@@ -420,6 +423,37 @@ def test_flags_are_those_of_a_watched_call():
     module[2].weight.requires_grad_(False)
     assert module_guard.Flags(list(module.modules())).now() == ModuleGuard(module).flags()
     assert bytes([1, 1, 0, 1, 0, 0, 0]) in ModuleGuard(module).flags()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_flags_after_a_check_are_those_of_now(monkeypatch, native):
+    """They are kept as long as a check finds no change; each of these changes is one."""
+    if not native:
+        monkeypatch.setattr(module_guard, "_NativeLayouts", None)
+        monkeypatch.setattr(module_guard, "version_of", always_new)
+    module = LightningModule()
+    module.net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    module.metric = SumMetric()
+    guard = ModuleGuard(module)
+    changes: list[Callable[[], object]] = [
+        lambda: None,
+        module.eval,
+        module.net[1].train,
+        lambda: setattr(module, "training", True),
+        lambda: setattr(module.metric, "training", True),
+        lambda: module.net[0].weight.requires_grad_(False),
+        lambda: module.net[0].weight.requires_grad_(True),
+        lambda: module.net[1].running_mean.requires_grad_(True),
+    ]
+    seen = []
+    with torch.inference_mode():
+        for change in changes:
+            change()
+            for _ in range(3):
+                assert guard.check()
+                assert guard.flags_after_check() == guard.flags()
+            seen.append(guard.flags_after_check())
+    assert len(set(seen)) == len(changes) - 1  # the weight has its gradient again
 
 
 IN_MODULES: dict[str, Callable[[nn.Sequential], object]] = {

@@ -68,6 +68,8 @@ class Placement:
         # the guards of Dynamo refuse a tensor that comes twice
         self._different = list({id(tensor): tensor for tensor in tensors}.values())
         self._native_layouts: Any = None
+        self.had_other_gradients = True
+        """Whether a check has found that ``requires_grad`` of a tensor may have changed."""
 
     def check(self) -> bool:
         """Return True if all addresses and layouts are unchanged."""
@@ -79,8 +81,14 @@ class Placement:
         elif list(map(Tensor.data_ptr, self._tensors)) != self._addresses:
             return False
         native = self._native_layouts
-        if native is not None and native.check(*self._different):
-            return True
+        if native is not None:
+            has_gradients = torch.is_grad_enabled()
+            torch._C._set_grad_enabled(True)  # or else it takes no notice of ``requires_grad``
+            is_same = native.check(*self._different)
+            torch._C._set_grad_enabled(has_gradients)
+            if is_same:
+                return True
+        self.had_other_gradients = True
         return self._layouts_hold()
 
     def moved(self) -> list[int]:
@@ -97,10 +105,11 @@ class Placement:
         if list(map(self._layout_of, self._tensors)) != self._layouts:
             return False
         if _NativeLayouts is not None:
-            # it also compares ``requires_grad``, and whether inference mode is on
-            self._native_layouts = _NativeLayouts(
-                *self._different, dynamic_dims_sizes=None, dynamic_dims_strides=None
-            )
+            with torch.enable_grad():
+                # it also compares ``requires_grad``, and whether inference mode is on
+                self._native_layouts = _NativeLayouts(
+                    *self._different, dynamic_dims_sizes=None, dynamic_dims_strides=None
+                )
         return True
 
 
@@ -160,6 +169,20 @@ class Flags:
         if self.scripted:
             flags += tuple([module.training for module in self.scripted])
         return flags
+
+    def are_of(
+        self,
+        quiet: Sequence[nn.Module],
+        restless: Sequence[dict[str, Any]],
+        tensors: Sequence[Tensor],
+    ) -> bool:
+        """Return True if they are those of two kinds of modules, and of these tensors."""
+        return (
+            not self.scripted
+            and len(quiet) + len(restless) == len(self._holders)
+            and len(tensors) == len(self._tensors)
+            and all(map(operator.is_, tensors, self._tensors))
+        )
 
     def named(self, flags: Sequence[bool | bytes]) -> list[tuple[nn.Module | Tensor, str, bool]]:
         """Return flags, as :meth:`now` has returned them, with what has them and their names."""
@@ -259,6 +282,10 @@ class ModuleGuard:
         ]
         self._sparse = [member for member in members if member.layout is not torch.strided]
         self._placement = Placement(self.tensors)
+        self._keeps_flags = self._flags.are_of(self._quiet, self._restless, self.tensors)
+        self._kept_flags: tuple[bool | bytes, ...] = ()
+        self._training_of_restless: list[bool] = []
+        self._may_have_other_flags = True
         self._scripted_values = [scripted_attributes(module) for module in self._scripted]
         self._code = LibraryCode(self.modules) if self._has_code else None
         if self._code is not None:
@@ -300,6 +327,7 @@ class ModuleGuard:
             return False
         versions = list(map(version_of, self._dictionaries))
         if versions != self._versions:
+            self._may_have_other_flags = True
             if not self._contents_hold(map(operator.ne, versions, self._versions)):
                 return False
             self._versions = versions
@@ -436,6 +464,21 @@ class ModuleGuard:
     def flags(self) -> tuple[bool | bytes, ...]:
         """Return the ``training`` flags of submodules, and ``requires_grad`` of their tensors."""
         return self._flags.now()
+
+    def flags_after_check(self) -> tuple[bool | bytes, ...]:
+        """Return what :meth:`flags` returns, right after :meth:`check` has returned True.
+
+        It takes no time as long as the check finds no dictionary and no tensor changed.
+        """
+        placement, training = self._placement, list(map(_training, self._restless))
+        if (
+            self._may_have_other_flags
+            or placement.had_other_gradients
+            or training != self._training_of_restless
+        ):
+            self._kept_flags, self._training_of_restless = self._flags.now(), training
+            self._may_have_other_flags = placement.had_other_gradients = not self._keeps_flags
+        return self._kept_flags
 
     def explain_flags(self, now: Sequence[bool | bytes], before: Sequence[bool | bytes]) -> Changed:
         """Return the first of the flags that differs; empty if none does.

@@ -151,7 +151,7 @@ class StepRunner:
         if self._compares_index:
             session.set_batch_index(args[1])
         loader = args[2] if len(args) > 2 else kwargs.get("dataloader_idx", 0)
-        training = session.target.guard.flags()
+        training = session.target.guard.flags_after_check()
         try:
             fields, leaves = describe_fields(
                 args[0], stage=self._stage, dataloader_idx=loader, training=training
