@@ -7,6 +7,8 @@ import functools
 import gc
 import random
 import weakref
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -358,14 +360,80 @@ def test_host_values_of_what_is_not_padded_are_read_once(harness):
     assert reads[len(data) - 6 : len(data)] == [1] * 6, reads
 
 
+DECIDED: dict[str, tuple[bool, Callable[[Tensor], Any]]] = {
+    "one that is not true": (True, lambda mask: bool(mask.all())),
+    "cast": (True, lambda mask: bool(mask.to(torch.bool).all())),
+    "compared": (True, lambda mask: bool((mask == 0).any())),
+    "not all": (True, lambda mask: bool(~(mask != 0).all())),
+    "two reads": (True, lambda mask: (bool(mask.all()), bool((mask == 0).any()))),
+    "any other": (False, lambda mask: bool(mask.any())),
+    "all alike": (False, lambda mask: bool((mask == 0).all())),
+    "one is open": (False, lambda mask: (bool(mask.all()), bool(mask.any()))),
+    "a number": (False, lambda mask: int(mask.sum())),
+    "an element": (False, lambda mask: int(mask[0, 0])),
+    "rows": (False, lambda mask: bool(mask.all(1).any())),
+    "two tensors": (False, lambda mask: bool((mask == mask.flip(1)).all())),
+}
+
+
+@pytest.mark.parametrize("name", DECIDED)
+def test_values_that_padding_alone_decides(backend, device, name):
+    """They need not be read in each step. Other values of the batch cannot change them."""
+    is_decided, step = DECIDED[name]
+    of_backend = resolve_backend(backend, device)
+    watcher = StepWatcher(nn.Linear(2, 2).to(device), of_backend, effects=None)
+    padded = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]], device=device)
+    with torch.no_grad():
+        path = watcher.host_values(lambda: step(padded), padded)
+        assert path.is_decided_by({0: padded.new_full((1,), 0)}) is is_decided
+        assert not path.is_decided_by({})
+        if is_decided:
+            assert not path.is_decided_by({0: padded.new_full((1,), 1)})
+            others = [torch.randint(0, 2, (2, 4), device=device) for _ in range(20)]
+            for other in others:
+                other[:, -1] = 0
+                assert step(other) == step(padded)
+
+
+def _masked_if_needed(self, batch):
+    """As the masks of transformers: there is none if nothing is masked."""
+    x = self.net(self.embedding(batch["input_ids"]))
+    mask = batch["attention_mask"]
+    return x if mask.to(torch.bool).all() else x * mask[..., None]
+
+
+def test_a_mask_is_read_once_and_its_padding_is_not(harness):
+    reads: list[int] = []
+    operations: Counter[str] = Counter()
+
+    class Counts(Callback):
+        def on_predict_batch_start(self, *_: Any) -> None:
+            self.mode = Reads().__enter__()
+
+        def on_predict_batch_end(self, *_: Any) -> None:
+            self.mode.__exit__(None, None, None)
+            reads.append(self.mode.number)
+            operations.update(self.mode.names if len(reads) > 18 else ())
+
+    data = texts(*[5, 7, 6] * 8)
+    callback = run(harness, Step(_masked_if_needed), data, Counts, pad_dims=rules((8,)))
+    assert padded_steps(callback) >= 6, callback.summary()
+    assert reads[len(data) - 6 : len(data)] == [1] * 6, reads
+    # one operation pads each tensor where the graph reads it
+    assert operations["aten::cat"] == 2 * 6
+    assert not operations["aten::fill_"]
+
+
 class Reads(TorchDispatchMode):
     """Counts the operations that read a number."""
 
     def __init__(self) -> None:
         super().__init__()
         self.number = 0
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
         self.number += func._schema.name in SCALAR_READS
         return func(*args, **(kwargs or {}))
 

@@ -63,6 +63,12 @@ _WHATEVER_THE_VALUES = _aten(
     "arange add sub rsub mul neg sum cumsum bitwise_not bitwise_and bitwise_or bitwise_xor"
 ).union(_MOVING_OR_COMPARING, _UP_TO_SIGN)
 """Operations that succeed or fail by shapes alone: none looks for an element by its index."""
+_OF_EACH_ELEMENT = _aten(
+    """
+    to _to_copy eq ne lt le gt ge isnan isinf isfinite abs neg bitwise_not logical_not
+    """
+)
+"""Operations whose result has one element for each element, if they are given one tensor."""
 _sum, _max = torch.ops.aten.sum.default, torch.ops.aten.max.default
 MOST_ELEMENTS = 65536
 """Larger tensors are not computed before the step: the host would take longer than it saves."""
@@ -125,6 +131,11 @@ def cannot_fail(function: OpOverload) -> bool:
     """
     is_nonzero = function is torch.ops.aten.where.default
     return function._schema.name in _WHATEVER_THE_VALUES and not is_nonzero
+
+
+def is_of_each_element(function: OpOverload) -> bool:
+    """Return True if an operation on one tensor computes each element of its own."""
+    return function._schema.name in _OF_EACH_ELEMENT
 
 
 def _is_inexact(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from cg_lightning.host_values.exact_operations import (
     NUMBER_READS,
     SCALAR_READS,
     cannot_fail,
+    is_of_each_element,
     is_same_on_host,
 )
 from cg_lightning.host_values.host_copies import HostCopies
@@ -199,6 +200,41 @@ class ReadPath:
         are_same = all(same_value(one, another) for one, another in values)
         return are_same and not set(self._places) & set(padded)
 
+    def is_decided_by(self, padding: Mapping[int, Tensor]) -> bool:
+        """Return True if padding alone decides all values, whatever the batch holds besides.
+
+        One element that is not true decides ``all()``, one that is true decides ``any()``.
+
+        Args:
+            padding: An element of the padding, on its own, by the place of its leaf.
+        """
+        roots, slots, others = self._program
+        if others or any(root.is_written or root.leaf not in padding for root in roots):
+            return False
+        values = {root.number: padding[root.leaf] for root in roots}
+        decided: set[int | None] = set()
+        for slot in slots:
+            numbers = [each.number for each in slot.args if isinstance(each, Ref)]
+            if len(numbers) != 1 or numbers[0] not in values:
+                return False
+            is_decided, one = numbers[0] in decided, values[numbers[0]]
+            given = [one if isinstance(each, Ref) else each for each in slot.args]
+            if isinstance(slot, Read):
+                if not is_decided or slot.function(*given) != self.reads[slot.place].value:
+                    return False
+                continue
+            decisive = _DECIDED_BY_ONE.get(slot.function)
+            if decisive is None and not is_of_each_element(slot.function):
+                return False
+            if _holds_ref([*given, *slot.kwargs.values()]):
+                return False
+            result = slot.function(*given, **slot.kwargs)
+            is_decided |= decisive is not None and bool(result) is decisive
+            if (number := slot.outputs[0]) is not None:
+                values[number] = result
+                decided |= {number} if is_decided else set()
+        return True
+
     def use(self, copies: HostCopies) -> None:
         """Compute the values on the host, where it has the batch."""
         if self._is_same_on_host:
@@ -311,6 +347,8 @@ def same_value(one: Any, other: Any) -> bool:
 
 
 _aten = torch.ops.aten
+_DECIDED_BY_ONE = {_aten.all.default: False, _aten.any.default: True}
+"""The value that one such element gives, whatever the others are."""
 _FASTER: dict[Any, Callable[..., Any]] = {
     _aten.all.default: Tensor.all,
     _aten.any.default: Tensor.any,

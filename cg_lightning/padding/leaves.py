@@ -31,6 +31,9 @@ class Parts(NamedTuple):
     """Each padded dimension but the first, its padding, and what that is filled with."""
     rows: tuple[Tensor, Tensor] | None
     """The padding of dimension 0, and the row that is repeated there; None: it is not padded."""
+    joined: tuple[Tensor, int, Tensor] | None
+    """If one dimension is padded, and not the first: the whole tensor, this dimension, and what is
+    joined to the tensor there. Then one operation writes all."""
 
 
 class PaddedLeaf(NamedTuple):
@@ -62,17 +65,25 @@ class PaddedLeaf(NamedTuple):
         ]
         rows = self.real[0]
         more_rows = (new[rows:], new[rows - 1]) if rows < self.padded[0] else None
-        return Parts(new[tuple([slice(size) for size in self.real])], others, more_rows)
+        joined = None
+        if len(others) == 1 and more_rows is None:
+            dim, padding, value = others[0]
+            joined = (new, dim, new.new_full((), value).expand_as(padding))
+        return Parts(new[tuple([slice(size) for size in self.real])], others, more_rows, joined)
 
     def write(self, parts: Parts, tensor: Tensor, fill: Fill) -> None:
         """Write a tensor, and all of its padding."""
+        if parts.joined is not None and fill is Fill.GIVEN:
+            new, dim, padding = parts.joined
+            torch.cat((tensor, padding), dim, out=new)
+            return
         parts.real.copy_(tensor)
-        for _, padding, value in parts.others:
-            padding.fill_(value)
+        for _, more, value in parts.others:
+            more.fill_(value)
         if fill is not Fill.GIVEN and parts.others and not _is_mask(tensor):
             other = _mirrored(tensor, fill is Fill.BELOW)
-            for dim, padding, _ in parts.others:
-                part = padding[tuple([slice(each) for each in self._without(dim)])]
+            for dim, more, _ in parts.others:
+                part = more[tuple([slice(each) for each in self._without(dim)])]
                 part.copy_(other.narrow(dim, 0, 1).expand_as(part))
         if parts.rows is None:
             return
@@ -191,6 +202,18 @@ class PaddedLeaves:
             leaf.write(parts[index], leaves[index], fill)
             padded[index] = static[index]
         return padded
+
+    def padding_of(self, leaves: Sequence[Any]) -> dict[int, Tensor]:
+        """Return an element of padding with a value of the settings, by the place of the leaf.
+
+        Args:
+            leaves: The leaves of the batch.
+        """
+        return {
+            index: leaves[index].new_full((1,), next(iter(leaf.values.values())))
+            for index, leaf in self._leaves.items()
+            if leaf.values
+        }
 
     def pad_some(self, leaves: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Return some leaves of the padded batch, by their place."""

@@ -26,6 +26,8 @@ class OutputCut:
             (tuple(leaf.shape), leaf.stride()) if isinstance(leaf, Tensor) else None
             for leaf in leaves
         ]
+        self._of_one = self._layouts[0] if self.structure is None else None
+        """The layout of an output that is one tensor; None for any other output."""
 
     def cut(self, output: Any, padded: Sequence[Any], real: Sequence[Any]) -> Any:
         """Return the output for the batch. What cannot be cut to its shape stays as it is.
@@ -35,6 +37,11 @@ class OutputCut:
             padded: The leaves of the padded batch.
             real: The leaves of the batch: an output that is one of them is returned as it is.
         """
+        if self._of_one is not None and type(output) is Tensor:
+            for one, other in zip(padded, real, strict=True):
+                if output is one:
+                    return other
+            return _cut(output, *self._of_one)
         leaves, structure = flatten(output)
         if structure != self.structure:
             return output

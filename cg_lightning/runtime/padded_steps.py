@@ -288,8 +288,10 @@ class PaddedSteps:
                 self._check_fill(Fill.BELOW, owner, entry, call, eager.output)
                 if padding.has_rows:
                     self._check_fill(Fill.NAN, owner, entry, call, eager.output)
+            variant.path = real
             if isinstance(owner.path, ReadPath) and not (
-                real is not None and real.is_same_for(owner.path, padding.places)
+                (real is not None and real.is_same_for(owner.path, padding.places))
+                or owner.path.is_decided_by(padding.padding_of(call.leaves))
             ):
                 variant.path = PaddedPath(real, owner.path, entry)
             self._dispatcher.borrowed(plan.state, variant, entry)
