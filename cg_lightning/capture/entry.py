@@ -46,6 +46,10 @@ _MANY = 8
 """From this number of tensors on, a grouped copy takes less time than copies of each."""
 
 
+Copies = Callable[[Sequence[Tensor]], list[Tensor]]
+"""Copies tensors out of graph memory, or parts of them."""
+
+
 class Captured(NamedTuple):
     """What a captured call gives, besides its graph."""
 
@@ -173,6 +177,19 @@ class GraphEntry:
         )
         return "" if only_computes else "changes state, or checks values of its batch"
 
+    def gives_copies(self, structure: Any) -> bool:
+        """Return True if the output has this structure, and consists of copies of what is computed.
+
+        Then :meth:`replay` may leave it to its caller to copy.
+        """
+        return (
+            self._copies_outputs
+            and self._copy is not copy_of_own_kind
+            and not self._takers
+            and self._outputs.is_computed_in_order
+            and self._outputs.structure == structure
+        )
+
     def is_valid(self) -> bool:
         """Return True if the graph exists and all its side effects can be done again."""
         if self._graph is None:
@@ -182,13 +199,17 @@ class GraphEntry:
                 return False
         return True
 
-    def replay(self, leaves: list[Any], step: int, tree: Any = None) -> Any:
+    def replay(
+        self, leaves: list[Any], step: int, tree: Any = None, copies: Copies | None = None
+    ) -> Any:
         """Run the step from its graph, with all its side effects, and return the output.
 
         Args:
             leaves: The leaves of the batch. Tensors must have the shapes of the capture.
             step: The number of the current step.
             tree: The batch.
+            copies: Copies what is computed, if only a part of it is wanted. It needs
+                :meth:`gives_copies`.
         """
         assert self._graph is not None and self._inputs is not None  # noqa: PT018
         self.last_step = step
@@ -198,17 +219,19 @@ class GraphEntry:
         self._graph.replay()
         if self._copies_back:
             self._inputs.copy_back(leaves)
-        computed, grouped = self._computed, self._grouped_copies
+        computed, grouped = self._computed, None if copies is not None else self._grouped_copies
         if grouped is not None:
-            copies = grouped.make()
-            computed = copies[len(self._effect_tensors) :]
+            made = grouped.make()
+            computed = made[len(self._effect_tensors) :]
         if self._after_replay:
             given = iter(
-                [tensor.clone() for tensor in self._effect_tensors] if grouped is None else copies
+                [tensor.clone() for tensor in self._effect_tensors] if grouped is None else made
             )
             for finish in self._after_replay:
                 finish(given)
-        if grouped is None and self._copies_outputs:
+        if copies is not None:
+            computed = copies(computed)
+        elif grouped is None and self._copies_outputs:
             copy = self._copy
             computed = [copy(tensor) for tensor in computed]
         if self._is_built:

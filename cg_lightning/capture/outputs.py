@@ -229,8 +229,13 @@ class OutputPlan:
         """The output, if :attr:`is_one_value`."""
         return self.sources[0][1]
 
+    @property
+    def structure(self) -> Any:
+        """The structure of the output."""
+        return flatten(self.template)[1]
+
     @functools.cached_property
-    def _is_computed_in_order(self) -> bool:
+    def is_computed_in_order(self) -> bool:
         """Whether the leaves are the computed tensors, as of a loss and its gradients."""
         in_order = [(_Source.COMPUTED, index) for index in range(len(self.sources))]
         return self.sources == in_order and not self.host_copies
@@ -248,7 +253,7 @@ class OutputPlan:
             computed: The tensors that the graph has computed.
             tree: The current batch.
         """
-        if self._is_computed_in_order:
+        if self.is_computed_in_order:
             return rebuild(self.template, iter(computed)) if self.is_nested else computed[0]
         given = list(containers_in(tree)) if self.gives_containers else []
         views = {

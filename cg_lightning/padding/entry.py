@@ -33,7 +33,7 @@ class PaddedEntry:
     """
 
     __slots__ = (
-        *("_fill", "_given", "_graph", "_guards", "_outputs", "_padded", "_record"),
+        *("_copies", "_fill", "_given", "_graph", "_guards", "_outputs", "_padded", "_record"),
         *("padding", "record", "replays"),
     )
 
@@ -50,6 +50,7 @@ class PaddedEntry:
         self._guards = guards
         self.padding = padding
         self._outputs = outputs
+        self._copies = outputs.copies if graph.gives_copies(outputs.structure) else None
         self._record = record
         self._given: Sequence[Any] | None = None
         self._padded: list[Any] = []
@@ -102,7 +103,9 @@ class PaddedEntry:
         is_padded = self._given is leaves and self._fill is fill
         padded = self._padded if is_padded else self._pad(leaves, fill)
         self.forget()
-        output = self._graph.replay(padded, step)
+        output = self._graph.replay(padded, step, copies=self._copies)
+        if self._copies is not None:
+            return output
         return self._outputs.cut(output, padded, leaves)
 
     def count(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,17 @@ class OutputCut:
         ]
         self._of_one = self._layouts[0] if self.structure is None else None
         """The layout of an output that is one tensor; None for any other output."""
+
+    def copies(self, computed: Sequence[Tensor]) -> list[Tensor]:
+        """Return a copy of the part of each tensor that belongs to the batch.
+
+        Args:
+            computed: The leaves of the output for the padded batch, in graph memory.
+        """
+        return [
+            copy_with_strides(tensor) if layout is None else _copied(tensor, *layout)
+            for tensor, layout in zip(computed, self._layouts, strict=True)
+        ]
 
     def cut(self, output: Any, padded: Sequence[Any], real: Sequence[Any]) -> Any:
         """Return the output for the batch. What cannot be cut to its shape stays as it is.
@@ -58,10 +70,15 @@ class OutputCut:
 
 
 def _cut(tensor: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-    if tensor.dim() != len(shape) or (tensor.shape == shape and tensor.stride() == strides):
+    if tensor.shape == shape and tensor.stride() == strides:
         return tensor
-    if any(size > there for size, there in zip(shape, tensor.shape, strict=True)):
-        return tensor
-    part = tensor[tuple([slice(size) for size in shape])]
+    return _copied(tensor, shape, strides)
+
+
+def _copied(tensor: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """Return a copy of the first part of a tensor with this shape; of all of it if it has none."""
+    if tensor.dim() != len(shape) or any(map(operator.gt, shape, tensor.shape)):
+        return copy_with_strides(tensor)
+    part = tensor if tensor.shape == shape else tensor[tuple([slice(size) for size in shape])]
     new = torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device)
     return copy_with_strides(part) if overlaps_itself(new) else new.copy_(part)
