@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
+import statistics
 import warnings
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -140,6 +141,8 @@ def run(
         values = [torch.tensor(value) for value in metrics.values()]
     backend.synchronize()
     ended = perf_counter()
+    if callback is not None:
+        began += callback.stats.compile_seconds
     steady = (ended - clock.began) / (len(batches) - 3 * len(batches) // 4)
     return Result(ended - began, steady, len(batches), values)
 
@@ -154,7 +157,7 @@ def settings_for(batches: list[dict[str, Tensor]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, and print one line for each stage and contestant, and the callback's summary."""
+    """Measure, and print one line for each stage and contestant, and what each callback did."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batches", type=int, default=2000)
     parser.add_argument("--layers", type=int, default=12, help="layers of the encoder")
@@ -173,6 +176,10 @@ def main() -> None:
     )
     parser.add_argument("--auto", action="store_true", help="pad_dims='auto': nothing is known")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument(
+        "--compile-ours", action="store_true", help="padded graphs of compiled code as well"
+    )
+    parser.add_argument("--stages", nargs="+", default=["predict", "validate"])
     given = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
@@ -192,43 +199,72 @@ def main() -> None:
     if given.auto:
         settings["pad_dims"] = "auto"
     print(f"{given.batches} batches, float32 matmul {given.matmul!r}, {settings}")
-    for stage in ("predict", "validate"):
+    for stage in given.stages:
         run(model, batches[:20], stage, None, backend)
         model.to(backend.device)
-        eager = run(model, batches, stage, None, backend)
-        contestants: dict[str, Result] = {"eager": eager}
+        contestants = {"eager": run(model, batches, stage, None, backend)}
         if not given.no_compile:
             compiled = copy.deepcopy(model).to(backend.device)
             compiled.net = torch.compile(compiled.net, dynamic=True)  # type: ignore[assignment]
             run(compiled, batches[:200], stage, None, backend)
             compiled.to(backend.device)
             contestants["compile(dynamic)"] = run(compiled, batches, stage, None, backend)
-        callback = CUDAGraphCallback(backend=given.backend, report=False, **settings)
-        model.to(backend.device)
-        contestants["padded graphs"] = run(model, batches, stage, callback, backend)
-        for name, result in contestants.items():
-            difference = max(
-                float((one.cpu() - other.cpu()).abs().max())
-                for one, other in zip(result.values, eager.values, strict=True)
-            )
-            print(
-                f"{stage:9} {name:17} {1e6 * result.seconds / given.batches:8.0f} us a batch, "
-                f"{eager.seconds / result.seconds:.2f} x eager; last quarter "
-                f"{1e6 * result.steady:.0f} us a batch, {eager.steady / result.steady:.2f} x; "
-                f"set-up {result.setup:.2f} s; differs by {difference:.1e}"
-            )
-        ours, compiled_run = contestants["padded graphs"], contestants.get("compile(dynamic)")
-        if compiled_run is not None:
-            print(
-                f"{stage:9} padded graphs against compile(dynamic): "
-                f"{compiled_run.seconds / ours.seconds:.2f} x, last quarter "
-                f"{compiled_run.steady / ours.steady:.2f} x"
-            )
-        padded = callback.stats.padding
-        elements = sum(record.elements for record in padded)
-        share = 1 - elements / max(1, sum(record.padded_elements for record in padded))
-        graphs = sum(entry.captures for entry in callback.stats.entries)
-        print(f"{stage:9} {graphs} graphs, {share:.1%} padding\n{callback.summary()}", flush=True)
+        callbacks = {
+            name: CUDAGraphCallback(backend=given.backend, report=False, compile=how, **settings)
+            for name, how in _OURS.items()
+            if given.compile_ours or not how
+        }
+        for name, callback in callbacks.items():
+            model.to(backend.device)
+            contestants[name] = run(model, batches, stage, callback, backend)
+        _print_times(stage, contestants)
+        for name, callback in callbacks.items():
+            _print_counts(stage, name, callback)
+
+
+_OURS = {"padded graphs": False, "padded, compiled": True}
+"""Our contestants, and their ``compile``."""
+
+
+def _print_times(stage: str, contestants: dict[str, Result]) -> None:
+    eager = contestants["eager"]
+    for name, result in contestants.items():
+        difference = max(
+            float((one.cpu() - other.cpu()).abs().max())
+            for one, other in zip(result.values, eager.values, strict=True)
+        )
+        print(
+            f"{stage:9} {name:17} {1e6 * result.seconds / result.batches:8.0f} us a batch, "
+            f"{eager.seconds / result.seconds:.2f} x eager; last quarter "
+            f"{1e6 * result.steady:.0f} us a batch, {eager.steady / result.steady:.2f} x; "
+            f"set-up {result.setup:.2f} s; differs by {difference:.1e}"
+        )
+    compiled = contestants.get("compile(dynamic)")
+    for name in _OURS.keys() & contestants.keys() if compiled is not None else ():
+        assert compiled is not None
+        ours = contestants[name]
+        print(
+            f"{stage:9} {name} against compile(dynamic): {compiled.seconds / ours.seconds:.2f} x, "
+            f"last quarter {compiled.steady / ours.steady:.2f} x"
+        )
+
+
+def _print_counts(stage: str, name: str, callback: CUDAGraphCallback) -> None:
+    padded = callback.stats.padding
+    elements = sum(record.elements for record in padded)
+    share = 1 - elements / max(1, sum(record.padded_elements for record in padded))
+    graphs = sum(entry.captures for entry in callback.stats.entries)
+    times: dict[str, list[float]] = {}
+    for _, ran, seconds, _ in callback.stats.timeline.rows:
+        times.setdefault(ran.name.lower(), []).append(seconds)
+    print(f"{stage:9} {name}: {graphs} graphs, {share:.1%} padding")
+    for how, seconds_of_steps in times.items():
+        each = 1e6 * statistics.median(seconds_of_steps)
+        print(
+            f"  {len(seconds_of_steps)} steps {how}: {sum(seconds_of_steps):.2f} s on the host, "
+            f"median {each:.0f} us"
+        )
+    print(callback.summary(), flush=True)
 
 
 if __name__ == "__main__":

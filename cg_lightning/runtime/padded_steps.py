@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -27,7 +28,7 @@ from cg_lightning.runtime.ahead import CaptureAhead
 from cg_lightning.runtime.alike_runs import AlikeRuns
 from cg_lightning.runtime.alike_steps import AlikeSteps, take_over
 from cg_lightning.runtime.eager_run import EagerRun
-from cg_lightning.runtime.keys import KeyState, Variant
+from cg_lightning.runtime.keys import KeyState, Path, Variant
 from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.padded_shapes import PaddedShapes, describe_like
 from cg_lightning.runtime.plans import Plan
@@ -63,6 +64,19 @@ class Pieces(Protocol):
 
     def add(self, watched: WatchedStep) -> bool:
         """Pad the submodules of a watched step. Return False if there are none."""
+
+
+@dataclasses.dataclass
+class _ComparedRun:
+    """One step that runs eagerly and from the graph of the padded batch."""
+
+    call: GraphCall
+    padded: GraphCall
+    """The step with the padded batch."""
+    padding: PaddedLeaves
+    eager: EagerRun
+    path: ReadPath | None
+    """What the step reads on the host, for the batch itself."""
 
 
 class PaddedSteps:
@@ -251,69 +265,86 @@ class PaddedSteps:
         variant = plan.variant
         assert variant is not None and variant.padding is not None  # noqa: PT018
         padding = variant.padding
-        path = None if variant.path is None else variant.path.of_batch()
-        assert path is None or isinstance(path, ReadPath)
-        real: ReadPath | None = path
         try:
             leaves = padding.pad(call.leaves)
         except RuntimeError as error:  # there is less memory now
             self._shapes.note_too_large(call.descriptor, call.tree, padding, error)
             self._dispatcher.not_padded(plan.state, variant)
             return None
-        padded = self._padded_call(call, leaves)
+        path = None if variant.path is None else variant.path.of_batch()
+        assert path is None or isinstance(path, ReadPath)
         eager = EagerRun(call, self._session, self._ways)
-
-        def get_entry() -> PaddedEntry:
-            nonlocal real
-            if (refusal := self._shapes.refusal(padded.descriptor)) is not None:
-                raise _NotPaddedError(refusal)
-            eager.check()
-            if not variant.is_taken_over:
-                self._alike.note(call.descriptor, variant, real, eager.way)
-            owner = self._owner(padded)
-            assert isinstance(owner.entry, GraphEntry)
-            if variant.is_taken_over:
-                real = self._take_over(variant, call, eager.way, owner)
-            assert variant.watched is not None and owner.watched is not None  # noqa: PT018
-            if variant.watched.called() != owner.watched.called():
-                raise NotIndependentError("the step calls other submodules for the padded batch")
-            record = self._session.stats.padded(self._name, padded.descriptor)
-            settings = self._session.settings
-            guards = None if owner.guards is variant.guards else owner.guards
-            entry = PaddedEntry(
-                owner.entry, guards, padding, eager.cut(), record, settings.verify_replays
-            )
-            with eager.checked_replays():
-                self._check_fill(Fill.OTHER, owner, entry, call, eager.output)
-                self._check_fill(Fill.BELOW, owner, entry, call, eager.output)
-                if padding.has_rows:
-                    self._check_fill(Fill.NAN, owner, entry, call, eager.output)
-            variant.path = real
-            if isinstance(owner.path, ReadPath) and not (
-                (real is not None and real.is_same_for(owner.path, padding.places))
-                or owner.path.is_decided_by(padding.padding_of(call.leaves))
-            ):
-                variant.path = PaddedPath(real, owner.path, entry)
-            self._dispatcher.borrowed(plan.state, variant, entry)
-            return entry
-
-        verdict = self._session.compare(self._name, plan, eager.call, get_entry, padded)
+        run = _ComparedRun(call, self._padded_call(call, leaves), padding, eager, path)
+        get_entry = functools.partial(self._checked_entry, plan.state, variant, run)
+        verdict = self._session.compare(self._name, plan, eager.call, get_entry, run.padded)
         reason = self._reason(verdict, padding)
-        if reason is None:
-            assert isinstance(variant.entry, PaddedEntry)
-            variant.entry.count()
-            return Outcome(verdict.output, CUDAGraphMode.FULL)
-        variant.path = real
-        self._dispatcher.ran_eagerly(plan.state)
+        if reason is not None:
+            self._not_padded(plan.state, variant, run, reason)
+            return Outcome(verdict.output, CUDAGraphMode.NONE, reason)
+        assert isinstance(variant.entry, PaddedEntry)
+        variant.entry.count()
+        return Outcome(verdict.output, CUDAGraphMode.FULL)
+
+    def _checked_entry(self, state: KeyState, variant: Variant, run: _ComparedRun) -> PaddedEntry:
+        """Return the graph of the padded batch, after it was compared with other paddings.
+
+        Args:
+            state: The key of the step.
+            variant: Its variant, which gets the graph.
+            run: The step, which has just run eagerly.
+
+        Raises:
+            CaptureError: There is none, or the step may not run from it.
+        """
+        call, padded, eager, padding = run.call, run.padded, run.eager, run.padding
+        if (refusal := self._shapes.refusal(padded.descriptor)) is not None:
+            raise _NotPaddedError(refusal)
+        eager.check()
+        if not variant.is_taken_over:
+            self._alike.note(call.descriptor, variant, run.path, eager.way)
+        owner = self._owner(padded)
+        assert isinstance(owner.entry, GraphEntry)
+        if variant.is_taken_over:
+            run.path = self._take_over(variant, call, eager.way, owner)
+        assert variant.watched is not None and owner.watched is not None  # noqa: PT018
+        if variant.watched.called() != owner.watched.called():
+            raise NotIndependentError("the step calls other submodules for the padded batch")
+        record = self._session.stats.padded(self._name, padded.descriptor)
+        verify_replays = self._session.settings.verify_replays
+        guards = None if owner.guards is variant.guards else owner.guards
+        entry = PaddedEntry(owner.entry, guards, padding, eager.cut(), record, verify_replays)
+        fills = [Fill.OTHER, Fill.BELOW, *[Fill.NAN] * padding.has_rows]
+        with eager.checked_replays():
+            for fill in fills:
+                self._check_fill(fill, owner, entry, call, eager.output)
+        variant.path = self._path(run, owner, entry)
+        self._dispatcher.borrowed(state, variant, entry)
+        return entry
+
+    def _path(self, run: _ComparedRun, owner: Variant, entry: PaddedEntry) -> Path | None:
+        """Return what must be read of a batch, so that the graph of the padded one is right."""
+        real, path, padding = run.path, owner.path, run.padding
+        if not isinstance(path, ReadPath):
+            return real
+        is_same = real is not None and real.is_same_for(path, padding.places)
+        if is_same or path.is_decided_by(padding.padding_of(run.call.leaves)):
+            return real
+        return PaddedPath(real, path, entry)
+
+    def _not_padded(
+        self, state: KeyState, variant: Variant, run: _ComparedRun, reason: Reason
+    ) -> None:
+        """Take note of why a batch was not padded."""
+        variant.path = run.path
+        self._dispatcher.ran_eagerly(state)
         if reason is _OTHER_WAY:
-            self._alike.note_unlike(call.descriptor, eager.way)
-            self._dispatcher.not_padded(plan.state, variant)
+            self._alike.note_unlike(run.call.descriptor, run.eager.way)
+            self._dispatcher.not_padded(state, variant)
         elif reason.kind not in (Status.UNPROFITABLE, Status.WARM_UP):
-            self._shapes.refuse(padded.descriptor, reason)
-            self._dispatcher.not_padded(plan.state, variant)
-            if (owner := self._dispatcher.known(padded.descriptor.fields)) is not None:
+            self._shapes.refuse(run.padded.descriptor, reason)
+            self._dispatcher.not_padded(state, variant)
+            if (owner := self._dispatcher.known(run.padded.descriptor.fields)) is not None:
                 self._dispatcher.none_padded(owner)
-        return Outcome(verdict.output, CUDAGraphMode.NONE, reason)
 
     def _take_over(
         self, variant: Variant, call: GraphCall, way: Way | None, owner: Variant
