@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from cg_lightning import CUDAGraphCallback
 from cg_lightning.bench import report
 from tests.processes import run_python
 
@@ -516,6 +517,22 @@ def test_diagnose_exits_with_0_if_the_step_is_one_graph(tmp_path):
     for stage in ("validate", "test", "predict"):
         printed = run(tmp_path, "task=diagnose", f"stage={stage}")
         assert printed == "Nothing stands in the way of one graph.\n"
+
+
+def test_the_shapes_of_docstrings(tmp_path):
+    """The histogram has all batches, and the settings can be pasted."""
+    printed = run(tmp_path, "task=shapes", "stage=predict", "data=docstrings")
+    first, histogram = printed.split("\n", maxsplit=1)
+    batches = int(first.split(" batches of ")[0])
+    assert int(first.split(" batches of ")[1].split()[0]) > 10
+    of_lengths = histogram.split("dimension 1 of 'input_ids', dimension 1 of 'attention_mask'\n")[1]
+    bars = re.findall(r"^ +(\d+)-\d+ +(\d+) #+$", of_lengths, re.MULTILINE)
+    assert sum(int(number) for _, number in bars) == batches
+    assert re.search(
+        r"^9 graphs, and \d\.\d% of all elements would be padding:$", printed, re.MULTILINE
+    )
+    (settings,) = re.findall(r"^CUDAGraphCallback\((.*)\)$", printed, re.MULTILINE)
+    CUDAGraphCallback(**eval(f"dict({settings})"))
 
 
 def test_help_is_ours(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import warnings
 
 import pytest
@@ -13,6 +14,9 @@ from torch.utils.data import DataLoader
 from cg_lightning import CUDAGraphCallback
 from cg_lightning.app.docstrings import DocstringData
 from cg_lightning.app.shapes import count_shapes
+from cg_lightning.backends import resolve_backend
+from cg_lightning.bench import shapes
+from cg_lightning.bench.cases import CLASSES
 from cg_lightning.core.shape_proposal import SeenShape, ShapeProposal, propose_sizes
 from tests.test_padding import Step, _masked_attention, padded_steps, run, texts
 
@@ -59,6 +63,42 @@ def test_the_docstrings_of_the_standard_library():
         pad_dims=proposal.pad_dims,
         verify_tolerance="close",
     )
+
+
+def test_the_benchmark_counts_what_its_graphs_did(backend, device, capsys):
+    """Each of six batches comes six times."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(
+        **sizes, intermediate_size=16, num_labels=CLASSES, attn_implementation="sdpa"
+    )
+    model = shapes.TextClassifier(transformers.BertForSequenceClassification(config)).to(device)
+    batches = shapes.texts(6, device) * 6
+    settings = shapes.settings_for(batches)
+    sizes_of_ids = settings["pad_dims"]["input_ids"][1]["sizes"]
+    assert sizes_of_ids == sorted({batch["input_ids"].shape[1] for batch in batches})
+    settings["pad_dims"] = {
+        name: {1: {"sizes": sizes_of_ids[1::2], "value": 0}} for name in settings["pad_dims"]
+    }
+    of_backend = resolve_backend(backend, device)
+    for stage in ("predict", "validate"):
+        model.to(device).eval()
+        eager = shapes.run(model, batches, stage, None, of_backend)
+        callback = CUDAGraphCallback(backend=backend, report=False, min_saving=0, **settings)
+        model.to(device)
+        ours = shapes.run(model, batches, stage, callback, of_backend)
+        for one, other in zip(ours.values, eager.values, strict=True):
+            torch.testing.assert_close(one, other)
+        assert 0 < ours.steady < ours.seconds
+        shapes._print_times(stage, {"eager": eager, "padded graphs": ours})
+        shapes._print_counts(stage, "padded graphs", callback)
+        printed = capsys.readouterr().out
+        padded = sum(record.steps for record in callback.stats.padding)
+        assert padded >= len(batches) / 6, printed
+        steps = re.findall(r"^  (\d+) steps (\w+): ", printed, re.MULTILINE)
+        assert sum(int(number) for number, _ in steps) == len(batches), printed
+        graphs = re.findall(r"padded graphs: (\d+) graphs, \d+\.\d% padding", printed)
+        assert graphs == [str(callback.stats.captures)], printed
 
 
 def test_nothing_is_proposed_for_one_shape():
