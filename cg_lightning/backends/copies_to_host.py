@@ -1,11 +1,13 @@
-"""Methods that copy a tensor of the device to the host: ``x.cpu()``, ``x.to("cpu")``."""
+"""Methods that copy from the device to the host: ``x.cpu()``, ``x.to("cpu")``, ``x.item()``."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -14,6 +16,9 @@ from torch import Tensor
 
 Answer = Callable[[Tensor, Callable[[], Tensor]], Tensor]
 """Returns the copy. Its arguments are the tensor and a function that makes the copy."""
+AnswerNumber = Callable[[Tensor, FrameType, Callable[[], Any]], Any]
+"""Returns the number. Its arguments are the tensor, the frame that reads it, and a function that
+reads it."""
 
 
 @contextlib.contextmanager
@@ -41,6 +46,21 @@ def answered_copies_to_host(device: torch.device, answer: Answer) -> Iterator[No
     with contextlib.ExitStack() as stack:
         for name in ("cpu",) if device.type == "cpu" else ("cpu", "to"):
             stack.enter_context(patch.object(Tensor, name, replaced(name)))
+        yield
+
+
+@contextlib.contextmanager
+def answered_numbers(answer: AnswerNumber) -> Iterator[None]:
+    """Answer ``x.item()`` for this thread, where Python code calls it."""
+    thread, original = threading.get_ident(), Tensor.item
+
+    @functools.wraps(original)
+    def item(tensor: Tensor) -> Any:
+        if threading.get_ident() != thread:
+            return original(tensor)
+        return answer(tensor, sys._getframe(1), lambda: original(tensor))
+
+    with patch.object(Tensor, "item", item):
         yield
 
 

@@ -1,23 +1,25 @@
-"""Copies to the host in a captured step: ``self.outputs.append(logits.cpu())``.
+"""Copies to the host in a captured step: ``self.outputs.append(logits.cpu())``, ``loss.item()``.
 
 A graph cannot wait for such a copy, but nothing in the step reads it: the watched step has shown
 that (``diagnosis/detectors/host_copies.py``). So a :class:`HostCopy` replaces it, which supports
 no operation. Each replay makes a copy of its own, after the graph, where the step keeps or returns
-one.
+one. A number that the step only passes on is a ``HostNumber`` (``effects/host_numbers.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cg_lightning.backends.copies_to_host import answered_copies_to_host
+from cg_lightning.backends.copies_to_host import answered_copies_to_host, answered_numbers
 from cg_lightning.core.errors import CaptureError
 from cg_lightning.core.tree import flatten
+from cg_lightning.effects.host_numbers import HostNumber, NumberPlace, can_be_number
 
 _HOST = torch.device("cpu")
 _ITSELF = ("cpu", "detach")
@@ -73,8 +75,16 @@ def _refuse(function: Any) -> None:
     raise CaptureError(f"{name} reads a copy on the host, which the watched step did not do")
 
 
-def answered_host_copies(device: torch.device) -> AbstractContextManager[None]:
-    """While this is entered, copies of the captured step are :class:`HostCopy` objects."""
+@contextlib.contextmanager
+def answered_host_copies(
+    device: torch.device, numbers: frozenset[NumberPlace] = frozenset()
+) -> Iterator[None]:
+    """While this is entered, copies of the captured step are :class:`HostCopy` objects.
+
+    Args:
+        device: The device of the graphs.
+        numbers: Where the step reads numbers that it only passes on.
+    """
 
     def answer(tensor: Tensor, copy: Callable[[], Tensor]) -> Tensor:
         if type(tensor) is not Tensor or tensor.requires_grad:
@@ -82,18 +92,48 @@ def answered_host_copies(device: torch.device) -> AbstractContextManager[None]:
         # the step may change the tensor later; a copy of the CPU is the tensor itself
         return HostCopy(tensor if tensor.is_cpu else tensor.clone())
 
-    return answered_copies_to_host(device, answer)
+    def answer_number(tensor: Tensor, frame: FrameType, read: Callable[[], Any]) -> Any:
+        source = tensor.source if isinstance(tensor, HostCopy) else tensor
+        is_known = (id(frame.f_code), frame.f_lasti) in numbers
+        if not (is_known and type(source) is Tensor and can_be_number(source)):
+            return read()
+        return HostNumber(source)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(answered_copies_to_host(device, answer))
+        if numbers:
+            stack.enter_context(answered_numbers(answer_number))
+        yield
 
 
 def leaves_on_device(tree: Any) -> list[Any]:
     """Return the leaves of a tree, with each copy replaced by the tensor that it copies."""
-    return [leaf.source if isinstance(leaf, HostCopy) else leaf for leaf in flatten(tree)[0]]
+    return [leaf.source if _is_on_host(leaf) else leaf for leaf in flatten(tree)[0]]
 
 
-def places_of_copies(leaves: list[Any]) -> list[list[int]]:
-    """Return the positions of copies among the leaves of an output: one list for each copy."""
-    places: dict[int, list[int]] = {}
+def _is_on_host(leaf: Any) -> bool:
+    return isinstance(leaf, (HostCopy, HostNumber))
+
+
+class CopyPlaces(NamedTuple):
+    """The positions of one copy among the leaves of an output."""
+
+    places: list[int]
+    is_number: bool
+
+    def fill(self, leaves: list[Any]) -> None:
+        """Replace the tensors of the graph by one copy."""
+        source = leaves[self.places[0]]
+        copy = source.item() if self.is_number else source.cpu()
+        for place in self.places:
+            leaves[place] = copy
+
+
+def places_of_copies(leaves: list[Any]) -> list[CopyPlaces]:
+    """Return the positions of copies among the leaves of an output, for each copy."""
+    found: dict[int, CopyPlaces] = {}
     for index, leaf in enumerate(leaves):
-        if isinstance(leaf, HostCopy):
-            places.setdefault(id(leaf), []).append(index)
-    return list(places.values())
+        if _is_on_host(leaf):
+            copy = found.setdefault(id(leaf), CopyPlaces([], isinstance(leaf, HostNumber)))
+            copy.places.append(index)
+    return list(found.values())

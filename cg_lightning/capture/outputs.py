@@ -11,7 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cg_lightning.capture.host_copies import HostCopy, leaves_on_device, places_of_copies
+from cg_lightning.capture.host_copies import (
+    CopyPlaces,
+    HostCopy,
+    leaves_on_device,
+    places_of_copies,
+)
 from cg_lightning.capture.static_inputs import overlaps_itself, without_repeats
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.errors import CaptureError
@@ -162,8 +167,8 @@ class OutputPlan:
     sources: list[tuple[_Source, Any]]
     gives_containers: bool = False
     """Whether containers of the batch itself are in the output."""
-    host_copies: Sequence[Sequence[int]] = ()
-    """The leaves that are copies on the host: one list for each copy."""
+    host_copies: Sequence[CopyPlaces] = ()
+    """The leaves that are copies on the host, or numbers."""
 
     @classmethod
     def make(
@@ -274,10 +279,8 @@ class OutputPlan:
             else views[id(value)]
             for source, value in self.sources
         ]
-        for first, *others in self.host_copies:
-            leaves[first] = leaves[first].cpu()
-            for index in others:
-                leaves[index] = leaves[first]
+        for copy in self.host_copies:
+            copy.fill(leaves)
         return rebuild(self.template, iter(leaves)) if self.is_nested else leaves[0]
 
 

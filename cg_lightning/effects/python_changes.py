@@ -29,6 +29,7 @@ from cg_lightning.core.errors import CaptureError
 from cg_lightning.core.tree import containers_in, flatten
 from cg_lightning.effects.containers import ContainersSnapshot
 from cg_lightning.effects.effect import Effect
+from cg_lightning.effects.host_numbers import HostNumber
 from cg_lightning.effects.places import ChangedAttribute, Place
 from cg_lightning.guards.changed_values import (
     LISTS,
@@ -100,6 +101,8 @@ class Change(NamedTuple):
             return self.kind is collections.deque
         if self.kind is list:
             return type(value) in (list, tuple)
+        if isinstance(value, HostNumber):
+            return bool(self.kind == NUMBER)
         return self.kind in (NUMBER, str) and kind_to_change(value) == self.kind
 
     def make(self, value: Any) -> None:

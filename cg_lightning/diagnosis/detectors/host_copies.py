@@ -1,9 +1,10 @@
-"""Copies to the host that the step does not read: a replay makes them after the graph."""
+"""Copies and numbers that the step does not read: a replay makes them after the graph."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -11,15 +12,19 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from cg_lightning.backends.copies_to_host import answered_copies_to_host
+from cg_lightning.backends.copies_to_host import answered_copies_to_host, answered_numbers
 from cg_lightning.backends.host_reads import UNSEEN_READS
 from cg_lightning.backends.illegal_operations import find_illegal
 from cg_lightning.backends.imported_functions import with_notice
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.detector import Detector
+from cg_lightning.diagnosis.detectors.logging import LOGGING_METHODS
 from cg_lightning.diagnosis.findings import Location, find_location
 from cg_lightning.diagnosis.step_watch import StepWatch
+from cg_lightning.diagnosis.uses_of_number import use_of_number
+from cg_lightning.effects.host_numbers import NumberPlace, can_be_number
+from cg_lightning.modules.kinds import is_lightnings_own
 
 _READS = (*UNSEEN_READS, "__reduce_ex__", "__dlpack__", "data_ptr", "__format__", "__repr__")
 """Methods that may read a tensor of the host, and that no operation shows."""
@@ -27,6 +32,8 @@ _READS = (*UNSEEN_READS, "__reduce_ex__", "__dlpack__", "data_ptr", "__format__"
 
 class HostCopies(Detector):
     """Allows ``x.cpu()`` until the step reads the copy. Submodules that copy get no graph.
+
+    ``x.item()`` is allowed if the source shows that the step only passes the number on.
 
     If a module is compiled, nothing is allowed: compiled code may have guards on the methods that a
     capture would replace. Copies that metrics make for themselves are not allowed either.
@@ -36,6 +43,12 @@ class HostCopies(Detector):
         super().__init__(watch)
         self._copies: dict[int, tuple[Tensor, Location]] = {}
         """Each copy and the line that makes it, by the id of the copy."""
+        self._numbers: set[NumberPlace] = set()
+        root = watch.root
+        self._inside = frozenset(id(module) for _, module in watch.modules) | {id(root)}
+        self._logs = watch.is_lightning and all(
+            is_lightnings_own(root, name) for name in LOGGING_METHODS
+        )
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
@@ -47,10 +60,35 @@ class HostCopies(Detector):
                 replacement = with_notice(getattr(Tensor, name), self._note_read)
                 stack.enter_context(patch.object(Tensor, name, replacement))
             stack.enter_context(answered_copies_to_host(self.watch.backend.device, self._answer))
+            if self.watch.effects is not None and not self.watch.has_backward:
+                stack.enter_context(answered_numbers(self._answer_number))
             try:
                 yield
+                self.watch.notes.host_numbers = frozenset(self._numbers)
             finally:
                 self._copies.clear()
+
+    def _answer_number(self, tensor: Tensor, frame: FrameType, read: Callable[[], Any]) -> Any:
+        watch = self.watch
+        is_known = type(tensor) is Tensor and can_be_number(tensor)
+        is_on_device = tensor.device.type == watch.device_type or id(tensor) in self._copies
+        is_of_step = watch.is_about_step and not (watch.is_paused or watch.is_in_framework)
+        if not (is_known and is_on_device and is_of_step) or not self._is_passed_on(frame):
+            return read()
+        watch.report(Cause.HOST_SYNC, "aten::item", calls=watch.stack[1:])
+        self._numbers.add((id(frame.f_code), frame.f_lasti))
+        with watch.copying_to_host():
+            return read()
+
+    def _is_passed_on(self, frame: FrameType) -> bool:
+        use = use_of_number(frame.f_code, frame.f_lasti)
+        if use is None or not use.is_harmless(frame, self.watch.root, self._inside):
+            return False
+        if not use.is_logged:
+            return True
+        effects = self.watch.effects
+        with self.watch.paused():
+            return self._logs and effects is not None and effects.logged.is_supported()
 
     def _answer(self, tensor: Tensor, copy: Callable[[], Tensor]) -> Tensor:
         watch, where = self.watch, find_location()
@@ -68,7 +106,8 @@ class HostCopies(Detector):
     def before_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if not self._copies or function is torch.ops.aten.detach.default:
+        is_passed_on = self.watch.copies_to_host or function is torch.ops.aten.detach.default
+        if not self._copies or is_passed_on:
             return
         # another detector reports what a graph cannot hold, and has more to say; but no capture
         # answers a read of a copy

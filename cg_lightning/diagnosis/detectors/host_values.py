@@ -52,7 +52,8 @@ class HostValues(Detector):
     def before_operation(
         self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        is_about_step = self.watch.is_about_step
+        # a number that is only passed on is read after the replay
+        is_about_step = self.watch.is_about_step and not self.watch.copies_to_host
         with self.watch.paused():  # it may wait for the device
             is_known = self._provenance.begin(function, args, kwargs, is_about_step)
         self.watch.note_operation(reads_host_value=is_known)

@@ -1,0 +1,221 @@
+"""What a step does with a number that it reads from a tensor: ``loss.item()``.
+
+The world is closed. The source must show that the number is only passed on:
+
+- kept: ``self.losses.append(loss.item())``, ``self.last = loss.item()``, ``self.sum += y.item()``
+- returned by the step itself
+- logged: ``self.log("loss", loss.item())``, ``self.log_dict({"loss": loss.item()})``
+
+It may be in a list, tuple or dictionary first, or have a name that is used for nothing else. None
+of this runs code of the user's with the number: what it is appended to is a list, for example.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+from collections.abc import Iterator
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from cg_lightning.diagnosis.definitions import Parents, node_of
+from cg_lightning.guards.changed_values import LISTS, MAPPINGS
+from cg_lightning.modules.kinds import is_our_file, is_user_class, is_user_file, namespace_of
+
+_READ_ALL = frozenset({"locals", "vars", "eval", "exec", "dir"})
+_NUMBERS = (bool, int, float, complex)
+_APPEND, _ADD, _SET, _LOG = "append", "+=", "=", "log"
+
+
+class _End(NamedTuple):
+    """Where a number ends up, other than in the output of the step."""
+
+    how: str
+    owner: str
+    """The name of the module: ``self``."""
+    attribute: str = ""
+    is_inside: bool = False
+    """Whether it is in an entry of the attribute: ``self.sums["loss"] += loss.item()``."""
+
+
+class NumberUse(NamedTuple):
+    """What a line does with the number that it reads."""
+
+    ends: tuple[_End, ...]
+    is_returned: bool
+
+    def is_harmless(self, frame: FrameType, root: nn.Module, inside: frozenset[int]) -> bool:
+        """Return whether no code of the user's runs with the number.
+
+        Args:
+            frame: The frame that reads it.
+            root: The module whose step runs; its ``log`` is Lightning's own.
+            inside: The ids of this module and of those inside it, other than metrics.
+        """
+        if self.is_returned and not _is_frame_of_step(frame):
+            return False
+        for end in self.ends:
+            owner = frame.f_locals.get(end.owner)
+            if id(owner) not in inside or (end.how is _LOG and owner is not root):
+                return False
+            if end.how is not _LOG and not _is_plain_target(owner, end):
+                return False
+        return True
+
+    @property
+    def is_logged(self) -> bool:
+        """Whether it is logged."""
+        return any(end.how is _LOG for end in self.ends)
+
+
+def _is_frame_of_step(frame: FrameType) -> bool:
+    """Return whether a frame is that of the step: neither the user nor a module has called it."""
+    outer = frame.f_back
+    while outer is not None:
+        file, name = outer.f_code.co_filename, outer.f_code.co_name
+        if is_our_file(file) and name in ("watch", "on_call"):
+            return name == "watch"
+        if is_user_file(file):
+            return False
+        outer = outer.f_back
+    return False
+
+
+def _is_plain_target(owner: Any, end: _End) -> bool:
+    names = ("__setattr__", "__getattribute__")
+    if any(is_user_class(_definer(type(owner), name)) for name in names):
+        return False
+    if inspect.getattr_static(type(owner), end.attribute, None) is not None:
+        return False  # a property, for example
+    value = namespace_of(owner).get(end.attribute)
+    if not end.is_inside:
+        if end.how is _APPEND:
+            return type(value) in LISTS
+        return end.how is _SET or type(value) in _NUMBERS
+    return type(value) in (*LISTS, *MAPPINGS) and all(map(_is_plain, _values(value)))
+
+
+def _definer(cls: type, name: str) -> type:
+    return next(base for base in cls.__mro__ if name in vars(base))
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (*LISTS, *MAPPINGS):
+        return all(map(_is_plain, _values(value)))
+    return isinstance(value, Tensor) or type(value) in _NUMBERS or value is None
+
+
+def _values(container: Any) -> Iterator[Any]:
+    return iter(container.values() if isinstance(container, dict) else container)
+
+
+@functools.lru_cache(maxsize=1024)
+def use_of_number(code: CodeType, offset: int) -> NumberUse | None:
+    """Return what a line does with the result of the call at an offset; None if it may read it."""
+    node, parents = node_of(code, offset)
+    if not isinstance(node, ast.Call):
+        return None
+    found = list(_ends(node, parents, "number", frozenset()))
+    if None in found:
+        return None
+    ends = tuple(dict.fromkeys(end for end in found if isinstance(end, _End)))
+    return NumberUse(ends, "returned" in found)
+
+
+def _ends(node: ast.AST, parents: Parents, what: str, names: frozenset[str]) -> Iterator[Any]:
+    """Yield where a value ends up: an end, or "returned"; None if it may be read.
+
+    Args:
+        node: The value.
+        parents: The parents of all nodes.
+        what: "number"; "dict" for a dictionary of numbers; or "other".
+        names: The names that are known already.
+    """
+    outer = parents.get(node)
+    while isinstance(outer, (ast.Dict, ast.List, ast.Tuple)) and _is_loaded(outer):
+        if isinstance(outer, ast.Dict):
+            if node in outer.keys or None in outer.keys:
+                break
+            what = "dict" if what == "number" else "other"
+        else:
+            what = "other"
+        node, outer = outer, parents.get(outer)
+    if isinstance(outer, ast.keyword):
+        node, outer = outer, parents.get(outer)
+    if isinstance(outer, ast.Return):
+        yield "returned"
+    elif isinstance(outer, ast.Call):
+        yield _end_of_call(node, outer, parents, what)
+    elif isinstance(outer, ast.AugAssign) and outer.value is node and what == "number":
+        yield _end_of_target(outer.target, _ADD) if isinstance(outer.op, ast.Add) else None
+    elif isinstance(outer, (ast.Assign, ast.AnnAssign)) and outer.value is node:
+        for target in outer.targets if isinstance(outer, ast.Assign) else [outer.target]:
+            if isinstance(target, ast.Name):
+                yield from _ends_of_name(target, parents, what, names)
+            else:
+                yield _end_of_target(target, _SET)
+    else:
+        yield None
+
+
+def _is_loaded(node: ast.AST) -> bool:
+    return isinstance(getattr(node, "ctx", ast.Load()), ast.Load)
+
+
+def _end_of_call(node: ast.AST, call: ast.Call, parents: Parents, what: str) -> _End | None:
+    function = call.func
+    if not isinstance(function, ast.Attribute) or any(
+        isinstance(each, ast.Starred) for each in call.args
+    ):
+        return None
+    if function.attr == "append" and call.args == [node] and not call.keywords:
+        is_statement = isinstance(parents.get(call), ast.Expr)
+        return _end_of_target(function.value, _APPEND) if is_statement else None
+    name, position, kind = {
+        "log": ("value", 1, "number"),
+        "log_dict": ("dictionary", 0, "dict"),
+    }.get(function.attr, ("", 0, ""))
+    is_given = node in call.args and call.args.index(node) == position
+    is_given |= isinstance(node, ast.keyword) and node.arg == name
+    if what == kind and is_given and isinstance(function.value, ast.Name):
+        return _End(_LOG, function.value.id)
+    return None
+
+
+def _end_of_target(target: ast.AST, how: str) -> _End | None:
+    """Return the end for ``self.x`` and ``self.x[...]``; None for any other target."""
+    is_inside = False
+    while isinstance(target, ast.Subscript) and isinstance(target.slice, (ast.Constant, ast.Name)):
+        target, is_inside = target.value, True
+    if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):
+        return _End(how, target.value.id, target.attr, is_inside)
+    return None
+
+
+def _ends_of_name(
+    target: ast.Name, parents: Parents, what: str, names: frozenset[str]
+) -> Iterator[Any]:
+    """Yield where the value of a variable ends up."""
+    name = target.id
+    if name in names:
+        return
+    definition: ast.AST = target
+    while definition in parents:
+        definition = parents[definition]
+    for node in ast.walk(definition):
+        if isinstance(node, (ast.Global, ast.Nonlocal)):
+            yield None
+        if not isinstance(node, ast.Name):
+            continue
+        if node.id in _READ_ALL or (node.id == name and _is_added_to(node, parents)):
+            yield None
+        elif node.id == name and isinstance(node.ctx, ast.Load):
+            yield from _ends(node, parents, what, names | {name})
+
+
+def _is_added_to(node: ast.Name, parents: Parents) -> bool:
+    outer = parents.get(node)
+    return isinstance(outer, ast.AugAssign) and outer.target is node
