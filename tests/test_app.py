@@ -497,7 +497,7 @@ def test_a_missing_extra_is_one_sentence(tmp_path):
 
 def test_diagnose_says_why_and_exits_with_1(tmp_path):
     (tmp_path / "my.py").write_text(
-        MINE.replace("square().mean())", "square().mean().item())").replace('"val_loss"', '"v"')
+        MINE.replace("square().mean())", "square().mean().item() + 1)").replace('"val_loss"', '"v"')
     )
     mine = ("model._target_=my.Model", "data=custom", "data._target_=my.DataModule")
     done = start(tmp_path, "task=diagnose", *mine)

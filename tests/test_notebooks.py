@@ -112,7 +112,7 @@ from lightning.pytorch import LightningModule
 from cg_lightning import diagnose
 class Model(LightningModule):
     def predict_step(self, batch, batch_idx):
-        total = batch.sum().item()
+        total = float(batch.sum())
         return clipped(batch, f"{batch_idx}")
 """,
     """SEEN = []

@@ -30,7 +30,7 @@ from tests.models import Body, Predictor
 class LogsAnItem(Predictor):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         loss = self.net(batch[0]).square().mean()
-        self.log("loss", loss.item())
+        self.log("loss", 2 * loss.item())
 
 
 class CountsClasses(Predictor):

@@ -52,7 +52,7 @@ class Batches:
 
 
 def test_there_is_an_example_for_each_rule():
-    assert len(EXAMPLES) == 11
+    assert len(EXAMPLES) == 12
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
