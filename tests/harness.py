@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -36,6 +37,9 @@ def assert_same(one: Any, other: Any) -> None:
     for leaf, other_leaf in zip(leaves, others, strict=True):
         if isinstance(leaf, Tensor):
             torch.testing.assert_close(leaf, other_leaf, rtol=0, atol=0, equal_nan=True)
+        elif isinstance(leaf, np.ndarray):
+            assert (leaf.dtype, leaf.shape) == (other_leaf.dtype, other_leaf.shape)
+            assert leaf.tobytes() == other_leaf.tobytes()
         else:
             assert leaf == other_leaf
 

@@ -1,4 +1,4 @@
-"""Methods that copy from the device to the host: ``x.cpu()``, ``x.to("cpu")``, ``x.item()``."""
+"""Methods that copy from the device to the host: ``x.cpu()``, ``x.to("cpu")``, ``x.item()``, ..."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 from unittest.mock import patch
@@ -16,9 +16,9 @@ from torch import Tensor
 
 Answer = Callable[[Tensor, Callable[[], Tensor]], Tensor]
 """Returns the copy. Its arguments are the tensor and a function that makes the copy."""
-AnswerNumber = Callable[[Tensor, FrameType, Callable[[], Any]], Any]
-"""Returns the number. Its arguments are the tensor, the frame that reads it, and a function that
-reads it."""
+AnswerRead = Callable[[Tensor, str, FrameType, Callable[[], Any]], Any]
+"""Returns the value. Its arguments are the tensor, the name of the method, the frame that calls it,
+and a function that reads the value."""
 
 
 @contextlib.contextmanager
@@ -50,17 +50,24 @@ def answered_copies_to_host(device: torch.device, answer: Answer) -> Iterator[No
 
 
 @contextlib.contextmanager
-def answered_numbers(answer: AnswerNumber) -> Iterator[None]:
-    """Answer ``x.item()`` for this thread, where Python code calls it."""
-    thread, original = threading.get_ident(), Tensor.item
+def answered_reads(methods: Iterable[str], answer: AnswerRead) -> Iterator[None]:
+    """Answer methods without arguments of this thread, such as ``x.item()``."""
+    thread = threading.get_ident()
 
-    @functools.wraps(original)
-    def item(tensor: Tensor) -> Any:
-        if threading.get_ident() != thread:
-            return original(tensor)
-        return answer(tensor, sys._getframe(1), lambda: original(tensor))
+    def replaced(name: str) -> Callable[..., Any]:
+        original = getattr(Tensor, name)
 
-    with patch.object(Tensor, "item", item):
+        @functools.wraps(original)
+        def method(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if args or kwargs or threading.get_ident() != thread:
+                return original(tensor, *args, **kwargs)
+            return answer(tensor, name, sys._getframe(1), lambda: original(tensor))
+
+        return method
+
+    with contextlib.ExitStack() as stack:
+        for name in methods:
+            stack.enter_context(patch.object(Tensor, name, replaced(name)))
         yield
 
 

@@ -195,7 +195,7 @@ class Attempt:
             if not self._has_compiled:
                 constants = stack.enter_context(self._constants.answered())
                 if target.effects is not None:  # only a whole step may keep such copies
-                    stack.enter_context(answered_host_copies(device, self._does.host_numbers))
+                    stack.enter_context(answered_host_copies(device, self._does.late_reads))
             stack.enter_context(self._passed_on.during_step())
             yield constants
 

@@ -3,7 +3,7 @@
 A graph cannot wait for such a copy, but nothing in the step reads it: the watched step has shown
 that (``diagnosis/detectors/host_copies.py``). So a :class:`HostCopy` replaces it, which supports
 no operation. Each replay makes a copy of its own, after the graph, where the step keeps or returns
-one. A number that the step only passes on is a ``HostNumber`` (``effects/host_numbers.py``).
+one. A value that the step only passes on is a ``LateRead`` (``effects/late_reads.py``).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cg_lightning.backends.copies_to_host import answered_copies_to_host, answered_numbers
+from cg_lightning.backends.copies_to_host import answered_copies_to_host, answered_reads
 from cg_lightning.core.errors import CaptureError
 from cg_lightning.core.tree import flatten
-from cg_lightning.effects.host_numbers import HostNumber, NumberPlace, can_be_number
+from cg_lightning.effects.late_reads import METHODS, LateRead, ReadPlace, can_be_late
 
 _HOST = torch.device("cpu")
 _ITSELF = ("cpu", "detach")
@@ -77,13 +77,13 @@ def _refuse(function: Any) -> None:
 
 @contextlib.contextmanager
 def answered_host_copies(
-    device: torch.device, numbers: frozenset[NumberPlace] = frozenset()
+    device: torch.device, late_reads: frozenset[ReadPlace] = frozenset()
 ) -> Iterator[None]:
     """While this is entered, copies of the captured step are :class:`HostCopy` objects.
 
     Args:
         device: The device of the graphs.
-        numbers: Where the step reads numbers that it only passes on.
+        late_reads: Where the step reads values that it only passes on.
     """
 
     def answer(tensor: Tensor, copy: Callable[[], Tensor]) -> Tensor:
@@ -92,17 +92,18 @@ def answered_host_copies(
         # the step may change the tensor later; a copy of the CPU is the tensor itself
         return HostCopy(tensor if tensor.is_cpu else tensor.clone())
 
-    def answer_number(tensor: Tensor, frame: FrameType, read: Callable[[], Any]) -> Any:
+    def answer_read(tensor: Tensor, name: str, frame: FrameType, read: Callable[[], Any]) -> Any:
         source = tensor.source if isinstance(tensor, HostCopy) else tensor
-        is_known = (id(frame.f_code), frame.f_lasti) in numbers
-        if not (is_known and type(source) is Tensor and can_be_number(source)):
+        is_known = (id(frame.f_code), frame.f_lasti) in late_reads
+        is_on_device = type(source) is Tensor and source.device.type == device.type
+        if not (is_known and is_on_device and can_be_late(source, name)):
             return read()
-        return HostNumber(source)
+        return LateRead(source, name)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(answered_copies_to_host(device, answer))
-        if numbers:
-            stack.enter_context(answered_numbers(answer_number))
+        if late_reads:
+            stack.enter_context(answered_reads(METHODS, answer_read))
         yield
 
 
@@ -112,19 +113,21 @@ def leaves_on_device(tree: Any) -> list[Any]:
 
 
 def _is_on_host(leaf: Any) -> bool:
-    return isinstance(leaf, (HostCopy, HostNumber))
+    return isinstance(leaf, (HostCopy, LateRead))
 
 
 class CopyPlaces(NamedTuple):
     """The positions of one copy among the leaves of an output."""
 
     places: list[int]
-    is_number: bool
+    method: str
+    """The method that reads it; empty for a copy."""
 
     def fill(self, leaves: list[Any]) -> None:
         """Replace the tensors of the graph by one copy."""
-        source = leaves[self.places[0]]
-        copy = source.item() if self.is_number else source.cpu()
+        copy = leaves[self.places[0]].cpu()
+        if self.method:
+            copy = getattr(copy, self.method)()
         for place in self.places:
             leaves[place] = copy
 
@@ -134,6 +137,7 @@ def places_of_copies(leaves: list[Any]) -> list[CopyPlaces]:
     found: dict[int, CopyPlaces] = {}
     for index, leaf in enumerate(leaves):
         if _is_on_host(leaf):
-            copy = found.setdefault(id(leaf), CopyPlaces([], isinstance(leaf, HostNumber)))
+            method = leaf.method if isinstance(leaf, LateRead) else ""
+            copy = found.setdefault(id(leaf), CopyPlaces([], method))
             copy.places.append(index)
     return list(found.values())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,8 @@ def same_leaf(one: Any, other: Any) -> bool:
 
     NaN equals NaN, whatever its bits. 0.0 and -0.0 are different. Strides do *not* matter.
     """
+    if type(one) is np.ndarray and type(other) is np.ndarray:
+        return one is other or _same_array(one, other)
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return type(one) is type(other) and bool(
             one is other or one == other or (one != one and other != other)
@@ -43,6 +46,14 @@ def same_leaf(one: Any, other: Any) -> bool:
     integers = _INTEGERS[one.element_size()]
     equal = one.contiguous().view(integers) == other.contiguous().view(integers)
     return bool(equal.all()) or bool((equal | (one.isnan() & other.isnan())).all())
+
+
+def _same_array(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    if one.dtype.kind == "f" and one.dtype.itemsize <= max(_INTEGERS):
+        return same_leaf(torch.tensor(one), torch.tensor(other))
+    return bool(np.array_equal(one, other))
 
 
 def parts_of(tensor: Tensor) -> list[Tensor]:

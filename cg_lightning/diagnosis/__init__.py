@@ -29,7 +29,7 @@
   report.
 - ``uses_of_argument.py``: where a step uses one of its arguments, read from byte code and source.
 - ``uses_of_attribute.py``: how a line uses an attribute that it reads, from its source.
-- ``uses_of_number.py``: what a step does with a number that it reads from a tensor.
+- ``uses_of_read.py``: what a step does with a value that it reads from a tensor.
 - ``volatile_functions.py``: functions whose result no guard can compare: clocks, counts of memory.
 - ``watched_step.py``: the results of one watched step, by call of a submodule.
 - ``way.py``: the way of a step through the code: every instruction of Python that ran.

@@ -141,7 +141,7 @@ class WatchedStep(StepNotes):
         """Whether the step did nothing but compute its output, and would do the same once more."""
         does_more = (self.changes, self.late, self.batch_writes, self.generators, self.host_draws)
         asks = self.comparisons or self.fills_batch or self.needs_second_look
-        return not (self.findings or any(does_more) or asks or self.host_numbers)
+        return not (self.findings or any(does_more) or asks or self.late_reads)
 
     @property
     def may_be_full_next_time(self) -> bool:

@@ -6,8 +6,8 @@
 - ``containers.py``: ContainersSnapshot: containers and objects, compared and restored.
 - ``effect.py``: Effect: one side effect of a captured step, and what uses values of a graph.
 - ``host_draws.py``: unused random numbers of the host, drawn again with each replay.
-- ``host_numbers.py``: numbers that a step reads from a tensor and only passes on.
 - ``kinds.py``: the kinds of effects: of metrics, and of ``self.log``.
+- ``late_reads.py``: values that a step reads from a tensor and only passes on.
 - ``late_updates.py``: updates of metrics that no graph can hold: they run eagerly after each
   replay.
 - ``logged_numbers.py``: ``self.log`` of Python numbers: a graph makes the tensor on the device.

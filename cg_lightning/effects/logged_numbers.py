@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
-from cg_lightning.effects.host_numbers import HostNumber
+from cg_lightning.effects.late_reads import LateRead
 from cg_lightning.modules.interception import replaced_method
 from cg_lightning.modules.kinds import is_lightning_module
 
@@ -40,7 +40,7 @@ def with_tensor(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         kwargs: Keyword arguments.
     """
     value = kwargs["value"] if "value" in kwargs else args[1] if len(args) > 1 else None
-    if isinstance(value, HostNumber):
+    if isinstance(value, LateRead) and value.is_number:
         tensor = value.as_logged(_dtype(), module.device)
     elif _is_exact(value):
         tensor = torch.full((), float(value), dtype=_dtype(), device=module.device)

@@ -29,7 +29,7 @@ from cg_lightning.core.errors import CaptureError
 from cg_lightning.core.tree import containers_in, flatten
 from cg_lightning.effects.containers import ContainersSnapshot
 from cg_lightning.effects.effect import Effect
-from cg_lightning.effects.host_numbers import HostNumber
+from cg_lightning.effects.late_reads import LateRead
 from cg_lightning.effects.places import ChangedAttribute, Place
 from cg_lightning.guards.changed_values import (
     LISTS,
@@ -93,16 +93,17 @@ class Change(NamedTuple):
             return all(type(each) is dict and all(map(is_plain_value, each)) for each in value[0])
         if self.verb is Verb.CALL:
             return all(
-                isinstance(x, Tensor) or is_plain_value(x) for x in (*value[0], *value[1].values())
+                isinstance(x, (Tensor, LateRead)) or is_plain_value(x)
+                for x in (*value[0], *value[1].values())
             )
         if self.verb is Verb.APPEND:
             return self.kind in LISTS
         if self.verb is Verb.APPEND_LEFT:
             return self.kind is collections.deque
+        if isinstance(value, LateRead):
+            return self.kind is list if value.method == "tolist" else bool(self.kind == NUMBER)
         if self.kind is list:
             return type(value) in (list, tuple)
-        if isinstance(value, HostNumber):
-            return bool(self.kind == NUMBER)
         return self.kind in (NUMBER, str) and kind_to_change(value) == self.kind
 
     def make(self, value: Any) -> None:
@@ -140,6 +141,9 @@ class _StandIn:
         self._record.add(Verb.APPEND_LEFT, self._place, value)
 
     def extend(self, values: Any) -> None:
+        if isinstance(values, LateRead):
+            self._record.add(Verb.ADD, self._place, values)
+            return
         for each in values:  # a generator may append to the same list meanwhile
             self.append(each)
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from cg_lightning.effects.host_draws import HostDraw
-from cg_lightning.effects.host_numbers import NumberPlace
+from cg_lightning.effects.late_reads import ReadPlace
 from cg_lightning.effects.places import ChangedAttribute
 from cg_lightning.metrics.units import MetricUnit
 
@@ -25,5 +25,5 @@ class SideEffects:
     """The numbers of the leaves of its batch that the step writes to: a replay copies them back."""
     host_draws: Sequence[HostDraw] = ()
     """Random numbers of the host that the step draws and does not use, in its order."""
-    host_numbers: frozenset[NumberPlace] = frozenset()
-    """Where the step reads a number from a tensor, and only passes it on."""
+    late_reads: frozenset[ReadPlace] = frozenset()
+    """Where the step reads a value from a tensor, and only passes it on."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from cg_lightning.backends.copies_to_host import answered_copies_to_host, answered_numbers
+from cg_lightning.backends.copies_to_host import answered_copies_to_host, answered_reads
 from cg_lightning.backends.host_reads import UNSEEN_READS
 from cg_lightning.backends.illegal_operations import find_illegal
 from cg_lightning.backends.imported_functions import with_notice
@@ -22,8 +22,8 @@ from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.detectors.logging import LOGGING_METHODS
 from cg_lightning.diagnosis.findings import Location, find_location
 from cg_lightning.diagnosis.step_watch import StepWatch
-from cg_lightning.diagnosis.uses_of_number import use_of_number
-from cg_lightning.effects.host_numbers import NumberPlace, can_be_number
+from cg_lightning.diagnosis.uses_of_read import use_of_read
+from cg_lightning.effects.late_reads import METHODS, ReadPlace, can_be_late
 from cg_lightning.modules.kinds import is_lightnings_own
 
 _READS = (*UNSEEN_READS, "__reduce_ex__", "__dlpack__", "data_ptr", "__format__", "__repr__")
@@ -33,7 +33,7 @@ _READS = (*UNSEEN_READS, "__reduce_ex__", "__dlpack__", "data_ptr", "__format__"
 class HostCopies(Detector):
     """Allows ``x.cpu()`` until the step reads the copy. Submodules that copy get no graph.
 
-    ``x.item()`` is allowed if the source shows that the step only passes the number on.
+    ``x.item()`` and the like are allowed if the source shows that the step only passes the value on.
 
     If a module is compiled, nothing is allowed: compiled code may have guards on the methods that a
     capture would replace. Copies that metrics make for themselves are not allowed either.
@@ -43,7 +43,7 @@ class HostCopies(Detector):
         super().__init__(watch)
         self._copies: dict[int, tuple[Tensor, Location]] = {}
         """Each copy and the line that makes it, by the id of the copy."""
-        self._numbers: set[NumberPlace] = set()
+        self._late_reads: set[ReadPlace] = set()
         root = watch.root
         self._inside = frozenset(id(module) for _, module in watch.modules) | {id(root)}
         self._logs = watch.is_lightning and all(
@@ -61,27 +61,30 @@ class HostCopies(Detector):
                 stack.enter_context(patch.object(Tensor, name, replacement))
             stack.enter_context(answered_copies_to_host(self.watch.backend.device, self._answer))
             if self.watch.effects is not None and not self.watch.has_backward:
-                stack.enter_context(answered_numbers(self._answer_number))
+                stack.enter_context(answered_reads(METHODS, self._answer_read))
             try:
                 yield
-                self.watch.notes.host_numbers = frozenset(self._numbers)
+                self.watch.notes.late_reads = frozenset(self._late_reads)
             finally:
                 self._copies.clear()
 
-    def _answer_number(self, tensor: Tensor, frame: FrameType, read: Callable[[], Any]) -> Any:
+    def _answer_read(
+        self, tensor: Tensor, name: str, frame: FrameType, read: Callable[[], Any]
+    ) -> Any:
         watch = self.watch
-        is_known = type(tensor) is Tensor and can_be_number(tensor)
+        is_known = type(tensor) is Tensor and can_be_late(tensor, name)
         is_on_device = tensor.device.type == watch.device_type or id(tensor) in self._copies
         is_of_step = watch.is_about_step and not (watch.is_paused or watch.is_in_framework)
         if not (is_known and is_on_device and is_of_step) or not self._is_passed_on(frame):
             return read()
-        watch.report(Cause.HOST_SYNC, "aten::item", calls=watch.stack[1:])
-        self._numbers.add((id(frame.f_code), frame.f_lasti))
+        operation = "aten::item" if name == "item" else f"Tensor.{name}"
+        watch.report(Cause.HOST_SYNC, operation, calls=watch.stack[1:])
+        self._late_reads.add((id(frame.f_code), frame.f_lasti))
         with watch.copying_to_host():
             return read()
 
     def _is_passed_on(self, frame: FrameType) -> bool:
-        use = use_of_number(frame.f_code, frame.f_lasti)
+        use = use_of_read(frame.f_code, frame.f_lasti)
         if use is None or not use.is_harmless(frame, self.watch.root, self._inside):
             return False
         if not use.is_logged:
@@ -123,7 +126,7 @@ class HostCopies(Detector):
             self._copies[id(output)] = output, self._copies[id(args[0])][1]
 
     def _note_read(self, tensor: Tensor, *_: Any, **__: Any) -> None:
-        if id(tensor) in self._copies:
+        if id(tensor) in self._copies and not self.watch.copies_to_host:
             location = self._copies[id(tensor)][1].user
             calls = [self.watch.step]
             self.watch.note_operation(reads_host_value=False)

@@ -1,13 +1,16 @@
-"""What a step does with a number that it reads from a tensor: ``loss.item()``.
+"""What a step does with a value that it reads from a tensor: ``x.item()``, ``x.cpu().numpy()``.
 
-The world is closed. The source must show that the number is only passed on:
+The world is closed. The source must show that the value is only passed on:
 
-- kept: ``self.losses.append(loss.item())``, ``self.last = loss.item()``, ``self.sum += y.item()``
+- kept: ``self.losses.append(loss.item())``, ``self.preds.append(y.cpu().numpy())``,
+  ``self.preds.extend(y.tolist())``, ``self.last = y.item()``, ``self.sum += y.item()``
+- given to a method of a plain object that only accumulates: ``self.meter.update(loss.item(), 4)``
 - returned by the step itself
 - logged: ``self.log("loss", loss.item())``, ``self.log_dict({"loss": loss.item()})``
 
 It may be in a list, tuple or dictionary first, or have a name that is used for nothing else. None
-of this runs code of the user's with the number: what it is appended to is a list, for example.
+of this runs code of the user's with the value: what it is appended to is a list, for example, and
+a method that accumulates is called after the replay.
 """
 
 from __future__ import annotations
@@ -19,19 +22,22 @@ from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor, nn
 
+from cg_lightning.diagnosis.accumulators import accumulates
 from cg_lightning.diagnosis.definitions import Parents, node_of
-from cg_lightning.guards.changed_values import LISTS, MAPPINGS
+from cg_lightning.guards.changed_values import LISTS, MAPPINGS, is_plain_object
 from cg_lightning.modules.kinds import is_our_file, is_user_class, is_user_file, namespace_of
 
 _READ_ALL = frozenset({"locals", "vars", "eval", "exec", "dir"})
 _NUMBERS = (bool, int, float, complex)
-_APPEND, _ADD, _SET, _LOG = "append", "+=", "=", "log"
+_APPEND, _EXTEND, _ADD, _SET, _LOG, _CALL = "append", "extend", "+=", "=", "log", "()"
+_KINDS = {"item": "number", "tolist": "list", "numpy": "array"}
 
 
 class _End(NamedTuple):
-    """Where a number ends up, other than in the output of the step."""
+    """Where a value ends up, other than in the output of the step."""
 
     how: str
     owner: str
@@ -39,16 +45,18 @@ class _End(NamedTuple):
     attribute: str = ""
     is_inside: bool = False
     """Whether it is in an entry of the attribute: ``self.sums["loss"] += loss.item()``."""
+    method: str = ""
+    """The method that is called."""
 
 
-class NumberUse(NamedTuple):
-    """What a line does with the number that it reads."""
+class ReadUse(NamedTuple):
+    """What a line does with the value that it reads."""
 
     ends: tuple[_End, ...]
     is_returned: bool
 
     def is_harmless(self, frame: FrameType, root: nn.Module, inside: frozenset[int]) -> bool:
-        """Return whether no code of the user's runs with the number.
+        """Return whether no code of the user's runs with the value.
 
         Args:
             frame: The frame that reads it.
@@ -91,11 +99,16 @@ def _is_plain_target(owner: Any, end: _End) -> bool:
     if inspect.getattr_static(type(owner), end.attribute, None) is not None:
         return False  # a property, for example
     value = namespace_of(owner).get(end.attribute)
+    if end.how is _CALL:
+        return is_plain_object(value) and accumulates(type(value), end.method)
     if not end.is_inside:
-        if end.how is _APPEND:
+        if end.how == _APPEND:
             return type(value) in LISTS
+        if end.how == _EXTEND:
+            return type(value) is list
         return end.how is _SET or type(value) in _NUMBERS
-    return type(value) in (*LISTS, *MAPPINGS) and all(map(_is_plain, _values(value)))
+    is_container = type(value) in (*LISTS, *MAPPINGS) and end.how != _EXTEND
+    return is_container and all(map(_is_plain, _values(value)))
 
 
 def _definer(cls: type, name: str) -> type:
@@ -105,7 +118,7 @@ def _definer(cls: type, name: str) -> type:
 def _is_plain(value: Any) -> bool:
     if type(value) in (*LISTS, *MAPPINGS):
         return all(map(_is_plain, _values(value)))
-    return isinstance(value, Tensor) or type(value) in _NUMBERS or value is None
+    return isinstance(value, (Tensor, np.ndarray)) or type(value) in _NUMBERS or value is None
 
 
 def _values(container: Any) -> Iterator[Any]:
@@ -113,16 +126,18 @@ def _values(container: Any) -> Iterator[Any]:
 
 
 @functools.lru_cache(maxsize=1024)
-def use_of_number(code: CodeType, offset: int) -> NumberUse | None:
+def use_of_read(code: CodeType, offset: int) -> ReadUse | None:
     """Return what a line does with the result of the call at an offset; None if it may read it."""
     node, parents = node_of(code, offset)
-    if not isinstance(node, ast.Call):
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
         return None
-    found = list(_ends(node, parents, "number", frozenset()))
+    if node.func.attr not in _KINDS:
+        return None
+    found = list(_ends(node, parents, _KINDS[node.func.attr], frozenset()))
     if None in found:
         return None
     ends = tuple(dict.fromkeys(end for end in found if isinstance(end, _End)))
-    return NumberUse(ends, "returned" in found)
+    return ReadUse(ends, "returned" in found)
 
 
 def _ends(node: ast.AST, parents: Parents, what: str, names: frozenset[str]) -> Iterator[Any]:
@@ -131,7 +146,7 @@ def _ends(node: ast.AST, parents: Parents, what: str, names: frozenset[str]) -> 
     Args:
         node: The value.
         parents: The parents of all nodes.
-        what: "number"; "dict" for a dictionary of numbers; or "other".
+        what: "number", "list" or "array"; "dict" for a dictionary of numbers; or "other".
         names: The names that are known already.
     """
     outer = parents.get(node)
@@ -149,8 +164,10 @@ def _ends(node: ast.AST, parents: Parents, what: str, names: frozenset[str]) -> 
         yield "returned"
     elif isinstance(outer, ast.Call):
         yield _end_of_call(node, outer, parents, what)
-    elif isinstance(outer, ast.AugAssign) and outer.value is node and what == "number":
-        yield _end_of_target(outer.target, _ADD) if isinstance(outer.op, ast.Add) else None
+    elif isinstance(outer, ast.AugAssign) and outer.value is node:
+        how = {"number": _ADD, "list": _EXTEND}.get(what)
+        is_sum = how is not None and isinstance(outer.op, ast.Add)
+        yield _end_of_target(outer.target, how) if is_sum else None  # type: ignore[arg-type]
     elif isinstance(outer, (ast.Assign, ast.AnnAssign)) and outer.value is node:
         for target in outer.targets if isinstance(outer, ast.Assign) else [outer.target]:
             if isinstance(target, ast.Name):
@@ -171,9 +188,14 @@ def _end_of_call(node: ast.AST, call: ast.Call, parents: Parents, what: str) -> 
         isinstance(each, ast.Starred) for each in call.args
     ):
         return None
-    if function.attr == "append" and call.args == [node] and not call.keywords:
-        is_statement = isinstance(parents.get(call), ast.Expr)
-        return _end_of_target(function.value, _APPEND) if is_statement else None
+    is_statement = isinstance(parents.get(call), ast.Expr)
+    if function.attr in (_APPEND, _EXTEND) and call.args == [node] and not call.keywords:
+        is_known = is_statement and (function.attr == _APPEND or what == "list")
+        return _end_of_target(function.value, function.attr) if is_known else None
+    if what == "number" and is_statement:
+        end = _end_of_target(function.value, _CALL)
+        if end is not None and not end.is_inside:
+            return end._replace(method=function.attr)
     name, position, kind = {
         "log": ("value", 1, "number"),
         "log_dict": ("dictionary", 0, "dict"),

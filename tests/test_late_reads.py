@@ -1,4 +1,4 @@
-"""Numbers that a step reads from a tensor and only passes on: each replay reads its own."""
+"""Values that a step reads from a tensor and only passes on: each replay reads its own."""
 
 from __future__ import annotations
 
@@ -14,13 +14,30 @@ from torch import Tensor, nn
 from cg_lightning import diagnose
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.errors import CaptureError
-from cg_lightning.diagnosis.uses_of_number import NumberUse
-from cg_lightning.effects.host_numbers import HostNumber
+from cg_lightning.diagnosis.uses_of_read import ReadUse
+from cg_lightning.effects.late_reads import LateRead
 from tests.harness import Harness, loader, predict, validate
 from tests.models import Body
 
 Step = Callable[..., Any]
 SETTINGS = [("FULL", 2), ("FULL_AND_PIECEWISE", 0), ("PIECEWISE", 0)]
+
+
+class Meter:
+    """The object that much public code has."""
+
+    def __init__(self) -> None:
+        self.val, self.sum, self.count = 0.0, 0.0, 0
+
+    def update(self, val: Any, n: int = 1) -> None:
+        self.val = val
+        self.sum += val * n
+        self.count += n
+
+
+class Watchful(Meter):
+    def update(self, val: Any, n: int = 1) -> None:
+        super().update(val if type(val) is float else 0.0, n)
 
 
 class Listed(list):
@@ -32,16 +49,19 @@ class Net(LightningModule):
         super().__init__()
         self.net = Body()
         self.losses: Any = []
+        self.arrays: list[Any] = []
         self.queue: Any = collections.deque(maxlen=7)
         self.by_name: Any = {"a": [], "sums": {"loss": 0.0}}
         self.total: Any = 0
         self.last: Any = None
         self.listed = Listed()
+        self.meter, self.watchful = Meter(), Watchful()
         self.tensor = torch.zeros(())
         self.seen: list[Any] = []
 
     def on_validation_epoch_end(self) -> None:
         self.seen.append(repr((self.losses, self.queue, self.by_name, self.total, self.last)))
+        self.seen.append(repr((vars(self.meter), vars(self.watchful))))
         self.losses.clear()
 
 
@@ -72,6 +92,32 @@ def adds(self, batch, batch_idx):
     y = self.net(x).mean()
     self.total += y.item()
     self.by_name["sums"]["loss"] += y.item()
+
+
+def to_meters(self, batch, batch_idx):
+    (x,) = batch
+    loss = self.net(x).square().mean()
+    self.meter.update(loss.item(), len(x))
+    self.meter.update(val=loss.sqrt().item())
+
+
+def arrays(self, batch, batch_idx):
+    (x,) = batch
+    y = self.net(x)
+    self.arrays.append(y.detach().cpu().numpy())
+    self.arrays.append({"rows": y.argmax(1).cpu().numpy(), "x": x.cpu().numpy()})
+    y.mul_(2)
+    return y.mean(), y.cpu().numpy()
+
+
+def lists(self, batch, batch_idx):
+    (x,) = batch
+    y = self.net(x)
+    self.losses.append(y.tolist())
+    self.losses.extend(y.argmax(1).cpu().tolist())
+    self.losses += y.max(1).values.tolist()
+    rows = y.sum(1).tolist()
+    return {"rows": rows, "y": y}
 
 
 def returns(self, batch, batch_idx):
@@ -194,8 +240,9 @@ class Inside(nn.Module):
 
 
 FULL = [
-    *(appends, sets, adds, returns, returns_one, returns_bool, logs, logs_dict, names, branches),
-    *(loops, changed_later, by_the_host, not_numbers, of_the_batch, beside_a_host_value),
+    *(appends, sets, adds, to_meters, arrays, lists, returns, returns_one, returns_bool, logs),
+    *(logs_dict, names, branches, loops, changed_later, by_the_host, not_numbers, of_the_batch),
+    beside_a_host_value,
 ]
 
 
@@ -205,7 +252,11 @@ def data() -> Any:
 
 def state(model: Net) -> Any:
     """Return what the steps have left; NaN equals NaN, and 0.0 is not -0.0."""
-    return model.seen, repr((model.losses, model.queue, model.by_name, model.total, model.last))
+    return (
+        model.seen,
+        model.arrays,
+        repr((model.losses, model.queue, model.by_name, model.total, model.last)),
+    )
 
 
 def job(trainer, model):
@@ -351,10 +402,52 @@ def to_a_list_of_ones_own(self, batch, batch_idx):
     self.listed.append(self.net(x).mean().item())
 
 
+def to_a_meter_that_looks(self, batch, batch_idx):
+    (x,) = batch
+    self.watchful.update(self.net(x).mean().item())
+
+
+def reads_the_meter(self, batch, batch_idx):
+    (x,) = batch
+    self.meter.update(self.net(x).mean().item())
+    return x * self.meter.sum
+
+
+def uses_the_result(self, batch, batch_idx):
+    (x,) = batch
+    return self.meter.update(self.net(x).mean().item())
+
+
 def from_the_list(self, batch, batch_idx):
     (x,) = batch
     self.losses.append(self.net(x).mean().item())
     return self.losses[-1]
+
+
+def sets_an_array(self, batch, batch_idx):
+    (x,) = batch
+    self.last = self.net(x).detach().cpu().numpy()
+
+
+def works_with_an_array(self, batch, batch_idx):
+    (x,) = batch
+    array = self.net(x).detach().cpu().numpy()
+    self.losses.append(array.mean())
+
+
+def extends_by_an_array(self, batch, batch_idx):
+    (x,) = batch
+    self.losses.extend(self.net(x).argmax(1).cpu().numpy())
+
+
+def logs_a_list(self, batch, batch_idx):
+    (x,) = batch
+    self.log("first", self.net(x).sum(1).tolist()[0])
+
+
+def adds_lists(self, batch, batch_idx):
+    (x,) = batch
+    self.losses.append(self.net(x)[0].tolist() * 2)
 
 
 def what_was_set(self, batch, batch_idx):
@@ -377,7 +470,9 @@ def reads_the_total(self, batch, batch_idx):
 LOWER = [
     *(compared, multiplied, printed, converted, typed, asked, local_list, local_name),
     *(in_a_dictionary, by_locals, to_a_function, of_a_helper, to_a_list_of_ones_own),
-    *(from_the_list, what_was_set, adds_to_a_tensor, reads_the_total),
+    *(works_with_an_array, extends_by_an_array, logs_a_list, adds_lists, to_a_meter_that_looks),
+    *(reads_the_meter, uses_the_result, from_the_list, what_was_set, adds_to_a_tensor),
+    *(reads_the_total, sets_an_array),
 ]
 
 
@@ -396,7 +491,7 @@ def test_the_reason_names_the_line(harness: Harness, step: Step):
     harness.compare(net(step), job, callback)
     (reason,) = {record.reason for record in callback.stats.reasons if record.mode == "PIECEWISE"}
     assert reason.kind is Cause.HOST_SYNC
-    assert "test_host_numbers.py" in reason.location
+    assert "test_late_reads.py" in reason.location
 
 
 class OwnLog(Net):
@@ -480,7 +575,7 @@ def test_offline():
 )
 def test_what_stands_for_a_number_supports_nothing(use):
     with pytest.raises(CaptureError, match="only passed on"):
-        use(HostNumber(torch.ones(())))
+        use(LateRead(torch.ones(()), "item"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -496,7 +591,7 @@ def test_what_stands_for_a_number_supports_nothing(use):
 )
 def test_the_logged_tensor_is_that_of_the_number(source, dtype):
     expected = torch.tensor(source.item(), dtype=dtype)
-    found = HostNumber(source).as_logged(dtype, torch.device("cpu"))
+    found = LateRead(source, "item").as_logged(dtype, torch.device("cpu"))
     assert found.dtype is expected.dtype
     assert found.shape == ()
     integers = torch.int32 if dtype is torch.float32 else torch.int64
@@ -511,7 +606,7 @@ def test_validate_runs_with_the_harness_alone(harness: Harness):
 
 def test_a_use_that_nobody_sees_would_be_a_difference(harness: Harness, monkeypatch):
     """If every number counted as passed on, a step that asks for its type would do otherwise."""
-    name = "cg_lightning.diagnosis.detectors.host_copies.use_of_number"
-    monkeypatch.setattr(name, lambda *_: NumberUse((), False))
+    name = "cg_lightning.diagnosis.detectors.host_copies.use_of_read"
+    monkeypatch.setattr(name, lambda *_: ReadUse((), False))
     with pytest.raises(AssertionError):
         harness.compare(net(typed), job, harness.callback(mode="FULL", verify_replays=0))
