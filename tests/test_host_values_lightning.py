@@ -305,6 +305,37 @@ def test_values_that_one_path_rules_out_are_not_computed_again():
     assert path(1, 2, 3).holds(batch)
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_several_values_are_read_by_one_wait(monkeypatch, number):
+    """Where only the device has the batch: a flag, and counts of two types."""
+    waits: list[str] = []
+
+    def counted(name: str) -> Any:
+        original = getattr(Tensor, name)
+        return lambda tensor: (waits.append(name), original(tensor))[1]
+
+    for name in ("item", "tolist", "__bool__"):
+        monkeypatch.setattr(Tensor, name, counted(name))
+    values = [True, 5, 7][:number]
+    operations = [torch.ops.aten.is_nonzero.default, *[torch.ops.aten.item.default] * 2]
+
+    def path() -> ReadPath:
+        reads = [HostRead(operations[i]._schema.name, "", value=values[i]) for i in range(number)]
+        slots = [Read(i, operations[i], (Ref(i),)) for i in range(number)]
+        return ReadPath(reads, [Root(i, i, False) for i in range(number)], slots)
+
+    right = [torch.tensor(True), torch.tensor(5, dtype=torch.int32), torch.tensor(7)][:number]
+    assert path().holds(right)
+    assert len(waits) == 1
+    for place in range(number):
+        wrong = [torch.zeros_like(x) if i == place else x for i, x in enumerate(right)]
+        failed = path()
+        assert not failed.holds(wrong)
+        changed = str(failed.explain())
+        assert changed.endswith(f"now {[False, 0, 0][place]!r}, before {values[place]!r}"), changed
+    assert len(waits) == 1 + number
+
+
 class Clones(SingleDeviceStrategy):
     """A strategy that copies even on a CPU."""
 

@@ -244,7 +244,13 @@ class ReadPath:
     def holds(self, leaves: Sequence[Any]) -> bool:
         """Return True if a batch gives all the values that were read."""
         copied = self.copies_of(leaves)
-        return self._holds(self._check, leaves) if copied is None else self.holds_on_host(copied)
+        if copied is not None:
+            return self.holds_on_host(copied)
+        # the host waits for the device once, and not once for each value
+        values = self.begin(leaves) if len(self._compared) > 1 else None
+        if values is not None:
+            return self.holds_with(read_together(values))
+        return self._holds(self._check, leaves)
 
     def begin(self, leaves: Sequence[Any]) -> list[Tensor] | None:
         """Let the device compute all values, and do not wait for them.
