@@ -611,7 +611,7 @@ def test_both_branches_wait_for_the_device(harness):
     class Waits(Base):
         def predict_step(self, batch: Any, batch_idx: int) -> Any:
             x = self.net(batch[0])
-            number = x.sum().item()
+            number = 2 * x.sum().item()
             for every in range(1, 8):
                 if batch_idx % every == 0:
                     x = x + every
