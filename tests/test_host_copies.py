@@ -14,6 +14,7 @@ from cg_lightning.capture.host_copies import HostCopy, answered_host_copies
 from cg_lightning.capture.outputs import OutputPlan
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.errors import CaptureError
+from cg_lightning.effects.late_reads import LateRead
 from tests.harness import Harness, assert_same, features, predict, validate
 from tests.models import Body, Predictor
 
@@ -125,6 +126,26 @@ def test_a_copy_of_another_device():
         assert (copy.is_cpu, len(copy), copy.shape, copy.stride()) == (True, 4, x.shape, x.stride())
         assert copy.source.device == META
         assert copy.source is not x  # the step may change it later
+
+
+def test_arrays_of_one_copy_share_its_memory(monkeypatch):
+    """As in eager; another copy of the same tensor has memory of its own."""
+    y = torch.randn(2, 3)
+    copy, other = HostCopy(y), HostCopy(y)
+    array, again = (LateRead(y, "numpy", copy) for _ in range(2))
+    output = [array, copy, again, array, LateRead(y, "numpy", other), LateRead(y, "tolist", copy)]
+    plan, computed = OutputPlan.make(output, [], set())
+    assert len(computed) == 2
+    monkeypatch.setattr(Tensor, "cpu", Tensor.clone)  # as on a device
+    x = torch.ones(2, 3)
+    first, tensor, second, same, apart, values = plan.build([], [x, x], None)
+    assert first is same
+    assert first is not second
+    tensor.zero_()
+    assert not first.any()
+    assert not second.any()
+    assert apart.all()
+    assert values == x.tolist()
 
 
 def test_one_copy_of_each_replay():

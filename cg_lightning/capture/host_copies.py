@@ -98,7 +98,7 @@ def answered_host_copies(
         is_on_device = type(source) is Tensor and source.device.type == device.type
         if not (is_known and is_on_device and can_be_late(source, name)):
             return read()
-        return LateRead(source, name)
+        return LateRead(source, name, tensor if tensor is not source else None)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(answered_copies_to_host(device, answer))
@@ -116,28 +116,43 @@ def _is_on_host(leaf: Any) -> bool:
     return isinstance(leaf, (HostCopy, LateRead))
 
 
-class CopyPlaces(NamedTuple):
-    """The positions of one copy among the leaves of an output."""
-
-    places: list[int]
+class _Place(NamedTuple):
+    leaf: int
+    """The position among the leaves."""
+    number: int
+    """Leaves with one number are one object."""
     method: str
-    """The method that reads it; empty for a copy."""
+    """The method that reads the copy; empty for the copy itself."""
+
+
+class CopyPlaces:
+    """Where one copy is among the leaves of an output, and what is read of it."""
+
+    def __init__(self) -> None:
+        self._places: list[_Place] = []
+        self._numbers: dict[int, int] = {}
+
+    def add(self, index: int, leaf: HostCopy | LateRead) -> None:
+        """Add a leaf."""
+        number = self._numbers.setdefault(id(leaf), len(self._numbers))
+        method = leaf.method if isinstance(leaf, LateRead) else ""
+        self._places.append(_Place(index, number, method))
 
     def fill(self, leaves: list[Any]) -> None:
-        """Replace the tensors of the graph by one copy."""
-        copy = leaves[self.places[0]].cpu()
-        if self.method:
-            copy = getattr(copy, self.method)()
-        for place in self.places:
-            leaves[place] = copy
+        """Replace the tensors of the graph by one copy, and by what is read of it."""
+        copy = leaves[self._places[0].leaf].cpu()
+        made: dict[int, Any] = {}
+        for place, number, method in self._places:
+            if number not in made:
+                made[number] = getattr(copy, method)() if method else copy
+            leaves[place] = made[number]
 
 
 def places_of_copies(leaves: list[Any]) -> list[CopyPlaces]:
-    """Return the positions of copies among the leaves of an output, for each copy."""
+    """Return where copies are among the leaves of an output. An array of one shares its memory."""
     found: dict[int, CopyPlaces] = {}
     for index, leaf in enumerate(leaves):
         if _is_on_host(leaf):
-            method = leaf.method if isinstance(leaf, LateRead) else ""
-            copy = found.setdefault(id(leaf), CopyPlaces([], method))
-            copy.places.append(index)
+            copy = leaf.copy if isinstance(leaf, LateRead) and leaf.copy is not None else leaf
+            found.setdefault(id(copy), CopyPlaces()).add(index, leaf)
     return list(found.values())

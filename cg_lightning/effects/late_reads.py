@@ -34,12 +34,15 @@ class LateRead:
     Args:
         source: The tensor of the graph.
         method: The method that reads it.
+        copy: What stands for the copy on the host that is read; None if there is none.
     """
 
-    __slots__ = ("method", "source")
+    __slots__ = ("copy", "method", "source")
 
-    def __init__(self, source: Tensor, method: str) -> None:
+    def __init__(self, source: Tensor, method: str, copy: Tensor | None = None) -> None:
         self.method = method
+        self.copy = copy if method == "numpy" else None
+        """What an array shares its memory with."""
         self.source = source
         """For an array, the tensor itself: on the CPU it shares its memory."""
         if method != "numpy":  # the step may change the tensor later
