@@ -67,16 +67,16 @@ class ReadUse(NamedTuple):
             return False
         for end in self.ends:
             owner = frame.f_locals.get(end.owner)
-            if id(owner) not in inside or (end.how is _LOG and owner is not root):
+            if id(owner) not in inside or (end.how == _LOG and owner is not root):
                 return False
-            if end.how is not _LOG and not _is_plain_target(owner, end):
+            if end.how != _LOG and not _is_plain_target(owner, end):
                 return False
         return True
 
     @property
     def is_logged(self) -> bool:
         """Whether it is logged."""
-        return any(end.how is _LOG for end in self.ends)
+        return any(end.how == _LOG for end in self.ends)
 
 
 def _is_frame_of_step(frame: FrameType) -> bool:
@@ -99,14 +99,14 @@ def _is_plain_target(owner: Any, end: _End) -> bool:
     if inspect.getattr_static(type(owner), end.attribute, None) is not None:
         return False  # a property, for example
     value = namespace_of(owner).get(end.attribute)
-    if end.how is _CALL:
+    if end.how == _CALL:
         return is_plain_object(value) and accumulates(type(value), end.method)
     if not end.is_inside:
         if end.how == _APPEND:
             return type(value) in LISTS
         if end.how == _EXTEND:
             return type(value) is list
-        return end.how is _SET or type(value) in _NUMBERS
+        return end.how == _SET or type(value) in _NUMBERS
     is_container = type(value) in (*LISTS, *MAPPINGS) and end.how != _EXTEND
     return is_container and all(map(_is_plain, _values(value)))
 
