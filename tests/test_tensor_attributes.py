@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import decimal
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -198,9 +197,7 @@ def touches(folder: Path) -> Callable[[Any, int], None]:
 
 
 @pytest.mark.parametrize("verify_replays", [0, 2])
-@pytest.mark.parametrize(
-    "name", ["gradient", "file", "folder", "threads", "all variables", "decimal"]
-)
+@pytest.mark.parametrize("name", ["gradient", "file", "folder", "threads", "all variables"])
 def test_what_nobody_can_guard(
     harness: Harness, tmp_path: Path, monkeypatch, name: str, verify_replays: int
 ) -> None:
@@ -223,15 +220,10 @@ def test_what_nobody_can_guard(
             lambda _, value: torch.set_num_threads(value),
             lambda self, y: y * torch.get_num_threads(),
         ),
-        "decimal": (
-            lambda _, value: setattr(decimal.getcontext(), "prec", 2 * value),
-            lambda self, y: y * float(decimal.Decimal(1) / decimal.Decimal(3)),
-        ),
         "all variables": (sets_variable, lambda self, y: y * len(dict(os.environ))),
     }[name]
     try:
-        with decimal.localcontext():
-            callback = compare(harness, use, change, "FULL_AND_PIECEWISE", verify_replays)
+        callback = compare(harness, use, change, "FULL_AND_PIECEWISE", verify_replays)
     finally:
         torch.set_num_threads(threads)
     assert callback.stats.steps["FULL"] == 0

@@ -8,10 +8,11 @@ whole process. Eager steps after that raise no error, and steps from graphs must
 
 from __future__ import annotations
 
+import decimal
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import CodeType
 from typing import Any
 
@@ -71,7 +72,8 @@ def has_settings(file: str) -> bool:
 
 def settings_read_by(code: CodeType) -> list[Source]:
     """Return the settings that a function names."""
-    return [setting for setting in _SETTINGS if setting.name in code.co_names]
+    found = [setting for setting in _SETTINGS if setting.name in code.co_names]
+    return found if _DECIMAL.isdisjoint(code.co_names) else [*found, *CONTEXT_OF_DECIMAL]
 
 
 WARN = frozenset({"warn", "warn_explicit"})
@@ -96,6 +98,30 @@ def setting_returned_by(function: Any) -> Source | None:
     if name not in _TORCH.functions or function is not getattr(torch._C, name, None):
         return None
     return Source(_TORCH, name, f"torch.{name}()")
+
+
+class _Context(DerivedNamespace):
+    """The context in which this thread computes with ``decimal``."""
+
+    def get(self, name: str, default: Any) -> Any:
+        """Return its flags, or all else."""
+        now = decimal.getcontext()
+        if name == "flags":
+            return repr([each.__name__ for each, is_set in now.flags.items() if is_set])
+        traps = [each.__name__ for each, is_set in now.traps.items() if is_set]
+        return repr((now.prec, now.rounding, now.Emin, now.Emax, now.capitals, now.clamp, traps))
+
+
+_CONTEXT = _Context()
+FLAGS_OF_DECIMAL = Source(_CONTEXT, "flags", "decimal.getcontext().flags")
+CONTEXT_OF_DECIMAL = (Source(_CONTEXT, "settings", "decimal.getcontext()"), FLAGS_OF_DECIMAL)
+"""What the arithmetic of ``decimal`` depends on, and the flags that it sets and never clears."""
+_DECIMAL = frozenset({"decimal", "Decimal"})
+
+
+def has_decimal(space: Mapping[str, Any]) -> bool:
+    """Return whether functions with these globals may compute with ``decimal``."""
+    return not _DECIMAL.isdisjoint(space)
 
 
 class _SettingsOfNumPy(DerivedNamespace):

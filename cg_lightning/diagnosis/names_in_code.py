@@ -6,6 +6,7 @@ import dis
 import enum
 import importlib.util
 import itertools
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,17 @@ from cg_lightning.core.lines import file_and_line
 
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 _CALLS = ("CALL", "PRECALL")
+_JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
 _LOOKS_UP = frozenset({"getattr", "hasattr"})
+_READ_BY_NAME = frozenset(
+    {
+        *("attrgetter", "methodcaller", "format_map", "vformat", "getmembers", "getmembers_static"),
+        *("getattr_static", "vars", "__dict__", "dir", "__getattribute__"),
+    }
+)
+"""By which code reads attributes whose names it need not mention."""
+_IDENTIFIER = re.compile(r"[^\W\d]\w*")
+_DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+$")
 _WRITES_TEXT = frozenset({"str", "repr", "format", "array2string", "array_repr", "array_str"})
 _CHANGES = frozenset({"setattr", "delattr", "vars"})
 _GLOBALS_OF_FRAMES = frozenset({"f_globals", "f_builtins", "__globals__"})
@@ -43,8 +54,13 @@ class ComputedNames(NamedTuple):
 
 
 def names_of(code: CodeType) -> tuple[str, ...]:
-    """Return all names in some code, also those of a text: ``getattr(type(self), "scale")``."""
-    return (*code.co_names, *[each for each in code.co_consts if isinstance(each, str)])
+    """Return all names in some code, also those of a text: ``getattr(type(self), "scale")``.
+
+    A text to format has names in it, and so has one for ``attrgetter``: ``"{0.scale}"``, ``"a.b"``.
+    """
+    texts = [each for each in code.co_consts if isinstance(each, str)]
+    inside = [_IDENTIFIER.findall(each) for each in texts if "{" in each or _DOTTED.match(each)]
+    return (*code.co_names, *texts, *itertools.chain.from_iterable(inside))
 
 
 class NamesInCode:
@@ -121,6 +137,50 @@ class NamesInCode:
         is_formatted = any(name.startswith("FORMAT_") for name in self.opnames)
         return is_formatted or not _WRITES_TEXT.isdisjoint(self.code.co_names)
 
+    def reads_by_name(self) -> bool:
+        """Return whether it may read attributes of any object by names that it does not mention."""
+        if not _READ_BY_NAME.isdisjoint(self.code.co_names):
+            return True
+        for index, step in enumerate(self._steps):
+            is_global = step.opname.endswith("_GLOBAL")
+            if is_global and step.argval in _LOOKS_UP and not self._looks_up_a_text(index):
+                return True
+            is_method = step.opname in _ATTRIBUTES and step.argval == "format"
+            if is_method and self._steps[index - 1].opname != "LOAD_CONST":
+                return True
+        return False
+
+    def _looks_up_a_text(self, index: int) -> bool:
+        """Return whether ``getattr``, loaded here, is called for a name that is a constant."""
+        if not (self._steps[index].arg or 0) & 1:  # it is not called here
+            return False
+        depth, second = 0, ""  # how many arguments there are, and what has made the second one
+        for step in self._steps[index + 1 :]:
+            if step.opcode in _JUMPS or depth < 0:
+                return False
+            if step.opname == "CALL" and step.arg == depth:
+                return second == "LOAD_CONST"
+            if step.opname == "PRECALL":
+                continue
+            before, depth = depth, depth + dis.stack_effect(step.opcode, step.arg)
+            if before == 1 and depth > 1:
+                second = step.opname
+        return False
+
+    def passed_on(self, arguments: Mapping[str, Any]) -> Iterator[types.ModuleType]:
+        """Yield modules that it loads and of which it names no attribute: others may read them.
+
+        Args:
+            arguments: As for :meth:`computed`.
+        """
+        for index, step in enumerate(self._steps):
+            value = self._value_of(step, arguments) if step.opname.startswith("LOAD_") else None
+            if isinstance(value, types.ModuleType):
+                value, after = self._follow(index, value)
+                is_read = after < len(self._steps) and self._steps[after].opname in _ATTRIBUTES
+                if isinstance(value, types.ModuleType) and not is_read:
+                    yield value
+
     def sets_globals(self) -> set[str]:
         """Return the globals that the function sets."""
         return {step.argval for step in self._steps if step.opname == "STORE_GLOBAL"}
@@ -162,14 +222,12 @@ class NamesInCode:
         is_attribute = steps[after].opname in _ATTRIBUTES
         if is_attribute and vars(value).get(steps[after].argval) is sys.modules:
             return ComputedNames(None, "sys.modules", line, False)
-        if not is_users(value):
-            return None
         if steps[after].opname in _ATTRIBUTES and steps[after].argval == "__dict__":
-            return ComputedNames(value, "__dict__", line, False)
+            return ComputedNames(value, "__dict__", line, not is_users(value))
         function = self._function_before(index)
         is_known = self._is_text(after)
         if function in _CHANGES and not (is_known and function != "vars"):
-            return ComputedNames(value, function, line, False)
+            return ComputedNames(value, function, line, not is_users(value))
         if function in _LOOKS_UP and not is_known:
             return ComputedNames(value, function, line, True)
         return None

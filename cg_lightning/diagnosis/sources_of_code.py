@@ -16,6 +16,7 @@ from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.tree import is_container
 from cg_lightning.diagnosis.functions import source_of_attributes, sources_of_function
 from cg_lightning.diagnosis.names_in_code import NamesInCode, names_of
+from cg_lightning.guards.library_code import dictionary_of, version_of
 from cg_lightning.guards.sources import MISSING, DerivedNamespace, LibrarySource, Source
 from cg_lightning.modules.kinds import (
     is_user_class,
@@ -170,10 +171,25 @@ def _look_up(namespace: Any, name: str) -> tuple[Any, Any]:
 
 
 def all_sources_in(namespace: Any) -> list[Source]:
-    """Return what may be read of a module or class by a name that is computed."""
-    names = tuple(vars(namespace))
-    found = _sources_by_names(namespace, namespace.__name__, names, set())
-    return [*found, Source(_names_of(namespace), "names", f"names in {namespace.__name__}")]
+    """Return what may be read of a module or class by a name that is computed.
+
+    Of a library, these are plain values.
+    """
+    if not is_users_namespace(namespace):
+        name = getattr(namespace, "__name__", type(namespace).__name__)
+        return [Source(_plain_values_in(namespace), "values", f"values in {name}")]
+    found: list[Source] = []
+    pending, seen = [namespace], set[int]()
+    while pending:
+        space = pending.pop()
+        if id(space) in seen or not is_users_namespace(space):
+            continue
+        seen.add(id(space))
+        found += _sources_by_names(space, space.__name__, tuple(vars(space)), set())
+        found.append(Source(_names_of(space), "names", f"names in {space.__name__}"))
+        if isinstance(space, type):  # ``attrgetter("inner.scale")(Config)``
+            pending += [each for each in vars(space).values() if isinstance(each, type)]
+    return found
 
 
 class _Names(DerivedNamespace):
@@ -187,6 +203,24 @@ class _Names(DerivedNamespace):
         return " ".join(vars(self._namespace))
 
 
+class _PlainValues(DerivedNamespace):
+    """All plain values in a module or class of a library."""
+
+    def __init__(self, namespace: Any) -> None:
+        self._space = dictionary_of(namespace)
+        self._version: object = None
+        self._values = ""
+
+    def get(self, name: str, default: Any) -> Any:
+        """Return them as a text, which is only made if the namespace has changed."""
+        version = version_of(self._space)
+        if version != self._version:
+            self._version = version
+            self._values = repr({n: v for n, v in self._space.items() if is_plain_value(v)})
+        return self._values
+
+
+_plain_values_in = functools.lru_cache(maxsize=256)(_PlainValues)
 _names_of = functools.lru_cache(maxsize=256)(_Names)  # two sources are the same by their holder
 
 
@@ -207,6 +241,24 @@ def _attributes_of_function(function: FunctionType) -> list[Source]:
     if not is_user_file(function.__code__.co_filename):
         return []
     return [source_of_attributes(function)]
+
+
+def sources_in_held(namespace: Any, path: str, names: NamesInCode) -> list[Source]:
+    """Return what code may read by its names of a library's module or class that a value holds.
+
+    The functions of classes are left out: there, mostly methods have such names.
+    """
+    found = _sources_by_names(namespace, path, names.names, set())
+    if isinstance(namespace, type):
+        return [each for each in found if not isinstance(each, LibrarySource)]
+    return found
+
+
+def modules_named(frame: FrameType, names: NamesInCode) -> list[types.ModuleType]:
+    """Return the user's modules among the globals that a function names and imports."""
+    found = [frame.f_globals.get(name) for name in names.globals]
+    found += [module for module, _ in names.imported]
+    return [e for e in found if isinstance(e, types.ModuleType) and is_users_namespace(e)]
 
 
 def namespaces_named(frame: FrameType, names: NamesInCode) -> list[type]:

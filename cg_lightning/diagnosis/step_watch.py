@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import CodeType
 from typing import Any
@@ -141,6 +141,10 @@ class StepWatch:
         self._generators: dict[int, torch.Generator] = {}
         """Random generators that the step may know, because it has read what holds them."""
         self._drawn: dict[int, torch.Generator] = {}
+        self.sources_held: Callable[[FrozenValues], list[Source]] = lambda _: []
+        """Returns what the step may read of what some values hold, other than attributes."""
+        self._sources_held: list[Source] = []
+        """What it has returned for the value that is read next."""
         """Those among them that the step draws from."""
         self.call_events: CallEvents | None = None
         """Reports each call to a detector; it pauses while detectors look at operations."""
@@ -231,11 +235,13 @@ class StepWatch:
         """Note for every call under way that it reads a value in Python."""
         if self._is_paused:
             return
-        key = source.key
-        if key not in self.step.sources and not source.line:
-            source = dataclasses.replace(source, line=find_line())
-        for call in self.stack:
-            call.sources.setdefault(key, source)
+        for each in (source, *self._sources_held):
+            key = each.key
+            if key not in self.step.sources and not each.line:
+                each = dataclasses.replace(each, line=find_line())
+            for call in self.stack:
+                call.sources.setdefault(key, each)
+        self._sources_held = []
 
     def forget_reads(self, modules: Sequence[nn.Module]) -> None:
         """Forget reads of the attributes of modules, which a capture does not make."""
@@ -307,6 +313,7 @@ class StepWatch:
         In compiled code, draws from a generator cannot be observed.
         """
         self.note_classes(contents.classes())
+        self._sources_held += self.sources_held(contents)
         self._generators.update({key_of(each): each for each in contents.generators.values()})
         hidden = [f"{path}: torch.Generator" for path in contents.generators if self.hidden]
         return [*contents.opaque(), *hidden]

@@ -84,7 +84,6 @@ _IN_KEYS = frozenset(
     }
 )
 """Functions of PyTorch and NumPy without arguments of which keys or guards know the result."""
-_DECIMAL = frozenset({"decimal", "Decimal"})
 _GET_VARIABLE = type(os.environ).__getitem__.__code__
 _ALL_VARIABLES = {getattr(type(os.environ), name).__code__ for name in ("__iter__", "__len__")}
 _SEED = random.Random.seed.__code__
@@ -168,11 +167,6 @@ def volatile_in_python(code: CodeType) -> str:
     if code.co_name in _OF_MEMORY and code.co_filename.endswith(_MEMORY_FILES):
         return f"torch.cuda.{code.co_name}"
     return ""
-
-
-def arithmetic_of_thread(code: CodeType) -> str:
-    """Return ``decimal`` if a function may compute with it: a context of the thread rounds."""
-    return "" if _DECIMAL.isdisjoint(code.co_names) else "decimal"
 
 
 def reads_environment(code: CodeType) -> bool:

@@ -44,7 +44,8 @@ _CODE = (
 _Namespace = types.ModuleType | type
 
 
-def _dictionary_of(namespace: _Namespace) -> dict[str, Any]:
+def dictionary_of(namespace: _Namespace) -> dict[str, Any]:
+    """Return the dictionary with what a module or class has."""
     found = vars(namespace)
     # that of a class is behind a view
     return found if isinstance(found, dict) else gc.get_referents(found)[0]
@@ -123,7 +124,7 @@ class LibraryCode:
         new = [each for each in namespaces if id(each) not in known]
         self._namespaces += new
         self._code += map(_code_in, new)
-        dictionaries = list(map(_dictionary_of, new))
+        dictionaries = list(map(dictionary_of, new))
         self.dictionaries += dictionaries
         self.versions += map(version_of, dictionaries)
 

@@ -287,6 +287,23 @@ def bound_to(function: Any) -> dict[str, Any]:
     return {name: getattr(function, name, None) for name in names}
 
 
+_READ_BY_NAME = frozenset({"getattr", "hasattr", "vars", "dir", "format", "format_map"})
+_IMMUTABLE = 1 << 8
+"""The flag of classes in which nothing can be set: those of Python itself."""
+
+
+def reads_by_name(function: Any) -> bool:
+    """Return whether a function of C reads attributes by names that it is given, or has."""
+    if isinstance(function, types.BuiltinFunctionType):
+        return function.__name__ in _READ_BY_NAME
+    return isinstance(function, _OPERATORS)
+
+
+def can_be_set_in(namespace: Any) -> bool:
+    """Return whether a value in a module or class can be replaced."""
+    return not (isinstance(namespace, type) and namespace.__flags__ & _IMMUTABLE)
+
+
 def is_users_function(function: Any) -> bool:
     """Return False for functions that a library has defined. All else counts as the user's."""
     if not isinstance(function, types.FunctionType):

@@ -6,8 +6,10 @@ A value stays the same object when its contents change, so identity is not enoug
 from __future__ import annotations
 
 import contextvars
+import decimal
 import functools
 import itertools
+import logging
 import operator
 import types
 from collections.abc import Iterable, Mapping
@@ -40,6 +42,7 @@ from cg_lightning.guards.sources import MISSING
 from cg_lightning.guards.value_kinds import (
     ValueKind,
     bound_to,
+    can_be_set_in,
     contents_of,
     holds_nothing,
     holds_something,
@@ -49,6 +52,7 @@ from cg_lightning.guards.value_kinds import (
     kind_of,
     name_of_class,
     named_values_of,
+    reads_by_name,
     registry_of,
     spaces_of,
     state_of_generator,
@@ -158,6 +162,12 @@ class FrozenValues:
         """Modules among them: those in a list, for example, are no submodules."""
         self.generators: dict[str, torch.Generator] = {}
         """Random generators of PyTorch, by their names. Operations show which ones a step uses."""
+        self.namespaces: list[tuple[Any, str]] = []
+        """Modules, classes, loggers and handlers of libraries among them, with their names."""
+        self.is_decimal = False
+        """Whether a value of ``decimal`` is among them."""
+        self.reads_by_name = False
+        """Whether a function is among them that reads attributes by names which it is given."""
         self.tensors: list[Tensor] = []
         self._tensor_paths: list[Path] = []
         self._items: list[FrozenContainer | FrozenAttributes] = []
@@ -276,6 +286,10 @@ class FrozenValues:
             self._contents.append(FrozenContents(value, contents, contents(value), path))
         elif kind is ValueKind.OPAQUE:
             self._opaque.append((path, name_of_class(value)))
+        elif isinstance(value, decimal.Decimal):
+            self.is_decimal = True
+        elif isinstance(value, (type, types.ModuleType)) and can_be_set_in(value):
+            self.namespaces.append((value, format_path(path)))
         return self._members_of(value, path)
 
     def _members_of(self, value: Any, path: Path) -> list[tuple[Any, Path]]:
@@ -372,6 +386,9 @@ class FrozenValues:
             return []
         cls: type = type(value)
         held = bound_to(value)
+        self.reads_by_name |= reads_by_name(value)
+        if isinstance(value, types.BuiltinFunctionType):  # of a module of C, or of an object
+            held = {} if isinstance(value.__self__, types.ModuleType) else held
         if isinstance(value, functools.partial):  # ``__setstate__`` exchanges all of them
             self._items.append(FrozenAttributes(value, bound_to, dict(held), path))
             for name, each in held.items():
@@ -383,6 +400,8 @@ class FrozenValues:
     def _store_object(self, value: Any, path: Path, seen: set[int]) -> list[tuple[Any, Path]]:
         """Store an object with its class; return the values inside it, which are stored next."""
         held = self._store_attributes(value, attributes_of, path)
+        if isinstance(value, (logging.Logger, logging.Handler)):  # not all of it is compared
+            self.namespaces.append((value, format_path(path)))
         self._classes.append(FrozenClass(value, type(value), path))
         found = [(item, (path, name, _OF_OBJECT)) for name, item in held.items()]
         return [*found, *self._store_class(type(value), path, seen)]
@@ -427,6 +446,9 @@ class FrozenValues:
             self._inside_large.append(values)
             self.modules += values.modules
             self.generators |= values.generators
+            self.namespaces += values.namespaces
+            self.is_decimal |= values.is_decimal
+            self.reads_by_name |= values.reads_by_name
             self._opaque += values._opaque
 
     def hold(self) -> bool:

@@ -118,9 +118,29 @@ def is_user_file(file: str) -> bool:
 def is_users_namespace(value: object) -> bool:
     """Return True for a module or class of the user's: ``import config``, ``class Config``."""
     if isinstance(value, type):
-        value = sys.modules.get(value.__module__)
+        module = sys.modules.get(value.__module__)
+        if module is None:  # that of a file may be run without an entry there
+            return _is_name_of_users(str(value.__module__))
+        value = module
     if not isinstance(value, types.ModuleType):
         return False
     found = vars(value)  # a function ``__getattr__`` of the module must not run
     file = found.get("__file__")
-    return is_user_file(file) if isinstance(file, str) else found.get("__name__") == "__main__"
+    if isinstance(file, str):
+        return is_user_file(file)
+    folders = [each for each in found.get("__path__") or () if isinstance(each, str)]
+    if folders:  # a package that is a folder only
+        return is_user_file(f"{folders[0]}/")
+    return _is_name_of_users(str(found.get("__name__")), value)
+
+
+def _is_name_of_users(name: str, module: types.ModuleType | None = None) -> bool:
+    """Return True for the name of a module without a file, unless a library or Python has made it.
+
+    Libraries have parts in C without a file: ``torch._C._nn``.
+    """
+    root = name.split(".")[0]
+    if root in sys.stdlib_module_names:
+        return False
+    package = sys.modules.get(root)
+    return package is None or package is module or is_users_namespace(package)

@@ -37,8 +37,11 @@ from cg_lightning.diagnosis.functions import (
 )
 from cg_lightning.diagnosis.hidden_modules import hidden_modules, opaque_in, sources_in
 from cg_lightning.diagnosis.library_settings import (
+    CONTEXT_OF_DECIMAL,
     FILTERS,
+    FLAGS_OF_DECIMAL,
     WARN,
+    has_decimal,
     has_settings,
     setting_returned_by,
     settings_of_numpy,
@@ -50,9 +53,11 @@ from cg_lightning.diagnosis.names_in_code import NamesInCode
 from cg_lightning.diagnosis.sources_of_code import (
     all_sources_in,
     asks_for_registrations,
+    modules_named,
     namespaces_named,
     needs_guard,
     sources_held_by,
+    sources_in_held,
     sources_in_namespace,
     sources_of,
     values_by_names,
@@ -60,7 +65,6 @@ from cg_lightning.diagnosis.sources_of_code import (
 from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.volatile_functions import (
     NAMES_OF_VOLATILE,
-    arithmetic_of_thread,
     caller_of,
     environment_variable,
     has_volatile,
@@ -88,6 +92,7 @@ from cg_lightning.guards.sources import (
     LibrarySource,
     Source,
 )
+from cg_lightning.guards.value_kinds import can_be_set_in
 from cg_lightning.guards.values import FrozenValues
 from cg_lightning.modules.attributes import is_same_value
 from cg_lightning.modules.kinds import is_users_namespace
@@ -116,6 +121,7 @@ class GlobalReads(Detector):
         """Files of others in which no function is volatile."""
         self._events = call_events(self)
         watch.note_call_events(self._events)
+        watch.sources_held = self._sources_held
         self._made_here: set[int] = set()
         """The code of functions that functions of the step make, by id."""
         self._from_before: dict[int, list[FunctionType]] | None = None
@@ -128,7 +134,13 @@ class GlobalReads(Detector):
         self._problems: dict[tuple[int, str], list[tuple[Cause, str, str]]] = {}
         self._named: dict[int, Any] = {}
         """The user's classes that code of the step names."""
-        self._of_namespaces: dict[tuple[int, int, bool], list[Source]] = {}
+        self._held: dict[int, tuple[Any, str]] = {}
+        """Modules, classes and loggers of libraries that values hold, and their names."""
+        self._modules_named: dict[int, Any] = {}
+        """The user's modules that code names, and all modules that it passes on."""
+        self._reads_by_name = False
+        """Whether the step may read attributes of these by names that its code does not mention."""
+        self._of_namespaces: dict[tuple[int, int, str], list[Source]] = {}
         """What some code may read of such a class, or of a class or module that it is given."""
         self._weights = {id(each) for each in chain(watch.root.parameters(), watch.root.buffers())}
         """The ids of parameters and buffers, whose places in memory are guarded."""
@@ -153,7 +165,9 @@ class GlobalReads(Detector):
         for key, (source, value, contents) in self._before.items():
             with self.watch.paused():
                 now = source.value()
-            if not (is_same_value(value, now) and contents.all_hold()):
+            if source is FLAGS_OF_DECIMAL:  # once they are set, they stay
+                self.watch.notes.did_one_time_work |= value != now
+            elif not (is_same_value(value, now) and contents.all_hold()):
                 line = self._line(source, value, contents)
                 self._report(key, Cause.STATE_REBOUND, _words(source), line or Elsewhere.AT_THE_END)
             for state in self._modules.get(key, ()):
@@ -222,9 +236,14 @@ class GlobalReads(Detector):
         if known.names is not None:
             self.watch.note_classes(classes_given(frame))  # a later call may be given others
             for namespace in namespaces_given(frame):
-                self._read_namespace(namespace, known, is_given=True)
-            for namespace in self._named.values():
-                self._read_namespace(namespace, known)
+                self._read_namespace(namespace, known, "given")
+            for namespace in list(self._named.values()):
+                self._read_namespace(namespace, known, "named")
+            for namespace, _ in list(self._held.values()):
+                self._read_namespace(namespace, known, "held")
+            if self._reads_by_name:
+                for source in self._all_sources():
+                    self._note(source, known.location)
         for function, sources in known.functions:
             if is_running(function, frame):
                 for source in sources:
@@ -295,11 +314,13 @@ class GlobalReads(Detector):
         sources = _with_lines(sources, lines)
         held = [(each, _with_lines(sources_held_by(each), lines)) for each in found.functions]
         named = namespaces_named(frame, names)
+        modules = [*modules_named(frame, names), *names.passed_on(frame.f_locals)]
+        self._modules_named |= {id(each): each for each in modules}
+        self._reads_by_name = self._reads_by_name or names.reads_by_name()
         self._note_named(named)
         self.watch.note_classes(named)
         return _Code(
             code,
-            volatile=arithmetic_of_thread(code),
             location=location,
             sources=sources,
             functions=held,
@@ -313,28 +334,62 @@ class GlobalReads(Detector):
             if id(namespace) not in self._named:
                 self._named[id(namespace)] = namespace
                 for known in list(self._known.values()):
-                    self._read_namespace(namespace, known)
+                    self._read_namespace(namespace, known, "named")
 
-    def _read_namespace(self, namespace: Any, known: _Code, is_given: bool = False) -> None:
-        """Note what some code reads of a class that any code names.
+    def _sources_held(self, contents: FrozenValues) -> list[Source]:
+        """Return what the step may read of what some values hold, other than their attributes.
+
+        These are modules and classes of libraries, by the names in its code so far. Code that runs
+        later reads them when it begins.
+        """
+        found = list(CONTEXT_OF_DECIMAL) if contents.is_decimal else []
+        self._reads_by_name |= contents.reads_by_name
+        for namespace, path in contents.namespaces:
+            self._held.setdefault(id(namespace), (namespace, path))
+            for known in list(self._known.values()):
+                found += self._sources_in(namespace, known, "held")
+        if self._reads_by_name and (contents.reads_by_name or contents.namespaces):
+            found += self._all_sources()
+        for source in found:
+            self._remember(source, AT_THE_END)
+        return found
+
+    def _read_namespace(self, namespace: Any, known: _Code, how: str) -> None:
+        """Note what some code reads of a class or module; see :meth:`_sources_in`."""
+        for source in self._sources_in(namespace, known, how):
+            self._remember(source, known.location)
+            self._read(source)
+
+    def _sources_in(self, namespace: Any, known: _Code, how: str) -> list[Source]:
+        """Return what some code may read of a class or module by its names.
 
         Args:
-            namespace: The class. It may be a module if it is given.
+            namespace: The class or module.
             known: The code.
-            is_given: Whether the code gets it as an argument: ``cls``, ``type(self)``.
+            how: ``named``: any code names it. ``given``: the code gets it as an argument, such as
+                ``cls``. ``held``: a library's, and a value that the step reads refers to it.
         """
-        key = (id(known.code), id(namespace), is_given)
+        key = (id(known.code), id(namespace), how)
         if key not in self._of_namespaces:
             found: list[Source] = []
-            if known.names is not None and not is_given:
+            if known.names is None:
+                pass
+            elif how == "named":
                 found = values_by_names(namespace, known.names)
-            elif known.names is not None and is_users_namespace(namespace):
+            elif how == "given" and is_users_namespace(namespace):
                 found = sources_in_namespace(namespace, namespace.__name__, known.names)
+            elif can_be_set_in(namespace):
+                held = self._held.get(id(namespace))
+                path = held[1] if held else namespace.__name__
+                found = sources_in_held(namespace, path, known.names)
             self._of_namespaces[key] = found
-            for source in found:
-                self._remember(source, known.location)
-        for source in self._of_namespaces[key]:
-            self._read(source)
+        return self._of_namespaces[key]
+
+    def _all_sources(self) -> list[Source]:
+        """Return all values in the namespaces that code may read by names that it computes."""
+        spaces = {id(each): each for each, _ in self._held.values()}
+        spaces |= self._named | self._modules_named
+        return [source for each in spaces.values() for source in all_sources_in(each)]
 
     def _import(self, name: str, caller: FrameType) -> None:
         """Note that a function of the user's imports a module by a name that it computes."""
@@ -352,6 +407,7 @@ class GlobalReads(Detector):
         file = code.co_filename
         is_of_module = frame.f_globals.get("__file__") == file
         is_looked_at = has_volatile(file) or has_settings(file) or has_writes(file)
+        is_looked_at = is_looked_at or has_decimal(frame.f_globals)
         if is_of_module and not (is_looked_at or file == importlib.__file__):
             self.quiet_files.add(file)
         volatile, is_of_environment = volatile_in_python(code), reads_environment(code)
