@@ -52,7 +52,7 @@ class ModuleState:
         inside = [
             name
             for name, contents in self._contents.items()
-            if f"{name}.requires_grad" not in changed and not contents.all_hold()
+            if f"{name}.requires_grad" not in changed and not contents.hold()
         ]
         return list(dict.fromkeys([*changed, *gone, *inside]))
 

@@ -17,11 +17,6 @@ from cg_lightning.modules.attributes import is_same_value, same_attributes
 Path = tuple[Any, ...]
 """The path of the parent, the step from there, and a detail. It is formatted after a change."""
 Reader = Callable[[Any], dict[str, Any]]
-LARGE = 256
-"""Containers and arrays with more items, such as a vocabulary, are compared once an epoch.
-
-For a function with a larger cache, only the counts of its results are compared.
-"""
 
 
 def as_tree(value: Any) -> Any:
@@ -212,6 +207,4 @@ class FrozenResults:
     def now(self, cache: Any) -> tuple[int, ...]:
         """Return how often the function was computed, how much is stored, and the ids of it."""
         info = cache.cache_info()
-        if info.currsize > LARGE:
-            return info.misses, info.currsize
         return (info.misses, info.currsize, *map(id, self._stored.values()))

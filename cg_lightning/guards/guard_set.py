@@ -123,8 +123,7 @@ class GuardSet:
             guard
             for guard in self._of_libraries
             if guard.is_in_dictionary
-            and is_code(guard.expected)
-            and not is_compared(guard.source.holder)
+            and not (is_code(guard.expected) and is_compared(guard.source.holder))
         ]
         native = [guard for guard in (*there, *self._code) if guard.is_in_dictionary]
         self._dictionaries = [guard.namespace for guard in native]
@@ -158,7 +157,7 @@ class GuardSet:
     def tensors(self) -> list[Tensor]:
         """Return all guarded tensors."""
         of_modules = [tensor for guard in self._hidden for tensor in guard.tensors]
-        return [*self._contents.all_tensors(), *of_modules]
+        return [*self._contents.tensors, *of_modules]
 
     def containers(self) -> list[Any]:
         """Return all guarded containers."""
@@ -185,7 +184,7 @@ class GuardSet:
         )
 
     def check(self) -> bool:
-        """Return whether all guarded values are unchanged. Large containers are not compared."""
+        """Return whether all guarded values are unchanged."""
         for compared in self._compared:
             if not compared.holds():
                 return False
@@ -214,13 +213,12 @@ class GuardSet:
         }
 
     def check_epoch(self) -> bool:
-        """Return whether large containers are unchanged, and settings of hidden modules.
+        """Return whether settings of hidden modules are unchanged, and what libraries have.
 
-        Hidden are modules that no module tree contains. What libraries have is compared, too.
+        Hidden are modules that no module tree contains.
         """
         return (
-            self._contents.large_ones_hold()
-            and all(guard.source.value() is guard.expected for guard in self._of_libraries)
+            all(guard.source.value() is guard.expected for guard in self._of_libraries)
             and all(guard.epoch_failure() is None for guard in self._hidden)
             and (self.of_compiled is None or self.of_compiled.check_epoch())
         )

@@ -181,7 +181,7 @@ REGISTRATIONS = Source(_Registrations(), "count", "classes registered with abstr
 class LibrarySource(Source):
     """What a library has under a name. It is compared by identity.
 
-    Functions, classes and modules are compared before each replay, and all else once an epoch.
+    What :class:`LibraryCode` compares already is compared once an epoch here.
     """
 
 

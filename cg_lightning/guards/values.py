@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from cg_lightning.core.reasons import NO_CHANGE, Changed
-from cg_lightning.core.tree import containers_in, structure_paths
+from cg_lightning.core.tree import containers_in
 from cg_lightning.guards.frozen_parts import (
-    LARGE,
     ChangedPlace,
     FrozenAttributes,
     FrozenClass,
@@ -147,7 +146,6 @@ class FrozenValues:
     Args:
         values: The values.
         paths: Their names as the user would write them, for :meth:`explain`.
-        seen: The ids of values that are compared already.
         without_attributes: Functions that have no attributes, by their names.
     """
 
@@ -155,7 +153,6 @@ class FrozenValues:
         self,
         values: Iterable[Any],
         paths: Iterable[str] | None = None,
-        seen: set[int] | None = None,
         without_attributes: Mapping[str, types.FunctionType] | None = None,
     ) -> None:
         self.modules: list[nn.Module] = []
@@ -177,9 +174,6 @@ class FrozenValues:
         """Those among the items that it cannot compare."""
         self._classes: list[FrozenClass] = []
         self._contents: list[FrozenContents] = []
-        self._large: list[FrozenContainer | FrozenContents] = []
-        self._large_members: list[tuple[list[Any], Path]] = []
-        self._inside_large: list[FrozenValues] = []
         self._owners: list[Any] = []
         """Objects that may be given another dictionary (``config.__dict__ = ...``)."""
         self._dictionaries: list[Any] = []
@@ -197,7 +191,7 @@ class FrozenValues:
         pending: list[tuple[Any, Path]] = [
             (value, (None, name, None)) for value, name in zip(roots, names, strict=True)
         ]
-        seen = set() if seen is None else seen
+        seen = set[int]()
         while pending:
             value, path = pending.pop()
             if holds_nothing(value) or id(value) in seen:
@@ -207,12 +201,6 @@ class FrozenValues:
                 self._opaque.append((path, f"more than {MOST_VALUES} values"))
                 break
             pending += self._store(value, path, seen)
-        for large in self._large:
-            if isinstance(large, FrozenContainer):
-                paths_inside = structure_paths(large.structure, format_path(large.path))
-                self._look_into_large(large.leaves, paths_inside, seen)
-        for members, path in self._large_members:
-            self._look_into_large(members, [format_path(path)] * len(members), seen)
         self._placement = Placement(self.tensors, layout_and_gradient_of)
         self.without_attributes = list({id(each.value): each.value for each in self._bare}.values())
         """The dictionaries of functions and tensors without attributes. They must stay empty."""
@@ -221,23 +209,14 @@ class FrozenValues:
         self.has_more = any((self.tensors, self._items, self._classes, self._contents))
         """Whether :meth:`hold` compares anything except :attr:`without_attributes`."""
 
-    def all_tensors(self) -> list[Tensor]:
-        """Return all tensors, those in large containers included."""
-        inside = [large.all_tensors() for large in self._inside_large]
-        return [*self.tensors, *itertools.chain.from_iterable(inside)]
-
     def all_containers(self) -> list[Any]:
-        """Return all containers, those in large ones included."""
-        of_values = (
-            [each.value, *containers_in(as_tree(each.value))]
-            for each in (*self._items, *self._large)
-            if isinstance(each, FrozenContainer)
-        )
-        inside = (large.all_containers() for large in self._inside_large)
-        return list(itertools.chain(*of_values, *inside))
+        """Return all containers."""
+        found = [each.value for each in self._items if isinstance(each, FrozenContainer)]
+        inside = [containers_in(as_tree(each)) for each in found]
+        return [*found, *itertools.chain.from_iterable(inside)]
 
     def classes(self) -> list[type]:
-        """Return the classes of all objects, those in large containers not included."""
+        """Return the classes of all objects."""
         return self._expected_types
 
     @property
@@ -296,26 +275,13 @@ class FrozenValues:
         return self._inside(inside(value), path, "members")
 
     def _inside(self, values: Iterable[Any], path: Path, name: str) -> list[tuple[Any, Path]]:
-        """Return the values to store next. If they are many, they are compared once an epoch."""
-        found = [each for each in values if not holds_nothing(each)]
-        if len(found) > LARGE:
-            self._large_members.append((found, (path, name, None)))
-            return []
-        return [(each, (path, name, None)) for each in found]
+        """Return the values to store next."""
+        return [(each, (path, name, None)) for each in values if not holds_nothing(each)]
 
     def _store_contents(self, value: Any, path: Path, seen: set[int]) -> list[tuple[Any, Path]]:
         contents = Members if isinstance(value, set) else contents_of(value)
         assert contents is not None
-        items = 1
-        if hasattr(value, "nbytes"):
-            items = value.nbytes // value.itemsize
-        elif hasattr(value, "__len__"):
-            items = len(value)
-        stored = FrozenContents(value, contents, contents(value), path)
-        if items > LARGE:
-            self._large.append(stored)
-        else:
-            self._contents.append(stored)
+        self._contents.append(FrozenContents(value, contents, contents(value), path))
         found = self._members_of(value, path)
         if isinstance(value, contextvars.ContextVar):
             found.append((value.get(None), (path, "get()", None)))
@@ -336,9 +302,6 @@ class FrozenValues:
                 found += self._store_class(type(container), path, seen)
         found += self._inside(_keys_in(value), path, "keys")
         container = FrozenContainer(value, leaves, structure, path)
-        if len(leaves) > LARGE:
-            self._large.append(container)
-            return found
         self._items.append(container)
         if not self._same_items.add(value):
             self._other_containers.append(container)
@@ -438,21 +401,8 @@ class FrozenValues:
         found = [(item, (path, name, _OF_OBJECT)) for name, item in held.items()]
         return [*found, *self._store_class(cls, path, seen)]
 
-    def _look_into_large(self, items: list[Any], paths: list[str], seen: set[int]) -> None:
-        """Store the contents of the items of a large container, which are compared with it."""
-        inside = {index: item for index, item in enumerate(items) if not holds_nothing(item)}
-        if inside:
-            values = FrozenValues(inside.values(), [paths[index] for index in inside], seen)
-            self._inside_large.append(values)
-            self.modules += values.modules
-            self.generators |= values.generators
-            self.namespaces += values.namespaces
-            self.is_decimal |= values.is_decimal
-            self.reads_by_name |= values.reads_by_name
-            self._opaque += values._opaque
-
     def hold(self) -> bool:
-        """Return whether nothing has changed. Large containers are not compared."""
+        """Return whether nothing has changed."""
         return (
             not any(self.without_attributes)
             and self._placement.check()
@@ -463,23 +413,13 @@ class FrozenValues:
             and all(read(value) == before for value, read, before, _ in self._contents)
         )
 
-    def large_ones_hold(self) -> bool:
-        """Return whether large containers have not changed."""
-        return all(each.holds() for each in self._large) and all(
-            values.all_hold() for values in self._inside_large
-        )
-
-    def all_hold(self) -> bool:
-        """Return whether nothing at all has changed."""
-        return self.hold() and self.large_ones_hold()
-
     def changed_places(self, name: str) -> list[ChangedPlace]:
         """Return all that has changed, by the names that code has for it. It is slow.
 
         Args:
             name: The name of the value itself.
         """
-        parts = [*self._items, *self._bare, *self._contents, *self._large, *self._inside_large]
+        parts = [*self._items, *self._bare, *self._contents]
         places = itertools.chain.from_iterable(each.changed_places(name) for each in parts)
         return list(dict.fromkeys(places))
 
@@ -489,7 +429,7 @@ class FrozenValues:
         Args:
             lines: The user's lines that read the values, by the names of these.
         """
-        for each in [*self._items, *self._bare, *self._classes, *self._contents, *self._large]:
+        for each in [*self._items, *self._bare, *self._classes, *self._contents]:
             if not each.holds():
                 return each.explain().at((lines or {}).get(root_of(each.path), ""))
         for owner, before, path in zip(
@@ -505,4 +445,4 @@ class FrozenValues:
             where = format_path(self._tensor_paths[index])
             what = "another shape, other strides, data type or requires_grad"
             return Changed(f"{where}: the tensor has {what}")
-        return next(filter(None, [values.explain() for values in self._inside_large]), NO_CHANGE)
+        return NO_CHANGE

@@ -109,7 +109,7 @@ class Backward(Detector):
             return
         lasting = addresses_of(self.watch.root.buffers())
         for _, contents in _what_is_read(self.watch):
-            lasting |= addresses_of(contents.all_tensors())
+            lasting |= addresses_of(contents.tensors)
         if read := self._read & lasting:
             self.watch.compare(GradientsElsewhere(self.watch.root.parameters(), read))
 
@@ -178,7 +178,7 @@ def report_older_graphs(watch: StepWatch) -> None:
     for name, buffer in watch.root.named_buffers():
         look_at(f"self.{name}", [buffer])
     for source, contents in _what_is_read(watch):
-        look_at(source.path, contents.all_tensors(), source.line)
+        look_at(source.path, contents.tensors, source.line)
         for module in chain.from_iterable(each.modules() for each in contents.modules):
             if id(module) in watch.inside_root:
                 continue

@@ -167,7 +167,7 @@ class GlobalReads(Detector):
                 now = source.value()
             if source is FLAGS_OF_DECIMAL:  # once they are set, they stay
                 self.watch.notes.did_one_time_work |= value != now
-            elif not (is_same_value(value, now) and contents.all_hold()):
+            elif not (is_same_value(value, now) and contents.hold()):
                 line = self._line(source, value, contents)
                 self._report(key, Cause.STATE_REBOUND, _words(source), line or Elsewhere.AT_THE_END)
             for state in self._modules.get(key, ()):

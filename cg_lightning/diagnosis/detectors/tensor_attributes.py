@@ -61,7 +61,7 @@ class TensorAttributes(ReplacingDetector):
                 self._report_change(f"attributes of {path}", self.watch.calls())
         for source, contents in self._read_values.values():
             with self.watch.paused():
-                is_same = contents.all_hold()
+                is_same = contents.hold()
             if not is_same:
                 readers = [call for call in self.watch.calls() if source.key in call.sources]
                 self._report_change(source.path, readers)

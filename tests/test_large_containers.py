@@ -1,0 +1,123 @@
+"""Containers with many items are compared before each replay, as small ones are."""
+
+from __future__ import annotations
+
+import array
+import collections
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from cg_lightning.guards.identity import SameItems
+from cg_lightning.guards.sources import MISSING
+from tests.test_held_namespaces import SETTINGS, Holder, compare
+
+NUMBER = 5000
+
+
+def sets_item(part: Any, is_on: bool) -> None:
+    part.held[7] = 3.0 if is_on else 1.0
+
+
+def sets_text(part: Any, is_on: bool) -> None:
+    part.held[7] = "3" if is_on else "1"
+
+
+def adds_member(part: Any, is_on: bool) -> None:
+    (part.held.add if is_on else part.held.discard)("new")
+
+
+def sets_attribute(part: Any, is_on: bool) -> None:
+    part.held[7].held = 3.0 if is_on else 1.0
+
+
+def sets_inner(part: Any, is_on: bool) -> None:
+    part.held[7]["a"] = 3.0 if is_on else 1.0
+
+
+def sets_byte(part: Any, is_on: bool) -> None:
+    part.held[7] = 3 if is_on else 1
+
+
+def fills_cache(part: Any, is_on: bool) -> None:
+    part.held.factor = 3.0 if is_on else 1.0
+    part.held.of.cache_clear()
+    for number in range(300):
+        part.held.of(number)
+
+
+class Cached:
+    def __init__(self) -> None:
+        self.factor = 1.0
+        self.of = functools.cache(lambda number: self.factor + number)
+
+
+item: Callable[[Any, Tensor], Tensor] = lambda self, x: x * self.held[7]
+CASES: dict[str, tuple[Callable[[], Any], Any, Any]] = {
+    "list": (lambda: [1.0] * NUMBER, item, sets_item),
+    "texts": (lambda: ["1"] * NUMBER, lambda self, x: x * float(self.held[7]), sets_text),
+    "deque": (lambda: collections.deque([1.0] * NUMBER), item, sets_item),
+    "dictionary": (lambda: dict.fromkeys(range(NUMBER), 1.0), item, sets_item),
+    "ordered": (
+        lambda: collections.OrderedDict.fromkeys(range(NUMBER), 1.0),
+        item,
+        sets_item,
+    ),
+    "set": (
+        lambda: set(map(str, range(NUMBER))),
+        lambda self, x: x * (1.0 + ("new" in self.held)),
+        adds_member,
+    ),
+    "bytearray": (lambda: bytearray([1] * NUMBER), item, sets_byte),
+    "array": (lambda: array.array("d", [1.0] * NUMBER), item, sets_item),
+    "numpy": (lambda: np.ones(NUMBER), lambda self, x: x * float(self.held[7]), sets_item),
+    "objects": (
+        lambda: [Holder(1.0) for _ in range(NUMBER)],
+        lambda self, x: x * self.held[7].held,
+        sets_attribute,
+    ),
+    "dictionaries": (
+        lambda: [{"a": 1.0} for _ in range(NUMBER)],
+        lambda self, x: x * self.held[7]["a"],
+        sets_inner,
+    ),
+    "cache": (Cached, lambda self, x: x * self.held.of(0), fills_cache),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda each: each.get("mode", "FULL"))
+@pytest.mark.parametrize("name", list(CASES))
+def test_an_item_changes_in_mid_stage(harness, name, settings):
+    make, use, change = CASES[name]
+    callback = compare(harness, make, use, change, **settings)
+    assert callback.stats.steps[settings.get("mode", "FULL")] >= 4, callback.summary()
+
+
+def test_a_large_dictionary_that_was_written_and_is_the_same_holds():
+    items = {str(number): number for number in range(100)}
+    same = SameItems(MISSING)
+    assert same.add(items)
+    items["new"] = 1
+    assert not same.hold()
+    del items["new"]
+    assert same.hold()
+    assert same.hold()
+    items["7"] = True
+    assert not same.hold()
+
+
+@pytest.mark.parametrize("other", ["3", 3, None])
+def test_large_lists_of_texts(other):
+    texts = list(map(str, range(100)))
+    same = SameItems(MISSING)
+    assert same.add(texts)
+    before, texts[7] = texts[7], other
+    assert not same.hold()
+    texts[7] = before
+    assert same.hold()
+    texts.append("a")
+    assert not same.hold()
