@@ -233,6 +233,13 @@ KEPT_OUT_OF_SIGHT: dict[str, tuple[Callable[[], Any], Callable[[bool], Any]]] = 
         ),
     ),
 }
+KEPT_OUT_OF_SIGHT["torch.backends.opt_einsum"] = (
+    lambda: 1.0 + bool(torch.backends.opt_einsum.enabled),
+    lambda value: setattr(OPT_EINSUM, "enabled", value),
+)
+OPT_EINSUM = vars(torch.backends.opt_einsum)["m"]
+"""Its own setter refuses without another package."""
+WAS_ENABLED = OPT_EINSUM.enabled
 FILES = resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
@@ -250,6 +257,7 @@ def kept_settings() -> Iterator[None]:
     torch.multiprocessing.set_sharing_strategy(strategy)
     resource.setrlimit(resource.RLIMIT_NOFILE, FILES)
     MKLDNN.enabled = True
+    OPT_EINSUM.enabled = WAS_ENABLED
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.set_autocast_cache_enabled(True)
     torch.set_autocast_dtype("cpu", torch.bfloat16)
@@ -279,3 +287,94 @@ def test_without_a_change_these_guards_cost_no_graph(harness, kept_settings, use
     callback = harness.callback()
     harness.compare(Calls(Asks(use)), predict(features(32)), callback)
     assert callback.stats.steps["FULL"] == 5, callback.summary()
+
+
+class Contracts(Predictor):
+    def predict_step(self, batch: Any) -> Tensor:
+        x = self.net(batch[0])
+        return torch.einsum("ab,ac,ad->bcd", x, x, x)
+
+
+def prefers(name: str, value: str) -> Callable[[Any], Any]:
+    def change(is_on: bool) -> None:
+        getattr(torch._C, f"_set_{name}_preferred_backend")(
+            getattr(
+                getattr(torch._C, f"_{name.capitalize()}Backend"), value if is_on else "Default"
+            )
+        )
+
+    return change
+
+
+CHANGES: dict[str, tuple[Callable[[bool], Any], str]] = {
+    "blas": (prefers("blas", "Cublaslt"), "torch.backends.cuda.preferred_blas_library"),
+    "linalg": (prefers("linalg", "Magma"), "torch.backends.cuda.preferred_linalg_library"),
+    "filled": (
+        lambda value: setattr(torch.utils.deterministic, "fill_uninitialized_memory", not value),
+        "torch.utils.deterministic.fill_uninitialized_memory",
+    ),
+    "einsum": (
+        lambda value: setattr(OPT_EINSUM, "enabled", value),
+        "torch.backends.opt_einsum.enabled",
+    ),
+}
+
+
+@pytest.fixture
+def kept_preferences() -> Iterator[None]:
+    before = torch._C._get_blas_preferred_backend(), torch._C._get_linalg_preferred_backend()
+    yield
+    torch._C._set_blas_preferred_backend(before[0])
+    torch._C._set_linalg_preferred_backend(before[1])
+
+
+CAN_PREFER = ["blas", "linalg"] if torch.version.cuda else []
+"""Without CUDA, PyTorch refuses to set these."""
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", [*CAN_PREFER, "filled", "einsum"])
+def test_what_kernels_ask_for(harness, kept_settings, kept_preferences, name, mode):
+    """No key has these, and no name in Python is read; a graph holds what was chosen before."""
+    change, path = CHANGES[name]
+    if name == "einsum" and mode == "PIECEWISE":
+        mode = "FULL"  # it is not in a submodule
+    callback = harness.callback(mode=mode, verify_replays=0, warmup_steps=1)
+    names = ["_set_blas_preferred_backend", "_set_linalg_preferred_backend"]
+    setters = [getattr(torch._C, each) for each in names]
+    harness.compare(
+        Contracts(Checks(lambda x: x)),
+        predict(features(48)),
+        callback,
+        lambda: [Sets(change, False, True)],
+    )
+    assert [getattr(torch._C, each) for each in names] == setters
+    entries = callback.stats.to_dict()["entries"]
+    assert sum(entry["captures"] for entry in entries) == 2, callback.summary()
+    if mode != "PIECEWISE":
+        assert any(path in str(entry["why_again"]) for entry in entries), callback.summary()
+
+
+def test_a_preference_that_changes_between_two_stages(harness, kept_settings):
+    change, path = CHANGES["filled"]
+    change(False)
+
+    class Changes(Callback):
+        def on_validation_end(self, trainer, pl_module) -> None:
+            change(True)
+
+    class Validates(Contracts):
+        def validation_step(self, batch: Any) -> Tensor:
+            return self.net(batch[0])
+
+        def training_step(self, batch: Any) -> Tensor:
+            return self.net(batch[0]).mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    callback = harness.callback(verify_replays=0, warmup_steps=1)
+    trainer = harness.trainer(callback, Changes(), max_epochs=2, num_sanity_val_steps=0)
+    trainer.fit(Validates(Checks(lambda x: x)), features(8), features(48))
+    again = [str(entry["why_again"]) for entry in callback.stats.to_dict()["entries"]]
+    assert any(path in each for each in again), callback.summary()

@@ -17,7 +17,9 @@ from types import CodeType
 from typing import Any
 
 import torch
+from torch import functional
 from torch.amp import autocast_mode
+from torch.backends import opt_einsum
 from torch.distributions import Distribution
 from torch.nn.utils import parametrize
 
@@ -62,7 +64,14 @@ _SETTINGS = (
     Source(_TORCH, "get_autocast_dtype", "torch.get_autocast_dtype()"),
     Source(_TORCH, "is_autocast_cache_enabled", "torch.is_autocast_cache_enabled()"),
 )
-_FILES = (_FAST_PATH_FILE, autocast_mode.__file__, parametrize.__file__)
+_EINSUM = functional.einsum.__code__
+_CONTRACTION = vars(opt_einsum)["m"].__dict__  # the module is replaced by an object
+_OF_EINSUM = [
+    Source(_CONTRACTION, name, f"torch.backends.opt_einsum.{name}")
+    for name in ("enabled", "strategy")
+    if name in _CONTRACTION
+]
+_FILES = (functional.__file__, _FAST_PATH_FILE, autocast_mode.__file__, parametrize.__file__)
 
 
 def has_settings(file: str) -> bool:
@@ -72,6 +81,8 @@ def has_settings(file: str) -> bool:
 
 def settings_read_by(code: CodeType) -> list[Source]:
     """Return the settings that a function names."""
+    if code is _EINSUM:
+        return _OF_EINSUM
     found = [setting for setting in _SETTINGS if setting.name in code.co_names]
     return found if _DECIMAL.isdisjoint(code.co_names) else [*found, *CONTEXT_OF_DECIMAL]
 
@@ -89,6 +100,11 @@ def setting_returned_by(function: Any) -> Source | None:
     """
     if type(function).__module__ == torch.backends.__name__:
         function = vars(function).get("getter")
+        if isinstance(function, types.FunctionType):  # ``def _get_enabled(): return enabled``
+            for read in function.__code__.co_names[-1:]:
+                if read in function.__globals__:
+                    path = f"{function.__module__}.{read}"
+                    return Source(function.__globals__, read, path)
     if isinstance(function, property) and isinstance(function.fget, types.FunctionType):
         names = function.fget.__code__.co_names  # ``return torch._C._get_...()``
         function = getattr(torch._C, names[-1], None) if names else None

@@ -11,6 +11,7 @@ from types import FrameType, FunctionType
 from typing import Any
 
 from torch import Tensor
+from torch.backends import PropModule
 
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.tree import is_container
@@ -159,7 +160,9 @@ def _source_in_library(holder: Any, name: str, path: str, value: Any) -> Source:
 def _holders(namespace: Any) -> Sequence[Any]:
     """Return where a name of a module or class is looked up, also the user's metaclasses."""
     if not isinstance(namespace, type):
-        return (namespace,)
+        # ``torch.backends.opt_einsum`` is an object, and the module that it stands for has the rest
+        is_replaced = isinstance(namespace, PropModule)
+        return (namespace, vars(namespace)["m"]) if is_replaced else (namespace,)
     kind: type = type(namespace)
     return (*namespace.__mro__, *[each for each in kind.__mro__ if is_users_namespace(each)])
 

@@ -11,6 +11,7 @@
 - ``layer_settings.py``: the settings of all layers and metrics of a module.
 - ``library_code.py``: functions of libraries that are replaced in mid-stage.
 - ``module_guard.py``: the guard of a module itself: members, their placement, hooks, settings.
+- ``recorded_setters.py``: settings of kernels that are in no key.
 - ``sources.py``: sources: where a value comes from that a step reads in Python.
 - ``trainer_values.py``: values of the Trainer that can be guarded.
 - ``values.py``: the contents of guarded values: containers, objects, arrays and tensors.

@@ -50,6 +50,6 @@ def rewritten() -> list[str]:
     """Return all names like ``helper.__code__`` and ``Net.__bases__`` that were set so far.
 
     To set them changes a function, a class or a LightningModule in place, and no comparison of
-    objects shows it.
+    objects shows it. ``RecordedSetters`` adds settings of kernels.
     """
     return _rewritten

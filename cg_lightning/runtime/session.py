@@ -29,6 +29,7 @@ from cg_lightning.effects.module_effects import ModuleEffects
 from cg_lightning.guards.comparisons import ComparedSource, Condition
 from cg_lightning.guards.guard_set import GuardSet, Unguarded
 from cg_lightning.guards.module_guard import Change
+from cg_lightning.guards.recorded_setters import RecordedSetters
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.written_settings import WrittenSettings
 from cg_lightning.host_values.host_copies import HostCopies
@@ -117,6 +118,7 @@ class Session:
         self.watcher = StepWatcher(module, backend, effects=effects, has_backward=has_backward)
         self.changing_values = ChangingValues()
         self._written_settings = WrittenSettings()
+        self._recorded_setters = RecordedSetters()
         self.host_copies: HostCopies = HostCopies() if sharing is None else sharing.host_copies
         self.written = WrittenTensors()
         """Tensors, other than buffers, that steps were seen to write to."""
@@ -163,6 +165,7 @@ class Session:
             self._submodules.add(match_targets(self.module, tuple(targets))[0])
         self._submodules.install()
         self._written_settings.install()
+        self._recorded_setters.install()
         for piece in self.pieces.values():
             piece.install()
 
@@ -200,6 +203,7 @@ class Session:
             piece.remove(check)
         self._compilation.remove()
         self._written_settings.remove()
+        self._recorded_setters.remove()
         self.host_copies.clear()
         self.effects.release(check)
 
