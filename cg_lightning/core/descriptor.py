@@ -250,7 +250,10 @@ def is_text(leaf: Hashable) -> bool:
 def is_plain_value(leaf: Any) -> bool:
     """Return True if ``leaf`` is not a tensor and can be part of a key."""
     cls = type(leaf)  # ``isinstance`` asks the leaf as well, and a dead proxy raises
-    return cls in _VALUE_KEYS or issubclass(cls, enum.Enum)
+    try:
+        return cls in _VALUE_KEYS or issubclass(cls, enum.Enum)
+    except TypeError:  # a class without a hash
+        return False
 
 
 def _tensor_key(tensor: Tensor, index: int, tree: Any) -> Hashable:
@@ -281,7 +284,7 @@ def names_on(tensor: Tensor) -> tuple[str, ...]:
 
 def _value_leaf_key(leaf: Any, index: int, tree: Any) -> Hashable:
     kind = type(leaf)
-    make = _VALUE_KEYS.get(kind)
+    make = _VALUE_KEYS.get(kind) if is_plain_value(leaf) else None
     if make is not None:
         return make(leaf)
     if isinstance(leaf, enum.Enum):

@@ -84,6 +84,8 @@ def _container(node: Any) -> _Container | None:
         return _containers[kind]
     except KeyError:
         return _containers.setdefault(kind, _find_container(kind))
+    except TypeError:  # a class without a hash
+        return None
 
 
 def is_container(node: Any) -> bool:

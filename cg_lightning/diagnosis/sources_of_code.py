@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import functools
 import sys
 import types
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from cg_lightning.modules.kinds import (
     is_user_file,
     is_users_namespace,
     is_value_of_class,
+    once_for_each,
 )
 
 _ASKS_FOR_CLASSES = frozenset({"isinstance", "issubclass"})
@@ -223,8 +223,8 @@ class _PlainValues(DerivedNamespace):
         return self._values
 
 
-_plain_values_in = functools.lru_cache(maxsize=256)(_PlainValues)
-_names_of = functools.lru_cache(maxsize=256)(_Names)  # two sources are the same by their holder
+_plain_values_in = once_for_each(_PlainValues)
+_names_of = once_for_each(_Names)  # two sources are the same by their holder
 
 
 def sources_held_by(function: FunctionType) -> list[Source]:

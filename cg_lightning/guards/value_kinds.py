@@ -47,6 +47,7 @@ from cg_lightning.modules.kinds import (
     is_users_namespace,
     is_value_of_class,
     lightning_class,
+    once_for_each,
 )
 
 
@@ -143,7 +144,12 @@ def contents_of(value: Any) -> Callable[[Any], Any] | None:
     numpy = sys.modules.get("numpy")
     if numpy is not None and issubclass(type(value), numpy.ndarray):
         return _array_contents
-    return next((_CONTENTS[cls] for cls in type(value).__mro__ if cls in _CONTENTS), None)
+    return _contents_of_class(type(value))
+
+
+@once_for_each
+def _contents_of_class(cls: type) -> Callable[[Any], Any] | None:
+    return next((read for kind, read in _CONTENTS.items() if issubclass(cls, kind)), None)
 
 
 def _numpy_state(value: Any) -> str:
@@ -178,8 +184,13 @@ def _root(cls: type) -> str:
     return cls.__module__.split(".")[0]
 
 
+def _is_of_python(cls: type) -> bool:
+    # a file of the user's may be called ``queue.py``
+    return _root(cls) in sys.stdlib_module_names and not is_users_namespace(cls)
+
+
 def _is_of_library(cls: type) -> bool:
-    return not is_user_class(cls) or _root(cls) in sys.stdlib_module_names
+    return not is_user_class(cls) or _is_of_python(cls)
 
 
 def _can_be_given_attributes(cls: type) -> bool:
@@ -208,27 +219,38 @@ def _is_harmless_class(cls: type) -> bool:
     return _root(cls) == "torch"  # streams, dtypes, scripted objects
 
 
-@functools.lru_cache(maxsize=4096)
+_CONTAINERS = (tuple, list, collections.deque, MutableMapping, types.MappingProxyType)
+
+
+def _is_subclass(cls: type, kinds: type | tuple[type, ...]) -> bool:
+    try:
+        return issubclass(cls, kinds)
+    except TypeError:  # an abstract class asks for the hash of a class, and it has none
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        return any(base is kind for base in cls.__mro__ for kind in kinds)
+
+
+@once_for_each
 def _kind_of_class(cls: type) -> ValueKind:
-    if issubclass(cls, Tensor):
+    if _is_subclass(cls, Tensor):
         return ValueKind.TENSOR
-    if issubclass(cls, nn.Module):
+    if _is_subclass(cls, nn.Module):
         return ValueKind.MODULE
-    if issubclass(cls, _FUNCTIONS):
+    if _is_subclass(cls, _FUNCTIONS):
         return ValueKind.FUNCTION
-    if issubclass(cls, (type, types.ModuleType)):
+    if _is_subclass(cls, (type, types.ModuleType)):
         return ValueKind.NAMESPACE
-    if issubclass(cls, weakref.ref):
+    if _is_subclass(cls, weakref.ref):
         return ValueKind.REFERENCE
-    if issubclass(cls, _HARMLESS):
+    if _is_subclass(cls, _HARMLESS):
         return ValueKind.OBJECT if _can_be_given_attributes(cls) else ValueKind.HARMLESS
     if cls is CacheWrapper:
         return ValueKind.CACHE
-    if issubclass(cls, torch.Generator):
+    if _is_subclass(cls, torch.Generator):
         return ValueKind.GENERATOR
-    if issubclass(cls, _OPAQUE):
+    if _is_subclass(cls, _OPAQUE):
         return ValueKind.OPAQUE
-    if issubclass(cls, (tuple, list, collections.deque, MutableMapping, types.MappingProxyType)):
+    if _is_subclass(cls, _CONTAINERS):
         return ValueKind.CONTAINER
     if _is_harmless_class(cls):
         return ValueKind.HARMLESS
@@ -254,9 +276,9 @@ def kind_of(value: Any) -> ValueKind:
         return ValueKind.HARMLESS  # a function that another language made
     if kind is ValueKind.NAMESPACE and not is_users_namespace(value):
         return ValueKind.HARMLESS
-    if issubclass(cls, _HARMLESS):
+    if _is_subclass(cls, _HARMLESS):
         return kind
-    if kind is not ValueKind.OBJECT or _root(type(value)) not in sys.stdlib_module_names:
+    if kind is not ValueKind.OBJECT or not _is_of_python(cls):
         return kind
     return ValueKind.OPAQUE if _is_around_opaque(value, 2) else kind
 
@@ -268,7 +290,7 @@ def _is_around_opaque(value: Any, depth: int) -> bool:
         kind = _kind_of_class(cls)
         if kind is ValueKind.OPAQUE and contents_of(held) is None:
             return True
-        is_object = kind is ValueKind.OBJECT and _root(type(held)) in sys.stdlib_module_names
+        is_object = kind is ValueKind.OBJECT and _is_of_python(cls)
         if depth > 1 and is_object and _is_around_opaque(held, depth - 1):
             return True
     return False

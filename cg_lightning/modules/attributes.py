@@ -29,6 +29,7 @@ from cg_lightning.modules.kinds import (
     is_value_of_class,
     lightning_class,
     namespace_of,
+    once_for_each,
 )
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.device, torch.dtype, types.MethodType)
@@ -56,7 +57,7 @@ def same_attributes(attributes: dict[str, Any], before: dict[str, Any]) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=4096)
+@once_for_each
 def slots_of(cls: type) -> tuple[str, ...]:
     """Return the names of the slots of instances of ``cls``, as ``getattr`` takes them."""
     found: dict[str, None] = {}
@@ -84,7 +85,7 @@ _KEPT_IN_C: tuple[tuple[type, tuple[str, ...]], ...] = (
 """What instances of some classes hold although no dictionary and no slot of theirs has it."""
 
 
-@functools.lru_cache(maxsize=4096)
+@once_for_each
 def members_of(cls: type) -> tuple[str, ...]:
     """Return the names of attributes that instances of ``cls`` store outside a dictionary."""
     in_c = [name for base, names in _KEPT_IN_C if issubclass(cls, base) for name in names]
@@ -94,7 +95,7 @@ def members_of(cls: type) -> tuple[str, ...]:
     return (*own, *in_c)
 
 
-@functools.lru_cache(maxsize=4096)
+@once_for_each
 def names_of_library(cls: type) -> frozenset[str]:
     """Return the attributes of instances that only the class of a library writes and reads.
 
@@ -173,12 +174,12 @@ def names_of_frameworks(module: nn.Module) -> frozenset[str]:
     return _names_for(kind)
 
 
-@functools.lru_cache(maxsize=4096)
+@once_for_each
 def _names_for(kind: type) -> frozenset[str]:
     return _names_in(lightning_class(kind, "LightningModule") or nn.Module)
 
 
-@functools.cache
+@once_for_each
 def _names_in(cls: type) -> frozenset[str]:
     return frozenset({*vars(cls()), "__dict__", "__class__"})
 
@@ -270,10 +271,11 @@ def plain_values_of(classes: Iterable[type]) -> list[tuple[type, str]]:
 
     Only classes of the user's code are searched.
     """
-    written = {base: None for cls in classes for base in cls.__mro__ if is_user_class(base)}
+    # by id: a class may have no hash
+    bases = {id(base): base for cls in classes for base in cls.__mro__}
     named = [
         (cls, name, value)
-        for cls in written
+        for cls in filter(is_user_class, bases.values())
         for name, value in vars(cls).items()
         if not name.startswith("__")
     ]
@@ -286,13 +288,13 @@ def _names_mentioned_by(values: Iterable[Any]) -> frozenset[str]:
     return frozenset(name for function in functions for name in function.__code__.co_names)
 
 
-@functools.lru_cache(maxsize=4096)
+@once_for_each
 def _names_in_methods(cls: type) -> frozenset[str]:
     """Return the names that the methods of a class mention."""
     return _names_mentioned_by(value for base in cls.__mro__ for value in vars(base).values())
 
 
-@functools.lru_cache(maxsize=4096)
+@once_for_each
 def names_in_users_methods(cls: type) -> frozenset[str]:
     """Return the names that methods and properties of the user's classes mention."""
     values = [v for base in cls.__mro__ if is_user_class(base) for v in vars(base).values()]

@@ -6,8 +6,9 @@ import functools
 import sys
 import sysconfig
 import types
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torchmetrics import Metric, MetricCollection
@@ -16,6 +17,30 @@ FRAMEWORKS = ("torch", "lightning", "pytorch_lightning", "torchmetrics")
 _LIGHTNING = ("lightning.", "pytorch_lightning.")
 _OURS = str(Path(__file__).resolve().parent.parent)
 _WRITTEN_AS_BY_USERS = (f"{_OURS}/app/", f"{_OURS}/bench/")
+
+
+_MOST_CLASSES = 4096
+_Result = TypeVar("_Result")
+
+
+def once_for_each(function: Callable[[Any], _Result]) -> Callable[[Any], _Result]:
+    """Return a function that keeps its results, by the identity of a class or module.
+
+    ``functools.cache`` would ask the user's metaclass, which may find two classes equal, or may
+    have no hash.
+    """
+    known: dict[int, tuple[Any, _Result]] = {}
+
+    @functools.wraps(function)
+    def look_up(namespace: Any) -> _Result:
+        found = known.get(id(namespace))
+        if found is None:
+            if len(known) >= _MOST_CLASSES:
+                known.clear()
+            found = known[id(namespace)] = (namespace, function(namespace))  # nothing gets its id
+        return found[1]
+
+    return look_up
 
 
 def is_metric(module: nn.Module) -> bool:
@@ -96,6 +121,18 @@ def _is_library(file: str) -> bool:
     installed = [sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")]
     folders = [*installed, *map(_folder, FRAMEWORKS)]
     return file.startswith(("<frozen", *[folder for folder in folders if folder]))
+
+
+@functools.lru_cache(maxsize=4096)
+def is_framework_file(file: str) -> bool:
+    """Return True for a file of Python itself, torch, Lightning or torchmetrics."""
+    if file.startswith("<frozen"):
+        return True
+    installed = [sysconfig.get_path(key) for key in ("purelib", "platlib")]
+    if any(file.startswith(folder) for folder in map(_folder, FRAMEWORKS) if folder):
+        return True
+    # the folder of installed libraries is one of Python's
+    return file.startswith(sysconfig.get_path("stdlib")) and not file.startswith(tuple(installed))
 
 
 @functools.lru_cache(maxsize=4096)

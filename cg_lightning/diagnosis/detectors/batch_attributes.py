@@ -9,20 +9,21 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 from unittest.mock import patch
 
 from cg_lightning.core.causes import Cause
+from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.lines import Elsewhere
 from cg_lightning.core.tree import containers_in
 from cg_lightning.diagnosis.detector import ReplacingDetector
 from cg_lightning.diagnosis.findings import is_called_by_step, reading_frame
 from cg_lightning.diagnosis.step_watch import StepWatch
+from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.sources import MISSING
 from cg_lightning.modules.attributes import attributes_beside_items
-from cg_lightning.modules.kinds import FRAMEWORKS, is_users_namespace, is_value_of_class
+from cg_lightning.modules.kinds import is_framework_file, is_users_namespace, is_value_of_class
 
 
 class BatchAttributes(ReplacingDetector):
@@ -39,6 +40,7 @@ class BatchAttributes(ReplacingDetector):
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
+        self._report_keys(self.watch.batch, self.watch.step)
         with self.replacing():
             yield
         # a dataclass has all that it usually has in fields, which are part of the key
@@ -49,6 +51,17 @@ class BatchAttributes(ReplacingDetector):
             self._report(
                 "vars()", location=Elsewhere.AT_THE_END, module="", calls=self.watch.calls()
             )
+
+    def around_call(self, call: ModuleCall) -> contextlib.AbstractContextManager[None]:
+        self._report_keys(call.given, call)
+        return contextlib.nullcontext()
+
+    def _report_keys(self, given: Any, call: ModuleCall) -> None:
+        """Report keys of mappings that are objects: what they hold is in no key of ours."""
+        for each in containers_in(given):
+            if isinstance(each, Mapping) and not all(map(_is_plain_key, each)):
+                words = f"an object as a key of a {type(each).__name__} of the batch"
+                self.watch.report(Cause.OPAQUE, words, location=Elsewhere.AT_THE_END, calls=[call])
 
     def replace(self, replaced: contextlib.ExitStack) -> None:
 
@@ -111,8 +124,12 @@ def _values_of(cls: type) -> dict[str, Any]:
 def _is_asked_by_framework() -> bool:
     """Return whether a framework, or Python itself, asks what kind of object it is."""
     frame = reading_frame()
-    root = "" if frame is None else str(frame.f_globals.get("__name__", "")).split(".")[0]
-    return root in FRAMEWORKS or root in sys.stdlib_module_names
+    return frame is None or is_framework_file(frame.f_code.co_filename)
+
+
+def _is_plain_key(key: Any) -> bool:
+    """Return whether nothing in the key of a mapping can change."""
+    return all(map(_is_plain_key, key)) if type(key) is tuple else is_plain_value(key)
 
 
 def _names_in(container: Any) -> set[str]:
