@@ -663,3 +663,68 @@ def test_a_step_that_replaces_a_function_and_uses_a_new_class(harness: Harness, 
     callback = harness.callback(mode=mode, verify_replays=0, warmup_steps=1)
     harness.compare(Runs(Part(dict, use)), job, callback)
     assert callback.stats.steps[mode.split("_")[0]] >= 5, callback.summary()
+
+
+class OwnTensor(Tensor):
+    """A class of tensors of the user's."""
+
+
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "PIECEWISE"])
+def test_a_new_tensor_of_the_users_class_is_not_that_of_an_earlier_step(
+    harness: Harness, mode
+) -> None:
+    torch.manual_seed(2)
+    callback = harness.callback(mode=mode, verify_replays=0, warmup_steps=1)
+    harness.compare(
+        Runs(Part(dict, lambda part, x: (x, part.linear.bias.detach().as_subclass(OwnTensor)))),
+        predict(features(48)),
+        callback,
+        lambda: [SetsDataOfOutputs()],
+    )
+
+
+class ChangesContainers(Callback):
+    """Changes a container of each output in place, and keeps what it sees."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def on_predict_batch_end(self, trainer, pl_module, outputs, *_: Any) -> None:
+        one, other = outputs[:2] if isinstance(outputs, list) else (outputs["a"], outputs["b"])
+        if isinstance(one, list):
+            one.append(len(one))
+        else:
+            one["new"] = len(one)
+        self.seen.append((one is other, len(one), len(other)))
+
+
+def _deep(x: Tensor) -> list[Any]:
+    inner = {"x": x}
+    return [{"y": [inner]}, {"z": inner}, inner]
+
+
+REPEATED: dict[str, Callable[[Tensor], Any]] = {
+    "list": lambda x: (lambda each: {"a": each, "b": each, "c": x})([x, x + 1]),
+    "dictionary": lambda x: (lambda each: [each, each])({"q": x}),
+    "empty": lambda x: (lambda each: [each, each, x])([]),
+    "deep": _deep,
+    "two": lambda x: {"a": [x], "b": [x]},
+}
+
+
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "PIECEWISE"])
+@pytest.mark.parametrize("name", list(REPEATED))
+def test_a_new_container_that_is_in_the_output_twice_is_one(harness: Harness, name, mode) -> None:
+    torch.manual_seed(2)
+    make = REPEATED[name]
+    model = Runs(Part(dict, lambda part, x: make(x)))
+    callback = harness.callback(mode=mode, verify_replays=0, warmup_steps=1)
+    seen = []
+    for extra in ([callback], []):
+        changes = ChangesContainers()
+        trainer = harness.trainer(*extra, changes)
+        outputs = predict(features(48))(trainer, model)
+        inside = [each[0]["y"][0] is each[2] for each in outputs] if name == "deep" else []
+        seen.append((changes.seen, inside))
+    assert seen[0] == seen[1], callback.summary()
+    assert callback.stats.steps[mode.split("_")[0]] >= 10

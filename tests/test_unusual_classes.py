@@ -206,3 +206,24 @@ def test_a_file_of_the_users_is_called_like_one_of_pythons(harness, tmp_path, na
             vars(batch).clear()
         seen.append(predict(loader)(harness.trainer(*extra, Marks(change)), module))
     assert all(map(torch.equal, *seen))
+
+
+class OwnTensor(Tensor):
+    """A class of tensors of the user's."""
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda each: each.get("mode", "FULL"))
+@pytest.mark.parametrize("is_in_list", [False, True])
+def test_a_tensor_of_the_users_class_gets_other_memory(harness, is_in_list, settings) -> None:
+    def get(part: Any) -> Tensor:
+        return part.held[0] if is_in_list else part.held
+
+    def change(part: Any, is_on: bool) -> None:
+        get(part).data = torch.full_like(get(part), 3.0 if is_on else 1.0)
+
+    def use(part: Any, x: Tensor) -> Tensor:
+        return (x * get(part)).as_subclass(Tensor)
+
+    own = torch.ones(8, device="cuda" if harness.backend == "cuda" else "cpu")
+    own = own.as_subclass(OwnTensor)
+    compare(harness, lambda: [own] if is_in_list else own, use, change, **settings)

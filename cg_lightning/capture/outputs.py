@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cg_lightning.capture.host_copies import (
     CopyPlaces,
@@ -20,7 +20,15 @@ from cg_lightning.capture.host_copies import (
 from cg_lightning.capture.static_inputs import overlaps_itself, without_repeats
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.errors import CaptureError
-from cg_lightning.core.tree import containers_in, flatten, leaf_paths, rebuild, with_leaves_for
+from cg_lightning.core.tree import (
+    containers_in,
+    flatten,
+    has_repeats,
+    leaf_paths,
+    rebuild,
+    rebuild_with_repeats,
+    with_leaves_for,
+)
 from cg_lightning.guards.values import addresses_of
 
 
@@ -130,10 +138,11 @@ class _SourceFinder:
         if leaf.is_nested or leaf.layout is not torch.strided:
             raise self._unmakeable(index, "nested" if leaf.is_nested else str(leaf.layout))
         if _storage(leaf) in self._held_storages:
-            if type(leaf) is nn.Parameter and id(leaf) not in self._held:
-                raise self._error(index, " is a new Parameter, which a replay cannot make.")
-            if id(leaf) in self._held or type(leaf) is not Tensor or leaf.grad_fn:
+            if id(leaf) in self._held or (type(leaf) is Tensor and leaf.grad_fn):
                 return _Source.HELD, leaf
+            if type(leaf) is not Tensor:
+                what = f" is a new {type(leaf).__qualname__}, which a replay cannot make."
+                raise self._error(index, what)
             if not attributes:
                 return _Source.VIEW_OF_HELD, leaf
         if attributes:
@@ -169,6 +178,8 @@ class OutputPlan:
     """Whether containers of the batch itself are in the output."""
     host_copies: Sequence[CopyPlaces] = ()
     """The leaves that are copies on the host, or numbers."""
+    has_repeats: bool = False
+    """Whether a list or dictionary is in the output twice."""
 
     @classmethod
     def make(
@@ -208,11 +219,13 @@ class OutputPlan:
         ]
         tensors = _join_shared(sources, finder.computed, leaves, output)
         return cls(
-            rebuild(output, iter([0] * len(leaves))),  # ``torch.Size`` takes numbers only
+            # ``torch.Size`` takes numbers only
+            rebuild_with_repeats(output, iter([0] * len(leaves))),
             structure is not None,
             sources,
             any(source is _Source.CONTAINER for source, _ in sources),
             host_copies,
+            has_repeats(output),
         ), tensors
 
     @property
@@ -243,7 +256,7 @@ class OutputPlan:
     def is_computed_in_order(self) -> bool:
         """Whether the leaves are the computed tensors, as of a loss and its gradients."""
         in_order = [(_Source.COMPUTED, index) for index in range(len(self.sources))]
-        return self.sources == in_order and not self.host_copies
+        return self.sources == in_order and not (self.host_copies or self.has_repeats)
 
     @functools.cached_property
     def _views(self) -> dict[int, tuple[_Source, Any]]:
@@ -281,6 +294,8 @@ class OutputPlan:
         ]
         for copy in self.host_copies:
             copy.fill(leaves)
+        if self.has_repeats:
+            return rebuild_with_repeats(self.template, iter(leaves))
         return rebuild(self.template, iter(leaves)) if self.is_nested else leaves[0]
 
 

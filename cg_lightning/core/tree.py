@@ -204,6 +204,33 @@ def rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
     return container.build(tree, keys, parts)
 
 
+def rebuild_with_repeats(
+    tree: Any, leaves: Iterator[Any], built: dict[int, Any] | None = None
+) -> Any:
+    """Return the same as :func:`rebuild`; a container that is there twice is one in the copy, too.
+
+    Args:
+        tree: The tree.
+        leaves: The leaves, also those of each repeated container.
+        built: The copies so far, by the ids of the containers.
+    """
+    container = _container(tree)
+    if container is None:
+        return next(leaves)
+    built = {} if built is None else built
+    keys, values = container.children(tree)
+    parts = [rebuild_with_repeats(value, leaves, built) for value in values]
+    if id(tree) not in built:
+        built[id(tree)] = container.build(tree, keys, parts)
+    return built[id(tree)]
+
+
+def has_repeats(tree: Any) -> bool:
+    """Return whether a container that can change is there twice."""
+    found = list(map(id, containers_in(tree)))
+    return len(set(found)) < len(found)
+
+
 def containers_in(tree: Any, has_tuples: bool = False) -> Iterator[Any]:
     """Yield the containers of ``tree``, the outermost first; tuples never change: only if asked."""
     container = _container(tree)
@@ -215,14 +242,18 @@ def containers_in(tree: Any, has_tuples: bool = False) -> Iterator[Any]:
 
 
 def with_leaves_for(tree: Any, leaves: dict[int, Any]) -> Any:
-    """Return a copy of the containers of ``tree``, in which leaves replace some, by their id."""
+    """Return a copy of the containers of ``tree``, in which leaves replace some, by their id.
+
+    ``leaves`` then has the copies as well.
+    """
     if id(tree) in leaves:
         return leaves[id(tree)]
     container = _container(tree)
     if container is None:
         return tree
     keys, values = container.children(tree)
-    return container.build(tree, keys, [with_leaves_for(value, leaves) for value in values])
+    new = container.build(tree, keys, [with_leaves_for(value, leaves) for value in values])
+    return leaves.setdefault(id(tree), new)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

@@ -232,7 +232,7 @@ class FrozenValues:
         """Store one value; return the values inside it, which are stored next."""
         kind = kind_of(value)
         if kind is ValueKind.TENSOR:
-            if type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided:
+            if has_memory(value):
                 self.tensors.append(value)
                 self._tensor_paths.append(path)
             held = vars(value)  # attributes that the user has set

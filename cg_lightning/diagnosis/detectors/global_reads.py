@@ -351,7 +351,7 @@ class GlobalReads(Detector):
         if self._reads_by_name and (contents.reads_by_name or contents.namespaces):
             found += self._all_sources()
         for source in found:
-            self._remember(source, AT_THE_END)
+            self._remember(source, Elsewhere.AT_THE_END)
         return found
 
     def _read_namespace(self, namespace: Any, known: _Code, how: str) -> None:

@@ -33,7 +33,8 @@ _READS = (*UNSEEN_READS, "__reduce_ex__", "__dlpack__", "data_ptr", "__format__"
 class HostCopies(Detector):
     """Allows ``x.cpu()`` until the step reads the copy. Submodules that copy get no graph.
 
-    ``x.item()`` and the like are allowed if the source shows that the step only passes the value on.
+    ``x.item()`` and the like are allowed if the source shows that the step only passes the value
+    on.
 
     If a module is compiled, nothing is allowed: compiled code may have guards on the methods that a
     capture would replace. Copies that metrics make for themselves are not allowed either.
