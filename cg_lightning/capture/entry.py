@@ -246,9 +246,11 @@ class GraphEntry:
         self.replays += 1
         self.record.replays += 1
 
-    def took(self, seconds: float) -> None:
-        """Add the host time of a step or call that was one replay, in seconds."""
+    def count_timed(self, seconds: float) -> None:
+        """Count a replay that was a step or call of its own, with its host time in seconds."""
+        self.replays += 1
         record = self.record
+        record.replays += 1
         record.timed += 1
         record.host_seconds += seconds
 

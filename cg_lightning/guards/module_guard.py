@@ -265,8 +265,7 @@ class ModuleGuard:
         self._own_methods = [
             (vars(each), name, vars(each).get(name))
             for each in holders
-            if _is_restless(each)
-            for name in _OF_INSTANCES
+            for name in _own_methods_of(each)
         ]
         self._quiet = [each for each in holders if not _is_restless(each)]
         attributes = list(map(vars, self._quiet))
@@ -522,8 +521,11 @@ class ModuleGuard:
         )
 
 
-_OF_INSTANCES = ("update", "compute", "log", "log_dict")
-"""Methods that metrics have as attributes, or that an attribute may hide."""
+def _own_methods_of(module: nn.Module) -> tuple[str, ...]:
+    """Return the methods that a metric has as attributes, or that an attribute may hide."""
+    if is_metric(module):
+        return ("update", "compute")
+    return ("log", "log_dict") if is_lightning_module(module) else ()
 
 
 def _is_restless(module: nn.Module) -> bool:

@@ -183,9 +183,8 @@ class StepRunner:
                 output = entry.replay(leaves, session.cache.step, batch)
         else:
             output = entry.replay(leaves, session.cache.step, batch)
-        entry.count()
         seconds = perf_counter() - start
-        entry.took(seconds)
+        entry.count_timed(seconds)
         self._times.append((self._stage, Ran.REPLAY, seconds, None))
         if times is not None:
             output = outliving_graph(output)

@@ -198,8 +198,7 @@ class SubmoduleRunner(ModuleHandler):
                     output = plan.variant.entry.replay(leaves, self.target.cache.step, given)
             else:
                 output = plan.variant.entry.replay(leaves, self.target.cache.step, given)
-            plan.variant.entry.count()
-            plan.variant.entry.took(perf_counter() - began)
+            plan.variant.entry.count_timed(perf_counter() - began)
             step.ran_from_graph()
             return output
         return self._run(plan, original, args, kwargs, leaves, step)
