@@ -30,7 +30,7 @@ from cg_lightning.diagnosis.definitions import Parents, node_of
 from cg_lightning.guards.changed_values import LISTS, MAPPINGS, is_plain_object
 from cg_lightning.modules.kinds import is_our_file, is_user_class, is_user_file, namespace_of
 
-_READ_ALL = frozenset({"locals", "vars", "eval", "exec", "dir"})
+_READ_ALL = frozenset({"locals", "vars", "eval", "exec", "dir", "_getframe", "currentframe"})
 _NUMBERS = (bool, int, float, complex)
 _APPEND, _EXTEND, _ADD, _SET, _LOG, _CALL = "append", "extend", "+=", "=", "log", "()"
 _KINDS = {"item": "number", "tolist": "list", "numpy": "array"}
@@ -229,6 +229,8 @@ def _ends_of_name(
         definition = parents[definition]
     for node in ast.walk(definition):
         if isinstance(node, (ast.Global, ast.Nonlocal)):
+            yield None
+        if isinstance(node, ast.Attribute) and node.attr in _READ_ALL:
             yield None
         if not isinstance(node, ast.Name):
             continue
