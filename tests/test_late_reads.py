@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from cg_lightning import diagnose
 from cg_lightning.core.causes import Cause
@@ -285,6 +287,29 @@ def test_other_precisions(harness: Harness, precision: Any):
 def test_predictions(harness: Harness):
     callback = harness.compare(net(returns), predict(data()))
     assert callback.stats.steps["FULL"] >= 10, callback.summary()
+
+
+def of_the_first_row(self, batch, batch_idx):
+    (x,) = batch
+    y = self.net(x)
+    return {"y": y, "first": y[0].sum().item()}
+
+
+@pytest.mark.parametrize(("step", "is_padded"), [(of_the_first_row, True), (returns_one, False)])
+def test_padded_batches(harness: Harness, step: Step, is_padded: bool):
+    """The padding is in the number of all rows, so such a step is not padded."""
+    generator = torch.Generator().manual_seed(3)
+    given = [torch.randn([8, 5, 7][i % 3], 8, generator=generator) for i in range(60)]
+    callback = harness.callback(capture_sizes=[8], verify_tolerance="close")
+    model = net(step)
+    reference = copy.deepcopy(model)
+    found = harness.trainer(callback).predict(model, DataLoader([(x,) for x in given], None))
+    expected = harness.trainer().predict(reference, DataLoader([(x,) for x in given], None))
+    for one, other in zip(found, expected, strict=True):
+        numbers = (one, other) if not is_padded else (one["first"], other["first"])
+        assert [type(each) for each in numbers] == [float, float]
+        assert numbers[0] == pytest.approx(numbers[1], rel=1e-4, abs=1e-5)
+    assert (len({entry.shapes for entry in callback.stats.entries}) == 1) is is_padded
 
 
 def test_a_submodule_that_keeps_a_number(harness: Harness):
