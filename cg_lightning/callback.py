@@ -109,7 +109,8 @@ class CUDAGraphCallback(Callback):
             then a graph that saves less is dropped. Its key runs eagerly from then on, with the
             reason ``no gain``. A stage with too few batches to win back a capture runs eagerly. 0
             keeps every graph, and so do ``strict=True`` and the recorder, which is no speed-up.
-        max_graphs: Maximum number of graphs. The least recently used graph is dropped first.
+        max_graphs: Maximum number of graphs. The least recently used graph is dropped first, but
+            no graph that is still in use.
         max_graph_bytes: Maximum memory of all graphs, in bytes, as measured in their captures. The
             least recently used graph is dropped first. None: any.
         strict: Raise if a step runs in a lower mode than asked after its warm-up. With FULL, any

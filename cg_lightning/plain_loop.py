@@ -192,7 +192,8 @@ def graphed(
         compile: Run the networks under ``torch.compile``; or its arguments as a dictionary.
         copy_outputs: Copy outputs out of graph memory. False: valid until the next replay.
         min_saving: The share of a call's time that a graph must save, or else it is dropped.
-        max_graphs: Maximum number of graphs. The least recently used graph is dropped first.
+        max_graphs: Maximum number of graphs. The least recently used graph is dropped first, but
+            no graph that is still in use.
         max_graph_bytes: Maximum memory of all graphs, in bytes. None: any.
         strict: Raise if a call runs in a lower mode than asked after its warm-up.
         backend: ``cuda``, ``recorder`` or ``auto`` (``cuda`` if the module is on CUDA).

@@ -513,6 +513,7 @@ def test_sizes_above_the_largest_and_empty_batches(harness):
     assert {record.shapes for record in callback.stats.padding} == {"4x8", "2x8"}
 
 
+@pytest.mark.filterwarnings("ignore:CUDAGraphCallback. all graphs of max_graphs")
 def test_eviction_and_two_epochs_of_one_module(harness):
     model = Step(plain)
     data = batches(*[4] * 4, 3, 3, 3, 2, 2, 2, 1, 1, 1, 3, 2, 1)

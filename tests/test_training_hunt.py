@@ -559,6 +559,7 @@ def test_nested_batches_with_values(fit):
     fit(OfDictionaries(), train=train)
 
 
+@pytest.mark.filterwarnings("ignore:CUDAGraphCallback. all graphs of max_graphs")
 def test_shapes_in_turn_and_few_graphs(fit):
     torch.manual_seed(4)
     rows = [

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from cg_lightning.backends import GraphBackend
 from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.core.errors import CaptureError
+
+_FIRST_INTERVAL = 8
+"""A graph that was used in one step only is expected to be used again after so many steps."""
 
 
 class GraphCache:
@@ -28,6 +32,7 @@ class GraphCache:
         self._max_bytes = max_bytes
         self._backend = backend
         self._owners: dict[GraphEntry, Any] = {}
+        self._has_warned = False
         self.step = 0
         """The number of the current step. Each entry stores the step of its last use."""
 
@@ -37,12 +42,43 @@ class GraphCache:
         return f"evicted: more graphs than max_graphs={self._max_graphs}"
 
     @property
+    def why_no_room(self) -> str:
+        """The reason why :meth:`has_room` has returned False."""
+        return f"all graphs of max_graphs={self._max_graphs} are in use"
+
+    @property
     def why_too_large(self) -> str:
         """The reason why :meth:`make_room_for` has dropped a graph."""
         return f"evicted: more memory than max_graph_bytes={self._max_bytes}"
 
+    def has_room(self) -> bool:
+        """Return False if a new graph would take the place of one that is still in use.
+
+        That one would be captured again soon, in the place of the next.
+        """
+        if len(self._owners) < self._max_graphs:
+            return True
+        oldest = self._first_to_go()
+        if oldest.last_step == self.step or self._is_overdue(oldest):
+            return True
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"CUDAGraphCallback: {self.why_no_room}; what has no graph yet runs eagerly until "
+                "one of them was not used for a while. Raise max_graphs.",
+                stacklevel=2,
+            )
+        return False
+
+    def _is_overdue(self, entry: GraphEntry) -> bool:
+        """Return True if a graph was not used for more than twice the time between its uses."""
+        return self.step - entry.last_step > 2 * (entry.interval or _FIRST_INTERVAL)
+
+    def _first_to_go(self) -> GraphEntry:
+        return min(self._owners, key=lambda each: (not self._is_overdue(each), each.last_step))
+
     def make_room(self) -> Any:
-        """Drop the least recently used graph if the budget is used up.
+        """Drop the least recently used graph if the budget is used up; first those overdue.
 
         Returns:
             The owner of the dropped graph; None if no graph was dropped.
@@ -53,7 +89,7 @@ class GraphCache:
         """
         if len(self._owners) < self._max_graphs:
             return None
-        oldest = min(self._owners, key=lambda entry: entry.last_step)
+        oldest = self._first_to_go()
         if oldest.last_step == self.step:
             raise CaptureError(
                 f"One step needs more than max_graphs={self._max_graphs} graphs; raise max_graphs."

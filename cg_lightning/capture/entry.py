@@ -94,7 +94,7 @@ class GraphEntry:
             "_inputs",
         ),
         *("_grouped_copies", "_is_built"),
-        *("_outputs", "_takers", "_value", "last_step", "parts", "record", "replays"),
+        *("_outputs", "_takers", "_value", "interval", "last_step", "parts", "record", "replays"),
     )
 
     def __init__(
@@ -134,6 +134,8 @@ class GraphEntry:
         """Number of replays whose result was returned to the user."""
         self.last_step = 0
         """The number of the step that last used this entry."""
+        self.interval = 0
+        """Number of steps between its last two uses; 0: it was used in one step only."""
         self.parts: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
         """Views of the static leaves, by who writes to them in parts."""
 
@@ -212,7 +214,8 @@ class GraphEntry:
                 :meth:`gives_copies`.
         """
         assert self._graph is not None and self._inputs is not None  # noqa: PT018
-        self.last_step = step
+        if step != self.last_step:
+            self.interval, self.last_step = step - self.last_step, step
         self._inputs.copy_from(leaves)
         for prepare in self._before_replay:
             prepare()

@@ -262,7 +262,7 @@ class Settings:
     """Share of a step's time that its graph must save, or else it is dropped; 0: keep every graph.
     """
     max_graphs: int = 64
-    """Maximum number of graphs. The least recently used graph is dropped first."""
+    """Maximum number of graphs. The least recently used is dropped, but none that is in use."""
     max_graph_bytes: int | None = None
     """Maximum memory of all graphs, in bytes; the least recently used is dropped first. None: any.
     """

@@ -407,6 +407,8 @@ class CUDAGraphDispatcher(KeyTable):
         state.ledger.spend(CAPTURE_COST - 1)  # the step itself ran from it
         variant.entry = entry
         variant.verify_at = self._next_verification(1)
+        if variant.reason is not None and variant.reason.kind is Status.EVICTED:
+            variant.reason = None
 
     def borrowed(self, state: KeyState, variant: Variant, entry: Entry) -> None:
         """Record that batches of this key are padded, and run from the graph of another key."""
@@ -421,6 +423,12 @@ class CUDAGraphDispatcher(KeyTable):
     def captured_ahead(self, variant: Variant) -> None:
         """Record that the captured graph has not run any step yet."""
         variant.verify_at = self._next_verification(0)
+
+    def no_room(self, state: KeyState, variant: Variant, why: str) -> None:
+        """Record that a step runs eagerly, since its graph would take the place of a used one."""
+        state.ledger.spend(1)
+        state.ledger.note(Status.EVICTED, Changed(why))
+        variant.reason = state.ledger.reason()
 
     def evicted(self, state: KeyState, why: str) -> None:
         """Record that a graph of this key was dropped to make room for another one."""

@@ -141,10 +141,15 @@ class GraphTarget:
             call: The call.
 
         Returns:
-            The outcome. None if the capture failed and the call has not run yet.
+            The outcome. None if the capture failed, or if there is no room for another graph, and
+            the call has not run yet.
         """
         variant = plan.variant
         assert variant is not None
+        has_graph = isinstance(variant.entry, GraphEntry) and not variant.entry.is_dropped
+        if not has_graph and not self.cache.has_room():
+            self.dispatcher.no_room(plan.state, variant, self.cache.why_no_room)
+            return None
         target = self.capture_target(name, plan, call)
         get_entry = functools.partial(self._get_entry, target, plan, call)
         if plan.action is Action.CAPTURE and self._settings.next_verification(0) != 0:
