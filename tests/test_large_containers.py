@@ -121,3 +121,23 @@ def test_large_lists_of_texts(other):
     assert same.hold()
     texts.append("a")
     assert not same.hold()
+
+
+class OwnTuple(tuple[float, ...]):
+    """A tuple that has attributes as well."""
+
+
+def in_list() -> list[OwnTuple]:
+    own = OwnTuple([1.0])
+    own.scale = 1.0
+    return [own]
+
+
+def sets_scale(part: Any, is_on: bool) -> None:
+    part.held[0].scale = 3.0 if is_on else 1.0
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda each: each.get("mode", "FULL"))
+def test_an_attribute_of_a_tuple_in_a_list(harness, settings):
+    use = lambda self, x: x * self.held[0].scale * self.held[0][0]
+    compare(harness, in_list, use, sets_scale, **settings)

@@ -294,7 +294,7 @@ class FrozenValues:
     ) -> Iterable[tuple[Any, Path]]:
         leaves, structure = flatten_value(value)
         found: list[tuple[Any, Path]] = []
-        for container in [value, *containers_in(as_tree(value))]:
+        for container in [value, *containers_in(as_tree(value), has_tuples=True)]:
             if keeps_more_than_items(container) and id(container) not in self._known_subclasses:
                 self._known_subclasses.add(id(container))
                 held = self._store_attributes(container, attributes_beside_items, path)
