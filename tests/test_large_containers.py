@@ -141,3 +141,53 @@ def sets_scale(part: Any, is_on: bool) -> None:
 def test_an_attribute_of_a_tuple_in_a_list(harness, settings):
     use = lambda self, x: x * self.held[0].scale * self.held[0][0]
     compare(harness, in_list, use, sets_scale, **settings)
+
+
+def sets_flag(part: Any, is_on: bool) -> None:
+    part.held.setflags(write=not is_on)
+
+
+def sets_order(part: Any, is_on: bool) -> None:
+    part.held.strides = (8, 16) if is_on else (16, 8)
+
+
+@pytest.mark.parametrize(
+    ("use", "change"),
+    [
+        (lambda self, x: x * (1.0 + self.held.flags.writeable), sets_flag),
+        (lambda self, x: x * float(self.held.strides[0]), sets_order),
+    ],
+    ids=["flags", "strides"],
+)
+@pytest.mark.filterwarnings("ignore:.*strides:DeprecationWarning")
+def test_how_an_array_lies_in_its_memory(harness, use, change):
+    compare(harness, lambda: np.ones((2, 2)), use, change, verify_replays=0)
+
+
+def sets_cause(part: Any, is_on: bool) -> None:
+    part.held.__cause__ = KeyError() if is_on else None
+
+
+def sets_number(part: Any, is_on: bool) -> None:
+    part.held.errno = 3 if is_on else 1
+
+
+def sets_notes(part: Any, is_on: bool) -> None:
+    if is_on:
+        part.held.add_note("a")
+    elif hasattr(part.held, "__notes__"):
+        del part.held.__notes__
+
+
+@pytest.mark.parametrize(
+    ("use", "change"),
+    [
+        (lambda self, x: x * (1.0 + (self.held.__cause__ is not None)), sets_cause),
+        (lambda self, x: x * self.held.errno, sets_number),
+        (lambda self, x: x * (1.0 + len(getattr(self.held, "__notes__", ()))), sets_notes),
+    ],
+    ids=["cause", "number", "notes"],
+)
+def test_parts_of_an_error(harness, use, change):
+    callback = compare(harness, lambda: OSError(1, "a"), use, change, verify_replays=0)
+    assert callback.stats.steps["FULL"] >= 4, callback.summary()

@@ -116,7 +116,7 @@ _OPAQUE = (io.IOBase, random.Random)
 
 
 def _array_contents(value: Any) -> Any:
-    return value.shape, value.dtype, value.tobytes()
+    return value.shape, value.strides, value.flags.num, value.dtype, value.tobytes()
 
 
 def _context_contents(value: contextvars.ContextVar[Any]) -> Any:

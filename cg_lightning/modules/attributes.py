@@ -77,7 +77,6 @@ def has_room_for_attributes(cls: type) -> bool:
 
 
 _KEPT_IN_C: tuple[tuple[type, tuple[str, ...]], ...] = (
-    (BaseException, ("args",)),
     (collections.defaultdict, ("default_factory",)),
     (types.CellType, ("cell_contents",)),
     (types.FunctionType, ("__defaults__", "__kwdefaults__")),
@@ -85,10 +84,24 @@ _KEPT_IN_C: tuple[tuple[type, tuple[str, ...]], ...] = (
 """What instances of some classes hold although no dictionary and no slot of theirs has it."""
 
 
+def _parts_of_error(cls: type) -> list[str]:
+    """Return what Python keeps of an error: ``args``, ``__cause__``, ``errno``, ..."""
+    found = [
+        name
+        for base in cls.__mro__
+        if base.__module__ == "builtins" and issubclass(base, BaseException)
+        for name, value in vars(base).items()
+        if isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType))
+    ]
+    return [each for each in dict.fromkeys(found) if each not in ("__dict__", "__traceback__")]
+
+
 @once_for_each
 def members_of(cls: type) -> tuple[str, ...]:
     """Return the names of attributes that instances of ``cls`` store outside a dictionary."""
     in_c = [name for base, names in _KEPT_IN_C if issubclass(cls, base) for name in names]
+    if issubclass(cls, BaseException):
+        in_c += _parts_of_error(cls)
     own = slots_of(cls)
     if issubclass(cls, pathlib.PurePath):  # fills its slots when it is asked
         own = tuple([name for name in own if not hasattr(pathlib.PurePath, name)])
