@@ -227,3 +227,28 @@ def test_a_tensor_of_the_users_class_gets_other_memory(harness, is_in_list, sett
     own = torch.ones(8, device="cuda" if harness.backend == "cuda" else "cpu")
     own = own.as_subclass(OwnTensor)
     compare(harness, lambda: [own] if is_in_list else own, use, change, **settings)
+
+
+def sets_gradient(part: Any, is_on: bool) -> None:
+    part.held[0].grad = torch.ones_like(part.held[0]) if is_on else None
+
+
+def adds_hook(part: Any, is_on: bool) -> None:
+    if is_on:
+        part.held[0].register_hook(lambda gradient: gradient)
+    elif part.held[0]._backward_hooks:
+        part.held[0]._backward_hooks.clear()
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda each: each.get("mode", "FULL"))
+@pytest.mark.parametrize(
+    ("use", "change"),
+    [
+        (lambda self, x: x * (1.0 + (self.held[0].grad is not None)), sets_gradient),
+        (lambda self, x: x * (1.0 + bool(self.held[0]._backward_hooks)), adds_hook),
+    ],
+    ids=["gradient", "hooks"],
+)
+def test_what_belongs_to_a_tensor_in_an_attribute(harness, use, change, settings):
+    held = [torch.ones(4, requires_grad=True)]
+    compare(harness, lambda: held, use, change, **settings)

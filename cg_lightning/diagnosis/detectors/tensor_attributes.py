@@ -26,7 +26,7 @@ from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.watched_step import ModuleCall
 from cg_lightning.guards.sources import Source
 from cg_lightning.guards.values import FrozenValues
-from cg_lightning.modules.kinds import is_our_file
+from cg_lightning.modules.kinds import is_our_file, is_user_file
 
 
 class TensorAttributes(ReplacingDetector):
@@ -94,6 +94,8 @@ class TensorAttributes(ReplacingDetector):
                     self.watch.report(Cause.OPAQUE, f"{self._tensors[id(tensor)][0]}.grad")
                 elif id(tensor) in self._inputs and is_called_by_step(__file__):
                     self.watch.report(Cause.OPAQUE, _of_batch("grad"))
+                elif is_user_file(code.co_filename):  # of one in an attribute or a global
+                    self.watch.report(Cause.OPAQUE, "grad, the gradient of a tensor")
             return inherited.__get__(tensor)  # type: ignore[no-any-return]
 
         def reported(name: str, words: str) -> property:
@@ -104,7 +106,7 @@ class TensorAttributes(ReplacingDetector):
                     self.watch.report(Cause.OPAQUE, f"{name}, {words}")
                 return member.__get__(tensor)
 
-            return property(get)
+            return property(get, member.__set__, member.__delete__)
 
         def reporting(name: str, method: Any) -> Any:
             def report(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -131,6 +133,8 @@ class TensorAttributes(ReplacingDetector):
         # a replay writes without a count
         members["_version"] = reported("_version", "how often a tensor was written to")
         members["_base"] = reported("_base", "of which a tensor is a view")
+        for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            members[name] = reported(name, "the hooks of a tensor")
         for name in ("storage", "_typed_storage", "is_shared"):  # written in Python
             members[name] = reporting(name, getattr(Tensor, name))
         if not hasattr(Tensor, "__getattr__"):
