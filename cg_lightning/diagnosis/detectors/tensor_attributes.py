@@ -66,6 +66,15 @@ class TensorAttributes(ReplacingDetector):
                 readers = [call for call in self.watch.calls() if source.key in call.sources]
                 self._report_change(source.path, readers)
 
+    def _is_held(self, tensor: Tensor) -> bool:
+        """Return whether a value that the step has read holds a tensor."""
+        with self.watch.paused():
+            for source in list(self.watch.step.sources.values()):
+                with contextlib.suppress(UnreadableError):
+                    if any(each is tensor for each in look_into(source.value()).tensors):
+                        return True
+        return False
+
     def _report_unseen(self) -> None:
         calls = self.watch.calls()
         words = _of_batch("vars()")
@@ -94,7 +103,7 @@ class TensorAttributes(ReplacingDetector):
                     self.watch.report(Cause.OPAQUE, f"{self._tensors[id(tensor)][0]}.grad")
                 elif id(tensor) in self._inputs and is_called_by_step(__file__):
                     self.watch.report(Cause.OPAQUE, _of_batch("grad"))
-                elif is_user_file(code.co_filename):  # of one in an attribute or a global
+                elif is_user_file(code.co_filename) and self._is_held(tensor):
                     self.watch.report(Cause.OPAQUE, "grad, the gradient of a tensor")
             return inherited.__get__(tensor)  # type: ignore[no-any-return]
 
