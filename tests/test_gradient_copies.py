@@ -220,17 +220,15 @@ class GradientsShareMemory(Classifier):
         loss = super().training_step(batch, batch_idx)
         return loss + (_GivesViews.apply(self.first, self.second) ** 2).sum() * loss.detach()
 
-    def share(self):
-        return self.first.grad.data_ptr() == self.second.grad.data_ptr()
+    def on_before_optimizer_step(self, optimizer):
+        assert self.first.grad.data_ptr() == self.second.grad.data_ptr()
 
 
 def test_gradients_that_share_memory_still_do(harness):
     """Clipping writes to each of them."""
     module, callback = GradientsShareMemory(), harness.callback(stages=["train"])
     settings = {"gradient_clip_val": 0.01}
-    eager = copy.deepcopy(module)
-    reference = train(harness, eager, Looks(nothing()), **settings)
-    assert eager.share()
+    reference = train(harness, copy.deepcopy(module), Looks(nothing()), **settings)
     assert_same(train(harness, module, Looks(nothing()), [callback], **settings), reference)
     assert replayed(callback) > 8, callback.stats
 
@@ -260,6 +258,8 @@ def test_a_recorded_stream_ends_the_use_of_the_memory():
 @pytest.mark.gpu
 def test_a_stream_that_reads_gradients_later(harness):
     """Hazard 13: in eager, ``record_stream`` keeps the memory until it was read."""
+    if harness.backend != "cuda":
+        pytest.skip("the CPU has no streams")
     side = torch.cuda.Stream()
 
     def later():
