@@ -1099,7 +1099,9 @@ def test_an_encoder_of_transformers_as_a_submodule(harness, attention):
     callback = compare_validation(harness, model, data, epochs=2, pad_dims=rules())
     assert padded_steps(callback) >= 10, callback.summary()
     assert not causes(callback), callback.summary()
-    assert {record.target for record in callback.stats.padding} == {"bert"}
+    # on a GPU, one path of the encoder for masks of ones has a piece of it only
+    targets = {record.target for record in callback.stats.padding}
+    assert "bert" in targets and targets <= {"bert", "bert.embeddings"}  # noqa: PT018
 
 
 def _with_bert(self, batch):
