@@ -176,6 +176,14 @@ def starts(is_wanted: bool) -> None:
         thread.join()
 
 
+def sets_precision(holder: Any, is_on: bool) -> None:
+    """Set one precision, while those of kernels of the device are given."""
+    for operation in ("matmul", "conv", "rnn"):
+        torch._C._set_fp32_precision_setter("cuda", operation, "ieee")
+    holder.fp32_precision = "tf32" if is_on else "ieee"
+
+
+KERNELS = ("auto", "native")
 THREADS: list[threading.Timer] = []
 NAMES = {True: "first", False: "another thread"}
 MKLDNN = torch.backends.mkldnn
@@ -218,6 +226,18 @@ KEPT_OUT_OF_SIGHT: dict[str, tuple[Callable[[], Any], Callable[[bool], Any]]] = 
         lambda: 1.0 + MKLDNN.enabled,
         lambda value: setattr(MKLDNN, "enabled", value),
     ),
+    "precision of cuDNN": (
+        lambda: 1.0 + (torch.backends.cudnn.fp32_precision == "tf32"),
+        lambda value: sets_precision(torch.backends.cudnn, value),
+    ),
+    "precision of mkldnn": (
+        lambda: 1.0 + (MKLDNN.conv.fp32_precision == "tf32"),
+        lambda value: sets_precision(MKLDNN.conv, value),
+    ),
+    "precision of matrix products": (
+        lambda: float(len(torch.get_float32_matmul_precision())),
+        lambda value: torch.set_float32_matmul_precision("high" if value else "medium"),
+    ),
     "cache of autocast": (
         lambda: 1.0 + torch.is_autocast_cache_enabled(),
         torch.set_autocast_cache_enabled,
@@ -233,6 +253,12 @@ KEPT_OUT_OF_SIGHT: dict[str, tuple[Callable[[], Any], Callable[[bool], Any]]] = 
         ),
     ),
 }
+HAS_KERNELS = hasattr(torch._C, "_set_cudnn_depthwise_kernel")  # not in older versions
+if HAS_KERNELS:
+    KEPT_OUT_OF_SIGHT["depthwise_kernel"] = (
+        lambda: float(len(torch.backends.cudnn.depthwise_kernel)),
+        lambda value: setattr(torch.backends.cudnn, "depthwise_kernel", KERNELS[value]),
+    )
 KEPT_OUT_OF_SIGHT["torch.backends.opt_einsum"] = (
     lambda: 1.0 + bool(torch.backends.opt_einsum.enabled),
     lambda value: setattr(OPT_EINSUM, "enabled", value),
@@ -243,8 +269,15 @@ WAS_ENABLED = OPT_EINSUM.enabled
 FILES = resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
+PRECISIONS = [
+    *(("generic", "all"), ("cuda", "all"), ("mkldnn", "all")),
+    *((backend, kind) for backend in ("cuda", "mkldnn") for kind in ("matmul", "conv", "rnn")),
+]
+
+
 @pytest.fixture
 def kept_settings() -> Iterator[None]:
+    precisions = [torch._C._get_fp32_precision_getter(*each) for each in PRECISIONS]
     name = threading.current_thread().name
     digits, strategy = sys.get_int_max_str_digits(), torch.multiprocessing.get_sharing_strategy()
     umask = os.umask(0o22)
@@ -257,6 +290,10 @@ def kept_settings() -> Iterator[None]:
     torch.multiprocessing.set_sharing_strategy(strategy)
     resource.setrlimit(resource.RLIMIT_NOFILE, FILES)
     MKLDNN.enabled = True
+    if HAS_KERNELS:
+        torch.backends.cudnn.depthwise_kernel = "auto"
+    for each, precision in zip(PRECISIONS, precisions, strict=True):
+        torch._C._set_fp32_precision_setter(*each, precision)
     OPT_EINSUM.enabled = WAS_ENABLED
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.set_autocast_cache_enabled(True)
@@ -313,6 +350,10 @@ CHANGES: dict[str, tuple[Callable[[bool], Any], str]] = {
         lambda value: setattr(torch.utils.deterministic, "fill_uninitialized_memory", not value),
         "torch.utils.deterministic.fill_uninitialized_memory",
     ),
+    "depthwise": (
+        lambda value: setattr(torch.backends.cudnn, "depthwise_kernel", KERNELS[value]),
+        "torch.backends.cudnn.depthwise_kernel",
+    ),
     "einsum": (
         lambda value: setattr(OPT_EINSUM, "enabled", value),
         "torch.backends.opt_einsum.enabled",
@@ -333,7 +374,7 @@ CAN_PREFER = ["blas", "linalg"] if torch.version.cuda else []
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", [*CAN_PREFER, "filled", "einsum"])
+@pytest.mark.parametrize("name", [*CAN_PREFER, "filled", *["depthwise"] * HAS_KERNELS, "einsum"])
 def test_what_kernels_ask_for(harness, kept_settings, kept_preferences, name, mode):
     """No key has these, and no name in Python is read; a graph holds what was chosen before."""
     change, path = CHANGES[name]

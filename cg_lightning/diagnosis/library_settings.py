@@ -50,11 +50,27 @@ _IN_C = (
     *("_get_deterministic_algorithms_warn_only", "_get_deterministic_fill_uninitialized_memory"),
     *("_get_qengine", "_get_linalg_preferred_backend", "_get_blas_preferred_backend"),
     *("_get_overrideable_sdp_enabled", "is_autocast_cache_enabled"),
-    "_cuda_get_cudnn_benchmark_limit",
+    *("_cuda_get_cudnn_benchmark_limit", "_get_cudnn_depthwise_kernel", "_get_onednn_allow_tf32"),
+    *("_get_sm_carveout_experimental", "_get_fa3_sdp_enabled"),
 )
 """Functions of ``torch._C``, private and public, that take no argument. Keys have the others."""
 _OF_TORCH = {name: getattr(torch._C, name) for name in _IN_C if hasattr(torch._C, name)}
-_TORCH = _SettingsOfTorch({**_OF_TORCH, "get_autocast_dtype": _autocast_types})
+_get_precision: Any = getattr(torch._C, "_get_fp32_precision_getter", None)  # private
+_PRECISIONS = (
+    *(("generic", "all"), ("cuda", "all"), ("mkldnn", "all")),
+    *(("mkldnn", "matmul"), ("mkldnn", "conv"), ("mkldnn", "rnn")),
+)
+"""Keys have those of kernels of the device."""
+
+
+def _precisions() -> str:
+    return " ".join([_get_precision(*each) for each in _PRECISIONS])
+
+
+_TORCH = _SettingsOfTorch(
+    {**_OF_TORCH, "get_autocast_dtype": _autocast_types, "fp32_precision": _precisions}
+)
+_PRECISION = Source(_TORCH, "fp32_precision", "torch.backends.fp32_precision")
 _SETTINGS = (
     Source(Distribution, "_validate_args", "Distribution._validate_args"),
     Source(
@@ -98,6 +114,8 @@ def setting_returned_by(function: Any) -> Source | None:
     Args:
         function: A function, or what ``torch.backends`` has for a setting.
     """
+    if _get_precision is not None and _is_of_precision(function):
+        return _PRECISION
     if type(function).__module__ == torch.backends.__name__:
         function = vars(function).get("getter")
         if isinstance(function, types.FunctionType):  # ``def _get_enabled(): return enabled``
@@ -114,6 +132,17 @@ def setting_returned_by(function: Any) -> Source | None:
     if name not in _TORCH.functions or function is not getattr(torch._C, name, None):
         return None
     return Source(_TORCH, name, f"torch.{name}()")
+
+
+def _is_of_precision(function: Any) -> bool:
+    if type(function).__module__ == torch.backends.__name__:
+        held = vars(function)
+        if "getter" not in held:  # ``torch.backends.mkldnn.conv``
+            return True
+        function = held["getter"]
+        code = getattr(function, "__code__", None)
+        return code is not None and _get_precision.__name__ in code.co_names
+    return function is _get_precision or function is torch.get_float32_matmul_precision
 
 
 class _Context(DerivedNamespace):

@@ -1,7 +1,8 @@
 """Settings of kernels that are in no key, because to read them takes too long for each step.
 
-PyTorch sets them by functions of C, which its own functions in Python look up at each call. So
-while steps may run from graphs, these are replaced by functions that note a change.
+PyTorch sets them by functions of C, which its own functions in Python look up at each call, or
+which an object in ``torch.backends.cudnn`` holds. So while steps may run from graphs, these are
+replaced by functions that note a change.
 """
 
 from __future__ import annotations
@@ -42,6 +43,21 @@ _SETTINGS = [
             "_cuda_get_cudnn_benchmark_limit",
         ),
         _Setting(
+            "torch.backends.cudnn.depthwise_kernel",
+            "_set_cudnn_depthwise_kernel",
+            "_get_cudnn_depthwise_kernel",
+        ),
+        _Setting(
+            "torch._C._set_sm_carveout_experimental",
+            "_set_sm_carveout_experimental",
+            "_get_sm_carveout_experimental",
+        ),
+        _Setting(
+            "torch.nn.attention.activate_flash_attention_impl",
+            "_set_sdp_use_fa3",
+            "_get_fa3_sdp_enabled",
+        ),
+        _Setting(
             "torch.utils.deterministic.fill_uninitialized_memory",
             "_set_deterministic_fill_uninitialized_memory",
             "_get_deterministic_fill_uninitialized_memory",
@@ -56,7 +72,8 @@ class RecordedSetters:
 
     _installed = 0
     """How many are installed now."""
-    _originals: dict[str, Callable[..., Any]] = {}  # noqa: RUF012
+    _replaced: list[tuple[Any, str, Callable[..., Any]]] = []  # noqa: RUF012
+    """What holds a setter, the name of it there, and the setter."""
 
     def __init__(self) -> None:
         self._is_installed = False
@@ -74,8 +91,10 @@ class RecordedSetters:
         if RecordedSetters._installed == 1:
             for setting in _SETTINGS:
                 original = getattr(torch._C, setting.setter)
-                self._originals[setting.setter] = original
-                setattr(torch._C, setting.setter, _recorded(original, setting))
+                recorded = _recorded(original, setting)
+                for holder, name in _places_of(original, setting):
+                    self._replaced.append((holder, name, original))
+                    setattr(holder, name, recorded)
 
     def remove(self) -> None:
         """Leave no trace."""
@@ -85,13 +104,25 @@ class RecordedSetters:
         self._values = _values()
         RecordedSetters._installed -= 1
         if not RecordedSetters._installed:
-            for name, original in self._originals.items():
-                setattr(torch._C, name, original)
-            self._originals.clear()
+            for holder, name, original in self._replaced:
+                setattr(holder, name, original)
+            self._replaced.clear()
 
 
 def _values() -> list[Any]:
     return [getattr(torch._C, setting.getter)() for setting in _SETTINGS]
+
+
+def _places_of(setter: Callable[..., Any], setting: _Setting) -> list[tuple[Any, str]]:
+    """Return what holds a setter, and the name of it there."""
+    properties = [
+        each for each in vars(type(torch.backends.cudnn)).values() if _holds(each, setter)
+    ]
+    return [(torch._C, setting.setter), *[(each, "setter") for each in properties]]
+
+
+def _holds(value: Any, setter: Callable[..., Any]) -> bool:
+    return getattr(value, "setter", None) is setter
 
 
 def _recorded(original: Callable[..., Any], setting: _Setting) -> Callable[..., Any]:
