@@ -144,6 +144,15 @@ def asked_for_gradients():
     return look
 
 
+def counting_changes():
+    def look(gradient):
+        before = gradient._version
+        gradient.mul_(2)
+        return before
+
+    return look
+
+
 def elsewhere():
     def look(gradient):
         gradient.data = gradient.data.clone()
@@ -152,7 +161,7 @@ def elsewhere():
 
 
 HELD = [itself, in_views, detached, storages, saved_for_backward]
-CHANGED = [weakly, with_attribute, transposed, asked_for_gradients, elsewhere]
+CHANGED = [weakly, with_attribute, transposed, asked_for_gradients, counting_changes, elsewhere]
 
 
 @pytest.mark.parametrize("look", HELD)
@@ -253,6 +262,30 @@ def test_a_recorded_stream_ends_the_use_of_the_memory():
         assert not copies._copies
     finally:
         copies.remove()
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided, torch.sparse_coo])
+def test_tensors_of_other_kinds_may_record_streams(layout):
+    """Their memory may be inside other tensors, so PyTorch refuses to return an address."""
+    copies = GradientCopies(RecorderBackend(torch.device("cpu")))
+    batch = torch.eye(3).to_sparse()
+    if layout is not torch.sparse_coo:
+        parts = [torch.ones(2), torch.ones(3)]
+        batch = torch.nested.nested_tensor(parts, layout=layout)
+    message = _error_of(batch)
+    copies.install()
+    try:
+        copies.make([torch.ones(2, 3), torch.ones(3)])
+        assert _error_of(batch) == message
+    finally:
+        copies.remove()
+
+
+def _error_of(tensor):
+    with pytest.raises((RuntimeError, NotImplementedError)) as error:
+        tensor.record_stream(torch.Stream("cpu"))
+    return str(error.value)
 
 
 @pytest.mark.gpu

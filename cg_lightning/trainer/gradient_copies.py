@@ -7,7 +7,8 @@ that this was done:
 
 - Nobody refers to them: no variable, no view, no saved tensor of autograd, no array of NumPy, no
   weak reference. Python and PyTorch count references.
-- They are as they were made: same memory, shape, strides and ``requires_grad``, no attributes.
+- They are as they were made: same memory, shape, strides and ``requires_grad``, no attributes. The
+  counters of their changes are set to zero.
 - Only the current stream may use their memory. ``record_stream`` says that another one does, which
   no reference shows. From then on the allocator is responsible for the memory, and not this file.
 """
@@ -35,6 +36,9 @@ from cg_lightning.modules.interception import RecordedStreams
 # private: how many references PyTorch has to a tensor and to its memory
 _of_tensor: Callable[[Tensor], int] | None = getattr(Tensor, "_use_count", None)
 _of_memory: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+_set_versions: Callable[[list[Tensor], list[int]], None] | None = getattr(
+    torch._C._autograd, "_unsafe_set_version_counter", None
+)  # private, too
 _address_of = operator.attrgetter("_cdata")
 _attributes_of = operator.attrgetter("__dict__")
 
@@ -64,11 +68,17 @@ class GradientCopies:
         self._sources: list[Tensor] = []
         """The latest gradients."""
         self._layouts: list[Any] = []
+        self._are_usual = True
+        """Whether ``clone`` keeps their strides."""
         self._grouped: GroupedCopies | None = None
         """Copies them; None: their strides are unusual."""
         self._copies: list[Tensor] = []
         """Those of the latest iteration; empty if their memory is not used again."""
         self._placement = Placement([])
+        self._addresses = frozenset[int]()
+        """Those of their memory."""
+        self._versions: list[int] = []
+        """Those of new tensors."""
         self._alone: list[int] = []
         """The numbers of references if nobody else refers to them."""
         self._stream: Hashable = None
@@ -76,7 +86,7 @@ class GradientCopies:
 
     def install(self) -> None:
         """Listen for other streams that use a gradient."""
-        if _of_tensor is not None and _of_memory is not None:
+        if _of_tensor is not None and _of_memory is not None and _set_versions is not None:
             self._heard = RecordedStreams(self._recorded)
 
     def remove(self) -> None:
@@ -104,13 +114,19 @@ class GradientCopies:
         grouped = self._grouped
         if grouped is None:
             return list(map(copy_with_strides, gradients))
-        if self._copies and self._are_free():
-            grouped.write_to(self._copies)
-            return self._copies
-        self.forget()  # first: their memory may serve
+        placement, copies = self._placement, self._copies  # another thread may forget them now
+        if copies and self._are_free(copies, placement):
+            assert _set_versions is not None
+            grouped.write_to(copies)
+            _set_versions(copies, self._versions)
+            return copies
+        del placement, copies  # first: their memory may serve
+        self.forget()
         copies = grouped.make()
         if self._heard is not None:
             self._placement = Placement(copies, layout_and_gradient_of)
+            self._addresses = frozenset([each.untyped_storage().data_ptr() for each in copies])
+            self._versions = [0] * len(copies)
             self._alone = _references(copies)
             self._stream = self._backend.current_stream()
             self._copies = copies
@@ -121,20 +137,24 @@ class GradientCopies:
         layouts = list(map(layout_of, gradients))
         if layouts != self._layouts:
             self.forget()
-        are_usual = all(map(is_cloned_with_strides, gradients))
-        self._grouped = GroupedCopies(gradients) if are_usual else None
+            self._are_usual = all(map(is_cloned_with_strides, gradients))
+        self._grouped = GroupedCopies(gradients) if self._are_usual else None
         self._sources, self._layouts = gradients, layouts
 
-    def _are_free(self) -> bool:
+    def _are_free(self, copies: list[Tensor], placement: Placement) -> bool:
         return (
             self._stream == self._backend.current_stream()
-            and self._placement.check()
-            and not any(map(_attributes_of, self._copies))
-            and _references(self._copies) == self._alone
+            and _references(copies) == self._alone
+            and not any(map(_attributes_of, copies))
+            and placement.check()
         )
 
     def _recorded(self, tensor: Any) -> None:
         """Called before another stream is recorded as a user of a tensor's memory."""
-        memory = tensor.untyped_storage().data_ptr()
-        if any(each.untyped_storage().data_ptr() == memory for each in self._copies):
+        try:
+            with torch._C.DisableTorchFunction():
+                is_ours = tensor.untyped_storage().data_ptr() in self._addresses
+        except RuntimeError:  # its memory is inside other tensors
+            is_ours = True
+        if is_ours:
             self.forget()
