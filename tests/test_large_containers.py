@@ -39,6 +39,11 @@ def sets_inner(part: Any, is_on: bool) -> None:
     part.held[7]["a"] = 3.0 if is_on else 1.0
 
 
+def sets_inner_text(part: Any, is_on: bool) -> None:
+    for texts in part.held[6], part.held[NUMBER - 1]:
+        texts[0] = "3" if is_on else "1"
+
+
 def sets_byte(part: Any, is_on: bool) -> None:
     part.held[7] = 3 if is_on else 1
 
@@ -66,6 +71,17 @@ CASES: dict[str, tuple[Callable[[], Any], Any, Any]] = {
         lambda: collections.OrderedDict.fromkeys(range(NUMBER), 1.0),
         item,
         sets_item,
+    ),
+    "defaultdict": (
+        lambda: collections.defaultdict(float, dict.fromkeys(range(NUMBER), 1.0)),
+        item,
+        sets_item,
+    ),
+    "counter": (lambda: collections.Counter(range(NUMBER)), item, sets_item),
+    "lists of texts": (
+        lambda: [["1", "2"] for _ in range(NUMBER)],
+        lambda self, x: x * float(self.held[6][0]) * float(self.held[-1][0]),
+        sets_inner_text,
     ),
     "set": (
         lambda: set(map(str, range(NUMBER))),

@@ -5,7 +5,8 @@ longer. Keys and members of sets are found by equality, which may leave a part o
 is the key 1, and a class of the user's may compare names only.
 
 To compare an item takes 10 ns. Of large dictionaries, the versions are compared first, and large
-lists of texts by equality, which takes less than 1 ns for a text that is the same object.
+lists of texts by equality, which takes less than 1 ns for a text that is the same object. Many
+small ones are compared in these ways as well.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import collections
 import operator
 import types
 from collections.abc import Iterable
-from itertools import chain, repeat
+from itertools import chain, compress, repeat
 from typing import Any
 
 from cg_lightning.core.tree import is_container
@@ -22,10 +23,13 @@ from cg_lightning.guards.library_code import version_of
 from cg_lightning.guards.value_kinds import ValueKind, kind_of
 from cg_lightning.modules.attributes import attributes_of, is_same_value
 
-_MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict, types.MappingProxyType)
+_DICTIONARIES = (dict, collections.defaultdict, collections.Counter)
+"""Those whose versions show all changes: to move an item of an ``OrderedDict`` is none."""
+_MAPPINGS = (*_DICTIONARIES, collections.OrderedDict, types.MappingProxyType)
 _SEQUENCES = (list, collections.deque)
 _MANY = 32
 """So many items are compared in about the time of a comparison of its own kind."""
+_MANY_IN_ALL = 1000
 
 
 class SameItems:
@@ -71,7 +75,7 @@ class SameItems:
 
     def add_mapping(self, mapping: Any) -> None:
         """Add the keys and values of a mapping, but not the contents of its values."""
-        if type(mapping) is dict and len(mapping) > _MANY:
+        if type(mapping) in _DICTIONARIES and self._is_large(mapping):
             self._large.append(mapping)
             self._versions.append(version_of(mapping))
             self._keys.append(list(mapping))
@@ -81,13 +85,18 @@ class SameItems:
         self._add_view(mapping.values())  # a view of a mapping follows its changes
 
     def _add_view(self, view: Any) -> None:
-        if type(view) is list and len(view) > _MANY and all(type(each) is str for each in view):
+        are_texts = type(view) is list and all(type(each) is str for each in view)
+        if are_texts and self._is_large(view):
             self._texts.append(view)
             self._copies.append(list(view))
             return
         self._views.append(view)
         self._items += view
         self.add_size(view)
+
+    def _is_large(self, container: Any) -> bool:
+        number = len(self._items) + len(self._large) + len(self._texts)
+        return len(container) > _MANY or number > _MANY_IN_ALL
 
     def add_size(self, namespace: Any) -> None:
         """Add a namespace of which only the number of names is compared."""
@@ -130,7 +139,9 @@ class SameItems:
         versions = list(map(version_of, self._large))
         if versions == self._versions:
             return True
-        for mapping, keys, values in zip(self._large, self._keys, self._values, strict=True):
+        stored = zip(self._large, self._keys, self._values, strict=True)
+        changed = compress(stored, map(operator.ne, versions, self._versions))
+        for mapping, keys, values in changed:
             if len(mapping) != len(keys) or not all(map(operator.is_, mapping, keys)):
                 return False
             if not all(map(operator.is_, mapping.values(), values)):
