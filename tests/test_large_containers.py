@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import collections
+import enum
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -126,9 +127,16 @@ def test_a_large_dictionary_that_was_written_and_is_the_same_holds():
     assert not same.hold()
 
 
-@pytest.mark.parametrize("other", ["3", 3, None])
-def test_large_lists_of_texts(other):
-    texts = list(map(str, range(100)))
+class One(enum.StrEnum):
+    """Equals a text, and is none."""
+
+    SEVEN = "7"
+
+
+@pytest.mark.parametrize("number", [100, 5000])
+@pytest.mark.parametrize("other", ["3", 3, None, np.ones(2)])
+def test_large_lists_of_texts(other, number):
+    texts = list(map(str, range(number)))
     same = SameItems(MISSING)
     assert same.add(texts)
     before, texts[7] = texts[7], other
@@ -136,6 +144,14 @@ def test_large_lists_of_texts(other):
     texts[7] = before
     assert same.hold()
     texts.append("a")
+    assert not same.hold()
+
+
+def test_a_text_that_equals_another_object():
+    texts = list(map(str, range(3000)))
+    same = SameItems(MISSING)
+    assert same.add(texts)
+    texts[7] = One.SEVEN
     assert not same.hold()
 
 

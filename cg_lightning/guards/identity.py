@@ -4,9 +4,10 @@ Another object may still be an equal plain value. The caller finds that out, bec
 longer. Keys and members of sets are found by equality, which may leave a part of them out: ``True``
 is the key 1, and a class of the user's may compare names only.
 
-To compare an item takes 10 ns. Of large dictionaries, the versions are compared first, and large
-lists of texts by equality, which takes less than 1 ns for a text that is the same object. Many
-small ones are compared in these ways as well.
+To compare an item takes 10 ns. Of large dictionaries, the versions are compared first. Very large
+lists of texts are compared by equality, which takes less than 1 ns for a text that is the same
+object, but a text equals one of another class (``StrEnum``). Many small ones are compared in these
+ways as well.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ _SEQUENCES = (list, collections.deque)
 _MANY = 32
 """So many items are compared in about the time of a comparison of its own kind."""
 _MANY_IN_ALL = 1000
+_MANY_TEXTS = 4000
+"""So many are compared by identity in 50 us."""
 
 
 class SameItems:
@@ -75,7 +78,8 @@ class SameItems:
 
     def add_mapping(self, mapping: Any) -> None:
         """Add the keys and values of a mapping, but not the contents of its values."""
-        if type(mapping) in _DICTIONARIES and self._is_large(mapping):
+        is_large = len(mapping) > _MANY or self._number_of_items() > _MANY_IN_ALL
+        if is_large and type(mapping) in _DICTIONARIES:
             self._large.append(mapping)
             self._versions.append(version_of(mapping))
             self._keys.append(list(mapping))
@@ -85,8 +89,8 @@ class SameItems:
         self._add_view(mapping.values())  # a view of a mapping follows its changes
 
     def _add_view(self, view: Any) -> None:
-        are_texts = type(view) is list and all(type(each) is str for each in view)
-        if are_texts and self._is_large(view):
+        is_large = len(view) + self._number_of_items() > _MANY_TEXTS
+        if is_large and type(view) is list and all(type(each) is str for each in view):
             self._texts.append(view)
             self._copies.append(list(view))
             return
@@ -94,9 +98,8 @@ class SameItems:
         self._items += view
         self.add_size(view)
 
-    def _is_large(self, container: Any) -> bool:
-        number = len(self._items) + len(self._large) + len(self._texts)
-        return len(container) > _MANY or number > _MANY_IN_ALL
+    def _number_of_items(self) -> int:
+        return len(self._items) + len(self._large) + len(self._texts)
 
     def add_size(self, namespace: Any) -> None:
         """Add a namespace of which only the number of names is compared."""
@@ -122,7 +125,7 @@ class SameItems:
             return False
         if not all(map(operator.is_, chain.from_iterable(self._views), self._items)):
             return False
-        if self._texts and self._texts != self._copies:
+        if self._texts and not self._texts_hold():
             return False
         if self._large and not self._large_ones_hold():
             return False
@@ -133,6 +136,12 @@ class SameItems:
             found = map(getattr, self._holders, self._attributes, self._missing)
             return all(map(operator.is_, found, self._held))
         except (KeyError, ValueError):  # a name that is gone, an empty cell
+            return False
+
+    def _texts_hold(self) -> bool:
+        try:
+            return self._texts == self._copies
+        except Exception:  # of an array, for example, that replaces a text: it has no truth value
             return False
 
     def _large_ones_hold(self) -> bool:
