@@ -243,12 +243,25 @@ def test_gradients_that_share_memory_still_do(harness):
 
 
 def test_after_training_no_class_of_torch_has_a_function_of_ours(harness):
-    before = dict(vars(torch.Tensor))
+    classes = torch.Tensor, torch.UntypedStorage
+    before = [dict(vars(each)) for each in classes]
     compare(harness, nothing)
-    assert dict(vars(torch.Tensor)) == before
+    assert [dict(vars(each)) for each in classes] == before
 
 
-def test_a_recorded_stream_ends_the_use_of_the_memory():
+def record_a_stream(tensor):
+    with pytest.raises(RuntimeError):  # tensors of the host have no streams
+        tensor.record_stream(None)
+
+
+def send_to_a_process(tensor):
+    """What a queue of ``torch.multiprocessing`` does with a tensor of a GPU."""
+    with pytest.raises((RuntimeError, AttributeError)):
+        tensor._typed_storage()._share_cuda_()
+
+
+@pytest.mark.parametrize("use", [record_a_stream, send_to_a_process])
+def test_another_user_ends_the_use_of_the_memory(use):
     copies = GradientCopies(RecorderBackend(torch.device("cpu")))
     copies.install()
     try:
@@ -256,8 +269,7 @@ def test_a_recorded_stream_ends_the_use_of_the_memory():
         first = [id(each) for each in copies.make(gradients)]
         assert [id(each) for each in copies.make(gradients)] == first
         part = copies.make(gradients)[0].view(-1)
-        with pytest.raises(RuntimeError):  # tensors of the host have no streams
-            part.record_stream(None)
+        use(part)
         del part
         assert not copies._copies
     finally:

@@ -244,7 +244,10 @@ _MAKERS: dict[str, Callable[[_Function, _Table], _Function]] = {
     "__deepcopy__": _copy_function,
     "__copy__": _copy_function,
     "record_stream": _heard_function,
+    "_share_cuda_": _heard_function,
 }
+_USES_OF_MEMORY = ((torch.Tensor, "record_stream"), (torch.UntypedStorage, "_share_cuda_"))
+"""The second one is private."""
 _SPECIAL_METHODS = {
     "on_call": ("__call__",),
     "on_read": ("__getattribute__",),
@@ -464,21 +467,26 @@ def replaced_method(
         patch.discard(entry)
 
 
-class RecordedStreams:
-    """Calls a function before ``record_stream`` of any tensor, in any thread, from now on.
+class UsersOfMemory:
+    """Calls a function before another stream or process may use memory, in any thread.
+
+    These are ``tensor.record_stream``, and a queue of ``torch.multiprocessing`` that sends a tensor
+    of a GPU. No count of references shows them.
 
     Args:
-        listener: Called with the tensor.
+        listener: Called with the tensor or its storage.
     """
 
     def __init__(self, listener: Callable[[Any], None]) -> None:
         self._entry = _Entry(self, _get_thread(), listener)
-        self._patch = _patch(torch.Tensor, "record_stream")
-        self._patch.add(self._entry)
+        self._patches = [_patch(cls, name) for cls, name in _USES_OF_MEMORY]
+        for patch in self._patches:
+            patch.add(self._entry)
 
     def remove(self) -> None:
         """Leave no trace; idempotent."""
-        self._patch.discard(self._entry)
+        for patch in self._patches:
+            patch.discard(self._entry)
 
 
 @contextlib.contextmanager

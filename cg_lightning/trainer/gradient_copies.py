@@ -9,8 +9,9 @@ that this was done:
   weak reference. Python and PyTorch count references.
 - They are as they were made: same memory, shape, strides and ``requires_grad``, no attributes. The
   counters of their changes are set to zero.
-- Only the current stream may use their memory. ``record_stream`` says that another one does, which
-  no reference shows. From then on the allocator is responsible for the memory, and not this file.
+- Only the current stream of this process may use their memory. ``record_stream``, and a queue that
+  sends a tensor, say that another one does, which no reference shows. From then on the allocator is
+  responsible for the memory, and not this file.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from cg_lightning.capture.outputs import (
     is_cloned_with_strides,
 )
 from cg_lightning.guards.module_guard import Placement, layout_and_gradient_of, layout_of
-from cg_lightning.modules.interception import RecordedStreams
+from cg_lightning.modules.interception import UsersOfMemory
 
 # private: how many references PyTorch has to a tensor and to its memory
 _of_tensor: Callable[[Tensor], int] | None = getattr(Tensor, "_use_count", None)
@@ -82,12 +83,12 @@ class GradientCopies:
         self._alone: list[int] = []
         """The numbers of references if nobody else refers to them."""
         self._stream: Hashable = None
-        self._heard: RecordedStreams | None = None
+        self._heard: UsersOfMemory | None = None
 
     def install(self) -> None:
-        """Listen for other streams that use a gradient."""
+        """Listen for other streams and processes that use a gradient."""
         if _of_tensor is not None and _of_memory is not None and _set_versions is not None:
-            self._heard = RecordedStreams(self._recorded)
+            self._heard = UsersOfMemory(self._may_be_used)
 
     def remove(self) -> None:
         """Free the memory, and listen no more; idempotent."""
@@ -149,11 +150,12 @@ class GradientCopies:
             and placement.check()
         )
 
-    def _recorded(self, tensor: Any) -> None:
-        """Called before another stream is recorded as a user of a tensor's memory."""
+    def _may_be_used(self, held: Any) -> None:
+        """Called before another stream or process may use the memory of a tensor or storage."""
         try:
             with torch._C.DisableTorchFunction():
-                is_ours = tensor.untyped_storage().data_ptr() in self._addresses
+                memory = held if isinstance(held, torch.UntypedStorage) else held.untyped_storage()
+                is_ours = memory.data_ptr() in self._addresses
         except RuntimeError:  # its memory is inside other tensors
             is_ours = True
         if is_ours:
