@@ -249,6 +249,29 @@ def test_after_training_no_class_of_torch_has_a_function_of_ours(harness):
     assert [dict(vars(each)) for each in classes] == before
 
 
+class Validates(Classifier):
+    """Validates after each iteration, and notes the function that its tensors have then."""
+
+    def __init__(self):
+        super().__init__()
+        self.functions = []
+
+    def on_validation_start(self):
+        self.functions.append(vars(torch.Tensor).get("record_stream"))
+
+
+def test_validations_do_not_change_the_class_of_tensors(harness):
+    """Python forgets what it has cached of a class, and at last caches it no more."""
+    callback, module = harness.callback(stages=["train", "validate"]), Validates()
+    trainer = harness.trainer(callback, val_check_interval=1, max_epochs=1)
+    trainer.fit(module, points(), points())
+    functions = set(module.functions[1:])  # without the one before training
+    assert len(module.functions) > 8
+    assert len(functions) == 1
+    assert None not in functions
+    assert "record_stream" not in vars(torch.Tensor)
+
+
 def record_a_stream(tensor):
     with pytest.raises(RuntimeError):  # tensors of the host have no streams
         tensor.record_stream(None)

@@ -86,8 +86,9 @@ class GradientCopies:
         self._heard: UsersOfMemory | None = None
 
     def install(self) -> None:
-        """Listen for other streams and processes that use a gradient."""
-        if _of_tensor is not None and _of_memory is not None and _set_versions is not None:
+        """Listen for other streams and processes that use a gradient; idempotent."""
+        can_count = _of_tensor is not None and _of_memory is not None
+        if self._heard is None and can_count and _set_versions is not None:
             self._heard = UsersOfMemory(self._may_be_used)
 
     def remove(self) -> None:

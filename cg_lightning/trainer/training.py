@@ -126,7 +126,7 @@ class TrainingInstallation:
         self._is_installed = False
         vars(self._loop).pop(_MAKE_CLOSURE, None)
         self._node_hooks.remove()
-        self._step.copies.remove()
+        self._step.copies.forget()
         for transfer in reversed(self._transfers):
             transfer.remove()
         self.session.remove(check)
@@ -134,6 +134,7 @@ class TrainingInstallation:
     def close(self) -> None:
         """Restore the loop, and drop all graphs."""
         self.remove(check=False)
+        self._step.copies.remove()  # once: Python 3.13 does not cache a class that changes often
         self.session.close()
 
     def graphs(self, mode: str) -> list[CapturedGraph]:
