@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import sys
+import sysconfig
 from collections.abc import Callable
 from typing import Any
 
@@ -230,6 +231,16 @@ def beside_a_host_value(self, batch, batch_idx):
     return y
 
 
+def nothing_yet(self, batch, batch_idx):
+    """The watched step adds zero to all sums, nothing to the list, and sets what is there."""
+    (x,) = batch
+    high = self.net(x) > 1.8
+    self.total += high.sum().item()
+    self.by_name["sums"]["loss"] += high.any().item()
+    self.losses.extend(high.nonzero_static(size=0).tolist())
+    self.last = high.all().item()
+
+
 class Inside(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -245,7 +256,7 @@ class Inside(nn.Module):
 FULL = [
     *(appends, sets, adds, to_meters, arrays, lists, returns, returns_one, returns_bool, logs),
     *(logs_dict, names, branches, loops, changed_later, by_the_host, not_numbers, of_the_batch),
-    beside_a_host_value,
+    *(beside_a_host_value, nothing_yet),
 ]
 
 
@@ -500,7 +511,61 @@ def reads_the_total(self, batch, batch_idx):
     return x * self.total
 
 
+def asks_for_what_was_set(self, batch, batch_idx):
+    (x,) = batch
+    self.last = self.net(x).mean().item()
+    return x if type(self.last) is float else x * 2
+
+
+def asks_for_an_entry(self, batch, batch_idx):
+    (x,) = batch
+    self.by_name["rows"] = self.net(x).detach().cpu().numpy()
+    return x if hasattr(self.by_name["rows"], "shape") else x * 2
+
+
+def takes_out_an_entry(self, batch, batch_idx):
+    (x,) = batch
+    self.by_name["mean"] = self.net(x).mean().item()
+    return type(self.by_name.pop("mean")) is float
+
+
+def takes_out_an_item(self, batch, batch_idx):
+    (x,) = batch
+    self.losses.append(self.net(x).mean().item())
+    return type(self.losses.pop()) is float
+
+
+def by_another_name(self, batch, batch_idx):
+    (x,) = batch
+    entries = self.by_name
+    value = self.net(x).mean().item()
+    self.by_name["mean"] = value
+    return type(entries.pop("mean")) is float
+
+
+def asks_elsewhere(self, batch, batch_idx):
+    (x,) = batch
+    self.last = [self.net(x).mean().item()]
+    return has_number(self)
+
+
+def has_number(module):
+    return type(module.last[0]) is float
+
+
+def of_a_function_inside(self, batch, batch_idx):
+    (x,) = batch
+    value = self.net(x).mean().item()
+
+    def same() -> float:
+        return value
+
+    return x if type(same()) is float else x * 2
+
+
 LOWER = [
+    *(asks_for_what_was_set, asks_for_an_entry, takes_out_an_entry, asks_elsewhere),
+    *(of_a_function_inside, takes_out_an_item, by_another_name),
     *(compared, multiplied, printed, converted, typed, asked, local_list, local_name),
     *(in_a_dictionary, by_locals, by_its_frame, to_a_function, of_a_helper, to_a_list_of_ones_own),
     *(works_with_an_array, extends_by_an_array, logs_a_list, adds_lists, to_a_meter_that_looks),
@@ -509,10 +574,11 @@ LOWER = [
 ]
 
 
-@pytest.mark.parametrize("verify", [0, 2])
+@pytest.mark.parametrize("settings", [*SETTINGS, ("FULL", 0)], ids=str)
 @pytest.mark.parametrize("step", LOWER)
-def test_numbers_that_are_read(harness: Harness, step: Step, verify: int):
-    callback = harness.callback(verify_replays=verify)
+def test_numbers_that_are_read(harness: Harness, step: Step, settings: Any):
+    mode, verify = settings
+    callback = harness.callback(mode=mode, verify_replays=verify)
     run = lambda trainer, module: (job(trainer, module), list(module.listed))
     harness.compare(net(step), run, callback)
     assert not callback.stats.steps["FULL"], callback.summary()
@@ -573,6 +639,24 @@ def decorated(step: Step) -> Step:
     return run
 
 
+LIBRARY = """
+def checked(step):
+    def run(self, batch, batch_idx):
+        output = step(self, batch, batch_idx)
+        return {"is_float": type(output["mean"]) is float}
+
+    return run
+"""
+
+
+def checked(step: Step) -> Step:
+    """Decorate a step by code of an installed library."""
+    names: dict[str, Any] = {}
+    file = f"{sysconfig.get_path('purelib')}/library_of_checks.py"
+    exec(compile(LIBRARY, file, "exec"), names)
+    return names["checked"](step)
+
+
 def sets_newest(self, batch, batch_idx):
     (x,) = batch
     self.newest = self.net(x).mean().item()
@@ -581,13 +665,15 @@ def sets_newest(self, batch, batch_idx):
 OWN = [
     *((OwnLog, logs), (OwnLog, logs_dict), (OwnSetattr, sets), (Property, sets_newest)),
     *((Common, calls_common), (Common, calls_super), (Net, decorated(returns_bool))),
+    (Net, checked(returns)),
 ]
 
 
-@pytest.mark.parametrize("verify", [0, 2])
+@pytest.mark.parametrize("settings", [*SETTINGS, ("FULL", 0)], ids=str)
 @pytest.mark.parametrize(("kind", "step"), OWN)
-def test_code_of_the_users_that_gets_the_number(harness: Harness, kind: Any, step: Any, verify):
-    callback = harness.callback(verify_replays=verify)
+def test_code_that_gets_the_number(harness: Harness, kind: Any, step: Any, settings: Any):
+    mode, verify = settings
+    callback = harness.callback(mode=mode, verify_replays=verify)
     harness.compare(net(step, kind), job, callback)
     assert not callback.stats.steps["FULL"], callback.summary()
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.lines import file_and_line
 from cg_lightning.core.tree import flatten
@@ -91,8 +92,11 @@ class AttributeEvents(ModuleHandler):
         if frame is None or self._watch.is_paused or self._watch.is_in_framework:
             return
         if name != "__dict__":
-            if not self._reads_what_is_set(name, frame):
+            is_set = self._reads_what_is_set(name, frame)
+            if not is_set:
                 self._reads.setdefault(name, set()).add((frame.f_code, frame.f_lasti))
+            if is_set or name in self._set_first:
+                self._report_late_read(name)
         elif str(frame.f_globals.get("__name__")).split(".")[0] not in FRAMEWORKS:
             self._is_ordinary = False  # ``vars(self)["name"]``
 
@@ -106,6 +110,11 @@ class AttributeEvents(ModuleHandler):
         if name not in self._reads:
             self._set_first[name] = None
         self._writes.setdefault(name, set()).add((frame.f_code, frame.f_lasti))
+
+    def _report_late_read(self, name: str) -> None:
+        """Report that the step reads a value that it has set, if a replay would read it later."""
+        if (id(self.module), name) in self._watch.notes.late_targets:
+            self._watch.report(Cause.HOST_SYNC, f"{self._prefix}{name}")
 
     def _reads_what_is_set(self, name: str, frame: FrameType) -> bool:
         """Return whether a line only reads an entry that the step has set; note what it sets."""

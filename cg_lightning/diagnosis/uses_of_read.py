@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from cg_lightning.diagnosis.accumulators import accumulates
 from cg_lightning.diagnosis.definitions import Parents, node_of
 from cg_lightning.guards.changed_values import LISTS, MAPPINGS, is_plain_object
-from cg_lightning.modules.kinds import is_our_file, is_user_class, is_user_file, namespace_of
+from cg_lightning.modules.kinds import is_framework_file, is_our_file, is_user_class, namespace_of
 
 _READ_ALL = frozenset({"locals", "vars", "eval", "exec", "dir", "_getframe", "currentframe"})
 _NUMBERS = (bool, int, float, complex)
@@ -73,6 +73,11 @@ class ReadUse(NamedTuple):
                 return False
         return True
 
+    def targets(self, frame: FrameType) -> list[tuple[int, str]]:
+        """Return the ids of modules, and the names of their attributes, that get the value."""
+        ends = [end for end in self.ends if end.how != _LOG]
+        return [(id(frame.f_locals[end.owner]), end.attribute) for end in ends]
+
     @property
     def is_logged(self) -> bool:
         """Whether it is logged."""
@@ -80,13 +85,17 @@ class ReadUse(NamedTuple):
 
 
 def _is_frame_of_step(frame: FrameType) -> bool:
-    """Return whether a frame is that of the step: neither the user nor a module has called it."""
+    """Return whether a frame is that of the step.
+
+    No module has called it, and no code but that of frameworks, which only pass its result on.
+    """
     outer = frame.f_back
     while outer is not None:
         file, name = outer.f_code.co_filename, outer.f_code.co_name
-        if is_our_file(file) and name in ("watch", "on_call"):
-            return name == "watch"
-        if is_user_file(file):
+        if is_our_file(file):
+            if name in ("watch", "on_call"):
+                return name == "watch"
+        elif not is_framework_file(file):
             return False
         outer = outer.f_back
     return False
@@ -161,7 +170,7 @@ def _ends(node: ast.AST, parents: Parents, what: str, names: frozenset[str]) -> 
     if isinstance(outer, ast.keyword):
         node, outer = outer, parents.get(outer)
     if isinstance(outer, ast.Return):
-        yield "returned"
+        yield "returned" if _is_of_outermost(outer, parents) else None
     elif isinstance(outer, ast.Call):
         yield _end_of_call(node, outer, parents, what)
     elif isinstance(outer, ast.AugAssign) and outer.value is node:
@@ -176,6 +185,14 @@ def _ends(node: ast.AST, parents: Parents, what: str, names: frozenset[str]) -> 
                 yield _end_of_target(target, _SET)
     else:
         yield None
+
+
+def _is_of_outermost(node: ast.AST, parents: Parents) -> bool:
+    """Return whether a statement is of the function itself, and of none inside it."""
+    node = parents[node]
+    while not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        node = parents[node]
+    return node not in parents
 
 
 def _is_loaded(node: ast.AST) -> bool:

@@ -108,6 +108,8 @@ class StepNotes(SideEffects):
     """Random generators, other than the default one, that the step draws from."""
     classes: dict[int, type] = dataclasses.field(default_factory=dict)
     """The user's classes that the step uses, by id: a class may have no hash."""
+    late_targets: set[tuple[int, str]] = dataclasses.field(default_factory=set)
+    """Ids of modules, and names of their attributes, that get values which a replay reads later."""
 
 
 class WatchedStep(StepNotes):

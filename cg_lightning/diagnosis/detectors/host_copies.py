@@ -22,7 +22,7 @@ from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.detectors.logging import LOGGING_METHODS
 from cg_lightning.diagnosis.findings import Location, find_location
 from cg_lightning.diagnosis.step_watch import StepWatch
-from cg_lightning.diagnosis.uses_of_read import use_of_read
+from cg_lightning.diagnosis.uses_of_read import ReadUse, use_of_read
 from cg_lightning.effects.late_reads import METHODS, ReadPlace, can_be_late
 from cg_lightning.modules.kinds import is_lightnings_own
 
@@ -76,17 +76,18 @@ class HostCopies(Detector):
         is_known = type(tensor) is Tensor and can_be_late(tensor, name)
         is_on_device = tensor.device.type == watch.device_type or id(tensor) in self._copies
         is_of_step = watch.is_about_step and not (watch.is_paused or watch.is_in_framework)
-        if not (is_known and is_on_device and is_of_step) or not self._is_passed_on(frame):
+        use = use_of_read(frame.f_code, frame.f_lasti) if is_known and is_of_step else None
+        if use is None or not is_on_device or not self._is_harmless(use, frame):
             return read()
+        watch.notes.late_targets.update(use.targets(frame))
         operation = "aten::item" if name == "item" else f"Tensor.{name}"
         watch.report(Cause.HOST_SYNC, operation, calls=watch.stack[1:])
         self._late_reads.add((id(frame.f_code), frame.f_lasti))
         with watch.copying_to_host():
             return read()
 
-    def _is_passed_on(self, frame: FrameType) -> bool:
-        use = use_of_read(frame.f_code, frame.f_lasti)
-        if use is None or not use.is_harmless(frame, self.watch.root, self._inside):
+    def _is_harmless(self, use: ReadUse, frame: FrameType) -> bool:
+        if not use.is_harmless(frame, self.watch.root, self._inside):
             return False
         if not use.is_logged:
             return True

@@ -171,18 +171,34 @@ class ReboundState(Detector):
         if watch.hidden:  # writes of compiled code are not reported
             for events in self._events.values():
                 events.refuse_calls()
-        names = {id(state.module): own for _, state, own in changed}
+        names = {id(state.module): set(own) for _, state, own in changed}
+        for key, name in watch.notes.late_targets:  # zero may have been added, for example
+            names.setdefault(key, set()).add(name)
         with watch.paused():
             candidates = [
                 attribute
                 for key, events in self._events.items()
-                for attribute in events.changes(names[key])
+                for attribute in events.changes(sorted(names[key]))
             ]
             lasting = LastingValues(watch, candidates) if candidates else None
             repeated = [each for each in candidates if lasting and not lasting.are_in(each)]
         for attribute in repeated:
             watch.note_change(attribute)
-        return {(id(attribute.module), attribute.name) for attribute in repeated}
+        found = {(id(attribute.module), attribute.name) for attribute in repeated}
+        self._report_late_reads(watch.notes.late_targets - found)
+        return found
+
+    def _report_late_reads(self, targets: set[tuple[int, str]]) -> None:
+        """Report attributes that get a value which a replay would read later, and are read."""
+        for key, name in sorted(targets, key=lambda target: target[1]):
+            events = self._events.get(key)
+            line = "" if events is None else events.line_that_reads(name)
+            self.watch.report(
+                Cause.HOST_SYNC,
+                name,
+                location=line or Elsewhere.AT_THE_END,
+                calls=[self.watch.step],
+            )
 
     def _guard_what_is_set(
         self, changed: list[tuple[str, ModuleState, list[str]]], repeated: set[tuple[int, str]]
