@@ -180,8 +180,12 @@ CASES: dict[str, Case] = {
     "ClasswiseWrapper": Case(
         lambda: ClasswiseWrapper(c.MulticlassAccuracy(CLASSES, average=None)), _multiclass
     ),
-    "MinMaxMetric": Case(
-        lambda: MinMaxMetric(tm.MeanSquaredError()), _regression, None, Cause.HOST_SYNC
+    "MinMaxMetric": Case(lambda: MinMaxMetric(tm.MeanSquaredError()), _regression),
+    "MinMaxMetric, binned AUROC": Case(
+        lambda: MinMaxMetric(c.MulticlassAUROC(CLASSES, thresholds=20)),
+        _multiclass,
+        None,
+        Cause.HOST_SYNC,
     ),
     "MultioutputWrapper": Case(
         lambda: MultioutputWrapper(tm.MeanSquaredError(), 2),

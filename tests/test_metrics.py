@@ -7,8 +7,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import nn
+from torchmetrics import MeanMetric
 from torchmetrics.functional import classification
-from torchmetrics.wrappers import MetricTracker
+from torchmetrics.wrappers import MetricTracker, MinMaxMetric
 
 from cg_lightning.core.causes import Cause
 from tests.harness import loader
@@ -85,6 +86,64 @@ def test_metrics_are_eagers_over_two_epochs(harness, name, how):
         causes = tuple(cause.value for cause in expected)
         assert reasons
         assert all(text.startswith(causes) for text in reasons)
+
+
+class Extremes(LightningModule):
+    """Returns and logs the value of a batch, the lowest and the highest."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.extremes = MinMaxMetric(MeanMetric(nan_strategy="disable").set_dtype(dtype))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        found = self.extremes(batch[0])
+        self.log_dict(found, on_step=True, on_epoch=True)
+        return found, self.extremes(-batch[0])
+
+
+class KeepsExtremes(Callback):
+    """Reads what a metric keeps, resets it between two batches, and sets what it keeps."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        metric = pl_module.extremes
+        self.seen.append(repr(outputs))
+        if batch_idx % 3 == 2:
+            self.seen.append(repr((metric.min_val, metric.max_val, metric.compute())))
+        if batch_idx == 10:
+            metric.reset()
+            metric.max_val = torch.full_like(metric.max_val, 0.25)
+
+    def on_validation_epoch_end(self, trainer, pl_module) -> None:
+        self.seen.append(repr((pl_module.extremes.compute(), pl_module.extremes.min_val)))
+        pl_module.extremes.reset()
+
+
+NAN, INFINITE = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 24), (torch.float64, 10)])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1.0, 2.0, 2.0, -0.0, 0.0, NAN, 3.0, -1.0, 0.5, NAN, -INFINITE, 0.0, -0.0, INFINITE, 7.0],
+        [NAN, NAN, NAN, NAN, 0.0, -0.0, 0.0, -0.0, 1e-45, 5.0, NAN, 5.0, -5.0, -5.0, 0.0],
+    ],
+)
+def test_the_lowest_and_the_highest_value(harness, values, dtype, least, verify_replays):
+    """Ties, both zeros and NaN: the text of a tensor shows each bit of such numbers."""
+
+    def job(trainer, module):
+        for _ in range(2):
+            trainer.validate(module, loader(torch.tensor(values), batch_size=1), verbose=False)
+        return [each.seen for each in trainer.callbacks if isinstance(each, KeepsExtremes)]
+
+    callback = harness.callback(mode="FULL", verify_replays=verify_replays)
+    harness.compare(Extremes(dtype), job, callback, others=lambda: [KeepsExtremes()])
+    assert callback.stats.steps["FULL"] >= least, callback.summary()
 
 
 class Counts(LightningModule):

@@ -134,7 +134,7 @@ class EffectRecorder(Recorder):
             recording.late_calls = stack.enter_context(parts.late.collected())
             stack.enter_context(recording.watching())
             if self._sync_free:
-                stack.enter_context(sync_free(self._checked))
+                stack.enter_context(sync_free(self._checked, parts.metrics))
             if parts.logged.is_supported():
                 stack.enter_context(numbers_as_tensors(self._module))
             else:

@@ -231,3 +231,25 @@ def matthews(checked: CheckedCalls, original: Any, confmat: Tensor) -> Tensor:
 def has_many_classes(confmat: Tensor) -> bool:
     """Return True for more than two classes. For two, the dtype of the result depends on data."""
     return confmat.ndim == 2 and confmat.numel() > 4
+
+
+def min_max(checked: CheckedCalls, original: Any, metric: Any) -> dict[str, Tensor]:
+    """Compute the value of ``MinMaxMetric``, and keep the lowest and the highest.
+
+    What it returns may become the output of a graph, so it is not what the metric keeps.
+    """
+    value = metric._base_metric.compute()
+    highest, lowest = metric.max_val.to(value.device), metric.min_val.to(value.device)
+    highest = torch.where(highest < value, value, highest)
+    lowest = torch.where(lowest > value, value, lowest)
+    metric.max_val, metric.min_val = highest.clone(), lowest.clone()
+    return {"raw": value, "max": highest, "min": lowest}
+
+
+def has_one_kind_of_value(metric: Any) -> bool:
+    """Return True if the value is like what is kept. Its metric computes it here, and keeps it."""
+    value = metric._base_metric.compute()
+    return isinstance(value, Tensor) and all(
+        (kept.dtype, kept.shape, kept.requires_grad) == (value.dtype, value.shape, False)
+        for kept in (metric.max_val, metric.min_val, value)
+    )

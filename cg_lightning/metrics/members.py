@@ -7,9 +7,11 @@ import contextlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.data import dim_zero_mean
+from torchmetrics.wrappers import MinMaxMetric
 
 from cg_lightning.guards.value_kinds import ValueKind, kind_of
 from cg_lightning.modules.attributes import attributes_of, names_of_frameworks
@@ -88,8 +90,14 @@ ATTRIBUTES_OF_METRICS = frozenset({**vars(_Bare()), **vars(MetricCollection({}))
 """The names of the attributes that each metric and each collection of torchmetrics has."""
 
 
+_EXTREMES = {"min_val": torch.tensor(torch.inf), "max_val": torch.tensor(-torch.inf)}
+"""What ``MinMaxMetric`` keeps. It calls ``add_state`` for neither, so ``reset`` leaves them."""
+
+
 def state_names(module: nn.Module) -> set[str]:
     """Return the names of the states of a metric. A collection has none."""
+    if isinstance(module, MinMaxMetric):
+        return {*module._defaults, *_EXTREMES}
     return set(module._defaults) if isinstance(module, Metric) else set()
 
 
@@ -100,6 +108,8 @@ def states_of(module: nn.Module) -> Mapping[str, object]:
     """
     if not isinstance(module, Metric):
         return {}
+    if isinstance(module, MinMaxMetric):
+        return {**module._defaults, **_EXTREMES}
     passes_on = any(
         isinstance(child, Metric) and child._defaults is module._defaults
         for child in module._modules.values()  # children() reads states: a metric's hash does

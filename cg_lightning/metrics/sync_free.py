@@ -11,6 +11,7 @@ function                                         in a capture
 ``_*_precision_recall_curve_tensor_validation``  likewise
 ``ignore_index`` in counts and confusion matrices counts nothing for it (:mod:`.fixed_shapes`)
 R2, Pearson, explained variance, Matthews        chooses on the device (likewise)
+``MinMaxMetric``                                 likewise
 ``torch.linalg.cholesky``, ``gaussian_nll_loss`` check on the device (:mod:`.argument_checks`)
 ``torch.distributions``: parameters and samples  likewise
 ===============================================  =================================================
@@ -32,7 +33,7 @@ import pkgutil
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -265,6 +266,9 @@ SYNC_FREE: dict[str, SyncFree] = {
     f"{_CLASSIFICATION}.matthews_corrcoef._matthews_corrcoef_reduce": SyncFree(
         fixed_shapes.matthews, fixed_shapes.has_many_classes
     ),
+    "torchmetrics.wrappers.minmax.MinMaxMetric.compute": SyncFree(
+        fixed_shapes.min_max, fixed_shapes.has_one_kind_of_value
+    ),
     "torch.linalg.cholesky": SyncFree(argument_checks.cholesky, argument_checks.may_come_later),
     "torch.nn.functional.gaussian_nll_loss": SyncFree(
         argument_checks.gaussian_nll_loss, argument_checks.takes_tensors
@@ -371,8 +375,14 @@ class _Replacement:
 
 
 @contextlib.contextmanager
-def replacing(make: Callable[[Callable[..., Any], SyncFree], Callable[..., Any]]) -> Iterator[None]:
+def replacing(
+    make: Callable[[Callable[..., Any], SyncFree], Callable[..., Any]],
+    metrics: Iterable[nn.Module] = (),
+) -> Iterator[None]:
     """Replace each function of the table by ``make(original, sync_free)``, for this thread.
+
+    Metrics have methods of their own, which ``Metric.__init__`` stores. Those of ``metrics`` are
+    replaced as well.
 
     A function that this version of torchmetrics does not have is skipped. If its successor waits
     for the device, the diagnosis finds it.
@@ -391,6 +401,11 @@ def replacing(make: Callable[[Callable[..., Any], SyncFree], Callable[..., Any]]
                 for owner, name in places:
                     stack.callback(setattr, owner, name, vars(owner)[name])
                     setattr(owner, name, replacement.function)
+                for metric in metrics:
+                    stored = vars(metric).get(name)
+                    if isinstance(stored, types.MethodType) and stored.__func__ is original:
+                        stack.callback(vars(metric).__setitem__, name, stored)
+                        vars(metric)[name] = types.MethodType(replacement.function, metric)
         yield
 
 
@@ -401,11 +416,14 @@ def _end(replacements: list[_Replacement], imported: list[str]) -> None:
     put_back_in_others(imported, [(each.original, each.function) for each in replacements])
 
 
-def sync_free(checked: CheckedCalls) -> contextlib.AbstractContextManager[None]:
+def sync_free(
+    checked: CheckedCalls, metrics: Iterable[nn.Module] = ()
+) -> contextlib.AbstractContextManager[None]:
     """While this is entered, functions of the table do not wait for the device.
 
     Args:
         checked: Receives the calls that eager would refuse.
+        metrics: The metrics of the step; see :func:`replacing`.
     """
 
     def make(original: Callable[..., Any], replacement: SyncFree) -> Callable[..., Any]:
@@ -420,4 +438,4 @@ def sync_free(checked: CheckedCalls) -> contextlib.AbstractContextManager[None]:
 
         return function
 
-    return replacing(make)
+    return replacing(make, metrics)

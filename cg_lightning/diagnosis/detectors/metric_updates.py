@@ -107,7 +107,7 @@ class MetricUpdates(Detector):
             for handler in handlers:
                 stack.callback(Interception(handler.metric, handler).remove)
             if effects.sync_free:
-                stack.enter_context(replacing(self._only_for_submodules))
+                stack.enter_context(replacing(self._only_for_submodules, self._metrics))
             yield
         for handler in handlers:
             late = self.watch.late_unit(handler.metric)
