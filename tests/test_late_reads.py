@@ -563,9 +563,30 @@ def of_a_function_inside(self, batch, batch_idx):
     return x if type(same()) is float else x * 2
 
 
+def of_a_class_inside(self, batch, batch_idx):
+    (x,) = batch
+    value = self.net(x).mean().item()
+
+    class Inside:
+        number = value
+
+    return x if type(Inside.number) is float else x * 2
+
+
+def of_a_cell(self, batch, batch_idx):
+    (x,) = batch
+    value = self.net(x).mean().item()
+
+    def keep():
+        self.losses.append(value)
+
+    keep()
+    return [type(cell.cell_contents) is float for cell in keep.__closure__]
+
+
 LOWER = [
     *(asks_for_what_was_set, asks_for_an_entry, takes_out_an_entry, asks_elsewhere),
-    *(of_a_function_inside, takes_out_an_item, by_another_name),
+    *(of_a_class_inside, of_a_cell, of_a_function_inside, takes_out_an_item, by_another_name),
     *(compared, multiplied, printed, converted, typed, asked, local_list, local_name),
     *(in_a_dictionary, by_locals, by_its_frame, to_a_function, of_a_helper, to_a_list_of_ones_own),
     *(works_with_an_array, extends_by_an_array, logs_a_list, adds_lists, to_a_meter_that_looks),

@@ -33,6 +33,7 @@ from cg_lightning.modules.kinds import is_framework_file, is_our_file, is_user_c
 _READ_ALL = frozenset({"locals", "vars", "eval", "exec", "dir", "_getframe", "currentframe"})
 _NUMBERS = (bool, int, float, complex)
 _APPEND, _EXTEND, _ADD, _SET, _LOG, _CALL = "append", "extend", "+=", "=", "log", "()"
+_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 _KINDS = {"item": "number", "tolist": "list", "numpy": "array"}
 
 
@@ -170,7 +171,7 @@ def _ends(node: ast.AST, parents: Parents, what: str, names: frozenset[str]) -> 
     if isinstance(outer, ast.keyword):
         node, outer = outer, parents.get(outer)
     if isinstance(outer, ast.Return):
-        yield "returned" if _is_of_outermost(outer, parents) else None
+        yield "returned"
     elif isinstance(outer, ast.Call):
         yield _end_of_call(node, outer, parents, what)
     elif isinstance(outer, ast.AugAssign) and outer.value is node:
@@ -185,14 +186,6 @@ def _ends(node: ast.AST, parents: Parents, what: str, names: frozenset[str]) -> 
                 yield _end_of_target(target, _SET)
     else:
         yield None
-
-
-def _is_of_outermost(node: ast.AST, parents: Parents) -> bool:
-    """Return whether a statement is of the function itself, and of none inside it."""
-    node = parents[node]
-    while not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-        node = parents[node]
-    return node not in parents
 
 
 def _is_loaded(node: ast.AST) -> bool:
@@ -251,10 +244,20 @@ def _ends_of_name(
             yield None
         if not isinstance(node, ast.Name):
             continue
-        if node.id in _READ_ALL or (node.id == name and _is_added_to(node, parents)):
+        is_it = node.id == name
+        is_unknown = is_it and (_is_added_to(node, parents) or _is_inside(node, parents))
+        if node.id in _READ_ALL or is_unknown:
             yield None
-        elif node.id == name and isinstance(node.ctx, ast.Load):
+        elif is_it and isinstance(node.ctx, ast.Load):
             yield from _ends(node, parents, what, names | {name})
+
+
+def _is_inside(node: ast.AST, parents: Parents) -> bool:
+    """Return whether a name is in a function or class inside the one that reads the value."""
+    node = parents[node]
+    while not isinstance(node, _SCOPES):
+        node = parents[node]
+    return node in parents
 
 
 def _is_added_to(node: ast.Name, parents: Parents) -> bool:
