@@ -9,7 +9,10 @@ whole process. Eager steps after that raise no error, and steps from graphs must
 from __future__ import annotations
 
 import decimal
+import locale
+import os
 import sys
+import time
 import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -167,6 +170,24 @@ _DECIMAL = frozenset({"decimal", "Decimal"})
 def has_decimal(space: Mapping[str, Any]) -> bool:
     """Return whether functions with these globals may compute with ``decimal``."""
     return not _DECIMAL.isdisjoint(space)
+
+
+class _Formats(DerivedNamespace):
+    """What Python writes numbers and dates by, besides the format itself."""
+
+    def get(self, name: str, default: Any) -> Any:
+        """Return the locale or the time zone of the process."""
+        if name == "locale":
+            return locale.setlocale(locale.LC_ALL)  # it only asks
+        return repr((os.environ.get("TZ"), time.tzname, time.timezone, time.altzone))
+
+
+_FORMATS = _Formats()
+LOCALE_AND_ZONE = (
+    Source(_FORMATS, "locale", "locale.setlocale(locale.LC_ALL)"),
+    Source(_FORMATS, "zone", "time.tzname"),
+)
+"""What ``f"{x:n}"`` and ``f"{date:%B}"`` depend on. Functions of dates are volatile."""
 
 
 class _SettingsOfNumPy(DerivedNamespace):

@@ -29,6 +29,8 @@ _READ_BY_NAME = frozenset(
 _IDENTIFIER = re.compile(r"[^\W\d]\w*")
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+$")
 _WRITES_TEXT = frozenset({"str", "repr", "format", "array2string", "array_repr", "array_str"})
+_FORMATS = frozenset({"format", "__format__", "format_map", "vformat", "format_field"})
+_HAS_SPEC = 4  # in the argument of the instruction
 _CHANGES = frozenset({"setattr", "delattr", "vars"})
 _GLOBALS_OF_FRAMES = frozenset({"f_globals", "f_builtins", "__globals__"})
 """How a function gets a namespace of globals from a frame or a function."""
@@ -136,6 +138,16 @@ class NamesInCode:
         """Return whether the function may write a value as text."""
         is_formatted = any(name.startswith("FORMAT_") for name in self.opnames)
         return is_formatted or not _WRITES_TEXT.isdisjoint(self.code.co_names)
+
+    def writes_as_told(self) -> bool:
+        """Return whether it may write a value by a format: ``f"{x:n}"``, ``format(x, "n")``."""
+        if not _FORMATS.isdisjoint(self.code.co_names):
+            return True
+        return any(
+            step.opname == "FORMAT_WITH_SPEC"  # from 3.13 on
+            or (step.opname == "FORMAT_VALUE" and bool((step.arg or 0) & _HAS_SPEC))
+            for step in self._steps
+        )
 
     def reads_by_name(self) -> bool:
         """Return whether it may read attributes of any object by names that it does not mention."""

@@ -7,6 +7,7 @@ takes no argument (``threading.active_count``) returns state of the library.
 
 from __future__ import annotations
 
+import datetime
 import inspect
 import os
 import random
@@ -23,7 +24,8 @@ _NAMES_IN_C = {
     "time": """
         time monotonic perf_counter process_time thread_time
         time_ns monotonic_ns perf_counter_ns process_time_ns thread_time_ns
-        clock_gettime clock_gettime_ns localtime gmtime ctime strftime
+        clock_gettime clock_gettime_ns localtime gmtime ctime asctime
+        strftime strptime mktime tzset
     """,
     "posix": """
         times getloadavg urandom getrandom getcwd getcwdb stat lstat access readlink statvfs
@@ -49,10 +51,13 @@ _NAMES_IN_C = {
     "faulthandler": "is_enabled",
     "_locale": "localeconv setlocale nl_langinfo strcoll strxfrm",
     "_tracemalloc": "get_traced_memory is_tracing get_traceback_limit get_tracemalloc_memory",
-    "datetime": "now utcnow today",
+    "datetime": """
+        now utcnow today strftime strptime timestamp fromtimestamp astimezone
+    """,  # by clock, locale or time zone
     "": f"is_inference __subclasses__ {_OF_PLACES}",  # of tensors and of classes
     "decimal": "getcontext setcontext localcontext",  # of the thread
 }
+_DATES = (datetime.date, datetime.time)
 _IN_C = {module: frozenset(names.split()) for module, names in _NAMES_IN_C.items()}
 """Names of functions by module."""
 _OF_GENERATORS = frozenset(name for name in vars(torch.Generator) if name[0] != "_")
@@ -103,8 +108,8 @@ def volatile_in_c(function: Any) -> str:
     owner = getattr(function, "__self__", None)
     if name == "__subclasses__" or isinstance(owner, torch.Tensor):
         module = ""
-    elif module is None and isinstance(owner, type):  # ``datetime.now`` is a method of a class
-        module = owner.__module__
+    elif isinstance(owner, _DATES) or (isinstance(owner, type) and issubclass(owner, _DATES)):
+        module = "datetime"
     if module is None or name not in _IN_C.get(module, ()):
         return ""
     return f"{module}.{name}" if module else name

@@ -40,6 +40,7 @@ from cg_lightning.diagnosis.library_settings import (
     CONTEXT_OF_DECIMAL,
     FILTERS,
     FLAGS_OF_DECIMAL,
+    LOCALE_AND_ZONE,
     WARN,
     has_decimal,
     has_settings,
@@ -293,6 +294,7 @@ class GlobalReads(Detector):
             *settings,
             *filter(None, map(setting_returned_by, values)),
             *settings_of_numpy(values, names.writes_text()),
+            *(LOCALE_AND_ZONE if names.writes_as_told() else ()),
         ]
         for each in computed:
             if each.only_reads_one:
