@@ -147,6 +147,36 @@ class ReducesInHook(NormalizesOverRanks):
         return nn.functional.cross_entropy(self.net[2](hidden), y)
 
 
+def plus_mean_of_input(module, gradients, _):
+    return (plus_mean_over_ranks(gradients[0]),)
+
+
+def before_plus_mean(module, gradients):
+    return (plus_mean_over_ranks(gradients[0]),)
+
+
+class ReducesInHookOfModule(NormalizesOverRanks):
+    """A backward hook of a module in a list, which is no submodule, runs a collective."""
+
+    is_pre = False
+
+    def __init__(self):
+        super().__init__()
+        self.others = [nn.Tanh()]
+        if self.is_pre:
+            self.others[0].register_full_backward_pre_hook(before_plus_mean)
+        else:
+            self.others[0].register_full_backward_hook(plus_mean_of_input)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return nn.functional.cross_entropy(self.net[2](self.others[0](self.net[0](x))), y)
+
+
+class ReducesInPreHookOfModule(ReducesInHookOfModule):
+    is_pre = True
+
+
 class LogsOverRanks(Classifier):
     """Logs values that are reduced over the ranks, after the step and at the end of an epoch."""
 
@@ -235,6 +265,8 @@ CASES = {
     "normalized over ranks": (NormalizesOverRanks, {"strategy": small_buckets}),
     "reduced in the backward": (ReducesInBackward, {"strategy": small_buckets}),
     "reduced in a hook": (ReducesInHook, {"strategy": small_buckets}),
+    "reduced in a hook of a module": (ReducesInHookOfModule, {"strategy": small_buckets}),
+    "reduced in a pre-hook of a module": (ReducesInPreHookOfModule, {"strategy": small_buckets}),
 }
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from types import FunctionType
 from typing import Any
 
@@ -30,6 +31,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
+from torch.utils.hooks import BackwardHook
 
 from cg_lightning.backends import GraphBackend
 from cg_lightning.core.closure import (
@@ -293,7 +295,7 @@ def _why_only_in_ddp(loss: Tensor, hooks: Iterable[Any]) -> str:
     context = current_forward_context()
     if context is not None and context.step is not None and context.step.has_collective:
         return "the step runs a collective, and its backward may run others among those of DDP"
-    for hook in hooks:
+    for hook in chain.from_iterable(map(_with_hooks_of_module, hooks)):
         hook = getattr(hook, "__func__", hook)
         if _calls(hook, _COLLECTIVES):
             name = getattr(hook, "__name__", type(hook).__name__)
@@ -310,6 +312,16 @@ def _why_only_in_ddp(loss: Tensor, hooks: Iterable[Any]) -> str:
             if any(_calls(each, _COLLECTIVES) for each in backwards):
                 return f"{words} runs a collective, which has its place among those of DDP"
     return ""
+
+
+def _with_hooks_of_module(hook: Any) -> list[Any]:
+    """Return a hook of a node, and the backward hooks of a module that it runs, if it does."""
+    cells = getattr(hook, "__closure__", None) or ()
+    held = [cell.cell_contents for cell in cells]
+    inside = [
+        (*each.user_hooks, *each.user_pre_hooks) for each in held if isinstance(each, BackwardHook)
+    ]
+    return [hook, *chain.from_iterable(inside)]
 
 
 def _calls(function: Any, names: frozenset[str], depth: int = 2) -> bool:
