@@ -12,6 +12,7 @@
 - ``findings.py``: findings, and where in the user's code something happened.
 - ``frames.py``: facts about the frame of a call: whose code runs, and with which arguments.
 - ``functions.py``: the function objects of frames.
+- ``garbage.py``: no old garbage is collected while a step is watched.
 - ``hidden_modules.py``: modules that are no submodules, and their attributes.
 - ``library_settings.py``: settings that functions of PyTorch read in Python.
 - ``log_levels.py``: levels of loggers that a step asks for.

@@ -22,6 +22,7 @@ from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.tree import flatten, tensors_in
 from cg_lightning.diagnosis.call_events import CallEvents
 from cg_lightning.diagnosis.findings import Finding, Location, find_line, find_location
+from cg_lightning.diagnosis.garbage import YoungGarbageOnly
 from cg_lightning.diagnosis.late_unit import LateUnit
 from cg_lightning.diagnosis.lines_of_changes import line_that_changes
 from cg_lightning.diagnosis.step_run import StepRun
@@ -150,6 +151,8 @@ class StepWatch:
         """Reports each call to a detector; it pauses while detectors look at operations."""
         self.run = StepRun()
         """How the step runs."""
+        self.garbage = YoungGarbageOnly()
+        """What is collected while it runs."""
 
     # what detectors report
 

@@ -144,7 +144,12 @@ class StepWatcher:
             arguments = detector.arguments(arguments)
         mode = OperationMode(watch, detectors)
         # detectors replace functions of modules and classes: those of two threads would not nest
-        with CAPTURE_LOCK, _intercepted_calls(watch, detectors), contextlib.ExitStack() as stack:
+        with (
+            CAPTURE_LOCK,
+            watch.garbage,
+            _intercepted_calls(watch, detectors),
+            contextlib.ExitStack() as stack,
+        ):
             for detector in detectors:
                 stack.enter_context(detector.around_step())
             with watch.run.running(mode, detectors):

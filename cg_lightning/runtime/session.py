@@ -6,6 +6,7 @@ No policy is here: a session collects facts for the dispatcher, and does what it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any, Protocol
 
 from torch import nn
@@ -43,6 +44,7 @@ from cg_lightning.runtime.keys import Guards, KeyState, Variant
 from cg_lightning.runtime.plans import GuardScope, Plan
 from cg_lightning.runtime.profiling import Profiler, Ranges
 from cg_lightning.runtime.stage_length import StageLength
+from cg_lightning.runtime.submodule_runner import SubmoduleRunner
 from cg_lightning.runtime.submodules import Submodules
 from cg_lightning.runtime.target import GraphTarget, TargetParts
 from cg_lightning.runtime.targets import match_targets
@@ -364,13 +366,18 @@ class Session:
         Modules that are ``left_out`` of the graph have none.
         """
         named = list(modules)
-        if not self._written_settings.contains(named):
-            self.target.guard.check_epoch()  # earlier writes were not recorded
+        self._record_settings_of(named)
         settings = self._written_settings.frozen(named)
         inside = [*self.target.guard.modules, *left_out]
         guards = GuardSet(sources, inside, compared, settings)
         self._written_settings.add((type(each).__name__, each) for each in guards.hidden_modules)
         return guards
+
+    def _record_settings_of(self, named: list[tuple[str, nn.Module]]) -> None:
+        """Note from now on which settings of modules are written."""
+        if not self._written_settings.contains(named):
+            self.target.guard.check_epoch()  # earlier writes were not recorded
+            self._written_settings.add(named)
 
     def _watch_compiled(self, module: nn.Module, run: Callable[[], Any], batch: Any) -> GuardSet:
         """Run a call of ``module`` as it is written, and return guards of what it reads.
@@ -417,18 +424,21 @@ class Session:
             # a submodule that reads a new value each time stays eager; its inner ones need not
             varying = self._submodules.varying_sources(step)
             self._submodules.add(watched.largest_capturable(besides=varying))
+        allowed: dict[SubmoduleRunner, list[tuple[str, nn.Module]]] = {}
         for runner in self._submodules.runners():
             findings = watched.findings_of(runner.path)
             if findings:
                 runner.refuse(step, findings[0].reason().of_submodule(runner.path))
             elif findings is not None:
-                module = runner.module
                 # in pieces, metrics are never in a graph
-                named = module.named_modules(prefix=runner.path)
-                inside = [(path, child) for path, child in named if not is_metric(child)]
-                runner.target.copies_from_host |= watched.copies_from_host(module)
-                guards = self._guard_set(watched.sources(module), watched.compared(module), inside)
-                runner.allow(step, guards, watched.keys_of_calls(runner.module), runs)
+                named = runner.module.named_modules(prefix=runner.path)
+                allowed[runner] = [(path, each) for path, each in named if not is_metric(each)]
+        self._record_settings_of([*chain.from_iterable(allowed.values())])
+        for runner, inside in allowed.items():
+            module = runner.module
+            runner.target.copies_from_host |= watched.copies_from_host(module)
+            guards = self._guard_set(watched.sources(module), watched.compared(module), inside)
+            runner.allow(step, guards, watched.keys_of_calls(module), runs)
 
     def compare(
         self,

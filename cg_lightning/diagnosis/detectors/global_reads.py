@@ -35,6 +35,7 @@ from cg_lightning.diagnosis.functions import (
     source_of_cache,
     users_functions,
 )
+from cg_lightning.diagnosis.garbage import NAMES_OF_COLLECTOR
 from cg_lightning.diagnosis.hidden_modules import hidden_modules, opaque_in, sources_in
 from cg_lightning.diagnosis.library_settings import (
     CONTEXT_OF_DECIMAL,
@@ -112,7 +113,7 @@ class GlobalReads(Detector):
     """
 
     sees_compiled_code = True
-    names_in_c = NAMES_OF_VOLATILE | NAMES_OF_WRITES | _BY_TEXT | WARN
+    names_in_c = NAMES_OF_VOLATILE | NAMES_OF_WRITES | _BY_TEXT | WARN | NAMES_OF_COLLECTOR
 
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
@@ -207,6 +208,8 @@ class GlobalReads(Detector):
         return known.matters
 
     def on_c_call(self, function: Any, frame: FrameType) -> None:
+        if function.__name__ in NAMES_OF_COLLECTOR and function.__module__ == "gc":
+            self.watch.garbage.end()
         name = volatile_in_c(function) or method_of_generator(function, frame)
         if name := name or seeds_itself(function, frame):
             if id(tensor_of_address(function)) not in self._weights:
