@@ -43,6 +43,7 @@ from cg_lightning.core.closure import (
     add_gradient,
 )
 from cg_lightning.core.forward_context import current_forward_context
+from cg_lightning.core.stages import STEP_METHODS, TRAIN
 from cg_lightning.core.tree import flatten, rebuild
 from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.trainer.gradient_copies import GradientCopies
@@ -141,7 +142,8 @@ class TrainingStep:
 
     def run(self, given: ClosureInput, *args: Any) -> ClosureResult:
         """Run the step alone, as Lightning does. The arguments are those of :meth:`compute`."""
-        with torch.enable_grad():
+        # a capture that failed in the backward has left its name
+        with torch.enable_grad(), logging_in(self._module, STEP_METHODS[TRAIN]):
             with self._trainer.precision_plugin.train_step_context():
                 output = self._module.training_step(given.batch, *args)
             return ClosureResult.from_training_step_output(output, given.normalize.value)
@@ -352,6 +354,8 @@ def _nodes(loss: Tensor) -> Iterator[Any]:
 class logging_in:  # noqa: N801  # a context, and cheaper than a generator
     """While this is entered, ``self.log`` belongs to a hook.
 
+    After an error it still does, as Lightning leaves it.
+
     Args:
         module: The module that logs.
         hook: The name of the hook.
@@ -367,5 +371,6 @@ class logging_in:  # noqa: N801  # a context, and cheaper than a generator
         self._before = self._attributes[_LOGGING_HOOK]
         self._attributes[_LOGGING_HOOK] = self._hook
 
-    def __exit__(self, *_: object) -> None:
-        self._attributes[_LOGGING_HOOK] = self._before
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._attributes[_LOGGING_HOOK] = self._before
