@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.functional.text import perplexity
 from torchmetrics.text import Perplexity
@@ -435,6 +436,25 @@ def test_a_graph_that_is_captured_again_says_why(harness, mode):
     weight = "net.0.weight" if mode == "FULL" else "0.weight"
     assert entry.why_again == f"parameters or buffers are at new addresses: {weight}"
     assert f"captured again: {entry.why_again}" in " ".join(callback.summary().split())
+
+
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
+def test_a_graph_that_is_captured_again_after_a_replacement_says_so(harness, mode, monkeypatch):
+    class Replaces(Callback):
+        def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_: Any) -> None:
+            if batch_idx == 6:
+                monkeypatch.setattr(torch, "sin", torch.cos)
+
+    class Sines(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(super().forward(x))
+
+    callback = harness.callback(mode=mode, warmup_steps=1)
+    trainer = harness.trainer(callback, Replaces())
+    trainer.predict(Predictor(nn.Sequential(Sines(8, 8))), features(40))
+    (entry,) = callback.stats.entries
+    assert entry.captures == 2
+    assert entry.why_again == "a function or class was replaced: torch.sin"
 
 
 def test_a_submodule_whose_attribute_toggles_has_two_graphs(harness):

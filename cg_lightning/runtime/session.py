@@ -263,7 +263,7 @@ class Session:
         self.changing_values = ChangingValues()
         self.written.clear()
         self._written_settings.clear()
-        self._submodules.clear()
+        self._submodules.clear(text)
         for piece in self.pieces.values():
             piece.close()
         self.pieces.clear()

@@ -7,6 +7,7 @@ from torch import nn
 from cg_lightning.backends import GraphBackend
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.modes import CUDAGraphMode
+from cg_lightning.core.reasons import NO_CHANGE, Changed
 from cg_lightning.runtime.profiling import Ranges
 from cg_lightning.runtime.submodule_runner import SubmoduleRunner
 from cg_lightning.runtime.target import GraphTarget, TargetParts
@@ -27,6 +28,7 @@ class Submodules:
         self._ranges = ranges
         self._runners: dict[int, SubmoduleRunner] = {}
         self._is_installed = False
+        self._why_cleared = NO_CHANGE
 
     def runners(self) -> list[SubmoduleRunner]:
         """Return all runners."""
@@ -37,6 +39,7 @@ class Submodules:
         for path, module in submodules.items():
             if id(module) not in self._runners:
                 target = GraphTarget(module, CUDAGraphMode.PIECEWISE, self._parts)
+                target.after_change = self._why_cleared
                 runner = SubmoduleRunner(path, target, self._backend, self._ranges)
                 self._runners[id(module)] = runner
             if self._is_installed:
@@ -64,8 +67,9 @@ class Submodules:
         for runner in self.runners():
             runner.begin_epoch()
 
-    def clear(self) -> None:
-        """Forget all of them, because the module has changed."""
+    def clear(self, why: Changed = NO_CHANGE) -> None:
+        """Forget all of them, because the module has changed; ``why`` says how."""
+        self._why_cleared = why
         for runner in self.runners():
             runner.remove()
         self._runners.clear()

@@ -118,6 +118,8 @@ class GraphTarget:
         )
         self.copies_from_host = False
         """Whether a watched call copied constants from the host by itself."""
+        self.after_change = NO_CHANGE
+        """The change of the module for which an earlier target was given up; empty: none was."""
         self.dispatcher = CUDAGraphDispatcher(
             settings.runtime_policy if mode is CUDAGraphMode.FULL else mode,
             settings.warmup_steps,
@@ -227,7 +229,8 @@ class GraphTarget:
             return NO_CHANGE
         key = call.descriptor
         if record.captures:
-            return plan.state.ledger.why or (_DROPPED if key in self._captured else _NEW_RUN)
+            dropped = _DROPPED if key in self._captured else self.after_change
+            return plan.state.ledger.why or dropped or _NEW_RUN
         alike = (key.stage, key.dataloader_idx, key.call)
         keys = [k for k in self._captured if (k.stage, k.dataloader_idx, k.call) == alike]
         if not keys:
