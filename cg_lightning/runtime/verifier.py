@@ -19,10 +19,11 @@ from cg_lightning.effects.step_state import NoState, StepState
 from cg_lightning.modules.compilation import Compilation
 from cg_lightning.report.records import EntryRecord
 
-_LIKELY_CAUSE = (
-    "The graph has most likely frozen a Python value, one that a library keeps for "
-    "instance, or reads memory that has moved"
+_POSSIBLE_CAUSES = (
+    "Why is not known: it may have frozen a Python value, one that a library keeps for "
+    "instance, or read memory that has moved"
 )
+"""No operation is named: a graph of CUDA has only its outputs, not what it computes on the way."""
 _FAR = 0.05
 """Share of the largest value that no rounding exceeds, even in 16 bits."""
 _MOST_EAGER_RUNS = 8
@@ -96,7 +97,7 @@ def _show(value: Any) -> str:
 
 def _differs(output: Any, path: str, found: Any, wanted: Any) -> Verdict:
     text = f"{path} is {_show(found)} from the graph, {_show(wanted)} from eager"
-    return Verdict(output, f"{text}. {_LIKELY_CAUSE}")
+    return Verdict(output, f"{text}. {_POSSIBLE_CAUSES}")
 
 
 class Verifier:
@@ -224,7 +225,7 @@ class Verifier:
             return Verdict(
                 expected,
                 f"the output and the metrics have {len(found)} leaves, eager's {len(wanted)}. "
-                f"{_LIKELY_CAUSE}",
+                f"{_POSSIBLE_CAUSES}",
             )
         pairs = enumerate(zip(found, wanted, strict=True))
         differing = [index for index, (one, other) in pairs if not self._is_same(one, other)]
