@@ -1,7 +1,6 @@
 """A replay that differs is noticed, and its result never reaches the user."""
 
-import itertools
-import sys
+import _ctypes
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -17,15 +16,24 @@ from tests.models import Body, Predictor
 MODES = ["PIECEWISE", "FULL", "FULL_AND_PIECEWISE"]
 
 
+class _Holder:
+    value: Any
+
+
 def unseen(value: Any) -> tuple[Any, Any]:
-    """Gives what reads and what writes a value that nobody sees: a module of Python's has it."""
-    name = f"unseen_{next(NUMBERS)}"
-    put = lambda new: setattr(sys, name, new)
+    """Gives what reads and what writes a value that nobody sees: it is reached by its address."""
+    holder = _Holder()
+    HOLDERS.append(holder)
+    address = id(holder)
+
+    def put(new: Any) -> None:
+        _ctypes.PyObj_FromPtr(address).value = new
+
     put(value)
-    return lambda: getattr(sys, name), put
+    return lambda: _ctypes.PyObj_FromPtr(address).value, put
 
 
-NUMBERS = itertools.count()
+HOLDERS: list[_Holder] = []
 get_scale, put_scale = unseen(1.0)
 
 
