@@ -212,6 +212,7 @@ class CUDAGraphCallback(Callback):
         """Counts of captures, replays and steps over all runs and Trainers of this callback."""
         self._installation: Installation | InertInstallation | None = None
         self._training: TrainingInstallation | InertInstallation | None = None
+        self._is_sanity_check = False
         self._given = GivenBatches()
         self._ahead: BatchesAhead | None = None
         self._stages_run: list[str] = []
@@ -370,7 +371,8 @@ class CUDAGraphCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._training is not None:
             self._training.remove()
-        if not trainer.sanity_checking:
+        self._is_sanity_check = trainer.sanity_checking
+        if not self._is_sanity_check:
             self._install("validate")
 
     @override
@@ -382,7 +384,7 @@ class CUDAGraphCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if trainer.sanity_checking and isinstance(self._installation, Installation):
+        if self._is_sanity_check and isinstance(self._installation, Installation):
             self._installation.check_sanity_batch(batch)
 
     @override

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
 import pytest
 
@@ -326,6 +327,46 @@ def test_keys_that_were_seen_once_do_not_pile_up():
         runner.step(BatchDescriptor(batch_size=size))
     assert len(runner.dispatcher._states) <= MOST_KEYS
     assert len(runner.dispatcher._ledgers) <= MOST_KEYS
+
+
+def what_is_known(dispatcher: CUDAGraphDispatcher) -> list[tuple[object, ...]]:
+    return [
+        (state.descriptor, state.sights, state.warmup_runs, len(state.variants))
+        for state in dispatcher.states()
+    ]
+
+
+@pytest.mark.parametrize("warmup_steps", [1, 3])
+def test_a_step_that_is_only_counted_is_planned_as_others_are(warmup_steps):
+    """Hazard 45: a key that hardly comes again has no state before it does."""
+    random.seed(0)
+    numbers = [random.randrange(3 * MOST_KEYS) for _ in range(4 * MOST_KEYS)]
+    numbers += [each for each in numbers[-20:] for _ in range(4)]
+    counting, planning = Runner(warmup_steps=warmup_steps), Runner(warmup_steps=warmup_steps)
+    counted = 0
+    for number in [1, 2, 3, 4, 5, 5, *numbers]:
+        key = BatchDescriptor(batch_size=number)
+        dispatcher = counting.dispatcher
+        is_new = dispatcher.known(key.fields) is None
+        is_counted = is_new and dispatcher.runs_once(key.fields, float("inf"))
+        counted += is_counted
+        assert (WARM_UP if is_counted else counting.step(key)) is planning.step(key)
+    assert counted > MOST_KEYS
+    assert what_is_known(counting.dispatcher) == what_is_known(planning.dispatcher)
+    assert None in counting.dispatcher._states.values()
+
+
+def test_a_new_key_that_may_have_a_graph_is_not_only_counted():
+    runner = Runner(warmup_steps=3, least_steps=4)
+    keys = [BatchDescriptor(batch_size=size) for size in range(MOST_UNREPEATED + 2)]
+    for key in keys[:MOST_UNREPEATED]:
+        assert not runner.dispatcher.runs_once(key.fields, 100)
+        assert runner.step(key) is WATCH
+    new = keys[-1].fields
+    assert not runner.dispatcher.runs_once(new, 4 + 3 - 1), "it is too late for a graph"
+    assert runner.dispatcher.runs_once(new, 4 + 3)
+    assert not runner.dispatcher.runs_once(new, 100), "it has come again"
+    assert runner.step(keys[-1]) is WATCH
 
 
 def test_a_graph_that_was_dropped_is_captured_again():

@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from cg_lightning import CUDAGraphCallback
+from cg_lightning import BatchDescriptor, CUDAGraphCallback
 from cg_lightning.core.reasons import WARM_UP, Reason, Status
+from cg_lightning.report import counts
 from cg_lightning.report.stats import CUDAGraphStats
 from cg_lightning.report.timeline import MOST_BATCHES, Ran, Timeline
 from tests.harness import features, images, predict
 from tests.models import Body, ConvNetClassifier, Predictor
+
+DTYPES = (torch.float32, torch.int64)
 
 
 class Syncs(Predictor):
@@ -31,6 +35,33 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
     (file,) = folder.rglob("metrics.csv")
     with file.open() as lines:
         return list(csv.DictReader(lines))
+
+
+# counts
+
+
+def test_steps_that_are_counted_later_have_their_place(monkeypatch):
+    """Shapes are printed when a user asks for them, with the same result."""
+    monkeypatch.setattr(counts, "MOST_UNSORTED", 50)
+    at_once, later = CUDAGraphStats(), CUDAGraphStats()
+    earlier = later.copy()
+    reasons = [WARM_UP, Reason(Status.NO_KEY, "no key"), Reason(Status.UNPROFITABLE, "again")]
+    for step in range(3 * counts.MOST_SHAPES):
+        key = BatchDescriptor.from_batch(torch.zeros(step % 100 + 1, dtype=DTYPES[step % 2]))
+        reason, seconds = reasons[step % 7 % 3], 1e-6 * step
+        at_once.host_time("validate", "NONE", key.shapes()).add(seconds)
+        at_once.ran("validate", "NONE", key.shapes(), reason)
+        if step % 11:
+            later.ran_once("validate", key.fields, seconds, reason)
+        else:
+            later.host_time("validate", "NONE", key.shapes()).add(seconds)
+            later.ran("validate", "NONE", key.shapes(), reason)
+    ways = [later.since(earlier), pickle.loads(pickle.dumps(later)), later]
+    for found in ways:
+        assert found.to_dict() == at_once.to_dict()
+        assert found.host_times("validate") == at_once.host_times("validate")
+        assert found.eager == 3 * counts.MOST_SHAPES
+    assert any(record.is_of_other_shapes for record in later.reasons)
 
 
 # loggers

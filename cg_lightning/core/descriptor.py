@@ -224,6 +224,11 @@ def _is_in_family(leaf: Hashable) -> bool:
     return isinstance(leaf, tuple) and leaf[0] in (Tensor, Fixed)
 
 
+def has_plain_values(leaves: Sequence[Hashable]) -> bool:
+    """Return True if a key has other leaves than tensors. See :attr:`BatchDescriptor.family`."""
+    return not all(map(_is_in_family, leaves))
+
+
 _PASSED_ON = "passed on"
 
 

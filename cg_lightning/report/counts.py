@@ -29,6 +29,8 @@ MOST_REASONS = 64
 """Maximum number of sentences of one kind of reason. Others are counted by their kind."""
 MOST_TIMES = 1024
 """Maximum number of stages, modes and shapes with a time on the host."""
+MOST_UNSORTED = 4096
+"""Maximum number of steps that are stored until a user asks for the statistics."""
 OTHER_SHAPES = "other shapes"
 _Topic = tuple[Cause | Status, str, str]
 
@@ -48,13 +50,15 @@ class Counts:
         self.proposed_pad_dims: dict[str, Any] = {}
         """What ``pad_dims="auto"`` has proposed, as ``pad_dims`` takes it."""
         self._padding: dict[tuple[str, str, str], PaddingRecord] = {}
-        self._records: dict[tuple[str, str, str, _Topic | None], StepsRecord] = {}
+        self._sorted: dict[tuple[str, str, str, _Topic | None], StepsRecord] = {}
         self._num_shapes: Counter[tuple[str, str, _Topic | None]] = Counter()
         self._num_reasons: Counter[tuple[str, str, Cause | Status]] = Counter()
         self._index: dict[tuple[str, str, BatchDescriptor], EntryRecord] = {}
-        self._times: dict[tuple[str, str, str], HostTime] = {}
+        self._sorted_times: dict[tuple[str, str, str], HostTime] = {}
+        self._unsorted: list[tuple[str, tuple[Any, ...], float, Reason]] = []
 
     def __getstate__(self) -> dict[str, Any]:
+        self._sort()
         return {**self.__dict__, "_index": {}}  # keys may name types that cannot be pickled
 
     def entry(self, mode: str, target: str, descriptor: BatchDescriptor) -> EntryRecord:
@@ -86,7 +90,7 @@ class Counts:
         """
         topic = None if reason is None else reason.topic
         key = (stage, mode, shapes, topic)
-        if key not in self._records:
+        if key not in self._records:  # which sorts what came before
             if reason is not None and (stage, mode, topic) not in self._num_shapes:
                 self._num_reasons[stage, mode, reason.kind] += 1
                 if self._num_reasons[stage, mode, reason.kind] > MOST_REASONS:
@@ -104,6 +108,39 @@ class Counts:
         record.reason = reason
         record.steps += 1
         return record
+
+    def ran_once(self, stage: str, fields: tuple[Any, ...], seconds: float, reason: Reason) -> None:
+        """Count an eager warm-up step whose shapes hardly come again. It takes little time.
+
+        Args:
+            stage: The stage.
+            fields: The fields of the descriptor of its batch.
+            seconds: Its host time, in seconds.
+            reason: Why it did not run in the mode that was asked for.
+        """
+        self._unsorted.append((stage, fields, seconds, reason))
+        if len(self._unsorted) == MOST_UNSORTED:
+            self._sort()
+
+    def _sort(self) -> None:
+        """Count the steps of :meth:`ran_once` by their shapes. Everything that reads does it."""
+        unsorted, self._unsorted = self._unsorted, []
+        for stage, fields, seconds, reason in unsorted:
+            shapes = BatchDescriptor(*fields).shapes()
+            self.host_time(stage, "NONE", shapes).add(seconds)
+            self.ran(stage, "NONE", shapes, reason)
+
+    @property
+    def _records(self) -> dict[tuple[str, str, str, _Topic | None], StepsRecord]:
+        if self._unsorted:
+            self._sort()
+        return self._sorted
+
+    @property
+    def _times(self) -> dict[tuple[str, str, str], HostTime]:
+        if self._unsorted:
+            self._sort()
+        return self._sorted_times
 
     @property
     def padding(self) -> list[PaddingRecord]:

@@ -26,6 +26,7 @@ from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import NO_CHANGE, WARM_UP, Changed, Reason, Status
 from cg_lightning.guards.guard_set import Unguarded
 from cg_lightning.runtime.keys import (
+    MOST_KEYS,
     Entry,
     KeyState,
     KeyTable,
@@ -191,6 +192,33 @@ class CUDAGraphDispatcher(KeyTable):
             return Plan(Action.WATCH if looks_again else Action.WARM_UP, state, variant, WARM_UP)
         return self._plan_warm(state, variant)
 
+    def runs_once(self, fields: tuple[Any, ...], steps_left: float) -> bool:
+        """Count a step of a new key, and return True if nothing but a warm-up is to be done.
+
+        It does what :meth:`plan`, :meth:`within` and :meth:`ran_eagerly` do, but makes no state of
+        the key, because it will most likely not come again.
+
+        Args:
+            fields: The fields of a descriptor. Its leaves are tensors, and :attr:`known` has no
+                state for it.
+            steps_left: Number of steps until the end of the stage, this one included.
+
+        Returns:
+            False if the step must be planned. Then it is not counted here.
+        """
+        needed = self._least_steps + max(self._warmup_steps, 1)
+        if not self._awaits_repeats() or steps_left < needed:
+            return False
+        if fields in self._states or len(self._states) >= MOST_KEYS:  # others are forgotten first
+            return False
+        self._steps += 1
+        self.ran_once(fields)
+        return True
+
+    def _awaits_repeats(self) -> bool:
+        """Return True if a new key is watched only if it comes again."""
+        return self._watches and len(self._unrepeated) >= MOST_UNREPEATED
+
     def _plan_replay(self, state: KeyState, variant: Variant, entry: Entry) -> Plan:
         if state.ledger.balance < CREDIT:
             state.ledger.earn()
@@ -218,7 +246,7 @@ class CUDAGraphDispatcher(KeyTable):
         return self._unprofitable(state, variant)
 
     def _plan_without_variant(self, state: KeyState) -> Plan:
-        if self._watches and state.sights == 1 and len(self._unrepeated) >= MOST_UNREPEATED:
+        if state.sights == 1 and self._awaits_repeats():
             return Plan(Action.WARM_UP, state, None, NEW_KEY)
         is_overdrawn = self._watches and not state.ledger.may_spend()
         if is_overdrawn and state.ledger.why:  # an explanation at each step would take time

@@ -211,12 +211,14 @@ class KeyTable:
     """The keys of one target, and the accounts of their families."""
 
     def __init__(self) -> None:
-        self._states: dict[tuple[Any, ...], KeyState] = {}
+        self._states: dict[tuple[Any, ...], KeyState | None] = {}
+        """By the fields of the key; None for a key that had one eager step, and may have no more.
+        """
         self._ledgers: dict[tuple[Any, ...], CaptureLedger] = {}
         self._unrepeated: set[tuple[Any, ...]] = set()
         """The keys that were watched, and seen only once."""
         self.known: Callable[[tuple[Any, ...]], KeyState | None] = self._states.get
-        """Returns the state of a key by the fields of its descriptor; None if the key is new."""
+        """Returns the state of a key by the fields of its descriptor; None if it has none yet."""
 
     def state(self, fields: tuple[Any, ...], descriptor: BatchDescriptor | None = None) -> KeyState:
         """Return the state of a key. A new key gets a new state.
@@ -228,15 +230,34 @@ class KeyTable:
         state = self._states.get(fields)
         if state is None:
             made = descriptor or BatchDescriptor(*fields)
-            ledger = self._ledgers.setdefault(made.family, CaptureLedger())
-            state = self._states[fields] = KeyState(made, ledger)
+            ledger = self._ledgers.get(made.family)
+            if ledger is None:
+                ledger = self._ledgers[made.family] = CaptureLedger()
+            runs = 1 if fields in self._states else 0
+            state = self._states[fields] = KeyState(made, ledger, sights=runs, warmup_runs=runs)
             if len(self._states) > MOST_KEYS:
                 self._forget_unused()
         return state
 
+    def ran_once(self, fields: tuple[Any, ...]) -> None:
+        """Record the one eager step of a new key, which gets a state if it comes again.
+
+        Args:
+            fields: The fields of its descriptor.
+        """
+        self._states[fields] = None
+
     def states(self) -> list[KeyState]:
-        """Return all keys."""
-        return list(self._states.values())
+        """Return all keys. Those that had one step have a state for the caller only."""
+        return [
+            KeyState(BatchDescriptor(*fields), CaptureLedger(), sights=1, warmup_runs=1)
+            if state is None
+            else state
+            for fields, state in self._states.items()
+        ]
+
+    def _kept(self) -> list[KeyState]:
+        return [state for state in self._states.values() if state is not None]
 
     def add_variant(self, state: KeyState, variant: Variant) -> list[Entry]:
         """Add a variant of a key. Return the graphs that the caller must drop."""
@@ -262,18 +283,18 @@ class KeyTable:
         unused = [
             fields
             for fields, state in self._states.items()
-            if all(variant.entry is None for variant in state.variants)
+            if state is None or all(variant.entry is None for variant in state.variants)
         ]
         for fields in unused[: MOST_KEYS // 2]:
             del self._states[fields]
             self._unrepeated.discard(fields)
-        families = {state.descriptor.family for state in self._states.values()}
+        families = {state.descriptor.family for state in self._kept()}
         self._ledgers = {key: ledger for key, ledger in self._ledgers.items() if key in families}
 
     def entries(self) -> list[Entry]:
         """Return the graphs of all keys and forget them. The caller must drop them."""
         found: list[Entry] = []
-        for state in self._states.values():
+        for state in self._kept():
             for variant in state.variants:
                 if variant.entry is not None:
                     found.append(variant.entry)
@@ -298,7 +319,7 @@ class KeyTable:
         """Return the graphs of padded batches, with the keys that use them."""
         return [
             (state, variant, variant.entry)
-            for state in self._states.values()
+            for state in self._kept()
             for variant in state.variants
             if variant.padding is not None and variant.entry is not None
         ]
@@ -324,7 +345,7 @@ class KeyTable:
             Graphs that the caller must drop.
         """
         dropped: list[Entry] = []
-        for state in self._states.values():
+        for state in self._kept():
             for variant in [each for each in state.variants if not each.guards.check_epoch()]:
                 state.ledger.note(Status.UNPROFITABLE, variant.guards.explain())
                 state.variants.remove(variant)
@@ -333,7 +354,7 @@ class KeyTable:
 
     def changed(self, why: Changed) -> None:
         """Record that the module has changed, so graphs must be captured again."""
-        for state in self._states.values():
+        for state in self._kept():
             state.ledger.note(Status.UNPROFITABLE, why)
 
     def reset(self, why: Changed = NO_CHANGE) -> None:

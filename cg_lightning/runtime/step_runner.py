@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
@@ -18,6 +19,7 @@ from cg_lightning.core.descriptor import (
     BatchDescriptor,
     describe_fields,
     describe_without_batch,
+    has_plain_values,
 )
 from cg_lightning.core.errors import CaptureError, UnkeyableBatchError, VerificationError
 from cg_lightning.core.forward_context import (
@@ -163,7 +165,12 @@ class StepRunner:
                 session.target.guard.take_rewritten()
                 return outcome
             fields, leaves = described
-        plan = self._dispatcher.plan(self._state(fields, args[0]), leaves)
+        state = self._dispatcher.known(fields)
+        if state is None and self._runs_once(fields):
+            outcome = self._run_once(fields, args, kwargs)
+            session.target.guard.take_rewritten()
+            return outcome
+        plan = self._dispatcher.plan(self._state(state, fields, args[0]), leaves)
         if plan.action is Action.REPLAY:
             return self._replay(plan, leaves, args[0], start)
         if plan.action is Action.EAGER:
@@ -172,6 +179,30 @@ class StepRunner:
             outcome = self._run(plan, args, kwargs, leaves)
         session.target.guard.take_rewritten()
         return outcome
+
+    def _runs_once(self, fields: tuple[Any, ...]) -> bool:
+        """Return True if a new key will most likely not come again. Then its step is counted."""
+        if self._padded is not None or has_plain_values(fields[2]):
+            return False
+        length, left = self._session.stage_length, math.inf
+        if length is not None and self._session.examples is None:
+            left = length.steps_left(self._stage, fields[4])
+        return self._dispatcher.runs_once(fields, left)
+
+    def _run_once(
+        self, fields: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Outcome:
+        """Run a warm-up step of a key that will most likely not come again.
+
+        Each such step pays for the work here, and no graph will ever win it back. So nothing is
+        made of the key, and its shapes are printed only if a user asks for the statistics.
+        """
+        began = perf_counter()
+        outcome = self._run_eagerly(None, args, kwargs, NEW_KEY)
+        seconds = perf_counter() - began
+        self._times.append((self._stage, Ran.WARM_UP, seconds, NEW_KEY))
+        self._session.stats.ran_once(self._stage, fields, seconds, NEW_KEY)
+        return outcome._replace(ran=Ran.WARM_UP)
 
     def _replay(self, plan: Plan, leaves: list[Any], batch: Any, start: float) -> Outcome:
         session, variant = self._session, plan.variant
@@ -228,8 +259,7 @@ class StepRunner:
         state.without_batch = state.without_batch or reason
         return self._run(self._dispatcher.plan(state), args, kwargs, [])
 
-    def _state(self, fields: tuple[Any, ...], batch: Any) -> KeyState:
-        state = self._dispatcher.known(fields)
+    def _state(self, state: KeyState | None, fields: tuple[Any, ...], batch: Any) -> KeyState:
         if state is not None and state.variants:
             if state.sights == 1:
                 self._session.changing_values.note_repeat(state.descriptor)
@@ -357,7 +387,7 @@ class StepRunner:
         self._dispatcher.ran_eagerly(plan.state)
         # submodules would describe each call, for a key that hardly comes again
         seen = None if plan.reason is NEW_KEY else plan.state.descriptor
-        if not self._dispatcher.compares_times:
+        if not self._dispatcher.compares_times or seen is None:
             return self._run_eagerly(seen, args, kwargs, plan.reason)
         times = self._step_times(perf_counter())
         outcome = self._run_eagerly(seen, args, kwargs, plan.reason)
