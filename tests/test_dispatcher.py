@@ -16,7 +16,7 @@ from cg_lightning.report.records import Saving
 from cg_lightning.runtime.dispatcher import MOST_UNREPEATED, NEXT_KEY_COST
 from cg_lightning.runtime.keys import MOST_BRANCHES, MOST_KEYS, MOST_VARIANTS, KeyState, Variant
 from cg_lightning.runtime.ledger import CAPTURE_COST, CREDIT, FIRST_WAIT, CaptureLedger
-from cg_lightning.runtime.plans import TIMED, Action, GuardScope, Plan
+from cg_lightning.runtime.plans import CAPTURED_TOO_SELDOM, TIMED, Action, GuardScope, Plan
 from cg_lightning.runtime.trial import Trial
 
 KEY, OTHER = BatchDescriptor(batch_size=1), BatchDescriptor(batch_size=2)
@@ -601,6 +601,39 @@ def test_further_keys_are_watched_only_if_that_pays_in_what_is_left():
     assert dispatcher.within(plan, least - 1).reason.kind is Status.TOO_SHORT
     again = Plan(Action.WATCH, first, None, None)  # a key that was watched
     assert dispatcher.within(again, 4 + 2 + 1) is again
+
+
+@pytest.mark.parametrize(
+    ("action", "sights", "step", "left", "runs"),
+    [  # a new shape costs 50 + 20 + 2 * 5 eager steps, and a watched one the last two
+        (Action.WATCH, 1, 100, 4 * 80, True),  # one of 4 shapes
+        (Action.WATCH, 1, 100, 4 * 80 - 1, False),
+        (Action.WATCH, 2, 100, 4000, True),  # 2 of 100 steps
+        (Action.WATCH, 2, 100, 3999, False),
+        (Action.CAPTURE, 3, 100, 1000, True),
+        (Action.CAPTURE, 3, 100, 999, False),
+        (Action.CAPTURE, 3, 100, float("inf"), True),
+        (Action.REPLAY, 3, 100, 1, True),
+    ],
+)
+@pytest.mark.parametrize("is_measured", [True, False])
+def test_shapes_are_worth_a_graph_if_they_come_often_enough(
+    action, sights, step, left, runs, is_measured
+):
+    dispatcher = CUDAGraphDispatcher(FULL, 1, least_steps=4)
+    for size in range(4):
+        dispatcher.state((size,), KEY)
+    state, costs = dispatcher.state((0,)), dispatcher.costs
+    state.sights, dispatcher._steps = sights, step
+    for seconds in (500, 50, 60)[: 3 if is_measured else 1]:  # the first does not count
+        costs.watched(seconds)
+        costs.captured(2 * seconds / 5)
+        costs.compared(seconds / 10)
+        costs.ran_eagerly(seconds / 50)
+    plan = dispatcher.within(Plan(action, state, None, None), left)
+    assert (plan.action is action) is (runs or not is_measured)
+    if plan.action is not action:
+        assert plan.reason == CAPTURED_TOO_SELDOM
 
 
 def test_what_runs_in_pieces_stays_there_if_too_little_is_left_to_watch_it():

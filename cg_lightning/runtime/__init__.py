@@ -4,6 +4,7 @@
 - ``alike_runs.py``: runs of steps that may go the way of a watched one.
 - ``alike_steps.py``: padded steps of other shapes that go the same way: not each is watched.
 - ``changing_values.py``: plain values that differ in every batch, such as file names.
+- ``costs.py``: what captures and comparisons cost, as measured.
 - ``dispatcher.py``: the only place that decides in which mode a step or a call runs.
 - ``eager_run.py``: the eager run that the graph of a padded batch is compared with.
 - ``examples.py``: batches that are captured ahead, as the runtime sees them.

@@ -25,6 +25,7 @@ from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import NO_CHANGE, WARM_UP, Changed, Reason, Status
 from cg_lightning.guards.guard_set import Unguarded
+from cg_lightning.runtime.costs import MeasuredCosts
 from cg_lightning.runtime.keys import (
     MOST_KEYS,
     Entry,
@@ -36,6 +37,7 @@ from cg_lightning.runtime.keys import (
 )
 from cg_lightning.runtime.ledger import CAPTURE_COST, CREDIT, WATCH_COST, CaptureLedger
 from cg_lightning.runtime.plans import (
+    CAPTURED_TOO_SELDOM,
     NEW_KEY,
     TIMED,
     TOO_SELDOM,
@@ -120,6 +122,8 @@ class CUDAGraphDispatcher(KeyTable):
         self._graph_mode = FULL if watches else PIECEWISE
         self._has_watched = False
         self._steps = 0
+        self._captures = 0
+        self.costs = MeasuredCosts(least_steps, max(least_steps - 2, 0))
         self._unproven: set[int] = set()
         """The ids of the records of padded graphs that are compared at their next replay."""
 
@@ -164,6 +168,11 @@ class CUDAGraphDispatcher(KeyTable):
     # what the runners ask
 
     @property
+    def captures(self) -> int:
+        """Number of captures so far."""
+        return self._captures
+
+    @property
     def compares_times(self) -> bool:
         """Whether graphs that do not save time are dropped."""
         return self._min_saving > 0
@@ -177,7 +186,9 @@ class CUDAGraphDispatcher(KeyTable):
         """
         self._steps += 1
         state.sights += 1
-        if state.sights == 2:
+        if state.sights == 1:
+            state.first_step = self._steps
+        elif state.sights == 2:
             self._unrepeated.discard(state.descriptor.fields)
         variant = self._current_variant(state, leaves)
         if variant is None:
@@ -432,6 +443,7 @@ class CUDAGraphDispatcher(KeyTable):
 
     def captured(self, state: KeyState, variant: Variant, entry: Entry) -> None:
         """Record that a graph was captured."""
+        self._captures += 1
         state.ledger.spend(CAPTURE_COST - 1)  # the step itself ran from it
         variant.entry = entry
         variant.verify_at = self._next_verification(1)
@@ -474,7 +486,7 @@ class CUDAGraphDispatcher(KeyTable):
             variant.trial.restart()
         variant.modes = [mode for mode in variant.modes if mode is not self._graph_mode]
 
-    def within(self, plan: Plan, steps_left: float) -> Plan:
+    def within(self, plan: Plan, steps_left: float, is_each_watched: bool = True) -> Plan:
         """Return the plan. If the stage ends before a capture could pay, return an eager one.
 
         If it ends before a comparison of times could pay, the step runs from its graphs.
@@ -486,6 +498,7 @@ class CUDAGraphDispatcher(KeyTable):
         Args:
             plan: What the step would do.
             steps_left: Number of steps until the end of the stage, this one included.
+            is_each_watched: Whether each shape is watched before it has a graph.
         """
         if plan.action is Action.TRIAL:
             assert plan.variant is not None and plan.variant.trial is not None  # noqa: PT018
@@ -494,11 +507,13 @@ class CUDAGraphDispatcher(KeyTable):
         if plan.action not in (Action.WATCH, Action.WARM_UP, Action.CAPTURE):
             return plan
         variant = plan.variant
-        if plan.action is Action.CAPTURE and variant is not None and variant.padding is not None:
-            # each shape that is padded is compared, and will come as often as until now
-            expected = steps_left * plan.state.sights / self._steps
-            seldom = Plan(Action.EAGER, plan.state, variant, TOO_SELDOM)
-            return plan if expected >= self._least_steps else seldom
+        is_padded = variant is not None and variant.padding is not None
+        cost = self._cost(plan, is_padded, is_each_watched)
+        if cost is not None and self._expected(plan.state, steps_left) < cost:
+            seldom = TOO_SELDOM if is_padded else CAPTURED_TOO_SELDOM
+            return Plan(Action.EAGER, plan.state, variant, seldom)
+        if is_padded and plan.action is Action.CAPTURE:
+            return plan
         needed = self._least_steps
         if plan.action is not Action.CAPTURE:
             needed += max(self._warmup_steps - plan.state.warmup_runs, 1)
@@ -510,6 +525,45 @@ class CUDAGraphDispatcher(KeyTable):
         if variant is not None and variant.watch_at:
             return plan._replace(action=Action.PIECEWISE)
         return Plan(Action.EAGER, plan.state, variant, TOO_SHORT)
+
+    def _cost(self, plan: Plan, is_padded: bool, is_each_watched: bool) -> float | None:
+        """Return the measured cost of what is planned, in eager steps; None: not measured yet."""
+        if plan.action is Action.CAPTURE:
+            return self.costs.of_padded_shape() if is_padded else self.costs.of_capture()
+        is_new = plan.action is Action.WATCH and not plan.state.variants
+        return self.costs.of_new_shape() if is_new and is_each_watched else None
+
+    def _expected(self, state: KeyState, steps_left: float) -> float:
+        """Return how many of the steps that are left will have this key.
+
+        It will come as often as since its first step. A key that has just come for the first time
+        counts as one of equally frequent ones.
+        """
+        if state.sights < 2:
+            return steps_left / len(self._states)
+        return steps_left * state.sights / (self._steps - state.first_step + 1)
+
+    def took(self, plan: Plan, captures: int, seconds: float) -> None:
+        """Add the host time of a step to the costs. It ran as planned.
+
+        Args:
+            plan: The decision.
+            captures: The value of :attr:`captures` before the step.
+            seconds: Its time, in seconds.
+        """
+        variant = plan.variant
+        is_padded = variant is not None and variant.padding is not None
+        if plan.action is Action.WARM_UP:
+            self.costs.ran_eagerly(seconds)
+        elif plan.action is Action.WATCH:
+            if self._captures == captures:  # none was captured ahead
+                self.costs.watched(seconds)
+        elif self._captures > captures:
+            self.costs.captured(seconds)
+        elif plan.action is Action.CAPTURE and is_padded:
+            self.costs.compared_padding(seconds)
+        elif plan.action is Action.VERIFY and not is_padded:
+            self.costs.compared(seconds)
 
     def settle(self, state: KeyState, variant: Variant) -> Settled | None:
         """Decide if the graphs of a variant pay. Call it after a step whose time was taken.

@@ -148,6 +148,8 @@ class KeyState:
     ledger: CaptureLedger
     sights: int = 0
     """Number of steps with this key so far."""
+    first_step: int = 1
+    """The number of the target's step in which the key was seen first. 1 if that is not known."""
     warmup_runs: int = 0
     """Number of eager runs that count as warm-up."""
     variants: list[Variant] = dataclasses.field(default_factory=list)

@@ -23,6 +23,10 @@ TOO_SELDOM = Reason(
     Status.TOO_SHORT,
     "stage too short: too few batches of this shape are expected to win back a comparison",
 )
+CAPTURED_TOO_SELDOM = Reason(
+    Status.TOO_SHORT,
+    "stage too short: too few batches of this shape are expected to win back a capture",
+)
 NEW_KEY = Reason(
     Status.WARM_UP,
     "warm-up: shapes so far did not come again, so a new one is watched only if it does",

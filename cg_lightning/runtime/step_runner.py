@@ -282,12 +282,13 @@ class StepRunner:
         length = self._session.stage_length
         if length is not None and self._session.examples is None:
             left = length.steps_left(self._stage, plan.state.descriptor.dataloader_idx)
-            plan = self._dispatcher.within(plan, left)
+            plan = self._dispatcher.within(plan, left, self._padded is None)
             if plan.action is Action.REPLAY:
                 return self._replay(plan, leaves, args[0], began)
         if plan.action is Action.EAGER:
             return self._run_for_reason(plan, args, kwargs)
         descriptor, variant = plan.state.descriptor, plan.variant
+        captures = self._dispatcher.captures
         if plan.action in (Action.CAPTURE, Action.VERIFY):
             outcome = self._capture_or_verify(plan, args, kwargs, leaves)
         elif plan.action is Action.PIECEWISE:
@@ -304,6 +305,9 @@ class StepRunner:
         seconds, how = perf_counter() - began, _how(plan.action, outcome)
         if plan.action is Action.WARM_UP:
             self._host_time(NONE, descriptor).add(seconds)
+        has_watched = plan.action is Action.WATCH and self._padded is not None
+        if self._dispatcher.compares_times and not (how is Ran.EAGER or has_watched):
+            self._dispatcher.took(plan, captures, seconds)
         self._times.append((self._stage, how, seconds, outcome.reason))
         self._finish(outcome, descriptor, variant)
         return outcome._replace(ran=how)

@@ -1,0 +1,70 @@
+"""What watched steps, captures and comparisons cost: constants at first, then what was measured."""
+
+from __future__ import annotations
+
+from math import inf
+
+
+class MeasuredCosts:
+    """The costs of the graphs of one target, as numbers of eager steps.
+
+    A graph saves one eager step for each batch that it serves; a replay counts as if it took no
+    time. So a graph that costs 40 eager steps pays from the 40th batch on. The shortest time of
+    each kind counts. The first watched step and the first capture do not: they also prepare
+    libraries.
+
+    Args:
+        start: The cost of the comparison of one more padded shape, until it is measured.
+        num_comparisons: Number of replays after a capture that are compared with eager.
+    """
+
+    def __init__(self, start: float, num_comparisons: int) -> None:
+        self._start = start
+        self._num_comparisons = num_comparisons
+        self._num_watched = self._num_captures = 0
+        self._eager = self._watch = self._capture = self._comparison = self._of_padding = inf
+
+    def ran_eagerly(self, seconds: float) -> None:
+        """Add the time of an eager step that did nothing else."""
+        self._eager = min(self._eager, seconds)
+
+    def watched(self, seconds: float) -> None:
+        """Add the time of a watched step."""
+        self._num_watched += 1
+        if self._num_watched > 1:
+            self._watch = min(self._watch, seconds)
+
+    def captured(self, seconds: float) -> None:
+        """Add the time of a step whose graph was captured."""
+        self._num_captures += 1
+        if self._num_captures > 1:
+            self._capture = min(self._capture, seconds)
+
+    def compared(self, seconds: float) -> None:
+        """Add the time of a replay that was compared with eager."""
+        self._comparison = min(self._comparison, seconds)
+
+    def compared_padding(self, seconds: float) -> None:
+        """Add the time of a step whose shape was compared with several paddings."""
+        self._of_padding = min(self._of_padding, seconds)
+
+    def of_new_shape(self) -> float | None:
+        """Return the cost of a watched step, a capture and comparisons; None: not measured yet.
+
+        As long as nothing was captured twice, it is the cost of the watched step.
+        """
+        watch = self._in_steps(self._watch)
+        return None if watch is None else watch + (self.of_capture() or 0.0)
+
+    def of_capture(self) -> float | None:
+        """Return the cost of a capture and of the comparisons after it; None: not measured yet."""
+        compared = self._num_comparisons * self._comparison if self._num_comparisons else 0.0
+        return self._in_steps(self._capture + compared)
+
+    def of_padded_shape(self) -> float:
+        """Return the cost of the comparison of one more shape that is padded."""
+        measured = self._in_steps(self._of_padding)
+        return self._start if measured is None else measured
+
+    def _in_steps(self, seconds: float) -> float | None:
+        return None if inf in (seconds, self._eager) else seconds / self._eager
