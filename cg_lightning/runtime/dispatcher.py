@@ -509,7 +509,7 @@ class CUDAGraphDispatcher(KeyTable):
         variant = plan.variant
         is_padded = variant is not None and variant.padding is not None
         cost = self._cost(plan, is_padded, is_each_watched)
-        if cost is not None and self._expected(plan.state, steps_left) < cost:
+        if cost is not None and self._expected(plan.state, steps_left, is_padded) < cost:
             seldom = TOO_SELDOM if is_padded else CAPTURED_TOO_SELDOM
             return Plan(Action.EAGER, plan.state, variant, seldom)
         if is_padded and plan.action is Action.CAPTURE:
@@ -533,12 +533,14 @@ class CUDAGraphDispatcher(KeyTable):
         is_new = plan.action is Action.WATCH and not plan.state.variants
         return self.costs.of_new_shape() if is_new and is_each_watched else None
 
-    def _expected(self, state: KeyState, steps_left: float) -> float:
+    def _expected(self, state: KeyState, steps_left: float, is_padded: bool) -> float:
         """Return how many of the steps that are left will have this key.
 
         It will come as often as since its first step. A key that has just come for the first time
         counts as one of equally frequent ones.
         """
+        if is_padded:  # one comparison costs little, so the whole stage so far tells enough
+            return steps_left * state.sights / self._steps
         if state.sights < 2:
             return steps_left / len(self._states)
         return steps_left * state.sights / (self._steps - state.first_step + 1)
