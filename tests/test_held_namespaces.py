@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tests.harness import Harness, predict
-from tests.test_changes_in_mid_stage import Changes, Part, Runs
+from tests.test_changes_in_mid_stage import Changes, Part, Runs, attribute
 from tests.test_closed_world import reasons
 
 LIBRARY = colorsys
@@ -254,3 +254,17 @@ def test_a_logger_costs_no_graph(harness):
     use = lambda self, x: (LOG.debug("shown to nobody"), x * 2)[1]
     callback = compare(harness, lambda: None, use, lambda *_: None)
     assert callback.stats.steps["FULL"] >= 9, callback.summary()
+
+
+def chain(length: int) -> Any:
+    """Return a class of a library that leads to as many others, and back to itself."""
+    classes = [type("Link", (), {"__module__": "string", "scale": 1.0}) for _ in range(length)]
+    for index, each in enumerate(classes):
+        each.next = classes[(index + 1) % length]
+    return classes[0]
+
+
+def test_namespaces_that_lead_far_and_back(harness):
+    use = lambda self, x: x * getattr(self.held, "scale" if len(x) else "next")
+    callback = compare(harness, lambda: chain(1500), use, attribute("scale"))
+    assert callback.stats.steps["FULL"] >= 3, callback.summary()

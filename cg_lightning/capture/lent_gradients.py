@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,11 @@ from cg_lightning.backends import GraphBackend
 from cg_lightning.capture.graph import weak_ref_tensors
 from cg_lightning.core.closure import ClosureOutput, ReplayedOutput
 from cg_lightning.core.tree import flatten
+
+# private: the counters of changes, which eager's gradients have as well
+set_versions: Callable[[Sequence[Tensor], Sequence[int]], None] | None = getattr(
+    torch._C._autograd, "_unsafe_set_version_counter", None
+)
 
 
 class LentGradients:
@@ -60,7 +65,12 @@ class LentGradients:
 
     def hold_weakly(self, backend: GraphBackend) -> None:
         """Let later captures use their memory again."""
-        self._gradients = weak_ref_tensors(self._gradients, backend)
+        before = self._gradients
+        self._gradients = weak_ref_tensors(before, backend)
+        if set_versions is not None:
+            pairs = zip(self._gradients.values(), before.values(), strict=True)
+            given = [(weak, each) for weak, each in pairs if weak is not None and each is not None]
+            set_versions([weak for weak, _ in given], [each._version for _, each in given])
 
     def take(self, built: Any) -> ReplayedOutput:
         """Return the output of a replay with the gradients. The next replay overwrites these."""

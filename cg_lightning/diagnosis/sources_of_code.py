@@ -59,7 +59,7 @@ def sources_of(frame: FrameType, names: NamesInCode) -> list[Source]:
         elif is_users_namespace(module):
             found += sources_in_namespace(module, module.__name__, names)
         else:
-            found += _sources_by_names(module, module.__name__, names.names, set())
+            found += _sources_by_names(module, module.__name__, names.names)
     for space, name in names.looked_up():
         if name not in dir(space):
             found.append(Source(space, name, f"{space.__name__}.{name}"))
@@ -72,7 +72,7 @@ def _sources_of_name(
     value = namespace.get(name)
     if isinstance(value, (types.ModuleType, type)):
         if not is_users_namespace(value):
-            return _sources_by_names(value, path, names.names, set())
+            return _sources_by_names(value, path, names.names)
         where = value.__name__ if isinstance(value, type) else path
         return sources_in_namespace(value, where, names)
     if isinstance(value, types.FunctionType):
@@ -101,7 +101,7 @@ def sources_in_namespace(namespace: Any, path: str, names: NamesInCode) -> list[
     """Return what may be read of a module or class by these names, and inside of it."""
     is_module = isinstance(namespace, types.ModuleType)
     wanted = (*names.names, "__getattr__") if is_module else names.names
-    found = _sources_by_names(namespace, path, wanted, set())
+    found = _sources_by_names(namespace, path, wanted)
     is_set, is_asked_for = names.may_be_missing()
     for name in {*is_set, *is_asked_for}:
         if not any(name in vars(holder) for holder in _holders(namespace)):
@@ -110,21 +110,25 @@ def sources_in_namespace(namespace: Any, path: str, names: NamesInCode) -> list[
     return found
 
 
-def _sources_by_names(
-    namespace: Any, path: str, names: Sequence[str], seen: set[int]
-) -> list[Source]:
+def _sources_by_names(namespace: Any, path: str, names: Sequence[str]) -> list[Source]:
     """Return what may be read of a module or class by these names, and of those inside it."""
-    if id(namespace) in seen:
-        return []
-    seen.add(id(namespace))
-    is_users = is_users_namespace(namespace)
     found: list[Source] = []
-    for name in names:
+    seen = {id(namespace)}
+    # without recursion: namespaces may lead far
+    pending = [(namespace, path, iter(names))]
+    while pending:
+        namespace, path, left = pending[-1]
+        name = next(left, None)
+        if name is None:
+            pending.pop()
+            continue
         holder, value = _look_up(namespace, name)
         where = f"{path}.{name}"
         if isinstance(value, (types.ModuleType, type)):
-            found += _sources_by_names(value, where, names, seen)
-        elif holder is not None and is_users:
+            if id(value) not in seen:
+                seen.add(id(value))
+                pending.append((value, where, iter(names)))
+        elif holder is not None and is_users_namespace(namespace):
             found += _sources_of_users(namespace, holder, name, path, value)
         elif holder is not None:
             found.append(_source_in_library(holder, name, where, value))
@@ -188,7 +192,7 @@ def all_sources_in(namespace: Any) -> list[Source]:
         if id(space) in seen or not is_users_namespace(space):
             continue
         seen.add(id(space))
-        found += _sources_by_names(space, space.__name__, tuple(vars(space)), set())
+        found += _sources_by_names(space, space.__name__, tuple(vars(space)))
         found.append(Source(_names_of(space), "names", f"names in {space.__name__}"))
         if isinstance(space, type):  # ``attrgetter("inner.scale")(Config)``
             pending += [each for each in vars(space).values() if isinstance(each, type)]
@@ -234,7 +238,7 @@ def sources_held_by(function: FunctionType) -> list[Source]:
     for source in list(found):
         value = source.value()
         if isinstance(value, (types.ModuleType, type)) and is_users_namespace(value):
-            found += _sources_by_names(value, value.__name__, names, set())
+            found += _sources_by_names(value, value.__name__, names)
         elif isinstance(value, types.FunctionType):
             found += _attributes_of_function(value)
     return found
@@ -251,7 +255,7 @@ def sources_in_held(namespace: Any, path: str, names: NamesInCode) -> list[Sourc
 
     The functions of classes are left out: there, mostly methods have such names.
     """
-    found = _sources_by_names(namespace, path, names.names, set())
+    found = _sources_by_names(namespace, path, names.names)
     if isinstance(namespace, type):
         return [each for each in found if not isinstance(each, LibrarySource)]
     return found

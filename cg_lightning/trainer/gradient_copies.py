@@ -8,7 +8,7 @@ that this was done:
 - Nobody refers to them: no variable, no view, no saved tensor of autograd, no array of NumPy, no
   weak reference. Python and PyTorch count references.
 - They are as they were made: same memory, shape, strides and ``requires_grad``, no attributes. The
-  counters of their changes are set to zero.
+  counters of their changes are set to those of eager.
 - Only the current stream of this process may use their memory. ``record_stream``, and a queue that
   sends a tensor, say that another one does, which no reference shows. From then on the allocator is
   responsible for the memory, and not this file.
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from cg_lightning.backends import GraphBackend
+from cg_lightning.capture.lent_gradients import set_versions
 from cg_lightning.capture.outputs import (
     GroupedCopies,
     copy_with_strides,
@@ -37,9 +38,6 @@ from cg_lightning.modules.interception import UsersOfMemory
 # private: how many references PyTorch has to a tensor and to its memory
 _of_tensor: Callable[[Tensor], int] | None = getattr(Tensor, "_use_count", None)
 _of_memory: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
-_set_versions: Callable[[list[Tensor], list[int]], None] | None = getattr(
-    torch._C._autograd, "_unsafe_set_version_counter", None
-)  # private, too
 _address_of = operator.attrgetter("_cdata")
 _attributes_of = operator.attrgetter("__dict__")
 
@@ -79,7 +77,7 @@ class GradientCopies:
         self._addresses = frozenset[int]()
         """Those of their memory."""
         self._versions: list[int] = []
-        """Those of new tensors."""
+        """How often the gradients were changed when the graph was captured, as in eager."""
         self._alone: list[int] = []
         """The numbers of references if nobody else refers to them."""
         self._stream: Hashable = None
@@ -88,7 +86,7 @@ class GradientCopies:
     def install(self) -> None:
         """Listen for other streams and processes that use a gradient; idempotent."""
         can_count = _of_tensor is not None and _of_memory is not None
-        if self._heard is None and can_count and _set_versions is not None:
+        if self._heard is None and can_count and set_versions is not None:
             self._heard = UsersOfMemory(self._may_be_used)
 
     def remove(self) -> None:
@@ -118,17 +116,16 @@ class GradientCopies:
             return list(map(copy_with_strides, gradients))
         placement, copies = self._placement, self._copies  # another thread may forget them now
         if copies and self._are_free(copies, placement):
-            assert _set_versions is not None
             grouped.write_to(copies)
-            _set_versions(copies, self._versions)
+            self._set_versions(copies)
             return copies
         del placement, copies  # first: their memory may serve
         self.forget()
         copies = grouped.make()
+        self._set_versions(copies)
         if self._heard is not None:
             self._placement = Placement(copies, layout_and_gradient_of)
             self._addresses = frozenset([each.untyped_storage().data_ptr() for each in copies])
-            self._versions = [0] * len(copies)
             self._alone = _references(copies)
             self._stream = self._backend.current_stream()
             self._copies = copies
@@ -142,6 +139,11 @@ class GradientCopies:
             self._are_usual = all(map(is_cloned_with_strides, gradients))
         self._grouped = GroupedCopies(gradients) if self._are_usual else None
         self._sources, self._layouts = gradients, layouts
+        self._versions = [each._version for each in gradients]
+
+    def _set_versions(self, copies: list[Tensor]) -> None:
+        if set_versions is not None:
+            set_versions(copies, self._versions)
 
     def _are_free(self, copies: list[Tensor], placement: Placement) -> bool:
         return (

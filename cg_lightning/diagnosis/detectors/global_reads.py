@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from types import CodeType, FrameType, FunctionType
@@ -144,6 +145,9 @@ class GlobalReads(Detector):
         """Whether the step may read attributes of these by names that its code does not mention."""
         self._of_namespaces: dict[tuple[int, int, str], list[Source]] = {}
         """What some code may read of such a class, or of a class or module that it is given."""
+        self._to_remember: deque[Source] = deque()
+        """What values hold that were found, and that are looked at next."""
+        self._is_remembering = False
         self._weights = {id(each) for each in chain(watch.root.parameters(), watch.root.buffers())}
         """The ids of parameters and buffers, whose places in memory are guarded."""
         self._unguarded: dict[tuple[int, str], list[ModuleCall]] = {}
@@ -355,8 +359,12 @@ class GlobalReads(Detector):
                 found += self._sources_in(namespace, known, "held")
         if self._reads_by_name and (contents.reads_by_name or contents.namespaces):
             found += self._all_sources()
-        for source in found:
-            self._remember(source, Elsewhere.AT_THE_END)
+        self._to_remember.extend(found)
+        if not self._is_remembering:  # without recursion: what they hold may lead far, or back
+            self._is_remembering = True
+            while self._to_remember:
+                self._remember(self._to_remember.popleft(), Elsewhere.AT_THE_END)
+            self._is_remembering = False
         return found
 
     def _read_namespace(self, namespace: Any, known: _Code, how: str) -> None:
