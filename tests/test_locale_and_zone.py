@@ -44,7 +44,9 @@ def german(tmp_path_factory) -> Iterator[None]:
 def kept() -> Iterator[None]:
     before, zone = locale.setlocale(locale.LC_ALL), os.environ.get("TZ")
     yield
-    locale.setlocale(locale.LC_ALL, before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LOCPATH", raising=False)  # the system's own locales are not there
+        locale.setlocale(locale.LC_ALL, before)
     os.environ.pop("TZ", None)
     os.environ.update({} if zone is None else {"TZ": zone})
     time.tzset()
