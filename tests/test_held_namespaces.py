@@ -6,6 +6,7 @@ reads attributes by names that it computes.
 
 from __future__ import annotations
 
+import abc
 import colorsys
 import decimal
 import functools
@@ -268,3 +269,14 @@ def test_namespaces_that_lead_far_and_back(harness):
     use = lambda self, x: x * getattr(self.held, "scale" if len(x) else "next")
     callback = compare(harness, lambda: chain(1500), use, attribute("scale"))
     assert callback.stats.steps["FULL"] >= 3, callback.summary()
+
+
+class Abstract(abc.ABC):  # noqa: B024
+    scale = 1.0
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda each: each.get("mode", "FULL"))
+def test_an_abstract_class_read_by_computed_names(harness, settings):
+    use = lambda self, x: x * getattr(Abstract, "".join(("sc", "ale")))
+    callback = compare(harness, lambda: Abstract, use, attribute("scale"), **settings)
+    assert callback.stats.steps[settings.get("mode", "FULL")] >= 3, callback.summary()

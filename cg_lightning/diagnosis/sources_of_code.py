@@ -192,7 +192,9 @@ def all_sources_in(namespace: Any) -> list[Source]:
         if id(space) in seen or not is_users_namespace(space):
             continue
         seen.add(id(space))
-        found += _sources_by_names(space, space.__name__, tuple(vars(space)))
+        # an abstract class keeps there what it was asked; registrations are a source of their own
+        names = [each for each in vars(space) if each != "_abc_impl"]
+        found += _sources_by_names(space, space.__name__, names)
         found.append(Source(_names_of(space), "names", f"names in {space.__name__}"))
         if isinstance(space, type):  # ``attrgetter("inner.scale")(Config)``
             pending += [each for each in vars(space).values() if isinstance(each, type)]
