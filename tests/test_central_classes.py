@@ -87,7 +87,7 @@ from cg_lightning.runtime.verifier import Verifier
 from cg_lightning.trainer.examples import BatchesAhead
 from cg_lightning.trainer.installation import Installation
 from cg_lightning.trainer.training import TrainingInstallation
-from cg_lightning.trainer.training_step import TrainingStep
+from cg_lightning.trainer.training_step import TrainingStep, _with_hooks_of_module
 from tests.harness import assert_same
 from tests.models import Body, Predictor
 
@@ -899,6 +899,15 @@ def training_step_of(module: Predictor) -> TrainingStep:
 
 def closure_input(batch: Any) -> ClosureInput:
     return ClosureInput(batch, Fixed(2), None)
+
+
+def test_a_hook_with_an_empty_cell_has_no_hooks_of_a_module():
+    def hook(gradient):
+        return later
+
+    assert _with_hooks_of_module(hook) == [hook]
+    later = 1
+    assert hook(later) == 1
 
 
 def test_a_training_step_computes_gradients_and_changes_none_until_it_is_finished():

@@ -318,12 +318,13 @@ def _why_only_in_ddp(loss: Tensor, hooks: Iterable[Any]) -> str:
 
 def _with_hooks_of_module(hook: Any) -> list[Any]:
     """Return a hook of a node, and the backward hooks of a module that it runs, if it does."""
-    cells = getattr(hook, "__closure__", None) or ()
-    held = [cell.cell_contents for cell in cells]
-    inside = [
-        (*each.user_hooks, *each.user_pre_hooks) for each in held if isinstance(each, BackwardHook)
-    ]
-    return [hook, *chain.from_iterable(inside)]
+    found = [hook]
+    for cell in getattr(hook, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty one
+            held = cell.cell_contents
+            if isinstance(held, BackwardHook):
+                found += (*held.user_hooks, *held.user_pre_hooks)
+    return found
 
 
 def _calls(function: Any, names: frozenset[str], depth: int = 2) -> bool:
