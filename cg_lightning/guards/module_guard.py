@@ -84,10 +84,11 @@ class Placement:
         if native is not None:
             has_gradients = torch.is_grad_enabled()
             torch._C._set_grad_enabled(True)  # or else it takes no notice of ``requires_grad``
-            is_same = native.check(*self._different)
-            torch._C._set_grad_enabled(has_gradients)
-            if is_same:
-                return True
+            try:
+                if native.check(*self._different):
+                    return True
+            finally:
+                torch._C._set_grad_enabled(has_gradients)
         self.had_other_gradients = True
         return self._layouts_hold()
 
