@@ -8,7 +8,6 @@ is collected as ever.
 from __future__ import annotations
 
 import gc
-from types import TracebackType
 
 _NEVER = 1_000_000
 NAMES_OF_COLLECTOR = frozenset({"get_threshold", "set_threshold"})
@@ -31,10 +30,5 @@ class YoungGarbageOnly:
             gc.set_threshold(*self._before)
             self._before = None
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.end()
