@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cg_lightning.bench.cases import CASES
+from cg_lightning.bench.contestants import LOOPS
 from cg_lightning.bench.records import OURS, Record, by_case, contestants_of, limit
 from cg_lightning.core.stages import TRAIN
 
@@ -59,7 +60,7 @@ def draw_all(records: list[Record], path: Path) -> list[Path]:
     if not cases:
         return []
     pyplot = _pyplot()
-    shown = [name for name in contestants_of(records) if name != "loop"]
+    shown = [name for name in contestants_of(records) if name not in LOOPS]
     stages = list(dict.fromkeys(stage for stage, _ in cases))
     names = list(dict.fromkeys(name for _, name in cases))
     figure, grid = pyplot.subplots(

@@ -58,6 +58,26 @@ class EmptyStep(BenchmarkStep):
         """Do nothing."""
 
 
+class LoggingStep(EmptyStep):
+    """A step that only logs, to measure what Lightning takes for the logs of the step."""
+
+    def on_validation_start(self) -> None:
+        """Make what is logged; the metric has been updated once."""
+        self._loss = torch.zeros((), device=self.device)
+        self.accuracy.update(*two_samples(self.device))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the same loss and accuracy each time."""
+        self.log("loss", self._loss)
+        self.log("accuracy", self.accuracy)
+
+
+def two_samples(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return logits ``(2, classes)`` and labels ``(2,)``."""
+    labels = torch.zeros(2, dtype=torch.long, device=device)
+    return torch.zeros(2, CLASSES, device=device), labels
+
+
 class _FunctionModule(nn.Module):
     """A module that calls a function."""
 
@@ -120,6 +140,7 @@ def _graphed_callable(net: nn.Module, sample: Tensor, backend: BackendName) -> C
 
 CONTESTANTS: dict[str, Make] = {
     "loop": lambda net, _, backend: (EmptyStep(nn.Identity()), []),
+    "loop_and_logs": lambda net, _, backend: (LoggingStep(nn.Identity()), []),
     "eager": lambda net, _, backend: (BenchmarkStep(net), []),
     "piecewise": _graphs("PIECEWISE"),
     "full": _graphs("FULL"),
@@ -129,6 +150,8 @@ CONTESTANTS: dict[str, Make] = {
     "make_graphed_callables": _graphed_callable,
     "compiled_full": _compiled_in_a_graph,
 }
+LOOPS = ("loop", "loop_and_logs")
+"""Contestants that compute nothing."""
 PEERS = ("compile", "reduce_overhead", "make_graphed_callables")
 """Alternatives to this package."""
 OTHER_ORDER = (*PEERS, "compiled_full")

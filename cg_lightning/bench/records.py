@@ -13,7 +13,7 @@ import torch
 import torchmetrics
 
 from cg_lightning.backends import cuda
-from cg_lightning.bench.contestants import OTHER_ORDER
+from cg_lightning.bench.contestants import LOOPS, OTHER_ORDER
 
 Record = dict[str, Any]
 
@@ -75,7 +75,7 @@ def gpu_time(case: dict[str, Record]) -> float | None:
     replays = [
         record["replay"]
         for name, record in case.items()
-        if record.get("replay") and name not in (*OTHER_ORDER, "loop")
+        if record.get("replay") and name not in (*OTHER_ORDER, *LOOPS)
     ]
     return min(replays, default=None)
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from cg_lightning.backends import GraphBackend, resolve_backend
 from cg_lightning.bench.cases import CASES, Case, check_cases
-from cg_lightning.bench.contestants import CONTESTANTS, OTHER_ORDER, make
+from cg_lightning.bench.contestants import CONTESTANTS, LOOPS, OTHER_ORDER, make
 from cg_lightning.bench.measure import STAGES, Measurement, Settings, batches_in_turn, run_once
 from cg_lightning.bench.training import TRAINERS, begin_again, compared_weights, make_trained
 from cg_lightning.core.equality import same_leaf
@@ -139,7 +139,7 @@ def _measure_stage(
                 first_weights = measurement.weights
     eager = results.get("eager")
     for contestant, result in results.items():
-        if isinstance(result, str) or not isinstance(eager, Measurement) or contestant == "loop":
+        if isinstance(result, str) or not isinstance(eager, Measurement) or contestant in LOOPS:
             continue
         if not trains:
             _check(contestant, result, eager)

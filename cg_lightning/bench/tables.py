@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cg_lightning.bench.cases import CASES
-from cg_lightning.bench.contestants import PEERS
+from cg_lightning.bench.contestants import LOOPS, PEERS
 from cg_lightning.bench.records import (
     OURS,
     Record,
@@ -26,6 +26,7 @@ from cg_lightning.core.stages import TRAIN
 
 _HEADERS = {
     "loop": "empty loop",
+    "loop_and_logs": "logs alone",
     "eager": "eager",
     "piecewise": "PIECEWISE",
     "full": "FULL",
@@ -102,7 +103,8 @@ def results(records: list[Record], stage: str = "validate") -> str:
 
 def details(records: list[Record], stage: str) -> str:
     """Return the long table: all contestants, with the spread of the rounds in brackets."""
-    names = [name for name in _HEADERS if name in contestants_of(records) and name != "loop"]
+    hidden = LOOPS if stage == "predict" else ("loop",)  # predict logs nothing
+    names = [name for name in _HEADERS if name in contestants_of(records) and name not in hidden]
     rows = []
     for title, case in _rows(records, stage):
         row = [title, _cell(limit(case))]
@@ -121,11 +123,11 @@ def training(records: list[Record]) -> str:
         factor = _faster(case, ["eager"])
         on_gpu = (_cell(gpu_time(case)), _cell(optimizer_time(case)))
         times.append([title, *on_gpu, *row, f"{factor:.1f}x" if factor else "-"])
-        weights.append([title, *(_weights(case, name) for name in TRAINERS if name != "loop")])
+        weights.append([title, *(_weights(case, name) for name in TRAINERS if name not in LOOPS)])
     names = [_HEADERS[name] for name in TRAINERS if name != "loop"]
     on_gpu = ("closure on the GPU", "optimizer on it")
     header = ["`fit`", *on_gpu, "empty loop, optimizer", *names, "faster than eager"]
-    of_weights = ["weights", "eager again", *names[1:]]
+    of_weights = ["weights", "eager again", *names[2:]]
     return f"{_markdown(header, times)}\n{_markdown(of_weights, weights)}"
 
 

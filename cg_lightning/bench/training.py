@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from cg_lightning.backends import CapturedGraph, resolve_backend
 from cg_lightning.backends.cuda import make_graphed_callable
-from cg_lightning.bench.contestants import Classifier, Contestant, Make, compiled
+from cg_lightning.bench.contestants import Classifier, Contestant, Make, compiled, two_samples
 from cg_lightning.bench.records import OURS
 from cg_lightning.callback import CUDAGraphCallback
 from cg_lightning.core.equality import same_leaf
@@ -47,11 +47,31 @@ class OptimizerAlone(TrainedStep):
         for parameter in self.parameters():
             parameter.grad = torch.zeros_like(parameter)
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """Do nothing."""
+        return None
 
     def optimizer_zero_grad(self, *_: Any) -> None:
         """Keep the gradients, because no backward makes new ones."""
+
+
+class OptimizerAndLogs(OptimizerAlone):
+    """As above, with the logs of the step and Lightning's closure around a loss that is ready."""
+
+    def on_train_start(self) -> None:
+        """Make what is logged; the metric has been updated once."""
+        super().on_train_start()
+        self._loss = torch.zeros((), device=self.device, requires_grad=True)
+        self.accuracy.update(*two_samples(self.device))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Log the same loss and accuracy each time, and return the loss."""
+        self.log("loss", self._loss)
+        self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
+        return self._loss
+
+    def backward(self, *_: Any) -> None:
+        """Compute no gradients."""
 
 
 class OptimizerGraph(Callback):
@@ -120,6 +140,7 @@ def _graphed_callable(net: nn.Module, sample: Tensor, _: BackendName) -> Contest
 
 TRAINERS: dict[str, Make] = {
     "loop": lambda net, _, backend: (OptimizerAlone(net), [OptimizerGraph(backend)]),
+    "loop_and_logs": lambda net, *_: (OptimizerAndLogs(net), []),
     "eager": lambda net, *_: (TrainedStep(net), []),
     OURS: _graphs,
     "compile": compiled(TrainedStep),
