@@ -95,8 +95,9 @@ class CUDAGraphCallback(Callback):
         overlap_copies: Copy each batch to the device on a stream of its own, while the device still
             computes the batch before. It applies to Lightning's own transfer of batches of more
             than 1 MiB on the host, to eager steps as well. At most two steps are queued on the
-            device, because the memory of a batch is held until its step is done. False: Lightning
-            copies on the stream that computes.
+            device, because the memory of a batch is held until its step is done. In ``predict``,
+            copy predictions to the host while the device computes the next ones. False: Lightning
+            copies on the stream that computes, and waits for predictions.
         capture_sizes: Pad batches along dimension 0 up to the next of these sizes, and cut outputs
             back: whole steps of ``predict``, and the submodules of other steps. Needs
             ``verify_tolerance="close"``. Where rows change each other, shapes stay as they are.
@@ -394,6 +395,11 @@ class CUDAGraphCallback(Callback):
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._install("predict")
+
+    @override
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(self._installation, Installation):
+            self._installation.complete_predictions()
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -37,6 +37,19 @@ class BatchCopies(Protocol):
         """
 
 
+class LateCopies(Protocol):
+    """Copies tensors to the host while the host goes on."""
+
+    def can_copy(self, tensor: Tensor) -> bool:
+        """Return True if :meth:`start` can copy a tensor."""
+
+    def start(self, tensor: Tensor) -> Tensor:
+        """Return a tensor like ``tensor.cpu()``, which has its values after :meth:`finish`."""
+
+    def finish(self) -> None:
+        """Wait for all copies that have been started."""
+
+
 class Stopwatch(Protocol):
     """Takes the time of a step, and never waits for the device."""
 
@@ -103,6 +116,9 @@ class GraphBackend(Protocol):
 
     def batch_copies(self) -> BatchCopies | None:
         """Return an object that copies batches during the computation. None: without streams."""
+
+    def late_copies(self) -> LateCopies | None:
+        """Return an object that copies to the host later. None: there are no queues of work."""
 
     def stopwatch(self, began: float) -> Stopwatch | None:
         """Begin to take the time of a step.

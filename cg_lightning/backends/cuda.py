@@ -208,6 +208,10 @@ class CUDABackend(FollowsGenerators):
         """Return copies on a stream of their own."""
         return CUDABatchCopies(self.device)
 
+    def late_copies(self) -> CUDALateCopies:
+        """Return copies through pinned memory."""
+        return CUDALateCopies(self.device)
+
     def stopwatch(self, began: float) -> CUDAStopwatch:
         """See :class:`~cg_lightning.backends.base.GraphBackend`."""
         return CUDAStopwatch(torch.cuda.current_stream(self.device), began)
@@ -401,6 +405,47 @@ class CUDABatchCopies:
             if tensor.is_cuda:
                 tensor.record_stream(computing)
         return batch
+
+
+class CUDALateCopies:
+    """Copies to the host later; see :class:`~cg_lightning.backends.base.LateCopies`.
+
+    A GPU copies by itself into pinned memory only. What the user gets is in ordinary memory, as in
+    eager.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._done = torch.cuda.Event()
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._lock = threading.Lock()
+
+    def can_copy(self, tensor: Tensor) -> bool:
+        """Return True for ordinary tensors of the device, of which nothing is left to compute."""
+        is_ordinary = tensor.layout is torch.strided and not tensor.requires_grad
+        is_computed = not (tensor.is_conj() or tensor.is_neg())
+        return tensor.device == self._device and is_ordinary and is_computed
+
+    def start(self, tensor: Tensor) -> Tensor:
+        """Queue the copy."""
+        pinned = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        pinned.copy_(tensor, non_blocking=True)
+        self._done.record(torch.cuda.current_stream(self._device))
+        result = torch.empty_like(pinned, pin_memory=False)
+        with self._lock:
+            self._pending.append((pinned, result))
+        return result
+
+    def finish(self) -> None:
+        """Wait for the device, and fill the results."""
+        with self._lock:
+            if not self._pending:
+                return
+            self._done.synchronize()
+            with torch.inference_mode():  # which may write to tensors of either kind
+                for pinned, result in self._pending:
+                    result.data.copy_(pinned)  # the version of the result stays 0
+            self._pending.clear()
 
 
 def make_graphed_callable(module: nn.Module, sample: Tensor) -> Callable[[Tensor], Tensor]:

@@ -310,6 +310,9 @@ class RecorderBackend(FollowsGenerators):
     def batch_copies(self) -> None:
         """Return None, because the recorder knows no streams."""
 
+    def late_copies(self) -> None:
+        """Return None, because there is nothing to wait for."""
+
     def stopwatch(self, began: float) -> None:
         """Return None, because a replay is slower than eager by nature."""
 

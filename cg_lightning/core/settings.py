@@ -252,7 +252,7 @@ class Settings:
     copy_outputs: bool = True
     """Copy outputs out of graph memory."""
     overlap_copies: bool = True
-    """Copy batches to the device on a stream of their own, while the device computes."""
+    """Copy batches to the device, and predictions to the host, while the device computes."""
     capture_sizes: Sequence[int] | None = None
     """Pad batches along dimension 0 up to the next of these sizes. None: not at all."""
     pad_dims: Mapping[str, Any] | Literal["auto"] | None = None

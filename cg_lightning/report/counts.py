@@ -45,6 +45,8 @@ class Counts:
         """The time of each of the latest batches. A copy has no batches."""
         self.overlapped_copies = 0
         """Number of batches that were copied to the device during the computation."""
+        self.late_predictions = 0
+        """Number of predictions that were copied to the host while the device computed the next."""
         self.compile_seconds = 0.0
         """Time that ``compile`` took, in seconds: in warm-up steps, besides ``capture_seconds``."""
         self.proposed_pad_dims: dict[str, Any] = {}
@@ -239,6 +241,7 @@ class Counts:
         """Return what was counted since a :meth:`copy` was taken."""
         new = type(self)()
         new.overlapped_copies = self.overlapped_copies - earlier.overlapped_copies
+        new.late_predictions = self.late_predictions - earlier.late_predictions
         new.compile_seconds = self.compile_seconds - earlier.compile_seconds
         new.proposed_pad_dims = copy.deepcopy(self.proposed_pad_dims)
         for index, entry in enumerate(self.entries):
@@ -345,6 +348,7 @@ class Counts:
             "capture_seconds": self.capture_seconds,
             "graph_bytes": self.graph_bytes,
             "overlapped_copies": self.overlapped_copies,
+            "late_predictions": self.late_predictions,
             "compile_seconds": self.compile_seconds,
             "entries": [entry.to_dict() for entry in self.entries],
             "padding": [record.to_dict() for record in self.padding],

@@ -479,11 +479,13 @@ def render_summary(stats: Counts, backend: str, stages: Sequence[str], scope: st
         scope: What the counts are of, if there is more than one run.
     """
     heading = f"CUDA graphs (backend: {backend})" if backend else "CUDA graphs"
+    notes = [scope] if scope else []
     if stats.overlapped_copies:
-        scope = f"{scope + ', ' if scope else ''}{stats.overlapped_copies} batches copied ahead"
+        notes.append(f"{stats.overlapped_copies} batches copied ahead")
+    if stats.late_predictions:
+        notes.append(f"{stats.late_predictions} predictions copied behind")
     if stats.compile_seconds:
-        compiled = f"compiled in {stats.compile_seconds:.1f} s, compared as 'close'"
-        scope = f"{scope + ', ' if scope else ''}{compiled}"
+        notes.append(f"compiled in {stats.compile_seconds:.1f} s, compared as 'close'")
     counted = [(stage, stats.steps_of(stage)) for stage in stages]
     shown = [_summarize(stats, backend, stage, counts) for stage, counts in counted if counts]
-    return Summary(f"{heading}{f', {scope}' if scope else ''}", shown)
+    return Summary(", ".join([heading, *notes]), shown)

@@ -16,6 +16,7 @@
 - ``node_hooks.py``: hooks that the user adds to nodes of autograd between two closures.
 - ``parts.py``: what evaluation and training install alike: a session, and transfers of batches.
 - ``preconditions.py``: conditions that are checked before the first batch.
+- ``prediction_copies.py``: copies predictions to the host while the device computes the next ones.
 - ``progress.py``: a bar for captures ahead, of the same kind as the bar of the Trainer.
 - ``redirection.py``: replaces the module's step in the forward of DDP.
 - ``stage_length.py``: the dataloaders of a stage, and the number of batches that run of each.

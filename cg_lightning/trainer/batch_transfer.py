@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -25,6 +25,16 @@ EVALUATION_HOOKS = ("on_validation_batch_start", "on_test_batch_start", "on_pred
 TRAINING_HOOKS = ("on_train_batch_start",)
 """Hooks that get a batch on the device before its step, and may write to it."""
 _PLAIN = (int, float, bool, str, bytes, type(None))
+
+
+class Transfer(Protocol):
+    """Moves or notes data during a stage."""
+
+    def install(self) -> None:
+        """Begin, in a stage that begins; idempotent."""
+
+    def remove(self) -> None:
+        """End, and leave it to Lightning again; idempotent."""
 
 
 def overlapped_transfer(

@@ -24,7 +24,8 @@ from cg_lightning.runtime.padded_steps import PaddedSteps
 from cg_lightning.runtime.seen_shapes import hint
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner
-from cg_lightning.trainer.batch_transfer import NotedTransfer, OverlappedTransfer
+from cg_lightning.trainer.batch_transfer import Transfer
+from cg_lightning.trainer.prediction_copies import PredictionCopies
 from cg_lightning.trainer.redirection import run_in_wrapper
 
 _CONTEXTS = {
@@ -49,7 +50,7 @@ class Installation:
         strategy: The strategy of the Trainer.
         module: The LightningModule.
         session: The runtime state of the module.
-        transfers: Copy and note batches during a stage, in this order.
+        transfers: Move and note batches and predictions during a stage, in this order.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Installation:
         strategy: Strategy,
         module: LightningModule,
         session: Session,
-        transfers: Sequence[OverlappedTransfer | NotedTransfer] = (),
+        transfers: Sequence[Transfer] = (),
     ) -> None:
         self.module = module
         self.session = session
@@ -95,6 +96,12 @@ class Installation:
         settings = self.session.settings
         if "validate" in settings.stages and settings.runtime_policy.has_piecewise_cudagraphs():
             GivenRules(settings.pad_rules).of(batch, flatten(batch)[0])
+
+    def complete_predictions(self) -> None:
+        """Wait for all predictions, before Lightning returns them; idempotent."""
+        for transfer in self._transfers:
+            if isinstance(transfer, PredictionCopies):
+                transfer.remove()
 
     def remove(self, check: bool = True) -> None:
         """Restore the step; idempotent. ``check`` is as in :meth:`Session.remove`."""

@@ -14,12 +14,12 @@ from cg_lightning.modules.kinds import lightning_class
 from cg_lightning.report.counts import Counts
 from cg_lightning.runtime.session import Session
 from cg_lightning.trainer.batch_transfer import (
-    NotedTransfer,
-    OverlappedTransfer,
+    Transfer,
     noted_transfer,
     overlapped_transfer,
 )
 from cg_lightning.trainer.logged_results import LoggedResults
+from cg_lightning.trainer.prediction_copies import PredictionCopies
 
 
 def make_session(
@@ -46,9 +46,13 @@ def make_session(
 
 def make_transfers(
     trainer: Trainer, module: LightningModule, session: Session, hooks: Sequence[str]
-) -> list[OverlappedTransfer | NotedTransfer]:
-    """Return what copies and notes batches; see :func:`noted_transfer` for ``hooks``."""
-    copies = session.backend.batch_copies() if session.settings.overlap_copies else None
+) -> list[Transfer]:
+    """Return what moves batches and predictions; see :func:`noted_transfer` for ``hooks``."""
+    overlaps, backend = session.settings.overlap_copies, session.backend
+    copies = backend.batch_copies() if overlaps else None
+    late = backend.late_copies() if overlaps else None
     overlapped = overlapped_transfer(trainer, module, copies, session.stats)
     noted = noted_transfer(trainer, module, session.host_copies, hooks)
-    return [each for each in (overlapped, noted) if each is not None]
+    predictions = None if late is None else PredictionCopies(trainer, late, session.stats)
+    moved: tuple[Transfer | None, ...] = (overlapped, noted, predictions)
+    return [each for each in moved if each is not None]

@@ -20,7 +20,7 @@ from cg_lightning.core.reasons import WARM_UP, Reason, Status
 from cg_lightning.core.stages import STEP_METHODS, TRAIN
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner
-from cg_lightning.trainer.batch_transfer import NotedTransfer, OverlappedTransfer
+from cg_lightning.trainer.batch_transfer import Transfer
 from cg_lightning.trainer.closure_hooks import why_not_closed
 from cg_lightning.trainer.ddp import StepInDDP
 from cg_lightning.trainer.node_hooks import NodeHooks
@@ -84,7 +84,7 @@ class TrainingInstallation:
         trainer: Trainer,
         module: LightningModule,
         session: Session,
-        transfers: Sequence[OverlappedTransfer | NotedTransfer] = (),
+        transfers: Sequence[Transfer] = (),
     ) -> None:
         self._trainer = trainer
         self._module = module

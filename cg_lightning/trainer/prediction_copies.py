@@ -1,0 +1,158 @@
+"""Copy predictions to the host while the device computes the next ones."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops import prediction_loop
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from cg_lightning.backends.base import LateCopies
+from cg_lightning.report.counts import Counts
+
+_MOST_BYTES = 64 * 1024 * 1024
+"""Larger predictions are left to Lightning, because a late copy needs them twice on the host."""
+_MOVE, _LISTS = "move_data_to_device", "_predictions"
+_PLAIN = (int, float, bool, str, bytes, type(None))
+
+
+class PredictionCopies:
+    """Lets the host go on while the device computes a prediction that Lightning keeps.
+
+    Lightning copies each prediction to the host and waits for it, so host and device take turns.
+    During a stage, the loop calls :meth:`_move` instead. It returns tensors on the host whose
+    values come later: before the loop keeps the next prediction, and before anybody takes the
+    predictions from the loop. A prediction is left to Lightning if somebody else holds the list
+    into which it goes, or if it has other objects than plain tensors and values.
+
+    The private names ``move_data_to_device`` of the loop's module and ``_predictions`` of the loop
+    are needed. If they are not what they were in Lightning 2.6, Lightning copies.
+
+    Args:
+        trainer: The Trainer.
+        copies: Makes the copies.
+        stats: Counts the predictions.
+    """
+
+    def __init__(self, trainer: Trainer, copies: LateCopies, stats: Counts) -> None:
+        self._trainer = trainer
+        self._loop: Any = trainer.predict_loop
+        self._copies = copies
+        self._stats = stats
+        self._lists: _Lists | None = None
+        self._most_references = 0
+
+    def install(self) -> None:
+        """Delay the copies, if the Trainer predicts; idempotent."""
+        if self._lists is None and self._trainer.predicting and _is_known(self._loop):
+            self._most_references = _references_in_append()
+            self._lists = _Lists(vars(self._loop)[_LISTS], self._copies.finish)
+            vars(self._loop)[_LISTS] = self._lists
+            vars(prediction_loop)[_MOVE] = self._move
+
+    def remove(self) -> None:
+        """Wait for the copies, and leave them to Lightning again; idempotent."""
+        if self._lists is None:
+            return
+        self._copies.finish()
+        if vars(prediction_loop)[_MOVE] == self._move:
+            vars(prediction_loop)[_MOVE] = move_data_to_device
+        if vars(self._loop)[_LISTS] is self._lists:  # not if Lightning has dropped them
+            vars(self._loop)[_LISTS] = self._lists.copy()
+        self._lists = None
+
+    def _move(self, predictions: Any, device: torch.device) -> Any:
+        """Return the predictions on the host. Their values may come later."""
+        lists = self._lists
+        if (
+            lists is None
+            or sys._getframe(1).f_locals.get("self") is not self._loop  # another Trainer's
+            or lists.references_to_latest() > self._most_references
+            or not 0 < self._late_bytes(predictions) <= _MOST_BYTES
+        ):
+            return move_data_to_device(predictions, device)
+        self._stats.late_predictions += 1
+        return apply_to_collection(predictions, Tensor, self._start)
+
+    def _late_bytes(self, value: Any) -> float:
+        """Return the bytes of the tensors to copy; infinity if Lightning has to copy the value."""
+        if type(value) is Tensor:
+            if value.device.type == "cpu" and not self._copies.can_copy(value):
+                return 0
+            return value.nbytes if self._copies.can_copy(value) else float("inf")
+        if isinstance(value, _PLAIN):
+            return 0
+        if isinstance(value, (list, tuple, dict)) and not hasattr(value, "to"):
+            parts = value.values() if isinstance(value, dict) else value
+            return sum(map(self._late_bytes, parts))
+        return float("inf")
+
+    def _start(self, tensor: Tensor) -> Tensor:
+        return self._copies.start(tensor) if self._copies.can_copy(tensor) else tensor
+
+
+class _Lists(list[Any]):
+    """The loop's lists of predictions, one for each dataloader.
+
+    Whoever takes a list gets it complete. Each way to read it waits for the copies, see below.
+
+    Args:
+        lists: The lists.
+        finish: Waits for the copies.
+    """
+
+    def __init__(self, lists: Iterable[Any], finish: Callable[[], None]) -> None:
+        super().__init__(lists)
+        self._finish = finish
+        self._latest: Any = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self._finish()
+        self._latest = index
+        return super().__getitem__(index)
+
+    def references_to_latest(self) -> int:
+        """Return how many references the list has that was taken last."""
+        return sys.getrefcount(super().__getitem__(self._latest))
+
+
+def _complete(name: str) -> Callable[..., Any]:
+    read = getattr(list, name)
+
+    def method(self: _Lists, *args: Any) -> Any:
+        self._finish()
+        return read(self, *args)
+
+    return method
+
+
+for _name in (
+    *("__iter__", "__reversed__", "__contains__", "__eq__", "__ne__", "__lt__", "__le__", "__gt__"),
+    *("__ge__", "__add__", "__mul__", "__rmul__", "__repr__", "__reduce_ex__", "copy", "count"),
+    *("index", "pop"),
+):
+    setattr(_Lists, _name, _complete(_name))
+
+
+def _references_in_append() -> int:
+    """Return how many references a list has if only the loop holds it, at the time of a copy."""
+    lists = _Lists([[]], lambda: None)
+    lists[0].append(lists.references_to_latest())  # the loop's own expression, with another value
+    return int(lists[0][0])
+
+
+def _is_known(loop: Any) -> bool:
+    """Return True if a loop of Lightning is as :class:`PredictionCopies` knows it."""
+    lists = vars(loop).get(_LISTS)
+    return (
+        type(loop).__module__ == prediction_loop.__name__
+        and vars(prediction_loop).get(_MOVE) is move_data_to_device
+        and type(lists) is list
+        and all(type(each) is list for each in lists)
+    )
