@@ -9,6 +9,7 @@ import pytest
 
 from cg_lightning import BatchDescriptor, CUDAGraphDispatcher, CUDAGraphMode
 from cg_lightning.core.causes import Cause
+from cg_lightning.core.descriptor import NUM_OF_BATCH
 from cg_lightning.core.reasons import Changed, Reason, Status
 from cg_lightning.core.settings import Settings
 from cg_lightning.guards.guard_set import Unguarded
@@ -329,43 +330,87 @@ def test_keys_that_were_seen_once_do_not_pile_up():
     assert len(runner.dispatcher._ledgers) <= MOST_KEYS
 
 
-def what_is_known(dispatcher: CUDAGraphDispatcher) -> list[tuple[object, ...]]:
-    return [
-        (state.descriptor, state.sights, state.warmup_runs, len(state.variants))
+def what_is_known(dispatcher: CUDAGraphDispatcher) -> dict[BatchDescriptor, tuple[int, ...]]:
+    return {
+        state.descriptor: (state.sights, state.warmup_runs, len(state.variants))
         for state in dispatcher.states()
-    ]
+    }
+
+
+def is_counted(dispatcher: CUDAGraphDispatcher, key: BatchDescriptor, left: float) -> bool:
+    of_batch = key.fields[:NUM_OF_BATCH]
+    return dispatcher.is_new(of_batch) and dispatcher.runs_once(of_batch, left)
 
 
 @pytest.mark.parametrize("warmup_steps", [1, 3])
 def test_a_step_that_is_only_counted_is_planned_as_others_are(warmup_steps):
     """Hazard 45: a key that hardly comes again has no state before it does."""
     random.seed(0)
-    numbers = [random.randrange(3 * MOST_KEYS) for _ in range(4 * MOST_KEYS)]
+    numbers = [random.randrange(MOST_KEYS - 20) for _ in range(MOST_KEYS)]
     numbers += [each for each in numbers[-20:] for _ in range(4)]
     counting, planning = Runner(warmup_steps=warmup_steps), Runner(warmup_steps=warmup_steps)
     counted = 0
     for number in [1, 2, 3, 4, 5, 5, *numbers]:
+        # no fields follow those of the batch
         key = BatchDescriptor(batch_size=number)
-        dispatcher = counting.dispatcher
-        is_new = dispatcher.known(key.fields) is None
-        is_counted = is_new and dispatcher.runs_once(key.fields, float("inf"))
-        counted += is_counted
-        assert (WARM_UP if is_counted else counting.step(key)) is planning.step(key)
-    assert counted > MOST_KEYS
+        if is_counted(counting.dispatcher, key, float("inf")):
+            counted += 1
+            assert planning.step(key) is WARM_UP
+        else:
+            assert counting.step(key) is planning.step(key)
+    assert counted > MOST_KEYS // 2
     assert what_is_known(counting.dispatcher) == what_is_known(planning.dispatcher)
-    assert None in counting.dispatcher._states.values()
+    assert len(counting.dispatcher._states) < len(planning.dispatcher._states)
+
+
+def test_the_number_of_keys_that_are_only_counted_is_bounded():
+    """Hazard 45: those that have graphs are not forgotten, nor are the latest ones."""
+    runner = Runner()
+    keys = [BatchDescriptor(batch_size=size) for size in range(4 * MOST_KEYS)]
+    assert [runner.step(keys[0]) for _ in range(3)] == [WATCH, CAPTURE, REPLAY]
+    for key in keys[1:]:
+        if not is_counted(runner.dispatcher, key, float("inf")):
+            runner.step(key)
+        assert len(runner.dispatcher.seen) <= MOST_KEYS
+    assert len(runner.dispatcher._states) == 1 + MOST_UNREPEATED
+    assert runner.step(keys[0]) is REPLAY
+    assert runner.step(keys[-1]) is WATCH, "it has come again"
+    assert is_counted(runner.dispatcher, keys[100], float("inf")), "it is forgotten"
+
+
+def test_a_key_with_other_flags_than_a_counted_one_is_watched_before_it_has_a_graph():
+    """Hazard 45: only what the batch shows is stored of a step that is counted."""
+    runner = Runner(warmup_steps=3)
+    for size in range(1, MOST_UNREPEATED + 1):
+        runner.step(BatchDescriptor(batch_size=size))
+    before, now = (BatchDescriptor(batch_size=99, flags=(flag,)) for flag in (1, 2))
+    assert is_counted(runner.dispatcher, before, float("inf"))
+    assert [runner.step(now) for _ in range(4)] == [WATCH, WARM_UP, CAPTURE, REPLAY]
+    assert not is_counted(runner.dispatcher, before, float("inf"))
+    assert [runner.step(before) for _ in range(5)] == [WARM_UP, WATCH, WARM_UP, CAPTURE, REPLAY]
+
+
+def test_a_reset_forgets_the_keys_that_were_only_counted():
+    runner = Runner()
+    for size in range(1, MOST_UNREPEATED + 2):
+        key = BatchDescriptor(batch_size=size)
+        assert is_counted(runner.dispatcher, key, 100) or runner.step(key) is WATCH
+    assert runner.dispatcher.seen[key.fields[:NUM_OF_BATCH]]
+    runner.dispatcher.reset()
+    assert not runner.dispatcher.states()
+    assert not runner.dispatcher.seen
 
 
 def test_a_new_key_that_may_have_a_graph_is_not_only_counted():
     runner = Runner(warmup_steps=3, least_steps=4)
     keys = [BatchDescriptor(batch_size=size) for size in range(MOST_UNREPEATED + 2)]
     for key in keys[:MOST_UNREPEATED]:
-        assert not runner.dispatcher.runs_once(key.fields, 100)
+        assert not is_counted(runner.dispatcher, key, 100)
         assert runner.step(key) is WATCH
-    new = keys[-1].fields
-    assert not runner.dispatcher.runs_once(new, 4 + 3 - 1), "it is too late for a graph"
-    assert runner.dispatcher.runs_once(new, 4 + 3)
-    assert not runner.dispatcher.runs_once(new, 100), "it has come again"
+    new = keys[-1]
+    assert not is_counted(runner.dispatcher, new, 4 + 3 - 1), "it is too late for a graph"
+    assert is_counted(runner.dispatcher, new, 4 + 3)
+    assert not is_counted(runner.dispatcher, new, 100), "it has come again"
     assert runner.step(keys[-1]) is WATCH
 
 

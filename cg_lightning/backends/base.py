@@ -26,6 +26,9 @@ class CapturedGraph(Protocol):
 class BatchCopies(Protocol):
     """Copies batches to the device while the device computes."""
 
+    def is_device_busy(self) -> bool:
+        """Return True if the device has work left on the current stream. It does not wait."""
+
     def run(self, copy: Callable[[], Any]) -> Any:
         """Run ``copy`` concurrently with the work that is queued on the current stream.
 

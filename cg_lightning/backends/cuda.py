@@ -390,6 +390,10 @@ class CUDABatchCopies:
         self._stream = torch.cuda.Stream(device)
         self._steps: deque[torch.cuda.Event] = deque()
 
+    def is_device_busy(self) -> bool:
+        """See :class:`~cg_lightning.backends.base.BatchCopies`."""
+        return not torch.cuda.current_stream(self._device).query()
+
     def run(self, copy: Callable[[], Any]) -> Any:
         """Run ``copy`` on the side stream; the current stream waits for it on the device."""
         computing = torch.cuda.current_stream(self._device)

@@ -326,26 +326,26 @@ def _find_shared_storage(leaves: list[Any], tree: Any, repeats: bool) -> dict[in
     return repeated
 
 
-def describe_fields(
+NUM_OF_BATCH = 5
+"""Number of the first fields of a descriptor, which :func:`describe_batch` returns."""
+
+
+def describe_batch(
     batch: Any,
-    *,
     stage: str | None = None,
     dataloader_idx: int = 0,
-    training: tuple[bool | bytes, ...] = (),
-    call: int = 0,
+    *,
     repeats: bool = False,
     objects: bool = False,
 ) -> tuple[tuple[Any, ...], list[Any]]:
-    """Return the fields of the descriptor of a batch together with its leaves, flattened once.
+    """Return the fields of a descriptor that need only the batch, and its leaves, flattened once.
 
-    A lookup of the fields in a dictionary is faster than a lookup of a new descriptor.
+    If no step has had these fields, none has had its descriptor.
 
     Args:
         batch: As in :meth:`BatchDescriptor.from_batch`.
         stage: The stage.
         dataloader_idx: Index of the dataloader.
-        training: The ``training`` flags, and ``requires_grad`` of tensors.
-        call: The number of the call within one step.
         repeats: True if one tensor may occur several times, as in ``attention(x, x, x)``. Its
             positions are then part of the key.
         objects: True if objects may be leaves. Then only their types are part of the key.
@@ -369,9 +369,37 @@ def describe_fields(
             keys[index] = ("repeats leaf", first)
     shape = tensors[0].shape if tensors else ()
     batch_size = shape[0] if shape else None
-    flags = kernel_flags()
-    fields = (batch_size, structure, tuple(keys), stage, dataloader_idx, training, flags, call)
-    return fields, leaves
+    return (batch_size, structure, tuple(keys), stage, dataloader_idx), leaves
+
+
+def describe_fields(
+    batch: Any,
+    *,
+    stage: str | None = None,
+    dataloader_idx: int = 0,
+    training: tuple[bool | bytes, ...] = (),
+    call: int = 0,
+    repeats: bool = False,
+    objects: bool = False,
+) -> tuple[tuple[Any, ...], list[Any]]:
+    """Return the fields of the descriptor of a batch together with its leaves.
+
+    A lookup of the fields in a dictionary is faster than a lookup of a new descriptor.
+
+    Args:
+        batch: As in :meth:`BatchDescriptor.from_batch`.
+        stage: The stage.
+        dataloader_idx: Index of the dataloader.
+        training: The ``training`` flags, and ``requires_grad`` of tensors.
+        call: The number of the call within one step.
+        repeats: As in :func:`describe_batch`.
+        objects: As in :func:`describe_batch`.
+
+    Raises:
+        UnkeyableBatchError: As in :meth:`BatchDescriptor.from_batch`.
+    """
+    fields, leaves = describe_batch(batch, stage, dataloader_idx, repeats=repeats, objects=objects)
+    return (*fields, training, kernel_flags(), call), leaves
 
 
 _WITHOUT_KEY = "a batch without a key"

@@ -116,7 +116,7 @@ class Counts:
 
         Args:
             stage: The stage.
-            fields: The fields of the descriptor of its batch.
+            fields: The first fields of the descriptor of its batch, or all.
             seconds: Its host time, in seconds.
             reason: Why it did not run in the mode that was asked for.
         """

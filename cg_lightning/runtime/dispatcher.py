@@ -27,7 +27,6 @@ from cg_lightning.core.reasons import NO_CHANGE, WARM_UP, Changed, Reason, Statu
 from cg_lightning.guards.guard_set import Unguarded
 from cg_lightning.runtime.costs import MeasuredCosts
 from cg_lightning.runtime.keys import (
-    MOST_KEYS,
     Entry,
     KeyState,
     KeyTable,
@@ -123,6 +122,8 @@ class CUDAGraphDispatcher(KeyTable):
         self._has_watched = False
         self._steps = 0
         self._captures = 0
+        self.least_steps_left = least_steps + max(warmup_steps, 1)
+        """Number of steps of a stage below which a key is too new for a graph."""
         self.costs = MeasuredCosts(least_steps, max(least_steps - 2, 0))
         self._unproven: set[int] = set()
         """The ids of the records of padded graphs that are compared at their next replay."""
@@ -203,27 +204,32 @@ class CUDAGraphDispatcher(KeyTable):
             return Plan(Action.WATCH if looks_again else Action.WARM_UP, state, variant, WARM_UP)
         return self._plan_warm(state, variant)
 
-    def runs_once(self, fields: tuple[Any, ...], steps_left: float) -> bool:
+    def is_new(self, of_batch: tuple[Any, ...]) -> bool:
+        """Return True if a step has a new key, and a new key is watched only if it comes again.
+
+        Args:
+            of_batch: The fields of its descriptor that need only the batch.
+        """
+        return self._awaits_repeats() and of_batch not in self.seen
+
+    def runs_once(self, of_batch: tuple[Any, ...], steps_left: float) -> bool:
         """Count a step of a new key, and return True if nothing but a warm-up is to be done.
 
         It does what :meth:`plan`, :meth:`within` and :meth:`ran_eagerly` do, but makes no state of
         the key, because it will most likely not come again.
 
         Args:
-            fields: The fields of a descriptor. Its leaves are tensors, and :attr:`known` has no
-                state for it.
+            of_batch: The fields of a descriptor that need only the batch, for which :meth:`is_new`
+                has returned True. Its leaves are tensors.
             steps_left: Number of steps until the end of the stage, this one included.
 
         Returns:
             False if the step must be planned. Then it is not counted here.
         """
-        needed = self._least_steps + max(self._warmup_steps, 1)
-        if not self._awaits_repeats() or steps_left < needed:
-            return False
-        if fields in self._states or len(self._states) >= MOST_KEYS:  # others are forgotten first
+        if steps_left < self.least_steps_left:
             return False
         self._steps += 1
-        self.ran_once(fields)
+        self.ran_once(of_batch)
         return True
 
     def _awaits_repeats(self) -> bool:
@@ -542,7 +548,7 @@ class CUDAGraphDispatcher(KeyTable):
         if is_padded:  # one comparison costs little, so the whole stage so far tells enough
             return steps_left * state.sights / self._steps
         if state.sights < 2:
-            return steps_left / len(self._states)
+            return steps_left / (len(self._states) + sum(self.seen.values()))
         return steps_left * state.sights / (self._steps - state.first_step + 1)
 
     def took(self, plan: Plan, captures: int, seconds: float) -> None:

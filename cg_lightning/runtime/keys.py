@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from cg_lightning.core.descriptor import BatchDescriptor
+from cg_lightning.core.descriptor import NUM_OF_BATCH, BatchDescriptor
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import NO_CHANGE, Changed, Reason, Status
 from cg_lightning.diagnosis.watched_step import WatchedStep
@@ -213,9 +213,10 @@ class KeyTable:
     """The keys of one target, and the accounts of their families."""
 
     def __init__(self) -> None:
-        self._states: dict[tuple[Any, ...], KeyState | None] = {}
-        """By the fields of the key; None for a key that had one eager step, and may have no more.
-        """
+        self._states: dict[tuple[Any, ...], KeyState] = {}
+        """By the fields of the key."""
+        self.seen: dict[tuple[Any, ...], bool] = {}
+        """The fields of keys that need only the batch; True if it had one step and has no state."""
         self._ledgers: dict[tuple[Any, ...], CaptureLedger] = {}
         self._unrepeated: set[tuple[Any, ...]] = set()
         """The keys that were watched, and seen only once."""
@@ -235,31 +236,33 @@ class KeyTable:
             ledger = self._ledgers.get(made.family)
             if ledger is None:
                 ledger = self._ledgers[made.family] = CaptureLedger()
-            runs = 1 if fields in self._states else 0
+            of_batch = fields[:NUM_OF_BATCH]
+            # its flags may have been others, which costs a step of warm-up at most
+            runs = 1 if self.seen.get(of_batch) else 0
+            self.seen[of_batch] = False
             state = self._states[fields] = KeyState(made, ledger, sights=runs, warmup_runs=runs)
             if len(self._states) > MOST_KEYS:
                 self._forget_unused()
         return state
 
-    def ran_once(self, fields: tuple[Any, ...]) -> None:
+    def ran_once(self, of_batch: tuple[Any, ...]) -> None:
         """Record the one eager step of a new key, which gets a state if it comes again.
 
         Args:
-            fields: The fields of its descriptor.
+            of_batch: The fields of its descriptor that need only the batch.
         """
-        self._states[fields] = None
+        self.seen[of_batch] = True
+        if len(self.seen) > MOST_KEYS:
+            self._forget_unused()
 
     def states(self) -> list[KeyState]:
         """Return all keys. Those that had one step have a state for the caller only."""
-        return [
-            KeyState(BatchDescriptor(*fields), CaptureLedger(), sights=1, warmup_runs=1)
-            if state is None
-            else state
-            for fields, state in self._states.items()
+        once = [
+            KeyState(BatchDescriptor(*of_batch), CaptureLedger(), sights=1, warmup_runs=1)
+            for of_batch, is_once in self.seen.items()
+            if is_once
         ]
-
-    def _kept(self) -> list[KeyState]:
-        return [state for state in self._states.values() if state is not None]
+        return [*self._states.values(), *once]
 
     def add_variant(self, state: KeyState, variant: Variant) -> list[Entry]:
         """Add a variant of a key. Return the graphs that the caller must drop."""
@@ -280,23 +283,30 @@ class KeyTable:
         state = self._states.pop(descriptor.fields, None)
         if state is not None:
             self._unrepeated.discard(descriptor.fields)
+            self.seen.pop(descriptor.fields[:NUM_OF_BATCH], None)
 
     def _forget_unused(self) -> None:
+        once = [of_batch for of_batch, is_once in self.seen.items() if is_once]
+        number = MOST_KEYS // 2
+        others = max(number - len(once), 0)
+        del once[:number]
         unused = [
             fields
             for fields, state in self._states.items()
-            if state is None or all(variant.entry is None for variant in state.variants)
+            if all(variant.entry is None for variant in state.variants)
         ]
-        for fields in unused[: MOST_KEYS // 2]:
+        for fields in unused[:others]:
             del self._states[fields]
             self._unrepeated.discard(fields)
-        families = {state.descriptor.family for state in self._kept()}
+        self.seen = dict.fromkeys(once, True)
+        self.seen.update((fields[:NUM_OF_BATCH], False) for fields in self._states)
+        families = {state.descriptor.family for state in self._states.values()}
         self._ledgers = {key: ledger for key, ledger in self._ledgers.items() if key in families}
 
     def entries(self) -> list[Entry]:
         """Return the graphs of all keys and forget them. The caller must drop them."""
         found: list[Entry] = []
-        for state in self._kept():
+        for state in self._states.values():
             for variant in state.variants:
                 if variant.entry is not None:
                     found.append(variant.entry)
@@ -321,7 +331,7 @@ class KeyTable:
         """Return the graphs of padded batches, with the keys that use them."""
         return [
             (state, variant, variant.entry)
-            for state in self._kept()
+            for state in self._states.values()
             for variant in state.variants
             if variant.padding is not None and variant.entry is not None
         ]
@@ -347,7 +357,7 @@ class KeyTable:
             Graphs that the caller must drop.
         """
         dropped: list[Entry] = []
-        for state in self._kept():
+        for state in self._states.values():
             for variant in [each for each in state.variants if not each.guards.check_epoch()]:
                 state.ledger.note(Status.UNPROFITABLE, variant.guards.explain())
                 state.variants.remove(variant)
@@ -356,7 +366,7 @@ class KeyTable:
 
     def changed(self, why: Changed) -> None:
         """Record that the module has changed, so graphs must be captured again."""
-        for state in self._kept():
+        for state in self._states.values():
             state.ledger.note(Status.UNPROFITABLE, why)
 
     def reset(self, why: Changed = NO_CHANGE) -> None:
@@ -366,4 +376,5 @@ class KeyTable:
         """
         self.changed(why)
         self._states.clear()
+        self.seen.clear()
         self._unrepeated.clear()

@@ -17,6 +17,7 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.core.closure import outliving_graph
 from cg_lightning.core.descriptor import (
     BatchDescriptor,
+    describe_batch,
     describe_fields,
     describe_without_batch,
     has_plain_values,
@@ -27,6 +28,7 @@ from cg_lightning.core.forward_context import (
     StepInProgress,
     override_forward_context,
 )
+from cg_lightning.core.kernel_flags import kernel_flags
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import WARM_UP, Reason, Status, joined
 from cg_lightning.padding.entry import PaddedEntry
@@ -50,6 +52,8 @@ _GRADIENTS = Reason(Status.GRADIENTS, "gradients are enabled")
 _NO_WARM_TARGET = Reason(
     Status.NO_TARGET, "no target was called with a warm key; calls from compiled code do not count"
 )
+_OF_NO_KEY = ForwardContext()
+"""Submodules do not describe their calls, and report to no step."""
 _ENTRIES = (GraphEntry, PaddedEntry)
 _MAY_BE_STRICT_ABOUT = {
     *(Status.WARM_UP, Status.CHANGED, Status.VALUE_READ),
@@ -121,6 +125,10 @@ class StepRunner:
         self._padded = padded
         self._compares_index = False
         """Whether a watched step has compared ``batch_idx``, so that guards compare it."""
+        self._end_of = -1
+        """The dataloader to which the next number belongs."""
+        self._last_early_step = -math.inf
+        """Until this step of the session, enough batches of it are left for a graph to pay."""
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one step, and return its output. See :meth:`run_with_outcome`."""
@@ -145,31 +153,34 @@ class StepRunner:
         start = perf_counter()
         session = self._session
         session.cache.step += 1
-        if session.is_first_step or not session.target.guard.check():
-            session.check_module()
         if not args:
             kwargs = dict(kwargs)
             args = (kwargs.pop(self._batch_name),)
+        loader = args[2] if len(args) > 2 else kwargs.get("dataloader_idx", 0)
+        why_no_key: UnkeyableBatchError | None = None
+        try:
+            of_batch, leaves = describe_batch(args[0], self._stage, loader)
+        except UnkeyableBatchError as error:
+            why_no_key = error
+        else:
+            if self._dispatcher.is_new(of_batch) and self._runs_once(of_batch):
+                return self._run_once(of_batch, args, kwargs)
+        if session.is_first_step or not session.target.guard.check():
+            session.check_module()
         if self._compares_index:
             session.set_batch_index(args[1])
-        loader = args[2] if len(args) > 2 else kwargs.get("dataloader_idx", 0)
         training = session.target.guard.flags_after_check()
-        try:
-            fields, leaves = describe_fields(
-                args[0], stage=self._stage, dataloader_idx=loader, training=training
-            )
-        except UnkeyableBatchError as error:
+        if why_no_key is None:
+            fields = (*of_batch, training, kernel_flags(), 0)
+        else:
             described = self._describe_with_objects(args[0], loader, training)
             if described is None:
-                outcome = self._run_without_key(args, kwargs, loader, training, reason_of(error))
+                reason = reason_of(why_no_key)
+                outcome = self._run_without_key(args, kwargs, loader, training, reason)
                 session.target.guard.take_rewritten()
                 return outcome
             fields, leaves = described
         state = self._dispatcher.known(fields)
-        if state is None and self._runs_once(fields):
-            outcome = self._run_once(fields, args, kwargs)
-            session.target.guard.take_rewritten()
-            return outcome
         plan = self._dispatcher.plan(self._state(state, fields, args[0]), leaves)
         if plan.action is Action.REPLAY:
             return self._replay(plan, leaves, args[0], start)
@@ -180,29 +191,37 @@ class StepRunner:
         session.target.guard.take_rewritten()
         return outcome
 
-    def _runs_once(self, fields: tuple[Any, ...]) -> bool:
+    def _runs_once(self, of_batch: tuple[Any, ...]) -> bool:
         """Return True if a new key will most likely not come again. Then its step is counted."""
-        if self._padded is not None or has_plain_values(fields[2]):
+        session, loader = self._session, of_batch[4]
+        if session.is_first_step or self._padded is not None or has_plain_values(of_batch[2]):
             return False
-        length, left = self._session.stage_length, math.inf
-        if length is not None and self._session.examples is None:
-            left = length.steps_left(self._stage, fields[4])
-        return self._dispatcher.runs_once(fields, left)
+        if self._end_of != loader or session.cache.step > self._last_early_step:
+            # asked only if it may matter, because a Trainer takes its time to answer
+            length, left = session.stage_length, math.inf
+            if length is not None and session.examples is None:
+                left = length.steps_left(self._stage, loader)
+            self._end_of = loader
+            self._last_early_step = session.cache.step + left - self._dispatcher.least_steps_left
+            return self._dispatcher.runs_once(of_batch, left)
+        return self._dispatcher.runs_once(of_batch, math.inf)
 
     def _run_once(
-        self, fields: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, of_batch: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Outcome:
         """Run a warm-up step of a key that will most likely not come again.
 
         Each such step pays for the work here, and no graph will ever win it back. So nothing is
-        made of the key, and its shapes are printed only if a user asks for the statistics.
+        made of the key, the module is compared before the next step of a key that comes again, and
+        shapes are printed only if a user asks for the statistics.
         """
         began = perf_counter()
-        outcome = self._run_eagerly(None, args, kwargs, NEW_KEY)
+        with override_forward_context(_OF_NO_KEY):
+            output = self._as_it_is(*args, **kwargs)
         seconds = perf_counter() - began
         self._times.append((self._stage, Ran.WARM_UP, seconds, NEW_KEY))
-        self._session.stats.ran_once(self._stage, fields, seconds, NEW_KEY)
-        return outcome._replace(ran=Ran.WARM_UP)
+        self._session.stats.ran_once(self._stage, of_batch, seconds, NEW_KEY)
+        return Outcome(output, NONE, NEW_KEY, Ran.WARM_UP)
 
     def _replay(self, plan: Plan, leaves: list[Any], batch: Any, start: float) -> Outcome:
         session, variant = self._session, plan.variant

@@ -59,7 +59,8 @@ class OverlappedTransfer:
     During a stage, the strategy *object* has an attribute ``batch_to_device``. It copies the batch,
     and then calls Lightning's method, which finds the batch on the device and calls the hooks of
     the user on the stream that computes. Batches with other objects than tensors and plain values,
-    small ones, and those that are on the device already are left to Lightning.
+    small ones, those that are on the device already, and all while the device has nothing to
+    compute are left to Lightning.
 
     Args:
         strategy: The strategy of the Trainer.
@@ -88,7 +89,7 @@ class OverlappedTransfer:
         self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
     ) -> Any:
         target = device or self._strategy.root_device
-        if _is_worth_it(batch):
+        if _is_worth_it(batch) and self._copies.is_device_busy():
             moved = self._copies.run(lambda: move_data_to_device(batch, target))
             self._stats.overlapped_copies += 1
         else:
