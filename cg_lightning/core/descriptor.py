@@ -175,7 +175,8 @@ _MOST_PRINTED = 40  # characters of one value
 _FIELDS = tuple(field.name for field in dataclasses.fields(BatchDescriptor))
 ALIGNMENT = 16
 """At addresses that are multiples of it, kernels load more at once and may sum in another order."""
-_KINDS_OF_TENSOR = (Tensor, nn.Parameter)
+KINDS_OF_TENSOR = {Tensor, nn.Parameter}
+"""The classes of tensors that can be part of a key."""
 
 
 class Fixed:
@@ -222,11 +223,6 @@ def is_tensor_key(leaf: Hashable) -> TypeGuard[tuple[Any, ...]]:
 
 def _is_in_family(leaf: Hashable) -> bool:
     return isinstance(leaf, tuple) and leaf[0] in (Tensor, Fixed)
-
-
-def has_plain_values(leaves: Sequence[Hashable]) -> bool:
-    """Return True if a key has other leaves than tensors. See :attr:`BatchDescriptor.family`."""
-    return not all(map(_is_in_family, leaves))
 
 
 _PASSED_ON = "passed on"
@@ -357,7 +353,7 @@ def describe_batch(
     keys: list[Hashable] = []
     tensors: list[Tensor] = []
     for index, leaf in enumerate(leaves):
-        if type(leaf) in _KINDS_OF_TENSOR:
+        if type(leaf) in KINDS_OF_TENSOR:
             tensors.append(leaf)
             keys.append(_tensor_key(leaf, index, batch))
         elif objects and not (isinstance(leaf, Tensor) or is_plain_value(leaf)):

@@ -152,6 +152,10 @@ _current: ContextVar[ForwardContext | None] = ContextVar(
 
 current_forward_context = _current.get
 """Return the current context, or None."""
+enter_forward_context = _current.set
+"""Make a context the current one, for steps that have no time for a context manager."""
+leave_forward_context = _current.reset
+"""Make the one before current again. It takes what :func:`enter_forward_context` has returned."""
 
 
 def is_forward_context_available() -> bool:

@@ -27,6 +27,7 @@ from cg_lightning.core.reasons import NO_CHANGE, WARM_UP, Changed, Reason, Statu
 from cg_lightning.guards.guard_set import Unguarded
 from cg_lightning.runtime.costs import MeasuredCosts
 from cg_lightning.runtime.keys import (
+    MOST_KEYS,
     Entry,
     KeyState,
     KeyTable,
@@ -210,7 +211,9 @@ class CUDAGraphDispatcher(KeyTable):
         Args:
             of_batch: The fields of its descriptor that need only the batch.
         """
-        return self._awaits_repeats() and of_batch not in self.seen
+        # written out, as in _awaits_repeats: every step comes here
+        awaits_repeats = self._watches and len(self._unrepeated) >= MOST_UNREPEATED
+        return awaits_repeats and of_batch not in self.seen
 
     def runs_once(self, of_batch: tuple[Any, ...], steps_left: float) -> bool:
         """Count a step of a new key, and return True if nothing but a warm-up is to be done.
@@ -229,7 +232,9 @@ class CUDAGraphDispatcher(KeyTable):
         if steps_left < self.least_steps_left:
             return False
         self._steps += 1
-        self.ran_once(of_batch)
+        self.seen[of_batch] = True
+        if len(self.seen) > MOST_KEYS:
+            self._forget_unused()
         return True
 
     def _awaits_repeats(self) -> bool:

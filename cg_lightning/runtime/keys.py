@@ -245,16 +245,6 @@ class KeyTable:
                 self._forget_unused()
         return state
 
-    def ran_once(self, of_batch: tuple[Any, ...]) -> None:
-        """Record the one eager step of a new key, which gets a state if it comes again.
-
-        Args:
-            of_batch: The fields of its descriptor that need only the batch.
-        """
-        self.seen[of_batch] = True
-        if len(self.seen) > MOST_KEYS:
-            self._forget_unused()
-
     def states(self) -> list[KeyState]:
         """Return all keys. Those that had one step have a state for the caller only."""
         once = [

@@ -16,16 +16,18 @@ from cg_lightning.capture.entry import GraphEntry
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.closure import outliving_graph
 from cg_lightning.core.descriptor import (
+    KINDS_OF_TENSOR,
     BatchDescriptor,
     describe_batch,
     describe_fields,
     describe_without_batch,
-    has_plain_values,
 )
 from cg_lightning.core.errors import CaptureError, UnkeyableBatchError, VerificationError
 from cg_lightning.core.forward_context import (
     ForwardContext,
     StepInProgress,
+    enter_forward_context,
+    leave_forward_context,
     override_forward_context,
 )
 from cg_lightning.core.kernel_flags import kernel_flags
@@ -52,7 +54,7 @@ _GRADIENTS = Reason(Status.GRADIENTS, "gradients are enabled")
 _NO_WARM_TARGET = Reason(
     Status.NO_TARGET, "no target was called with a warm key; calls from compiled code do not count"
 )
-_OF_NO_KEY = ForwardContext()
+_WITHOUT_KEY = ForwardContext()
 """Submodules do not describe their calls, and report to no step."""
 _ENTRIES = (GraphEntry, PaddedEntry)
 _MAY_BE_STRICT_ABOUT = {
@@ -125,10 +127,10 @@ class StepRunner:
         self._padded = padded
         self._compares_index = False
         """Whether a watched step has compared ``batch_idx``, so that guards compare it."""
-        self._end_of = -1
+        self._ending = -1
         """The dataloader to which the next number belongs."""
-        self._last_early_step = -math.inf
-        """Until this step of the session, enough batches of it are left for a graph to pay."""
+        self._end = 0.0
+        """The step of the session at which it ends at the earliest."""
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one step, and return its output. See :meth:`run_with_outcome`."""
@@ -163,8 +165,10 @@ class StepRunner:
         except UnkeyableBatchError as error:
             why_no_key = error
         else:
-            if self._dispatcher.is_new(of_batch) and self._runs_once(of_batch):
-                return self._run_once(of_batch, args, kwargs)
+            if self._padded is None and self._dispatcher.is_new(of_batch):
+                outcome = self._run_if_new(of_batch, leaves, args, kwargs)
+                if outcome is not None:
+                    return outcome
         if session.is_first_step or not session.target.guard.check():
             session.check_module()
         if self._compares_index:
@@ -191,36 +195,46 @@ class StepRunner:
         session.target.guard.take_rewritten()
         return outcome
 
-    def _runs_once(self, of_batch: tuple[Any, ...]) -> bool:
-        """Return True if a new key will most likely not come again. Then its step is counted."""
-        session, loader = self._session, of_batch[4]
-        if session.is_first_step or self._padded is not None or has_plain_values(of_batch[2]):
-            return False
-        if self._end_of != loader or session.cache.step > self._last_early_step:
-            # asked only if it may matter, because a Trainer takes its time to answer
-            length, left = session.stage_length, math.inf
-            if length is not None and session.examples is None:
-                left = length.steps_left(self._stage, loader)
-            self._end_of = loader
-            self._last_early_step = session.cache.step + left - self._dispatcher.least_steps_left
-            return self._dispatcher.runs_once(of_batch, left)
-        return self._dispatcher.runs_once(of_batch, math.inf)
-
-    def _run_once(
-        self, of_batch: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Outcome:
-        """Run a warm-up step of a key that will most likely not come again.
+    def _run_if_new(
+        self,
+        of_batch: tuple[Any, ...],
+        leaves: list[Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Outcome | None:
+        """Run a warm-up step of a key that will most likely not come again; None if it may.
 
         Each such step pays for the work here, and no graph will ever win it back. So nothing is
         made of the key, the module is compared before the next step of a key that comes again, and
         shapes are printed only if a user asks for the statistics.
+
+        Args:
+            of_batch: The fields of the key that need only the batch. They are new.
+            leaves: The leaves of the batch.
+            args: The positional arguments of the step.
+            kwargs: The keyword arguments of the step.
         """
+        session, loader = self._session, of_batch[4]
+        if session.is_first_step or not KINDS_OF_TENSOR.issuperset(map(type, leaves)):
+            return None
+        left = self._end - session.cache.step  # or more
+        if loader != self._ending or left < self._dispatcher.least_steps_left:
+            # asked only if it may matter, because a Trainer takes its time to answer
+            length, left = session.stage_length, math.inf
+            if length is not None and session.examples is None:
+                left = length.steps_left(self._stage, loader)
+            self._ending, self._end = loader, session.cache.step + left
+        if not self._dispatcher.runs_once(of_batch, left):
+            return None
         began = perf_counter()
-        with override_forward_context(_OF_NO_KEY):
+        token = enter_forward_context(_WITHOUT_KEY)
+        try:
             output = self._as_it_is(*args, **kwargs)
+        finally:
+            leave_forward_context(token)
         seconds = perf_counter() - began
         self._times.append((self._stage, Ran.WARM_UP, seconds, NEW_KEY))
-        self._session.stats.ran_once(self._stage, of_batch, seconds, NEW_KEY)
+        session.stats.ran_once(self._stage, of_batch, seconds, NEW_KEY)
         return Outcome(output, NONE, NEW_KEY, Ran.WARM_UP)
 
     def _replay(self, plan: Plan, leaves: list[Any], batch: Any, start: float) -> Outcome:
