@@ -405,11 +405,6 @@ class ModuleGuard:
             return False
         return not self._scripted or self._scripted_hold()
 
-    def take_rewritten(self) -> None:
-        """Expect the functions and classes that the step itself has just changed in place."""
-        if self._code is not None:
-            self._code.number = len(self._code.rewritten)
-
     def failure(self) -> GuardFailure:
         """Return the change. Call it after :meth:`check` has failed and before :meth:`refresh`."""
         if self._code is not None and (replaced_code := self._code.explain()):

@@ -180,20 +180,15 @@ class StepRunner:
             described = self._describe_with_objects(args[0], loader, training)
             if described is None:
                 reason = reason_of(why_no_key)
-                outcome = self._run_without_key(args, kwargs, loader, training, reason)
-                session.target.guard.take_rewritten()
-                return outcome
+                return self._run_without_key(args, kwargs, loader, training, reason)
             fields, leaves = described
         state = self._dispatcher.known(fields)
         plan = self._dispatcher.plan(self._state(state, fields, args[0]), leaves)
         if plan.action is Action.REPLAY:
             return self._replay(plan, leaves, args[0], start)
         if plan.action is Action.EAGER:
-            outcome = self._run_for_reason(plan, args, kwargs)
-        else:
-            outcome = self._run(plan, args, kwargs, leaves)
-        session.target.guard.take_rewritten()
-        return outcome
+            return self._run_for_reason(plan, args, kwargs)
+        return self._run(plan, args, kwargs, leaves)
 
     def _run_if_new(
         self,
