@@ -7,6 +7,9 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import torch
+from torch import Tensor
+
 MOST_SIZES = 8
 """Maximum number of sizes that are proposed for one dimension."""
 FEW_SHAPES = 8
@@ -44,26 +47,37 @@ def propose_sizes(counts: Mapping[int, int], most: int = MOST_SIZES) -> list[int
         >>> propose_sizes({3: 1, 5: 10, 6: 10, 8: 40}, most=2)
         [6, 8]
     """
+    if not counts:
+        return []
     counts = _joined(counts)
     sizes = sorted(counts)
-    # best[j] is the least padding for the sizes before j, and where the last group of them begins
-    best: list[list[tuple[float, int]]] = [[(0.0, 0)] + [(math.inf, 0)] * len(sizes)]
+    of_size = torch.tensor(sizes, dtype=torch.float64, device="cpu")
+    number = torch.tensor([counts[size] for size in sizes], dtype=torch.float64, device="cpu")
+    numbers, elements = _sums(number), _sums(number * of_size)
+    # padding[i, j] is that of all sizes from j to i in one group
+    padding = of_size[:, None] * (numbers[1:, None] - numbers[:-1])
+    padding -= elements[1:, None] - elements[:-1]
+    padding += torch.full_like(padding, math.inf).triu(1)
+    # best[i] is the least padding for the sizes before i, so far only for none
+    best = torch.full_like(numbers, math.inf)
+    best[0] = 0
+    begins = []  # where the last group begins, for each size as its end
     for _ in range(min(most, len(sizes))):
-        row = [(0.0, 0)]
-        for end in range(1, len(sizes) + 1):
-            padding, found = 0, (math.inf, 0)
-            for begin in range(end - 1, -1, -1):
-                padding += counts[sizes[begin]] * (sizes[end - 1] - sizes[begin])
-                found = min(found, (best[-1][begin][0] + padding, begin))
-            row.append(found)
-        best.append(row)
+        paddings = padding + best[:-1]
+        begins.append(paddings.argmin(1).tolist())
+        best[1:] = paddings.amin(1)
     chosen: list[int] = []
     end = len(sizes)
-    for row in reversed(best[1:]):
+    for begin in reversed(begins):
         if end:
             chosen.append(sizes[end - 1])
-            end = row[end][1]
+            end = begin[end - 1]
     return sorted(chosen)
+
+
+def _sums(values: Tensor) -> Tensor:
+    """Return the sums of the first 0, 1, 2 ... values."""
+    return torch.cat([values.new_zeros(1), values.cumsum(0)])
 
 
 def _joined(counts: Mapping[int, int]) -> Mapping[int, int]:
