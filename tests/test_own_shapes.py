@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from cg_lightning.runtime.dispatcher import MOST_UNREPEATED, CUDAGraphDispatcher
 from cg_lightning.runtime.plans import NEW_KEY
 from cg_lightning.trainer.batch_transfer import OverlappedTransfer
 from cg_lightning.trainer.stage_length import TrainerStageLength
-from tests.harness import assert_same, predict, validate
+from tests.harness import Batches, assert_same, predict, validate
 
 pytestmark = pytest.mark.filterwarnings("ignore:CUDAGraphCallback. .* shapes, so most ran eagerly")
 
@@ -111,6 +112,28 @@ def test_a_graph_is_found_among_own_shapes(harness):
     callback = harness.callback()
     harness.compare(Encoder(), predict(loader(batches)), callback)
     assert callback.stats.steps["FULL"] == 6 - 3 + OWN, callback.summary()
+
+
+class Trained(Encoder):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def test_one_fit_has_one_hint_for_all_its_validations(harness):
+    """Each validation sees further shapes, so each hint would have other numbers."""
+    batches = iter(own(4 * 30))
+
+    data = loader(Batches(lambda index: next(batches), 30))
+    trainer = harness.trainer(harness.callback(), max_epochs=4, num_sanity_val_steps=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(Trained(), loader(own(2)), data)
+    said = [str(each.message) for each in caught if "ran eagerly" in str(each.message)]
+    assert len(said) == 1, said
+    assert "30 batches of stage 'validate' had 30 shapes" in said[0]
 
 
 class Changes(Callback):

@@ -67,6 +67,7 @@ class Installation:
         self._runners: dict[str, StepRunner] = {}
         self._definitions: dict[str, Any] = {}
         self._stage: str | None = None
+        self._hinted: set[str] = set()
 
     def install(self, stage: str) -> None:
         """Intercept the step of ``stage``; idempotent."""
@@ -84,8 +85,11 @@ class Installation:
         return self.session.graphs(mode)
 
     def hint(self, stage: str) -> str:
-        """Return a hint about the shapes of a stage; empty if there is none."""
-        return hint(self.session, stage)
+        """Return a hint about the shapes of a stage; empty if there is none, or none since."""
+        said = "" if stage in self._hinted else hint(self.session, stage)
+        if said:  # fit ends many validations
+            self._hinted.add(stage)
+        return said
 
     def check_sanity_batch(self, batch: Any) -> None:
         """Check that ``pad_dims`` fits a batch of the sanity check, before an epoch of training.
