@@ -30,6 +30,7 @@ from cg_lightning.core.settings import Settings
 from cg_lightning.core.tree import rebuild
 from cg_lightning.effects.step_state import HeldByModules, StepState
 from cg_lightning.guards.guard_set import GuardSet
+from cg_lightning.modules.compilation import Compilation
 from cg_lightning.modules.compiled import is_compiled, is_compiled_by_callback
 
 T = TypeVar("T")
@@ -58,6 +59,7 @@ class Capturer:
         cache: All graphs of the session.
         written: Tensors, other than buffers, that steps write to.
         watch_compiled: Tells what compiled code reads. None: it is not asked.
+        compilation: Compiles, which is no part of the time of a capture. None: nothing does.
     """
 
     def __init__(
@@ -67,8 +69,10 @@ class Capturer:
         cache: GraphCache,
         written: WrittenTensors,
         watch_compiled: WatchCompiled | None = None,
+        compilation: Compilation | None = None,
     ) -> None:
         self._watch_compiled = watch_compiled
+        self._compilation = compilation
         self._backend = backend
         self.settings = settings
         self.cache = cache
@@ -89,7 +93,7 @@ class Capturer:
         """
         if not self.settings.capture_options.gc_disable:
             _collect_once()
-        began = time.perf_counter()
+        began = time.perf_counter() - self._compile_seconds()
         # before the capture: to look for modules takes the hash of metrics, which reads their
         # states
         compiled = [module for module in target.module.modules() if is_compiled(module)]
@@ -114,9 +118,12 @@ class Capturer:
             self._backend.synchronize()
             entry.drop()
             raise StateLeftError(f"{Cause.STATE_REBOUND.value}: {left}, in the capture of a graph")
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - self._compile_seconds() - began
         target.record.captured(seconds, entry.num_bytes, target.changed)
         return entry
+
+    def _compile_seconds(self) -> float:
+        return 0.0 if self._compilation is None else self._compilation.seconds
 
     def _attempt(self, target: CaptureTarget, call: GraphCall, has_compiled: bool) -> GraphEntry:
         inputs = self._static_inputs(call)

@@ -163,8 +163,9 @@ class StepWatcher:
         return output, result
 
     def host_values(self, step: Callable[[], Any], batch: Any) -> ReadPath | None:
-        """Run ``step``, of which all else is known, under one detector; return its host reads."""
-        watcher = StepWatcher(self._root, self._backend, effects=None, detectors=(HostValues,))
+        """Run ``step``, of which all else is known; return its host reads."""
+        detectors = (CompiledModules, HostValues)
+        watcher = StepWatcher(self._root, self._backend, effects=None, detectors=detectors)
         return watcher.watch(step, batch)[1].path
 
 

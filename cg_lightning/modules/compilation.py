@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
 from time import perf_counter
 from typing import Any
@@ -17,6 +18,8 @@ from cg_lightning.modules.compiled import BY_CALLBACK, COMPILED_IN_PLACE, is_com
 from cg_lightning.modules.kinds import is_metric
 from cg_lightning.report.counts import Counts
 
+_AS_IT_IS = contextlib.nullcontext()
+
 
 class Compilation:
     """Runs submodules under ``torch.compile`` while it is installed.
@@ -28,13 +31,20 @@ class Compilation:
     Args:
         arguments: Arguments of ``torch.compile``. None: nothing is compiled.
         stats: Counts the time of each compilation.
+        only_captures: Whether steps that have no graph run as they are written: batches of many
+            shapes are padded to few, and only for these is anything compiled.
     """
 
-    def __init__(self, arguments: Mapping[str, Any] | None, stats: Counts) -> None:
+    def __init__(
+        self, arguments: Mapping[str, Any] | None, stats: Counts, *, only_captures: bool = False
+    ) -> None:
         self._arguments = arguments
+        self._only_captures = only_captures
         self._clock = _CompileClock(stats)
         self._calls: dict[nn.Module, Any] = {}
         self._installed: list[nn.Module] = []
+        if arguments is not None:
+            _start_compiler()
 
     def install(self, root: nn.Module) -> None:
         """Run the submodules of ``root`` compiled; idempotent."""
@@ -67,6 +77,15 @@ class Compilation:
             vars(module).pop(COMPILED_IN_PLACE, None)
         self._installed.clear()
 
+    @property
+    def seconds(self) -> float:
+        """The time that all compilations have taken."""
+        return self._clock.seconds
+
+    def outside_captures(self) -> contextlib.AbstractContextManager[None]:
+        """Is entered while a step runs that has no graph."""
+        return self.suspended() if self._only_captures and self._installed else _AS_IT_IS
+
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
         """Let all submodules run as they are written inside, to compare with eager."""
@@ -85,6 +104,7 @@ class _CompileClock:
 
     def __init__(self, stats: Counts) -> None:
         self._stats = stats
+        self.seconds = 0.0
         self._began: float | None = None
         self._remove: contextlib.ExitStack | None = None
 
@@ -111,8 +131,16 @@ class _CompileClock:
 
     def _end(self, *_: Any) -> None:
         if self._began is not None:
-            self._stats.compiled(perf_counter() - self._began)
+            seconds = perf_counter() - self._began
+            self.seconds += seconds
+            self._stats.compiled(seconds)
             self._began = None
+
+
+@functools.cache
+def _start_compiler() -> None:
+    """Let the compiler replace functions of PyTorch now: later it would be a change of a module."""
+    torch.compile(lambda: None, backend="eager")()
 
 
 def _compiled(module: nn.Module, arguments: Mapping[str, Any]) -> Callable[..., Any]:
@@ -127,8 +155,10 @@ def _compiled(module: nn.Module, arguments: Mapping[str, Any]) -> Callable[..., 
     def call(*args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)
 
-    call.__code__ = call.__code__.replace()
-    compiled = torch.compile(call, **arguments)
+    # a function that is given another code would count as a change of the user's
+    code, cells = call.__code__.replace(), call.__closure__
+    own = types.FunctionType(code, call.__globals__, closure=cells)
+    compiled = torch.compile(own, **arguments)
 
     @functools.wraps(compiled)
     def call_compiled(*args: Any, **kwargs: Any) -> Any:

@@ -48,7 +48,7 @@ class Counts:
         self.late_predictions = 0
         """Number of predictions that were copied to the host while the device computed the next."""
         self.compile_seconds = 0.0
-        """Time that ``compile`` took, in seconds: in warm-up steps, besides ``capture_seconds``."""
+        """Time that ``compile`` took, in seconds. It is not in ``capture_seconds``."""
         self.proposed_pad_dims: dict[str, Any] = {}
         """What ``pad_dims="auto"`` has proposed, as ``pad_dims`` takes it."""
         self._padding: dict[tuple[str, str, str], PaddingRecord] = {}

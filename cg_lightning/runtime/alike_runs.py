@@ -63,7 +63,8 @@ class AlikeRuns:
         variant = state.variants[0]
         assert variant.path is None or isinstance(variant.path, ReadPath)
         try:
-            _, way = self._ahead.rehearse(call, lambda: self._ways.run(call.run))
+            with self._session.compilation.outside_captures():
+                _, way = self._ahead.rehearse(call, lambda: self._ways.run(call.run))
         except Exception:  # of a step that cannot run twice: others are watched as well
             return
         if variant.guards.check():

@@ -35,6 +35,7 @@ class EagerRun:
         self.way: Way | None = None
         """The way of the first run."""
         self._ways = ways
+        self._as_written = session.compilation.outside_captures
         self._function = call.function
         self._backend = session.backend
         written = [*session.module.buffers(), *session.written.now()]
@@ -49,7 +50,8 @@ class EagerRun:
         if self._has_run:
             return self._function(*args, **kwargs)
         self._has_run = True
-        output, self.way = self._ways.run(self._function, *args, **kwargs)
+        with self._as_written():
+            output, self.way = self._ways.run(self._function, *args, **kwargs)
         self.output = output
         if not all(same_leaf(now, before) for now, before in self._before):
             self.effect = "the step writes to a tensor that it keeps"

@@ -124,11 +124,18 @@ class Session:
         self.host_copies: HostCopies = HostCopies() if sharing is None else sharing.host_copies
         self.written = WrittenTensors()
         """Tensors, other than buffers, that steps were seen to write to."""
-        capturer = Capturer(backend, settings, self.cache, self.written, self._watch_compiled)
-        self._compilation = Compilation(settings.compile_arguments, stats)
+        self.compilation: Compilation = (
+            Compilation(settings.compile_arguments, stats, only_captures=settings.pads)
+            if sharing is None
+            else sharing.compilation
+        )
+        self._is_part = sharing is not None
+        capturer = Capturer(
+            backend, settings, self.cache, self.written, self._watch_compiled, self.compilation
+        )
         is_compiled = settings.compile_arguments is not None
         tolerance = "close" if is_compiled else settings.verify_tolerance
-        self._verifier = Verifier(backend, tolerance, self.written, self._compilation)
+        self._verifier = Verifier(backend, tolerance, self.written, self.compilation)
         may_drop = not settings.strict and backend.stopwatch(0.0) is not None
         parts = TargetParts(capturer, self._verifier, stats, self._written_settings)
         min_saving = settings.min_saving if may_drop else 0.0
@@ -161,7 +168,8 @@ class Session:
             if self.settings.pads:
                 self._note_weights()
         self._is_installed = True
-        self._compilation.install(self.module)
+        if not self._is_part:
+            self.compilation.install(self.module)
         targets = self.settings.targets
         if self.settings.runtime_policy.has_piecewise_cudagraphs() and targets is not None:
             self._submodules.add(match_targets(self.module, tuple(targets))[0])
@@ -203,7 +211,8 @@ class Session:
         self._submodules.remove()
         for piece in self.pieces.values():
             piece.remove(check)
-        self._compilation.remove()
+        if not self._is_part:
+            self.compilation.remove()
         self._written_settings.remove()
         self._recorded_setters.remove()
         self.host_copies.clear()
@@ -258,7 +267,7 @@ class Session:
             self._drop(self.target.dispatcher.entries())
             return
         self.cache.drop_all()
-        self._compilation.compile_again()
+        self.compilation.compile_again()
         self.target.dispatcher.reset(text)
         self.changing_values = ChangingValues()
         self.written.clear()
@@ -291,7 +300,7 @@ class Session:
             in_pieces: Why only its submodules are padded; None if it is padded whole, or not.
         """
         if plan.variant is None and plan.state.variants and not plan.state.has_other_host_value():
-            self._compilation.compile_again()
+            self.compilation.compile_again()
         full = self.full_reason(plan.state, watched) or in_pieces
         piecewise = None
         if self.settings.targets is None and not watched.largest_capturable():

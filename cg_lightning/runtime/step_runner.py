@@ -317,6 +317,8 @@ class StepRunner:
             return self._run_for_reason(plan, args, kwargs)
         descriptor, variant = plan.state.descriptor, plan.variant
         captures = self._dispatcher.captures
+        compilation = self._session.compilation
+        compiled = compilation.seconds
         if plan.action in (Action.CAPTURE, Action.VERIFY):
             outcome = self._capture_or_verify(plan, args, kwargs, leaves)
         elif plan.action is Action.PIECEWISE:
@@ -335,7 +337,7 @@ class StepRunner:
             self._host_time(NONE, descriptor).add(seconds)
         has_watched = plan.action is Action.WATCH and self._padded is not None
         if self._dispatcher.compares_times and not (how is Ran.EAGER or has_watched):
-            self._dispatcher.took(plan, captures, seconds)
+            self._dispatcher.took(plan, captures, seconds - (compilation.seconds - compiled))
         self._times.append((self._stage, how, seconds, outcome.reason))
         self._finish(outcome, descriptor, variant)
         return outcome._replace(ran=how)
@@ -480,7 +482,8 @@ class StepRunner:
         times: StepTimes | None = None,
     ) -> Outcome:
         progress = StepInProgress(times=times)
-        with override_forward_context(ForwardContext(NONE, descriptor, progress)):
+        context = ForwardContext(NONE, descriptor, progress)
+        with override_forward_context(context), self._session.compilation.outside_captures():
             return Outcome(self._as_it_is(*args, **kwargs), NONE, reason)
 
     def _host_time(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> HostTime:
