@@ -522,6 +522,30 @@ def test_eviction_and_two_epochs_of_one_module(harness):
     run(harness, model, data, capture_sizes=[2, 4])
 
 
+@pytest.mark.filterwarnings("ignore:CUDAGraphCallback. all graphs of max_graphs")
+@pytest.mark.filterwarnings("ignore:CUDAGraphCallback. graphs that are in use leave too little")
+@pytest.mark.parametrize("stage", ["predict", "validate"])
+def test_more_padded_sizes_than_graphs_are_not_captured_again_and_again(harness, stage):
+    """Each would take the place of another one that comes again soon."""
+    lengths = [7, 8, 15, 16, 23, 24, 30, 32] * 6
+    settings: dict[str, Any] = {"pad_dims": rules((8, 16, 24, 32))}
+
+    def stats(**others: Any) -> Any:
+        if stage == "predict":
+            model = Encodes(encodes)
+            return run(harness, model, texts(*lengths), **settings, **others).stats
+        settings["targets"] = ["encoder"]
+        return compare_validation(harness, Validated(), texts(*lengths), **settings, **others).stats
+
+    stats()  # the process's first capture also takes memory of libraries
+    everything = stats()
+    assert everything.captures == 4
+    assert stats(max_graphs=3).captures == 3
+    fewer = stats(max_graph_bytes=everything.graph_bytes - 1)
+    assert fewer.captures == 4  # the last one shows that its graph finds no room
+    assert fewer.replays > 20
+
+
 def test_weights_that_are_replaced(harness):
     class Replace(KeepOutputs):
         def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_):

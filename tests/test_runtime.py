@@ -20,6 +20,7 @@ from cg_lightning.capture.entry import Captured, GraphEntry
 from cg_lightning.capture.outputs import OutputPlan
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
+from cg_lightning.core.errors import NoRoomError
 from cg_lightning.core.reasons import Status
 from cg_lightning.core.settings import Settings
 from cg_lightning.core.tree import tensors_in
@@ -287,22 +288,31 @@ def entry_of(step: int) -> GraphEntry:
 
 def test_the_cache_drops_graphs_until_a_new_one_fits_into_its_bytes():
     cache = GraphCache(RecorderBackend(torch.device("cpu")), 64, max_bytes=30)
-    entries = [entry_of(step) for step in range(5)]
+    entries = [entry_of(step) for step in range(6)]
     for entry in entries:
         entry.graph.num_bytes = 10
     for step in range(3):
         cache.step = step
         assert cache.make_room_for(entries[step]) == []
         cache.add(entries[step], f"owner {step}")
-    cache.step = 3
+    cache.step = 16
     entries[0].replay([], cache.step)
+    with pytest.raises(NoRoomError, match="leave too little memory of max_graph_bytes=30"):
+        cache.make_room_for(entries[5])  # the others may be used again soon
+    with pytest.warns(UserWarning, match="Raise max_graph_bytes"):
+        assert "max_graph_bytes=30" in cache.why_no_room(0)  # as much as the refused one
+    assert cache.why_no_room(10)
+    cache.step = 18
+    assert not cache.why_no_room(0)
+    assert not cache.why_no_room(10)
+    entries[2].replay([], cache.step)
     assert cache.make_room_for(entries[3]) == ["owner 1"]
     assert "max_graph_bytes=30" in cache.why_too_large
     cache.add(entries[3], "owner 3")
-    entries[2].replay([], cache.step)  # so the step under way has used all of them
+    entries[0].replay([], cache.step)  # so the step under way has used all of them
     with pytest.raises(CaptureError, match="raise max_graph_bytes"):
         cache.make_room_for(entries[4])
-    assert [entry.is_valid() for entry in entries] == [True, False, True, True, False]
+    assert [entry.is_valid() for entry in entries] == [True, False, True, True, False, False]
 
 
 def test_the_cache_drops_the_least_recently_used_and_names_its_owner():

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from cg_lightning.backends import GraphBackend
 from cg_lightning.capture.entry import GraphEntry
-from cg_lightning.core.errors import CaptureError
+from cg_lightning.core.errors import CaptureError, NoRoomError
 
-_FIRST_INTERVAL = 8
-"""A graph that was used in one step only is expected to be used again after so many steps."""
+_LEAST_INTERVAL = 8
+"""A graph may be expected to be used again after so many steps, if it came more often as well."""
 
 
 class GraphCache:
@@ -33,6 +34,8 @@ class GraphCache:
         self._backend = backend
         self._owners: dict[GraphEntry, Any] = {}
         self._has_warned = False
+        self._least_refused = 0
+        """The memory of the smallest graph that found no room; 0: all have found room."""
         self.step = 0
         """The number of the current step. Each entry stores the step of its last use."""
 
@@ -42,37 +45,55 @@ class GraphCache:
         return f"evicted: more graphs than max_graphs={self._max_graphs}"
 
     @property
-    def why_no_room(self) -> str:
-        """The reason why :meth:`has_room` has returned False."""
-        return f"all graphs of max_graphs={self._max_graphs} are in use"
-
-    @property
     def why_too_large(self) -> str:
         """The reason why :meth:`make_room_for` has dropped a graph."""
         return f"evicted: more memory than max_graph_bytes={self._max_bytes}"
 
-    def has_room(self) -> bool:
-        """Return False if a new graph would take the place of one that is still in use.
+    def why_no_room(self, num_bytes: int) -> str:
+        """Return the reason if a new graph would take the place of one that is still in use.
 
         That one would be captured again soon, in the place of the next.
+
+        Args:
+            num_bytes: The memory of an earlier graph of the same key. 0: there was none; then it
+                needs as much as the smallest graph that has found no room.
         """
-        if len(self._owners) < self._max_graphs:
-            return True
-        oldest = self._first_to_go()
-        if oldest.last_step == self.step or self._is_overdue(oldest):
-            return True
+        needed = num_bytes or self._least_refused
+        if len(self._owners) >= self._max_graphs:
+            oldest = self._first_to_go()
+            if oldest.last_step == self.step or self._is_overdue(oldest):
+                return ""
+            option, why = "max_graphs", f"all graphs of max_graphs={self._max_graphs} are in use"
+        elif needed and self._excess(needed, self._in_use()) > 0:
+            option, why = "max_graph_bytes", self._why_no_memory()
+        else:
+            return ""
         if not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"CUDAGraphCallback: {self.why_no_room}; what has no graph yet runs eagerly until "
-                "one of them was not used for a while. Raise max_graphs.",
+                f"CUDAGraphCallback: {why}; what has no graph yet runs eagerly until "
+                f"one of them was not used for a while. Raise {option}.",
                 stacklevel=2,
             )
-        return False
+        return why
+
+    def _why_no_memory(self) -> str:
+        return (
+            f"graphs that are in use leave too little memory of max_graph_bytes={self._max_bytes}"
+        )
+
+    def _in_use(self) -> list[GraphEntry]:
+        return [each for each in self._owners if not self._is_overdue(each)]
+
+    def _excess(self, num_bytes: int, others: Iterable[GraphEntry]) -> int:
+        """Return by how much a graph and others exceed the budget of bytes; 0: they do not."""
+        if self._max_bytes is None:
+            return 0
+        return max(0, num_bytes + sum(each.num_bytes for each in others) - self._max_bytes)
 
     def _is_overdue(self, entry: GraphEntry) -> bool:
         """Return True if a graph was not used for more than twice the time between its uses."""
-        return self.step - entry.last_step > 2 * (entry.interval or _FIRST_INTERVAL)
+        return self.step - entry.last_step > 2 * max(entry.interval, _LEAST_INTERVAL)
 
     def _first_to_go(self) -> GraphEntry:
         return min(self._owners, key=lambda each: (not self._is_overdue(each), each.last_step))
@@ -99,7 +120,7 @@ class GraphCache:
         return owner
 
     def make_room_for(self, entry: GraphEntry) -> list[Any]:
-        """Drop the least recently used graphs until ``entry`` fits into the budget of bytes.
+        """Drop overdue graphs until ``entry`` fits into the budget of bytes, the oldest first.
 
         Only a capture shows how much memory a graph needs, so this comes after it.
 
@@ -110,26 +131,28 @@ class GraphCache:
             The owners of the dropped graphs.
 
         Raises:
-            CaptureError: The other graphs that the current step does not use are not enough. Only
-                ``entry`` was dropped.
+            CaptureError: With the graphs that the current step uses, it never fits.
+            NoRoomError: It does not fit while others are in use. Only ``entry`` was dropped.
         """
-        if self._max_bytes is None:
-            return []
-        excess = entry.num_bytes + sum(each.num_bytes for each in self._owners) - self._max_bytes
-        leaving: list[GraphEntry] = []
-        for oldest in sorted(self._owners, key=lambda each: each.last_step):
-            if excess <= 0 or oldest.last_step == self.step:
-                break
-            leaving.append(oldest)
-            excess -= oldest.num_bytes
-        if excess > 0:
-            needed = entry.num_bytes
+        needed = entry.num_bytes
+        if self._excess(needed, self._in_use()):
             self._backend.synchronize()
             entry.drop()
-            raise CaptureError(
-                f"A graph of {needed} bytes, with the others of its step, needs more than "
-                f"max_graph_bytes={self._max_bytes}; raise max_graph_bytes."
-            )
+            if self._excess(needed, [e for e in self._owners if e.last_step == self.step]):
+                raise CaptureError(
+                    f"A graph of {needed} bytes, with the others of its step, needs more than "
+                    f"max_graph_bytes={self._max_bytes}; raise max_graph_bytes."
+                )
+            self._least_refused = min(needed, self._least_refused or needed)
+            raise NoRoomError(self._why_no_memory())
+        leaving: list[GraphEntry] = []
+        excess = self._excess(needed, self._owners)
+        for oldest in sorted(self._owners, key=lambda each: each.last_step):
+            if excess <= 0:
+                break
+            if self._is_overdue(oldest):
+                leaving.append(oldest)
+                excess -= oldest.num_bytes
         owners = [self._owners[each] for each in leaving]
         for each in leaving:
             self.drop(each)

@@ -135,7 +135,7 @@ class GraphEntry:
         self.last_step = 0
         """The number of the step that last used this entry."""
         self.interval = 0
-        """Number of steps between its last two uses; 0: it was used in one step only."""
+        """Number of steps from one use to the next, the longest lately; 0: it was used once."""
         self.parts: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
         """Views of the static leaves, by who writes to them in parts."""
 
@@ -215,7 +215,9 @@ class GraphEntry:
         """
         assert self._graph is not None and self._inputs is not None  # noqa: PT018
         if step != self.last_step:
-            self.interval, self.last_step = step - self.last_step, step
+            # shapes may come in bursts, so a long pause is forgotten slowly
+            self.interval = max(step - self.last_step, self.interval * 7 // 8)
+            self.last_step = step
         self._inputs.copy_from(leaves)
         for prepare in self._before_replay:
             prepare()

@@ -153,6 +153,10 @@ class OutOfGraphMemoryError(CaptureError):
     """A capture stopped because the device was out of memory."""
 
 
+class NoRoomError(CaptureError):
+    """A graph needs more memory than graphs that are in use have left. It may fit later."""
+
+
 class NotIndependentError(CaptureError):
     """A padded batch gave another result than eager: rows or positions depend on each other."""
 

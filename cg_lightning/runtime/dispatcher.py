@@ -475,9 +475,18 @@ class CUDAGraphDispatcher(KeyTable):
         """Record that the captured graph has not run any step yet."""
         variant.verify_at = self._next_verification(0)
 
-    def no_room(self, state: KeyState, variant: Variant, why: str) -> None:
-        """Record that a step runs eagerly, since its graph would take the place of a used one."""
-        state.ledger.spend(1)
+    def no_room(
+        self, state: KeyState, variant: Variant, why: str, was_captured: bool = False
+    ) -> None:
+        """Record that a step runs eagerly, since its graph would take the place of a used one.
+
+        Args:
+            state: The key of the step.
+            variant: Its variant.
+            why: Why there is no room.
+            was_captured: Whether a capture has shown it.
+        """
+        state.ledger.spend(CAPTURE_COST if was_captured else 1)
         state.ledger.note(Status.EVICTED, Changed(why))
         variant.reason = state.ledger.reason()
 

@@ -260,7 +260,7 @@ class PaddedSteps:
             call: The step.
 
         Returns:
-            None if memory cannot hold the padded batch: the step has not run.
+            None if memory cannot hold the padded batch or its graph: the step has not run.
         """
         variant = plan.variant
         assert variant is not None and variant.padding is not None  # noqa: PT018
@@ -275,6 +275,9 @@ class PaddedSteps:
         assert path is None or isinstance(path, ReadPath)
         eager = EagerRun(call, self._session, self._ways)
         run = _ComparedRun(call, self._padded_call(call, leaves), padding, eager, path)
+        if self._known_owner(run.padded) is None and (why := self._why_no_room(run)):
+            self._dispatcher.no_room(plan.state, variant, why)
+            return None
         get_entry = functools.partial(self._checked_entry, plan.state, variant, run)
         verdict = self._session.compare(self._name, plan, eager.call, get_entry, run.padded)
         reason = self._reason(verdict, padding)
@@ -321,6 +324,9 @@ class PaddedSteps:
         self._dispatcher.borrowed(state, variant, entry)
         return entry
 
+    def _why_no_room(self, run: _ComparedRun) -> str:
+        return self._session.target.why_no_room(run.padded.descriptor)
+
     def _path(self, run: _ComparedRun, owner: Variant, entry: PaddedEntry) -> Path | None:
         """Return what must be read of a batch, so that the graph of the padded one is right."""
         real, path, padding = run.path, owner.path, run.padding
@@ -340,6 +346,8 @@ class PaddedSteps:
         if reason is _OTHER_WAY:
             self._alike.note_unlike(run.call.descriptor, run.eager.way)
             self._dispatcher.not_padded(state, variant)
+        elif reason.kind is Status.EVICTED:
+            self._dispatcher.no_room(state, variant, str(reason), was_captured=True)
         elif reason.kind not in (Status.UNPROFITABLE, Status.WARM_UP):
             self._shapes.refuse(run.padded.descriptor, reason)
             self._dispatcher.not_padded(state, variant)

@@ -129,7 +129,8 @@ class Session:
             if sharing is None
             else sharing.compilation
         )
-        self._is_part = sharing is not None
+        self.is_part = sharing is not None
+        """Whether the module is a part of a larger one, whose steps are counted."""
         capturer = Capturer(
             backend, settings, self.cache, self.written, self._watch_compiled, self.compilation
         )
@@ -168,7 +169,7 @@ class Session:
             if self.settings.pads:
                 self._note_weights()
         self._is_installed = True
-        if not self._is_part:
+        if not self.is_part:
             self.compilation.install(self.module)
         targets = self.settings.targets
         if self.settings.runtime_policy.has_piecewise_cudagraphs() and targets is not None:
@@ -211,7 +212,7 @@ class Session:
         self._submodules.remove()
         for piece in self.pieces.values():
             piece.remove(check)
-        if not self._is_part:
+        if not self.is_part:
             self.compilation.remove()
         self._written_settings.remove()
         self._recorded_setters.remove()

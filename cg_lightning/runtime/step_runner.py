@@ -154,7 +154,7 @@ class StepRunner:
             return self._run_as_it_is(args, kwargs, _GRADIENTS)
         start = perf_counter()
         session = self._session
-        session.cache.step += 1
+        session.cache.step += not session.is_part
         if not args:
             kwargs = dict(kwargs)
             args = (kwargs.pop(self._batch_name),)

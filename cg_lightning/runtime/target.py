@@ -17,6 +17,7 @@ from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.core.errors import (
     CaptureError,
     CompiledCodeError,
+    NoRoomError,
     StateLeftError,
     UnkeyableBatchError,
     ValueReadError,
@@ -64,6 +65,8 @@ def reason_of(error: Exception) -> Reason:
         kind = Status.NO_KEY
     elif isinstance(error, StateLeftError):
         kind = Cause.STATE_REBOUND
+    elif isinstance(error, NoRoomError):
+        kind = Status.EVICTED
     elif isinstance(error, CompiledCodeError):
         return error.reason
     elif isinstance(error, ValueReadError):
@@ -128,8 +131,8 @@ class GraphTarget:
             least_steps=settings.verify_replays + 2,
             min_saving=min_saving,
         )
-        self._captured: dict[BatchDescriptor, None] = {}
-        """The keys that had a graph, the latest one last."""
+        self._captured: dict[BatchDescriptor, int] = {}
+        """The memory of graphs, in bytes, by keys that had one; the latest one last."""
         self._settings = settings
         self._parts = parts
         self._effects = effects
@@ -149,14 +152,17 @@ class GraphTarget:
         variant = plan.variant
         assert variant is not None
         has_graph = isinstance(variant.entry, GraphEntry) and not variant.entry.is_dropped
-        if not has_graph and not self.cache.has_room():
-            self.dispatcher.no_room(plan.state, variant, self.cache.why_no_room)
+        if not has_graph and (why := self.why_no_room(call.descriptor)):
+            self.dispatcher.no_room(plan.state, variant, why)
             return None
         target = self.capture_target(name, plan, call)
         get_entry = functools.partial(self._get_entry, target, plan, call)
         if plan.action is Action.CAPTURE and self._settings.next_verification(0) != 0:
             try:
                 entry = get_entry()
+            except NoRoomError as error:
+                self.dispatcher.no_room(plan.state, variant, str(error), was_captured=True)
+                return None
             except (CaptureError, UnkeyableBatchError) as error:
                 self.dispatcher.refused(variant, self._reason_of(name, error))
                 return None
@@ -164,6 +170,10 @@ class GraphTarget:
             entry.count()
             return Outcome(output, self.mode)
         verdict = self._parts.verifier.check(target, call, get_entry, self.cache.step)
+        if isinstance(verdict.error, NoRoomError):
+            why = str(verdict.error)
+            self.dispatcher.no_room(plan.state, variant, why, was_captured=True)
+            return Outcome(verdict.output, CUDAGraphMode.NONE, variant.reason)
         if verdict.error is not None:
             return self._refused(plan, self._reason_of(name, verdict.error), verdict.output)
         if verdict.difference:
@@ -171,6 +181,10 @@ class GraphTarget:
         assert isinstance(variant.entry, GraphEntry)
         variant.entry.count()
         return Outcome(verdict.output, self.mode)
+
+    def why_no_room(self, key: BatchDescriptor) -> str:
+        """Return why a key cannot have a graph now; empty if it can."""
+        return self.cache.why_no_room(self._captured.get(key, 0))
 
     def _reason_of(self, name: str, error: Exception) -> Reason:
         reason = reason_of(error)
@@ -267,11 +281,11 @@ class GraphTarget:
             dispatcher, state = owner
             dispatcher.evicted(state, self.cache.why_evicted)
         entry = self._parts.capturer.capture(target, call)
+        self._captured.pop(call.descriptor, None)
+        self._captured[call.descriptor] = entry.num_bytes
         for dispatcher, state in self.cache.make_room_for(entry):
             dispatcher.evicted(state, self.cache.why_too_large)
         self.cache.add(entry, (self.dispatcher, plan.state))
-        self._captured.pop(call.descriptor, None)
-        self._captured[call.descriptor] = None
         self.dispatcher.captured(plan.state, variant, entry)
         return entry
 
