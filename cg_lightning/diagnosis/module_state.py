@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,20 +19,34 @@ from cg_lightning.modules.attributes import (
     set_by_users,
     slots_in,
 )
+from cg_lightning.modules.kinds import once_for_each
 
 _TABLES = ("_parameters", "_buffers", "_modules")
+ValuesOf = Callable[[type], dict[str, Any]]
+
+
+def values_of_classes() -> ValuesOf:
+    """Return a function that gives the values of a class as they are when it is first asked."""
+    return once_for_each(values_of)
 
 
 class ModuleState:
-    """The attributes of a module and of its classes, and what is inside those of the user's."""
+    """The attributes of a module and of its classes, and what is inside those of the user's.
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        module: The module.
+        of_class: Gives the values of its class. Many modules may share the result of one
+            :func:`values_of_classes`, if they are looked at together.
+    """
+
+    def __init__(self, module: nn.Module, of_class: ValuesOf = values_of) -> None:
         self.module = module
-        self._values = _values(module)
+        self._values = _values(module, of_class)
+        known = names_of_frameworks(module)
         self._contents = {
             name: contents
             for name in self._values
-            if name not in names_of_frameworks(module) or set_by_users(module, name)
+            if name not in known or set_by_users(module, name)
             if (contents := readable_contents(self._values[name])) is not None
         }
 
@@ -40,9 +55,13 @@ class ModuleState:
         held = [module for contents in self._contents.values() for module in contents.modules]
         return [child for module in held for child in module.modules()]
 
-    def changed(self) -> list[str]:
-        """Return the names of attributes that changed, came or went, or whose contents changed."""
-        missing, now = object(), _values(self.module)
+    def changed(self, of_class: ValuesOf = values_of) -> list[str]:
+        """Return the names of attributes that changed, came or went, or whose contents changed.
+
+        Args:
+            of_class: As in the constructor, but with the values of now.
+        """
+        missing, now = object(), _values(self.module, of_class)
         changed = [
             name
             for name, value in now.items()
@@ -63,13 +82,14 @@ class ModuleState:
             name: One of the names that :meth:`changed` returns.
         """
         missing = object()
-        if not is_same_value(self._values.get(name, missing), _values(self.module).get(name)):
+        now = _values(self.module, values_of)
+        if not is_same_value(self._values.get(name, missing), now.get(name)):
             return [ChangedPlace(name.rpartition(".")[2], True)]
         contents = self._contents.get(name)
         return [] if contents is None else contents.changed_places(name)
 
 
-def _values(module: nn.Module) -> dict[str, Any]:
+def _values(module: nn.Module, of_class: ValuesOf) -> dict[str, Any]:
     attributes = {**vars(module), **slots_in(module), **scripted_attributes(module)}
     # Lightning's cache of the names of metrics, made by the first ``self.log``
     attributes.pop("_metric_attributes", None)
@@ -89,7 +109,8 @@ def _values(module: nn.Module) -> dict[str, Any]:
         for name, member in members.items()
         if isinstance(member, torch.Tensor)
     }
-    return {**values_of(type(module)), **attributes, **members, "__class__": type(module)}
+    cls: type = type(module)
+    return {**of_class(cls), **attributes, **members, "__class__": cls}
 
 
 def readable_contents(value: Any) -> FrozenValues | None:

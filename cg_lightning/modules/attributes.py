@@ -211,9 +211,10 @@ _SET_BY_USERS = frozenset(
 
 def set_by_users(module: nn.Module, name: str) -> str:
     """Return the attribute in which Lightning stores a user's value ``name``; otherwise empty."""
-    attributes = namespace_of(module)
-    found = (each for each in (f"_{name}", name) if each in _SET_BY_USERS and each in attributes)
-    return next(found, "")
+    for each in (f"_{name}", name):
+        if each in _SET_BY_USERS and each in namespace_of(module):
+            return each
+    return ""
 
 
 def names_of_users(module: nn.Module) -> set[str]:
@@ -326,24 +327,35 @@ def is_set_by_users(cls: type, name: str) -> bool:
     return not is_known and is_value_of_class(vars(cls)[name])
 
 
+@once_for_each
+def _known_names(cls: type) -> frozenset[str]:
+    """Return the names that torch and Lightning store, and those that methods mention."""
+    return _names_for(cls) | _names_in_methods(cls)
+
+
 def has_attributes_of_users(module: nn.Module) -> bool:
-    """Return True if a module of torch, or its class, holds something that its code does not know.
+    """Return True if a module of torch holds something that its code does not know.
 
     Marks of other libraries (``_is_hf_initialized``) are among :func:`layer_settings` only.
     """
-    cls: type = type(module)
-    known = names_of_frameworks(module) | _names_in_methods(cls)
-    attributes = namespace_of(module)
-    in_classes = [
-        (name, value)
+    attributes, cls = namespace_of(module), type(module)
+    unknown = attributes.keys() - _known_names(cls)
+    return any(not _is_mark(name, attributes[name]) for name in unknown)
+
+
+def has_values_of_users(cls: type) -> bool:
+    """Return True if a class of torch has a value that its code does not know."""
+    known = _known_names(cls) | _VALUES_OF_TORCH
+    return any(
+        name not in known and is_value_of_class(value) and not _is_mark(name, value)
         for base in cls.__mro__
         for name, value in vars(base).items()
-        if is_value_of_class(value) and name not in _VALUES_OF_TORCH and not name.startswith("__")
-    ]
-    return any(
-        name not in known and not (name.startswith("_") and is_plain_value(value))
-        for name, value in (*attributes.items(), *in_classes)
+        if not name.startswith("__")
     )
+
+
+def _is_mark(name: str, value: Any) -> bool:
+    return name.startswith("_") and is_plain_value(value)
 
 
 def is_user_attribute(module: nn.Module, name: str) -> bool:

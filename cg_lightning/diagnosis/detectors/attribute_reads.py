@@ -20,6 +20,7 @@ from cg_lightning.guards.sources import ALL_NAMES, Source
 from cg_lightning.guards.value_kinds import holds_nothing, is_users_function
 from cg_lightning.modules.attributes import (
     has_attributes_of_users,
+    has_values_of_users,
     holding_class,
     is_set_by_users,
     is_user_attribute,
@@ -36,7 +37,13 @@ from cg_lightning.modules.interception import (
     ModuleHandler,
     can_intercept,
 )
-from cg_lightning.modules.kinds import is_metric, is_user_class, is_user_module, is_value_of_class
+from cg_lightning.modules.kinds import (
+    is_metric,
+    is_user_class,
+    is_user_module,
+    is_value_of_class,
+    once_for_each,
+)
 
 
 class AttributeReads(Detector):
@@ -57,12 +64,16 @@ class AttributeReads(Detector):
             ]
         }
         self._read_unseen([watch.root])
+        in_class = once_for_each(has_values_of_users)  # most modules share a few classes
         with contextlib.ExitStack() as stack:
             for _, module in watch.modules:
                 is_read = (
                     is_user_module(module)
                     or module is watch.root
-                    or (not is_metric(module) and has_attributes_of_users(module))
+                    or (
+                        not is_metric(module)
+                        and (in_class(type(module)) or has_attributes_of_users(module))
+                    )
                 )
                 if is_read and id(module) not in watch.hidden and can_intercept(module):
                     handler = _ReadHandler(watch, self._attributes[id(module)], module)

@@ -14,7 +14,7 @@ from cg_lightning.core.lines import Elsewhere
 from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.attribute_events import AttributeEvents, LastingValues
 from cg_lightning.diagnosis.detector import Detector
-from cg_lightning.diagnosis.module_state import ModuleState
+from cg_lightning.diagnosis.module_state import ModuleState, ValuesOf, values_of_classes
 from cg_lightning.diagnosis.operands import addresses_in, written_tensors
 from cg_lightning.diagnosis.step_watch import StepWatch
 from cg_lightning.diagnosis.watched_step import ModuleCall
@@ -47,21 +47,23 @@ class ReboundState(Detector):
     def around_step(self) -> Iterator[None]:
         watch = self.watch
         inside = [pair for pairs in watch.hidden.values() for pair in pairs]
-        before = [(path, ModuleState(module)) for path, module in [*watch.modules, *inside]]
+        then = values_of_classes()
+        before = [(path, ModuleState(module, then)) for path, module in [*watch.modules, *inside]]
         known = {id(module) for module in watch.root.modules()}
         for path, state in list(before):
             for module in state.modules_inside():
                 if id(module) not in known:
                     known.add(id(module))
-                    before.append((path, ModuleState(module)))
+                    before.append((path, ModuleState(module, then)))
         switched = switches()
         with self._noticing_events():
             yield
         self._report_switches(switched, [watch.step])
         late = [metric for each in watch.late_units if each.is_late for metric in each.unit.metrics]
         left_out = {id(child) for metric in late for child in metric.modules()}
+        now = values_of_classes()
         changed = [
-            (path, state, self._changed(state))
+            (path, state, self._changed(state, now))
             for path, state in before
             if id(state.module) not in left_out
         ]
@@ -89,7 +91,8 @@ class ReboundState(Detector):
         yield
         self._report_switches(switched, self.watch.stack[1:])
         # the step gets its finding from the comparison at its end
-        self._report(state, None, self._changed(state), self.watch.stack[1:])
+        now = values_of_classes()
+        self._report(state, None, self._changed(state, now), self.watch.stack[1:])
 
     def _report_switches(self, before: tuple[Any, ...], calls: list[ModuleCall]) -> None:
         if switches() != before:
@@ -100,9 +103,9 @@ class ReboundState(Detector):
                 calls=calls,
             )
 
-    def _changed(self, state: ModuleState) -> list[str]:
+    def _changed(self, state: ModuleState, now: ValuesOf) -> list[str]:
         with self.watch.paused():
-            return sorted(state.changed())
+            return sorted(state.changed(now))
 
     def _report(
         self, state: ModuleState, path: str | None, names: list[str], calls: list[ModuleCall]
