@@ -12,8 +12,12 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from cg_lightning.diagnosis.call_events import call_events
+from cg_lightning.backends.recorder import RecorderBackend
+from cg_lightning.diagnosis.call_events import _Profiler, call_events
+from cg_lightning.diagnosis.watcher import StepWatcher
 
 
 class Listener:
@@ -151,3 +155,45 @@ def test_code_without_a_file():
     with call_events(listener).reporting():
         namespace["step"]()
     assert listener.calls["step"] == 1
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="there, a profiler is not used")
+@pytest.mark.parametrize("sets_profiler", [False, True])
+def test_a_profiler_is_not_told_of_what_detectors_do_around_calls(monkeypatch, sets_profiler):
+    """It was, and took a third of a watched step. A profiler that the step has set stays."""
+
+    class Body(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if sets_profiler:
+                sys.setprofile(mine)
+            return once_in_net(x)
+
+    def once_in_net(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    def mine(*_: Any) -> None:
+        pass
+
+    told: list[str] = []
+    on_event = _Profiler._on_event
+
+    def event(self: _Profiler, frame: FrameType, *rest: Any) -> None:
+        told.append(f"{frame.f_code.co_filename}:{frame.f_code.co_name}")
+        on_event(self, frame, *rest)
+
+    monkeypatch.setattr(_Profiler, "_on_event", event)
+    net = nn.Sequential(Body(), nn.Linear(4, 4))
+    watcher = StepWatcher(net, RecorderBackend(torch.device("cpu")), effects=None)
+    inside: list[Any] = []
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        y = net(x)
+        inside.append(sys.getprofile())
+        sys.setprofile(None)
+        return y
+
+    watcher.watch(lambda: step(torch.ones(2, 4)), None)
+    of_call = [each for each in told if "around_call" in each or "_numpy_state" in each]
+    assert not of_call
+    assert any("once_in_net" in each for each in told) is not sets_profiler
+    assert (inside[0] is mine) is sets_profiler

@@ -102,7 +102,8 @@ class _Profiler(CallEvents):
         return is_reporting
 
     def resume(self) -> None:
-        sys.setprofile(self._profiler)
+        if sys.getprofile() is None:  # or else the step has set one of its own
+            sys.setprofile(self._profiler)
 
     def _on_event(self, frame: FrameType, event: str, function: Any) -> None:
         listener = self._listener

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from cg_lightning.backends import GraphBackend
 from cg_lightning.backends.capture_scope import CAPTURE_LOCK
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.lines import learn_cells
+from cg_lightning.diagnosis.call_events import CallEvents
 from cg_lightning.diagnosis.detector import Detector
 from cg_lightning.diagnosis.detectors.attribute_reads import AttributeReads
 from cg_lightning.diagnosis.detectors.backward import Backward, report_older_graphs
@@ -186,6 +188,18 @@ class _CallHandler(ModuleHandler):
     def on_call(
         self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        events = self._watch.call_events
+        # compiled code runs without reports, to the end of its call
+        if events is None or id(self._module) in self._watch.hidden or not events.pause():
+            return self._run(original, args, kwargs)
+        try:
+            return self._run(functools.partial(_reported, events, original), args, kwargs)
+        finally:
+            events.resume()
+
+    def _run(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         call = self._watch.new_call(self._path, self._module, args, kwargs)
         with self._watch.calling(call), contextlib.ExitStack() as stack:
             for detector in self._detectors:
@@ -194,6 +208,17 @@ class _CallHandler(ModuleHandler):
             for detector in self._with_returned:
                 detector.returned(call, output)
             return output
+
+
+def _reported(
+    events: CallEvents, original: Callable[..., Any], /, *args: Any, **kwargs: Any
+) -> Any:
+    """Call ``original``, and let Python report what it calls, but nothing around it."""
+    events.resume()
+    try:
+        return original(*args, **kwargs)
+    finally:
+        events.pause()
 
 
 @contextlib.contextmanager
