@@ -681,6 +681,57 @@ def test_shapes_are_worth_a_graph_if_they_come_often_enough(
         assert plan.reason == CAPTURED_TOO_SELDOM
 
 
+def changing(runner: Runner, length: int, watch: float, eager: float = 1.0) -> list[Action]:
+    """Run a stage of known length in which a value changes with each batch."""
+    dispatcher, actions = runner.dispatcher, []
+    for number in range(length):
+        runner.world["value"] = number
+        state = dispatcher.state(KEY.fields, KEY)
+        plan = dispatcher.within(dispatcher.plan(state), length - number)
+        if plan.action is Action.WATCH:
+            guards = Value(runner.world, number)
+            dispatcher.watched(state, Variant(guards, [FULL]), plan.variant)
+            dispatcher.took(plan, dispatcher.captures, watch)
+        elif plan.action is Action.WARM_UP:
+            dispatcher.ran_eagerly(state)
+            dispatcher.took(plan, dispatcher.captures, eager)
+        actions.append(plan.action)
+    return actions
+
+
+@pytest.mark.parametrize(
+    ("length", "watch", "most"), [(100, 60.0, 2), (100, 20.0, 5), (1000, 1.0, 14)]
+)
+def test_a_value_that_changes_is_watched_while_the_stage_can_win_it_back(length, watch, most):
+    """One that changed with each batch was watched 11 times in 100 batches, at any cost."""
+    runner = Runner(min_saving=0.03)
+    actions = changing(runner, length, watch)
+    watched = [number for number, action in enumerate(actions) if action is Action.WATCH]
+    assert len(watched) == most
+    assert watch * (len(watched) - 1) <= length, "the first one also prepares libraries"
+    reason = runner.dispatcher.state(KEY.fields, KEY).ledger.reason()
+    assert "self.value" in str(reason)
+
+
+def test_a_value_that_changed_once_is_watched_again_in_a_stage_that_has_saved_enough():
+    runner = Runner(min_saving=0.03)
+    runner.steps(2)
+    costs = runner.dispatcher.costs
+    costs.ran_eagerly(1.0)
+    for _ in range(2):
+        costs.watched(60.0)
+    assert costs.spent() == 60.0, "not the first one"
+    state = runner.dispatcher.state(KEY.fields, KEY)
+    runner.world["value"] = 2
+    entry, plan = state.variants[0].entry, runner.dispatcher.plan(state)
+    assert plan.action is Action.WATCH
+    entry.replays = 0
+    assert runner.dispatcher.within(plan, 119).action is Action.EAGER
+    assert runner.dispatcher.within(plan, 120) is plan
+    entry.replays = 1
+    assert runner.dispatcher.within(plan, 119) is plan
+
+
 def test_what_runs_in_pieces_stays_there_if_too_little_is_left_to_watch_it():
     dispatcher = CUDAGraphDispatcher(FULL, 3, least_steps=4)
     state = dispatcher.state(KEY.fields, KEY)

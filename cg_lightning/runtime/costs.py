@@ -22,6 +22,7 @@ class MeasuredCosts:
         self._start = start
         self._num_comparisons = num_comparisons
         self._num_watched = self._num_captures = 0
+        self._spent = 0.0
         self._eager = self._watch = self._capture = self._comparison = self._of_padding = inf
 
     def ran_eagerly(self, seconds: float) -> None:
@@ -33,20 +34,32 @@ class MeasuredCosts:
         self._num_watched += 1
         if self._num_watched > 1:
             self._watch = min(self._watch, seconds)
+            self._spent += seconds
 
     def captured(self, seconds: float) -> None:
         """Add the time of a step whose graph was captured."""
         self._num_captures += 1
         if self._num_captures > 1:
             self._capture = min(self._capture, seconds)
+            self._spent += seconds
 
     def compared(self, seconds: float) -> None:
         """Add the time of a replay that was compared with eager."""
         self._comparison = min(self._comparison, seconds)
+        self._spent += seconds
 
     def compared_padding(self, seconds: float) -> None:
         """Add the time of a step whose shape was compared with several paddings."""
         self._of_padding = min(self._of_padding, seconds)
+
+    @property
+    def lack_eager_step(self) -> bool:
+        """Whether a watched step was measured, and no eager one to compare it with."""
+        return self._num_watched > 1 and self._eager == inf
+
+    def spent(self) -> float:
+        """Return what all graphs have cost so far. 0 if no eager step was measured."""
+        return self._in_steps(self._spent) or 0.0
 
     def of_new_shape(self) -> float | None:
         """Return the cost of a watched step, a capture and comparisons; None: not measured yet.

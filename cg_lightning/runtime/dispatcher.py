@@ -527,6 +527,12 @@ class CUDAGraphDispatcher(KeyTable):
         if plan.action not in (Action.WATCH, Action.WARM_UP, Action.CAPTURE):
             return plan
         variant = plan.variant
+        if plan.action is Action.WATCH and variant is None and plan.state.variants:
+            if self.costs.lack_eager_step:
+                return plan._replace(action=Action.WARM_UP)
+            if not self._can_win_back(steps_left):
+                plan.state.ledger.overdraw()  # or else each step would explain what has changed
+                return Plan(Action.EAGER, plan.state, None, plan.state.ledger.reason())
         is_padded = variant is not None and variant.padding is not None
         cost = self._cost(plan, is_padded, is_each_watched)
         if cost is not None and self._expected(plan.state, steps_left, is_padded) < cost:
@@ -545,6 +551,19 @@ class CUDAGraphDispatcher(KeyTable):
         if variant is not None and variant.watch_at:
             return plan._replace(action=Action.PIECEWISE)
         return Plan(Action.EAGER, plan.state, variant, TOO_SHORT)
+
+    def _can_win_back(self, steps_left: float) -> bool:
+        """Return False if all graphs so far and one more would cost more than the stage can save.
+
+        A value that changes again and again would otherwise be watched as often as the ledger
+        allows, which counts less for a watched step than one costs.
+        """
+        cost = self.costs.of_new_shape()
+        if cost is None:
+            return True
+        entries = [each.entry for state in self._kept() for each in state.variants]
+        saved = sum(entry.replays for entry in entries if entry is not None)
+        return self.costs.spent() - saved + cost <= steps_left
 
     def _cost(self, plan: Plan, is_padded: bool, is_each_watched: bool) -> float | None:
         """Return the measured cost of what is planned, in eager steps; None: not measured yet."""

@@ -52,6 +52,10 @@ class CaptureLedger:
         """Pay for a capture or a watched step."""
         self.balance -= steps
 
+    def overdraw(self) -> None:
+        """Let the family wait before it may spend once more."""
+        self.balance = min(self.balance, 0)
+
     def earn(self) -> None:
         """Add the gain of one step that runs from a graph."""
         if self.balance < CREDIT:
