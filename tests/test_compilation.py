@@ -133,6 +133,39 @@ def test_training_and_what_comes_after_run_as_written(harness):
     assert callback.stats.steps["FULL"] >= 12, callback.summary()
 
 
+def test_training_keeps_its_graph_while_the_validation_is_compiled(harness):
+    """To compile set the code of a function, so the closure was watched and captured again."""
+    module = Evaluates()
+    eager = copy.deepcopy(module)
+    callback = harness.callback(stages=["train", "validate"], compile={"backend": Counted()})
+    for model, callbacks in ((eager, []), (module, [callback])):
+        harness.trainer(*callbacks, max_epochs=3).fit(model, features(48), features(24))
+    assert_same(module.state_dict(), eager.state_dict())
+    assert callback.stats.steps_of("train")["FULL"] > 24
+    assert callback.stats.steps_of("validate")["FULL"] > 10
+    assert "again" not in callback.summary()
+
+
+class ChangesOnce(Predictor):
+    def on_predict_batch_start(self, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == 8:
+            self.net[1].approximate = "tanh"
+
+
+def test_a_setting_that_changes_is_named_and_not_that_it_was_compiled_again(harness):
+    """The step was watched twice, and a reason named the compiled function."""
+    module = ChangesOnce(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4)))
+    expected = harness.trainer().predict(copy.deepcopy(module), features(80))
+    callback = harness.callback(compile={"backend": Counted()})
+    found = harness.trainer(callback).predict(module, features(80))
+    assert_same(found, expected)
+    changes = [str(each.reason) for each in callback.stats.reasons if "changed" in str(each.reason)]
+    assert len(changes) == 1
+    assert "approximate" in changes[0]
+    assert "_compiled_call_impl" not in callback.summary()
+    assert callback.stats.captures == 2
+
+
 @pytest.mark.parametrize("factor", [1 + 1e-7, 1.1])
 def test_verification_compares_with_the_uncompiled_step(harness, factor):
     if factor == 1.1 and harness.backend == "recorder":

@@ -20,7 +20,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 
 from cg_lightning.core.descriptor import is_plain_value
-from cg_lightning.modules.compiled import is_compiled_in_place
+from cg_lightning.modules.compiled import (
+    COMPILED_IN_PLACE,
+    is_compiled_by_callback,
+    is_compiled_in_place,
+)
 from cg_lightning.modules.kinds import (
     class_has,
     is_metric,
@@ -407,6 +411,8 @@ def stored_settings(module: nn.Module) -> dict[str, Any]:
             if is_plain_value(value) and not name.startswith("_")
         }
     if not is_user_module(module):
+        if is_compiled_by_callback(module):  # which compiles again after a change of its own
+            known |= {COMPILED_IN_PLACE}
         return {name: value for name, value in attributes.items() if name not in known}
     cls: type = type(module)
     return {name: v for name, v in attributes.items() if callable(value_in_class(cls, name))}
@@ -425,7 +431,7 @@ def layer_settings(module: nn.Module) -> dict[str, Any]:
         found["forward of its class"] = value_in_class(cls, "forward")
     found.update(class_values(module))
     found.update(_methods_of_classes(cls))
-    found.pop("_compiled_call_impl", None)  # compared as "is compiled"
+    found.pop(COMPILED_IN_PLACE, None)  # compared as "is compiled"
     return {
         **found,
         "training": None,  # part of the key
