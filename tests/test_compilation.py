@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import time
 from typing import Any
 
 import pytest
@@ -116,6 +117,20 @@ def test_the_time_of_compilation_is_told_apart(harness):
     harness.trainer(plain).validate(Evaluates(), features(12), verbose=False)
     assert plain.stats.compile_seconds == 0
     assert "compiled" not in plain.summary()
+
+
+class SlowCompiler(Counted):
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        time.sleep(0.5)
+        return super().__call__(graph, inputs)
+
+
+def test_the_time_of_eager_steps_is_without_compilation(harness):
+    """The only eager step that was timed had compiled, so it took a hundred times too long."""
+    callback = harness.callback(compile={"backend": SlowCompiler()}, warmup_steps=2)
+    harness.trainer(callback).predict(Predictor(Body()), features(40))
+    assert callback.stats.compile_seconds >= 0.5
+    assert 0 < callback.stats.host_times("predict").eager < 0.5
 
 
 def test_training_and_what_comes_after_run_as_written(harness):

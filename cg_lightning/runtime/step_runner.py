@@ -333,11 +333,12 @@ class StepRunner:
         if why is not None and reason is not None and reason.kind is Status.WARM_UP:
             outcome = outcome._replace(reason=reason.because_of(why))
         seconds, how = perf_counter() - began, _how(plan.action, outcome)
+        own = seconds - (compilation.seconds - compiled)  # compilation is reported apart
         if plan.action is Action.WARM_UP:
-            self._host_time(NONE, descriptor).add(seconds)
+            self._host_time(NONE, descriptor).add(own)
         has_watched = plan.action is Action.WATCH and self._padded is not None
         if self._dispatcher.compares_times and not (how is Ran.EAGER or has_watched):
-            self._dispatcher.took(plan, captures, seconds - (compilation.seconds - compiled))
+            self._dispatcher.took(plan, captures, own)
         self._times.append((self._stage, how, seconds, outcome.reason))
         self._finish(outcome, descriptor, variant)
         return outcome._replace(ran=how)
