@@ -77,6 +77,8 @@ class CaptureTarget:
             calls shows it.
         only_computes: Whether the call does nothing but compute its output, so that nothing has to
             be put back between two runs.
+        operations: The operations of the watched step, without tensors; empty if they are those of
+            another key.
         guards: The guards of the call. They receive what compiled code reads; None: it has none.
     """
 
@@ -91,4 +93,5 @@ class CaptureTarget:
     reads: Sequence[HostRead] = ()
     copies_from_host: bool = False
     only_computes: bool = False
+    operations: Sequence[Any] = ()
     guards: GuardSet | None = None

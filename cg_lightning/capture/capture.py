@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import time
@@ -124,6 +125,35 @@ class Capturer:
 
     def _compile_seconds(self) -> float:
         return 0.0 if self._compilation is None else self._compilation.seconds
+
+    def capture_to_compare(
+        self, target: CaptureTarget, call: GraphCall, around: Callable[..., Any]
+    ) -> GraphEntry | None:
+        """Capture ``call`` once more, for one replay. State is as before; it is not counted.
+
+        Args:
+            target: The target.
+            call: The call, of which there is a graph.
+            around: Returns the function of the call with what is to be captured besides.
+
+        Returns:
+            A graph, which the caller drops; None for compiled code.
+
+        Raises:
+            CaptureError: The call could not be captured; all other graphs were dropped.
+        """
+        if any(map(is_compiled, target.module.modules())):
+            return None
+        held = HeldByModules(target.module, target.effects)
+        try:
+            return self._attempt(
+                target, dataclasses.replace(call, function=around(call.function)), False
+            )
+        except CaptureError:
+            self.cache.drop_all()
+            raise
+        finally:
+            held.restore()
 
     def _attempt(self, target: CaptureTarget, call: GraphCall, has_compiled: bool) -> GraphEntry:
         inputs = self._static_inputs(call)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The dtype of the bits of a number, by its size in bytes."""
 
 
 def same_leaf(one: Any, other: Any) -> bool:
@@ -43,7 +44,7 @@ def same_leaf(one: Any, other: Any) -> bool:
             torch.view_as_real(one.resolve_conj()),
             torch.view_as_real(other.resolve_conj()),
         )
-    integers = _INTEGERS[one.element_size()]
+    integers = INTEGERS[one.element_size()]
     equal = one.contiguous().view(integers) == other.contiguous().view(integers)
     return bool(equal.all()) or bool((equal | (one.isnan() & other.isnan())).all())
 
@@ -51,7 +52,7 @@ def same_leaf(one: Any, other: Any) -> bool:
 def _same_array(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    if one.dtype.kind == "f" and one.dtype.itemsize <= max(_INTEGERS):
+    if one.dtype.kind == "f" and one.dtype.itemsize <= max(INTEGERS):
         return same_leaf(torch.tensor(one), torch.tensor(other))
     return bool(np.array_equal(one, other))
 

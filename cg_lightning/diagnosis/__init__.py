@@ -22,6 +22,7 @@
 - ``monitoring.py``: a tool of ``sys.monitoring``, which reports what runs, from Python 3.12 on.
 - ``names_in_code.py``: what the instructions of a function name: globals, imports, computed names.
 - ``operands.py``: the tensors that a dispatched operation takes, makes and writes to.
+- ``operation_log.py``: digests of operations, and where two runs of a step first differ.
 - ``operation_mode.py``: reports to detectors each operation that PyTorch dispatches.
 - ``report.py``: all findings, as an object and as a table.
 - ``sources_of_code.py``: what some code may read: globals that it names, and what is inside.

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload
 
 from cg_lightning.backends.dispatch_mode import EagerDispatchMode
 from cg_lightning.core.causes import Cause
+from cg_lightning.diagnosis.operation_log import MOST_OPERATIONS, Operation, plain_arguments
 from cg_lightning.diagnosis.step_run import Observer
 from cg_lightning.diagnosis.step_watch import StepWatch
 
@@ -46,6 +47,7 @@ class OperationMode(EagerDispatchMode):
             return function(*args, **kwargs)
         if self._watch.is_paused:
             return self.call(function, args, kwargs)
+        self._note(function, args, kwargs)
         self._run(self._before, function, args, kwargs)
         if self._watch.reads_host_value or self._watch.copies_constant:
             with self._watch.backend.ignoring_host_syncs():
@@ -54,6 +56,11 @@ class OperationMode(EagerDispatchMode):
             output = self.call(function, args, kwargs)
         self._run(self._after, function, args, kwargs, output)
         return output
+
+    def _note(self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        operations = self._watch.notes.operations
+        if len(operations) < MOST_OPERATIONS:
+            operations.append(Operation(function.name(), plain_arguments(args, kwargs)))
 
     def _run(self, methods: list[Callable[..., None]], *operation: Any) -> None:
         events = self._watch.call_events

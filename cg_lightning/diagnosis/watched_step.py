@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import BatchDescriptor
 from cg_lightning.diagnosis.findings import Finding
+from cg_lightning.diagnosis.operation_log import Operation
 from cg_lightning.effects.side_effects import SideEffects
 from cg_lightning.guards.comparisons import Comparison, Condition
 from cg_lightning.guards.sources import Source
@@ -110,6 +111,8 @@ class StepNotes(SideEffects):
     """The user's classes that the step uses, by id: a class may have no hash."""
     late_targets: set[tuple[int, str]] = dataclasses.field(default_factory=set)
     """Ids of modules, and names of their attributes, that get values which a replay reads later."""
+    operations: list[Operation] = dataclasses.field(default_factory=list, repr=False)
+    """The first operations, without tensors: they show later which value a graph has frozen."""
 
 
 class WatchedStep(StepNotes):

@@ -8,6 +8,7 @@
 - ``dispatcher.py``: the only place that decides in which mode a step or a call runs.
 - ``eager_run.py``: the eager run that the graph of a padded batch is compared with.
 - ``examples.py``: batches that are captured ahead, as the runtime sees them.
+- ``first_difference.py``: looks for the first operation in which a replay differs from eager.
 - ``keys.py``: what is known of keys: variants, guards, graphs.
 - ``ledger.py``: the account of a family of keys: a capture must pay for itself.
 - ``outcome.py``: the result of a step or a call, with its mode and its reason.

@@ -40,6 +40,7 @@ from cg_lightning.padding.leaves import PaddedLeaves
 from cg_lightning.report.counts import Counts
 from cg_lightning.runtime.changing_values import ChangingValues
 from cg_lightning.runtime.examples import Examples
+from cg_lightning.runtime.first_difference import FirstDifference
 from cg_lightning.runtime.keys import Guards, KeyState, Variant
 from cg_lightning.runtime.plans import GuardScope, Plan
 from cg_lightning.runtime.profiling import Profiler, Ranges
@@ -136,7 +137,8 @@ class Session:
         )
         is_compiled = settings.compile_arguments is not None
         tolerance = "close" if is_compiled else settings.verify_tolerance
-        self._verifier = Verifier(backend, tolerance, self.written, self.compilation)
+        first = FirstDifference(capturer, backend)
+        self._verifier = Verifier(backend, tolerance, self.written, self.compilation, first)
         may_drop = not settings.strict and backend.stopwatch(0.0) is not None
         parts = TargetParts(capturer, self._verifier, stats, self._written_settings)
         min_saving = settings.min_saving if may_drop else 0.0

@@ -234,6 +234,7 @@ class GraphTarget:
             copies_from_host=self.copies_from_host,
             # known only for a variant that a watched step of another key has shown
             only_computes=variant.is_taken_over and variant.only_computes,
+            operations=() if watched is None or variant.padding is not None else watched.operations,
             guards=guards,
         )
 

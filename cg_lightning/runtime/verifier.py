@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -18,12 +19,12 @@ from cg_lightning.effects.module_effects import Comparison
 from cg_lightning.effects.step_state import NoState, StepState
 from cg_lightning.modules.compilation import Compilation
 from cg_lightning.report.records import EntryRecord
+from cg_lightning.runtime.first_difference import FirstDifference
 
 _POSSIBLE_CAUSES = (
     "Why is not known: it may have frozen a Python value, one that a library keeps for "
     "instance, or read memory that has moved"
 )
-"""No operation is named: a graph of CUDA has only its outputs, not what it computes on the way."""
 _FAR = 0.05
 """Share of the largest value that no rounding exceeds, even in 16 bits."""
 _MOST_EAGER_RUNS = 8
@@ -95,9 +96,9 @@ def _show(value: Any) -> str:
     return f"{flat}{' ...' if value.numel() > 3 else ''} of shape {tuple(value.shape)}"
 
 
-def _differs(output: Any, path: str, found: Any, wanted: Any) -> Verdict:
+def _differs(output: Any, path: str, found: Any, wanted: Any, why: str) -> Verdict:
     text = f"{path} is {_show(found)} from the graph, {_show(wanted)} from eager"
-    return Verdict(output, f"{text}. {_POSSIBLE_CAUSES}")
+    return Verdict(output, f"{text}. {why}")
 
 
 class Verifier:
@@ -113,6 +114,7 @@ class Verifier:
         tolerance: ``exact`` or ``close``.
         written: Tensors, other than buffers, that steps write to.
         compilation: What the callback compiles, which eager steps must not run. None: nothing.
+        first: Looks for the first operation that differs. None: none is named.
     """
 
     def __init__(
@@ -121,7 +123,9 @@ class Verifier:
         tolerance: str,
         written: WrittenTensors,
         compilation: Compilation | None = None,
+        first: FirstDifference | None = None,
     ) -> None:
+        self._first = first
         self._backend = backend
         self._compilation = compilation
         self._is_same = same_leaf if tolerance == "exact" else close_leaf
@@ -173,6 +177,23 @@ class Verifier:
                 return call.run_eagerly()
             return comparison.run(call.run_eagerly)
 
+    def _why(
+        self,
+        target: CaptureTarget,
+        call: GraphCall,
+        comparison: Comparison | None,
+        before: StepState | NoState,
+    ) -> str:
+        """Return why a replay differs from eager, as far as it can be told.
+
+        It runs the call again, so the state must be restored afterwards.
+        """
+        if self._first is None:
+            return _POSSIBLE_CAUSES
+        run = functools.partial(self._run_eagerly, comparison=comparison)
+        text = self._first.find(target, call, run, before.restore)
+        return text or _POSSIBLE_CAUSES
+
     def _state(
         self, target: CaptureTarget, call: GraphCall, held_before: Sequence[Tensor] = ()
     ) -> StepState | NoState:
@@ -221,11 +242,12 @@ class Verifier:
         wanted = _leaves(expected, expected_values)
         found = _leaves(output, _values(before, comparison))
         if len(wanted) != len(found):
+            why = self._why(target, call, comparison, before)
             after_eager.restore()
             return Verdict(
                 expected,
                 f"the output and the metrics have {len(found)} leaves, eager's {len(wanted)}. "
-                f"{_POSSIBLE_CAUSES}",
+                f"{why}",
             )
         pairs = enumerate(zip(found, wanted, strict=True))
         differing = [index for index, (one, other) in pairs if not self._is_same(one, other)]
@@ -236,9 +258,11 @@ class Verifier:
         paths = [*leaf_paths(expected, "output"), *[name for name, _ in expected_values]]
         far = [index for index in differing if _is_far(found[index], wanted[index])]
         if far:
+            why = self._why(target, call, comparison, before)
             after_eager.restore()
-            return _differs(expected, paths[far[0]], found[far[0]], wanted[far[0]])
+            return _differs(expected, paths[far[0]], found[far[0]], wanted[far[0]], why)
         outside, number = self._run_again(call, comparison, before, (found, wanted), differing)
+        why = self._why(target, call, comparison, before) if outside else ""
         after_eager.restore()
         if number != len(wanted):
             return Verdict(
@@ -247,7 +271,7 @@ class Verifier:
             )
         if outside:
             first = outside[0]
-            return _differs(expected, paths[first], found[first], wanted[first])
+            return _differs(expected, paths[first], found[first], wanted[first], why)
         entry.record.within_spread = True
         return Verdict(expected)
 
