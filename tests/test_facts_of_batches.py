@@ -176,6 +176,19 @@ def test_what_a_step_asks_of_its_batch(harness: Harness, batches, name: str, mod
     harness.compare(Uses(use), predict(batches(make)), callback)
 
 
+BY_VARS = {name: FACTS[name] for name in FACTS if "vars" in name or "the dictionary" in name}
+
+
+@pytest.mark.parametrize("name", BY_VARS)
+def test_the_line_that_reads_all_attributes_is_named(harness: Harness, batches, name: str) -> None:
+    make, use = BY_VARS[name]
+    callback = harness.callback()
+    harness.compare(Uses(use), predict(batches(make)), callback)
+    (reason,) = {str(record.reason) for record in callback.stats.reasons if record.reason.location}
+    assert f"({__file__}:{use.__code__.co_firstlineno})" in reason, reason
+    assert "vars(), an attribute of a" in reason
+
+
 @pytest.mark.parametrize("make", [lambda i: given(Scaled(x=X[i]), i), lambda i: Record(X[i])])
 def test_attributes_that_nobody_reads_cost_no_graph(harness: Harness, batches, make: Any) -> None:
     callback = harness.callback()

@@ -1,4 +1,4 @@
-"""The line of a step that changes what is in an object, a global or a closure.
+"""The line of a step that changes an object, a global or a closure, or that names something.
 
 No event reports such a change: only the comparison after the step shows it. So the code that the
 step has run is searched for instructions that can make the change. A line is named only if it is
@@ -40,6 +40,16 @@ def line_that_changes(codes: Iterable[CodeType], places: Sequence[ChangedPlace])
         if any(_changes(steps, place) for place in places)
     }
     return next(iter(found)) if len(found) == 1 else ""
+
+
+def line_that_names(codes: Iterable[CodeType], names: frozenset[str]) -> str:
+    """Return the first line of some code with one of some names; empty if there is none."""
+    for code in codes:
+        if not names.isdisjoint(code.co_names):
+            for line, steps in _lines(code):
+                if any(step.argval in names for step in steps if isinstance(step.argval, str)):
+                    return file_and_line(code.co_filename, line)
+    return ""
 
 
 def _lines(code: CodeType) -> Iterator[tuple[int, list[dis.Instruction]]]:

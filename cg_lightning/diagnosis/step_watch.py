@@ -24,7 +24,7 @@ from cg_lightning.diagnosis.call_events import CallEvents
 from cg_lightning.diagnosis.findings import Finding, Location, find_line, find_location
 from cg_lightning.diagnosis.garbage import YoungGarbageOnly
 from cg_lightning.diagnosis.late_unit import LateUnit
-from cg_lightning.diagnosis.lines_of_changes import line_that_changes
+from cg_lightning.diagnosis.lines_of_changes import line_that_changes, line_that_names
 from cg_lightning.diagnosis.step_run import StepRun
 from cg_lightning.diagnosis.watched_step import ModuleCall, StepNotes, WatchedStep
 from cg_lightning.effects.module_effects import ModuleEffects
@@ -347,9 +347,12 @@ class StepWatch:
 
     # what detectors ask
 
-    def may_read_unseen(self) -> bool:
-        """Return whether code of the step so far names what reads attributes unseen."""
-        return any(not _READS_UNSEEN.isdisjoint(code.co_names) for code in self.codes)
+    def line_that_may_read_unseen(self) -> str:
+        """Return the first line of the step so far that names what reads attributes unseen.
+
+        It is empty if there is none.
+        """
+        return line_that_names(self.codes, _READS_UNSEEN)
 
     def calls(self) -> list[ModuleCall]:
         """Return the step and all its calls so far."""

@@ -47,10 +47,8 @@ class BatchAttributes(ReplacingDetector):
         found = [
             cls for cls, names in self._names.items() if names or not dataclasses.is_dataclass(cls)
         ]
-        if found and self.watch.may_read_unseen():
-            self._report(
-                "vars()", location=Elsewhere.AT_THE_END, module="", calls=self.watch.calls()
-            )
+        if found and (line := self.watch.line_that_may_read_unseen()):
+            self._report("vars()", location=line, module="", calls=self.watch.calls())
 
     def around_call(self, call: ModuleCall) -> contextlib.AbstractContextManager[None]:
         self._report_keys(call.given, call)

@@ -52,8 +52,10 @@ class TensorAttributes(ReplacingDetector):
         try:
             with self.replacing():
                 yield
-            if self.watch.may_read_unseen() and any(map(names_on, self._inputs.values())):
-                self._report_unseen()
+            line = self.watch.line_that_may_read_unseen()
+            if line and any(map(names_on, self._inputs.values())):
+                words, calls = _of_batch("vars()"), self.watch.calls()
+                self.watch.report(Cause.OPAQUE, words, location=line, module="", calls=calls)
         finally:
             self._inputs.clear()  # detectors and their watch are garbage that is not yet collected
         for path, tensor, names in before:
@@ -74,13 +76,6 @@ class TensorAttributes(ReplacingDetector):
                     if any(each is tensor for each in look_into(source.value()).tensors):
                         return True
         return False
-
-    def _report_unseen(self) -> None:
-        calls = self.watch.calls()
-        words = _of_batch("vars()")
-        self.watch.report(
-            Cause.OPAQUE, words, location=Elsewhere.AT_THE_END, module="", calls=calls
-        )
 
     def _report_change(self, words: str, calls: list[ModuleCall]) -> None:
         self.watch.report(
