@@ -168,6 +168,17 @@ def referred(make: Function[[Any], Any]) -> Function[[], Any]:
     return made
 
 
+def in_object(make: Function[[Any], Any]) -> Function[[Any], Any]:
+    """An object with what ``make`` makes: only in an object may a graph hold a weak reference."""
+
+    def made(value: Any) -> Any:
+        holder = Plain()
+        holder.weak = make(value)
+        return holder
+
+    return made
+
+
 def set_to(name: str, value: Any) -> Function[[Any], None]:
     def change(kept: Any) -> None:
         setattr(kept, name, value)
@@ -289,14 +300,14 @@ CASES: dict[str, Case] = {
         lambda kept: set_to("factor", 3.0)(kept.start),
     ),
     "weak reference": (
-        referred(weakref.ref),
-        lambda x, kept: x * kept().factor,
-        lambda kept: set_to("factor", 3.0)(kept()),
+        referred(in_object(weakref.ref)),
+        lambda x, kept: x * kept.weak().factor,
+        lambda kept: set_to("factor", 3.0)(kept.weak()),
     ),
     "WeakSet": (
-        referred(lambda value: weakref.WeakSet([value])),
-        lambda x, kept: x * first(kept).factor,
-        lambda kept: set_to("factor", 3.0)(first(kept)),
+        referred(in_object(lambda value: weakref.WeakSet([value]))),
+        lambda x, kept: x * first(kept.weak).factor,
+        lambda kept: set_to("factor", 3.0)(first(kept.weak)),
     ),
     "result in a cache": (
         cached,

@@ -102,3 +102,99 @@ def test_it_ends_once():
         gc.set_threshold(before[0] + 1, *before[1:])
     assert gc.get_threshold() == (before[0] + 1, *before[1:])
     gc.set_threshold(*before)
+
+
+class Plain:
+    """What only an attribute keeps alive."""
+
+
+class Refers(nn.Module):
+    """Asks whether something is alive."""
+
+    def __init__(
+        self,
+        refer: Callable[[Any], Any],
+        is_alive: Callable[[Any], bool],
+        make: Callable[[], Any],
+        reads: bool,
+    ) -> None:
+        super().__init__()
+        self.linear, self.refer, self.is_alive = nn.Linear(8, 8), refer, is_alive
+        self.make, self.reads = make, reads
+
+    def begin(self) -> None:
+        self.held = [self.make()]
+        self.reference = self.refer(self.held[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        more = len(self.held) if self.reads else 0
+        return self.linear(x) * (1.0 if self.is_alive(self.reference) else 3.0) + more
+
+
+class Drops(Predictor):
+    def on_predict_epoch_start(self) -> None:
+        self.net.begin()
+
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if batch_idx == 5:
+            self.net.held.clear()
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE", "FULL_AND_PIECEWISE"])
+@pytest.mark.parametrize("reads", [False, True], ids=["alone", "and what keeps it"])
+@pytest.mark.parametrize("make", [Plain, lambda: torch.ones(4)], ids=["object", "tensor"])
+@pytest.mark.parametrize(
+    ("refer", "is_alive"),
+    [
+        (weakref.ref, lambda reference: reference() is not None),
+        (lambda held: weakref.WeakSet([held]), lambda held: len(held) > 0),
+        (lambda held: weakref.WeakValueDictionary(a=held), lambda held: "a" in held),
+    ],
+    ids=["reference", "set", "dictionary"],
+)
+def test_what_the_user_drops_dies_at_once(
+    harness, refer, is_alive, make, reads, mode, verify_replays
+):
+    """A watched step leaves nothing behind that waits for the collector."""
+    callback = harness.callback(mode=mode, verify_replays=verify_replays)
+    gc.disable()
+    try:
+        harness.compare(
+            Drops(Refers(refer, is_alive, make, reads)), predict(features(40)), callback
+        )
+    finally:
+        gc.enable()
+
+
+def in_object(held: Any) -> Any:
+    holder = Plain()
+    holder.parent = weakref.ref(held)
+    return holder
+
+
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE", "FULL_AND_PIECEWISE"])
+def test_what_an_object_refers_to_dies_at_once(harness, mode):
+    module = Drops(Refers(in_object, lambda holder: holder.parent() is not None, Plain, False))
+    callback = harness.callback(mode=mode, verify_replays=0)
+    harness.compare(module, predict(features(40)), callback)
+    assert callback.stats.replays > 0, callback.summary()
+
+
+def test_a_step_that_raises_leaves_nothing_behind():
+    module = Uses(_read)
+    module.held = Plain()
+    held = weakref.ref(module.held)
+    watcher = StepWatcher(module, RecorderBackend(torch.device("cpu")), effects=None)
+
+    def step() -> None:
+        raise ValueError(str(module.held))
+
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match="Plain"):
+            watcher.watch(step, None)
+        del module.held
+        assert held() is None
+    finally:
+        gc.enable()

@@ -487,12 +487,12 @@ class StepWatch:
         return None, flatten((args, kwargs))[0]
 
     def release(self) -> None:
-        """Drop the tensors of the step, which would otherwise live until garbage is collected.
+        """Drop everything, which would otherwise live until garbage is collected.
 
-        Detectors and the watch refer to each other.
+        Detectors and the watch refer to each other. A weak reference of the user's tells if what
+        they hold is alive.
         """
-        self.batch = None
-        self.step.inputs.clear()
+        vars(self).clear()
 
     def result(self) -> WatchedStep:
         """Return what the step showed; it holds no tensor that a call was given."""

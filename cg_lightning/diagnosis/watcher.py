@@ -145,23 +145,27 @@ class StepWatcher:
         for detector in detectors:
             arguments = detector.arguments(arguments)
         mode = OperationMode(watch, detectors)
-        # detectors replace functions of modules and classes: those of two threads would not nest
-        with (
-            CAPTURE_LOCK,
-            watch.garbage,
-            _intercepted_calls(watch, detectors),
-            contextlib.ExitStack() as stack,
-        ):
-            for detector in detectors:
-                stack.enter_context(detector.around_step())
-            with watch.run.running(mode, detectors):
-                output = step(*arguments)
+        try:
+            # detectors replace functions of modules and classes; those of two threads do not nest
+            with (
+                CAPTURE_LOCK,
+                watch.garbage,
+                _intercepted_calls(watch, detectors),
+                contextlib.ExitStack() as stack,
+            ):
                 for detector in detectors:
-                    detector.returned(watch.step, output)
-        if self._has_backward:
-            report_older_graphs(watch)
-        result = watch.result()
-        watch.release()
+                    stack.enter_context(detector.around_step())
+                with watch.run.running(mode, detectors):
+                    output = step(*arguments)
+                    for detector in detectors:
+                        detector.returned(watch.step, output)
+            if self._has_backward:
+                report_older_graphs(watch)
+            result = watch.result()
+        finally:
+            watch.release()
+            for detector in detectors:
+                vars(detector).clear()
         return output, result
 
     def host_values(self, step: Callable[[], Any], batch: Any) -> ReadPath | None:

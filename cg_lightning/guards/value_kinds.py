@@ -219,6 +219,13 @@ def _is_harmless_class(cls: type) -> bool:
     return _root(cls) == "torch"  # streams, dtypes, scripted objects
 
 
+_WEAK_MAPPINGS = (weakref.WeakValueDictionary, weakref.WeakKeyDictionary)
+"""What they refer to is not kept alive: their attributes are guarded, which hold references."""
+WEAK = (weakref.ref, weakref.WeakSet, *_WEAK_MAPPINGS)
+"""A step that reads one of them may ask if something is alive, and what is guarded stays alive.
+
+One that reads an object which has one (of its parent, say) mostly does not.
+"""
 _CONTAINERS = (tuple, list, collections.deque, MutableMapping, types.MappingProxyType)
 
 
@@ -250,7 +257,7 @@ def _kind_of_class(cls: type) -> ValueKind:
         return ValueKind.GENERATOR
     if _is_subclass(cls, _OPAQUE):
         return ValueKind.OPAQUE
-    if _is_subclass(cls, _CONTAINERS):
+    if _is_subclass(cls, _CONTAINERS) and not _is_subclass(cls, _WEAK_MAPPINGS):
         return ValueKind.CONTAINER
     if _is_harmless_class(cls):
         return ValueKind.HARMLESS

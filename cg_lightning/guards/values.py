@@ -39,6 +39,7 @@ from cg_lightning.guards.identity import Members, SameItems
 from cg_lightning.guards.module_guard import Placement, layout_and_gradient_of
 from cg_lightning.guards.sources import MISSING
 from cg_lightning.guards.value_kinds import (
+    WEAK,
     ValueKind,
     bound_to,
     can_be_set_in,
@@ -231,6 +232,8 @@ class FrozenValues:
     def _store(self, value: Any, path: Path, seen: set[int]) -> Iterable[tuple[Any, Path]]:
         """Store one value; return the values inside it, which are stored next."""
         kind = kind_of(value)
+        if isinstance(value, WEAK) and not _is_in_object(path):
+            self._opaque.append((path, name_of_class(value)))
         if kind is ValueKind.TENSOR:
             if has_memory(value):
                 self.tensors.append(value)
