@@ -144,6 +144,27 @@ class ReadsStatically(nn.Module):
         return self.linear(x) * self.factor
 
 
+class ReadsOther(nn.Module):
+    """Reads an attribute of another module, which it is not given."""
+
+    def __init__(self, other: nn.Module) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        other.scale = 1.0
+        vars(self)["other"] = other
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.look()
+
+    def look(self) -> Any:
+        return object.__getattribute__(self.other, "scale")
+
+
+class ReadsOtherStatically(ReadsOther):
+    def look(self) -> Any:
+        return inspect.getattr_static(self.other, "scale")
+
+
 def register() -> None:
     global Protocol, dispatched
 
@@ -231,6 +252,16 @@ CASES: dict[str, Case] = {
         read_in_submodule,
         lambda module: setattr(module.net, "scale", 3.0),
         lambda module: setattr(module, "net", ReadsStatically()),
+    ),
+    "object.__getattribute__ of another module": Case(
+        read_in_submodule,
+        lambda module: setattr(module, "scale", 3.0),
+        lambda module: setattr(module, "net", ReadsOther(module)),
+    ),
+    "inspect.getattr_static of another module": Case(
+        read_in_submodule,
+        lambda module: setattr(module, "scale", 3.0),
+        lambda module: setattr(module, "net", ReadsOtherStatically(module)),
     ),
     "__getattribute__ in a function": Case(
         times(scale_of),

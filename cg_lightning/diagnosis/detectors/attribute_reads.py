@@ -24,6 +24,7 @@ from cg_lightning.modules.attributes import (
     holding_class,
     is_set_by_users,
     is_user_attribute,
+    names_besides_look_up,
     names_in_users_methods,
     plain_values_of,
     set_by_users,
@@ -95,6 +96,10 @@ class AttributeReads(Detector):
             kind: type = type(module)
             if not BESIDE_INTERCEPTIONS.isdisjoint(names_in_users_methods(kind)):
                 self._attributes[id(module)].read_all()
+            # its own look-up reads this module; another method may read any module
+            if not BESIDE_INTERCEPTIONS.isdisjoint(names_besides_look_up(kind)):
+                for attributes in self._attributes.values():
+                    attributes.read_all()
 
 
 class _Attributes:
