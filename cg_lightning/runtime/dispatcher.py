@@ -561,7 +561,7 @@ class CUDAGraphDispatcher(KeyTable):
         cost = self.costs.of_new_shape()
         if cost is None:
             return True
-        entries = [each.entry for state in self._kept() for each in state.variants]
+        entries = [each.entry for state in self._states.values() for each in state.variants]
         saved = sum(entry.replays for entry in entries if entry is not None)
         return self.costs.spent() - saved + cost <= steps_left
 
