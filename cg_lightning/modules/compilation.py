@@ -40,7 +40,7 @@ class Compilation:
     ) -> None:
         self._arguments = arguments
         self._only_captures = only_captures
-        self._clock = _CompileClock(stats)
+        self.clock = CompileClock(stats)
         self._calls: dict[nn.Module, Any] = {}
         self._installed: list[nn.Module] = []
         if arguments is not None:
@@ -55,7 +55,7 @@ class Compilation:
                 self._calls[module] = _compiled(module, self._arguments)
             vars(module)[COMPILED_IN_PLACE] = self._calls[module]
             self._installed.append(module)
-        self._clock.start()
+        self.clock.start()
 
     def compile_again(self) -> None:
         """Compile all submodules again at their next call, because a value has changed.
@@ -69,18 +69,13 @@ class Compilation:
 
     def remove(self) -> None:
         """Let all submodules run as they are written; idempotent."""
-        self._clock.stop()
+        self.clock.stop()
         self._let_go()
 
     def _let_go(self) -> None:
         for module in self._installed:
             vars(module).pop(COMPILED_IN_PLACE, None)
         self._installed.clear()
-
-    @property
-    def seconds(self) -> float:
-        """The time that all compilations have taken."""
-        return self._clock.seconds
 
     def outside_captures(self) -> contextlib.AbstractContextManager[None]:
         """Is entered while a step runs that has no graph."""
@@ -99,12 +94,13 @@ class Compilation:
             self._installed = installed
 
 
-class _CompileClock:
+class CompileClock:
     """Takes the time of compilations, by private callbacks of the compiler, if it has them."""
 
     def __init__(self, stats: Counts) -> None:
         self._stats = stats
         self.seconds = 0.0
+        """The time that all compilations have taken."""
         self._began: float | None = None
         self._remove: contextlib.ExitStack | None = None
 
