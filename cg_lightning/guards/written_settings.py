@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.core.reasons import NO_CHANGE, Changed
@@ -152,9 +152,13 @@ class _Handler(ModuleHandler):
         self._written = written
         self._path = path
         self._module = module
+        self._is_metric = is_metric(module)
 
     def on_write(self, name: str, value: Any) -> None:
         """See :class:`~cg_lightning.modules.interception.ModuleHandler`."""
+        is_state = self._is_metric and (name[:1] == "_" or isinstance(value, Tensor))
+        if is_state and name not in ("__class__", "__dict__"):
+            return  # each update makes a dozen such writes
         if name == "__dict__":  # changes the version of the old one, so that guards look
             attributes = namespace_of(self._module)
             attributes[name] = None
@@ -174,6 +178,6 @@ class _Handler(ModuleHandler):
             return True
         if name in names_of_frameworks(module):
             return False
-        if is_metric(module):
+        if self._is_metric:
             return is_plain_value(value) and not name.startswith("_")
         return not is_user_module(module) or callable(value_in_class(type(module), name))

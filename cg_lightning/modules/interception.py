@@ -189,8 +189,10 @@ def _read_function(original: _Function, table: _Table) -> _Function:
 def _write_function(original: _Function, table: _Table) -> _Function:
     def __setattr__(self: nn.Module, name: str, value: Any) -> None:  # noqa: N807
         if not is_compiling() and (entries := table.get(id(self))) and not callable(_compiler()):
-            for handler in reversed(_handlers(entries)):
-                handler.on_write(name, value)
+            thread = _get_thread()
+            for entry in reversed(entries):  # a metric makes a dozen writes in each update
+                if entry.thread == thread:
+                    entry.handler.on_write(name, value)
         original(self, name, value)
 
     return __setattr__
