@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
+from cg_lightning.backends import resolve_backend
 from cg_lightning.backends.recorder import RecorderBackend
 from cg_lightning.core.lines import Elsewhere
 from cg_lightning.diagnosis.watcher import StepWatcher
@@ -103,6 +104,25 @@ def test_mask_checks_and_counts_of_labels(harness, job, mode, precision):
     harness.compare(model, job(loader(batches())), callback, precision=precision)
     if mode != "PIECEWISE":
         assert callback.stats.steps["FULL"] >= 12, callback.summary()
+
+
+def test_the_checks_of_reads_are_expected_in_the_first_capture(harness, monkeypatch):
+    """Only other checks, which nothing has shown before, need a second one."""
+    kind = type(resolve_backend(harness.backend))
+    captured: list[Any] = []
+    original = kind.capture
+
+    def capture(self, *args: Any, **kwargs: Any) -> Any:
+        captured.append(args)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "capture", capture)
+    callback = harness.compare(Encoder().eval(), predict(loader(batches())))
+    assert callback.stats.captures == len(captured) > 1
+    captured.clear()
+    # the loss and the accuracy check the labels as well
+    callback = harness.compare(Encoder().eval(), validate(loader(batches())))
+    assert len(captured) == 2 * callback.stats.captures > 2
 
 
 class WithLateMetrics(Encoder):

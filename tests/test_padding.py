@@ -546,6 +546,24 @@ def test_more_padded_sizes_than_graphs_are_not_captured_again_and_again(harness,
     assert fewer.replays > 20
 
 
+@pytest.mark.parametrize(("dtype", "fills"), [(torch.long, 1), (torch.float32, 3)])
+def test_integers_have_one_other_padding_and_floats_three(harness, monkeypatch, dtype, fills):
+    """There is nothing above and below all integers, and no integer that is not a number."""
+    checked: list[Fill] = []
+    original = PaddedEntry.replay
+
+    def replay(self, leaves, step, tree=None, fill=Fill.GIVEN):
+        checked.append(fill)
+        return original(self, leaves, step, tree, fill)
+
+    monkeypatch.setattr(PaddedEntry, "replay", replay)
+    data = [(x * 9).to(dtype) for x in batches(*[4] * 4, *[3] * 4)]
+    model = Step(lambda self, x: self.net(x.float()))
+    callback = run(harness, model, data, capture_sizes=[4])
+    assert padded_steps(callback)
+    assert len([fill for fill in checked if fill is not Fill.GIVEN]) == fills
+
+
 def test_weights_that_are_replaced(harness):
     class Replace(KeepOutputs):
         def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -188,6 +188,16 @@ def _is_other(name: str, args: tuple[Any, ...], value: Any) -> Tensor | None:
     if isinstance(value, float) and math.isnan(value):
         return torch.logical_not(scalar.isnan())
     return torch.ne(scalar, value)
+
+
+def expected_checks(reads: Iterable[HostRead], device: torch.device) -> CheckedCalls:
+    """Return the checks of a captured step that makes these reads, if it makes no other checks."""
+    expected = CheckedCalls()
+    for read in reads:
+        if not read.is_constant:
+            flag = torch.empty((), dtype=torch.bool, device=device)
+            expected.seen.append((raise_other_value, (flag, str(read)), {}))
+    return expected
 
 
 def raise_other_value(_: Tensor, read: str) -> None:

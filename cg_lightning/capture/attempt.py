@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from cg_lightning.backends import CapturedGraph, GraphBackend
-from cg_lightning.capture.answered_reads import AnsweredReads
+from cg_lightning.capture.answered_reads import AnsweredReads, expected_checks
 from cg_lightning.capture.call import CaptureTarget, GraphCall
 from cg_lightning.capture.entry import Captured, GraphEntry
 from cg_lightning.capture.graph import capture_graph, weak_ref_tensors
@@ -93,6 +93,8 @@ class Attempt:
             recording as recorder,
             _random_state_restored() if self._does.host_draws else contextlib.nullcontext(),
         ):
+            expected = expected_checks(target.reads, self._backend.device)
+            recorder.reserve_checks(expected, are_expected=True)
             graph, captured, needed = self._capture(recorder)
             if needed is not None:  # only a capture shows it
                 del graph, captured

@@ -58,8 +58,8 @@ class Recorder:
         """While this is entered, one captured step is recorded."""
         return contextlib.nullcontext(Recording(CheckedCalls()))
 
-    def reserve_checks(self, checked: CheckedCalls) -> None:
-        """Reserve memory for the checks that a captured step has made."""
+    def reserve_checks(self, checked: CheckedCalls, are_expected: bool = False) -> None:
+        """Reserve memory for the checks that a captured step has made, or that are expected."""
 
 
 @contextlib.contextmanager
@@ -118,6 +118,7 @@ class EffectRecorder(Recorder):
         """The calls of the last step."""
         self._reserved: list[DeferredCheck] = []
         """The checks of the step, for which memory is reserved."""
+        self._are_expected = False
 
     @contextlib.contextmanager
     def step(self) -> Iterator[Recording]:
@@ -126,7 +127,7 @@ class EffectRecorder(Recorder):
         At the end the attributes of metrics are restored, so each capture starts from the same.
         """
         parts = self._parts
-        self._checked = CheckedCalls(self._reserved or None)
+        self._checked = CheckedCalls(self._reserved or None, self._are_expected)
         effects = [ReadChecksLater(self._reserved)] if self._reserved else []
         with contextlib.ExitStack() as stack:
             stack.callback(AttributesSnapshot(parts.metrics).restore)
@@ -141,8 +142,9 @@ class EffectRecorder(Recorder):
                 recording.log_calls = stack.enter_context(parts.logged.calls.collected())
             yield recording
 
-    def reserve_checks(self, checked: CheckedCalls) -> None:
+    def reserve_checks(self, checked: CheckedCalls, are_expected: bool = False) -> None:
         """See :class:`Recorder`."""
+        self._are_expected = are_expected
         self._reserved = [DeferredCheck.of(*seen) for seen in checked.seen]
 
     def checks(self) -> list[DeferredCheck]:

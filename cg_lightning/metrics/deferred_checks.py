@@ -44,6 +44,17 @@ class DeferredCheck:
             flag = torch.zeros((), dtype=torch.bool, device=device)
         return cls(call, rebuild((args, kwargs), iter(leaves)), leaves, flag)
 
+    def is_of(
+        self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Return True if it has memory for these arguments of this call: a tensor and words."""
+        if call is not self.call or kwargs:
+            return False
+        (kept, *words), (given, *others) = self.arguments[0], args
+        return words == others and (kept.shape, kept.dtype, kept.device) == (
+            *(given.shape, given.dtype, given.device),
+        )
+
     def write(self, condition: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Set the flag if ``condition`` is True, and store the arguments of the first such call.
 
@@ -63,21 +74,39 @@ class CheckedCalls:
     """The checked calls of one capture, in order.
 
     A check needs memory from outside the capture, and only a capture shows the checked calls. So a
-    step with checks is captured twice.
+    step with checks is captured twice, unless they are those that were expected.
 
     Args:
-        checks: The checks that the first capture showed. None in the first capture.
+        checks: The checks that the first capture showed, or that are expected in it. None: none.
+        are_expected: Whether they are expected only. Then a step may make other ones.
     """
 
-    def __init__(self, checks: list[DeferredCheck] | None = None) -> None:
+    def __init__(
+        self, checks: list[DeferredCheck] | None = None, are_expected: bool = False
+    ) -> None:
         self._checks = checks
+        self._are_expected = are_expected
+        self._has_others = False
         self._call: _Seen | None = None
         self._is_refused = False
         self.seen: list[_Seen] = []
 
     def have_memory(self) -> bool:
         """Return True if each check has memory."""
-        return len(self.seen) <= len(self._checks or ())
+        return not self._has_others and len(self.seen) <= len(self._checks or ())
+
+    def _check_of(
+        self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> DeferredCheck | None:
+        """Return the check with memory for the call under way; None if there is none."""
+        if self._checks is None or self._has_others:
+            return None
+        if self._are_expected:
+            fits = len(self.seen) < len(self._checks)
+            self._has_others = not (fits and self._checks[len(self.seen)].is_of(call, args, kwargs))
+            if self._has_others:
+                return None
+        return self._checks[len(self.seen)]
 
     @contextlib.contextmanager
     def during(
@@ -107,17 +136,18 @@ class CheckedCalls:
         """
         assert self._call is not None
         self._is_refused = True
-        if self._checks is not None:
-            _, args, kwargs = self._call
-            self._checks[len(self.seen)].write(condition, args, kwargs)
+        call, args, kwargs = self._call
+        if (check := self._check_of(call, args, kwargs)) is not None:
+            check.write(condition, args, kwargs)
         for tensor in values:
             tensor.masked_fill_(condition, 0)
 
     def repeat_if(self, condition: Tensor) -> None:
         """Record a condition under which eager would warn. The repeated call then warns."""
         self.refuse_if(condition)
-        if self._checks is not None:
-            self._checks[len(self.seen)].may_pass = True
+        assert self._call is not None
+        if (check := self._check_of(*self._call)) is not None:
+            check.may_pass = True
 
 
 class DeferredChecks:

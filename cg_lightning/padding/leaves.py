@@ -45,6 +45,7 @@ class PaddedLeaf(NamedTuple):
     """The shape that it is padded to."""
     values: Mapping[int, bool | int | float]
     """What the padding of each dimension but the first is filled with."""
+    is_float: bool = True
 
     def empty(self, tensor: Tensor, device: torch.device) -> Tensor:
         """Return a new tensor of the padded shape, with any values."""
@@ -147,12 +148,17 @@ class PaddedLeaves:
         """Whether dimension 0 is padded."""
         self.has_positions = any(leaf.real[1:] != leaf.padded[1:] for leaf in changed)
         """Whether another dimension is padded."""
+        self._has_floats = any(leaf.is_float for leaf in changed)
         self.elements = elements
         """Elements of all tensors of a batch."""
         self.padded_elements = elements + sum(
             math.prod(leaf.padded) - math.prod(leaf.real) for leaf in changed
         )
         """Elements of all tensors of a padded batch."""
+
+    def further_fills(self) -> list[Fill]:
+        """Return what padding is filled with besides OTHER. Only floats differ from that."""
+        return [Fill.BELOW, *[Fill.NAN] * self.has_rows] if self._has_floats else []
 
     @property
     def places(self) -> Collection[int]:

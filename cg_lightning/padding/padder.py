@@ -56,7 +56,9 @@ class Padder:
                 if shape[dim] != tensor.shape[dim]:
                     values[dim] = rule.value
             if tuple(shape) != tuple(tensor.shape) and tensor.numel():
-                padded[index] = PaddedLeaf(tuple(tensor.shape), tuple(shape), values)
+                padded[index] = PaddedLeaf(
+                    tuple(tensor.shape), tuple(shape), values, tensor.is_floating_point()
+                )
         elements = sum(tensor.numel() for tensor in tensors.values())
         return PaddedLeaves(padded, elements) if padded else None
 

@@ -316,7 +316,7 @@ class PaddedSteps:
         verify_replays = self._session.settings.verify_replays
         guards = None if owner.guards is variant.guards else owner.guards
         entry = PaddedEntry(owner.entry, guards, padding, eager.cut(), record, verify_replays)
-        fills = [Fill.OTHER, Fill.BELOW, *[Fill.NAN] * padding.has_rows]
+        fills = [Fill.OTHER, *padding.further_fills()]
         with eager.checked_replays():
             for fill in fills:
                 self._check_fill(fill, owner, entry, call, eager.output)
