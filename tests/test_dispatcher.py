@@ -732,6 +732,43 @@ def test_a_value_that_changed_once_is_watched_again_in_a_stage_that_has_saved_en
     assert runner.dispatcher.within(plan, 119) is plan
 
 
+class Padding:
+    def __init__(self, size: int) -> None:
+        self.shapes = ((size,),)
+
+
+@pytest.mark.parametrize(
+    ("left", "has_graph", "runs"),
+    [  # a capture costs 20 + 2 * 5 eager steps; 2 + 3 of 100 steps are padded alike
+        (600, False, True),
+        (599, False, False),
+        (599, True, True),
+    ],
+)
+def test_the_graph_of_a_padded_batch_is_worth_what_all_shapes_save_that_use_it(
+    left, has_graph, runs
+):
+    dispatcher = CUDAGraphDispatcher(FULL, 1, least_steps=4)
+    variants = []
+    for size, padded, sights in ((1, 4, 2), (2, 4, 3), (5, 8, 50)):
+        variants.append(Variant(Unguarded(), [FULL], padding=Padding(padded)))
+        state = dispatcher.state((size,), KEY)
+        state.sights = sights
+        dispatcher.add_variant(state, variants[-1])
+    variants[1].entry = Graph() if has_graph else None
+    variants[2].entry = Graph()  # of another size
+    dispatcher._steps, costs = 100, dispatcher.costs
+    for seconds in (50, 5):  # the first does not count
+        costs.captured(4 * seconds)
+    costs.compared(5)
+    costs.ran_eagerly(1)
+    costs.compared_padding(3)
+    plan = Plan(Action.CAPTURE, dispatcher.state((1,)), variants[0], None)
+    found = dispatcher.within(plan, left)
+    assert (found is plan) is runs
+    assert runs or found.reason == CAPTURED_TOO_SELDOM
+
+
 def test_what_runs_in_pieces_stays_there_if_too_little_is_left_to_watch_it():
     dispatcher = CUDAGraphDispatcher(FULL, 3, least_steps=4)
     state = dispatcher.state(KEY.fields, KEY)

@@ -539,7 +539,10 @@ class CUDAGraphDispatcher(KeyTable):
             seldom = TOO_SELDOM if is_padded else CAPTURED_TOO_SELDOM
             return Plan(Action.EAGER, plan.state, variant, seldom)
         if is_padded and plan.action is Action.CAPTURE:
-            return plan
+            assert variant is not None
+            if self._pays_for_padded(variant, steps_left):
+                return plan
+            return Plan(Action.EAGER, plan.state, variant, CAPTURED_TOO_SELDOM)
         needed = self._least_steps
         if plan.action is not Action.CAPTURE:
             needed += max(self._warmup_steps - plan.state.warmup_runs, 1)
@@ -564,6 +567,19 @@ class CUDAGraphDispatcher(KeyTable):
         entries = [each.entry for state in self._states.values() for each in state.variants]
         saved = sum(entry.replays for entry in entries if entry is not None)
         return self.costs.spent() - saved + cost <= steps_left
+
+    def _pays_for_padded(self, variant: Variant, steps_left: float) -> bool:
+        """Return False if the graph of a padded batch would not pay, by what it costs as measured.
+
+        All shapes that are padded alike use it. If one of them does already, it costs nothing.
+        """
+        cost = self.costs.of_capture()
+        if cost is None:
+            return True
+        alike = self.padded_like(variant)
+        has_graph = any(each.entry is not None and each.entry.is_valid() for _, each in alike)
+        sights = sum(state.sights for state, _ in alike)
+        return has_graph or steps_left * sights / self._steps >= cost
 
     def _cost(self, plan: Plan, is_padded: bool, is_each_watched: bool) -> float | None:
         """Return the measured cost of what is planned, in eager steps; None: not measured yet."""

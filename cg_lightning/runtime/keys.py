@@ -326,6 +326,16 @@ class KeyTable:
             if variant.padding is not None and variant.entry is not None
         ]
 
+    def padded_like(self, variant: Variant) -> list[tuple[KeyState, Variant]]:
+        """Return the keys and variants whose batches are padded to the same shapes."""
+        assert variant.padding is not None
+        return [
+            (state, each)
+            for state in self._kept()
+            for each in state.variants
+            if each.padding is not None and each.padding.shapes == variant.padding.shapes
+        ]
+
     def none_padded(self, padded: KeyState) -> None:
         """Record that no batch is padded to this key any more."""
         records = [variant.entry.record for variant in padded.variants if variant.entry is not None]
