@@ -52,8 +52,9 @@ class HeldByModules:
         self._containers = ContainersSnapshot(
             (f"{path}.{name}", value)
             for path, child in self._modules
+            for known in [names_of_frameworks(child) - _TENSOR_TABLES]
             for name, value in _held_by(child).items()
-            if name in _TENSOR_TABLES or name not in names_of_frameworks(child)
+            if name not in known
         )
 
     def left(self) -> str:
@@ -83,8 +84,9 @@ class TablesSnapshot:
         tables: list[dict[Any, Any]] = [
             value
             for child in module.modules()
+            for known in [names_of_frameworks(child)]
             for name, value in vars(child).items()
-            if isinstance(value, dict) and name in names_of_frameworks(child)
+            if isinstance(value, dict) and name in known
         ]
         self._tables = [(table, dict(table)) for table in [*tables, *global_hooks()]]
 
@@ -95,7 +97,7 @@ class TablesSnapshot:
             table.update(before)
 
 
-_TENSOR_TABLES = ("_buffers", "_parameters")
+_TENSOR_TABLES = {"_buffers", "_parameters"}
 
 
 class HostRandomState:
@@ -187,8 +189,9 @@ class StepState:
         self._containers = ContainersSnapshot(
             (name, value)
             for child in modules
+            for known in [names_of_frameworks(child)]
             for name, value in _held_by(child).items()
-            if name not in names_of_frameworks(child)
+            if name not in known
         )
         self._host_random_state = HostRandomState()
         self._device_random_state = backend.get_random_state()

@@ -226,8 +226,9 @@ class CaptureAhead:
         of_metrics = ContainersSnapshot(
             (name, value)
             for metric in session.effects.metrics()
+            for known in [names_of_frameworks(metric)]
             for name, value in vars(metric).items()
-            if name not in names_of_frameworks(metric)
+            if name not in known
         )
         try:
             session.effects.logged.begin_batch(batch)
@@ -245,8 +246,9 @@ class CaptureAhead:
             value
             for child in session.module.modules()
             if not is_metric(child)
+            for known in [names_of_frameworks(child)]
             for name, value in vars(child).items()
-            if name not in names_of_frameworks(child)
+            if name not in known
         ]
         tensors = [*FrozenValues(held).tensors, *session.written.now()]
         unique = {id(tensor): tensor for tensor in tensors if can_be_written(tensor)}
