@@ -124,7 +124,7 @@ class Capturer:
         return entry
 
     def _compile_seconds(self) -> float:
-        return 0.0 if self._compilation is None else self._compilation.clock.seconds
+        return 0.0 if self._compilation is None else self._compilation.seconds
 
     def capture_to_compare(
         self, target: CaptureTarget, call: GraphCall, around: Callable[..., Any]

@@ -40,7 +40,10 @@ class Compilation:
     ) -> None:
         self._arguments = arguments
         self._only_captures = only_captures
-        self.clock = CompileClock(stats)
+        self._stats = stats
+        self._clock = _CompileClock(self._add_time)
+        self.seconds = 0.0
+        """The time that all compilations have taken."""
         self._calls: dict[nn.Module, Any] = {}
         self._installed: list[nn.Module] = []
         if arguments is not None:
@@ -55,7 +58,7 @@ class Compilation:
                 self._calls[module] = _compiled(module, self._arguments)
             vars(module)[COMPILED_IN_PLACE] = self._calls[module]
             self._installed.append(module)
-        self.clock.start()
+        self._clock.start()
 
     def compile_again(self) -> None:
         """Compile all submodules again at their next call, because a value has changed.
@@ -69,13 +72,22 @@ class Compilation:
 
     def remove(self) -> None:
         """Let all submodules run as they are written; idempotent."""
-        self.clock.stop()
+        self._clock.stop()
         self._let_go()
 
     def _let_go(self) -> None:
         for module in self._installed:
             vars(module).pop(COMPILED_IN_PLACE, None)
         self._installed.clear()
+
+    @property
+    def compiles(self) -> bool:
+        """Whether anything is compiled."""
+        return self._arguments is not None
+
+    def _add_time(self, seconds: float) -> None:
+        self.seconds += seconds
+        self._stats.compiled(seconds)
 
     def outside_captures(self) -> contextlib.AbstractContextManager[None]:
         """Is entered while a step runs that has no graph."""
@@ -94,13 +106,11 @@ class Compilation:
             self._installed = installed
 
 
-class CompileClock:
+class _CompileClock:
     """Takes the time of compilations, by private callbacks of the compiler, if it has them."""
 
-    def __init__(self, stats: Counts) -> None:
-        self._stats = stats
-        self.seconds = 0.0
-        """The time that all compilations have taken."""
+    def __init__(self, add_time: Callable[[float], None]) -> None:
+        self._add_time = add_time
         self._began: float | None = None
         self._remove: contextlib.ExitStack | None = None
 
@@ -127,9 +137,7 @@ class CompileClock:
 
     def _end(self, *_: Any) -> None:
         if self._began is not None:
-            seconds = perf_counter() - self._began
-            self.seconds += seconds
-            self._stats.compiled(seconds)
+            self._add_time(perf_counter() - self._began)
             self._began = None
 
 

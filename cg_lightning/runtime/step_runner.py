@@ -317,8 +317,8 @@ class StepRunner:
             return self._run_for_reason(plan, args, kwargs)
         descriptor, variant = plan.state.descriptor, plan.variant
         captures = self._dispatcher.captures
-        clock = self._session.compilation.clock
-        compiled = clock.seconds
+        compilation = self._session.compilation
+        compiled = compilation.seconds
         if plan.action in (Action.CAPTURE, Action.VERIFY):
             outcome = self._capture_or_verify(plan, args, kwargs, leaves)
         elif plan.action is Action.PIECEWISE:
@@ -333,7 +333,7 @@ class StepRunner:
         if why is not None and reason is not None and reason.kind is Status.WARM_UP:
             outcome = outcome._replace(reason=reason.because_of(why))
         seconds, how = perf_counter() - began, _how(plan.action, outcome)
-        own = seconds - (clock.seconds - compiled)  # compilation is reported apart
+        own = seconds - (compilation.seconds - compiled)  # compilation is reported apart
         if plan.action is Action.WARM_UP:
             self._host_time(NONE, descriptor).add(own)
         has_watched = plan.action is Action.WATCH and self._padded is not None
