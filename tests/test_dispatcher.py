@@ -689,8 +689,10 @@ def changing(runner: Runner, length: int, watch: float, eager: float = 1.0) -> l
         state = dispatcher.state(KEY.fields, KEY)
         plan = dispatcher.within(dispatcher.plan(state), length - number)
         if plan.action is Action.WATCH:
-            guards = Value(runner.world, number)
-            dispatcher.watched(state, Variant(guards, [FULL]), plan.variant)
+            variant = Variant(Value(runner.world, number), [FULL, PIECEWISE])
+            dispatcher.watched(state, variant, plan.variant)
+            if dispatcher.wants_pieces(state, variant):
+                dispatcher.add_pieces(state, watched=None)
             dispatcher.took(plan, dispatcher.captures, watch)
         elif plan.action is Action.WARM_UP:
             dispatcher.ran_eagerly(state)
@@ -700,17 +702,21 @@ def changing(runner: Runner, length: int, watch: float, eager: float = 1.0) -> l
 
 
 @pytest.mark.parametrize(
-    ("length", "watch", "most"), [(100, 60.0, 2), (100, 20.0, 5), (1000, 1.0, 14)]
+    ("length", "watch", "most", "has_pieces"),
+    [(100, 60.0, 2, False), (100, 20.0, 5, True), (1000, 1.0, 14, True)],
 )
-def test_a_value_that_changes_is_watched_while_the_stage_can_win_it_back(length, watch, most):
+def test_a_value_that_changes_is_watched_while_the_stage_can_win_it_back(
+    length, watch, most, has_pieces
+):
     """One that changed with each batch was watched 11 times in 100 batches, at any cost."""
-    runner = Runner(min_saving=0.03)
+    runner = Runner(CUDAGraphMode.FULL_AND_PIECEWISE, min_saving=0.03)
     actions = changing(runner, length, watch)
     watched = [number for number, action in enumerate(actions) if action is Action.WATCH]
     assert len(watched) == most
     assert watch * (len(watched) - 1) <= length, "the first one also prepares libraries"
     reason = runner.dispatcher.state(KEY.fields, KEY).ledger.reason()
     assert "self.value" in str(reason)
+    assert (Action.PIECEWISE in actions) is has_pieces
 
 
 def test_a_value_that_changed_once_is_watched_again_in_a_stage_that_has_saved_enough():

@@ -21,7 +21,7 @@ from cg_lightning.runtime.plans import TOO_SELDOM
 from cg_lightning.runtime.trial import BLOCK, BLOCKS, FIRST_LOOK, StepTimes, Trial
 from cg_lightning.trainer.stage_length import TrainerStageLength
 from tests.harness import features, images, predict, validate
-from tests.models import Body, ConvNetClassifier, Predictor
+from tests.models import ConvNetClassifier, Predictor
 from tests.test_padding import watched_steps
 
 COMPARED = BLOCKS * BLOCK
@@ -604,7 +604,7 @@ def test_pieces_of_steps_whose_value_changes_each_batch_must_save_time(harness):
 
     callback = harness.callback(min_saving=0.03)
     harness.compare(
-        Scaled(Body()), predict(features(4 * 100)), callback, others=lambda: [AnotherScale()]
+        Scaled(Slow(LONG)), predict(features(4 * 100)), callback, others=lambda: [AnotherScale()]
     )
     found = reasons(callback)
     if harness.backend != "cuda":

@@ -18,6 +18,7 @@ another path with other values. If that never pays, the ledger of the key's fami
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any
 
 from cg_lightning.core.causes import Cause
@@ -66,6 +67,9 @@ MOST_UNREPEATED = 4
 
 Beyond it, a new key is watched when it is seen for the second time.
 """
+
+_FEW_LEFT = 3
+"""If fewer further watched steps can be won back, the next one also finds the submodules."""
 
 
 def _watched_again(changed: Changed) -> Reason:
@@ -530,8 +534,10 @@ class CUDAGraphDispatcher(KeyTable):
         if plan.action is Action.WATCH and variant is None and plan.state.variants:
             if self.costs.lack_eager_step:
                 return plan._replace(action=Action.WARM_UP)
-            if not self._can_win_back(steps_left):
-                plan.state.ledger.overdraw()  # or else each step would explain what has changed
+            affordable = self._affordable(steps_left)
+            if affordable < _FEW_LEFT:
+                plan.state.ledger.overdraw()  # so the watched step finds the submodules as well
+            if affordable < 1:
                 return Plan(Action.EAGER, plan.state, None, plan.state.ledger.reason())
         is_padded = variant is not None and variant.padding is not None
         cost = self._cost(plan, is_padded, is_each_watched)
@@ -555,18 +561,18 @@ class CUDAGraphDispatcher(KeyTable):
             return plan._replace(action=Action.PIECEWISE)
         return Plan(Action.EAGER, plan.state, variant, TOO_SHORT)
 
-    def _can_win_back(self, steps_left: float) -> bool:
-        """Return False if all graphs so far and one more would cost more than the stage can save.
+    def _affordable(self, steps_left: float) -> float:
+        """Return how many further graphs the stage can win back, with all that were made so far.
 
         A value that changes again and again would otherwise be watched as often as the ledger
         allows, which counts less for a watched step than one costs.
         """
         cost = self.costs.of_new_shape()
         if cost is None:
-            return True
+            return inf
         entries = [each.entry for state in self._states.values() for each in state.variants]
         saved = sum(entry.replays for entry in entries if entry is not None)
-        return self.costs.spent() - saved + cost <= steps_left
+        return (steps_left + saved - self.costs.spent()) / cost
 
     def _pays_for_padded(self, variant: Variant, steps_left: float) -> bool:
         """Return False if the graph of a padded batch would not pay, by what it costs as measured.

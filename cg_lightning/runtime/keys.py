@@ -331,7 +331,7 @@ class KeyTable:
         assert variant.padding is not None
         return [
             (state, each)
-            for state in self._kept()
+            for state in self._states.values()
             for each in state.variants
             if each.padding is not None and each.padding.shapes == variant.padding.shapes
         ]

@@ -348,7 +348,9 @@ class StepRunner:
         began = perf_counter()
         # without a key, submodules do not describe their calls
         outcome = self._run_eagerly(None, args, kwargs, plan.reason)
-        self._times.append((self._stage, Ran.EAGER, perf_counter() - began, plan.reason))
+        seconds = perf_counter() - began
+        self._dispatcher.costs.ran_eagerly(seconds)
+        self._times.append((self._stage, Ran.EAGER, seconds, plan.reason))
         self._finish(outcome, plan.state.descriptor, plan.variant)
         return outcome._replace(ran=Ran.EAGER)
 
