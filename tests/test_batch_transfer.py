@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cg_lightning import CUDAGraphCallback
+from cg_lightning.backends.recorder import RecorderBackend
+from cg_lightning.trainer import batch_transfer
 from tests.harness import assert_same
 
 # values: above the size from which copies overlap, which they do on a GPU only
@@ -115,6 +117,41 @@ def test_memory_of_many_queued_batches_is_bounded(harness):
     assert_overlaps(harness, callback, 60)
     # copies, static input, outputs of three steps; without a bound there are sixty batches
     assert torch.cuda.max_memory_allocated() - before < 20 * items[0]["x"].nbytes
+
+
+class CopiesAtOnce:
+    """The copies of a device without streams."""
+
+    def run(self, copy_batch: Any) -> Any:
+        return copy_batch()
+
+
+class Trains(Slow):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if batch["x"].is_cuda:
+            torch.cuda._sleep(CYCLES)
+        return (batch["x"] * self.scale).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+@pytest.mark.parametrize("stages", [["train"], ["validate"], ["train", "validate"]])
+def test_batches_of_each_stage_of_ours_are_copied_ahead(harness, monkeypatch, stages):
+    if harness.backend != "cuda":
+        monkeypatch.setattr(RecorderBackend, "batch_copies", lambda _: CopiesAtOnce())
+        monkeypatch.setattr(batch_transfer, "_LEAST_BYTES", 0)
+    items, weights = batches(12), []
+    callback = harness.callback(stages=stages)
+    for callbacks in ([], [callback]):
+        module = Trains()
+        trainer = harness.trainer(*callbacks, max_epochs=2, num_sanity_val_steps=0)
+        trainer.fit(module, loader(items), loader(items[:9]))
+        weights.append(module.state_dict())
+    assert_same(*weights)
+    number = 2 * (12 * ("train" in stages) + 9 * ("validate" in stages))
+    assert callback.stats.overlapped_copies == number
+    assert f"{number} batches copied ahead" in callback.summary()
 
 
 class OwnTransfer(Slow):
