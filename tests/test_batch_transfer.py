@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -207,6 +208,28 @@ def test_a_transfer_of_the_datamodule_stays(harness):
     data = OwnTransferInData(batches(8))
     harness.trainer(callback).validate(Slow(), datamodule=data, verbose=False)
     assert callback.stats.overlapped_copies == 0
+
+
+class OwnStrategy(SingleDeviceStrategy):
+    """Moves batches in a way of its own."""
+
+    def batch_to_device(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        assert batch["x"].device.type == "cpu"
+        return {**super().batch_to_device(batch, *args, **kwargs), "mine": True}
+
+
+def test_a_transfer_of_the_strategy_stays(harness, device, monkeypatch):
+    if harness.backend != "cuda":
+        monkeypatch.setattr(RecorderBackend, "batch_copies", lambda _: CopiesAtOnce())
+        monkeypatch.setattr(batch_transfer, "_LEAST_BYTES", 0)
+    callback, keeps = harness.callback(), KeepsAll()
+    strategy = OwnStrategy(device=device)
+    harness.trainer(callback, keeps, strategy=strategy).validate(
+        Slow(), loader(batches(8)), verbose=False
+    )
+    assert all(batch["mine"] for batch in keeps.batches)
+    assert callback.stats.overlapped_copies == 0
+    assert "batch_to_device" not in vars(strategy)
 
 
 class Odd:
