@@ -5,12 +5,15 @@ from __future__ import annotations
 import abc
 import builtins
 import contextlib
+import copy
 import dataclasses
 import functools
+import gc
 import inspect
 import logging
 import math
 import operator
+import pickle
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -163,6 +166,87 @@ class ReadsOther(nn.Module):
 class ReadsOtherStatically(ReadsOther):
     def look(self) -> Any:
         return inspect.getattr_static(self.other, "scale")
+
+
+LOOK_UP = object.__getattribute__
+LOOK_UPS = [inspect.getattr_static]
+
+
+def pickled(module: nn.Module) -> Any:
+    return pickle.loads(pickle.dumps(module.part)).scale
+
+
+class Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(8, 8), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+class CopiesItself(Part):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * copy.copy(self).scale
+
+
+PAST_INTERCEPTIONS: dict[str, Callable[[Any], Any]] = {
+    "copy": lambda module: copy.copy(module.part).scale,
+    "deepcopy": lambda module: copy.deepcopy(module.part).scale,
+    "deepcopy of a list": lambda module: copy.deepcopy([module.part])[0].scale,
+    "pickle": pickled,
+    "__getstate__": lambda module: module.part.__getstate__()["scale"],
+    "global alias": lambda module: LOOK_UP(module.part, "scale"),
+    "global list": lambda module: LOOK_UPS[0](module.part, "scale"),
+    "getattr of object": lambda module: getattr(object, NAME)(module.part, "scale"),
+    "attribute": lambda module: module.look_up(module.part, "scale"),
+    "partial": lambda module: module.partial("scale"),
+    "descriptor": lambda module: nn.Module.__dict__["__dict__"].__get__(module.part)["scale"],
+    "gc": lambda module: next(
+        each["scale"]
+        for each in gc.get_referents(module.part)
+        if isinstance(each, dict) and "scale" in each
+    ),
+    "global function": lambda _: object.__getattribute__(MODULES[-1].part, "scale"),
+    "a name that is new": lambda module: getattr(copy.copy(module.part), "factor", 1.0),
+}
+MODULES: list[Any] = []
+NAME = "__getattribute__"
+
+
+class ReadsPast(Predictor):
+    def __init__(self, read: Callable[[Any], Any], part: type[Part] = Part) -> None:
+        super().__init__(nn.Identity())
+        self.part, self.read = part(), read
+
+    def on_predict_start(self) -> None:
+        MODULES.append(self)
+        self.part.scale, self.look_up = 1.0, LOOK_UP
+        self.partial = functools.partial(LOOK_UP, self.part)
+
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if batch_idx == 5:
+            self.part.scale = self.part.factor = 3.0
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.part(batch[0]) * self.read(self)
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+def test_a_submodule_that_copies_itself(harness: Harness, verify_replays):
+    callback = harness.callback(mode="PIECEWISE", verify_replays=verify_replays)
+    module = ReadsPast(lambda _: 1.0, CopiesItself)
+    harness.compare(module, predict(features(48)), callback)
+    assert callback.stats.steps["PIECEWISE"] > 4, callback.summary()
+
+
+@pytest.mark.parametrize("settings", [{"mode": "FULL", "verify_replays": 0}, {}])
+@pytest.mark.parametrize("name", PAST_INTERCEPTIONS)
+def test_reads_past_all_interceptions(harness: Harness, name, settings):
+    """Copies of modules, and functions that look up attributes by other names than their own."""
+    callback = harness.callback(**settings)
+    harness.compare(ReadsPast(PAST_INTERCEPTIONS[name]), predict(features(48)), callback)
+    assert callback.stats.steps["FULL"] > 4, callback.summary()
 
 
 def register() -> None:

@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from torch import nn
-
 from cg_lightning.diagnosis.names_in_code import NamesInCode
-from cg_lightning.modules.attributes import names_in_users_methods
-from cg_lightning.modules.interception import BESIDE_INTERCEPTIONS
+from cg_lightning.guards.value_kinds import reads_unseen
+from cg_lightning.modules.interception import BESIDE_ALL
 from cg_lightning.modules.kinds import is_user_file
 
 _CLASS_OF = frozenset({"type", "__class__"})
@@ -75,17 +73,19 @@ def _arguments(frame: FrameType) -> Iterator[Any]:
         yield from values.get(code.co_varnames[at], {}).values()
 
 
-def reads_modules_unseen(frame: FrameType) -> bool:
-    """Return whether a function may read a module in its arguments without any interception.
+def may_read_modules_unseen(names: NamesInCode, frame: FrameType) -> bool:
+    """Return whether a function may read any module without an interception.
 
-    If a method of that module does so, all its attributes count as read. They also do if its class
-    has a look-up of its own.
+    A look-up of a module's own class reads this module, whose attributes all count as read.
     """
-    code = frame.f_code
-    if code.co_name == "__getattribute__" or BESIDE_INTERCEPTIONS.isdisjoint(code.co_names):
+    code = names.code
+    if code.co_name == "__getattribute__":
         return False
-    kinds: list[type] = [type(each) for each in _arguments(frame) if isinstance(each, nn.Module)]
-    return any(BESIDE_INTERCEPTIONS.isdisjoint(names_in_users_methods(kind)) for kind in kinds)
+    loaded = [value for _, value in names.loaded(frame.f_locals)]
+    texts = {each for each in (*code.co_consts, *loaded) if isinstance(each, str)}
+    if not BESIDE_ALL.isdisjoint((*code.co_names, *texts)) or "__dict__" in texts:
+        return True
+    return any(map(reads_unseen, loaded))
 
 
 def may_use_unseen(names: NamesInCode) -> bool:

@@ -144,6 +144,8 @@ class StepWatch:
         self._drawn: dict[int, torch.Generator] = {}
         self.sources_held: Callable[[FrozenValues], list[Source]] = lambda _: []
         """Returns what the step may read of what some values hold, other than attributes."""
+        self.read_all_attributes: Callable[[nn.Module | None], None] = lambda _: None
+        """Notes that the step may read every attribute of a module; None: of all modules."""
         self._sources_held: list[Source] = []
         """What it has returned for the value that is read next."""
         """Those among them that the step draws from."""

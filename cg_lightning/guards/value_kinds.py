@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from cg_lightning.core.descriptor import is_plain_value
 from cg_lightning.guards.sources import CacheWrapper
 from cg_lightning.modules.attributes import attributes_of, has_room_for_attributes, slots_of
+from cg_lightning.modules.interception import BESIDE_ALL
 from cg_lightning.modules.kinds import (
     class_has,
     is_user_class,
@@ -103,6 +104,9 @@ _BOUND_TO: tuple[tuple[Any, tuple[str, ...]], ...] = (
     ((types.FunctionType, types.CellType), ()),
 )
 """Attributes of functions, and of a few other values of C. Only those of partials can change."""
+_FUNCTIONS_WITH_NAMES = (
+    *(types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType),
+)
 _OPERATORS = (operator.itemgetter, operator.attrgetter, operator.methodcaller)
 """Functions of C whose arguments only pickling shows."""
 _FUNCTIONS = (
@@ -326,6 +330,12 @@ def reads_by_name(function: Any) -> bool:
     if isinstance(function, types.BuiltinFunctionType):
         return function.__name__ in _READ_BY_NAME
     return isinstance(function, _OPERATORS)
+
+
+def reads_unseen(function: Any) -> bool:
+    """Return whether a value is a function by which code reads modules without an interception."""
+    kinds = (types.WrapperDescriptorType, types.MethodWrapperType, *_FUNCTIONS_WITH_NAMES)
+    return isinstance(function, kinds) and function.__name__ in BESIDE_ALL
 
 
 def can_be_set_in(namespace: Any) -> bool:

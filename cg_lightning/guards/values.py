@@ -53,6 +53,7 @@ from cg_lightning.guards.value_kinds import (
     name_of_class,
     named_values_of,
     reads_by_name,
+    reads_unseen,
     registry_of,
     spaces_of,
     state_of_generator,
@@ -166,6 +167,8 @@ class FrozenValues:
         """Whether a value of ``decimal`` is among them."""
         self.reads_by_name = False
         """Whether a function is among them that reads attributes by names which it is given."""
+        self.reads_unseen = False
+        """Whether a function is among them by which code reads modules without an interception."""
         self.tensors: list[Tensor] = []
         self._tensor_paths: list[Path] = []
         self._items: list[FrozenContainer | FrozenAttributes] = []
@@ -232,6 +235,7 @@ class FrozenValues:
     def _store(self, value: Any, path: Path, seen: set[int]) -> Iterable[tuple[Any, Path]]:
         """Store one value; return the values inside it, which are stored next."""
         kind = kind_of(value)
+        self.reads_unseen |= reads_unseen(value)
         if isinstance(value, WEAK) and not _is_in_object(path):
             self._opaque.append((path, name_of_class(value)))
         if kind is ValueKind.TENSOR:

@@ -315,27 +315,12 @@ def _names_in_methods(cls: type) -> frozenset[str]:
 @once_for_each
 def names_in_users_methods(cls: type) -> frozenset[str]:
     """Return the names that methods and properties of the user's classes mention."""
-    return names_besides_look_up(cls) | _names_mentioned_by(
-        vars(base).get(_LOOK_UP) for base in cls.__mro__ if is_user_class(base)
-    )
-
-
-@once_for_each
-def names_besides_look_up(cls: type) -> frozenset[str]:
-    """Return the same without the names that ``__getattribute__`` mentions."""
-    values = [
-        value
-        for base in cls.__mro__
-        if is_user_class(base)
-        for name, value in vars(base).items()
-        if name != _LOOK_UP
-    ]
+    values = [v for base in cls.__mro__ if is_user_class(base) for v in vars(base).values()]
     return _names_mentioned_by(
         getattr(each, "fget", None) or getattr(each, "__func__", each) for each in values
     )
 
 
-_LOOK_UP = "__getattribute__"
 _VALUES_OF_TORCH = frozenset({"dump_patches", "T_destination", "call_super_init"})
 """What ``nn.Module`` has, and no method of it reads: Dynamo replaces ``__init__`` for good."""
 
@@ -402,6 +387,8 @@ def user_attributes(module: nn.Module) -> list[str]:
         *slots_of(cls),
         *[name.split(".")[-1] for name, _ in class_values(module)],
     }
+    # what ABCMeta keeps is no value of the user's
+    names = {name for name in names if not name.startswith("_abc_")}
     return [name for name in names if is_user_attribute(module, name)]
 
 

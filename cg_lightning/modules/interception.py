@@ -55,6 +55,11 @@ _compiler: Callable[[], Any] = getattr(
 _lock = threading.RLock()
 BESIDE_INTERCEPTIONS = frozenset({"__getattribute__", "getattr_static"})
 """By which a function reads an attribute of a module, and no interception sees it."""
+BESIDE_ALL = BESIDE_INTERCEPTIONS | {
+    *("__getstate__", "__reduce__", "__reduce_ex__"),
+    *("get_referents", "get_referrers", "get_objects"),
+}
+"""The same, and by which it reads all attributes."""
 _GLOBALS_OF_MODULE = vars(nn.modules.module)
 """Those of the code of ``nn.Module``: at each call it reads hooks and tables of its own."""
 

@@ -24,7 +24,6 @@ from cg_lightning.modules.attributes import (
     holding_class,
     is_set_by_users,
     is_user_attribute,
-    names_besides_look_up,
     names_in_users_methods,
     plain_values_of,
     set_by_users,
@@ -64,6 +63,8 @@ class AttributeReads(Detector):
                 *[pair for inside in watch.hidden.values() for pair in inside],
             ]
         }
+        self._is_reading_all = False
+        watch.read_all_attributes = self._read_all
         self._read_unseen([watch.root])
         in_class = once_for_each(has_values_of_users)  # most modules share a few classes
         with contextlib.ExitStack() as stack:
@@ -88,6 +89,14 @@ class AttributeReads(Detector):
         self._read_unseen(list(call.hidden) or [call.module])
         return contextlib.nullcontext()
 
+    def _read_all(self, module: nn.Module | None) -> None:
+        if not self._is_reading_all:
+            self._is_reading_all = True
+            for key, attributes in self._attributes.items():
+                if module is None or key == id(module):
+                    attributes.read_names()
+            self._is_reading_all = False
+
     def _read_unseen(self, modules: list[nn.Module]) -> None:
         """Note what of these modules is read in ways that no interception shows."""
         for cls, name in plain_values_of(map(type, modules)):
@@ -96,10 +105,6 @@ class AttributeReads(Detector):
             kind: type = type(module)
             if not BESIDE_INTERCEPTIONS.isdisjoint(names_in_users_methods(kind)):
                 self._attributes[id(module)].read_all()
-            # its own look-up reads this module; another method may read any module
-            if not BESIDE_INTERCEPTIONS.isdisjoint(names_besides_look_up(kind)):
-                for attributes in self._attributes.values():
-                    attributes.read_all()
 
 
 class _Attributes:
@@ -111,6 +116,8 @@ class _Attributes:
         self._module = module
         self._sources: dict[str, list[Source]] = {}
         self._problems: dict[str, list[tuple[Cause, str]]] = {}
+        self._reads_unseen: set[str] = set()
+        """The names of attributes that hold a function which reads without an interception."""
 
     def read(self, name: str) -> None:
         """Note that an attribute is read, if it is the user's and no method."""
@@ -121,6 +128,8 @@ class _Attributes:
             self._watch.read(source)
         for cause, words in self._problems.get(name, ()):
             self._watch.report(cause, words)
+        if name in self._reads_unseen:
+            self._watch.read_all_attributes(None)
 
     def read_all(self) -> None:
         """Note that all attributes are read."""
@@ -159,6 +168,8 @@ class _Attributes:
                 inside = sources_in(hidden_modules(self._watch, contents.modules), path)
                 opaque = [*self._watch.look_at(contents), *opaque_in(self._watch, inside)]
                 self._problems[name] = [(Cause.OPAQUE, words) for words in opaque]
+                if contents.reads_unseen:
+                    self._reads_unseen.add(name)
             except UnreadableError as error:
                 self._problems[name] = [(Cause.STATE_REBOUND, f"{path} {error}")]
         sources = [Source(module, name, path), *inside]

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import copy
 import dataclasses
 import importlib
+import pickle
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
+
+from torch import nn
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.lines import Elsewhere, file_and_line
@@ -23,9 +27,9 @@ from cg_lightning.diagnosis.frames import (
     classes_given,
     is_generated,
     is_users_code,
+    may_read_modules_unseen,
     may_use_unseen,
     namespaces_given,
-    reads_modules_unseen,
 )
 from cg_lightning.diagnosis.functions import (
     FoundFunctions,
@@ -102,7 +106,14 @@ from cg_lightning.modules.kinds import is_users_namespace
 
 _BY_TEXT = frozenset({"globals", "eval", "exec"})
 """Functions of C by which code reads globals that it does not name."""
+_PICKLES = frozenset({"dump", "dumps"})
+"""Functions of C that read all attributes of what they are given."""
+_COPIES = (copy.copy.__code__, copy.deepcopy.__code__)
+"""The same in Python."""
 _IMPORT = importlib.import_module.__code__
+
+
+_NAMES_IN_C = _BY_TEXT | WARN | _PICKLES
 
 
 class GlobalReads(Detector):
@@ -114,7 +125,7 @@ class GlobalReads(Detector):
     """
 
     sees_compiled_code = True
-    names_in_c = NAMES_OF_VOLATILE | NAMES_OF_WRITES | _BY_TEXT | WARN | NAMES_OF_COLLECTOR
+    names_in_c = NAMES_OF_VOLATILE | NAMES_OF_WRITES | NAMES_OF_COLLECTOR | _NAMES_IN_C
 
     def __init__(self, watch: StepWatch) -> None:
         super().__init__(watch)
@@ -142,6 +153,8 @@ class GlobalReads(Detector):
         self._modules_named: dict[int, Any] = {}
         """The user's modules that code names, and all modules that it passes on."""
         self._reads_by_name = False
+        self._reads_unseen = False
+        """Whether a global holds a function by which code reads modules without an interception."""
         """Whether the step may read attributes of these by names that its code does not mention."""
         self._of_namespaces: dict[tuple[int, int, str], list[Source]] = {}
         """What some code may read of such a class, or of a class or module that it is given."""
@@ -223,6 +236,8 @@ class GlobalReads(Detector):
         elif function.__name__ in WARN and function.__module__ == "_warnings":
             if not self.watch.is_paused:  # now they may be others: ``with catch_warnings():``
                 self.watch.read(FILTERS)
+        elif function.__name__ in _PICKLES and _pickles(function):
+            self.watch.read_all_attributes(None)
         elif _reads_by_text(function) and is_users_code(frame):
             self.watch.report_once_a_line(Cause.OPAQUE, function.__name__)
 
@@ -237,6 +252,10 @@ class GlobalReads(Detector):
             self._read_environment(frame)
         for words, line in known.opaque:
             self.watch.report_once_a_line(Cause.OPAQUE, words, location=line)
+        if known.reads_modules or (self._reads_unseen and known.names is not None):
+            self.watch.read_all_attributes(None)
+        if known.copies and isinstance(copied := frame.f_locals["x"], nn.Module):
+            self.watch.read_all_attributes(copied)
         for source in known.sources:
             self._read(source)
         for source in level_asked_for(frame):
@@ -313,8 +332,6 @@ class GlobalReads(Detector):
         ]
         opaque += [(name, location) for name, value in loaded if returns_library_state(value)]
         opaque += [(f"sys.modules[{name!r}]", location) for name in names.imports_objects]
-        if reads_modules_unseen(frame):
-            opaque.append(("__getattribute__ of a module", location))
         if asks_for_registrations(frame, names):
             sources.append(REGISTRATIONS)
         for source in sources:
@@ -335,6 +352,7 @@ class GlobalReads(Detector):
             functions=held,
             names=names,
             opaque=opaque,
+            reads_modules=may_read_modules_unseen(names, frame),
         )
 
     def _note_named(self, namespaces: list[Any]) -> None:
@@ -421,12 +439,12 @@ class GlobalReads(Detector):
         is_of_module = frame.f_globals.get("__file__") == file
         is_looked_at = has_volatile(file) or has_settings(file) or has_writes(file)
         is_looked_at = is_looked_at or has_decimal(frame.f_globals)
-        if is_of_module and not (is_looked_at or file == importlib.__file__):
+        if is_of_module and not (is_looked_at or file in (importlib.__file__, copy.__file__)):
             self.quiet_files.add(file)
         volatile, is_of_environment = volatile_in_python(code), reads_environment(code)
         write = write_in_python(code)
         matters = bool(volatile or settings or write) or is_of_environment or code is _IMPORT
-        matters = matters or asks_for_level(code)
+        matters = matters or asks_for_level(code) or code in _COPIES
         return _Code(
             code,
             matters=matters,
@@ -434,6 +452,7 @@ class GlobalReads(Detector):
             is_of_environment=is_of_environment,
             write=write,
             sources=settings,
+            copies=code in _COPIES,
         )
 
     def _find_functions(self, frame: FrameType) -> FoundFunctions:
@@ -487,6 +506,7 @@ class GlobalReads(Detector):
             self._inside[key] = inside
             with self.watch.paused():
                 self._modules[key] = [ModuleState(module) for module in modules]
+        self._reads_unseen |= contents.reads_unseen
         if opaque:
             self._problems[key] = [(Cause.OPAQUE, words, location) for words in opaque]
         self._before[key] = (source, value, contents)
@@ -513,6 +533,10 @@ class _Code(NamedTuple):
     """The names that it may read of a class or module that it is given; None: it is given none."""
     opaque: Sequence[tuple[str, str]] = ()
     """Its actions that cannot be followed, with their lines."""
+    copies: bool = False
+    """Whether it copies its argument ``x``, with all attributes."""
+    reads_modules: bool = False
+    """Whether it may read any module without an interception."""
 
 
 def _with_lines(sources: Iterable[Source], lines: Mapping[str, str]) -> list[Source]:
@@ -526,6 +550,11 @@ def _with_lines(sources: Iterable[Source], lines: Mapping[str, str]) -> list[Sou
 def _reads_by_text(function: Any) -> bool:
     name = getattr(function, "__name__", "")
     return name in _BY_TEXT and function is getattr(builtins, name)
+
+
+def _pickles(function: Any) -> bool:
+    owner = getattr(function, "__self__", None)
+    return function.__module__ == "_pickle" or isinstance(owner, pickle.Pickler)
 
 
 def _words(source: Source) -> str:
