@@ -1,6 +1,7 @@
 """Trains on several ranks, on the CPU or on GPUs: run by test_training_ddp.py in processes."""
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from cg_lightning.core.forward_context import current_forward_context
+from cg_lightning.core.modes import CUDAGraphMode
 from tests.harness import Harness
 from tests.test_training import Classifier, Fit, LogsGradients, Tied, points, replayed
 
@@ -194,6 +197,54 @@ class LogsOverRanksInStep(Classifier):
         return loss
 
 
+class NeedsMemory(torch.autograd.Function):
+    """Needs too much memory in captures of the second rank: of its forward, or its backward."""
+
+    @staticmethod
+    def forward(ctx, x, place):
+        ctx.place = place
+        _take_memory(place == "forward")
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        _take_memory(ctx.place == "backward")
+        return gradient, None
+
+
+def _take_memory(is_here):
+    context = current_forward_context()
+    is_capture = context is not None and context.cudagraph_runtime_mode is CUDAGraphMode.FULL
+    if is_here and is_capture and torch.distributed.get_rank() == 1:
+        raise torch.OutOfMemoryError("out of memory")
+
+
+class OneRankLacksMemory(Classifier):
+    place = "forward"
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return nn.functional.cross_entropy(NeedsMemory.apply(self.net(x), self.place), y)
+
+
+class OneRankLacksMemoryInBackward(OneRankLacksMemory):
+    place = "backward"
+
+
+class Interrupted(Classifier):
+    """A key is pressed in both processes, as a terminal does it."""
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.global_step == 12:
+            signal.raise_signal(signal.SIGINT)
+
+
+class OneRankIsInterrupted(Classifier):
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.global_step == 12 and self.global_rank == 1:
+            signal.raise_signal(signal.SIGINT)
+
+
 class OneRankStops(Classifier):
     """Its second rank raises an error when steps run from graphs."""
 
@@ -261,6 +312,8 @@ CASES = {
     "other shapes": (OneRankHasOtherShapes, {"max_epochs": 6}),
     "freezes": (Classifier, {"others": lambda: [Freezes()], "strategy": unused, "max_epochs": 4}),
     "one rank waits": (OneRankWaits, {}),
+    "one rank lacks memory": (OneRankLacksMemory, {}),
+    "one rank lacks memory in its backward": (OneRankLacksMemoryInBackward, {}),
     "logs over ranks in the step": (LogsOverRanksInStep, {}),
     "normalized over ranks": (NormalizesOverRanks, {"strategy": small_buckets}),
     "reduced in the backward": (ReducesInBackward, {"strategy": small_buckets}),
@@ -313,6 +366,32 @@ def stop(backend: str, folder: Path) -> None:
     os._exit(1)
 
 
+def end(backend: str, folder: Path) -> None:
+    """The script ends after ``fit``, with its process group, as most scripts do."""
+    _fit_and_end(backend, folder, Classifier())
+
+
+def interrupt(backend: str, folder: Path) -> None:
+    """Ctrl-C reaches both processes."""
+    _fit_and_end(backend, folder, Interrupted())
+
+
+def interrupt_one(backend: str, folder: Path) -> None:
+    """A signal reaches one process."""
+    _fit_and_end(backend, folder, OneRankIsInterrupted())
+
+
+def _fit_and_end(backend: str, folder: Path, model: Classifier) -> None:
+    harness = Harness(backend, folder)
+    callback = harness.callback(stages=["train"])
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        trainer = harness.trainer(callback, strategy="ddp", devices=2, max_epochs=3)
+        trainer.fit(model, points(number=36))
+    finally:
+        print("replays", replayed(callback), flush=True)
+
+
 def three(backend: str, folder: Path) -> None:
     """The same for a few cases on three ranks."""
     main(backend, folder, 3, ON_THREE)
@@ -340,4 +419,5 @@ def main(backend: str, folder: Path, ranks: int = 2, names: Sequence[str] = tupl
 
 if __name__ == "__main__":
     job, backend, folder = sys.argv[1:]
-    {"main": main, "stop": stop, "three": three}[job](backend, Path(folder))
+    jobs = (main, stop, three, end, interrupt, interrupt_one)
+    {each.__name__: each for each in jobs}[job](backend, Path(folder))

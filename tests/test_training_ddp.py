@@ -16,6 +16,8 @@ def two_ranks(backend):
 EAGER = {
     # case: the ranks that no graph runs on, and a word of the reason
     "one rank waits": ((1,), "host sync"),
+    "one rank lacks memory": ((1,), "OutOfMemoryError: out of memory"),
+    "one rank lacks memory in its backward": ((1,), "OutOfMemoryError: out of memory"),
     "checkpoint": ((0, 1), "CheckpointFunction runs another one"),
     "logs over ranks in the step": ((0, 1), "collective"),
     "normalized over ranks": ((0, 1), "collective"),
@@ -32,7 +34,7 @@ def test_everything_is_equal_on_both_ranks(tmp_path, two_ranks):
     """Hazard 44: also if the ranks do not capture in the same step, or one cannot."""
     done = run_two_ranks("tests.ddp_training_worker", "main", two_ranks, str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    _check_ranks(tmp_path, 2, 22)
+    _check_ranks(tmp_path, 2, 24)
 
 
 @pytest.mark.exhaustive
@@ -66,3 +68,20 @@ def test_an_error_on_one_rank_ends_both(tmp_path, two_ranks):
     assert "the second rank stops" in done.stderr
     assert "replays 0" not in done.stdout
     assert "replays " in done.stdout
+
+
+ENDS = {
+    # job: whether the processes end with the status 0
+    "end": True,
+    "interrupt": False,
+    "interrupt_one": False,
+}
+
+
+@pytest.mark.parametrize("job", ENDS)
+def test_both_ranks_end(tmp_path, two_ranks, job):
+    """At the end of a script, by Ctrl-C, and if one process is interrupted."""
+    done = run_two_ranks("tests.ddp_training_worker", job, two_ranks, str(tmp_path))
+    assert (done.returncode == 0) == ENDS[job], done.stdout + done.stderr
+    replays = [int(line.split()[1]) for line in done.stdout.splitlines() if "replays" in line]
+    assert min(replays, default=0) > 3, done.stdout + done.stderr
