@@ -123,6 +123,9 @@ def test_memory_of_many_queued_batches_is_bounded(harness):
 class CopiesAtOnce:
     """The copies of a device without streams."""
 
+    def is_device_busy(self) -> bool:
+        return True
+
     def run(self, copy_batch: Any) -> Any:
         return copy_batch()
 

@@ -1075,6 +1075,27 @@ def test_a_checkpoint_that_keeps_its_random_state(fit):
     assert reason.remedy == "checkpoint(..., preserve_rng_state=False), if nothing in it draws"
 
 
+class ReentrantlyCheckpointed(Classifier):
+    """Its backward runs another one, and reads gradients that this has made."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)))
+
+    def training_step(self, batch, batch_idx):
+        x, labels = batch
+        settings = {"use_reentrant": True, "preserve_rng_state": False}
+        logits = checkpoint(self.net[1:], self.net[0](x), **settings)
+        return nn.functional.cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_reentrant_checkpoint(fit, batches, verify_replays):
+    settings = {"verify_replays": verify_replays}
+    callback = fit(ReentrantlyCheckpointed(), accumulate_grad_batches=batches, settings=settings)
+    assert replayed(callback) > 15, callback.summary()
+
+
 def test_a_setting_that_changes_between_batches(fit):
     callback = fit(Classifier(), others=lambda: [DropoutSchedule()], max_epochs=5)
     assert replayed(callback) > 5

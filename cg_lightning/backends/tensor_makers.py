@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _python_dispatch
 
 from cg_lightning.backends.imported_functions import replaced_where_imported
+from cg_lightning.core.kernel_flags import device_of_new_tensors
 
 TensorMaker = Callable[..., Tensor]
 
@@ -100,7 +101,7 @@ class MakerCall:
         if self.name == "new_tensor":
             own: torch.device = self.arguments["self"].device
             return own
-        return torch.get_default_device()
+        return device_of_new_tensors()
 
     def on_host(self) -> Tensor:
         """Return the result of the call, on the CPU in memory of its own, without a dispatch."""

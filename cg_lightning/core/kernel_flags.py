@@ -97,6 +97,31 @@ def _function_modes() -> tuple[Any, ...]:
     return tuple([mode.device if type(mode) is DeviceContext else mode for mode in modes])
 
 
+_number_of_dispatch_modes: Callable[[], int] = getattr(
+    torch._C, "_len_torch_dispatch_stack", lambda: 0
+)  # private
+
+
+def seeing_mode() -> str:
+    """Return the class of a mode of the user's that sees what is called; empty if there is none.
+
+    A ``TorchDispatchMode`` sees each operation, a ``TorchFunctionMode`` each function of torch. A
+    replay makes no such call.
+    """
+    modes: list[Any] = []
+    if _number_of_function_modes():
+        modes = [each for each in _function_modes() if not isinstance(each, torch.device)]
+    if number := _number_of_dispatch_modes():
+        modes.append(torch._C._get_dispatch_stack_at(number - 1))
+    return type(modes[-1]).__name__ if modes else ""
+
+
+def device_of_new_tensors() -> torch.device:
+    """Return where functions make tensors: ``torch.get_default_device``, which makes one itself."""
+    devices = [each for each in _function_modes() if isinstance(each, torch.device)]
+    return devices[-1] if devices else torch.device("cpu")
+
+
 _AUTOCASTING = ("cuda", "cpu")
 _any_autocast = _native("_is_any_autocast_enabled", lambda: True)
 
@@ -106,6 +131,18 @@ def autocast_flags(device_type: str) -> tuple[bool, torch.dtype | None]:
     if not torch.is_autocast_enabled(device_type):
         return (False, None)
     return (True, torch.get_autocast_dtype(device_type))
+
+
+def keeps_casts(device_type: str) -> bool:
+    """Return True if autocast is on and keeps the weights that it has cast.
+
+    Until its outermost context ends, later casts are those copies, even if weights have changed.
+    """
+    return bool(
+        _any_autocast()
+        and torch.is_autocast_enabled(device_type)
+        and torch.is_autocast_cache_enabled()
+    )
 
 
 def kernel_flags() -> tuple[Any, ...]:

@@ -20,6 +20,7 @@ class Status(enum.Enum):
     NO_KEY = "batch without a key"
     GRADIENTS = "gradients enabled"
     CLOSURE_HOOK = "hook inside the closure"
+    CONTEXT = "context around the step"
     LOADER_ITERATOR = "dataloader_iter"
     NO_TARGET = "no submodule to capture"
     CAPTURE_FAILED = "capture failed"
@@ -43,6 +44,7 @@ _REMEDIES = {
     Status.NO_KEY: "give the step tensors, plain values and containers of them",
     Status.GRADIENTS: "evaluate with Trainer(inference_mode=True), without enable_grad",
     Status.CLOSURE_HOOK: "use on_after_backward or on_before_optimizer_step instead",
+    Status.CONTEXT: "enter it in the step; instead of autocast, set the Trainer's precision",
     Status.LOADER_ITERATOR: "take a batch in the step, not dataloader_iter",
     Status.NO_TARGET: "put the layers into submodules with parameters",
     Status.CAPTURE_FAILED: "remove what the message names, or choose a lower mode",
@@ -190,3 +192,8 @@ def joined(reasons: Iterable[Reason]) -> Reason | None:
 
 WARM_UP = Reason(Status.WARM_UP, Status.WARM_UP.value)
 """The reason of every eager step before a capture."""
+AUTOCAST = Reason(
+    Status.CONTEXT,
+    f"{Status.CONTEXT.value}: autocast, which keeps from one step to the next what it has cast",
+)
+"""The reason of steps for which :func:`~cg_lightning.core.kernel_flags.keeps_casts` holds."""

@@ -30,7 +30,7 @@ from cg_lightning.core.forward_context import (
     leave_forward_context,
     override_forward_context,
 )
-from cg_lightning.core.kernel_flags import kernel_flags
+from cg_lightning.core.kernel_flags import kernel_flags, seeing_mode
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import WARM_UP, Reason, Status, joined
 from cg_lightning.padding.entry import PaddedEntry
@@ -152,6 +152,9 @@ class StepRunner:
             return self._run_as_it_is(args, kwargs, _LOADER_ITERATOR)
         if torch.is_grad_enabled():
             return self._run_as_it_is(args, kwargs, _GRADIENTS)
+        if mode := seeing_mode():
+            words = f"{Status.CONTEXT.value}: {mode} sees what the step calls"
+            return self._run_as_it_is(args, kwargs, Reason(Status.CONTEXT, words))
         start = perf_counter()
         session = self._session
         session.cache.step += not session.is_part

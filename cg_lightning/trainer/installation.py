@@ -12,7 +12,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy
 
 from cg_lightning.backends import CapturedGraph
-from cg_lightning.core.reasons import Reason, Status
+from cg_lightning.core.kernel_flags import keeps_casts
+from cg_lightning.core.reasons import AUTOCAST, Reason, Status
 from cg_lightning.core.stages import STEP_METHODS
 from cg_lightning.core.tree import flatten
 from cg_lightning.padding.padder import Padder
@@ -161,12 +162,15 @@ class Installation:
             self._prepare(stage)
             self.session.install()
         runner = self._runners[stage]
+        run: Callable[..., Any] = runner.run
+        if keeps_casts(self.session.backend.device.type):  # before the Trainer's own autocast
+            run = functools.partial(runner.run_as_it_is, reason=AUTOCAST)
         with getattr(strategy.precision_plugin, _CONTEXTS[stage])():
             wrapper = strategy.model
             if wrapper is None or wrapper is strategy.lightning_module:
-                return runner.run(args, kwargs)
+                return run(args, kwargs)
             # DDP broadcasts buffers in its forward, where all ranks must meet
-            step = functools.partial(_run_all, runner)
+            step = functools.partial(_run_all, run)
             return run_in_wrapper(strategy, self.module, name, step, *args, **kwargs)
 
 
@@ -221,8 +225,8 @@ class InertInstallation:
         return output
 
 
-def _run_all(runner: StepRunner, *args: Any, **kwargs: Any) -> Any:
-    return runner.run(args, kwargs)
+def _run_all(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return run(args, kwargs)
 
 
 def _definition(module: LightningModule, name: str) -> Any:

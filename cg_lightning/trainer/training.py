@@ -16,7 +16,8 @@ from cg_lightning.backends import CapturedGraph
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.closure import ClosureInput, FinishedClosure, UnfinishedClosure
 from cg_lightning.core.descriptor import Fixed
-from cg_lightning.core.reasons import WARM_UP, Reason, Status
+from cg_lightning.core.kernel_flags import keeps_casts
+from cg_lightning.core.reasons import AUTOCAST, WARM_UP, Reason, Status
 from cg_lightning.core.stages import STEP_METHODS, TRAIN
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner
@@ -211,6 +212,8 @@ class TrainingInstallation:
             return WARM_UP
         if torch.is_anomaly_enabled():
             return _ANOMALY
+        if keeps_casts(self.session.backend.device.type):
+            return AUTOCAST
         if self._node_hooks:
             return _NODE_HOOK
         if closure._zero_grad_fn is None and self._step.share_gradients():

@@ -37,7 +37,7 @@ _TORCH = Path(torch.__file__).parent
 _HARMLESS = {
     (str(_TORCH / "_tensor.py"), "__deepcopy__"),  # of a copy's gradient, that is reported if read
     (str(_TORCH / "nn/modules/module.py"), "_apply"),  # of ``to``, which moves it as well
-    (str(_TORCH / "utils/checkpoint.py"), "backward"),  # of inputs that it has made itself
+    (str(_TORCH / "utils/checkpoint.py"), "<genexpr>"),  # of inputs that its backward has made
 }
 """Where PyTorch reads or sets gradients for itself: files and functions."""
 _RUN_ENGINE = getattr(torch.autograd.graph, "_engine_run_backward", None)  # private
@@ -134,23 +134,33 @@ class Backward(Detector):
         inherited: Any = Tensor.grad  # of a base class that is written in C
         original: Any = Tensor.retain_grad
         watch = self.watch
+        inside = 0  # a function mode calls these functions again for the same access
 
-        def note(words: str) -> None:
-            code = sys._getframe(2).f_code
-            if not (watch.is_paused or is_our_file(code.co_filename) or _is_harmless(code)):
+        @contextlib.contextmanager
+        def noted(words: str) -> Iterator[None]:
+            nonlocal inside
+            code = sys._getframe(3).f_code  # this, __enter__, the property, its user
+            if not (
+                inside or watch.is_paused or is_our_file(code.co_filename) or _is_harmless(code)
+            ):
                 self._note(words)
+            inside += 1
+            try:
+                yield
+            finally:
+                inside -= 1
 
         def get(tensor: Tensor) -> Tensor | None:
-            note("the step reads a gradient")
-            return inherited.__get__(tensor)  # type: ignore[no-any-return]
+            with noted("the step reads a gradient"):
+                return inherited.__get__(tensor)  # type: ignore[no-any-return]
 
         def set_gradient(tensor: Tensor, gradient: Tensor | None) -> None:
-            note("the step sets a gradient")
-            inherited.__set__(tensor, gradient)
+            with noted("the step sets a gradient"):
+                inherited.__set__(tensor, gradient)
 
         def delete(tensor: Tensor) -> None:
-            note("the step sets a gradient")
-            inherited.__delete__(tensor)
+            with noted("the step sets a gradient"):
+                inherited.__delete__(tensor)
 
         def retain_grad(tensor: Tensor) -> None:
             watch.report(Cause.BACKWARD, "retain_grad")
