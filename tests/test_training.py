@@ -272,6 +272,31 @@ class Autoencoder(Classifier):
         return {"loss": rebuilt + divergence, "sample": sample, "input": x, "name": "vae"}
 
 
+class OfDistributions(Autoencoder):
+    """Samples with ``torch.distributions``, which check their arguments on the host."""
+
+    checks: bool | None = None
+
+    def training_step(self, batch, batch_idx):
+        mean, scale = self.net(batch[0]).chunk(2, dim=1)
+        scale = F.softplus(scale) + 1e-3
+        posterior = torch.distributions.Normal(mean, scale, validate_args=self.checks)
+        normal = torch.zeros_like(mean), torch.ones_like(mean)
+        prior = torch.distributions.Normal(*normal, validate_args=self.checks)
+        divergence = torch.distributions.kl_divergence(posterior, prior).mean()
+        return F.mse_loss(self.decoder(posterior.rsample()), batch[0]) + divergence
+
+
+class OfUncheckedDistributions(OfDistributions):
+    checks = False
+
+
+@pytest.mark.parametrize("make", [OfDistributions, OfUncheckedDistributions])
+def test_distributions(fit, make):
+    callback = fit(make())
+    assert (replayed(callback) > 15) == (make.checks is False), callback.summary()
+
+
 def test_samples_and_further_outputs(fit):
     assert replayed(fit(Autoencoder())) > 15
 
@@ -1311,7 +1336,10 @@ def test_strict(harness):
 
 
 def test_the_summary(harness):
-    callback = harness.callback(stages=["train"])
-    harness.trainer(callback).fit(Classifier(), points())
+    callback, model = harness.callback(stages=["train"]), Classifier()
+    harness.trainer(callback).fit(model, points())
     assert "train: " in callback.summary()
-    assert "training_step" in callback.summary()
+    row = next(each for each in callback.summary().splitlines() if "training_step" in each)
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert callback.stats.graph_bytes >= gradients  # and activations
+    assert float(row.split()[-1]) == pytest.approx(callback.stats.graph_bytes / 2**20, abs=0.1)
