@@ -1,22 +1,24 @@
 """Trains on several ranks, on the CPU or on GPUs: run by test_training_ddp.py in processes."""
 
+import copy
 import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
-from tests.harness import Harness
-from tests.test_training import Classifier, Fit, LogsGradients, Tied, points, replayed
+from tests.harness import Harness, assert_same
+from tests.test_training import Classifier, Fit, KeepAll, LogsGradients, Tied, points, replayed
 
 
 class OneRankWaits(Classifier):
@@ -392,6 +394,36 @@ def _fit_and_end(backend: str, folder: Path, model: Classifier) -> None:
         print("replays", replayed(callback), flush=True)
 
 
+class Moves(Classifier):
+    def configure_model(self):
+        """A strategy that moves parameters asks for it. One device needs nothing."""
+
+
+def moved(backend: str, folder: Path) -> None:
+    """A strategy that moves parameters between steps: training is as without the callback."""
+    harness, start, seen = Harness(backend, folder), Moves(), []
+    callback = harness.callback(stages=["train", "validate"])
+    for own in ([callback], [], [harness.callback(stages=["train"], strict=True)]):
+        torch.manual_seed(1)
+        model, kept = copy.deepcopy(start), KeepAll()
+        strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+        trainer = harness.trainer(*own, kept, strategy=strategy)
+        try:
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                trainer.fit(model, points(), points(12))
+        except RuntimeError as error:
+            print("strict:", error)
+            break
+        said = [str(each.message) for each in warned if "CUDAGraphCallback" in str(each.message)]
+        print("said:", *said)
+        assert len(said) == len(own)
+        seen.append((kept.outputs, kept.weights, kept.metrics, dict(trainer.callback_metrics)))
+    assert_same(*seen)
+    print("modes:", *callback.stats.steps_of("train"))
+    torch.distributed.destroy_process_group()
+
+
 def three(backend: str, folder: Path) -> None:
     """The same for a few cases on three ranks."""
     main(backend, folder, 3, ON_THREE)
@@ -419,5 +451,5 @@ def main(backend: str, folder: Path, ranks: int = 2, names: Sequence[str] = tupl
 
 if __name__ == "__main__":
     job, backend, folder = sys.argv[1:]
-    jobs = (main, stop, three, end, interrupt, interrupt_one)
+    jobs = (main, stop, three, end, interrupt, interrupt_one, moved)
     {each.__name__: each for each in jobs}[job](backend, Path(folder))

@@ -85,3 +85,13 @@ def test_both_ranks_end(tmp_path, two_ranks, job):
     assert (done.returncode == 0) == ENDS[job], done.stdout + done.stderr
     replays = [int(line.split()[1]) for line in done.stdout.splitlines() if "replays" in line]
     assert min(replays, default=0) > 3, done.stdout + done.stderr
+
+
+def test_a_strategy_that_moves_parameters(tmp_path, backend):
+    """It is said once, training is as without the callback, and with ``strict`` it is an error."""
+    done = run_two_ranks("tests.ddp_training_worker", "moved", backend, str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    words = "ModelParallelStrategy moves parameters between steps"
+    said = [line for line in done.stdout.splitlines() if words in line]
+    assert [line.split()[0] for line in said] == ["said:", "strict:"]
+    assert "modes: NONE" in done.stdout.splitlines()
