@@ -77,20 +77,25 @@ class _LastQuarter(Callback):
         self._backend = backend
         self.began = 0.0
 
-    def on_validation_batch_start(
+    def on_validation_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
+        outputs: Any,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take the time."""
-        if batch_idx == self._first:
+        """Take the time.
+
+        It is not taken when a batch starts: values of batches that a hook is given before the step
+        are read on the device.
+        """
+        if batch_idx == self._first - 1:
             self._backend.synchronize()
             self.began = perf_counter()
 
-    on_predict_batch_start = on_validation_batch_start
+    on_predict_batch_end = on_validation_batch_end
 
 
 def texts(number: int, device: torch.device) -> list[dict[str, Tensor]]:
