@@ -8,10 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from cg_lightning.core.equality import close_by_largest
-from cg_lightning.core.kernel_flags import rounds_products
 from tests.test_compilation import Counted
 from tests.test_padding import (
     MANY,
@@ -80,37 +77,6 @@ def test_few_shapes_are_compiled_and_few_steps_watched(harness, monkeypatch, sta
     assert len(watched) == (1 if stage == "predict" else 2)
     assert callback.stats.compile_seconds > 0
     assert not [child for child in model.modules() if "_compiled_call_impl" in vars(child)]
-
-
-@pytest.fixture
-def precision():
-    before = torch.get_float32_matmul_precision()
-    yield torch.set_float32_matmul_precision
-    torch.set_float32_matmul_precision(before)
-
-
-@pytest.mark.parametrize("rounds", [False, True])
-@pytest.mark.parametrize("stage", ["predict", "validate"])
-def test_compiled_code_may_differ_more_if_products_are_rounded(harness, precision, stage, rounds):
-    if harness.backend == "recorder":
-        pytest.skip("the recorder captures uncompiled code")
-    precision("high" if rounds else "highest")
-    settings = {"pad_dims": rules(SIZES), "compile": {"backend": Counted(1 + 1e-3)}}
-    callback = harness.callback(verify_tolerance="close", **settings)
-    trainer, data = harness.trainer(callback), DataLoader(texts(*MANY), batch_size=None)
-    (trainer.predict if stage == "predict" else trainer.validate)(Classifies(False), data)
-    assert (padded_steps(callback) > 40) is rounds, callback.summary()
-
-
-def test_what_rounded_products_may_change():
-    one = torch.tensor([1.0, -2.0, 1e-3, torch.nan])
-    assert close_by_largest(one + 0.009, one)
-    assert not close_by_largest(one + 0.011, one)
-    assert not close_by_largest(torch.ones(4), one)
-    assert not close_by_largest(one.double(), one.double())
-    assert not close_by_largest(one[:2], one)
-    assert close_by_largest(torch.empty(0), torch.empty(0))
-    assert not rounds_products()
 
 
 @pytest.mark.parametrize("stage", ["predict", "validate"])

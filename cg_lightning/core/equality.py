@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ROUNDED_PRODUCTS = 0.005
-"""Share of the largest value by which float32 may differ if products are rounded to 10 bits."""
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The dtype of the bits of a number, by its size in bytes."""
 
@@ -88,16 +86,3 @@ def close_leaf(one: Any, other: Any) -> bool:
     except TypeError:  # it knows tensors and numbers only
         return same_leaf(one, other)
     return True
-
-
-def close_by_largest(one: Any, other: Any) -> bool:
-    """Return True for float32 tensors that differ no more than sums of rounded products may.
-
-    The sums may cancel, so that small values have the error of large ones.
-    """
-    both = isinstance(one, Tensor) and isinstance(other, Tensor)
-    if not both or {one.dtype, other.dtype} != {torch.float32} or one.shape != other.shape:
-        return False
-    largest = other.abs().nan_to_num(0.0, 0.0, 0.0).amax() if other.numel() else 0.0
-    atol = _ROUNDED_PRODUCTS * float(largest)
-    return torch.allclose(one, other, rtol=0.0, atol=atol, equal_nan=True)

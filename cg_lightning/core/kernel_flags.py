@@ -81,12 +81,6 @@ _float32_precision: Callable[[], tuple[Any, ...]] = (
 )
 
 
-def rounds_products() -> bool:
-    """Return True if factors of products of float32 may be rounded on the GPU (TF32)."""
-    general, matmul = _float32_precision()[:2]
-    return (general if matmul == "none" else matmul) in ("tf32", "bf16")
-
-
 _number_of_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 
 

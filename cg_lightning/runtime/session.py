@@ -472,13 +472,8 @@ class Session:
         target = self.target.capture_target(name, plan, padded)
         return self._verifier.check(target, call, get_entry, self.cache.step)
 
-    @property
-    def compares_roughly(self) -> bool:
-        """See :attr:`Verifier.is_rough`."""
-        return self._verifier.is_rough
-
     def difference(self, found: Any, expected: Any) -> str:
-        """Return the first leaf of an output that differs from another one; empty if none does."""
+        """Return the first leaf of an output that differs from eager's; empty if none does."""
         return self._verifier.difference(found, expected)
 
     def settle(self, plan: Plan) -> None:

@@ -12,9 +12,8 @@ from torch import Tensor
 from cg_lightning.backends import GraphBackend
 from cg_lightning.capture.call import CaptureTarget, GraphCall
 from cg_lightning.capture.capture import WrittenTensors
-from cg_lightning.core.equality import close_by_largest, close_leaf, same_leaf
+from cg_lightning.core.equality import close_leaf, same_leaf
 from cg_lightning.core.errors import CaptureError, UnkeyableBatchError
-from cg_lightning.core.kernel_flags import rounds_products
 from cg_lightning.core.tree import flatten, leaf_paths
 from cg_lightning.effects.module_effects import Comparison
 from cg_lightning.effects.step_state import NoState, StepState
@@ -132,18 +131,6 @@ class Verifier:
         self._is_same = same_leaf if tolerance == "exact" else close_leaf
         self._written = written
 
-    @property
-    def is_rough(self) -> bool:
-        """Whether graphs may differ from eager by more than the tolerance.
-
-        Compiled code multiplies in another order, and each product may be rounded to 10 bits.
-        """
-        compiles = self._compilation is not None and self._compilation.compiles
-        return compiles and self._backend.device.type == "cuda" and rounds_products()
-
-    def _is_as_eager(self, one: Any, other: Any) -> bool:
-        return self._is_same(one, other) or (self.is_rough and close_by_largest(one, other))
-
     def check(
         self,
         target: CaptureTarget,
@@ -169,7 +156,7 @@ class Verifier:
             return self._compare(target, call, comparison, get_entry, step)
 
     def difference(self, found: Any, expected: Any) -> str:
-        """Return the first leaf of an output that differs from another one; empty if none does.
+        """Return the first leaf of an output that differs from eager's; empty if none does.
 
         Values below the absolute tolerance are compared by their own scale.
         """
@@ -263,7 +250,7 @@ class Verifier:
                 f"{why}",
             )
         pairs = enumerate(zip(found, wanted, strict=True))
-        differing = [index for index, (one, other) in pairs if not self._is_as_eager(one, other)]
+        differing = [index for index, (one, other) in pairs if not self._is_same(one, other)]
         if not differing:
             if comparison is not None:
                 comparison.keep_replay()
