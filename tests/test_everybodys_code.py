@@ -347,6 +347,22 @@ CASES: dict[str, Case] = {
         lambda module: setattr(module, "scale", 3.0),
         lambda module: setattr(module, "net", ReadsOtherStatically(module)),
     ),
+    # modules that are no submodules
+    "a new attribute of a module in a list": Case(
+        times(lambda module: getattr(module.kept[0], "of_tests", 1.0)),
+        lambda module: setattr(module.kept[0], "of_tests", 3.0),
+        keep(lambda: [Part()]),
+    ),
+    "a new attribute inside a module in a list": Case(
+        times(lambda module: 3.0 if hasattr(module.kept[0].linear, "of_tests") else 1.0),
+        lambda module: setattr(module.kept[0].linear, "of_tests", 3.0),
+        keep(lambda: [Part()]),
+    ),
+    "a new buffer of a module in a dictionary": Case(
+        times(lambda module: len(list(module.kept["a"].buffers())) + 1.0),
+        lambda module: module.kept["a"].register_buffer("of_tests", torch.ones(())),
+        keep(lambda: {"a": Part()}),
+    ),
     "__getattribute__ in a function": Case(
         times(scale_of),
         lambda module: setattr(module, "scale", 3.0),

@@ -6,12 +6,13 @@ Reads of their attributes cannot be observed, so all of their attributes count a
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import Any
 
 from torch import nn
 
 from cg_lightning.diagnosis.contents import look_into
 from cg_lightning.diagnosis.step_watch import StepWatch
-from cg_lightning.guards.sources import MISSING, Source
+from cg_lightning.guards.sources import MISSING, DerivedNamespace, Source
 from cg_lightning.guards.value_kinds import holds_nothing
 from cg_lightning.metrics.members import ATTRIBUTES_OF_METRICS, state_names
 from cg_lightning.modules.attributes import user_attributes
@@ -26,11 +27,35 @@ def hidden_modules(watch: StepWatch, found: Collection[nn.Module]) -> list[nn.Mo
 
 def sources_in(modules: Iterable[nn.Module], path: str) -> list[Source]:
     """Return the attributes of modules, as sources. ``path`` names what holds the modules."""
-    return [
+    modules = list(modules)
+    if not modules:
+        return []
+    found = [
         Source(module, name, f"{path}: {type(module).__name__}.{name}")
         for module in modules
         for name in _attributes(module)
     ]
+    number = Source(_Attributes(modules), "number", f"{path}: the number of attributes of modules")
+    return [*found, number]
+
+
+class _Attributes(DerivedNamespace):
+    """The number of attributes of some modules: a step may ask for one that is new.
+
+    One that is removed is a source of its own.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        spaces = [vars(module) for module in modules]
+        tables = [space[name] for space in spaces for name in _TABLES]
+        self._spaces = [*spaces, *tables]
+
+    def get(self, name: str, default: Any) -> int:
+        """Return the number."""
+        return sum(map(len, self._spaces))
+
+
+_TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def _attributes(module: nn.Module) -> list[str]:
