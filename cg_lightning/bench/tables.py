@@ -117,17 +117,20 @@ def details(records: list[Record], stage: str) -> str:
 
 def training(records: list[Record]) -> str:
     """Return two tables of training: times, and weights compared with those of eager."""
+    measured = contestants_of(records)
+    shown = [name for name in TRAINERS if name != "loop_and_logs" or name in measured]
     times, weights = [], []
     for title, case in _rows(records, TRAIN):
-        row = [_cell(_microseconds(case, name), bold=name == OURS) for name in TRAINERS]
+        row = [_cell(_microseconds(case, name), bold=name == OURS) for name in shown]
         factor = _faster(case, ["eager"])
         on_gpu = (_cell(gpu_time(case)), _cell(optimizer_time(case)))
         times.append([title, *on_gpu, *row, f"{factor:.1f}x" if factor else "-"])
-        weights.append([title, *(_weights(case, name) for name in TRAINERS if name not in LOOPS)])
-    names = [_HEADERS[name] for name in TRAINERS if name != "loop"]
+        weights.append([title, *(_weights(case, name) for name in shown if name not in LOOPS)])
+    headers = [_HEADERS[name] for name in shown if name != "loop"]
     on_gpu = ("closure on the GPU", "optimizer on it")
-    header = ["`fit`", *on_gpu, "empty loop, optimizer", *names, "faster than eager"]
-    of_weights = ["weights", "eager again", *names[2:]]
+    header = ["`fit`", *on_gpu, "empty loop, optimizer", *headers, "faster than eager"]
+    others = [_HEADERS[name] for name in shown if name not in (*LOOPS, "eager")]
+    of_weights = ["weights", "eager again", *others]
     return f"{_markdown(header, times)}\n{_markdown(of_weights, weights)}"
 
 
