@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,12 +16,15 @@ from lightning.pytorch.loops import prediction_loop
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from cg_lightning.backends import resolve_backend
 from cg_lightning.backends.recorder import RecorderBackend
 from cg_lightning.trainer import prediction_copies
 from tests.harness import Harness, assert_same
 
 CYCLES = 2_000_000  # about a millisecond on the device
 NUMBER = 12
+LATE = NUMBER - 1
+"""The last prediction is left to Lightning."""
 
 
 class LateOnHost:
@@ -112,8 +116,8 @@ def test_predictions_are_those_of_eager(late, kind, inference_mode):
     assert_same(*runs)
     if late.backend == "cuda" or kind != "expanded":  # on a CPU, Lightning copies nothing
         assert strides(runs[0]) == strides(runs[1])
-    assert callback.stats.late_predictions == NUMBER
-    assert f"{NUMBER} predictions copied behind" in callback.summary()
+    assert callback.stats.late_predictions == LATE
+    assert f"{LATE} predictions copied behind" in callback.summary()
     assert vars(prediction_loop)["move_data_to_device"] is move_data_to_device
 
 
@@ -129,7 +133,7 @@ def test_several_dataloaders_and_stages(late):
         assert type(predicted) is list
         assert [type(each) for each in predicted] == [list] * 3
         assert type(trainer.predict_loop._predictions) is list
-    assert callback.stats.late_predictions == 30
+    assert callback.stats.late_predictions == 28
 
 
 class ReadsAll(Callback):
@@ -262,7 +266,7 @@ def test_outputs_that_are_changed_in_place(late, copies):
         trainer = late.trainer(*callbacks, others)
         runs.append(trainer.predict(module, loader(inputs())))
     assert_same(*runs)
-    assert callback.stats.late_predictions == NUMBER
+    assert callback.stats.late_predictions == LATE
 
 
 class Raises(Model):
@@ -283,6 +287,128 @@ def test_an_error_leaves_complete_predictions(late):
     assert len(runs[0]) == 7
     assert_same(*runs)
     assert vars(prediction_loop)["move_data_to_device"] is move_data_to_device
+
+
+class TakesAll(Callback):
+    """Copies and saves all predictions, before our own hooks run, and keeps them."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.copies: list[Any] = []
+        self.kept: Any = None
+
+    def on_predict_batch_end(self, trainer, *_: Any) -> None:
+        predictions = trainer.predict_loop.predictions
+        for copied in (predictions, copy.copy(predictions), [[1]] + predictions):  # noqa: RUF005
+            self.copies.append(copy.deepcopy(copied))
+        torch.save(predictions, self._path)
+        self.copies.append(torch.load(self._path, weights_only=False))
+
+    def on_predict_epoch_end(self, trainer, *_: Any) -> None:
+        self.kept = trainer.predict_loop.predictions
+        assert type(self.kept) is list
+        torch.save(self.kept, self._path)
+        self.copies.append(torch.load(self._path))
+
+
+def test_several_lists_are_copied_and_saved_as_lightnings(late, tmp_path):
+    model, runs, callback = Model("dict"), [], late.callback()
+    loaders = [loader(inputs(3, start)) for start in range(2)]
+    for module, callbacks in ((copy.deepcopy(model), ()), (model, (callback,))):
+        takes = TakesAll(tmp_path / "predictions")
+        predicted = late.trainer(takes, *callbacks).predict(module, loaders)
+        assert takes.kept is predicted
+        runs.append((predicted, takes.copies))
+    assert_same(*runs)
+    assert all(type(each) is list for each in runs[1][1])
+    assert callback.stats.late_predictions > 0
+
+
+class Empties(Callback):
+    """Drops all predictions now and then, and reads the list that it has set."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_: Any) -> None:
+        self.seen.append([each.clone() for each in trainer.predict_loop.predictions])
+        if batch_idx % 4 == 2:
+            trainer.predict_loop._predictions = [[]]
+
+
+def test_lists_that_a_user_has_set_are_filled_without_delay(late):
+    model, runs, callback = Model(), [], late.callback()
+    for module, callbacks in ((copy.deepcopy(model), ()), (model, (callback,))):
+        empties = Empties()
+        predicted = late.trainer(*callbacks, empties).predict(module, loader(inputs()))
+        runs.append((predicted, empties.seen))
+    assert_same(*runs)
+    assert callback.stats.late_predictions == 2
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_list_that_a_thread_takes_during_a_copy_is_complete(late, monkeypatch, before):
+    """The copies take it themselves, before and after they are known to be under way."""
+    held: list[Any] = []
+    seen: list[Tensor] = []
+    callback = late.callback()
+    trainer = late.trainer(callback)
+    copies = type(late_copies_of(late))
+    start = copies.start
+
+    def take() -> None:
+        if not held and callback.stats.late_predictions == 4:
+            held.append(trainer.predict_loop._predictions[0])
+
+    def start_and_take(self: Any, tensor: Tensor) -> Tensor:
+        if before:
+            take()
+        started = start(self, tensor)
+        take()
+        return started
+
+    class Reads(Callback):
+        def on_predict_batch_start(self, *_: Any) -> None:
+            if held:
+                seen.append(list.__getitem__(held[0], -1).clone())
+
+    monkeypatch.setattr(copies, "start", start_and_take)
+    trainer.callbacks.append(Reads())
+    predicted = trainer.predict(Model(), loader(inputs()))
+    assert len(seen) == NUMBER - 4
+    assert_same(seen, predicted[3:-1])
+
+
+def late_copies_of(late: Harness) -> Any:
+    return resolve_backend(late.backend).late_copies()
+
+
+class OwnStream(Model):
+    """Computes on a stream of its own, and reads no value that the other stream writes."""
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        computing = torch.cuda.current_stream()
+        with torch.cuda.stream(self.stream):
+            y = self.table * batch_idx
+        computing.wait_stream(self.stream)
+        float(self.table[0, 0])  # so the step is eager
+        torch.cuda._sleep(20 * CYCLES)
+        return y
+
+
+@pytest.mark.gpu
+def test_memory_of_another_stream_is_not_used_again_before_the_copy(late):
+    if late.backend != "cuda":
+        pytest.skip("needs streams")
+    model, runs = OwnStream(), []
+    callback = late.callback()
+    for module, callbacks in ((copy.deepcopy(model), ()), (model, (callback,))):
+        module.stream = torch.cuda.Stream()
+        module.table = torch.ones(256, 256, device="cuda")
+        trainer = late.trainer(*callbacks)
+        runs.append(trainer.predict(module, loader(inputs())))
+    assert_same(*runs)
+    assert callback.stats.late_predictions == LATE
 
 
 class Writer(BasePredictionWriter):
@@ -309,7 +435,7 @@ def test_writers_get_complete_predictions(late, returns, is_first):
         result = trainer.predict(module, loader(inputs()), return_predictions=returns)
         runs.append((result, writer.written))
     assert_same(*runs)
-    assert callback.stats.late_predictions == NUMBER
+    assert callback.stats.late_predictions == LATE
 
 
 def test_no_list_no_copies(late):
@@ -346,7 +472,7 @@ def test_another_trainer_inside_is_left_alone(late):
         predicted = late.trainer(*callbacks, inside).predict(module, loader(inputs()))
         runs.append((predicted, inside.made))
     assert_same(*runs)
-    assert callback.stats.late_predictions == NUMBER
+    assert callback.stats.late_predictions == LATE
 
 
 class Moves:

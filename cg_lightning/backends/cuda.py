@@ -434,7 +434,9 @@ class CUDALateCopies:
         """Queue the copy."""
         pinned = torch.empty_like(tensor, device="cpu", pin_memory=True)
         pinned.copy_(tensor, non_blocking=True)
-        self._done.record(torch.cuda.current_stream(self._device))
+        computing = torch.cuda.current_stream(self._device)
+        self._done.record(computing)
+        tensor.record_stream(computing)  # its memory may be of another stream, and is free soon
         result = torch.empty_like(pinned, pin_memory=False)
         with self._lock:
             self._pending.append((pinned, result))

@@ -29,7 +29,8 @@ class PredictionCopies:
     During a stage, the loop calls :meth:`_move` instead. It returns tensors on the host whose
     values come later: before the loop keeps the next prediction, and before anybody takes the
     predictions from the loop. A prediction is left to Lightning if somebody else holds the list
-    into which it goes, or if it has other objects than plain tensors and values.
+    into which it goes, if it has other objects than plain tensors and values, and if it is the
+    last one: what runs after it gets Lightning's own lists.
 
     The private names ``move_data_to_device`` of the loop's module and ``_predictions`` of the loop
     are needed. If they are not what they were in Lightning 2.6, Lightning copies.
@@ -70,15 +71,22 @@ class PredictionCopies:
     def _move(self, predictions: Any, device: torch.device) -> Any:
         """Return the predictions on the host. Their values may come later."""
         lists = self._lists
-        if (
-            lists is None
-            or sys._getframe(1).f_locals.get("self") is not self._loop  # another Trainer's
-            or lists.references_to_latest() > self._most_references
-            or not 0 < self._late_bytes(predictions) <= _MOST_BYTES
+        is_ours = sys._getframe(1).f_locals.get("self") is self._loop  # not another Trainer's
+        if is_ours and self._loop.batch_progress.is_last_batch:
+            self.remove()
+        elif (
+            is_ours
+            and lists is not None
+            and vars(self._loop)[_LISTS] is lists  # a user may have replaced them
+            and lists.references_to_latest() <= self._most_references
+            and 0 < self._late_bytes(predictions) <= _MOST_BYTES
         ):
-            return move_data_to_device(predictions, device)
-        self._stats.late_predictions += 1
-        return apply_to_collection(predictions, Tensor, self._start)
+            self._stats.late_predictions += 1
+            moved = apply_to_collection(predictions, Tensor, self._start)
+            if lists.references_to_latest() > self._most_references:  # taken by a thread meanwhile
+                self._copies.finish()
+            return moved
+        return move_data_to_device(predictions, device)
 
     def _late_bytes(self, value: Any) -> float:
         """Return the bytes of the tensors to copy; infinity if Lightning has to copy the value."""
@@ -113,9 +121,17 @@ class _Lists(list[Any]):
         self._latest: Any = 0
 
     def __getitem__(self, index: Any) -> Any:
-        self._finish()
         self._latest = index
-        return super().__getitem__(index)
+        taken = super().__getitem__(index)  # first, so that the reference counts from here on
+        self._finish()
+        return taken
+
+    def __radd__(self, other: list[Any]) -> list[Any]:
+        return other + self.copy()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Let copies and pickles be Lightning's lists."""
+        return list, (self.copy(),)
 
     def references_to_latest(self) -> int:
         """Return how many references the list has that was taken last."""
@@ -134,8 +150,7 @@ def _complete(name: str) -> Callable[..., Any]:
 
 for _name in (
     *("__iter__", "__reversed__", "__contains__", "__eq__", "__ne__", "__lt__", "__le__", "__gt__"),
-    *("__ge__", "__add__", "__mul__", "__rmul__", "__repr__", "__reduce_ex__", "copy", "count"),
-    *("index", "pop"),
+    *("__ge__", "__add__", "__mul__", "__rmul__", "__repr__", "copy", "count", "index", "pop"),
 ):
     setattr(_Lists, _name, _complete(_name))
 
