@@ -65,6 +65,8 @@ class Installation:
         self.session = session
         self._strategy = strategy
         self._transfers = transfers
+        copies = [each for each in transfers if isinstance(each, PredictionCopies)]
+        self._predictions = copies[0] if copies else None
         self._runners: dict[str, StepRunner] = {}
         self._definitions: dict[str, Any] = {}
         self._stage: str | None = None
@@ -104,9 +106,8 @@ class Installation:
 
     def complete_predictions(self) -> None:
         """Wait for all predictions, before Lightning returns them; idempotent."""
-        for transfer in self._transfers:
-            if isinstance(transfer, PredictionCopies):
-                transfer.remove()
+        if self._predictions is not None:
+            self._predictions.remove()
 
     def remove(self, check: bool = True) -> None:
         """Restore the step; idempotent. ``check`` is as in :meth:`Session.remove`."""
@@ -163,6 +164,8 @@ class Installation:
             self.session.install()
         runner = self._runners[stage]
         run: Callable[..., Any] = runner.run
+        if self._predictions is not None and stage == "predict":
+            run = functools.partial(_run_and_tell, runner, self._predictions)
         if keeps_casts(self.session.backend.device.type):  # before the Trainer's own autocast
             run = functools.partial(runner.run_as_it_is, reason=AUTOCAST)
         with getattr(strategy.precision_plugin, _CONTEXTS[stage])():
@@ -223,6 +226,14 @@ class InertInstallation:
         self._stats.timeline.add(stage, Ran.EAGER, began, self._reason)
         self._stats.ran(stage, "NONE", "-", self._reason)
         return output
+
+
+def _run_and_tell(
+    runner: StepRunner, predictions: PredictionCopies, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    outcome = runner.run_with_outcome(args, kwargs)
+    predictions.is_replayed = outcome.ran is Ran.REPLAY
+    return outcome.output
 
 
 def _run_all(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -53,6 +53,6 @@ def make_transfers(
     late = backend.late_copies() if overlaps else None
     overlapped = overlapped_transfer(trainer, module, copies, session.stats)
     noted = noted_transfer(trainer, module, session.host_copies, hooks)
-    predictions = None if late is None else PredictionCopies(trainer, late, session.stats)
+    predictions = None if late is None else PredictionCopies(trainer, module, late, session.stats)
     moved: tuple[Transfer | None, ...] = (overlapped, noted, predictions)
     return [each for each in moved if each is not None]

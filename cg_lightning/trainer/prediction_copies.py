@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.loops import prediction_loop
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from cg_lightning.backends.base import LateCopies
+from cg_lightning.core.tree import flatten
+from cg_lightning.modules.kinds import is_lightnings_own
 from cg_lightning.report.counts import Counts
 
 _MOST_BYTES = 64 * 1024 * 1024
 """Larger predictions are left to Lightning, because a late copy needs them twice on the host."""
-_MOVE, _LISTS = "move_data_to_device", "_predictions"
+_MOVE, _LISTS, _TRANSFER = "move_data_to_device", "_predictions", "batch_to_device"
+_BATCH_HOOKS = ("on_predict_batch_start", "on_predict_batch_end")
+_DATA_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 _PLAIN = (int, float, bool, str, bytes, type(None))
 
 
@@ -28,55 +34,101 @@ class PredictionCopies:
     Lightning copies each prediction to the host and waits for it, so host and device take turns.
     During a stage, the loop calls :meth:`_move` instead. It returns tensors on the host whose
     values come later: before the loop keeps the next prediction, and before anybody takes the
-    predictions from the loop. A prediction is left to Lightning if somebody else holds the list
-    into which it goes, if it has other objects than plain tensors and values, and if it is the
-    last one: what runs after it gets Lightning's own lists.
+    predictions from the loop. Lightning copies
+
+    - the predictions of steps that did not run from a graph, the last prediction, those with other
+      objects than plain tensors and values, and large ones;
+    - a prediction that goes into a list which somebody else holds;
+    - all, if the user has a hook that is called for each batch: by Lightning's wait, the hook may
+      know that what it has queued on the device itself is done;
+    - those of batches in pinned memory that a dataset of this process may fill again.
 
     The private names ``move_data_to_device`` of the loop's module and ``_predictions`` of the loop
     are needed. If they are not what they were in Lightning 2.6, Lightning copies.
 
     Args:
         trainer: The Trainer.
+        module: The LightningModule.
         copies: Makes the copies.
         stats: Counts the predictions.
     """
 
-    def __init__(self, trainer: Trainer, copies: LateCopies, stats: Counts) -> None:
+    def __init__(
+        self, trainer: Trainer, module: nn.Module, copies: LateCopies, stats: Counts
+    ) -> None:
         self._trainer = trainer
+        self._module = module
         self._loop: Any = trainer.predict_loop
         self._copies = copies
         self._stats = stats
         self._lists: _Lists | None = None
         self._most_references = 0
+        # the strategy may have another object's transfer in a stage
+        self._is_lightnings_transfer = is_lightnings_own(trainer.strategy, _TRANSFER)
+        self._transfer_before: Any = None
+        self._is_pinned = False
+        """Whether the current batch came from pinned memory that may be filled again."""
+        self.is_replayed = False
+        """Whether the current step ran from a graph. Who runs the steps sets it."""
 
     def install(self) -> None:
         """Delay the copies, if the Trainer predicts; idempotent."""
-        if self._lists is None and self._trainer.predicting and _is_known(self._loop):
+        if (
+            self._lists is None
+            and self._trainer.predicting
+            and self._is_lightnings_transfer
+            and _is_known(self._loop)
+            and not _has_hooks(self._trainer, self._module)
+        ):
             self._most_references = _references_in_append()
             self._lists = _Lists(vars(self._loop)[_LISTS], self._copies.finish)
             vars(self._loop)[_LISTS] = self._lists
             vars(prediction_loop)[_MOVE] = self._move
+            attributes = vars(self._trainer.strategy)
+            self._transfer_before = attributes.get(_TRANSFER)
+            attributes[_TRANSFER] = self._batch_to_device
 
     def remove(self) -> None:
         """Wait for the copies, and leave them to Lightning again; idempotent."""
         if self._lists is None:
             return
         self._copies.finish()
+        attributes = vars(self._trainer.strategy)
+        if attributes.get(_TRANSFER) == self._batch_to_device:
+            del attributes[_TRANSFER]
+            if self._transfer_before is not None:
+                attributes[_TRANSFER] = self._transfer_before
         if vars(prediction_loop)[_MOVE] == self._move:
             vars(prediction_loop)[_MOVE] = move_data_to_device
         if vars(self._loop)[_LISTS] is self._lists:  # not if Lightning has dropped them
             vars(self._loop)[_LISTS] = self._lists.copy()
         self._lists = None
 
+    def _batch_to_device(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        leaves = flatten(batch)[0]
+        on_host = [
+            leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type == "cpu"
+        ]
+        self._is_pinned = any(leaf.is_pinned() for leaf in on_host) and not _is_read_by_workers(
+            self._trainer.predict_dataloaders
+        )
+        strategy, transfer = self._trainer.strategy, self._transfer_before
+        if transfer is None:
+            return type(strategy).batch_to_device(strategy, batch, *args, **kwargs)
+        return transfer(batch, *args, **kwargs)
+
     def _move(self, predictions: Any, device: torch.device) -> Any:
         """Return the predictions on the host. Their values may come later."""
-        lists = self._lists
+        lists, is_replayed = self._lists, self.is_replayed
+        self.is_replayed = False
         is_ours = sys._getframe(1).f_locals.get("self") is self._loop  # not another Trainer's
         if is_ours and self._loop.batch_progress.is_last_batch:
             self.remove()
         elif (
             is_ours
             and lists is not None
+            and is_replayed
+            and not self._is_pinned
             and vars(self._loop)[_LISTS] is lists  # a user may have replaced them
             and lists.references_to_latest() <= self._most_references
             and 0 < self._late_bytes(predictions) <= _MOST_BYTES
@@ -160,6 +212,27 @@ def _references_in_append() -> int:
     lists = _Lists([[]], lambda: None)
     lists[0].append(lists.references_to_latest())  # the loop's own expression, with another value
     return int(lists[0][0])
+
+
+def _has_hooks(trainer: Trainer, module: nn.Module) -> bool:
+    """Return True if code of the user may run between two steps, other than that of a dataset."""
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    owners: list[tuple[Any, Sequence[str]]] = [
+        (module, [*_BATCH_HOOKS, *_DATA_HOOKS]),
+        *[(datamodule, _DATA_HOOKS) for _ in range(datamodule is not None)],
+    ]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, BasePredictionWriter) and callback.interval.on_batch:
+            return True
+        if not type(callback).__module__.startswith("cg_lightning."):
+            owners.append((callback, _BATCH_HOOKS))
+    return not all(is_lightnings_own(owner, hook) for owner, hooks in owners for hook in hooks)
+
+
+def _is_read_by_workers(loaders: Any) -> bool:
+    """Return True if no dataset of these dataloaders runs in this process."""
+    each = loaders if isinstance(loaders, (list, tuple)) else [loaders]
+    return all(type(loader) is DataLoader and loader.num_workers > 0 for loader in each)
 
 
 def _is_known(loop: Any) -> bool:
