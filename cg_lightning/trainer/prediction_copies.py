@@ -122,14 +122,14 @@ class PredictionCopies:
         lists, is_replayed = self._lists, self.is_replayed
         self.is_replayed = False
         is_ours = sys._getframe(1).f_locals.get("self") is self._loop  # not another Trainer's
-        if is_ours and self._loop.batch_progress.is_last_batch:
+        if is_ours and getattr(self._loop.batch_progress, "is_last_batch", True):
             self.remove()
         elif (
             is_ours
             and lists is not None
             and is_replayed
             and not self._is_pinned
-            and vars(self._loop)[_LISTS] is lists  # a user may have replaced them
+            and vars(self._loop).get(_LISTS) is lists  # a user may have replaced them
             and lists.references_to_latest() <= self._most_references
             and 0 < self._late_bytes(predictions) <= _MOST_BYTES
         ):
