@@ -421,7 +421,11 @@ class CUDALateCopies:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._done = torch.cuda.Event()
-        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        """What is copied, the copy, and what gets its values.
+
+        The memory of the first may be of another stream or library, which would use it again.
+        """
         self._lock = threading.Lock()
 
     def can_copy(self, tensor: Tensor) -> bool:
@@ -434,12 +438,10 @@ class CUDALateCopies:
         """Queue the copy."""
         pinned = torch.empty_like(tensor, device="cpu", pin_memory=True)
         pinned.copy_(tensor, non_blocking=True)
-        computing = torch.cuda.current_stream(self._device)
-        self._done.record(computing)
-        tensor.record_stream(computing)  # its memory may be of another stream, and is free soon
+        self._done.record(torch.cuda.current_stream(self._device))
         result = torch.empty_like(pinned, pin_memory=False)
         with self._lock:
-            self._pending.append((pinned, result))
+            self._pending.append((tensor, pinned, result))
         return result
 
     def finish(self) -> None:
@@ -449,7 +451,7 @@ class CUDALateCopies:
                 return
             self._done.synchronize()
             with torch.inference_mode():  # which may write to tensors of either kind
-                for pinned, result in self._pending:
+                for _, pinned, result in self._pending:
                     result.data.copy_(pinned)  # the version of the result stays 0
             self._pending.clear()
 
