@@ -47,18 +47,21 @@ class Operation:
     """The arguments that are no tensors."""
     where: str = ""
     """The user's line."""
-    inputs: list[Any] = dataclasses.field(default_factory=list)
+    inputs: Sequence[Any] = ()
     """Digests of the tensors that it is given."""
-    outputs: list[Any] = dataclasses.field(default_factory=list)
+    outputs: Sequence[Any] = ()
     """Digests of the tensors that it returns or may write to."""
 
     def read(self) -> None:
         """Read the digests from the device."""
-        for digests in (self.inputs, self.outputs):
-            digests[:] = [int(e) if isinstance(e, Tensor) else e for e in digests]
+        self.inputs, self.outputs = _read(self.inputs), _read(self.outputs)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.where})" if self.where else self.name
+
+
+def _read(digests: Sequence[Any]) -> list[Any]:
+    return [int(each) if isinstance(each, Tensor) else each for each in digests]
 
 
 def _bits(tensor: Tensor) -> Tensor:
