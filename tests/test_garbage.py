@@ -198,3 +198,31 @@ def test_a_step_that_raises_leaves_nothing_behind():
         assert held() is None
     finally:
         gc.enable()
+
+
+class CountsReferences(Predictor):
+    """Another weak reference to what it keeps is made between two steps."""
+
+    def __init__(self, number: Callable[[Any], int]) -> None:
+        super().__init__(nn.Linear(8, 8))
+        self.number = number
+
+    def on_predict_epoch_start(self) -> None:
+        self.held, self.references = Plain(), []
+
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if batch_idx == 5:
+            self.references.append(weakref.WeakSet([self.held]))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.net(batch[0]) * (1 + self.number(self.held))
+
+
+@pytest.mark.parametrize(
+    "number", [weakref.getweakrefcount, lambda held: len(weakref.getweakrefs(held))]
+)
+def test_a_step_may_count_weak_references(harness, number):
+    """No guard compares their number."""
+    callback = harness.callback(verify_replays=0)
+    harness.compare(CountsReferences(number), predict(features(40)), callback)
+    assert callback.stats.steps["FULL"] == 0, callback.summary()

@@ -45,6 +45,7 @@ _NAMES_IN_C = {
         getallocatedblocks getrefcount getrecursionlimit getswitchinterval
         get_int_max_str_digits set_int_max_str_digits _current_frames
     """,
+    "_weakref": "getweakrefcount getweakrefs",
     "_thread": "_count stack_size",
     "_signal": "getsignal getitimer sigpending pthread_sigmask",
     "_socket": "getdefaulttimeout gethostname",
