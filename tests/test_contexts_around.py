@@ -38,6 +38,17 @@ class CountsFunctions(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+class CountsLookUps(TorchFunctionMode):
+    number = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.number += getattr(function, "__self__", None) in _OF_HOOKS
+        return function(*args, **(kwargs or {}))
+
+
+_OF_HOOKS = (torch.Tensor._backward_hooks, torch.Tensor._post_accumulate_grad_hooks)
+
+
 class CountsFlops(FlopCounterMode):
     def __init__(self):
         super().__init__(display=False)
@@ -70,6 +81,7 @@ def casts(kind):
 CONTEXTS = {
     "dispatch mode": (lambda _: CountsOperations(), True),
     "function mode": (lambda _: CountsFunctions(), True),
+    "look-ups": (lambda _: CountsLookUps(), True),
     "flop counter": (lambda _: CountsFlops(), True),
     "mutations allowed": (
         lambda _: CountsNothing(torch.autograd.graph.allow_mutation_on_saved_tensors()),

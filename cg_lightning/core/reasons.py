@@ -197,3 +197,8 @@ AUTOCAST = Reason(
     f"{Status.CONTEXT.value}: autocast, which keeps from one step to the next what it has cast",
 )
 """The reason of steps for which :func:`~cg_lightning.core.kernel_flags.keeps_casts` holds."""
+
+
+def seen_by(mode: str) -> Reason:
+    """Return the reason of steps around which a mode of the user's class ``mode`` is entered."""
+    return Reason(Status.CONTEXT, f"{Status.CONTEXT.value}: {mode} sees what the step calls")

@@ -32,7 +32,7 @@ from cg_lightning.core.forward_context import (
 )
 from cg_lightning.core.kernel_flags import kernel_flags, seeing_mode
 from cg_lightning.core.modes import CUDAGraphMode
-from cg_lightning.core.reasons import WARM_UP, Reason, Status, joined
+from cg_lightning.core.reasons import WARM_UP, Reason, Status, joined, seen_by
 from cg_lightning.padding.entry import PaddedEntry
 from cg_lightning.report.records import HostTime, StepsRecord
 from cg_lightning.report.timeline import Ran
@@ -153,8 +153,7 @@ class StepRunner:
         if torch.is_grad_enabled():
             return self._run_as_it_is(args, kwargs, _GRADIENTS)
         if mode := seeing_mode():
-            words = f"{Status.CONTEXT.value}: {mode} sees what the step calls"
-            return self._run_as_it_is(args, kwargs, Reason(Status.CONTEXT, words))
+            return self._run_as_it_is(args, kwargs, seen_by(mode))
         start = perf_counter()
         session = self._session
         session.cache.step += not session.is_part

@@ -16,8 +16,8 @@ from cg_lightning.backends import CapturedGraph
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.closure import ClosureInput, FinishedClosure, UnfinishedClosure
 from cg_lightning.core.descriptor import Fixed
-from cg_lightning.core.kernel_flags import keeps_casts
-from cg_lightning.core.reasons import AUTOCAST, WARM_UP, Reason, Status
+from cg_lightning.core.kernel_flags import keeps_casts, seeing_mode
+from cg_lightning.core.reasons import AUTOCAST, WARM_UP, Reason, Status, seen_by
 from cg_lightning.core.stages import STEP_METHODS, TRAIN
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner
@@ -210,6 +210,8 @@ class TrainingInstallation:
             return _NO_BACKWARD
         if self._ddp is not None and not self._ddp.may_be_graph:
             return WARM_UP
+        if mode := seeing_mode():  # it would see what follows here as well
+            return seen_by(mode)
         if torch.is_anomaly_enabled():
             return _ANOMALY
         if keeps_casts(self.session.backend.device.type):
