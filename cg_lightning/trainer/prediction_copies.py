@@ -105,12 +105,9 @@ class PredictionCopies:
         self._lists = None
 
     def _batch_to_device(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        leaves = flatten(batch)[0]
-        on_host = [
-            leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type == "cpu"
-        ]
-        self._is_pinned = any(leaf.is_pinned() for leaf in on_host) and not _is_read_by_workers(
-            self._trainer.predict_dataloaders
+        loaders = self._trainer.predict_dataloaders
+        self._is_pinned = not _is_read_by_workers(loaders) and any(
+            map(_may_be_pinned, flatten(batch)[0])
         )
         strategy, transfer = self._trainer.strategy, self._transfer_before
         if transfer is None:
@@ -227,6 +224,12 @@ def _has_hooks(trainer: Trainer, module: nn.Module) -> bool:
         if not type(callback).__module__.startswith("cg_lightning."):
             owners.append((callback, _BATCH_HOOKS))
     return not all(is_lightnings_own(owner, hook) for owner, hooks in owners for hook in hooks)
+
+
+def _may_be_pinned(leaf: Any) -> bool:
+    if type(leaf) is Tensor:
+        return leaf.device.type == "cpu" and leaf.is_pinned()
+    return not isinstance(leaf, _PLAIN)
 
 
 def _is_read_by_workers(loaders: Any) -> bool:
