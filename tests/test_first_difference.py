@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 from cg_lightning.backends import recorder
 from cg_lightning.diagnosis import operation_log
 from cg_lightning.diagnosis.operation_log import Operation, digest, first_difference
-from tests.harness import Harness, assert_same, features, predict
+from tests.harness import Harness, assert_same, features, predict, validate
 from tests.models import Body, Predictor
 from tests.test_verification import MODES, ChangesUnseen, ReadsUnseen, unseen
 
@@ -253,6 +254,45 @@ def test_where_two_runs_first_differ():
     assert first_difference(later, base, NAMES).text == "c has equal inputs and another output"
     at_the_end = run_of(("a", 1, 2), ("b", 2, 3))
     assert first_difference(at_the_end, base, NAMES).text == "one runs nothing where other runs c"
+
+
+def test_operations_of_side_effects_are_not_blamed():
+    """A graph leaves out, or does otherwise, what its replays do in Python."""
+    base = run_of(("a", 1, 2), ("update", 2, 3), ("b", 2, 4), ("c", 4, 5), ("b", 3, 6))
+    graph = run_of(("a", 1, 2), ("b", 2, 7), ("c", 7, 8), ("b", 2, 9))
+    assert first_difference(graph, base, NAMES).text == "b has equal inputs and another output"
+    graph = run_of(("a", 1, 2), ("x", 2, 3), ("b", 2, 4), ("y", 4, 9), ("b", 9, 7))
+    base = run_of(("a", 1, 2), ("b", 2, 4), ("z", 4, 5), ("b", 5, 6))
+    assert first_difference(graph, base, NAMES).text == "one runs y where other runs z"
+    graph = run_of(("a", 1, 2), ("x", 2, 3), ("b", 8, 9))
+    base = run_of(("a", 1, 2), ("b", 2, 4))
+    assert first_difference(graph, base, NAMES) is None
+
+
+class LogsOtherwise(Predictor):
+    """A capture logs another value, after metrics whose states a graph keeps otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 4))
+        self.accuracy = MulticlassAccuracy(4)
+        self.auroc = MulticlassAUROC(4)
+
+    def validation_step(self, batch, batch_idx):
+        out = self.net(batch[0]).softmax(-1)
+        labels = batch[0][:, :4].argmax(1)
+        self.auroc.update(out, labels)
+        self.accuracy(out, labels)
+        self.log("accuracy", self.accuracy, on_step=True, on_epoch=True)
+        self.log("mean", out.square().mean() * (3.0 if is_captured() else 2.0))
+
+
+def test_a_difference_after_metrics_is_named(harness):
+    callback = harness.callback(mode="FULL", warmup_steps=1)
+    harness.compare(LogsOtherwise(), validate(features(32)), callback)
+    assert differences(callback)
+    for text in differences(callback):
+        assert "aten::mul.Tensor" in text
+        assert "given 3.0 in the graph and 2.0 in eager" in text
 
 
 def test_steps_that_agree_name_nothing(harness):

@@ -7,7 +7,9 @@ needs no wait and no copy. It is read after the graph has run.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,8 @@ from cg_lightning.diagnosis.findings import find_location
 MOST_OPERATIONS = 4000
 """Steps with more operations are not compared operation by operation."""
 _ROW = 1024
+_NUMBER = re.compile(r"True|False|\(?[-+]?(\d|inf|nan).*")
+"""A number as it is printed."""
 _FACTOR = 0x9E3779B97F4A7C1
 """An odd number with many bits set, from the golden ratio."""
 _PLAIN = (int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -170,39 +174,63 @@ def first_difference(
 ) -> Difference | None:
     """Return the first operation in which two runs differ, if it can be told.
 
-    If the runs have other operations in one place, these count only if what follows differs.
+    If the runs have other operations in one place, as they do if a graph has side effects, these
+    count only if no operation of both runs differs by itself, and a later one is given what they
+    have returned.
 
     Args:
         one: The operations of one run.
         other: The operations of the other one.
         names: What the two runs are called.
     """
-    begin = _number_alike(one, other)
-    end = _number_alike(one[begin:][::-1], other[begin:][::-1])
-    for index, (left, right) in enumerate(zip(one[:begin], other[:begin], strict=True)):
-        if (found := _difference(index, left, right, names)) is not None:
-            return found if found.text else None
-    if len(one) == len(other) == begin:
-        return None
-    tails = zip(one[len(one) - end :], other[len(other) - end :], strict=True)
-    for index, (left, right) in enumerate(tails, len(other) - end):
-        if (found := _difference(index, left, right, names)) is not None:
-            if not found.text:
-                break  # by what comes before
-            return found
-    else:
-        if end:
-            return None
-    left_block, right_block = one[begin : len(one) - end], other[begin : len(other) - end]
-    runs = [str(block[0]) if block else "nothing" for block in (left_block, right_block)]
-    return Difference(begin, f"{names[0]} runs {runs[0]} where {names[1]} runs {runs[1]}")
+    with_shapes = bool(one and one[0].inputs)
+    keys, other_keys = ([_key(each, with_shapes) for each in run] for run in (one, other))
+    blocks: list[_Block] = []
+    of_block: _Block | None = None
+    for tag, *ends in SequenceMatcher(None, keys, other_keys, autojunk=False).get_opcodes():
+        begin, end, other_begin, other_end = ends
+        left, right = one[begin:end], other[other_begin:other_end]
+        if tag != "equal":
+            blocks.append(_Block(other_begin, left, right))
+            continue
+        for index, pair in enumerate(zip(left, right, strict=True), other_begin):
+            found = _difference(index, *pair, names)
+            if found is not None and found.text:
+                return found
+            if found is not None and of_block is None:
+                of_block = next((each for each in blocks[::-1] if each.gives(*pair)), None)
+    if len(blocks) == 1 and blocks[0].number + len(blocks[0].other) == len(other):
+        of_block = blocks[0]  # nothing follows it
+    return None if of_block is None else of_block.difference(names)
 
 
-def _number_alike(one: Sequence[Operation], other: Sequence[Operation]) -> int:
-    """Return the number of operations with equal names, from the first one on."""
-    pairs = enumerate(zip(one, other, strict=False))
-    ends = (index for index, (left, right) in pairs if left.name != right.name)
-    return next(ends, min(len(one), len(other)))
+class _Block(NamedTuple):
+    """Operations of two runs in one place that are not the same."""
+
+    number: int
+    one: Sequence[Operation]
+    other: Sequence[Operation]
+
+    def gives(self, one: Operation, other: Operation) -> bool:
+        """Return whether a later operation of both runs is given what only one side returns."""
+        left, right = ({e for each in run for e in each.outputs} for run in self[1:])
+        given, other_given = set(one.inputs), set(other.inputs)
+        return bool(
+            (given - other_given) & (left - right) or (other_given - given) & (right - left)
+        )
+
+    def difference(self, names: tuple[str, str]) -> Difference:
+        """Return the first operations of both sides as a difference."""
+        runs = [str(run[0]) if run else "nothing" for run in self[1:]]
+        text = f"{names[0]} runs {runs[0]} where {names[1]} runs {runs[1]}"
+        return Difference(self.number, text)
+
+
+def _key(operation: Operation, with_shapes: bool) -> tuple[Any, ...]:
+    """Return what equal operations of two runs have in common, whatever numbers they are given."""
+    plain = ["" if _NUMBER.fullmatch(each) else each for each in operation.plain]
+    shapes = [each for each in operation.inputs if isinstance(each, tuple)] if with_shapes else []
+    return (operation.name, *plain, *shapes)
 
 
 def _difference(

@@ -142,13 +142,13 @@ class StepWatch:
         self._generators: dict[int, torch.Generator] = {}
         """Random generators that the step may know, because it has read what holds them."""
         self._drawn: dict[int, torch.Generator] = {}
+        """Those among them that the step draws from."""
         self.sources_held: Callable[[FrozenValues], list[Source]] = lambda _: []
         """Returns what the step may read of what some values hold, other than attributes."""
         self.read_all_attributes: Callable[[nn.Module | None], None] = lambda _: None
         """Notes that the step may read every attribute of a module; None: of all modules."""
         self._sources_held: list[Source] = []
         """What it has returned for the value that is read next."""
-        """Those among them that the step draws from."""
         self.call_events: CallEvents | None = None
         """Reports each call to a detector; it pauses while detectors look at operations."""
         self.run = StepRun()

@@ -75,19 +75,24 @@ class FirstDifference:
                 return f"No operation is named, because there are more than {MOST_OPERATIONS}"
             runs.append(log.read())
         eager, again = runs
-        frozen = first_difference(target.operations, eager, ("the watched step", "this step"))
-        if target.operations and frozen is not None and frozen.is_value:
-            return f"{_FIRST}: {frozen.text}, so the graph has frozen that value"
         restore()
         found = first_difference(self._graphed(target, call), eager, ("the graph", "eager"))
         if found is None:
-            if target.operations and frozen is not None:
-                return f"{_FIRST}: {frozen.text}"
-            return ""
+            return self._frozen(target.operations, eager)
         noise = first_difference(again, eager, ("one eager run", "another one"))
         if noise is not None and noise.number <= found.number:
             return f"{_FIRST}: {noise.text}, so eager differs from itself"
         return f"{_FIRST}: {found.text}"
+
+    def _frozen(self, watched: Sequence[Operation], eager: Sequence[Operation]) -> str:
+        """Return what the dropped graph has frozen, since a new one does not differ from eager."""
+        if not watched:
+            return ""
+        frozen = first_difference(watched, eager, ("the watched step", "this step"))
+        if frozen is None:
+            return ""
+        value = ", so the graph has frozen that value" if frozen.is_value else ""
+        return f"{_FIRST}: {frozen.text}{value}"
 
     def _graphed(self, target: CaptureTarget, call: GraphCall) -> Sequence[Operation]:
         """Return what the operations in a graph of the call are given and give."""
@@ -95,8 +100,9 @@ class FirstDifference:
         entry = self._capturer.capture_to_compare(target, call, log.around)
         if entry is None:
             return []
-        entry.replay(call.leaves, 0, call.tree)
-        operations = log.read()
-        self._backend.synchronize()
-        entry.drop()
-        return operations
+        try:
+            entry.replay(call.leaves, 0, call.tree)
+            return log.read()
+        finally:
+            self._backend.synchronize()
+            entry.drop()

@@ -153,9 +153,9 @@ class GlobalReads(Detector):
         self._modules_named: dict[int, Any] = {}
         """The user's modules that code names, and all modules that it passes on."""
         self._reads_by_name = False
+        """Whether the step may read attributes of these by names that its code does not mention."""
         self._reads_unseen = False
         """Whether a global holds a function by which code reads modules without an interception."""
-        """Whether the step may read attributes of these by names that its code does not mention."""
         self._of_namespaces: dict[tuple[int, int, str], list[Source]] = {}
         """What some code may read of such a class, or of a class or module that it is given."""
         self._to_remember: deque[Source] = deque()
