@@ -174,6 +174,7 @@ class FreezesInTurn(Callback):
         pl_module.net[0].requires_grad_(trainer.global_step % 3 != 1)
 
 
+@pytest.mark.filterwarnings("ignore:CUDAGraphCallback. all graphs of max_graphs=3 are in use")
 @pytest.mark.parametrize("verify_replays", [0, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_what_the_closure_depends_on_is_never_left_out(fit, verify_replays):
     """Which weights are frozen, and the number of micro-batches, change with the texts."""
