@@ -78,7 +78,8 @@ def test_a_step_of_a_new_shape_is_the_users_own(harness, calls, job, min_saving)
     """Hazard 45: nothing is watched, planned or compared for it, and each step is counted."""
     callback = harness.callback(min_saving=min_saving)
     harness.compare(Encoder(), job(loader(own(OWN))), callback)
-    few = 2 * MOST_UNREPEATED + 2
+    # where times are compared, some keys are planned that are not watched
+    few = (5 if harness.backend == "cuda" and min_saving else 2) * MOST_UNREPEATED + 2
     assert calls["watch"] == MOST_UNREPEATED
     assert 0 < calls["plan"] <= few
     assert 0 < calls["check"] <= few
@@ -275,5 +276,5 @@ def test_a_device_without_work_leaves_copies_to_lightning(harness):
     for index in range(6):
         device.is_busy = index % 3 == 0
         moved = transfer._batch_to_device(copy.copy(batch))
-        assert_same(moved, batch)
+        assert_same(moved.cpu(), batch)
     assert device.copied == callback.stats.overlapped_copies == 2

@@ -359,6 +359,7 @@ class Operations(Callback):
         return sum(self.of_steps[-number:], Counter())
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_host_values_of_what_is_not_padded_are_read_once(harness):
     data = texts(*[5, 7, 6] * 8)
     for index, batch in enumerate(data):
@@ -412,6 +413,7 @@ def _masked_if_needed(self, batch):
     return x if mask.to(torch.bool).all() else x * mask[..., None]
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_a_mask_is_read_once_and_its_padding_is_not(harness):
     data = texts(*[5, 7, 6] * 8)
     made: list[Operations] = []
