@@ -78,7 +78,9 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("job", ENDS)
+@pytest.mark.parametrize(
+    "job", ["end", "interrupt_one", pytest.param("interrupt", marks=pytest.mark.exhaustive)]
+)
 def test_both_ranks_end(tmp_path, two_ranks, job):
     """At the end of a script, by Ctrl-C, and if one process is interrupted."""
     done = run_two_ranks("tests.ddp_training_worker", job, two_ranks, str(tmp_path))

@@ -170,7 +170,7 @@ def _compare(harness, make, job, others=list, is_first=True, **settings):
     return callback, error
 
 
-@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("is_first", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", FINDERS)
 def test_finders(harness, name, is_first):
     job, others = FINDERS[name]
