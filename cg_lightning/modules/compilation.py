@@ -80,11 +80,6 @@ class Compilation:
             vars(module).pop(COMPILED_IN_PLACE, None)
         self._installed.clear()
 
-    @property
-    def compiles(self) -> bool:
-        """Whether anything is compiled."""
-        return self._arguments is not None
-
     def _add_time(self, seconds: float) -> None:
         self.seconds += seconds
         self._stats.compiled(seconds)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +23,8 @@ _TRANSFER, _AFTER_TRANSFER = "transfer_batch_to_device", "on_after_batch_transfe
 EVALUATION_HOOKS = ("on_validation_batch_start", "on_test_batch_start", "on_predict_batch_start")
 TRAINING_HOOKS = ("on_train_batch_start",)
 """Hooks that get a batch on the device before its step, and may write to it."""
-_PLAIN = (int, float, bool, str, bytes, type(None))
+PLAIN = (int, float, bool, str, bytes, type(None))
+"""Classes of values beside tensors that a copy leaves as they are."""
 
 
 class Transfer(Protocol):
@@ -114,18 +114,47 @@ def noted_transfer(
     """
     if not _is_lightnings_transfer(trainer, module, (_TRANSFER, _AFTER_TRANSFER)):
         return None
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    others = [each for each in callbacks if not type(each).__module__.startswith("cg_lightning.")]
-    if not all(is_lightnings_own(each, hook) for each in [module, *others] for hook in hooks):
+    if not are_lightnings_hooks([module, *callbacks_of_others(trainer)], hooks):
         return None
     return NotedTransfer(trainer.strategy, copies)
 
 
+class InFrontOfTransfer:
+    """Puts a function in front of a strategy's transfer of batches.
+
+    The strategy *object* has it as attribute ``batch_to_device``.
+
+    Args:
+        strategy: The strategy.
+        function: Takes the arguments of the transfer, and calls :meth:`transfer` with them.
+    """
+
+    def __init__(self, strategy: Strategy, function: Callable[..., Any]) -> None:
+        self._strategy = strategy
+        self._function = function
+        self._before: Any = None
+
+    def install(self) -> None:
+        """Let the strategy call the function."""
+        self._before = vars(self._strategy).get("batch_to_device")
+        vars(self._strategy)["batch_to_device"] = self._function
+
+    def remove(self) -> None:
+        """Restore the strategy; idempotent."""
+        if vars(self._strategy).get("batch_to_device") == self._function:
+            del vars(self._strategy)["batch_to_device"]
+            if self._before is not None:
+                vars(self._strategy)["batch_to_device"] = self._before
+
+    def transfer(self, *args: Any, **kwargs: Any) -> Any:
+        """Do what the strategy did before."""
+        if self._before is not None:
+            return self._before(*args, **kwargs)
+        return type(self._strategy).batch_to_device(self._strategy, *args, **kwargs)
+
+
 class NotedTransfer:
     """Keeps each batch on the host, after the batch was copied to the device.
-
-    During a stage, the strategy *object* has an attribute ``batch_to_device``, which calls the
-    previous one.
 
     Args:
         strategy: The strategy of the Trainer.
@@ -133,26 +162,19 @@ class NotedTransfer:
     """
 
     def __init__(self, strategy: Strategy, copies: HostCopies) -> None:
-        self._strategy = strategy
         self._copies = copies
-        self._before: Any = None
+        self._in_front = InFrontOfTransfer(strategy, self._batch_to_device)
 
     def install(self) -> None:
         """Note the batches of the strategy."""
-        self._before = vars(self._strategy).get("batch_to_device")
-        vars(self._strategy)["batch_to_device"] = self._batch_to_device
+        self._in_front.install()
 
     def remove(self) -> None:
         """Restore the strategy; idempotent."""
-        if vars(self._strategy).get("batch_to_device") == self._batch_to_device:
-            del vars(self._strategy)["batch_to_device"]
-            if self._before is not None:
-                vars(self._strategy)["batch_to_device"] = self._before
+        self._in_front.remove()
 
     def _batch_to_device(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        transfer = self._before
-        if transfer is None:
-            transfer = functools.partial(type(self._strategy).batch_to_device, self._strategy)
+        transfer = self._in_front.transfer
         if not self._copies.are_wanted:
             return transfer(batch, *args, **kwargs)
         on_host, structure = flatten(batch)  # before: some batches move themselves
@@ -167,11 +189,26 @@ class NotedTransfer:
 
 def _is_lightnings_transfer(trainer: Trainer, module: nn.Module, hooks: Sequence[str]) -> bool:
     """Return True if neither the strategy nor one of these hooks of the user moves batches."""
-    datamodule = trainer.datamodule  # type: ignore[attr-defined]
-    owners = [module] if datamodule is None else [module, datamodule]
-    return is_lightnings_own(trainer.strategy, "batch_to_device") and all(
-        is_lightnings_own(owner, hook) for owner in owners for hook in hooks
+    return is_lightnings_own(trainer.strategy, "batch_to_device") and are_lightnings_hooks(
+        owners_of_data_hooks(trainer, module), hooks
     )
+
+
+def owners_of_data_hooks(trainer: Trainer, module: nn.Module) -> list[Any]:
+    """Return the module, and the datamodule if there is one."""
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    return [module] if datamodule is None else [module, datamodule]
+
+
+def callbacks_of_others(trainer: Trainer) -> list[Any]:
+    """Return the callbacks that are not of this package."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [each for each in callbacks if not type(each).__module__.startswith("cg_lightning.")]
+
+
+def are_lightnings_hooks(owners: Sequence[Any], hooks: Sequence[str]) -> bool:
+    """Return True if no owner has a hook of these names that is the user's."""
+    return all(is_lightnings_own(owner, hook) for owner in owners for hook in hooks)
 
 
 def _is_worth_it(batch: Any) -> bool:
@@ -182,6 +219,6 @@ def _is_worth_it(batch: Any) -> bool:
             if leaf.layout is not torch.strided:
                 return False
             num_bytes += leaf.nbytes if leaf.device.type == "cpu" else 0
-        elif not isinstance(leaf, _PLAIN):
+        elif not isinstance(leaf, PLAIN):
             return False
     return num_bytes > _LEAST_BYTES

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,13 +19,19 @@ from cg_lightning.backends.base import LateCopies
 from cg_lightning.core.tree import flatten
 from cg_lightning.modules.kinds import is_lightnings_own
 from cg_lightning.report.counts import Counts
+from cg_lightning.trainer.batch_transfer import (
+    PLAIN,
+    InFrontOfTransfer,
+    are_lightnings_hooks,
+    callbacks_of_others,
+    owners_of_data_hooks,
+)
 
 _MOST_BYTES = 64 * 1024 * 1024
 """Larger predictions are left to Lightning, because a late copy needs them twice on the host."""
-_MOVE, _LISTS, _TRANSFER = "move_data_to_device", "_predictions", "batch_to_device"
+_MOVE, _LISTS = "move_data_to_device", "_predictions"
 _BATCH_HOOKS = ("on_predict_batch_start", "on_predict_batch_end")
 _DATA_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-_PLAIN = (int, float, bool, str, bytes, type(None))
 
 
 class PredictionCopies:
@@ -64,8 +70,8 @@ class PredictionCopies:
         self._lists: _Lists | None = None
         self._most_references = 0
         # the strategy may have another object's transfer in a stage
-        self._is_lightnings_transfer = is_lightnings_own(trainer.strategy, _TRANSFER)
-        self._transfer_before: Any = None
+        self._is_lightnings_transfer = is_lightnings_own(trainer.strategy, "batch_to_device")
+        self._in_front = InFrontOfTransfer(trainer.strategy, self._batch_to_device)
         self._is_pinned = False
         """Whether the current batch came from pinned memory that may be filled again."""
         self.is_replayed = False
@@ -84,20 +90,14 @@ class PredictionCopies:
             self._lists = _Lists(vars(self._loop)[_LISTS], self._copies.finish)
             vars(self._loop)[_LISTS] = self._lists
             vars(prediction_loop)[_MOVE] = self._move
-            attributes = vars(self._trainer.strategy)
-            self._transfer_before = attributes.get(_TRANSFER)
-            attributes[_TRANSFER] = self._batch_to_device
+            self._in_front.install()
 
     def remove(self) -> None:
         """Wait for the copies, and leave them to Lightning again; idempotent."""
         if self._lists is None:
             return
         self._copies.finish()
-        attributes = vars(self._trainer.strategy)
-        if attributes.get(_TRANSFER) == self._batch_to_device:
-            del attributes[_TRANSFER]
-            if self._transfer_before is not None:
-                attributes[_TRANSFER] = self._transfer_before
+        self._in_front.remove()
         if vars(prediction_loop)[_MOVE] == self._move:
             vars(prediction_loop)[_MOVE] = move_data_to_device
         if vars(self._loop)[_LISTS] is self._lists:  # not if Lightning has dropped them
@@ -109,10 +109,7 @@ class PredictionCopies:
         self._is_pinned = not _is_read_by_workers(loaders) and any(
             map(_may_be_pinned, flatten(batch)[0])
         )
-        strategy, transfer = self._trainer.strategy, self._transfer_before
-        if transfer is None:
-            return type(strategy).batch_to_device(strategy, batch, *args, **kwargs)
-        return transfer(batch, *args, **kwargs)
+        return self._in_front.transfer(batch, *args, **kwargs)
 
     def _move(self, predictions: Any, device: torch.device) -> Any:
         """Return the predictions on the host. Their values may come later."""
@@ -140,10 +137,10 @@ class PredictionCopies:
     def _late_bytes(self, value: Any) -> float:
         """Return the bytes of the tensors to copy; infinity if Lightning has to copy the value."""
         if type(value) is Tensor:
-            if value.device.type == "cpu" and not self._copies.can_copy(value):
-                return 0
-            return value.nbytes if self._copies.can_copy(value) else float("inf")
-        if isinstance(value, _PLAIN):
+            if self._copies.can_copy(value):
+                return value.nbytes
+            return 0 if value.device.type == "cpu" else float("inf")
+        if isinstance(value, PLAIN):
             return 0
         if isinstance(value, (list, tuple, dict)) and not hasattr(value, "to"):
             parts = value.values() if isinstance(value, dict) else value
@@ -213,23 +210,18 @@ def _references_in_append() -> int:
 
 def _has_hooks(trainer: Trainer, module: nn.Module) -> bool:
     """Return True if code of the user may run between two steps, other than that of a dataset."""
-    datamodule = trainer.datamodule  # type: ignore[attr-defined]
-    owners: list[tuple[Any, Sequence[str]]] = [
-        (module, [*_BATCH_HOOKS, *_DATA_HOOKS]),
-        *[(datamodule, _DATA_HOOKS) for _ in range(datamodule is not None)],
-    ]
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, BasePredictionWriter) and callback.interval.on_batch:
-            return True
-        if not type(callback).__module__.startswith("cg_lightning."):
-            owners.append((callback, _BATCH_HOOKS))
-    return not all(is_lightnings_own(owner, hook) for owner, hooks in owners for hook in hooks)
+    others = callbacks_of_others(trainer)
+    return (
+        any(isinstance(each, BasePredictionWriter) and each.interval.on_batch for each in others)
+        or not are_lightnings_hooks([module, *others], _BATCH_HOOKS)
+        or not are_lightnings_hooks(owners_of_data_hooks(trainer, module), _DATA_HOOKS)
+    )
 
 
 def _may_be_pinned(leaf: Any) -> bool:
     if type(leaf) is Tensor:
         return leaf.device.type == "cpu" and leaf.is_pinned()
-    return not isinstance(leaf, _PLAIN)
+    return not isinstance(leaf, PLAIN)
 
 
 def _is_read_by_workers(loaders: Any) -> bool:
