@@ -395,7 +395,20 @@ def describe_fields(
         UnkeyableBatchError: As in :meth:`BatchDescriptor.from_batch`.
     """
     fields, leaves = describe_batch(batch, stage, dataloader_idx, repeats=repeats, objects=objects)
-    return (*fields, training, kernel_flags(), call), leaves
+    return complete_fields(fields, training, call), leaves
+
+
+def complete_fields(
+    of_batch: tuple[Any, ...], training: tuple[bool | bytes, ...], call: int = 0
+) -> tuple[Any, ...]:
+    """Return all fields of a descriptor.
+
+    Args:
+        of_batch: Those that :func:`describe_batch` has returned.
+        training: As in :func:`describe_fields`.
+        call: As in :func:`describe_fields`.
+    """
+    return (*of_batch, training, kernel_flags(), call)
 
 
 _WITHOUT_KEY = "a batch without a key"

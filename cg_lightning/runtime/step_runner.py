@@ -18,6 +18,7 @@ from cg_lightning.core.closure import outliving_graph
 from cg_lightning.core.descriptor import (
     KINDS_OF_TENSOR,
     BatchDescriptor,
+    complete_fields,
     describe_batch,
     describe_fields,
     describe_without_batch,
@@ -30,7 +31,7 @@ from cg_lightning.core.forward_context import (
     leave_forward_context,
     override_forward_context,
 )
-from cg_lightning.core.kernel_flags import kernel_flags, seeing_mode
+from cg_lightning.core.kernel_flags import seeing_mode
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import WARM_UP, Reason, Status, joined, seen_by
 from cg_lightning.padding.entry import PaddedEntry
@@ -177,7 +178,7 @@ class StepRunner:
             session.set_batch_index(args[1])
         training = session.target.guard.flags_after_check()
         if why_no_key is None:
-            fields = (*of_batch, training, kernel_flags(), 0)
+            fields = complete_fields(of_batch, training)
         else:
             described = self._describe_with_objects(args[0], loader, training)
             if described is None:
