@@ -155,6 +155,7 @@ def images(number: int = 20, batch_size: int = 4) -> DataLoader:
 
 def features(number: int = 20, batch_size: int = 4, size: int = 8) -> DataLoader:
     """Return a loader of tuples of one tensor ``(batch, size)``."""
-    return loader(
-        torch.randn(number, size, generator=torch.Generator().manual_seed(5)), batch_size=batch_size
-    )
+    generator = torch.Generator().manual_seed(5)
+    # a test may have entered another default device
+    tensor = torch.randn(number, size, generator=generator, device="cpu")
+    return loader(tensor, batch_size=batch_size)

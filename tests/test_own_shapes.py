@@ -150,7 +150,7 @@ class Changes(Callback):
 
 
 def other_layer(module: Encoder) -> None:
-    module.net[0] = nn.Linear(8, 8)
+    module.net[0] = nn.Linear(8, 8, device=module.device)
 
 
 def other_weight(module: Encoder) -> None:
@@ -232,7 +232,7 @@ def test_a_shape_with_other_flags_than_at_first_is_watched(harness):
     assert callback.stats.steps["FULL"] == 4, callback.summary()
 
 
-def test_unusual_batches_have_their_reasons_among_own_shapes(harness):
+def test_unusual_batches_have_their_reasons_among_own_shapes(harness, device):
     """A batch without a key does not count as a new shape."""
 
     class Sums(LightningModule):
@@ -241,7 +241,7 @@ def test_unusual_batches_have_their_reasons_among_own_shapes(harness):
 
     batches: list[Any] = [[batch] for batch in own(40)]
     batches += [[batch.to_sparse()] for batch in own(10, first=500)]
-    shared = torch.randn(1000, 8)
+    shared = torch.randn(1000, 8, device=device)  # a transfer would copy each view
     batches += [[shared[: 20 + index], shared[10:]] for index in range(10)]
     callback = harness.callback()
     harness.compare(Sums(), predict(loader(batches)), callback)

@@ -115,9 +115,10 @@ def fit(harness):
 
 def points(number=34, batch_size=4, size=8, shuffle=True):
     generator = torch.Generator().manual_seed(3)
+    # a test may have entered another default device
     return loader(
-        torch.randn(number, size, generator=generator),
-        torch.randint(0, 4, (number,), generator=generator),
+        torch.randn(number, size, generator=generator, device="cpu"),
+        torch.randint(0, 4, (number,), generator=generator, device="cpu"),
         batch_size=batch_size,
         shuffle=shuffle,
     )

@@ -395,7 +395,8 @@ class StepRunner:
             return self._run_for_its_way(padded, plan, call)
         step = functools.partial(self._step, args[0], **kwargs)
         context = ForwardContext(NONE, plan.state.descriptor, _slow_step())
-        with override_forward_context(context), self._session.ranges.range("watch"):
+        as_written = self._session.compilation.outside_captures()
+        with override_forward_context(context), self._session.ranges.range("watch"), as_written:
             output, watched = self._session.watcher.watch(step, args[0], args[1:])
         if watched.comparisons:
             self._compares_index = True
@@ -420,7 +421,7 @@ class StepRunner:
         """Run a step eagerly. If it goes the way of a watched step, its key is not watched."""
         self._dispatcher.ran_eagerly(plan.state)
         context = ForwardContext(NONE, plan.state.descriptor, _slow_step())
-        with override_forward_context(context):
+        with override_forward_context(context), self._session.compilation.outside_captures():
             return Outcome(padded.run_for_its_way(call), NONE, plan.reason)
 
     def _warm_up(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
