@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.modes import CUDAGraphMode
+from cg_lightning.trainer.ddp_buckets import DDPBuckets
 from tests.harness import Harness, assert_same
 from tests.test_training import Classifier, Fit, KeepAll, LogsGradients, Tied, points, replayed
 
@@ -289,18 +291,64 @@ def small_buckets():
     return DDPStrategy(bucket_cap_mb=1e-4, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
+def several_buckets():
+    return DDPStrategy(bucket_cap_mb=1e-4)
+
+
+class Hooked(DDPStrategy):
+    """Has a hook of the communication, which Lightning's own strategy ignores on a CPU."""
+
+    def __init__(self, hook, **settings):
+        super().__init__(**settings)
+        self.hook = hook
+
+    def _register_ddp_hooks(self):
+        self.model.register_comm_hook(None, self.hook)
+
+
 def with_hook_that_reads():
-    return DDPStrategy(ddp_comm_hook=that_reads_gradients, bucket_cap_mb=1e-4)
+    return Hooked(that_reads_gradients, bucket_cap_mb=1e-4)
 
 
 def with_hook():
-    return DDPStrategy(ddp_comm_hook=halved)
+    return Hooked(halved)
+
+
+class HalvesLater(Callback):
+    """Registers a hook of the communication when steps run from graphs already."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 8:
+            trainer.strategy.model.register_comm_hook(None, halved)
+
+
+class Compresses(DDPStrategy):
+    """Reduces in another precision, by a hook that DDP's own list of hooks does not have."""
+
+    def _register_ddp_hooks(self):
+        self.model._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
+
+
+def compressed():
+    return Compresses()
+
+
+class WithConvolution(Classifier):
+    """Its weights are dense, and not contiguous."""
+
+    def __init__(self):
+        layers = nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 4, 2), nn.Flatten(), nn.Linear(4, 4)
+        super().__init__(nn.Sequential(*layers).to(memory_format=torch.channels_last))
 
 
 CASES = {
     "plain": (Classifier, {}),
     "accumulation": (Classifier, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}),
     "hooks": (LogsGradients, {}),
+    "several buckets": (Classifier, {"strategy": several_buckets}),
+    "channels last": (WithConvolution, {"max_epochs": 4}),
+    "hook of the communication, later": (Classifier, {"others": lambda: [HalvesLater()]}),
+    "built-in hook of the communication": (Classifier, {"strategy": compressed}),
     "bf16": (Classifier, {"precision": "bf16-mixed"}),
     "tied": (lambda: Classifier(Tied()), {}),
     "unused": (UsesOneHead, {"strategy": unused, "max_epochs": 6}),
@@ -345,7 +393,14 @@ class FitOnRanks(Fit):
         return (*super()._run(module, extra, others, train, settings), list(READ))
 
 
-ON_THREE = ("accumulation", "buckets", "hook that reads gradients", "other shapes")
+ON_THREE = (
+    "accumulation",
+    "several buckets",
+    "channels last",
+    "buckets",
+    "hook that reads gradients",
+    "other shapes",
+)
 """The cases in which sums over three ranks show another order."""
 
 
@@ -430,7 +485,14 @@ def three(backend: str, folder: Path) -> None:
 
 
 def main(backend: str, folder: Path, ranks: int = 2, names: Sequence[str] = tuple(CASES)) -> None:
-    """Each rank writes the number of its replays, a line for each case."""
+    """Each rank writes how many steps it replayed, and reduced itself: a line for each case."""
+    reduce, reduced = DDPBuckets.reduce, []
+
+    def counted(buckets: DDPBuckets) -> None:
+        reduced.append(buckets)
+        reduce(buckets)
+
+    DDPBuckets.reduce = counted
     fit = FitOnRanks(Harness(backend, folder))
     fit.ranks = ranks
     cases = {name: CASES[name] for name in names}
@@ -441,9 +503,11 @@ def main(backend: str, folder: Path, ranks: int = 2, names: Sequence[str] = tupl
     for name, (make, settings) in cases.items():
         torch.manual_seed(0)
         print(name, flush=True)  # the test shows it if this case fails
+        reduced.clear()
         callback = fit(make(), train=points(number=18 * ranks), **settings)
         reasons = [str(each.reason) for each in callback.stats.reasons if each.stage == "train"]
-        lines.append("\t".join((name, str(replayed(callback)), *reasons)))
+        numbers = str(replayed(callback)), str(len(reduced))
+        lines.append("\t".join((name, *numbers, *reasons)))
     rank = torch.distributed.get_rank()
     (folder / f"rank{rank}").write_text("\n".join(lines))
     torch.distributed.destroy_process_group()

@@ -3,6 +3,7 @@
 - ``batch_transfer.py``: copies batches to the device while it computes.
 - ``closure_hooks.py``: the user's code that runs between a step and its backward.
 - ``ddp.py``: runs the steps of closures in the forward of DDP, which reduces their gradients.
+- ``ddp_buckets.py``: reduces gradients in the buckets of DDP, without a backward.
 - ``examples.py``: batches of a run that are captured ahead.
 - ``given_batches.py``: batches that the user gives to ``CUDAGraphCallback.capture``.
 - ``gradient_copies.py``: copies gradients of a graph, into the memory of earlier copies if it is

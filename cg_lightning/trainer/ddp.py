@@ -3,10 +3,11 @@
 What is hard here:
 
 - **No collective is in a graph.** The step runs in the forward of DDP, as without us: DDP brings
-  the buffers of all ranks into line before it. A graph computes the gradients of its rank. They are
-  handed to DDP's reducer by a backward that computes nothing. So buckets, division, hooks of the
-  communication, ``no_sync`` and unused parameters are DDP's own, and each rank may run its step
-  from a graph or eagerly: the collectives are the same.
+  the buffers of all ranks into line before it. A graph computes the gradients of its rank. Mostly
+  they are reduced in DDP's buckets (:mod:`~cg_lightning.trainer.ddp_buckets`). With other options
+  of DDP, they are handed to its reducer by a backward that computes nothing, so hooks of the
+  communication and unused parameters are DDP's own. Either way the collectives are those of eager,
+  so each rank may run its step from a graph or not.
 - **The first backward that DDP reduces is Lightning's.** In it, DDP learns the order in which
   gradients become ready, and lays out its buckets by it. That layout decides the last bit of sums
   over three ranks or more.
@@ -28,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cg_lightning.core.closure import ClosureOutput, ReplayedOutput, UnfinishedClosure
 from cg_lightning.core.stages import STEP_METHODS, TRAIN
+from cg_lightning.trainer.ddp_buckets import DDPBuckets
 from cg_lightning.trainer.redirection import run_in_wrapper
 from cg_lightning.trainer.training_step import TrainingStep
 
@@ -58,13 +60,16 @@ class StepInDDP:
         self._module = module
         self._step = step
         self._has_reduced = False
+        self._buckets: DDPBuckets | None = None
 
     @property
     def may_be_graph(self) -> bool:
         """Whether a step may run otherwise than as it is."""
         return self._has_reduced
 
-    def run(self, step: ClosureStep, arguments: tuple[Any, ...]) -> UnfinishedClosure:
+    def run(
+        self, step: ClosureStep, arguments: tuple[Any, ...]
+    ) -> ClosureOutput | UnfinishedClosure:
         """Run a step in the forward of DDP, without its backward.
 
         Args:
@@ -72,27 +77,59 @@ class StepInDDP:
             arguments: The batch, and the other arguments that Lightning gives the step.
 
         Returns:
-            A closure whose backward makes DDP reduce the gradients, those of a graph included.
+            The loss and the gradients of this rank, which :meth:`reduce` reduces. Or a closure
+            whose backward makes DDP reduce the gradients, those of a graph included.
 
         Raises:
             RuntimeError: The step has returned no loss, which Lightning does not allow.
         """
+        wrapper = self._wrapper
+        is_reduced = wrapper.require_backward_grad_sync
 
-        def forward(*args: Any) -> tuple[Tensor | None, dict[str, Any]]:
+        def forward(*args: Any) -> ClosureOutput | tuple[Tensor | None, dict[str, Any]]:
             with torch.no_grad():
                 output = step(*args)
             if isinstance(output, UnfinishedClosure):
                 return output.result.closure_loss, output.result.extra
+            if self._may_reduce(output):
+                # or else the reducer waits for a backward, and takes the next one for it
+                wrapper.require_backward_grad_sync = False
+                return output
             return self._with_gradients(output), output.extra
 
-        with torch.enable_grad():
-            loss, extra = run_in_wrapper(
-                self._trainer.strategy, self._module, STEP_METHODS[TRAIN], forward, *arguments
-            )
+        try:
+            with torch.enable_grad():
+                output = run_in_wrapper(
+                    self._trainer.strategy, self._module, STEP_METHODS[TRAIN], forward, *arguments
+                )
+        finally:
+            wrapper.require_backward_grad_sync = is_reduced
+        if isinstance(output, ClosureOutput):
+            wrapper.require_forward_param_sync = True  # as after any step that is reduced
+            return output
+        loss, extra = output
         if loss is None and self._trainer.world_size > 1:
             raise RuntimeError(_NO_LOSS)
-        self._has_reduced = self._has_reduced or self._wrapper.require_backward_grad_sync
+        self._has_reduced = self._has_reduced or is_reduced
         return UnfinishedClosure(ClosureResult(loss, extra=extra), "")
+
+    def _may_reduce(self, output: ClosureOutput) -> bool:
+        """Return True if :meth:`reduce` can do what DDP does in a backward.
+
+        DDP has laid out its buckets for good once it has started the forward in which this runs.
+        """
+        if not self._wrapper.require_backward_grad_sync or output.gradients is None:
+            return False
+        if self._buckets is None:
+            self._buckets = DDPBuckets.of(self._wrapper)
+        if self._buckets is None:
+            return False
+        return self._buckets.hold_all(self._step.parameters(), output.gradients)
+
+    def reduce(self) -> None:
+        """Reduce the gradients that parameters have, after a step that :meth:`run` returned."""
+        assert self._buckets is not None, "run has returned a closure with a backward"
+        self._buckets.reduce()
 
     def _with_gradients(self, output: ClosureOutput) -> Tensor:
         """Return the loss with a backward that gives the parameters the gradients of a graph."""

@@ -109,8 +109,7 @@ class TrainingInstallation:
         self._is_installed = True
         self.session.install()
         vars(self._loop)[_MAKE_CLOSURE] = self._make_closure
-        # DDP's own backward runs these nodes with their hooks, and holds them
-        self._node_hooks.install(() if self._ddp else self._step.parameters().values())
+        self._node_hooks.install(self._step.parameters().values())
         if self._ddp is None:  # the reducer may use them as it likes
             self._step.copies.install()
         for transfer in self._transfers:
@@ -172,7 +171,8 @@ class TrainingInstallation:
         if isinstance(output, UnfinishedClosure):
             with self.session.backend.capture_stream():
                 return self._step.finish_as_lightning(closure, output)
-        return self._step.finish(closure, output)
+        reduce = None if self._ddp is None else self._ddp.reduce
+        return self._step.finish(closure, output, reduce)
 
     def _run_step(self, closure: _InterceptedClosure, batch: Any, *args: Any) -> Any:
         if not self.session.target.guard.settings.hold() and not self.session.take_settings():

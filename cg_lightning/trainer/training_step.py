@@ -168,12 +168,18 @@ class TrainingStep:
         finally:
             aside.put_back()
 
-    def finish(self, closure: Closure, output: ClosureOutput) -> ClosureResult:
+    def finish(
+        self,
+        closure: Closure,
+        output: ClosureOutput,
+        reduce: Callable[[], None] | None = None,
+    ) -> ClosureResult:
         """Do what is left of a closure after its step and its backward have run.
 
         Args:
             closure: Lightning's closure of this iteration.
             output: What was computed.
+            reduce: Reduces the gradients of the parameters over the ranks. None: there is one.
         """
         with torch.enable_grad():
             if output.gradients is not None:
@@ -181,6 +187,8 @@ class TrainingStep:
                     closure._zero_grad_fn()
                 with torch.no_grad():
                     self._add(output.gradients, isinstance(output, ReplayedOutput))
+            if reduce is not None:
+                reduce()
             # it calls on_after_backward
             self._trainer.precision_plugin.post_backward(output.loss, self._module)
         # Lightning's method copies the loss; this quotient is a new tensor, so it needs no copy
