@@ -426,6 +426,8 @@ class CUDALateCopies:
 
         The memory of the first may be of another stream or library, which would use it again.
         """
+        self._pinned: dict[Hashable, Tensor] = {}
+        """The memory of the latest copies by its layout, for the next ones."""
         self._lock = threading.Lock()
 
     def can_copy(self, tensor: Tensor) -> bool:
@@ -436,8 +438,12 @@ class CUDALateCopies:
 
     def start(self, tensor: Tensor) -> Tensor:
         """Queue the copy."""
-        pinned = torch.empty_like(tensor, device="cpu", pin_memory=True)
-        pinned.copy_(tensor, non_blocking=True)
+        with self._lock:
+            pinned = self._pinned.pop(_layout(tensor), None)
+        if pinned is None:
+            pinned = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        with torch.inference_mode():  # which may write to tensors of either kind
+            pinned.copy_(tensor, non_blocking=True)
         self._done.record(torch.cuda.current_stream(self._device))
         result = torch.empty_like(pinned, pin_memory=False)
         with self._lock:
@@ -453,7 +459,12 @@ class CUDALateCopies:
             with torch.inference_mode():  # which may write to tensors of either kind
                 for _, pinned, result in self._pending:
                     result.data.copy_(pinned)  # the version of the result stays 0
+            self._pinned = {_layout(pinned): pinned for _, pinned, _ in self._pending}
             self._pending.clear()
+
+
+def _layout(tensor: Tensor) -> Hashable:
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 def make_graphed_callable(module: nn.Module, sample: Tensor) -> Callable[[Tensor], Tensor]:

@@ -128,7 +128,11 @@ class PredictionCopies:
             and 0 < self._late_bytes(predictions) <= _MOST_BYTES
         ):
             self._stats.late_predictions += 1
-            moved = apply_to_collection(predictions, Tensor, self._start)
+            moved = (
+                self._copies.start(predictions)
+                if type(predictions) is Tensor  # mostly
+                else apply_to_collection(predictions, Tensor, self._start)
+            )
             if lists.references_to_latest() > self._most_references:  # taken by a thread meanwhile
                 self._copies.finish()
             return moved
