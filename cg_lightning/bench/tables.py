@@ -206,8 +206,9 @@ _BLOCKS: dict[str, Callable[[list[Record]], str]] = {
     "predict": lambda records: details(records, "predict"),
     TRAIN: training,
     "train_facts": training_facts,
+    "train_results": lambda records: results(records, TRAIN),
 }
-_STAGES = {"predict": "predict", TRAIN: TRAIN, "train_facts": TRAIN}
+_STAGES = {"predict": "predict", **dict.fromkeys((TRAIN, "train_facts", "train_results"), TRAIN)}
 """The stage whose records a block shows; ``validate``, if it is not here."""
 
 
@@ -215,9 +216,9 @@ def fill_page(text: str, records: Path) -> str:
     """Return a page with the figures of a file of records.
 
     They stand between ``<!-- bench: NAME -->`` and ``<!-- /bench -->``. NAME is ``results``,
-    ``speed``, ``facts``, ``validate``, ``predict``, ``train``, ``train_facts``, or ``machine``:
-    hardware and versions. A block stays as it is if the file has no record of its stage; that of
-    ``results``, ``speed``, ``facts`` and ``machine`` is ``validate``.
+    ``speed``, ``facts``, ``validate``, ``predict``, ``train``, ``train_facts``, ``train_results``,
+    or ``machine``: hardware and versions. A block stays as it is if the file has no record of its
+    stage; that of ``results``, ``speed``, ``facts`` and ``machine`` is ``validate``.
 
     Args:
         text: The page, in Markdown.
