@@ -87,7 +87,11 @@ from cg_lightning.runtime.verifier import Verifier
 from cg_lightning.trainer.examples import BatchesAhead
 from cg_lightning.trainer.installation import Installation
 from cg_lightning.trainer.training import TrainingInstallation
-from cg_lightning.trainer.training_step import TrainingStep, _with_hooks_of_module
+from cg_lightning.trainer.training_step import (
+    InterceptedClosure,
+    TrainingStep,
+    _with_hooks_of_module,
+)
 from tests.harness import assert_same
 from tests.models import Body, Predictor
 
@@ -919,7 +923,8 @@ def test_a_training_step_computes_gradients_and_changes_none_until_it_is_finishe
         output = step.compute(closure_input(batch), 0)
         assert isinstance(output, ClosureOutput)
         assert_same([p.grad for p in module.parameters()], held)
-        result = step.finish(Closure(lambda: None), output)
+        closure = InterceptedClosure(Closure(lambda: None), (), lambda each: each.as_it_is(), print)
+        result = step.finish(closure, output)
         loss = reference.training_step(batch, 0) / 2
         loss.backward()
         assert_same([result.closure_loss, result.loss], [loss.detach()] * 2)

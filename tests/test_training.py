@@ -614,14 +614,16 @@ class Shrinks(Callback):
         _shrink(pl_module)
 
 
+IN_A_GRAPH = {
+    "module": (ShrinksBeforeZeroGrad, list),
+    "callback": (Classifier, lambda: [Shrinks()]),
+}
 SHRINKING = {
-    "ShrinksBeforeZeroGrad.on_before_zero_grad": (ShrinksBeforeZeroGrad, list),
     "ShrinksInZeroGrad.optimizer_zero_grad": (ShrinksInZeroGrad, list),
     "ShrinksAsOptimizer.zero_grad": (
         functools.partial(Classifier, optimizer=functools.partial(ShrinksAsOptimizer, lr=1e-2)),
         list,
     ),
-    "Shrinks.on_before_zero_grad": (Classifier, lambda: [Shrinks()]),
     "LambdaCallback.on_before_zero_grad": (
         Classifier,
         lambda: [LambdaCallback(on_before_zero_grad=Shrinks().on_before_zero_grad)],
@@ -629,13 +631,25 @@ SHRINKING = {
 }
 
 
+def _fit_shrinking(fit, case, batches):
+    make, others = case
+    layers = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    settings = {"verify_replays": 0}
+    return fit(make(layers), others=others, accumulate_grad_batches=batches, settings=settings)
+
+
+@pytest.mark.parametrize("owner", IN_A_GRAPH)
+@pytest.mark.parametrize("batches", [1, 2])
+def test_weights_that_hooks_change_before_the_backward(fit, owner, batches):
+    """The backward reads the new weights, and the activations of the old ones."""
+    callback = _fit_shrinking(fit, IN_A_GRAPH[owner], batches)
+    assert replayed(callback) > 10, callback.summary()
+
+
 @pytest.mark.parametrize("hook", SHRINKING)
 @pytest.mark.parametrize("batches", [1, 2])
 def test_weights_that_change_between_the_step_and_its_backward(fit, hook, batches):
-    make, others = SHRINKING[hook]
-    layers = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
-    settings = {"verify_replays": 0}
-    callback = fit(make(layers), others=others, accumulate_grad_batches=batches, settings=settings)
+    callback = _fit_shrinking(fit, SHRINKING[hook], batches)
     assert replayed(callback) == 0
     assert hook in str(callback.stats.eager_reasons)
 

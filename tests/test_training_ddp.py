@@ -25,6 +25,8 @@ EAGER = {
     "reduced in a hook": ((0, 1), "plus_mean_over_ranks runs a collective"),
     "reduced in a hook of a module": ((0, 1), "plus_mean_of_input runs a collective"),
     "reduced in a pre-hook of a module": ((0, 1), "before_plus_mean runs a collective"),
+    "logs over ranks in a hook": ((0, 1), "collective"),
+    "reads cleared gradients": ((0, 1), "ReadsClearedGradients.on_before_backward"),
     "synchronized norm": ((0, 1), "collective"),
     "synchronized norm, other shapes": ((0, 1), "collective"),
 }

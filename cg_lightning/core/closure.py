@@ -23,6 +23,8 @@ class ClosureInput(NamedTuple):
     """The divisor of the loss: the number of micro-batches of one optimizer step."""
     scale: Tensor | None
     """The factor of the loss before the backward; None without a gradient scaler."""
+    hooks: Fixed = Fixed(())
+    """What tells the user's hooks from others that run between the step and its backward."""
 
 
 class ClosureOutput(NamedTuple):
@@ -70,6 +72,8 @@ class GradientsAside:
         self._zero_grad = zero_grad
         self.are_given = False
         """Whether the gradients were restored, so that nothing is left to add."""
+        self.has_begun = False
+        """Whether the backward has begun. Before it, hooks of the user's run."""
         for parameter, _ in self._held:
             parameter.grad = None
 
@@ -119,11 +123,14 @@ class UnfinishedClosure:
     Args:
         result: Lightning's result of the step.
         problem: Why a graph cannot hold the backward.
+        hooks_ran: Whether the user's hooks between the step and its backward have run. Then the
+            loss for the backward is the one that they were given.
     """
 
-    def __init__(self, result: Any, problem: str) -> None:
+    def __init__(self, result: Any, problem: str, hooks_ran: bool = False) -> None:
         self.result = result
         self.problem = problem
+        self.hooks_ran = hooks_ran
 
 
 class FinishedClosure:

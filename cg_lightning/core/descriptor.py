@@ -159,7 +159,7 @@ def _text(value: Any) -> str:
 def _described(leaf: Hashable) -> str:
     if is_tensor_key(leaf):
         return "a tensor"
-    if isinstance(leaf, tuple) and isinstance(leaf[0], type) and leaf[0] is not Fixed:
+    if isinstance(leaf, tuple) and isinstance(leaf[0], type):
         return _printed(*leaf)
     return "another value"
 

@@ -33,6 +33,7 @@ class StepInProgress:
         "batch",
         "graphs",
         "has_collective",
+        "hook",
         "is_warm",
         "misses",
         "reasons",
@@ -46,6 +47,8 @@ class StepInProgress:
         self._aside: GradientsAside | None = None
         self.graphs = 0
         """Number of calls of submodules that ran from graphs."""
+        self.hook = ""
+        """The hook of a training closure that runs now; empty if the step or the backward runs."""
         self.has_collective = False
         """Whether the step was seen to run an operation of several processes."""
         self.is_warm = True

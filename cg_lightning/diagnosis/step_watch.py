@@ -182,6 +182,9 @@ class StepWatch:
         where = _where(location)
         module = self.stack[-1].path if module is None else module
         is_known = self.reads_host_value and cause in _READS
+        context = current_forward_context()
+        if context is not None and context.step is not None and context.step.hook:
+            operation = f"{operation} in {context.step.hook}"
         finding = Finding(
             cause,
             operation,

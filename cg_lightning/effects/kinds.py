@@ -218,6 +218,7 @@ class RestoreLogResults(Effect):
         results: The collection that stores them.
         attributes: Namespace, name and value of each attribute that ``self.log`` sets. The first
             one is the hook for which values are logged.
+        hooks: The hooks that log, in this order.
     """
 
     def __init__(
@@ -225,8 +226,10 @@ class RestoreLogResults(Effect):
         logged: LoggedValues,
         results: dict[str, Any],
         attributes: Sequence[tuple[dict[str, Any], str, Any]],
+        hooks: Sequence[str],
     ) -> None:
         self._logged = logged
+        self._hooks = list(hooks)
         self._results = results
         self._items = list(results.items())
         self._attributes = list(attributes)
@@ -246,8 +249,8 @@ class RestoreLogResults(Effect):
     def before_replay(self) -> None:
         """Reset logged values if this is the first step of an epoch."""
         attributes, name, value = self._attributes[0]
-        if attributes[name] != value:
-            self._logged.begin()
+        if attributes[name] != value or len(self._hooks) > 1:
+            self._logged.begin(self._hooks)
 
     def after_replay(self, tensors: Iterator[Tensor]) -> None:
         """Set the attributes that ``self.log`` sets."""

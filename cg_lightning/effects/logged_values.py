@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -54,8 +55,15 @@ class LoggedValues(Protocol):
     def begin_stage(self) -> None:
         """Prepare a stage. It is called after the first replay of a stage that logs."""
 
-    def begin(self) -> None:
-        """Reset values as the first ``self.log`` of an epoch does. Otherwise do nothing."""
+    def begin(self, hooks: Sequence[str] = ()) -> None:
+        """Reset values as the first ``self.log`` of an epoch does. Otherwise do nothing.
+
+        Args:
+            hooks: The hooks that log, in this order; empty: the one that runs now.
+        """
+
+    def noting_hooks(self) -> AbstractContextManager[None]:
+        """While this is entered, ``self.log`` resets no values, and :meth:`effect` will do so."""
 
     def begin_batch(self, batch: Any) -> None:
         """Take the size of ``batch`` as the weight of the values that the next step logs."""
@@ -109,8 +117,12 @@ class NothingLogged:
     def begin_stage(self) -> None:
         """Do nothing."""
 
-    def begin(self) -> None:
+    def begin(self, hooks: Sequence[str] = ()) -> None:
         """Do nothing."""
+
+    def noting_hooks(self) -> AbstractContextManager[None]:
+        """Return a context that does nothing."""
+        return contextlib.nullcontext()
 
     def begin_batch(self, batch: Any) -> None:
         """Do nothing."""

@@ -138,6 +138,7 @@ class EffectRecorder(Recorder):
                 stack.enter_context(sync_free(self._checked, parts.metrics))
             if parts.logged.is_supported():
                 stack.enter_context(numbers_as_tensors(self._module))
+                stack.enter_context(parts.logged.noting_hooks())
             else:
                 recording.log_calls = stack.enter_context(parts.logged.calls.collected())
             yield recording

@@ -85,10 +85,12 @@ class StepInDDP:
         """
         wrapper = self._wrapper
         is_reduced = wrapper.require_backward_grad_sync
+        ran: list[ClosureOutput | UnfinishedClosure] = []
 
         def forward(*args: Any) -> ClosureOutput | tuple[Tensor | None, dict[str, Any]]:
             with torch.no_grad():
                 output = step(*args)
+            ran.append(output)
             if isinstance(output, UnfinishedClosure):
                 return output.result.closure_loss, output.result.extra
             if self._may_reduce(output):
@@ -111,7 +113,12 @@ class StepInDDP:
         if loss is None and self._trainer.world_size > 1:
             raise RuntimeError(_NO_LOSS)
         self._has_reduced = self._has_reduced or is_reduced
-        return UnfinishedClosure(ClosureResult(loss, extra=extra), "")
+        result, output = ClosureResult(loss, extra=extra), ran[0]
+        if not isinstance(output, UnfinishedClosure):
+            return UnfinishedClosure(result, "", hooks_ran=True)
+        if output.hooks_ran:  # they may have changed the loss of the backward
+            result.loss = output.result.loss
+        return UnfinishedClosure(result, "", output.hooks_ran)
 
     def _may_reduce(self, output: ClosureOutput) -> bool:
         """Return True if :meth:`reduce` can do what DDP does in a backward.

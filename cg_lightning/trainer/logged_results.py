@@ -7,7 +7,9 @@ before it is used.
 
 from __future__ import annotations
 
+import contextlib
 import operator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -16,6 +18,9 @@ from torchmetrics import Metric
 from cg_lightning.effects.effect import Effect
 from cg_lightning.effects.kinds import RestoreLogResults
 from cg_lightning.trainer.log_calls import HeldLogCalls
+
+_RESETS = "should_reset_tensors"
+"""A method of the connector: whether ``self.log`` of a hook resets the values of this hook."""
 
 
 class LoggedResults:
@@ -33,6 +38,8 @@ class LoggedResults:
         self.stage_number = 0
         """Number of stages that have ended."""
         self._skipping: list[Any] = []
+        self._hooks: list[str] = []
+        """The hooks that have logged in the captured step, in order."""
 
     @property
     def collection(self) -> Any:
@@ -56,9 +63,7 @@ class LoggedResults:
                 hasattr(results, name)
                 for name in ("batch", "batch_size", "dataloader_idx", "reset", "metrics")
             )
-            and all(
-                hasattr(self.connector, name) for name in ("_current_fx", "should_reset_tensors")
-            )
+            and all(hasattr(self.connector, name) for name in ("_current_fx", _RESETS))
             and all(
                 isinstance(result, Metric) and {"has_reset", "meta"} <= vars(result).keys()
                 for result in results.values()
@@ -86,16 +91,44 @@ class LoggedResults:
         vars(results).update(attributes)
         self.connector._current_fx = current_fx
 
-    def begin(self) -> None:
-        """Reset values as the first ``self.log`` of an epoch does. Otherwise do nothing."""
-        fx = getattr(self._module, "_current_fx_name", None)
-        if (
-            self.collection is not None
-            and fx is not None
-            and self.connector.should_reset_tensors(fx)
-        ):
-            self.collection.reset(metrics=False, fx=fx)
-            self.connector._current_fx = fx
+    def begin(self, hooks: Sequence[str] = ()) -> None:
+        """Reset values as the first ``self.log`` of an epoch does. Otherwise do nothing.
+
+        Args:
+            hooks: The hooks that log, in this order, as an effect knows them. Empty: the one that
+                runs now.
+        """
+        if hooks:
+            results = self._any_collection  # that of the effect, which was compared
+        else:
+            results, fx = self.collection, getattr(self._module, "_current_fx_name", None)
+            hooks = () if fx is None else (fx,)
+        if results is None:
+            return
+        for fx in hooks:
+            if self.connector.should_reset_tensors(fx):
+                results.reset(metrics=False, fx=fx)
+                self.connector._current_fx = fx
+
+    @contextlib.contextmanager
+    def noting_hooks(self) -> Iterator[None]:
+        """While this is entered, ``self.log`` resets no values, and :meth:`effect` will do so."""
+        self._hooks = []
+        if self.collection is None:
+            yield
+            return
+        attributes = vars(self.connector)
+
+        def should_reset(fx: str) -> bool:
+            if self._hooks[-1:] != [fx]:
+                self._hooks.append(fx)
+            return False
+
+        attributes[_RESETS] = should_reset
+        try:
+            yield
+        finally:
+            del attributes[_RESETS]
 
     def begin_batch(self, batch: Any) -> None:
         """Weight what the next step logs by the size of ``batch``, as Lightning does."""
@@ -128,6 +161,7 @@ class LoggedResults:
                 (vars(connector), "_current_fx", connector._current_fx),
                 (vars(results), "batch_size", results.batch_size),
             ],
+            self._hooks,
         )
 
     @property

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
 from torch import Tensor
-from typing_extensions import override
 
 from cg_lightning.backends import CapturedGraph
 from cg_lightning.core.causes import Cause
@@ -22,11 +21,11 @@ from cg_lightning.core.stages import STEP_METHODS, TRAIN
 from cg_lightning.runtime.session import Session
 from cg_lightning.runtime.step_runner import StepRunner
 from cg_lightning.trainer.batch_transfer import Transfer
-from cg_lightning.trainer.closure_hooks import why_not_closed
+from cg_lightning.trainer.closure_hooks import ClosureHooks, why_not_closed
 from cg_lightning.trainer.ddp import StepInDDP
 from cg_lightning.trainer.node_hooks import NodeHooks
 from cg_lightning.trainer.preconditions import ANOMALY
-from cg_lightning.trainer.training_step import TrainingStep, logging_in
+from cg_lightning.trainer.training_step import InterceptedClosure, TrainingStep, logging_in
 
 _NAME = STEP_METHODS[TRAIN]
 _MAKE_CLOSURE = "_make_closure"
@@ -38,32 +37,6 @@ _SHARED = Reason(
     Cause.BACKWARD, f"{Cause.BACKWARD.value}: two parameters share the memory of a gradient"
 )
 _ANOMALY = Reason(Status.CLOSURE_HOOK, f"{Status.CLOSURE_HOOK.value}: {ANOMALY}")
-
-Run = Callable[["_InterceptedClosure"], ClosureResult]
-
-
-class _InterceptedClosure(Closure):
-    """Lightning's closure of one batch, which the runner of this package calls.
-
-    Args:
-        closure: Lightning's closure.
-        arguments: What Lightning gives the step: the batch, then ``batch_idx`` if the step takes
-            it.
-        run: Runs the closure.
-    """
-
-    def __init__(self, closure: Closure, arguments: tuple[Any, ...], run: Run) -> None:
-        super().__init__(closure._step_fn, closure._backward_fn, closure._zero_grad_fn)
-        self.arguments = arguments
-        self._run = run
-
-    @override
-    def closure(self, *args: Any, **kwargs: Any) -> ClosureResult:
-        return self._run(self)
-
-    def as_it_is(self) -> ClosureResult:
-        """Run the closure as Lightning does."""
-        return super().closure()
 
 
 class TrainingInstallation:
@@ -99,6 +72,7 @@ class TrainingInstallation:
         if is_reduced:
             self._ddp = StepInDDP(trainer, module, self._step)
         self._runner = StepRunner(session, TRAIN, _NAME, self._described_step(), self._as_it_is)
+        self._hooks = ClosureHooks(trainer, module)
         self._node_hooks = NodeHooks()
         self._is_installed = False
 
@@ -144,17 +118,26 @@ class TrainingInstallation:
     def _described_step(self) -> Callable[..., Any]:
         # the runner reads the signature of the user's step, for the name of its first parameter
         @functools.wraps(self._module.training_step)
-        def compute(given: ClosureInput, *args: Any, closure: Closure) -> Any:
+        def compute(given: ClosureInput, *args: Any, closure: InterceptedClosure) -> Any:
+            zero_grad = functools.partial(closure.zero_grad, hooks_ran=True)
             with self.session.backend.capture_stream():
-                return self._step.compute(given, *args, zero_grad=closure._zero_grad_fn)
+                return self._step.compute(given, *args, zero_grad=zero_grad, hooks=closure.hooks)
 
         return compute
 
     def _make_closure(self, kwargs: Any, *args: Any) -> Closure:
         closure = getattr(type(self._loop), _MAKE_CLOSURE)(self._loop, kwargs, *args)
-        return _InterceptedClosure(closure, tuple(kwargs.values()), self._run)
+        zero_grad = functools.partial(self._zero_grad, *args)
+        return InterceptedClosure(closure, tuple(kwargs.values()), self._run, zero_grad)
 
-    def _run(self, closure: _InterceptedClosure) -> ClosureResult:
+    def _zero_grad(self, optimizer: Any, batch_idx: int) -> None:
+        """Do what Lightning does after ``on_before_zero_grad``, and count that as called."""
+        count = self._loop.optim_progress.optimizer.zero_grad
+        count.increment_ready()
+        count.increment_started()
+        self._loop._optimizer_zero_grad(batch_idx, optimizer)
+
+    def _run(self, closure: InterceptedClosure) -> ClosureResult:
         self._node_hooks.is_in_closure = True
         try:
             with logging_in(self._module, _NAME), torch.no_grad():
@@ -174,21 +157,22 @@ class TrainingInstallation:
         reduce = None if self._ddp is None else self._ddp.reduce
         return self._step.finish(closure, output, reduce)
 
-    def _run_step(self, closure: _InterceptedClosure, batch: Any, *args: Any) -> Any:
+    def _run_step(self, closure: InterceptedClosure, batch: Any, *args: Any) -> Any:
         if not self.session.target.guard.settings.hold() and not self.session.take_settings():
             self.begin_epoch()
+        reason = self._why_as_it_is(closure)
         given = ClosureInput(
             batch,
             Fixed(self._trainer.accumulate_grad_batches),
             self._scale(),
+            closure.hooks_key,
         )
-        reason = self._why_as_it_is(closure)
         if reason is not None:
             return self._runner.run_as_it_is((given, *args), {"closure": closure}, reason)
         return self._runner.run((given, *args), {"closure": closure})
 
     def _as_it_is(
-        self, given: ClosureInput, *args: Any, closure: _InterceptedClosure
+        self, given: ClosureInput, *args: Any, closure: InterceptedClosure
     ) -> FinishedClosure | UnfinishedClosure:
         self._step.copies.forget()
         with self.session.backend.capture_stream():
@@ -204,8 +188,11 @@ class TrainingInstallation:
         scale: Tensor = scaler.scale(torch.ones((), device=self.session.backend.device))
         return scale
 
-    def _why_as_it_is(self, closure: Closure) -> Reason | None:
-        """Return why a closure must run as Lightning runs it; None if it need not."""
+    def _why_as_it_is(self, closure: InterceptedClosure) -> Reason | None:
+        """Return why a closure must run as Lightning runs it; None if it need not.
+
+        Then the closure gets the hooks that a graph of it holds.
+        """
         if closure._backward_fn is None:
             return _NO_BACKWARD
         if self._ddp is not None and not self._ddp.may_be_graph:
@@ -220,7 +207,9 @@ class TrainingInstallation:
             return _NODE_HOOK
         if closure._zero_grad_fn is None and self._step.share_gradients():
             return _SHARED
-        return why_not_closed(
+        is_zeroing = closure._zero_grad_fn is not None
+        closure.hooks, closure.hooks_key, reason = self._hooks.find(is_zeroing)
+        return reason or why_not_closed(
             self._trainer,
             self._module,
             self._step.parameters(),

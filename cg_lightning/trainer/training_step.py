@@ -9,7 +9,8 @@ What is hard here:
   keeps to a gradient behaves as in eager.
 - **The order differs, without an effect.** Lightning runs the step, then ``zero_grad``, then the
   backward. Here ``zero_grad`` comes after the backward, which has set all gradients aside.
-  Where a hook of the user's runs in between, Lightning runs the closure (``training.py``).
+  Hooks of the user's that run in between are a part of the graph (``closure_hooks.py``). To them,
+  gradients are as in eager: an ``on_before_backward`` that reads one gets it cleared.
   A step that reads a gradient, or computes some itself, is therefore no graph
   (``diagnosis/detectors/backward.py``). ``on_after_backward`` is the last thing in a closure, and
   comes last here.
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from types import FunctionType
 from typing import Any
@@ -32,6 +33,7 @@ from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResul
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.utils.hooks import BackwardHook
+from typing_extensions import override
 
 from cg_lightning.backends import GraphBackend
 from cg_lightning.core.closure import (
@@ -42,10 +44,16 @@ from cg_lightning.core.closure import (
     UnfinishedClosure,
     add_gradient,
 )
+from cg_lightning.core.descriptor import Fixed
 from cg_lightning.core.forward_context import current_forward_context
 from cg_lightning.core.stages import STEP_METHODS, TRAIN
 from cg_lightning.core.tree import flatten, rebuild
 from cg_lightning.guards.module_guard import ModuleGuard
+from cg_lightning.trainer.closure_hooks import (
+    BEFORE_BACKWARD,
+    BEFORE_ZERO_GRAD,
+    ClosureHook,
+)
 from cg_lightning.trainer.gradient_copies import GradientCopies
 from cg_lightning.trainer.node_hooks import hooks_noted
 
@@ -59,8 +67,60 @@ _COLLECTIVES = frozenset(
 )
 """Functions that all ranks must call in one order."""
 _LOGGING_HOOK = "_current_fx_name"  # private
+_BEFORE_BACKWARD = "pre_backward"
+"""What a precision does before a backward: it scales the loss, and calls the user's hooks."""
 _NO_LOSS = "`training_step` returned `None`. If this was on purpose, ignore this warning..."
 """The warning of Lightning."""
+
+
+class InterceptedClosure(Closure):
+    """Lightning's closure of one batch, which the runner of this package calls.
+
+    Args:
+        closure: Lightning's closure.
+        arguments: What Lightning gives the step: the batch, then ``batch_idx`` if the step takes
+            it.
+        run: Runs the closure.
+        zero_grad: Sets gradients to zero, as Lightning's closure does after its hooks.
+    """
+
+    def __init__(
+        self,
+        closure: Closure,
+        arguments: tuple[Any, ...],
+        run: Callable[[InterceptedClosure], ClosureResult],
+        zero_grad: Callable[[], None],
+    ) -> None:
+        super().__init__(closure._step_fn, closure._backward_fn, closure._zero_grad_fn)
+        self.arguments = arguments
+        self.hooks: Sequence[ClosureHook] = ()
+        """The user's hooks between the step and its backward, if a graph holds them."""
+        self.hooks_key = Fixed(())
+        """What a key must hold of them."""
+        self._run = run
+        self._zero_grad = zero_grad
+        self._is_zeroed = False
+
+    @override
+    def closure(self, *args: Any, **kwargs: Any) -> ClosureResult:
+        self._is_zeroed = False
+        return self._run(self)
+
+    def as_it_is(self) -> ClosureResult:
+        """Run the closure as Lightning does."""
+        return super().closure()
+
+    def zero_grad(self, hooks_ran: bool, again: bool = False) -> None:
+        """Set gradients to zero if Lightning does so for this batch.
+
+        Args:
+            hooks_ran: Whether :attr:`hooks` have run.
+            again: Whether to do so if it was done.
+        """
+        if self._zero_grad_fn is None or (self._is_zeroed and not again):
+            return
+        self._is_zeroed = True
+        (self._zero_grad if hooks_ran and self.hooks else self._zero_grad_fn)()
 
 
 class TrainingStep:
@@ -92,53 +152,86 @@ class TrainingStep:
         self._known: list[nn.Module] | None = None
 
     def compute(
-        self, given: ClosureInput, *args: Any, zero_grad: Callable[[], None] | None = None
+        self,
+        given: ClosureInput,
+        *args: Any,
+        zero_grad: Callable[[], None] | None = None,
+        hooks: Sequence[ClosureHook] = (),
     ) -> ClosureOutput | UnfinishedClosure:
-        """Run the step and its backward.
+        """Run the step, the user's hooks that follow it, and the backward.
 
         Args:
             given: The batch, and the other inputs of the closure.
             args: What Lightning gives the step after the batch.
-            zero_grad: What comes between the step and its backward without us.
+            zero_grad: What sets gradients to zero before the backward without us.
+            hooks: The user's hooks between the step and its backward.
 
         Returns:
             The loss and the gradients. If a graph cannot hold the backward, it has not run yet.
         """
         self.copies.forget()  # gradients of an eager backward need memory, too
         parameters = self.parameters()
-        with torch.enable_grad():
-            before = [
-                (p.grad, None if p.grad is None else p.grad._version) for p in _of(parameters)
-            ]
-            required = [p.requires_grad for p in _of(parameters)]
-            with hooks_noted() if self._is_reduced else contextlib.nullcontext(()) as hooks:
+        before = _states_of(parameters)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            with hooks_noted() if self._is_reduced else contextlib.nullcontext(()) as noted:
                 result = self.run(given, *args)
-            after = [(p.grad, None if p.grad is None else p.grad._version) for p in _of(parameters)]
-            loss = result.closure_loss
-            if any(x is not y or v != w for (x, v), (y, w) in zip(before, after, strict=True)):
-                return UnfinishedClosure(result, "the step changes gradients itself")
-            if required != [p.requires_grad for p in _of(parameters)]:
-                return UnfinishedClosure(result, "the step changes requires_grad of a parameter")
-            if loss is None:
-                return UnfinishedClosure(result, "the step returns no loss")
-            reached = _reached(loss, parameters)
-            if not reached:
-                problem = (
-                    "the loss depends on a tensor that is no parameter of the module, or on none"
-                )
-                return UnfinishedClosure(result, problem)
-            if self._is_reduced and (problem := _why_only_in_ddp(loss, hooks)):
-                return UnfinishedClosure(result, problem)
-            scaled = loss if given.scale is None else loss * given.scale
-            gradients: dict[str, Tensor | None] | None
-            with self._backward(zero_grad) as aside:
+                loss = result.closure_loss
+                if problem := _why_changed("the step", before, parameters):
+                    return UnfinishedClosure(result, problem)
+                if loss is None:
+                    return UnfinishedClosure(result, "the step returns no loss")
+                ran = self._run_hooks(hooks, BEFORE_ZERO_GRAD, None)
+                problem = _why_changed(ran, before, parameters) if ran else ""
+                scaled = loss if given.scale is None else loss * given.scale
+                aside = stack.enter_context(self._backward(zero_grad))
+                ran = self._run_hooks(hooks, BEFORE_BACKWARD, scaled)
+                if aside.are_given or any(p.grad is not None for p in _of(parameters)):
+                    aside.give()
+                    problem = problem or f"{ran} reads or changes gradients"
+                if any(
+                    p.requires_grad is not was
+                    for p, (was, *_) in zip(_of(parameters), before, strict=True)
+                ):
+                    problem = problem or f"{ran} changes requires_grad of a parameter"
+                reached = _reached(scaled, parameters)
+                if not reached:
+                    problem = problem or (
+                        "the loss depends on a tensor that is no parameter of the module, or on"
+                        " none"
+                    )
                 if self._is_reduced:
-                    gradients = _asked_for(scaled, reached)
-                else:
-                    self._module.backward(scaled)
-                    gradients = None if aside.are_given else _computed(parameters)
+                    problem = problem or _why_only_in_ddp(scaled, noted)
+            if problem:
+                if hooks:
+                    result.closure_loss = scaled
+                return UnfinishedClosure(result, problem, hooks_ran=bool(hooks))
+            aside.has_begun = True
+            gradients: dict[str, Tensor | None] | None
+            if self._is_reduced:
+                gradients = _asked_for(scaled, reached)
+            else:
+                self._module.backward(scaled)
+                gradients = None if aside.are_given else _computed(parameters)
         extra = _detached(result.extra)
+        if hooks:  # they may have changed the loss in place, but not Lightning's copy
+            assert result.loss is not None
+            return ClosureOutput(result.loss, extra, gradients)
         return ClosureOutput(loss.detach(), extra, gradients)
+
+    def _run_hooks(self, hooks: Sequence[ClosureHook], name: str, loss: Tensor | None) -> str:
+        """Run the hooks with a name; return which these are, in words."""
+        ran = [hook for hook in hooks if hook.name == name]
+        context = current_forward_context()
+        step = None if context is None else context.step
+        for hook in ran:
+            with contextlib.ExitStack() as stack:
+                if step is not None:
+                    step.hook = hook.words
+                    stack.callback(setattr, step, "hook", "")
+                stack.enter_context(logging_in(self._module, name))
+                hook.run(self._trainer, self._module, loss)
+        return " or ".join(hook.words for hook in ran)
 
     def run(self, given: ClosureInput, *args: Any) -> ClosureResult:
         """Run the step alone, as Lightning does. The arguments are those of :meth:`compute`."""
@@ -151,7 +244,7 @@ class TrainingStep:
     @contextlib.contextmanager
     def _backward(self, zero_grad: Callable[[], None] | None) -> Iterator[GradientsAside]:
         """While a backward runs: gradients are aside, and ``self.log`` is that of the backward."""
-        aside = GradientsAside(_of(self.parameters()), None if self._is_reduced else zero_grad)
+        aside = GradientsAside(_of(self.parameters()), zero_grad)
         context = current_forward_context()
         step = None if context is None else context.step
         try:
@@ -170,7 +263,7 @@ class TrainingStep:
 
     def finish(
         self,
-        closure: Closure,
+        closure: InterceptedClosure,
         output: ClosureOutput,
         reduce: Callable[[], None] | None = None,
     ) -> ClosureResult:
@@ -183,8 +276,8 @@ class TrainingStep:
         """
         with torch.enable_grad():
             if output.gradients is not None:
-                if closure._zero_grad_fn is not None:
-                    closure._zero_grad_fn()
+                # again: a capture that failed may have done it, and left gradients there
+                closure.zero_grad(hooks_ran=True, again=True)
                 with torch.no_grad():
                     self._add(output.gradients, isinstance(output, ReplayedOutput))
             if reduce is not None:
@@ -196,16 +289,23 @@ class TrainingStep:
         result.closure_loss = result.loss = output.loss
         return result
 
-    def finish_as_lightning(self, closure: Closure, unfinished: UnfinishedClosure) -> ClosureResult:
+    def finish_as_lightning(
+        self, closure: InterceptedClosure, unfinished: UnfinishedClosure
+    ) -> ClosureResult:
         """Do what Lightning's closure does after its step."""
         result: ClosureResult = unfinished.result
         with torch.enable_grad():
             if result.closure_loss is None:
                 closure.warning_cache.warn(_NO_LOSS)
-            if closure._zero_grad_fn is not None:
-                closure._zero_grad_fn()
+            closure.zero_grad(unfinished.hooks_ran)
             if closure._backward_fn is not None and result.closure_loss is not None:
-                closure._backward_fn(result.closure_loss)
+                precision = vars(self._trainer.precision_plugin)
+                if unfinished.hooks_ran:  # in vars: what Lightning calls with the loss
+                    precision[_BEFORE_BACKWARD] = _return_loss
+                try:
+                    closure._backward_fn(result.closure_loss)
+                finally:
+                    precision.pop(_BEFORE_BACKWARD, None)
         return result
 
     def _add(self, gradients: dict[str, Tensor | None], are_copied: bool) -> None:
@@ -256,6 +356,31 @@ class TrainingStep:
 
 def _of(parameters: dict[str, nn.Parameter]) -> Iterator[nn.Parameter]:
     return iter(parameters.values())
+
+
+def _return_loss(loss: Tensor, _: LightningModule) -> Tensor:
+    """Replace what scales the loss and calls hooks before a backward: both was done."""
+    return loss
+
+
+def _states_of(parameters: dict[str, nn.Parameter]) -> list[tuple[bool, Tensor | None, int]]:
+    return [
+        (p.requires_grad, p.grad, 0 if p.grad is None else p.grad._version) for p in _of(parameters)
+    ]
+
+
+def _why_changed(
+    who: str,
+    before: list[tuple[bool, Tensor | None, int]],
+    parameters: dict[str, nn.Parameter],
+) -> str:
+    """Return what has changed parameters in a way that a graph cannot hold; empty: nothing."""
+    for (required, gradient, version), now in zip(before, _states_of(parameters), strict=True):
+        if gradient is not now[1] or version != now[2]:
+            return f"{who} changes gradients itself"
+        if required != now[0]:
+            return f"{who} changes requires_grad of a parameter"
+    return ""
 
 
 def _overlap(gradients: list[Tensor]) -> bool:

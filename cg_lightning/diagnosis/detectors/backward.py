@@ -115,7 +115,8 @@ class Backward(Detector):
 
     def _replace(self, name: str) -> Callable[..., Any]:
         def log(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if _aside() is not None:
+            aside = _aside()
+            if aside is not None and aside.has_begun:
                 self.watch.report_unless_found(Cause.BACKWARD, f"self.{name} in the backward")
             return original(*args, **kwargs)
 
@@ -140,9 +141,10 @@ class Backward(Detector):
         def noted(words: str) -> Iterator[None]:
             nonlocal inside
             code = sys._getframe(3).f_code  # this, __enter__, the property, its user
-            if not (
-                inside or watch.is_paused or is_our_file(code.co_filename) or _is_harmless(code)
-            ):
+            aside = _aside()
+            is_given = aside is not None and aside.are_given  # and noted, by whoever gave them
+            is_quiet = inside or watch.is_paused or is_given
+            if not (is_quiet or is_our_file(code.co_filename) or _is_harmless(code)):
                 self._note(words)
             inside += 1
             try:
