@@ -80,6 +80,7 @@ class CaptureTarget:
         operations: The operations of the watched step, without tensors; empty if they are those of
             another key.
         guards: The guards of the call. They receive what compiled code reads; None: it has none.
+        reads_in_place: Whether inputs in memory of other graphs are read where they are.
     """
 
     mode: CUDAGraphMode
@@ -95,3 +96,4 @@ class CaptureTarget:
     only_computes: bool = False
     operations: Sequence[Any] = ()
     guards: GuardSet | None = None
+    reads_in_place: bool = False

@@ -31,6 +31,7 @@ from cg_lightning.core.settings import Settings
 from cg_lightning.core.tree import rebuild
 from cg_lightning.effects.step_state import HeldByModules, StepState
 from cg_lightning.guards.guard_set import GuardSet
+from cg_lightning.guards.values import addresses_of
 from cg_lightning.modules.compilation import Compilation
 from cg_lightning.modules.compiled import is_compiled, is_compiled_by_callback
 
@@ -156,7 +157,7 @@ class Capturer:
             held.restore()
 
     def _attempt(self, target: CaptureTarget, call: GraphCall, has_compiled: bool) -> GraphEntry:
-        inputs = self._static_inputs(call)
+        inputs = self._static_inputs(target, call)
         return Attempt(self._backend, self.settings, inputs, target, call, has_compiled).entry()
 
     def _compile_ahead(self, target: CaptureTarget, call: GraphCall) -> None:
@@ -165,7 +166,7 @@ class Capturer:
         The run is necessary because ``torch.compile`` may compile again for static inputs: those of
         the loader can be inference tensors, and autocast's cache can be on.
         """
-        inputs = self._static_inputs(call)
+        inputs = self._static_inputs(target, call)
         self._rehearse(target, call, functools.partial(call.run_with, inputs.leaves))
 
     def _guard_compiled(self, target: CaptureTarget, call: GraphCall) -> None:
@@ -175,7 +176,7 @@ class Capturer:
         """
         if self._watch_compiled is None or target.guards is None:
             return
-        inputs = self._static_inputs(call)
+        inputs = self._static_inputs(target, call)
         tree = rebuild(call.tree, iter(inputs.leaves))
         run = functools.partial(call.run_on, tree)
         watch = functools.partial(self._watch_compiled, target.module, run, tree)
@@ -200,7 +201,12 @@ class Capturer:
             finally:
                 before.restore()
 
-    def _static_inputs(self, call: GraphCall) -> StaticInputs:
-        inputs = StaticInputs(call.leaves, call.tree, self._backend.device)
+    def _static_inputs(self, target: CaptureTarget, call: GraphCall) -> StaticInputs:
+        given_out = [
+            tensor
+            for entry in (self.cache.entries() if target.reads_in_place else ())
+            for tensor in entry.given_out
+        ]
+        inputs = StaticInputs(call.leaves, call.tree, self._backend.device, addresses_of(given_out))
         inputs.copy_from(call.leaves)
         return inputs

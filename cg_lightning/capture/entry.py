@@ -93,7 +93,7 @@ class GraphEntry:
             "_graph",
             "_inputs",
         ),
-        *("_grouped_copies", "_is_built"),
+        *("_grouped_copies", "_in_place", "_is_built"),
         *("_outputs", "_takers", "_value", "interval", "last_step", "parts", "record", "replays"),
     )
 
@@ -115,11 +115,13 @@ class GraphEntry:
         self._copy: Callable[[Tensor], Tensor] = Tensor.clone
         self._grouped_copies: GroupedCopies | None = None
         is_inference = torch.is_inference_mode_enabled()
-        if any(tensor.is_inference() != is_inference for tensor in computed):
+        if not copies_outputs:  # an alias, because a user may change its shape in place
+            self._copy = Tensor.detach
+        elif any(tensor.is_inference() != is_inference for tensor in computed):
             self._copy = copy_of_own_kind
         elif not all(map(is_cloned_with_strides, computed)):
             self._copy = copy_with_strides
-        elif copies_outputs and len(computed) >= _MANY:
+        elif len(computed) >= _MANY:
             self._grouped_copies = GroupedCopies([*effect_tensors, *computed])
         self._effects = list(effects)
         self._validity_checks = methods(effects, "is_valid")
@@ -128,6 +130,7 @@ class GraphEntry:
         self._effect_tensors = list(effect_tensors)
         self._copies_outputs = copies_outputs
         self._copies_back = inputs.are_written
+        self._in_place = inputs.in_place
         self.record = record
         self._takers = takers
         self.replays = 0
@@ -153,6 +156,18 @@ class GraphEntry:
     def is_dropped(self) -> bool:
         """Whether the graph was dropped."""
         return self._graph is None
+
+    @property
+    def given_out(self) -> Sequence[Tensor]:
+        """The tensors in graph memory that users are given."""
+        return [] if self._copies_outputs else self._computed
+
+    def finds(self, leaves: list[Any]) -> bool:
+        """Return True if the inputs that are not copied are where the graph reads them."""
+        for index, address in self._in_place:  # noqa: SIM110  # a generator costs more
+            if leaves[index].data_ptr() != address:
+                return False
+        return True
 
     @property
     def static_leaves(self) -> Sequence[Any]:
@@ -236,7 +251,7 @@ class GraphEntry:
                 finish(given)
         if copies is not None:
             computed = copies(computed)
-        elif grouped is None and self._copies_outputs:
+        elif grouped is None:
             copy = self._copy
             computed = [copy(tensor) for tensor in computed]
         if self._is_built:

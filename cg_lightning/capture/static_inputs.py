@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,12 @@ def _seen_as(leaf: Tensor, static: Tensor) -> Tensor:
     return static.detach().requires_grad_() if leaf.requires_grad else static
 
 
+def _is_in(leaf: Tensor, storages: Collection[int]) -> bool:
+    """Whether a tensor that a step sees as it is lies in one of these storages."""
+    is_plain = type(leaf) is Tensor and not leaf.requires_grad and leaf.numel()
+    return bool(is_plain) and leaf.untyped_storage().data_ptr() in storages
+
+
 class StaticInputs:
     """Stores one static tensor for each tensor of a batch: same shape, dtype, strides, alignment
     and device.
@@ -65,17 +71,28 @@ class StaticInputs:
     inference mode can both write to them. The class does *not* check keys: the leaves passed to
     :meth:`copy_from` must have the shapes of the leaves passed to the constructor.
 
+    Tensors in memory of graphs have a fixed address already: they are read where they are.
+
     Args:
         leaves: The leaves of the batch. Leaves that are not tensors are stored as they are.
         batch: The batch, for messages.
         device: The device of the graphs.
+        fixed: The addresses of storages that hold the outputs of other graphs.
 
     Raises:
         UnkeyableBatchError: A tensor is on another device, or overlaps itself.
     """
 
-    def __init__(self, leaves: list[Any], batch: Any, device: torch.device) -> None:
+    def __init__(
+        self,
+        leaves: list[Any],
+        batch: Any,
+        device: torch.device,
+        fixed: Collection[int] = (),
+    ) -> None:
         self.leaves: list[Any] = list(leaves)
+        self.in_place: list[tuple[int, int]] = []
+        """The leaves that are read where they are: their numbers and addresses."""
         # by data type: index, stored part, address, whether expanded
         self._groups: dict[torch.dtype, list[tuple[int, Tensor, int, bool]]] = {}
         self._kept: list[Tensor] = []
@@ -96,6 +113,11 @@ class StaticInputs:
             stored = without_repeats(leaf)
             if overlaps_itself(stored):
                 raise UnkeyableBatchError(leaf_paths(batch)[index], "overlaps itself in memory")
+            if fixed and _is_in(leaf, fixed):
+                # an alias, because the user may change the shape of the tensor itself
+                made[id(leaf)] = self.leaves[index] = leaf.detach()
+                self.in_place.append((index, leaf.data_ptr()))
+                continue
             with torch.inference_mode(False):
                 static = _empty_like(stored, leaf.data_ptr(), device)
                 whole = static.expand(leaf.shape) if stored is not leaf else static

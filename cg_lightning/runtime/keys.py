@@ -162,6 +162,8 @@ class KeyState:
     """Why the batch cannot be part of the key; None if it is part of it."""
     fastest_call: float | None = None
     """The shortest host time of an eager call of this submodule, in seconds; None for a step."""
+    inputs_moved: int = 0
+    """How often an input that its graph reads where it lies was given from elsewhere."""
     pieces: Variant | None = None
     """How steps run in pieces while the family may not spend; None: they run eagerly."""
 

@@ -29,6 +29,7 @@ from cg_lightning.runtime.plans import Action, Plan, no_gain
 from cg_lightning.runtime.profiling import Ranges
 from cg_lightning.runtime.target import GraphTarget, reason_of
 
+_OTHER_INPUT = Changed("an input that is not what the submodule before it has computed")
 MANY_VALUES = 2
 """If a source has had this many values, the submodules inside may run from graphs too."""
 
@@ -189,6 +190,9 @@ class SubmoduleRunner(ModuleHandler):
         if mode is CUDAGraphMode.NONE:
             return self._warm_up(state, step, original, args, kwargs)
         plan = self._plan(state, key, step)
+        entry = None if plan.variant is None else plan.variant.entry
+        if isinstance(entry, GraphEntry) and not entry.finds(leaves):
+            plan = self._captured_anew(plan, entry)
         if plan.action is Action.REPLAY:
             assert plan.variant is not None and isinstance(plan.variant.entry, GraphEntry)  # noqa: PT018
             given = (args, kwargs)
@@ -255,6 +259,18 @@ class SubmoduleRunner(ModuleHandler):
             self.target.dispatcher.add_variant(state, Variant(guards, [CUDAGraphMode.PIECEWISE]))
         )
         return self.target.dispatcher.plan(state)
+
+    def _captured_anew(self, plan: Plan, entry: GraphEntry) -> Plan:
+        """Return the plan of a call whose input is not where its graph reads it.
+
+        Until now, that was where the graph of another submodule has left it.
+        """
+        assert plan.variant is not None
+        self._drop([entry])
+        plan.variant.entry = None
+        plan.state.inputs_moved += 1
+        plan.state.ledger.note(Status.UNPROFITABLE, _OTHER_INPUT)
+        return plan._replace(action=Action.CAPTURE)
 
     def _run(
         self,

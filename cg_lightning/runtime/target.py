@@ -41,6 +41,8 @@ from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.plans import Action, Plan
 from cg_lightning.runtime.verifier import Verdict, Verifier
 
+_MOST_MOVES = 2
+"""After so many moves of an input, a submodule's graphs copy their inputs."""
 _NEW_RUN = Changed("a new run, since graphs live as long as their run")
 _DROPPED = Changed("its graph was dropped, to make room for another one")
 
@@ -236,6 +238,8 @@ class GraphTarget:
             only_computes=variant.is_taken_over and variant.only_computes,
             operations=() if watched is None or variant.padding is not None else watched.operations,
             guards=guards,
+            reads_in_place=self.mode is CUDAGraphMode.PIECEWISE
+            and plan.state.inputs_moved < _MOST_MOVES,
         )
 
     def _changed(self, record: EntryRecord, plan: Plan, call: GraphCall) -> Changed:
