@@ -637,6 +637,36 @@ def test_captures_need_enough_steps_that_are_left(action, runs, least):
     assert (short.action, short.reason.kind) == (Action.EAGER, Status.TOO_SHORT)
 
 
+@pytest.mark.parametrize(
+    ("earlier", "least"),
+    [  # of runs before this one: watched, captured, compared; the first one does not count
+        ([], 5),
+        ([(0.5, 0.5, 0.5)], 5),
+        ([(0.5, 0.5, 0.5), (0.03, 0.01, 0.005), (0.06, 0.02, 0.002)], 44),
+        ([(0.001, 0.001, 0.001)] * 2, 5),
+    ],
+)
+def test_the_first_key_is_watched_if_the_stage_can_win_back_its_graph(earlier, least):
+    """Eager steps of 1 ms; the one that also prepares libraries takes longer."""
+    dispatcher = CUDAGraphDispatcher(FULL, 3, least_steps=4, min_saving=0.03)
+    costs = dispatcher.costs
+    for watch, capture, comparison in earlier:
+        costs.of_runs.add("watch", watch)
+        costs.of_runs.add("capture", capture)
+        costs.of_runs.add("comparison", comparison)
+    state = dispatcher.state(KEY.fields, KEY)
+    for seconds in (0.2, 0.001):
+        plan = dispatcher.within(dispatcher.plan(state), 1000)
+        assert plan.action is Action.WARM_UP
+        dispatcher.ran_eagerly(state)
+        dispatcher.took(plan, dispatcher.captures, seconds)
+    plan = dispatcher.plan(state)
+    assert dispatcher.within(plan, least + 1) is plan
+    assert dispatcher.within(plan, float("inf")) is plan
+    short = dispatcher.within(plan, least - 1)
+    assert (short.action, short.reason.kind) == (Action.EAGER, Status.TOO_SHORT)
+
+
 def test_further_keys_are_watched_only_if_that_pays_in_what_is_left():
     dispatcher = CUDAGraphDispatcher(FULL, 3, least_steps=4)
     first, other = dispatcher.state(KEY.fields, KEY), dispatcher.state(OTHER.fields, OTHER)

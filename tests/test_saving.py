@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from time import perf_counter
@@ -17,6 +18,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from cg_lightning import graphed
 from cg_lightning.backends.recorder import RecordedGraph, RecorderBackend
 from cg_lightning.core.reasons import Status
+from cg_lightning.runtime import target
+from cg_lightning.runtime.costs import CostsOfRuns
 from cg_lightning.runtime.plans import TOO_SELDOM
 from cg_lightning.runtime.trial import BLOCK, BLOCKS, FIRST_LOOK, StepTimes, Trial
 from cg_lightning.trainer.stage_length import TrainerStageLength
@@ -244,7 +247,7 @@ def test_the_graph_of_a_step_without_gain_is_freed(harness, slow_replays, copy_o
             seen.append(len(callback.graphs("FULL")))
 
     trainer = harness.trainer(callback)
-    trainer.predict(Looks(nn.Linear(8, 8)), features(4 * 40), return_predictions=False)
+    trainer.predict(Looks(Slow(SHORT)), features(4 * 40), return_predictions=False)
     if harness.backend != "cuda":
         assert reasons(callback)["NONE: no gain"] > 0
         assert max(seen) == 1
@@ -403,8 +406,49 @@ def test_the_shortest_stage_that_captures(harness, timed, warmup_steps, verify_r
         callback = harness.callback(
             min_saving=0.03, warmup_steps=warmup_steps, verify_replays=verify_replays
         )
-        harness.compare(Predictor(Slow(SHORT)), predict(features(4 * number)), callback)
+        harness.compare(Predictor(Slow(LONG)), predict(features(4 * number)), callback)
         assert callback.stats.captures == (number == least)
+
+
+@pytest.mark.parametrize("number", [8, 20])
+def test_a_stage_that_cannot_win_back_its_first_graph_is_not_watched(
+    harness, timed, monkeypatch, number
+):
+    """Steps of some 50 microseconds: less than 5 milliseconds in all."""
+    watched = watched_steps(monkeypatch)
+    callback = harness.callback(min_saving=0.03)
+    harness.compare(Predictor(nn.Linear(8, 8)), predict(features(4 * number)), callback)
+    if harness.backend != "cuda":
+        assert not watched
+        assert reasons(callback) == {"NONE: warm-up": 2, "NONE: stage too short": number - 2}
+
+
+def test_the_first_watched_step_of_a_stage_finds_no_one_time_work(harness, timed, monkeypatch):
+    """What Lightning does for the first log is done before, so one step is watched, and not two."""
+    watched = watched_steps(monkeypatch)
+    callback = harness.callback(min_saving=0.03)
+    harness.compare(WithMetric(), validate(images(4 * 60)), callback)
+    assert len(watched) == 1
+    assert callback.stats.steps["FULL"] >= 57 - COMPARED // 2
+
+
+def test_what_earlier_runs_have_cost_decides_if_a_module_is_watched(harness, timed, monkeypatch):
+    """Two runs show what its graph costs: the times of the first one are those of libraries too."""
+    watched = watched_steps(monkeypatch)
+    model, captures = Predictor(Slow(SHORT)), []
+    costs = CostsOfRuns()
+    for kind in ("watch", "capture") * 2:
+        costs.add(kind, 0.5)
+    for _ in range(2):
+        callback = harness.callback(min_saving=0.03)
+        harness.compare(model, predict(features(4 * 40)), callback)
+        captures.append(callback.stats.captures)
+        monkeypatch.setitem(target._costs_of_runs, model, costs)
+    assert captures == [1, 0]
+    assert len(watched) == 1
+    callback = harness.callback(min_saving=0.03)
+    harness.compare(copy.deepcopy(model), predict(features(4 * 40)), callback)
+    assert callback.stats.captures == 1, "another module"
 
 
 @pytest.mark.filterwarnings("ignore:CUDAGraphCallback")  # it proposes sizes

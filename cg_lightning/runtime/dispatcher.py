@@ -556,10 +556,25 @@ class CUDAGraphDispatcher(KeyTable):
             is_next_key = self._has_watched and not plan.state.variants
             needed += (NEXT_KEY_COST if is_next_key else WATCH_COST) - 1
         if steps_left >= needed:
-            return plan
+            return self._before_first_watch(plan, steps_left)
         if variant is not None and variant.watch_at:
             return plan._replace(action=Action.PIECEWISE)
         return Plan(Action.EAGER, plan.state, variant, TOO_SHORT)
+
+    def _before_first_watch(self, plan: Plan, steps_left: float) -> Plan:
+        """Return the plan. Before the first watched step, some steps run eagerly.
+
+        They show what eager steps cost, and do the one-time work of a step, which would have to be
+        watched once more.
+        """
+        is_first = plan.action is Action.WATCH and not (self._has_watched or plan.state.variants)
+        if not (is_first and self.compares_times):
+            return plan
+        if self.costs.num_eager < self._warmup_steps - 1:
+            return plan._replace(action=Action.WARM_UP)
+        if self.costs.may_win_back(steps_left):
+            return plan
+        return Plan(Action.EAGER, plan.state, None, TOO_SHORT)
 
     def _affordable(self, steps_left: float) -> float:
         """Return how many further graphs the stage can win back, with all that were made so far.

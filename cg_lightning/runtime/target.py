@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
+from collections.abc import MutableMapping
 from typing import NamedTuple
 
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from cg_lightning.capture.call import CaptureTarget, GraphCall
 from cg_lightning.capture.capture import Capturer
@@ -36,11 +38,13 @@ from cg_lightning.guards.written_settings import WrittenSettings
 from cg_lightning.host_values.path import ReadPath
 from cg_lightning.report.counts import Counts
 from cg_lightning.report.records import EntryRecord
+from cg_lightning.runtime.costs import CostsOfRuns
 from cg_lightning.runtime.dispatcher import CUDAGraphDispatcher
 from cg_lightning.runtime.outcome import Outcome
 from cg_lightning.runtime.plans import Action, Plan
 from cg_lightning.runtime.verifier import Verdict, Verifier
 
+_costs_of_runs: MutableMapping[nn.Module, CostsOfRuns] = WeakIdKeyDictionary()
 _MOST_MOVES = 2
 """After so many moves of an input, a submodule's graphs copy their inputs."""
 _NEW_RUN = Changed("a new run, since graphs live as long as their run")
@@ -133,6 +137,8 @@ class GraphTarget:
             least_steps=settings.verify_replays + 2,
             min_saving=min_saving,
         )
+        if mode is CUDAGraphMode.FULL:
+            self.dispatcher.costs.of_runs = _costs_of_runs.setdefault(module, CostsOfRuns())
         self._captured: dict[BatchDescriptor, int] = {}
         """The memory of graphs, in bytes, by keys that had one; the latest one last."""
         self._settings = settings
