@@ -17,7 +17,14 @@ from cg_lightning.report.records import Saving
 from cg_lightning.runtime.dispatcher import MOST_UNREPEATED, NEXT_KEY_COST
 from cg_lightning.runtime.keys import MOST_BRANCHES, MOST_KEYS, MOST_VARIANTS, KeyState, Variant
 from cg_lightning.runtime.ledger import CAPTURE_COST, CREDIT, FIRST_WAIT, CaptureLedger
-from cg_lightning.runtime.plans import CAPTURED_TOO_SELDOM, TIMED, Action, GuardScope, Plan
+from cg_lightning.runtime.plans import (
+    CAPTURED_TOO_SELDOM,
+    TIMED,
+    TOO_SHORT,
+    Action,
+    GuardScope,
+    Plan,
+)
 from cg_lightning.runtime.trial import Trial
 
 KEY, OTHER = BatchDescriptor(batch_size=1), BatchDescriptor(batch_size=2)
@@ -665,6 +672,23 @@ def test_the_first_key_is_watched_if_the_stage_can_win_back_its_graph(earlier, l
     assert dispatcher.within(plan, float("inf")) is plan
     short = dispatcher.within(plan, least - 1)
     assert (short.action, short.reason.kind) == (Action.EAGER, Status.TOO_SHORT)
+
+
+def test_a_step_is_settled_if_nothing_can_lead_to_a_graph():
+    dispatcher = CUDAGraphDispatcher(FULL, 3, least_steps=4, min_saving=0.03)
+    state = dispatcher.state(KEY.fields, KEY)
+    no_gain = Reason(Status.NO_GAIN, "no gain")
+    state.variants = [Variant(Unguarded(), [])]
+    assert dispatcher.is_settled(Plan(Action.EAGER, state, None, no_gain))
+    state.variants.append(Variant(Unguarded(), [FULL]))
+    assert not dispatcher.is_settled(Plan(Action.EAGER, state, None, no_gain)), "another value"
+    state.variants = []
+    short = Plan(Action.EAGER, state, None, TOO_SHORT)
+    assert not dispatcher.is_settled(short), "nobody knows what a step costs"
+    for _ in range(8):
+        dispatcher.costs.ran_eagerly(1.0)
+    assert dispatcher.is_settled(short)
+    assert not dispatcher.is_settled(short._replace(reason=CAPTURED_TOO_SELDOM))
 
 
 def test_further_keys_are_watched_only_if_that_pays_in_what_is_left():

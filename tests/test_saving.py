@@ -345,6 +345,56 @@ def test_each_stage_and_each_shape_is_decided_by_itself(harness, slow_replays):
         assert reasons(callback)["NONE: no gain"] == 40 - 3 - 2 - FIRST_LOOK - COMPARED
 
 
+class Scaled(nn.Module):
+    """Its large batches save nothing, since replays are slow, and its small ones much."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fast, self.slow, self.norm = Slow(SHORT), Slow(2 * VERY_LONG), nn.LayerNorm(8)
+
+    def forward(self, x):
+        return self.norm(self.fast(x) if x.shape[0] == 4 else self.slow(x))
+
+
+class ChangesEps(Callback):
+    """Changes a setting of a layer, which no key and no value of the user's code shows."""
+
+    def __init__(self, batches: list[int]) -> None:
+        self._batches = batches
+
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, *_: Any) -> None:
+        if batch_idx in self._batches:
+            pl_module.net.norm.eps += 0.5
+
+
+@pytest.mark.parametrize("changes", [[], [35, 38, 62, 77, 80]])
+def test_nothing_is_intercepted_for_steps_that_save_nothing(harness, slow_replays, changes):
+    """Until a step of another shape comes. Settings that change before and after count in it."""
+    generator = torch.Generator().manual_seed(5)
+    sizes = [4] * 40 + [2] * 36 + [4, 2] * 4
+    data = [(torch.randn(size, 8, generator=generator),) for size in sizes]
+    intercepted = []
+
+    class Looks(Callback):
+        def on_predict_batch_end(self, trainer, pl_module, *_: Any) -> None:
+            intercepted.append("__setattr__" in vars(nn.LayerNorm))
+
+    callback = harness.callback(min_saving=0.03)
+    harness.compare(
+        Predictor(Scaled()),
+        predict(DataLoader(data, batch_size=None)),
+        callback,
+        others=lambda: [Looks(), ChangesEps(changes)],
+    )
+    if harness.backend != "cuda":
+        seen = intercepted[: len(sizes)]
+        settled = 3 + 2 + FIRST_LOOK + COMPARED
+        assert all(seen[3:settled])
+        assert not any(seen[settled + 6 : 40])
+        assert all(seen[46:])
+        assert callback.stats.entries[1].replays > (5 if not changes else 0), callback.summary()
+
+
 # submodules
 
 

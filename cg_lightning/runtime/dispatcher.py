@@ -68,6 +68,8 @@ MOST_UNREPEATED = 4
 Beyond it, a new key is watched when it is seen for the second time.
 """
 
+_ENOUGH_EAGER = 8
+"""After so many eager steps, their usual time is known."""
 _FEW_LEFT = 3
 """If fewer further watched steps can be won back, the next one also finds the submodules."""
 
@@ -642,6 +644,25 @@ class CUDAGraphDispatcher(KeyTable):
             self.costs.compared_padding(seconds)
         elif plan.action is Action.VERIFY and not is_padded:
             self.costs.compared(seconds)
+
+    def is_settled(self, plan: Plan) -> bool:
+        """Return True if all steps of a key run eagerly until the next epoch.
+
+        Then nobody has to ask again, except after a change of the module.
+
+        Args:
+            plan: The decision for an eager step.
+        """
+        assert plan.reason is not None
+        if plan.reason.kind is Status.NO_GAIN:  # or else other values may lead to a graph
+            return len(plan.state.variants) == 1
+        is_of_new_key = plan.reason is TOO_SHORT and not plan.state.variants
+        return is_of_new_key and self.costs.num_eager >= _ENOUGH_EAGER
+
+    def ran_as_settled(self, state: KeyState) -> None:
+        """Count a step for which :meth:`plan` was not called."""
+        self._steps += 1
+        state.sights += 1
 
     def settle(self, state: KeyState, variant: Variant) -> Settled | None:
         """Decide if the graphs of a variant pay. Call it after a step whose time was taken.

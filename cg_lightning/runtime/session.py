@@ -65,6 +65,8 @@ class Piece(Protocol):
         """Drop all graphs."""
 
 
+_FIRST_REST = 4
+"""After so many steps in a row that ask no guards, nothing is intercepted for them."""
 _BATCH_INDEX = "batch_idx"
 NO_TARGET = Reason(
     Status.NO_TARGET,
@@ -158,6 +160,9 @@ class Session:
         """Batches to capture ahead; None: none."""
         self.is_first_step = True
         """True until the first step after :meth:`install` or :meth:`begin_epoch`."""
+        self.is_resting = False
+        """Whether nothing is intercepted for guards, because no step asks them."""
+        self._rests_after = _FIRST_REST
 
     def set_batch_index(self, batch_idx: Any) -> None:
         """Store the ``batch_idx`` of the current step for the guards."""
@@ -179,8 +184,27 @@ class Session:
         self._submodules.install()
         self._written_settings.install()
         self._recorded_setters.install()
+        self.is_resting = False
         for piece in self.pieces.values():
             piece.install()
+
+    def rest(self, steps: int) -> None:
+        """Intercept nothing for guards, if there is no graph to guard.
+
+        Args:
+            steps: Number of steps in a row that have asked no guards.
+        """
+        if steps < self._rests_after or self.pieces or self.cache.entries():
+            return
+        self.is_resting = True
+        self._written_settings.remove()
+        self._recorded_setters.remove()
+
+    def wake(self) -> None:
+        """Intercept again. The next step compares what is compared once per epoch."""
+        self._rests_after *= 2  # what an epoch compares takes long
+        self.install()
+        self.begin_epoch()
 
     def begin_epoch(self) -> None:
         """Let the next step compare what is compared once per epoch."""

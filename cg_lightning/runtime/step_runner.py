@@ -17,6 +17,7 @@ from cg_lightning.core.causes import Cause
 from cg_lightning.core.closure import outliving_graph
 from cg_lightning.core.descriptor import (
     KINDS_OF_TENSOR,
+    NUM_OF_BATCH,
     BatchDescriptor,
     complete_fields,
     describe_batch,
@@ -128,6 +129,10 @@ class StepRunner:
         self._padded = padded
         self._compares_index = False
         """Whether a watched step has compared ``batch_idx``, so that guards compare it."""
+        self._settled: dict[tuple[Any, ...], Plan] = {}
+        """Steps that run eagerly until the next epoch, by the fields that need only the batch."""
+        self._settled_in_turn = 0
+        """Number of such steps since the latest other one."""
         self._ending = -1
         """The dataloader to which the next number belongs."""
         self._end = 0.0
@@ -168,11 +173,17 @@ class StepRunner:
         except UnkeyableBatchError as error:
             why_no_key = error
         else:
+            if self._settled and not session.is_first_step and of_batch in self._settled:
+                return self._run_settled(self._settled[of_batch], args, kwargs)
             if self._padded is None and self._dispatcher.is_new(of_batch):
                 outcome = self._run_if_new(of_batch, leaves, args, kwargs)
                 if outcome is not None:
                     return outcome
+        self._settled_in_turn = 0
+        if session.is_resting:
+            session.wake()
         if session.is_first_step or not session.target.guard.check():
+            self._settled.clear()
             session.check_module()
         if self._compares_index:
             session.set_batch_index(args[1])
@@ -355,7 +366,27 @@ class StepRunner:
         self._dispatcher.costs.ran_eagerly(seconds)
         self._times.append((self._stage, Ran.EAGER, seconds, plan.reason))
         self._finish(outcome, plan.state.descriptor, plan.variant)
+        if self._padded is None and self._dispatcher.is_settled(plan):
+            self._settled[plan.state.descriptor.fields[:NUM_OF_BATCH]] = plan
         return outcome._replace(ran=Ran.EAGER)
+
+    def _run_settled(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
+        """Run a step eagerly, and ask nobody about it."""
+        self._settled_in_turn += 1
+        if not self._session.is_resting:
+            self._session.rest(self._settled_in_turn)
+        began = perf_counter()
+        token = enter_forward_context(_WITHOUT_KEY)
+        try:
+            with self._session.compilation.outside_captures():
+                output = self._as_it_is(*args, **kwargs)
+        finally:
+            leave_forward_context(token)
+        self._dispatcher.ran_as_settled(plan.state)
+        self._times.append((self._stage, Ran.EAGER, perf_counter() - began, plan.reason))
+        outcome = Outcome(output, NONE, plan.reason, Ran.EAGER)
+        self._finish(outcome, plan.state.descriptor, plan.variant)
+        return outcome
 
     def _capture_or_verify(
         self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]
