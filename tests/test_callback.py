@@ -322,6 +322,7 @@ EXITS = [
 ]
 
 
+@pytest.mark.in_turn("at")
 @pytest.mark.parametrize("error", [BoomError, KeyboardInterrupt])
 @pytest.mark.parametrize("at", [0, 2, 4])
 @pytest.mark.parametrize("place", EXITS)
@@ -366,6 +367,7 @@ def test_every_exit_restores_the_module(harness, place, at, error):
     )
 
 
+@pytest.mark.in_turn("mode")
 @pytest.mark.parametrize("error", [BoomError, KeyboardInterrupt])
 @pytest.mark.parametrize("place", ["capture", "second capture", "replay", "third replay"])
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])

@@ -106,6 +106,9 @@ class Residual(LightningModule):
         return x, self.layer(x)
 
 
+MODES = ["PIECEWISE", "FULL_AND_PIECEWISE"]
+
+
 class Changes(Callback):
     def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         if batch_idx == 5:
@@ -115,9 +118,8 @@ class Changes(Callback):
                 layer.linear.register_forward_hook(lambda module, args, output: output * 2)
 
 
-@pytest.mark.in_turn("mode")
-@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
-@pytest.mark.parametrize("how", ["wrapped", "in place"])
+@pytest.mark.in_turn("how")
+@pytest.mark.parametrize(("how", "mode"), list(itertools.product(["wrapped", "in place"], MODES)))
 @pytest.mark.parametrize("kind", LAYERS)
 def test_what_nobody_can_watch_is_compared(harness, kind, how, mode):
     """Hazards 4, 6, 7 and 20, in code whose operations and reads cannot be observed."""
@@ -207,9 +209,10 @@ def first_scales():
     set_scales(1.0, scaled)
 
 
-@pytest.mark.in_turn("mode")
-@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
-@pytest.mark.parametrize("how", ["option", "wrapped", "in place"])
+@pytest.mark.in_turn("how")
+@pytest.mark.parametrize(
+    ("how", "mode"), list(itertools.product(["option", "wrapped", "in place"], MODES))
+)
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
@@ -424,7 +427,9 @@ class MetricInside(Predictor):
 
 
 @pytest.mark.filterwarnings("ignore:(?s).*Dynamo")  # about torchmetrics
-@pytest.mark.parametrize("how", ["method", "in place", "wrapped"])
+@pytest.mark.parametrize(
+    "how", ["method", "wrapped", pytest.param("in place", marks=pytest.mark.exhaustive)]
+)
 def test_metrics_that_compiled_code_updates(harness, how):
     """States may be in static tensors, where compiled code does not find them."""
     callback, seen = harness.callback(mode="FULL", warmup_steps=1), []
@@ -592,6 +597,7 @@ class Reports(Predictor):
         return self.net(batch[0]), TOTAL, len(SEEN), CountsInClass.calls
 
 
+@pytest.mark.in_turn("mode")
 @pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "PIECEWISE"])
 @pytest.mark.parametrize("where", ["global", "list", "class", "iterator"])
 def test_what_compiled_code_counts_outside_of_modules(harness: Harness, where: str, mode: str):

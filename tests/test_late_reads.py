@@ -278,6 +278,7 @@ def job(trainer, model):
     return repr(results), state(model)
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("step", FULL)
 def test_numbers_that_are_passed_on(harness: Harness, step: Step, settings: Any):
@@ -595,6 +596,7 @@ LOWER = [
 ]
 
 
+@pytest.mark.in_turn("settings")
 @pytest.mark.parametrize("settings", [*SETTINGS, ("FULL", 0)], ids=str)
 @pytest.mark.parametrize("step", LOWER)
 def test_numbers_that_are_read(harness: Harness, step: Step, settings: Any):

@@ -57,6 +57,7 @@ class Computes(Callback):
         pl_module.metric.reset()
 
 
+@pytest.mark.in_turn("how")
 @pytest.mark.parametrize("how", ["update", "forward"])
 @pytest.mark.parametrize("name", list(CASES))
 def test_metrics_are_eagers_over_two_epochs(harness, name, how):

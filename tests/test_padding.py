@@ -1059,6 +1059,7 @@ class ByLength(Encoder):
         return x if input_ids.shape[1] > 6 else x * 3
 
 
+@pytest.mark.in_turn("verify_replays")
 @pytest.mark.parametrize("kind", [Encoder, Pool, Counting, Drawing, Switching, ByLength])
 @pytest.mark.parametrize("verify_replays", [0, 2])
 def test_submodules_of_all_kinds_give_the_numbers_of_eager(harness, kind, verify_replays):

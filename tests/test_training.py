@@ -847,6 +847,7 @@ USES_OF_GRADIENTS = {
 }
 
 
+@pytest.mark.in_turn("batches")
 @pytest.mark.parametrize("batches", [1, 2])
 @pytest.mark.parametrize("make", USES_OF_GRADIENTS)
 def test_uses_of_gradients_by_torch_by_memory_and_by_logs(fit, make, batches):

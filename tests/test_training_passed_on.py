@@ -84,6 +84,7 @@ class Unused(Net):
     ("make", "kind"),
     [(Returned, "texts"), (Nested, "texts"), (Unused, "texts"), (Nested, "object")],
 )
+@pytest.mark.in_turn("verify_replays")
 @pytest.mark.parametrize("verify_replays", [0, 2])
 def test_passed_on(fit, make, kind, verify_replays):
     callback = fit(make(), train=rows(kind), settings={"verify_replays": verify_replays})

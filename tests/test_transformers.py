@@ -48,18 +48,10 @@ class Batches:
         return self._made[index]
 
 
-NOT_MARKED_SLOW = ("distilbert", "vit", "segformer")
-CASES = [
-    pytest.param(
-        name, precision, marks=() if is_fast else pytest.mark.slow, id=f"{name}-{precision}"
-    )
-    for name in NAMES
-    for precision in ("32-true", "bf16-mixed")
-    for is_fast in [name in NOT_MARKED_SLOW and precision == "32-true"]
-]
-
-
-@pytest.mark.parametrize(("name", "precision"), CASES)
+@pytest.mark.slow
+@pytest.mark.in_turn("precision")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("name", NAMES)
 def test_steps_are_one_graph_for_each_kind_of_mask(harness: Harness, name: str, precision: Any):
     model = MODELS[f"hf_{name}"]
     if not model.is_available:
