@@ -140,6 +140,7 @@ NETS = {
 }
 
 
+@pytest.mark.in_turn("mode")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", list(NETS))
 def test_networks(harness, name, mode):
