@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from cg_lightning import diagnose
-from tests.harness import Batches, features
+from tests.harness import Batches, assert_same, features
 
 
 class Wraps(torch.Tensor):
@@ -307,3 +307,106 @@ def test_values_that_cannot_be_read_and_whose_inside_no_step_reads(harness, mode
 
     callback = harness.callback(mode=mode, warmup_steps=1)
     harness.compare(LooksWhetherItIsNone(name, is_inside), job, callback)
+
+
+UNCOPIED = {
+    "negated": torch._neg_view,
+    **{
+        str(dtype): lambda numbers, dtype=dtype: numbers.to(torch.uint8).view(dtype)
+        for dtype in (torch.uint4, torch.bits8)
+    },
+}
+"""Tensors that PyTorch cannot view as bytes, or neither copies nor compares."""
+
+
+def _inside(tensor: Tensor) -> Tensor:
+    """Return what can be computed with, in the same memory."""
+    return tensor if tensor.is_floating_point() else tensor.view(torch.uint8)
+
+
+class HasUncopied(LightningModule):
+    def __init__(self, kind: str, where: str) -> None:
+        super().__init__()
+        self.net = nn.Linear(8, 8)
+        self.where = where
+        kept = self.make(kind, 0)
+        if "buffer" in where:
+            self.register_buffer("kept", kept)
+        elif where == "parameter":
+            self.kept = nn.Parameter(kept, requires_grad=False)
+        elif where == "in a list":
+            self.listed = [kept]
+        else:
+            self.kept = kept
+
+    @staticmethod
+    def make(kind: str, index: int) -> Tensor:
+        generator = torch.Generator().manual_seed(index)
+        return UNCOPIED[kind](torch.randint(1, 15, (8, 8), generator=generator).float())
+
+    def read(self, batch: Any) -> Tensor:
+        if self.where == "in the batch":
+            return batch[1]
+        return self.listed[0] if self.where == "in a list" else self.kept
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        kept = self.read(batch)
+        output = self.net(batch[0]) @ _inside(kept).float()
+        self.log("mean", output.mean())
+        if self.where == "a buffer that is written to":
+            _inside(kept).add_(1)
+        if self.where == "in the output":
+            return output, (_inside(kept) + 1).view(kept.dtype)
+        if self.where == "on the way":
+            return output @ _inside((_inside(kept) * 2).view(kept.dtype)).float()
+        return output
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (self.net(batch[0]) @ _inside(self.read(batch)).float()).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net.parameters(), 1e-5)
+
+
+class KeepsInside(Callback):
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, *_: Any) -> None:
+        leaves = outputs if isinstance(outputs, tuple) else (outputs,)
+        self.kept.append([_inside(leaf) for leaf in leaves])
+
+
+@pytest.mark.in_turn("mode")
+@pytest.mark.parametrize(
+    ("mode", "verify_replays"),
+    [("FULL_AND_PIECEWISE", 2), ("FULL_AND_PIECEWISE", 0), ("PIECEWISE", 2)],
+)
+@pytest.mark.parametrize(
+    "where",
+    [
+        *("a buffer", "a buffer that is written to", "parameter", "attribute", "in a list"),
+        *("on the way", "in the batch", "in the output"),
+    ],
+)
+@pytest.mark.parametrize("kind", list(UNCOPIED))
+def test_tensors_that_pytorch_does_not_copy_or_compare(harness, kind, where, mode, verify_replays):
+    def batch(index: int) -> tuple[Tensor, ...]:
+        x = torch.full((4, 8), 0.1 * index)
+        return (x, HasUncopied.make(kind, index)) if where == "in the batch" else (x,)
+
+    data, seen = Batches(batch, 8), []
+    stages = ["validate"] if mode == "PIECEWISE" else ["train", "validate"]
+    callback = harness.callback(mode=mode, verify_replays=verify_replays, stages=stages)
+    for extra in ([callback], []):
+        torch.manual_seed(1)
+        module, keeps = HasUncopied(kind, where), KeepsInside()
+        trainer = harness.trainer(*extra, keeps)
+        loader = DataLoader(data, batch_size=None, collate_fn=lambda each: each)
+        result = trainer.validate(module, loader, verbose=False)
+        trainer.fit(module, loader, loader)
+        held = [] if where == "in the batch" else [_inside(module.read(None))]
+        seen.append((result, keeps.kept, held, module.net.state_dict()))
+    assert_same(*seen)
+    if where not in ("in the batch", "in the output") and mode != "PIECEWISE" and kind != "negated":
+        assert callback.stats.steps["FULL"] > 10, callback.summary()

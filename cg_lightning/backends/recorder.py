@@ -58,6 +58,7 @@ from cg_lightning.backends.host_reads import OnCall, invisible_calls
 from cg_lightning.backends.illegal_operations import find_illegal
 from cg_lightning.backends.operation_writes import may_write_undeclared
 from cg_lightning.core.causes import Cause
+from cg_lightning.core.equality import numbers_of
 from cg_lightning.core.errors import CaptureError, IllegalOperationError
 from cg_lightning.core.settings import BackendName
 
@@ -95,7 +96,8 @@ def _poison(tensor: Tensor) -> None:
     elif tensor.dtype is torch.bool:
         tensor.logical_not_()
     else:
-        tensor.fill_(torch.iinfo(tensor.dtype).max)
+        numbers = numbers_of(tensor)
+        numbers.fill_(torch.iinfo(numbers.dtype).max)
 
 
 @dataclasses.dataclass

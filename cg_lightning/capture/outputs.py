@@ -19,6 +19,7 @@ from cg_lightning.capture.host_copies import (
 )
 from cg_lightning.capture.static_inputs import overlaps_itself, without_repeats
 from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.core.equality import PACKED
 from cg_lightning.core.errors import CaptureError
 from cg_lightning.core.tree import (
     containers_in,
@@ -155,8 +156,9 @@ class _SourceFinder:
             return _Source.VIEW_OF_INPUT, _View(number, tuple(leaf.shape), leaf.stride(), offset)
         if leaf.requires_grad:  # the step has asked for it: a copy is another tensor
             raise self._error(index, " was made to require gradients.")
-        if leaf.is_quantized:
-            raise self._unmakeable(index, "quantized")
+        if leaf.is_quantized or leaf.dtype in PACKED:
+            kind = "quantized" if leaf.is_quantized else str(leaf.dtype)
+            raise self._unmakeable(index, kind)
         self.computed.append(leaf)
         return _Source.COMPUTED, len(self.computed) - 1
 

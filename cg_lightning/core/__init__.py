@@ -5,7 +5,7 @@ It imports torch, and nothing of this package outside ``core``.
 - ``causes.py``: causes: why a step cannot run from a graph, with a remedy for each.
 - ``closure.py``: inputs and outputs of the closure of a training step.
 - ``descriptor.py``: the key of a graph: everything that must be equal for it to be replayable.
-- ``equality.py``: bitwise comparison of two leaves of an output.
+- ``equality.py``: bitwise comparison of two leaves of an output, and copies to compare.
 - ``errors.py``: errors of this package. A wrong argument raises a plain ``ValueError``.
 - ``forward_context.py``: the current step: its runtime mode and its key. Wrappers read it and
   trust it.

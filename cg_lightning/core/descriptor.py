@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from cg_lightning.core.equality import PACKED
 from cg_lightning.core.errors import UnkeyableBatchError
 from cg_lightning.core.kernel_flags import kernel_flags
 from cg_lightning.core.reasons import NO_CHANGE, Changed
@@ -265,6 +266,10 @@ def _tensor_key(tensor: Tensor, index: int, tree: Any) -> Hashable:
         )
     if tensor.is_neg() or tensor.is_conj():
         raise UnkeyableBatchError(leaf_paths(tree)[index], "is a lazily negated or conjugated view")
+    if tensor.dtype in PACKED:
+        raise UnkeyableBatchError(
+            leaf_paths(tree)[index], f"is of {tensor.dtype}, which PyTorch does not copy"
+        )
     return (
         Tensor,
         tensor.shape,

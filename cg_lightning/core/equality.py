@@ -1,4 +1,4 @@
-"""Comparisons of two leaves of an output: bitwise, or within a tolerance.
+"""Comparisons of two leaves of an output: bitwise, or within a tolerance; and copies to compare.
 
 Sparse and nested tensors are compared as well.
 """
@@ -13,6 +13,26 @@ from torch import Tensor
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The dtype of the bits of a number, by its size in bytes."""
+PACKED = frozenset(
+    getattr(torch, name)
+    for name in (
+        *(f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)),
+        *("bits8", "bits16", "bits1x8", "bits2x4", "bits4x2"),
+    )
+    if hasattr(torch, name)
+)
+"""The dtypes that only name what is in the bytes: PyTorch neither copies nor compares them."""
+
+
+def numbers_of(tensor: Tensor) -> Tensor:
+    """Return a tensor in the same memory that can be copied and compared; often itself."""
+    return tensor.view(INTEGERS[tensor.element_size()]) if tensor.dtype in PACKED else tensor
+
+
+def copy_of(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor of any dtype."""
+    copy = numbers_of(tensor).clone()
+    return copy.view(tensor.dtype) if tensor.dtype in PACKED else copy
 
 
 def same_leaf(one: Any, other: Any) -> bool:
@@ -38,12 +58,13 @@ def same_leaf(one: Any, other: Any) -> bool:
     if one.is_quantized:
         return torch.equal(one, other)
     if not one.is_floating_point() and not one.is_complex():
-        return torch.equal(one, other)
+        return torch.equal(numbers_of(one), numbers_of(other))
     if one.is_complex():
         one, other = (
             torch.view_as_real(one.resolve_conj()),
             torch.view_as_real(other.resolve_conj()),
         )
+    one, other = one.resolve_neg(), other.resolve_neg()
     integers = INTEGERS[one.element_size()]
     equal = one.contiguous().view(integers) == other.contiguous().view(integers)
     return bool(equal.all()) or bool((equal | (one.isnan() & other.isnan())).all())

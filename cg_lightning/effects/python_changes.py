@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from cg_lightning.core.descriptor import is_plain_value
+from cg_lightning.core.equality import copy_of
 from cg_lightning.core.errors import CaptureError
 from cg_lightning.core.tree import containers_in, flatten
 from cg_lightning.effects.containers import ContainersSnapshot
@@ -295,7 +296,7 @@ def _as_it_is_now(value: Any) -> Any:
     """Return a copy of a value that a step adds, because it may change it in place later."""
     if type(value) is list:
         return list(value)
-    return value.clone() if isinstance(value, Tensor) else value
+    return copy_of(value) if isinstance(value, Tensor) else value
 
 
 def _without_repeats(parts: list[Any]) -> tuple[list[Any], list[int]]:
@@ -382,7 +383,7 @@ class ChangedAttributesSnapshot:
             if now is not before or isinstance(now, Tensor):
                 new.append((path, now))
         return [
-            (path, leaf.clone() if isinstance(leaf, Tensor) else leaf)
+            (path, copy_of(leaf) if isinstance(leaf, Tensor) else leaf)
             for path, value in new
             for leaf in flatten(value)[0]
         ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cg_lightning.backends import GraphBackend
-from cg_lightning.core.equality import parts_of
+from cg_lightning.core.equality import copy_of, numbers_of, parts_of
 from cg_lightning.core.tree import flatten
 from cg_lightning.effects.attributes import AttributesSnapshot
 from cg_lightning.effects.containers import ContainersSnapshot
@@ -147,7 +147,7 @@ def put_back(tensor: Tensor, value: Tensor) -> None:
     pairs = list(zip(parts_of(tensor), parts_of(value), strict=True))
     if all(part.shape == before.shape for part, before in pairs):
         for part, before in pairs:
-            part.copy_(before)
+            numbers_of(part).copy_(numbers_of(before))
     else:
         tensor.copy_(value)
 
@@ -181,7 +181,7 @@ class StepState:
         self._metrics = None if effects is None else MetricsSnapshot(effects)
         others = [(f"tensor of shape {tuple(tensor.shape)}", tensor) for tensor in written]
         self._buffers = [
-            (name, tensor, tensor.clone()) for name, tensor in [*module.named_buffers(), *others]
+            (name, tensor, copy_of(tensor)) for name, tensor in [*module.named_buffers(), *others]
         ]
         modules = [child for child in module.modules() if effects is None or not is_metric(child)]
         self._attributes = AttributesSnapshot(modules)
@@ -221,9 +221,9 @@ class StepState:
 
     def values(self) -> list[tuple[str, Any]]:
         """Return names and copies of the current buffers, metric values, and Python changes."""
-        buffers = [(f"buffer {name}", buffer.clone()) for name, buffer, _ in self._buffers]
+        buffers = [(f"buffer {name}", copy_of(buffer)) for name, buffer, _ in self._buffers]
         entries = [
-            (path, leaf.clone() if isinstance(leaf, Tensor) else leaf)
+            (path, copy_of(leaf) if isinstance(leaf, Tensor) else leaf)
             for path, value in self._given.new_items()
             for leaf in flatten(value)[0]
         ]

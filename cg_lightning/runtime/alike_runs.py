@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from cg_lightning.capture.call import GraphCall
-from cg_lightning.core.equality import same_leaf
+from cg_lightning.core.equality import copy_of, same_leaf
 from cg_lightning.diagnosis.way import Way, WayRecorder
 from cg_lightning.host_values.path import ReadPath
 from cg_lightning.runtime.ahead import CaptureAhead
@@ -53,7 +53,7 @@ class AlikeRuns:
     def _traced(self, call: GraphCall) -> tuple[Any, Way | None]:
         """Run a step. It has no way if it changes anything: a function of C shows no code."""
         eager = EagerRun(call, self._session, self._ways)
-        given = [(leaf, leaf.clone()) for leaf in call.leaves if isinstance(leaf, torch.Tensor)]
+        given = [(leaf, copy_of(leaf)) for leaf in call.leaves if isinstance(leaf, torch.Tensor)]
         output = eager.call.run()
         is_same = not eager.effect and all(same_leaf(leaf, value) for leaf, value in given)
         return output, eager.way if is_same else None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cg_lightning.capture.call import GraphCall
-from cg_lightning.core.equality import same_leaf
+from cg_lightning.core.equality import copy_of, same_leaf
 from cg_lightning.core.errors import NotIndependentError
 from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.way import Way, WayRecorder
@@ -39,7 +39,7 @@ class EagerRun:
         self._function = call.function
         self._backend = session.backend
         written = [*session.module.buffers(), *session.written.now()]
-        self._before = [(tensor, tensor.clone()) for tensor in written]
+        self._before = [(tensor, copy_of(tensor)) for tensor in written]
         self._random_state = session.backend.get_random_state()
         self._host_random_state = HostRandomState()
         self._has_run = False

@@ -12,7 +12,7 @@ from torch import Tensor
 from cg_lightning.backends import GraphBackend
 from cg_lightning.capture.call import CaptureTarget, GraphCall
 from cg_lightning.capture.capture import WrittenTensors
-from cg_lightning.core.equality import close_leaf, same_leaf
+from cg_lightning.core.equality import close_leaf, copy_of, same_leaf
 from cg_lightning.core.errors import CaptureError, UnkeyableBatchError
 from cg_lightning.core.tree import flatten, leaf_paths
 from cg_lightning.effects.module_effects import Comparison
@@ -220,7 +220,7 @@ class Verifier:
     ) -> Verdict:
         before = self._state(target, call)
         given = [
-            (leaf, leaf.clone())
+            (leaf, copy_of(leaf))
             for index, leaf in enumerate(call.leaves)
             if isinstance(leaf, Tensor) and index not in target.side_effects.batch_writes
         ]

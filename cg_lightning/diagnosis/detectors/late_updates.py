@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import is_plain_value
-from cg_lightning.core.equality import same_leaf
+from cg_lightning.core.equality import copy_of, same_leaf
 from cg_lightning.core.kernel_flags import lasting_flags
 from cg_lightning.core.tree import flatten
 from cg_lightning.diagnosis.callers import (
@@ -142,7 +142,7 @@ class LateUpdates(Detector):
             if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
                 self._see(late, leaf)
                 with self.watch.paused():
-                    self._arguments.append((late, leaf, leaf.clone()))
+                    self._arguments.append((late, leaf, copy_of(leaf)))
             elif not is_plain_value(leaf):
                 late.refuse(f"that is given a {type(leaf).__name__}")
             elif isinstance(leaf, str):  # what is computed from it is no work of the device

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from cg_lightning.core.causes import Cause
 from cg_lightning.core.descriptor import is_plain_value
-from cg_lightning.core.equality import same_leaf
+from cg_lightning.core.equality import copy_of, same_leaf
 from cg_lightning.core.lines import Elsewhere
 from cg_lightning.core.tree import tensors_in
 from cg_lightning.diagnosis.detector import Detector
@@ -196,7 +196,7 @@ class _TensorCopies:
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._pairs = [
-            (tensor, tensor.clone()) for tensor in tensors if tensor.layout is torch.strided
+            (tensor, copy_of(tensor)) for tensor in tensors if tensor.layout is torch.strided
         ]
 
     def changed(self) -> list[Tensor]:
