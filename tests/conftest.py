@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import gc
 import os
-import types
 from collections.abc import Iterator
 
 import pytest
@@ -36,10 +35,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: threads would only w
 callback_connector._load_external_callbacks = functools.cache(
     callback_connector._load_external_callbacks
 )
-
-# without a GPU each seed is kept for later, with the stack of its call as text: 4 ms a test
-for _device in (torch.cuda, torch.xpu, torch.mtia):
-    _device.traceback = types.SimpleNamespace(format_stack=list)  # type: ignore[attr-defined]
 
 # what the libraries hold: the collector's walks through it were a quarter of the tests' time
 gc.collect()
