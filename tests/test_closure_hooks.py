@@ -626,6 +626,51 @@ def test_hooks_that_change_during_training(fit, make):
     assert replayed(callback) > 8, callback.summary()
 
 
+class SetByStep(Step):
+    """The hook that its step sets or removes counts for the same iteration."""
+
+    def training_step(self, batch, batch_idx):
+        vars(self).pop("on_before_backward", None)
+        if self.current_epoch == 1:
+            self.on_before_backward = _halve_loss
+        return super().training_step(batch, batch_idx)
+
+
+class SetByHook(Step):
+    """Its first hook sets the second one."""
+
+    def on_before_zero_grad(self, *_):
+        self.on_before_backward = _halve_loss if self.current_epoch == 1 else _keep_loss
+
+
+class AppendedByHook(Step):
+    def on_before_zero_grad(self, *_):
+        callbacks = self.trainer.callbacks
+        if self.current_epoch == 1 and not any(isinstance(each, Halves) for each in callbacks):
+            callbacks.append(Halves())
+
+
+class Halves(Callback):
+    def on_before_backward(self, trainer, pl_module, loss):
+        loss.mul_(0.5)
+
+
+def _halve_loss(loss):
+    loss.mul_(0.5)
+
+
+def _keep_loss(loss):
+    loss.mul_(1.0)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("make", [SetByStep, SetByHook, AppendedByHook])
+def test_hooks_that_change_inside_the_closure(fit, make, batches):
+    settings = {"verify_replays": 0}
+    callback = fit(make(), settings=settings, max_epochs=4, accumulate_grad_batches=batches)
+    assert make is not SetByHook or replayed(callback) > 8, callback.summary()
+
+
 class FreezesLate(Step):
     """Autograd asks for it again when it has computed the gradient."""
 

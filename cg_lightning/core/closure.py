@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -123,14 +123,14 @@ class UnfinishedClosure:
     Args:
         result: Lightning's result of the step.
         problem: Why a graph cannot hold the backward.
-        hooks_ran: Whether the user's hooks between the step and its backward have run. Then the
-            loss for the backward is the one that they were given.
+        ran: The names of the hooks between the step and its backward that have run. After
+            ``on_before_backward``, the loss for the backward is the one that it was given.
     """
 
-    def __init__(self, result: Any, problem: str, hooks_ran: bool = False) -> None:
+    def __init__(self, result: Any, problem: str, ran: Sequence[str] = ()) -> None:
         self.result = result
         self.problem = problem
-        self.hooks_ran = hooks_ran
+        self.ran = ran
 
 
 class FinishedClosure:

@@ -44,7 +44,7 @@ from cg_lightning.core.descriptor import Fixed
 from cg_lightning.core.reasons import Reason, Status
 
 BEFORE_ZERO_GRAD, BEFORE_BACKWARD = "on_before_zero_grad", "on_before_backward"
-_WATCHED = (BEFORE_ZERO_GRAD, BEFORE_BACKWARD)
+HOOKS_OF_GRAPHS = (BEFORE_ZERO_GRAD, BEFORE_BACKWARD)
 """Hooks between a step and its backward that a graph can hold."""
 _OTHERS = ("optimizer_zero_grad", "backward")
 """Hooks of the module there that it cannot."""
@@ -169,7 +169,7 @@ class ClosureHooks:
         for owner in owners:
             attributes, cls = vars(owner), type(owner)
             seen.append(attributes.get(_LOGGING[0]))
-            for name in _WATCHED:
+            for name in HOOKS_OF_GRAPHS:
                 hook = attributes[name] if name in attributes else getattr(cls, name)
                 code = _code_of(hook)
                 seen += (hook, code, _code_of(_inner(hook)) if code is _IN_CONTEXT else None)
@@ -182,10 +182,15 @@ class ClosureHooks:
             self._found = self._decide(owners)
         return self._found[is_zeroing]
 
+    def are_those_of(self, key: Fixed, is_zeroing: bool) -> bool:
+        """Return True if the hooks are still those of a key, as :meth:`find` has returned it."""
+        found = self.find(is_zeroing)
+        return found.reason is None and found.key.value == key.value
+
     def _decide(self, owners: list[Any]) -> tuple[FoundHooks, FoundHooks]:
         """Return what is found for closures that leave gradients, and that set them to zero."""
         hooks = []
-        for name in _WATCHED:
+        for name in HOOKS_OF_GRAPHS:
             for owner in owners:
                 base = LightningModule if owner is self._module else Callback
                 if _is_overridden(owner, base, name):

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cg_lightning.core.closure import ClosureOutput, ReplayedOutput, UnfinishedClosure
 from cg_lightning.core.stages import STEP_METHODS, TRAIN
+from cg_lightning.trainer.closure_hooks import HOOKS_OF_GRAPHS
 from cg_lightning.trainer.ddp_buckets import DDPBuckets
 from cg_lightning.trainer.redirection import run_in_wrapper
 from cg_lightning.trainer.training_step import TrainingStep
@@ -115,10 +116,10 @@ class StepInDDP:
         self._has_reduced = self._has_reduced or is_reduced
         result, output = ClosureResult(loss, extra=extra), ran[0]
         if not isinstance(output, UnfinishedClosure):
-            return UnfinishedClosure(result, "", hooks_ran=True)
-        if output.hooks_ran:  # they may have changed the loss of the backward
+            return UnfinishedClosure(result, "", HOOKS_OF_GRAPHS)
+        if output.ran:  # hooks may have changed the loss of the backward
             result.loss = output.result.loss
-        return UnfinishedClosure(result, "", output.hooks_ran)
+        return UnfinishedClosure(result, "", output.ran)
 
     def _may_reduce(self, output: ClosureOutput) -> bool:
         """Return True if :meth:`reduce` can do what DDP does in a backward.

@@ -120,8 +120,12 @@ class TrainingInstallation:
         @functools.wraps(self._module.training_step)
         def compute(given: ClosureInput, *args: Any, closure: InterceptedClosure) -> Any:
             zero_grad = functools.partial(closure.zero_grad, hooks_ran=True)
+            is_zeroing = closure._zero_grad_fn is not None
+            same = functools.partial(self._hooks.are_those_of, closure.hooks_key, is_zeroing)
             with self.session.backend.capture_stream():
-                return self._step.compute(given, *args, zero_grad=zero_grad, hooks=closure.hooks)
+                return self._step.compute(
+                    given, *args, zero_grad=zero_grad, hooks=closure.hooks, are_hooks_same=same
+                )
 
         return compute
 

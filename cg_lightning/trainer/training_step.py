@@ -52,6 +52,7 @@ from cg_lightning.guards.module_guard import ModuleGuard
 from cg_lightning.trainer.closure_hooks import (
     BEFORE_BACKWARD,
     BEFORE_ZERO_GRAD,
+    HOOKS_OF_GRAPHS,
     ClosureHook,
 )
 from cg_lightning.trainer.gradient_copies import GradientCopies
@@ -157,6 +158,7 @@ class TrainingStep:
         *args: Any,
         zero_grad: Callable[[], None] | None = None,
         hooks: Sequence[ClosureHook] = (),
+        are_hooks_same: Callable[[], bool] = lambda: True,
     ) -> ClosureOutput | UnfinishedClosure:
         """Run the step, the user's hooks that follow it, and the backward.
 
@@ -165,6 +167,7 @@ class TrainingStep:
             args: What Lightning gives the step after the batch.
             zero_grad: What sets gradients to zero before the backward without us.
             hooks: The user's hooks between the step and its backward.
+            are_hooks_same: Tells if they are still the user's, after code of the user has run.
 
         Returns:
             The loss and the gradients. If a graph cannot hold the backward, it has not run yet.
@@ -181,7 +184,12 @@ class TrainingStep:
                     return UnfinishedClosure(result, problem)
                 if loss is None:
                     return UnfinishedClosure(result, "the step returns no loss")
+                if not are_hooks_same():
+                    return UnfinishedClosure(result, "the step changes hooks that follow it")
                 ran = self._run_hooks(hooks, BEFORE_ZERO_GRAD, None)
+                if ran and not are_hooks_same():
+                    problem = f"{ran} changes hooks that follow it"
+                    return UnfinishedClosure(result, problem, [BEFORE_ZERO_GRAD])
                 problem = _why_changed(ran, before, parameters) if ran else ""
                 scaled = loss if given.scale is None else loss * given.scale
                 aside = stack.enter_context(self._backward(zero_grad))
@@ -205,7 +213,7 @@ class TrainingStep:
             if problem:
                 if hooks:
                     result.closure_loss = scaled
-                return UnfinishedClosure(result, problem, hooks_ran=bool(hooks))
+                return UnfinishedClosure(result, problem, HOOKS_OF_GRAPHS if hooks else ())
             aside.has_begun = True
             gradients: dict[str, Tensor | None] | None
             if self._is_reduced:
@@ -297,10 +305,10 @@ class TrainingStep:
         with torch.enable_grad():
             if result.closure_loss is None:
                 closure.warning_cache.warn(_NO_LOSS)
-            closure.zero_grad(unfinished.hooks_ran)
+            closure.zero_grad(BEFORE_ZERO_GRAD in unfinished.ran)
             if closure._backward_fn is not None and result.closure_loss is not None:
                 precision = vars(self._trainer.precision_plugin)
-                if unfinished.hooks_ran:  # in vars: what Lightning calls with the loss
+                if BEFORE_BACKWARD in unfinished.ran:  # in vars: what Lightning calls with the loss
                     precision[_BEFORE_BACKWARD] = _return_loss
                 try:
                     closure._backward_fn(result.closure_loss)
