@@ -703,6 +703,35 @@ def test_an_error_of_a_hook_is_that_of_eager(fit):
         fit(Raises())
 
 
+# Lightning makes DDP on its own stream
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_gradients_after_an_error_of_a_hook(harness, strategy):
+    """They have been set to zero before ``on_before_backward``, in a watched step as well."""
+    left = []
+    try:
+        for extra in ([harness.callback(stages=["train"], strict=True)], []):
+            torch.manual_seed(0)
+            module = RaisesInSecond()
+            trainer = harness.trainer(*extra, max_epochs=1, strategy=strategy, devices=1)
+            with pytest.raises(ValueError, match="the second batch"):
+                trainer.fit(module, points(shuffle=False))
+            left.append([p.grad for p in module.parameters()])
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert_same(*left)
+
+
+class RaisesInSecond(Step):
+    def on_train_batch_start(self, batch, batch_idx):
+        self.is_second = batch_idx == 1
+
+    def on_before_backward(self, loss):
+        if self.is_second:
+            raise ValueError("the second batch")
+
+
 class Seen(Step):
     """Its two hooks tell what they see of the run."""
 

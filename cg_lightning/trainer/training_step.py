@@ -263,7 +263,7 @@ class TrainingStep:
             ):
                 yield aside
         except BaseException:
-            if step is not None and not self._is_reduced:
+            if step is not None:
                 aside.give()  # in eager, what was computed until now is there as well
             raise
         finally:
