@@ -1693,3 +1693,24 @@ def test_some_leaves_are_padded_as_the_whole_batch():
     assert list(found) == [0, 2]
     assert all(leaf.equal(whole[place]) for place, leaf in found.items())
     assert found[0].tolist()[3] == [*leaves[0].tolist()[1], 7.0, 7.0]
+
+
+def _loss_of_tokens(self, batch):
+    logits = self.net(self.embedding(batch["input_ids"]))
+    loss = nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100, reduction="none"
+    )
+    return loss.view_as(batch["labels"])
+
+
+def test_labels_that_are_ignored_have_no_other_padding(harness):
+    """Between -100 and the classes are labels that end the process on a GPU."""
+    data = texts(*LENGTHS)
+    for batch in data:
+        hidden = batch.pop("attention_mask") == 0
+        batch["labels"] = torch.where(hidden, -100, batch["input_ids"] % 3)
+    ids = rules()["input_ids"]
+    labels = {1: {**ids[1], "value": -100}}
+    step = Step(_loss_of_tokens)
+    callback = run(harness, step, data, pad_dims={"input_ids": ids, "labels": labels})
+    assert padded_steps(callback) >= 6, callback.summary()

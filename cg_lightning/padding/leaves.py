@@ -15,8 +15,11 @@ class Fill(enum.Enum):
     """What padding is filled with."""
 
     GIVEN = "rows: the last row again; other dimensions: the value of the settings"
-    OTHER = "mirrored values of the last row and of the first position; no other positions of masks"
-    """For the check that nothing depends on it. Floats are larger than all real values."""
+    OTHER = "mirrored values of the last row and of the first position; not in positions of masks"
+    """For the check that nothing depends on it. Floats are larger than all real values.
+
+    Integers that a negative number pads are like masks.
+    """
     BELOW = "the same, but floats are smaller than all real values"
     NAN = "rows of floats: NaN; all else as in OTHER"
     """NaN spreads to all results that are computed from it."""
@@ -83,7 +86,9 @@ class PaddedLeaf(NamedTuple):
             more.fill_(value)
         if fill is not Fill.GIVEN and parts.others and not _is_mask(tensor):
             other = _mirrored(tensor, fill is Fill.BELOW)
-            for dim, more, _ in parts.others:
+            for dim, more, value in parts.others:
+                if value < 0 and not tensor.is_floating_point():
+                    continue  # such a label is ignored; another one may end the process
                 part = more[tuple([slice(each) for each in self._without(dim)])]
                 part.copy_(other.narrow(dim, 0, 1).expand_as(part))
         if parts.rows is None:
@@ -128,7 +133,8 @@ def _mirrored(tensor: Tensor, is_below: bool) -> Tensor:
     least, most = tensor.amin(), tensor.amax()
     mirrored = least + (most - tensor)
     if not tensor.is_floating_point():
-        return mirrored
+        # labels of which -100 is ignored
+        return mirrored if least >= 0 else tensor.flip(*range(tensor.dim()))
     distance = 4 * mirrored.abs() + 1
     return least - distance if is_below else most + distance
 
