@@ -20,7 +20,7 @@ from torchmetrics.classification import (
 )
 
 from cg_lightning.trainer.logged_results import LoggedResults
-from tests.harness import images, loader, validate
+from tests.harness import KeepOutputs, features, images, loader, validate
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -596,3 +596,20 @@ def test_a_step_that_returns_what_log_returns(harness, monkeypatch, how, is_know
     callback = harness.callback(mode="FULL", warmup_steps=1)
     harness.compare(ReturnsWhatItLogs(how), job, callback)
     assert callback.stats.steps["FULL"] >= 8, callback.summary()
+
+
+@pytest.mark.parametrize("verify_replays", [0, 2])
+@pytest.mark.parametrize("name", ["log", "log_dict", "print", "all_gather"])
+def test_methods_that_a_step_returns(harness, name, verify_replays):
+    """Issue 11: forks of latent-diffusion ``return self.log_dict``."""
+
+    class Returns(LightningModule):
+        def validation_step(self, batch, batch_idx):
+            self.log("mean", batch[0].mean())
+            return getattr(self, name)
+
+    model, kept = Returns(), KeepOutputs()
+    callback = harness.callback(verify_replays=verify_replays)
+    harness.trainer(callback, kept).validate(model, features(40), verbose=False)
+    assert len(kept.kept) == 10
+    assert all(method == getattr(model, name) for method in kept.kept)

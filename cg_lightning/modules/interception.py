@@ -312,6 +312,11 @@ class _Patch:
             else:
                 type.__setattr__(self._cls, self._name, self._before)
 
+    def as_written(self, function: Any) -> Any:
+        """Return the earlier function for ours; any other one as it is."""
+        is_ours = function is self._function and isinstance(self._before, types.FunctionType)
+        return self._before if is_ours else function
+
     def take_out(self, found: dict[str, Any]) -> None:
         """Restore the earlier function in a copy of the namespace of the class."""
         if self._function is not None and found.get(self._name) is self._function:
@@ -361,6 +366,19 @@ def without_interceptions(namespace: Any) -> dict[str, Any]:
         if cls is namespace:
             patch.take_out(found)
     return found
+
+
+def without_interception(value: Any) -> Any:
+    """Return a bound method as it is when nothing is intercepted, and any other value as such.
+
+    A watched step may return one: ``return self.log_dict``.
+    """
+    if type(value) is types.MethodType:
+        for patch in list(_patches.values()):
+            function = patch.as_written(value.__func__)
+            if function is not value.__func__:
+                return types.MethodType(function, value.__self__)
+    return value
 
 
 def _keep_from_compiler(function: _Function) -> None:

@@ -35,6 +35,7 @@ from cg_lightning.core.forward_context import (
 from cg_lightning.core.kernel_flags import seeing_mode
 from cg_lightning.core.modes import CUDAGraphMode
 from cg_lightning.core.reasons import WARM_UP, Reason, Status, joined, seen_by
+from cg_lightning.modules.interception import without_interception
 from cg_lightning.padding.entry import PaddedEntry
 from cg_lightning.report.records import HostTime, StepsRecord
 from cg_lightning.report.timeline import Ran
@@ -406,7 +407,8 @@ class StepRunner:
         if variant.mode is not FULL:
             session.find_submodules(descriptor, variant, plan.state.warmup_runs)
         if outcome is not None:
-            return outcome._replace(output=outliving_graph(outcome.output))
+            output = without_interception(outliving_graph(outcome.output))
+            return outcome._replace(output=output)
         if variant.mode is PIECEWISE:
             return self._run_piecewise(plan, args, kwargs)
         return self._run_eagerly(descriptor, args, kwargs, variant.reason)
@@ -446,7 +448,7 @@ class StepRunner:
             ahead = CaptureAhead(session, self._stage, self._name, self._invoke)
             loader = plan.state.descriptor.dataloader_idx
             ahead.run(session.examples, loader, args[1:], kwargs)
-        return Outcome(output, NONE, plan.reason)
+        return Outcome(without_interception(output), NONE, plan.reason)
 
     def _run_for_its_way(self, padded: PaddedSteps, plan: Plan, call: GraphCall) -> Outcome:
         """Run a step eagerly. If it goes the way of a watched step, its key is not watched."""
