@@ -79,8 +79,10 @@ def test_a_step_of_a_new_shape_is_the_users_own(harness, calls, job, min_saving)
     callback = harness.callback(min_saving=min_saving)
     harness.compare(Encoder(), job(loader(own(OWN))), callback)
     # where times are compared, some keys are planned that are not watched
-    few = (5 if harness.backend == "cuda" and min_saving else 2) * MOST_UNREPEATED + 2
-    assert calls["watch"] == MOST_UNREPEATED
+    are_compared = harness.backend == "cuda" and min_saving > 0
+    few = (5 if are_compared else 2) * MOST_UNREPEATED + 2
+    assert calls["watch"] <= MOST_UNREPEATED
+    assert calls["watch"] == MOST_UNREPEATED or are_compared
     assert 0 < calls["plan"] <= few
     assert 0 < calls["check"] <= few
     assert calls["steps_left"] <= few

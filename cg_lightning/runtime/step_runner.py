@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -59,6 +60,7 @@ _NO_WARM_TARGET = Reason(
 )
 _WITHOUT_KEY = ForwardContext()
 """Submodules do not describe their calls, and report to no step."""
+_COMPILED = contextlib.nullcontext()
 _ENTRIES = (GraphEntry, PaddedEntry)
 _MAY_BE_STRICT_ABOUT = {
     *(Status.WARM_UP, Status.CHANGED, Status.VALUE_READ),
@@ -494,7 +496,7 @@ class StepRunner:
             times=None if plan.variant.trial is None else self._step_times(start),
         )
         context = ForwardContext(PIECEWISE, plan.state.descriptor, progress)
-        with override_forward_context(context):
+        with override_forward_context(context), self._as_written_if_part():
             output = self._step(*args, **kwargs)
         seconds, reason = perf_counter() - start, plan.variant.reason
         if progress.times is not None and progress.graphs and progress.is_warm:
@@ -512,6 +514,11 @@ class StepRunner:
             how = Ran.PIECEWISE if progress.is_warm else Ran.PIECES_CAPTURED
             return Outcome(output, PIECEWISE, reason, how)
         return Outcome(output, NONE, joined(progress.reasons.values()) or reason or _NO_WARM_TARGET)
+
+    def _as_written_if_part(self) -> contextlib.AbstractContextManager[None]:
+        """Is entered while a padded submodule runs in pieces: only the whole of it is compiled."""
+        session = self._session
+        return session.compilation.outside_captures() if session.is_part else _COMPILED
 
     def _run_eagerly(
         self,
