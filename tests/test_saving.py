@@ -320,7 +320,7 @@ def test_variants_are_compared_each_by_itself(harness, slow_replays):
             return x + 1 if batch_idx % 2 else x - 1
 
     callback = harness.callback(min_saving=0.03)
-    harness.compare(Alternates(nn.Linear(8, 8)), predict(features(4 * 120)), callback)
+    harness.compare(Alternates(Slow(SHORT)), predict(features(4 * 120)), callback)
     if harness.backend != "cuda":
         assert reasons(callback)["NONE: no gain"] > 60
 
@@ -460,7 +460,7 @@ def test_the_shortest_stage_that_captures(harness, timed, warmup_steps, verify_r
         assert callback.stats.captures == (number == least)
 
 
-@pytest.mark.parametrize("number", [8, 20])
+@pytest.mark.parametrize("number", [8, pytest.param(20, marks=BY_THE_CLOCK)])
 def test_a_stage_that_cannot_win_back_its_first_graph_is_not_watched(
     harness, timed, monkeypatch, number
 ):
