@@ -249,6 +249,7 @@ class ScaledFit(Fit):
         return super()._run(module, extra, others, train, settings)
 
 
+@pytest.mark.in_turn("batches")
 @pytest.mark.parametrize("batches", [1, 2, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_hooks_in_the_graph(fit, case, batches):
@@ -493,6 +494,7 @@ EAGER = {
 }
 
 
+@pytest.mark.in_turn("verify_replays")
 @pytest.mark.parametrize("batches", [1, 3])
 @pytest.mark.parametrize("verify_replays", [0, 2])
 @pytest.mark.parametrize("make", [each for found in EAGER.values() for each in found])
