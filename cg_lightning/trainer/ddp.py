@@ -18,6 +18,7 @@ What is hard here:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -61,7 +62,6 @@ class StepInDDP:
         self._module = module
         self._step = step
         self._has_reduced = False
-        self._buckets: DDPBuckets | None = None
 
     @property
     def may_be_graph(self) -> bool:
@@ -122,17 +122,20 @@ class StepInDDP:
         return UnfinishedClosure(result, "", output.ran)
 
     def _may_reduce(self, output: ClosureOutput) -> bool:
-        """Return True if :meth:`reduce` can do what DDP does in a backward.
-
-        DDP has laid out its buckets for good once it has started the forward in which this runs.
-        """
+        """Return True if :meth:`reduce` can do what DDP does in a backward."""
         if not self._wrapper.require_backward_grad_sync or output.gradients is None:
             return False
-        if self._buckets is None:
-            self._buckets = DDPBuckets.of(self._wrapper)
-        if self._buckets is None:
-            return False
-        return self._buckets.hold_all(self._step.parameters(), output.gradients)
+        buckets = self._buckets
+        return buckets is not None and buckets.hold_all(self._step.parameters(), output.gradients)
+
+    @functools.cached_property
+    def _buckets(self) -> DDPBuckets | None:
+        """The buckets of DDP; None if DDP must reduce by itself.
+
+        They are asked for once, in a forward after the first backward that DDP has reduced. When
+        DDP started it, it laid them out for good.
+        """
+        return DDPBuckets.of(self._wrapper)
 
     def reduce(self) -> None:
         """Reduce the gradients that parameters have, after a step that :meth:`run` returned."""
