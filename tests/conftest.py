@@ -80,6 +80,14 @@ def harness(backend: str, tmp_path) -> Harness:
     return Harness(backend, tmp_path)
 
 
+@pytest.fixture
+def fit(harness: Harness):
+    """Trains a model with the callback, and a copy of it without."""
+    from tests.test_training import Fit  # a module of tests, which needs this file before
+
+    return Fit(harness)
+
+
 PATCHABLE = (
     *("__call__", "__getattribute__", "__setattr__", "__getattr__"),
     *("__reduce_ex__", "__getstate__", "__deepcopy__", "__copy__"),

@@ -22,11 +22,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.fixture
-def fit(harness):
-    return Fit(harness)
-
-
 def reasons(callback):
     """Return the reasons of training, without warm-up."""
     found = [str(each.reason) for each in callback.stats.reasons if each.stage == "train"]

@@ -108,11 +108,6 @@ class Fit:
         )
 
 
-@pytest.fixture
-def fit(harness):
-    return Fit(harness)
-
-
 def points(number=34, batch_size=4, size=8, shuffle=True):
     generator = torch.Generator().manual_seed(3)
     # a test may have entered another default device

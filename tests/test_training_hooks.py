@@ -24,7 +24,7 @@ from cg_lightning.trainer.node_hooks import can_notice_hooks
 from cg_lightning.trainer.training_step import TrainingStep
 from tests.conftest import modules_with_a_trace
 from tests.harness import assert_same
-from tests.test_training import Classifier, Fit, KeepAll, points, replayed
+from tests.test_training import Classifier, KeepAll, points, replayed
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning",
@@ -34,11 +34,6 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 GRAPHS = {"recorder": RecordedGraph, "cuda": CUDACapturedGraph}
-
-
-@pytest.fixture
-def fit(harness):
-    return Fit(harness)
 
 
 def reasons(callback):

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.utils import checkpoint
 
 from tests.harness import loader, newer_callback
-from tests.test_training import Classifier, Fit, points
+from tests.test_training import Classifier, points
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -26,11 +26,6 @@ pytestmark = [
         "ignore:You requested to overfit",
     ),
 ]
-
-
-@pytest.fixture
-def fit(harness):
-    return Fit(harness)
 
 
 class Step(Classifier):

@@ -14,7 +14,7 @@ from torch.utils import checkpoint
 
 from cg_lightning.backends.dispatch_mode import EagerDispatchMode
 from tests.harness import assert_same
-from tests.test_training import Classifier, Fit, KeepAll, points, replayed
+from tests.test_training import Classifier, KeepAll, points, replayed
 from tests.test_training_hunt import SETTINGS, Step
 
 pytestmark = [
@@ -26,11 +26,6 @@ pytestmark = [
         "ignore:You are trying to `self.log",
     ),
 ]
-
-
-@pytest.fixture
-def fit(harness):
-    return Fit(harness)
 
 
 class Groups(Step):

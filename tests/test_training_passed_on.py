@@ -6,17 +6,12 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader
 
-from tests.test_training import Classifier, Fit, replayed
+from tests.test_training import Classifier, replayed
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning",
     "ignore:.*deterministic",
 )
-
-
-@pytest.fixture
-def fit(harness):
-    return Fit(harness)
 
 
 class Record:
